@@ -1,0 +1,96 @@
+"""Every error that the workbench raises on purpose.
+
+WorkbenchError
+├── UnknownNameError (LookupError)      a name that does not exist; says what is close
+│   ├── UnknownSiteError                a site that this model does not have
+│   └── UnknownConfigKeyError           a key that a config or file does not know
+├── InvalidInputError (ValueError)      a value that cannot be used
+│   ├── ShapeError                      a tensor of the wrong shape
+│   └── DegenerateInputError            input that leaves nothing to compute (no variance, no rows, zero norm)
+├── EditError (RuntimeError)            an edit that did not happen as asked
+├── MismatchError (ValueError)          two things that do not belong together (SAE of another model or site)
+├── CorruptFileError (ValueError)       a file whose content is not what was written
+├── MissingFileError (FileNotFoundError)
+├── ModelUnavailableError (RuntimeError) the model can't be obtained
+├── SelfCheckError (RuntimeError)       the loaded model fails its own identities
+└── ResourceError (RuntimeError)        too little memory or disk for what was asked
+
+The text of each has three parts: what was asked (with value and shape), what exists, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class WorkbenchError(Exception):
+    """Root of all errors raised on purpose; catching it catches nothing else."""
+
+
+class UnknownNameError(WorkbenchError, LookupError):
+    """A name that does not exist."""
+
+
+class UnknownSiteError(UnknownNameError):
+    """A site that this model does not have, or that cannot be used as asked."""
+
+
+class UnknownConfigKeyError(UnknownNameError):
+    """A key that a config or a saved file does not know."""
+
+
+class InvalidInputError(WorkbenchError, ValueError):
+    """A value that cannot be used."""
+
+
+class ShapeError(InvalidInputError):
+    """A tensor of the wrong shape."""
+
+
+class DegenerateInputError(InvalidInputError):
+    """Input that leaves nothing to compute: no rows, no variance, a zero vector."""
+
+
+class EditError(WorkbenchError, RuntimeError):
+    """An edit that did not happen as asked."""
+
+
+class MismatchError(WorkbenchError, ValueError):
+    """Two things that do not belong together, such as an SAE and another model."""
+
+
+class CorruptFileError(WorkbenchError, ValueError):
+    """A file whose content is not what was written."""
+
+
+class MissingFileError(WorkbenchError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class ModelUnavailableError(WorkbenchError, RuntimeError):
+    """A model that can't be obtained: not on disk and not reachable."""
+
+
+class SelfCheckError(WorkbenchError, RuntimeError):
+    """A loaded model that fails its own identities."""
+
+
+class ResourceError(WorkbenchError, RuntimeError):
+    """Too little memory or disk for what was asked."""
+
+
+def did_you_mean(asked: str, known: Iterable[str], limit: int = 3) -> str:
+    """A sentence that names the closest known names, or all of a short list.
+
+    >>> did_you_mean("resid_pst", ["resid_pre", "resid_post"])
+    'Did you mean resid_post, resid_pre?'
+    >>> did_you_mean("xyzzy", ["a", "b"])
+    'Known: a, b.'
+    """
+    names = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(asked, names, n=limit, cutoff=0.6)
+    if close:
+        return f"Did you mean {', '.join(close)}?"
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return f"Known: {shown}."

@@ -1,0 +1,149 @@
+"""Intervals and nulls: every number that the workbench prints comes with one of these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from workbench.errors import DegenerateInputError, InvalidInputError
+
+Values = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its confidence interval and what it was measured on.
+
+    Attributes:
+        value: the point estimate.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        n: number of independent units (prompts, documents, tokens: `unit` says which).
+        method: how the interval was made.
+        unit: what was counted in `n`.
+        level: coverage of the interval.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    method: str
+    unit: str = "rows"
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n={self.n} {self.unit})"
+
+    def excludes(self, value: float) -> bool:
+        """Whether the interval lies wholly on one side of `value`."""
+        return not self.low <= value <= self.high
+
+
+def _finite(values: Values, name: str) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise DegenerateInputError(f"{name}: asked for an interval over shape {array.shape}; needs a non-empty 1-d array.")
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise InvalidInputError(f"{name}: {bad} of {array.size} values are not finite. Remove or mend them first.")
+    return array
+
+
+def _resamples(n: int, resamples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, n, size=(resamples, n))
+
+
+def _percentile(point: float, draws: np.ndarray, n: int, unit: str, method: str, level: float) -> Estimate:
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(point), float(low), float(high), n, method, unit, level)
+
+
+def bootstrap_mean(
+    values: Values, *, unit: str = "rows", seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> Estimate:
+    """Mean with a percentile bootstrap interval over rows.
+
+    Raises:
+        DegenerateInputError: if `values` is empty.
+        InvalidInputError: if a value is not finite.
+
+    >>> bootstrap_mean([1.0, 1.0, 1.0]).low
+    1.0
+    """
+    x = _finite(values, "bootstrap_mean")
+    draws = x[_resamples(x.size, resamples, seed)].mean(axis=1)
+    return _percentile(x.mean(), draws, x.size, unit, "percentile bootstrap", level)
+
+
+def bootstrap_ratio(
+    numerator: Values, denominator: Values, *, unit: str = "rows", seed: int = 0, resamples: int = 2000,
+    level: float = 0.95,
+) -> Estimate:
+    """Ratio of sums with a percentile bootstrap interval; numerator and denominator are resampled together.
+
+    >>> bootstrap_ratio([1.0, 3.0], [2.0, 2.0]).value  # (1 + 3) / (2 + 2)
+    1.0
+    """
+    a, b = _finite(numerator, "bootstrap_ratio"), _finite(denominator, "bootstrap_ratio")
+    if a.shape != b.shape:
+        raise InvalidInputError(f"bootstrap_ratio: {a.size} numerators and {b.size} denominators; they must pair up.")
+    if b.sum() == 0:
+        raise DegenerateInputError("bootstrap_ratio: the denominators sum to zero.")
+    rows = _resamples(a.size, resamples, seed)
+    bottoms = b[rows].sum(axis=1)
+    draws = a[rows].sum(axis=1)[bottoms != 0] / bottoms[bottoms != 0]
+    return _percentile(a.sum() / b.sum(), draws, a.size, unit, "percentile bootstrap of a ratio of sums", level)
+
+
+def paired_difference(a: Values, b: Values, *, unit: str = "rows", seed: int = 0, level: float = 0.95) -> Estimate:
+    """Mean of `a - b` over paired rows, with a bootstrap interval over the pairs.
+
+    >>> paired_difference([2.0, 3.0], [1.0, 2.0]).value
+    1.0
+    """
+    x, y = _finite(a, "paired_difference"), _finite(b, "paired_difference")
+    if x.shape != y.shape:
+        raise InvalidInputError(f"paired_difference: {x.size} and {y.size} rows; they must pair up.")
+    return bootstrap_mean(x - y, unit=unit, seed=seed, level=level)
+
+
+def wilson(successes: int, n: int, *, unit: str = "rows", level: float = 0.95) -> Estimate:
+    """Proportion with the Wilson score interval.
+
+    >>> wilson(0, 10).value, round(wilson(0, 10).high, 4)
+    (0.0, 0.2775)
+    """
+    from scipy.stats import norm
+
+    _check_counts(successes, n)
+    z, p = float(norm.ppf((1 + level) / 2)), successes / n
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    low, high = max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return Estimate(p, min(low, p), max(high, p), n, "Wilson", unit, level)
+
+
+def clopper_pearson(successes: int, n: int, *, unit: str = "rows", level: float = 0.95) -> Estimate:
+    """Proportion with the exact (conservative) Clopper-Pearson interval.
+
+    >>> round(clopper_pearson(0, 10).high, 4)  # 1 - 0.025 ** (1 / 10)
+    0.3085
+    """
+    from scipy.stats import beta
+
+    _check_counts(successes, n)
+    tail = (1 - level) / 2
+    low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, n - successes + 1))
+    high = 1.0 if successes == n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    return Estimate(successes / n, low, high, n, "Clopper-Pearson", unit, level)
+
+
+def _check_counts(successes: int, n: int) -> None:
+    if n <= 0:
+        raise DegenerateInputError(f"A proportion of n={n} rows has no value; measure at least one row.")
+    if not 0 <= successes <= n:
+        raise InvalidInputError(f"{successes} successes of n={n} rows is impossible.")
