@@ -1,0 +1,90 @@
+"""What every command shares: its common options and how it prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from workbench.runs import RunDir
+
+_results: ContextVar[TextIO | None] = ContextVar("workbench_results", default=None)
+
+
+@contextmanager
+def only_results_on_stdout() -> Iterator[None]:
+    """Send everything that is written to stdout to stderr, except what `emit` prints: other libraries print too."""
+    token = _results.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.reset(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseCommand:
+    """A command that needs no model."""
+
+    json: bool = dataclasses.field(default=False, metadata={"config": False})
+    """Print one JSON object on stdout and nothing else there, for scripts."""
+
+    def run(self) -> None:
+        """Do what the command is for."""
+        raise NotImplementedError(f"{type(self).__name__} has no run(). Define it.")
+
+    def emit(self, summary: Mapping[str, Any], lines: Iterable[Any] = ()) -> None:
+        """Print the result: `lines` (text or rich tables) for people, or `summary` as one JSON object with `--json`."""
+        stdout = _results.get() or sys.stdout
+        if self.json:
+            from workbench.records import to_jsonable
+
+            stdout.write(json.dumps(to_jsonable(summary), ensure_ascii=False, allow_nan=False) + "\n")
+            stdout.flush()
+            return
+        from rich.console import Console
+
+        console = Console(file=stdout, soft_wrap=True)
+        for line in lines:
+            shown = _harmless(line) if isinstance(line, str) else line
+            console.print(shown, markup=False, highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(BaseCommand):
+    """A command that works with a model and writes a run folder.
+
+    A subclass is a study's whole configuration: each field is an option of the command line, the string below it the
+    help text. `out` and `json` say where results go and are no part of the configuration that a run folder records.
+    """
+
+    model: str = "embedded"
+    """Model: "embedded", a Hugging Face id, a folder or a .gguf file."""
+    seed: int = 0
+    """Seed of everything random; the same seed gives the same result."""
+    out: Path | None = dataclasses.field(default=None, metadata={"config": False})
+    """Folder for the results; by default a new folder in runs/."""
+
+    def start(self, name: str, fresh: bool = False) -> RunDir:
+        """The run folder of this command, continued if an equal one was interrupted; inside `out` or `runs/`."""
+        from workbench.runs import RunDir
+
+        return RunDir.resume_or_create(name, self, root=self.out or "runs", fresh=fresh)
+
+
+def _harmless(line: str) -> str:
+    """Escape codes made visible: a token must not be able to drive the terminal.
+
+    >>> _harmless("a" + chr(27) + "[2J")
+    'a␛[2J'
+    """
+    return "".join(
+        chr(0x2400 + ord(char)) if ord(char) < 32 and char not in "\n\t" else char for char in line
+    ).replace("\x7f", "␡")

@@ -1,0 +1,148 @@
+"""One view of every tokenizer: raw token strings, decoding and encoding of many texts at once, no model needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from workbench.errors import InvalidInputError, MissingFileError
+
+ByteStyle = Literal["byte_level", "byte_fallback", "none"]
+
+
+class Codec(Protocol):
+    """What the analysis needs from a tokenizer."""
+
+    raw: tuple[str | None, ...]
+    """Vocabulary string of each id; None where an id below the largest has no token."""
+    special: frozenset[int]
+    """Ids that the tokenizer itself marks as special."""
+    style: ByteStyle
+    """How bytes are written in the vocabulary."""
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row of ids, special tokens included."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text; nothing is added in front or behind."""
+        ...
+
+    def normalize(self, text: str) -> str:
+        """The text after the tokenizer's own normalisation."""
+        ...
+
+
+@dataclass(frozen=True)
+class FastCodec:
+    """A `tokenizers.Tokenizer`, copied, without truncation or padding."""
+
+    backend: Any
+    raw: tuple[str | None, ...]
+    special: frozenset[int]
+    style: ByteStyle
+
+    @classmethod
+    def of(cls, backend: Any, special: Sequence[int] = ()) -> FastCodec:
+        """Wraps a copy: the caller's truncation and padding settings stay as they are."""
+        from tokenizers import Tokenizer
+
+        text = backend.to_str()
+        copy = Tokenizer.from_str(text)
+        copy.no_truncation()
+        copy.no_padding()
+        marked = {i for i, token in copy.get_added_tokens_decoder().items() if token.special}
+        return cls(copy, _by_id(copy.get_vocab(with_added_tokens=True)), frozenset(marked | set(special)), _style(text))
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row of ids."""
+        return self.backend.decode_batch([list(row) for row in rows], skip_special_tokens=False)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def normalize(self, text: str) -> str:
+        """The text after the tokenizer's own normalisation."""
+        return text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
+
+
+@dataclass(frozen=True)
+class SlowCodec:
+    """A Hugging Face tokenizer without a `tokenizers` backend: the same answers, one text at a time."""
+
+    tokenizer: Any
+    raw: tuple[str | None, ...]
+    special: frozenset[int]
+    style: ByteStyle
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> SlowCodec:
+        """Wraps the tokenizer as it is."""
+        raw = _by_id(tokenizer.get_vocab())
+        style: ByteStyle = "byte_fallback" if "<0x41>" in raw else "none"
+        return cls(tokenizer, raw, frozenset(tokenizer.all_special_ids), style)
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row of ids."""
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return [self.tokenizer.decode(list(row), **options) for row in rows]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        return [list(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+
+    def normalize(self, text: str) -> str:
+        """The text as it is: what such a tokenizer normalises is not known."""
+        return text
+
+
+def codec_of(tokenizer: Any) -> Codec:
+    """The codec of a loaded Hugging Face tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
+    if backend is not None and hasattr(backend, "get_added_tokens_decoder"):
+        return FastCodec.of(backend, tokenizer.all_special_ids)
+    return SlowCodec.of(tokenizer)
+
+
+def codec_in(path: Path) -> Codec:
+    """The codec of a model folder or a .gguf file.
+
+    Raises:
+        MissingFileError: if the folder holds no tokenizer.
+    """
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        return FastCodec.of(Tokenizer.from_file(str(path / "tokenizer.json")))
+    from transformers import AutoTokenizer
+
+    where = (path, None) if path.is_dir() else (path.parent, path.name)
+    extra = {} if where[1] is None else {"gguf_file": where[1]}
+    try:
+        return codec_of(AutoTokenizer.from_pretrained(where[0], local_files_only=True, trust_remote_code=False, **extra))
+    except (OSError, ValueError) as error:
+        raise MissingFileError(
+            f"The tokenizer of {path} could not be read ({str(error).strip().splitlines()[0]}). "
+            "A folder needs a tokenizer.json; save the tokenizer there with save_pretrained."
+        ) from error
+
+
+def _by_id(vocab: dict[str, int]) -> tuple[str | None, ...]:
+    if not vocab:
+        raise InvalidInputError("The tokenizer has an empty vocabulary. Save the tokenizer that belongs to the model.")
+    raw: list[str | None] = [None] * (max(vocab.values()) + 1)
+    for token, i in vocab.items():
+        raw[i] = token
+    return tuple(raw)
+
+
+def _style(tokenizer_json: str) -> ByteStyle:
+    settings = json.loads(tokenizer_json)
+    if settings["model"].get("byte_fallback"):
+        return "byte_fallback"
+    stages = json.dumps([settings["pre_tokenizer"], settings["decoder"]])
+    return "byte_level" if '"ByteLevel"' in stages else "none"

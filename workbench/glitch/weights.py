@@ -1,0 +1,244 @@
+"""The two token matrices of a model, read block by block from its files: the model itself is never loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.errors import CorruptFileError, MissingFileError, UnknownNameError
+
+BLOCK_ROWS = 16_384
+"""Rows per block: 16k rows of width 8,192 are half a GiB in fp32."""
+
+_INPUT = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "token_embd", "embedding", "embeddings")
+_OUTPUT = ("lm_head", "embed_out", "output", "ff_out", "output_layer")
+_NOT_TEXT = ("vision", "visual", "audio", "image", "per_layer", "position", "mtp", "draft", "token_type", "speech")
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix with one row per token id, on disk or in memory; rows are handed out in fp32 on the CPU.
+
+    Attributes:
+        name: its name in the file.
+        n_rows: number of rows.
+        width: `d_model`.
+        stored: the type of number in which it is stored.
+        read: rows `start` to `stop`.
+    """
+
+    name: str
+    n_rows: int
+    width: int
+    stored: str
+    read: Callable[[int, int], Tensor]
+
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Float[Tensor, "rows d_model"]]]:
+        """The first row's index and the rows, block after block."""
+        for start in range(0, self.n_rows, size):
+            yield start, self.read(start, min(start + size, self.n_rows)).to("cpu", torch.float32)
+
+    def rows(self, ids: Sequence[int]) -> Float[Tensor, "rows d_model"]:
+        """The named rows, in the order asked."""
+        if not len(ids):
+            return torch.zeros(0, self.width)
+        return torch.cat([self.read(int(i), int(i) + 1) for i in ids]).to("cpu", torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMatrices:
+    """What a weights-only scan reads.
+
+    Attributes:
+        E_in: input embedding.
+        E_out: output embedding; the same object as `E_in` when tied.
+        bias: bias of the output layer, or None.
+        tied: whether input and output share one matrix.
+        tied_why: how that was decided.
+    """
+
+    E_in: Matrix
+    E_out: Matrix
+    bias: Float[Tensor, " d_vocab"] | None
+    tied: bool
+    tied_why: str
+
+
+def in_memory(hf: Any) -> TokenMatrices:
+    """The matrices of a loaded Hugging Face model."""
+    inner, outer = hf.get_input_embeddings(), hf.get_output_embeddings()
+    E_in = _of_tensor("input embedding", inner.weight)
+    if outer is None:
+        raise MissingFileError("The loaded model has no output embedding. Load it with its language-model head.")
+    bias = getattr(outer, "bias", None)
+    bias = None if bias is None else bias.detach().float().cpu()
+    if outer.weight is inner.weight or outer.weight.data_ptr() == inner.weight.data_ptr():
+        return TokenMatrices(E_in, E_in, bias, True, "input and output embedding share their memory")
+    return _untied(E_in, _of_tensor("output embedding", outer.weight), bias, "two matrices in memory")
+
+
+def in_folder(folder: Path) -> TokenMatrices:
+    """The matrices of a safetensors folder, sharded or not.
+
+    Raises:
+        MissingFileError: without config.json or safetensors files.
+        UnknownNameError: if the matrices cannot be told by their names.
+        CorruptFileError: if the config promises an output matrix that no file holds.
+    """
+    names = _tensor_files(folder)
+    config = _config(folder)
+    E_in = _safetensors(names, _choose(names, _INPUT, folder))
+    output = _choose(names, _OUTPUT, folder, width=E_in.width, optional=True)
+    bias_name = f"{output or 'lm_head.weight'}".removesuffix("weight") + "bias"
+    bias = _vector(names[bias_name], bias_name) if bias_name in names else None
+    says = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+    if says or (says is None and output is None):
+        why = "config says tie_word_embeddings" if says else "the files hold no separate output matrix"
+        return TokenMatrices(E_in, E_in, bias, True, why)
+    if output is None:
+        raise CorruptFileError(
+            f"{folder}: the config says tie_word_embeddings=false, but no file holds an output matrix "
+            f"({', '.join(_OUTPUT)}). Its {len(names)} tensors: {_some(names)}. Save the model again with its head."
+        )
+    return _untied(E_in, _safetensors(names, output), bias, "config and files hold two matrices")
+
+
+def in_gguf(path: Path) -> TokenMatrices:
+    """The matrices of a GGUF file, dequantised block by block.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        CorruptFileError: if it is not a GGUF file with a token embedding.
+    """
+    from gguf import GGUFReader
+
+    if not path.is_file():
+        raise MissingFileError(f"There is no GGUF file {path}. Check the path.")
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise CorruptFileError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise CorruptFileError(f"{path} holds no token_embd.weight; it has {_some(tensors)}. Use a language model's file.")
+    E_in = _of_gguf(tensors["token_embd.weight"])
+    bias = torch.from_numpy(tensors["output.bias"].data.copy()).float() if "output.bias" in tensors else None
+    if "output.weight" not in tensors:
+        return TokenMatrices(E_in, E_in, bias, True, "the file holds no output.weight")
+    return _untied(E_in, _of_gguf(tensors["output.weight"]), bias, "the file holds output.weight")
+
+
+def _untied(E_in: Matrix, E_out: Matrix, bias: Tensor | None, why: str) -> TokenMatrices:
+    """Two matrices, unless the second is a bit-for-bit copy of the first."""
+    same = (E_in.n_rows, E_in.width) == (E_out.n_rows, E_out.width) and all(
+        torch.equal(a, b) for (_, a), (_, b) in zip(E_in.blocks(), E_out.blocks(), strict=True)
+    )
+    if same:
+        return TokenMatrices(E_in, E_in, bias, True, f"{why}, but they are bit-identical copies")
+    return TokenMatrices(E_in, E_out, bias, False, why)
+
+
+def _of_tensor(name: str, weight: Tensor) -> Matrix:
+    weight = weight.detach()
+    stored = str(weight.dtype).removeprefix("torch.")
+    return Matrix(name, weight.shape[0], weight.shape[1], stored, lambda start, stop: weight[start:stop])
+
+
+def _of_gguf(tensor: Any) -> Matrix:
+    from gguf import dequantize
+
+    def read(start: int, stop: int) -> Tensor:
+        return torch.from_numpy(dequantize(tensor.data[start:stop], tensor.tensor_type).copy())
+
+    width, n_rows = (int(size) for size in tensor.shape)
+    return Matrix(tensor.name, n_rows, width, tensor.tensor_type.name, read)
+
+
+def _safetensors(names: dict[str, Path], name: str) -> Matrix:
+    from safetensors import safe_open
+
+    opened = safe_open(names[name], framework="pt")
+    part = opened.get_slice(name)
+    n_rows, width = part.get_shape()
+    return Matrix(name, n_rows, width, part.get_dtype(), lambda start, stop: part[start:stop])
+
+
+def _vector(path: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as opened:
+        return opened.get_tensor(name).float()
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """File of each tensor name."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = _load(index).get("weight_map", {})
+        for file in set(files.values()):
+            if Path(file).name != file or not (folder / file).is_file():
+                raise CorruptFileError(f"{index} names {file!r}, which is not in {folder}. Fetch the missing shard.")
+        return {name: folder / file for name, file in files.items()}
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+        except SafetensorError as error:
+            raise CorruptFileError(f"{file} is not a readable safetensors file ({error}). Fetch it again.") from error
+    if not found:
+        other = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "no weights"
+        raise MissingFileError(
+            f"{folder} has no .safetensors file (found: {other}). Pickled weights are not read; "
+            "convert them with save_pretrained(safe_serialization=True)."
+        )
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(f"{folder} is not a model folder: it has no config.json. Name a save_pretrained folder.")
+    return _load(folder / "config.json")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is not valid JSON ({error}). Fetch it again.") from error
+
+
+def _choose(
+    names: dict[str, Path], kinds: tuple[str, ...], folder: Path, width: int | None = None, optional: bool = False
+) -> str | None:
+    """The one tensor whose module has one of the names; vision, audio, position and per-layer tables do not count."""
+    fits = [
+        name for name in names
+        if name.endswith(".weight") and name.split(".")[-2] in kinds and not any(bad in name for bad in _NOT_TEXT)
+    ]  # fmt: skip
+    fits = [name for name in fits if ".layers." not in name and ".h." not in name and ".blocks." not in name]
+    if width is not None:
+        fits = [name for name in fits if _safetensors(names, name).width == width]
+    if len(fits) == 1 or (not fits and optional):
+        return fits[0] if fits else None
+    best = sorted(fits, key=lambda name: (kinds.index(name.split(".")[-2]), len(name)))
+    if len(fits) > 1 and kinds.index(best[0].split(".")[-2]) < kinds.index(best[1].split(".")[-2]):
+        return best[0]
+    raise UnknownNameError(
+        f"{folder}: looked for one {' or '.join(kinds)} matrix and found {len(fits)} ({_some(fits) or 'none'}) among "
+        f"{len(names)} tensors ({_some(names)}). Load the model with load_model and scan that object."
+    )
+
+
+def _some(names: Any, limit: int = 6) -> str:
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")

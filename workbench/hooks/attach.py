@@ -1,0 +1,82 @@
+"""The one primitive under every read and every write: hooks that are on inside a block and off after it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import EditError
+from workbench.hooks.sites import Point
+
+Fn = Callable[[Tensor], Tensor | None]
+_INPUT_NAMES = ("hidden_states", "x", "input")
+
+
+def _checked(point: Point, before: Tensor, after: Tensor | None) -> Tensor | None:
+    """The hook's return value, or an error that says how it differs from what the model needs."""
+    if after is None or after is before:
+        return None
+    if not isinstance(after, Tensor):
+        raise EditError(f"Edit at {point.site} returned {type(after).__name__}; return a tensor or None.")
+    if after.shape != before.shape:
+        raise EditError(f"Edit at {point.site} returned shape {tuple(after.shape)}; the model has {tuple(before.shape)}.")
+    if after.dtype != before.dtype:
+        raise EditError(f"Edit at {point.site} returned {after.dtype}; the model has {before.dtype}. Cast it back.")
+    if not torch.isfinite(after).all() and torch.isfinite(before).all():
+        raise EditError(f"Edit at {point.site} made non-finite values. Check the vector and the strength.")
+    return after
+
+
+def _first_input(point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:
+    if args and isinstance(args[0], Tensor):
+        return args[0], None
+    for name in _INPUT_NAMES:
+        if isinstance(kwargs.get(name), Tensor):
+            return kwargs[name], name
+    raise EditError(f"Site {point.site}: module {point.path} was called without a tensor as its first argument.")
+
+
+def _input_hook(point: Point, fn: Fn) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, name = _first_input(point, args, kwargs)
+        after = _checked(point, x, fn(x))
+        if after is None:
+            return None
+        return ((after, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: after})
+
+    return hook
+
+
+def _output_hook(point: Point, fn: Fn) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        x = output if isinstance(output, Tensor) else output[0]
+        after = _checked(point, x, fn(x))
+        if after is None:
+            return None
+        return after if isinstance(output, Tensor) else type(output)((after, *output[1:]))
+
+    return hook
+
+
+@contextlib.contextmanager
+def attached(hooks: Sequence[tuple[Point, Fn]]) -> Iterator[None]:
+    """Runs `fn` on the tensor of each point inside the block; a returned tensor replaces it.
+
+    Hooks are registered inside the block and removed one by one, also after an exception in registration, in a
+    hook or in the body; hooks of others stay.
+
+    Raises:
+        EditError: if a function returns another shape or dtype, or makes non-finite values.
+    """
+    with contextlib.ExitStack() as stack:
+        for point, fn in hooks:
+            if point.side == "in":
+                handle = point.module.register_forward_pre_hook(_input_hook(point, fn), with_kwargs=True)
+            else:
+                handle = point.module.register_forward_hook(_output_hook(point, fn))
+            stack.callback(handle.remove)
+        yield

@@ -1,0 +1,259 @@
+"""The model: the unmodified Hugging Face causal language model with its sites, tokens, reads and edits."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.hooks.capture import Activations, capture
+from workbench.hooks.sites import Site, SiteMap, build_site_map
+from workbench.interventions.plan import Intervention, Plan
+from workbench.models.generation import Generation, Sampling, sample
+from workbench.models.selfcheck import CheckReport, self_check
+from workbench.models.sitetable import SiteTable
+from workbench.progress import track
+from workbench.tokens import Bos, Chat, TokenBatch, encode
+
+Texts = str | Sequence[str] | Chat | Sequence[Chat]
+Batch = TokenBatch | str | Sequence[str] | Int[Tensor, "batch pos"]
+
+
+class Model:
+    """A Hugging Face causal language model and its tokenizer, readable and editable at named sites.
+
+    The model itself is not changed: attention, weights and modules are those of `hf`.
+
+    Attributes:
+        hf: the Hugging Face model.
+        tokenizer: its tokenizer.
+        name: a name for people.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, name: str = "model") -> None:
+        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self._sites = build_site_map(hf)
+        self._plans: list[Plan] = []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return next(self.hf.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.hf.parameters()).device
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self._sites.n_layers
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.hf.get_input_embeddings().weight.shape[1])
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of rows of the unembedding; may exceed the tokenizer's vocabulary."""
+        return int(self.hf.get_output_embeddings().weight.shape[0])
+
+    @property
+    def n_ctx(self) -> int:
+        """Longest sequence the model was made for."""
+        return int(getattr(self.hf.config, "max_position_embeddings", 0) or getattr(self.hf.config, "n_positions", 2048))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that tell this model from others: its config and a sample of every weight."""
+        digest = hashlib.sha256()
+        config = self.hf.config.to_dict()
+        kept = {k: config.get(k) for k in ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")}
+        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        for name, parameter in sorted(self.hf.named_parameters()):
+            flat = parameter.detach().flatten()
+            # bfloat16, so that loading the same weights in another dtype gives the same fingerprint.
+            taken = flat[:: max(1, flat.numel() // 1024)].to(torch.bfloat16).float().cpu()
+            digest.update(name.encode() + str(tuple(parameter.shape)).encode() + taken.numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def self_check(self) -> CheckReport:
+        """Verifies identities, perturbations and gradients on this model; withdraws sites that break their identity."""
+        report = self_check(self.hf, self._sites)
+        self._sites = self._sites.without(report.withdrawn)
+        return report
+
+    def sites(self) -> SiteTable:
+        """The sites of this model, with widths, and why others are missing."""
+        return SiteTable.of(self._sites)
+
+    def resolve(self, site: str | Site) -> Site:
+        """The site of this name.
+
+        Raises:
+            UnknownSiteError: if this model does not have it.
+        """
+        return self._sites[site].site
+
+    def width(self, site: str | Site) -> int:
+        """Size of the last axis at a site."""
+        width = self._sites[site].width
+        if width is None:
+            raise InvalidInputError(f"The width of {site} is only known after a forward pass; capture it once.")
+        return width
+
+    def tokens(self, value: Texts, bos: Bos = "auto") -> TokenBatch:
+        """Token ids of text, texts or chat messages; the result says what was done about BOS and padding."""
+        return encode(self.tokenizer, value, bos).to(self.device)
+
+    def _batch(self, batch: Batch) -> TokenBatch:
+        if isinstance(batch, TokenBatch):
+            return batch.to(self.device)
+        if isinstance(batch, Tensor):
+            if batch.ndim != 2 or batch.dtype != torch.long:
+                raise ShapeError(f"Token ids have shape {tuple(batch.shape)} and {batch.dtype}; give (batch, pos) int64.")
+            return TokenBatch.of_rows(batch.to(self.device))
+        return self.tokens(batch)
+
+    def capture(self, batch: Batch, sites: Sequence[str | Site], *, grad: bool = False) -> Activations:
+        """Activations at named sites, `(batch, pos, d)` in the model's dtype; stops after the last site needed.
+
+        Raises:
+            UnknownSiteError: for a site that this model does not have.
+        """
+        if isinstance(sites, str):
+            raise InvalidInputError(f"capture(sites={sites!r}): give a list of sites, such as [{sites!r}].")
+        return capture(self.hf, self._sites, self._batch(batch).hf(), sites, grad=grad)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, keep: str = "last") -> Float[Tensor, "batch *pos d_vocab"]:
+        """Logits in fp32 at the last token of each row (`keep="last"`) or at all positions (`keep="all"`)."""
+        tokens = self._batch(batch)
+        if keep not in ("last", "all"):
+            raise InvalidInputError(f"logits(keep={keep!r}): use 'last' or 'all'.")
+        if keep == "last" and not bool(tokens.mask[:, -1].all()):
+            raise InvalidInputError("logits(keep='last') needs left padding; the last column of this batch holds padding.")
+        out = self.hf(**self._inputs(tokens), use_cache=False, logits_to_keep=int(keep == "last")).logits.float()
+        return out[:, -1] if keep == "last" else out
+
+    def _inputs(self, tokens: TokenBatch) -> dict[str, Tensor]:
+        inputs = tokens.hf()
+        if bool(tokens.mask.all()):
+            # Without padding no mask is needed, and attention takes its fast path.
+            del inputs["attention_mask"]
+        return inputs
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> Float[Tensor, "batch targets"]:
+        """Next-token cross-entropy in nats, one per target (`pos - 1` per row); nan where a target is padding."""
+        tokens = self._batch(batch)
+        if tokens.ids.shape[1] < 2:
+            raise DegenerateInputError("loss: rows of one token have no next token to predict.")
+        logits = self.hf(**self._inputs(tokens), use_cache=False).logits
+        target = tokens.ids[:, 1:]
+        loss = torch.stack(
+            [nn.functional.cross_entropy(z[:-1].float(), t, reduction="none") for z, t in zip(logits, target, strict=True)]
+        )
+        return loss.masked_fill(~(tokens.mask[:, 1:] & tokens.mask[:, :-1]), float("nan"))
+
+    def plan(self, intervention: Intervention) -> Plan:
+        """The intervention bound to this model: a context manager in which every use of the model is edited.
+
+        Raises:
+            UnknownSiteError: for a site that this model does not have.
+            ShapeError: for an op of the wrong width.
+        """
+        return Plan(self.hf, self._sites, intervention)
+
+    def generate(
+        self, prompts: TokenBatch | Texts, max_new_tokens: int = 40, *, intervention: Intervention | None = None,
+        seed: int = 0, temperature: float = 1.0, batch_size: int = 128,
+    ) -> Generation:
+        """Continuations of the prompts; with an intervention, every forward pass is edited.
+
+        Rows are sampled from the seed and the row number, so a row's draws do not depend on its batch.
+
+        Raises:
+            EditError: if an edit did not happen.
+        """
+        batch = prompts.to(self.device) if isinstance(prompts, TokenBatch) else self.tokens(prompts)
+        options = Sampling(max_new_tokens, temperature, seed, self.stop_ids)
+        ids, logprobs, reports = [], [], []
+        for start in track(range(0, len(batch), batch_size), description="generating", unit="batches"):
+            rows = torch.arange(start, min(start + batch_size, len(batch)))
+            part = batch[slice(start, start + batch_size)]
+            if intervention is None:
+                new, scores = sample(self.hf, part, options, rows)
+            else:
+                chosen = intervention if intervention.n_rows is None else intervention.take(rows)
+                with self.plan(chosen) as plan:
+                    new, scores = sample(self.hf, part, options, rows)
+                reports += plan.report
+            for row, score in zip(new, scores, strict=True):
+                length = self._length(row)
+                ids.append(row[:length].cpu())
+                logprobs.append(score[:length].cpu())
+        texts = tuple(self.tokenizer.decode(row, skip_special_tokens=True) for row in ids)
+        return Generation(texts, tuple(ids), tuple(logprobs), tuple(reports))
+
+    def sample(
+        self, prompt_ids: Int[Tensor, "rows pos"], new_tokens: int, *, seed: int = 0, temperature: float = 1.0,
+        first_row: int = 0,
+    ) -> Int[Tensor, "rows new"]:
+        """Exactly `new_tokens` sampled ids per row, going on after stop tokens; rows are numbered from `first_row`."""
+        rows = torch.arange(first_row, first_row + len(prompt_ids))
+        options = Sampling(new_tokens, temperature, seed)
+        return sample(self.hf, self._batch(prompt_ids), options, rows)[0]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end a text."""
+        eos = getattr(self.hf.generation_config, "eos_token_id", None)
+        found = [eos] if isinstance(eos, int) else list(eos or [])
+        return tuple(dict.fromkeys([*found, *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])]))
+
+    def _length(self, row: Int[Tensor, " new"]) -> int:
+        hits = torch.isin(row, torch.tensor(self.stop_ids, device=row.device)).nonzero()
+        return int(hits[0]) if hits.numel() else len(row)
+
+    @functools.cached_property
+    def _norm32(self) -> nn.Module:
+        return copy.deepcopy(self._sites["final_norm"].module).float()
+
+    def final_norm(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The final normalisation, weight included, computed in fp32."""
+        with torch.no_grad():
+            return self._norm32(x.float())
+
+    @functools.cached_property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Unembedding in fp32; column t is the direction of token t."""
+        return self.hf.get_output_embeddings().weight.detach().float().T
+
+    def lens(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        """Logit lens: unembedding of the final norm of `x`, fp32, without bias and soft cap."""
+        return self.final_norm(x) @ self.W_U
+
+    def to_transformer_lens(self) -> Any:
+        """A TransformerLens `TransformerBridge` on a copy of the model; this model is left as it is."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(
+            self.name, hf_model=copy.deepcopy(self.hf), tokenizer=self.tokenizer, device=str(self.device), dtype=self.dtype
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.name}: {type(self.hf).__name__}, {self.n_layers} layers, d_model {self.d_model}, "
+            f"d_vocab {self.d_vocab}, {self.dtype} on {self.device}, fingerprint {self.fingerprint})"
+        )

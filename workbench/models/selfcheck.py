@@ -1,0 +1,191 @@
+"""What is verified on the real model when it is loaded: identities, perturbations and gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import EditError, SelfCheckError
+from workbench.hooks.attach import Fn, attached
+from workbench.hooks.capture import Activations, capture
+from workbench.hooks.sites import Point, Site, SiteMap
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verified statement.
+
+    Attributes:
+        name: the statement.
+        ok: whether it holds.
+        detail: the measured figure.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Result of the self-check; `withdrawn` lists sites that were found not to be what their name says."""
+
+    checks: tuple[Check, ...]
+    withdrawn: Mapping[Site, str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that must hold does; withdrawn sites are refused when used, not failures."""
+        return all(check.ok for check in self.checks)
+
+    def require(self) -> None:
+        """Raises SelfCheckError if a check failed."""
+        failed = [f"{check.name} ({check.detail})" for check in self.checks if not check.ok]
+        if failed:
+            raise SelfCheckError(
+                f"The loaded model fails {len(failed)} of {len(self.checks)} checks: {'; '.join(failed)}. "
+                "Its edits can't be trusted; load it with check=False only to find out why."
+            )
+
+    def __str__(self) -> str:
+        lines = [f"{'ok  ' if c.ok else 'FAIL'} {c.name}: {c.detail}" for c in self.checks]
+        lines += [f"withdrawn {site}: {why}" for site, why in self.withdrawn.items()]
+        return "\n".join(lines)
+
+
+def _probe_ids(hf: Any) -> Tensor:
+    """A few fixed, ordinary token ids that any vocabulary has."""
+    vocab = hf.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab, (2, 8), generator=generator).to(next(hf.parameters()).device)
+
+
+def _error(left: Tensor, right: Tensor) -> float:
+    """Largest difference, relative to the largest entry of the token's vector."""
+    scale = right.float().abs().amax(-1, keepdim=True).clamp_min(1e-6)
+    return float(((left.float() - right.float()).abs() / scale).max())
+
+
+def self_check(hf: Any, sites: SiteMap) -> CheckReport:
+    """Runs all checks on a batch of 2 x 8 tokens; costs about ten small forward passes.
+
+    Checked: `resid_pre + attn_out == resid_mid`, `resid_mid + mlp_out == resid_post` (or the parallel form),
+    `resid_post == next resid_pre`, `unembed(final_norm(last resid_post)) == logits`; a perturbation at each kind of
+    site changes the logits; gradients reach each kind of site. A sublayer site that breaks its identity is withdrawn.
+    """
+    ids = _probe_ids(hf)
+    inputs = {"input_ids": ids}
+    everything = list(sites.points)
+    acts = capture(hf, sites, inputs, everything)
+    tolerance = 8 * torch.finfo(next(hf.parameters()).dtype).eps
+    checks, withdrawn = _identities(hf, sites, acts, tolerance)
+    remaining = sites.without(withdrawn)
+    checks += _perturbations(hf, remaining, inputs)
+    checks.append(_gradients(hf, remaining, inputs))
+    return CheckReport(tuple(checks), withdrawn)
+
+
+def _identities(hf: Any, sites: SiteMap, acts: Activations, tolerance: float) -> tuple[list[Check], dict[Site, str]]:
+    checks: list[Check] = []
+    withdrawn: dict[Site, str] = {}
+    worst = {"block": 0.0, "stream": 0.0}
+    for layer in range(sites.n_layers):
+        error, broken = _block_identity(sites, acts, layer, tolerance)
+        withdrawn.update(broken)
+        if not broken:
+            worst["block"] = max(worst["block"], error)
+        if layer:
+            stream = _error(acts[f"resid_pre.{layer}"], acts[f"resid_post.{layer - 1}"])
+            worst["stream"] = max(worst["stream"], stream)
+    checks.append(Check("resid_post of each block is resid_pre of the next", worst["stream"] <= tolerance, f"{worst['stream']:.2g}"))
+    checks.append(
+        Check("resid_pre + attn_out + mlp_out == resid_post where those sites are offered", worst["block"] <= tolerance,
+              f"largest relative error {worst['block']:.2g}")
+    )  # fmt: skip
+    last = f"resid_post.{sites.n_layers - 1}"
+    if Site("final_norm") in sites.points and Site("logits") in sites.points:
+        norm, unembed = sites["final_norm"].module, sites["logits"].module
+        with torch.no_grad():
+            again = unembed(norm(acts[last]))
+        error = _error(again, acts["logits"])
+        checks.append(Check("unembed(final_norm(last resid_post)) == logits", error <= tolerance, f"relative error {error:.2g}"))
+    return checks, withdrawn
+
+
+def _block_identity(sites: SiteMap, acts: Activations, layer: int, tolerance: float) -> tuple[float, dict[Site, str]]:
+    """Relative error of the block's sum, and the sites that break it."""
+    names = [Site(kind, layer) for kind in ("attn_out", "mlp_out")]
+    if any(site not in sites.points for site in names):
+        return 0.0, {}
+    pre, post = acts[Site("resid_pre", layer)], acts[Site("resid_post", layer)]
+    attn, mlp = (acts[site] for site in names)
+    error = min(_error((pre + attn) + mlp, post), _error((attn + mlp) + pre, post), _error((mlp + attn) + pre, post))
+    broken: dict[Site, str] = {}
+    if error > tolerance:
+        why = f"resid_pre + attn_out + mlp_out differs from resid_post by {error:.2g} (relative) at layer {layer}"
+        broken = {site: why for site in names}
+    mid = Site("resid_mid", layer)
+    if mid in sites.points:
+        error_mid = _error(pre + attn, acts[mid])
+        if error_mid > tolerance:
+            broken[mid] = f"resid_pre + attn_out differs from it by {error_mid:.2g} (relative)"
+    return error, broken
+
+
+def _representatives(sites: SiteMap) -> list[Point]:
+    """One point per kind of site, in the middle of the network."""
+    middle = sites.n_layers // 2
+    chosen = {}
+    for site, point in sites.points.items():
+        if site.layer in (None, middle):
+            chosen[site.kind] = point
+    return list(chosen.values())
+
+
+def _perturbations(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor]) -> list[Check]:
+    """Adding noise of the site's own size at one kind of site at a time must change the logits."""
+    with torch.no_grad():
+        clean = hf(**inputs, use_cache=False).logits
+        checks = []
+        for point in _representatives(sites):
+            generator = torch.Generator().manual_seed(1)
+
+            def push(x: Tensor, generator: torch.Generator = generator) -> Tensor:
+                noise = torch.randn(x.shape, generator=generator).to(x)
+                return x + noise * x.float().std().to(x)
+
+            with attached([(point, push)]):
+                changed = hf(**inputs, use_cache=False).logits
+            shift = float((changed - clean).float().abs().max())
+            checks.append(Check(f"perturbing {point.site} changes the logits", shift > 0, f"largest change {shift:.3g}"))
+        if not torch.equal(hf(**inputs, use_cache=False).logits, clean):
+            checks.append(Check("logits are bit-equal after the hooks are gone", False, "they differ"))
+    return checks
+
+
+def _gradients(hf: nn.Module, sites: SiteMap, inputs: Mapping[str, Tensor]) -> Check:
+    """Gradients of the logits must reach one site of each kind."""
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(point: Point) -> Fn:
+        def fn(x: Tensor) -> Tensor:
+            leaves[str(point.site)] = torch.zeros_like(x, requires_grad=True)
+            return x + leaves[str(point.site)]
+
+        return fn
+
+    points = _representatives(sites)
+    with torch.enable_grad(), contextlib.ExitStack() as stack:
+        stack.enter_context(attached([(point, leaf(point)) for point in points]))
+        logits = hf(**inputs, use_cache=False).logits
+        logits.float().logsumexp(-1).sum().backward()
+    missing = [str(p.site) for p in points if str(p.site) not in leaves]
+    if missing:
+        raise EditError(f"self_check: the hooks at {', '.join(missing)} never ran.")
+    dead = [name for name, leaf in leaves.items() if leaf.grad is None or not bool((leaf.grad != 0).any())]
+    return Check(f"gradients reach {len(leaves)} kinds of site", not dead, "all" if not dead else f"not {', '.join(dead)}")

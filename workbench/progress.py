@@ -1,0 +1,225 @@
+"""Progress of long loops: silent in a library, shown with rate and time left where somebody watches."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a log (no terminal) gets a line."""
+
+
+class Reporter(Protocol):
+    """Where progress goes."""
+
+    def start(self, description: str, total: int | None, unit: str) -> Any:
+        """Begin a task; the returned handle names it."""
+
+    def advance(self, handle: Any, amount: int) -> None:
+        """Say that `amount` more units are done."""
+
+    def stop(self, handle: Any) -> None:
+        """End the task, finished or not."""
+
+
+class Task:
+    """One running task; `advance` counts what is done."""
+
+    def __init__(self, reporter: Reporter | None, handle: Any) -> None:
+        self._reporter, self._handle = reporter, handle
+
+    def advance(self, amount: int = 1) -> None:
+        """Count `amount` more units (tokens, batches: what the task was started with)."""
+        if self._reporter is not None:
+            self._reporter.advance(self._handle, amount)
+
+
+_reporter: ContextVar[Reporter | None] = ContextVar("workbench_progress", default=None)
+
+
+@contextlib.contextmanager
+def task(*, total: int | None, description: str, unit: str) -> Iterator[Task]:
+    """A task whose units are counted by hand, for loops where one turn is many units.
+
+    >>> with task(total=10, description="read", unit="tokens") as reading:
+    ...     reading.advance(10)
+    """
+    reporter = _reporter.get()
+    handle = None if reporter is None else reporter.start(description, total, unit)
+    try:
+        yield Task(reporter, handle)
+    finally:
+        if reporter is not None:
+            reporter.stop(handle)
+
+
+def track(iterable: Iterable[T], *, total: int | None = None, description: str, unit: str = "steps") -> Iterator[T]:
+    """The same items; inside `shown()` with a bar that counts them.
+
+    `total` defaults to the length of `iterable` where it has one.
+
+    >>> list(track([1, 2], description="add", unit="numbers"))
+    [1, 2]
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)  # type: ignore[arg-type]  # hasattr says so
+    if _reporter.get() is None:
+        yield from iterable
+        return
+    with task(total=total, description=description, unit=unit) as running:
+        for item in iterable:
+            yield item
+            running.advance()
+
+
+@contextlib.contextmanager
+def shown(reporter: Reporter | None = None, console: Console | None = None) -> Iterator[None]:
+    """Show the progress of everything inside: bars on a terminal, a line every ten seconds in a log.
+
+    Output goes to stderr, so that stdout stays for results. An inner `shown()` leaves the outer one in charge.
+    """
+    if _reporter.get() is not None and reporter is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        token = _reporter.set(reporter or stack.enter_context(_default_reporter(console)))
+        try:
+            yield
+        finally:
+            _reporter.reset(token)
+
+
+@contextlib.contextmanager
+def _default_reporter(console: Console | None) -> Iterator[Reporter]:
+    from rich.console import Console as RichConsole
+
+    console = console or RichConsole(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        yield LineReporter(console)
+        return
+    bars = BarReporter(console)
+    try:
+        yield bars
+    finally:
+        bars.close()
+
+
+class BarReporter:
+    """Rich bars: percentage, rate in the task's unit, time gone and time left."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskProgressColumn, TextColumn
+        from rich.progress import Task as RichTask
+        from rich.text import Text
+
+        class Pace(ProgressColumn):
+            """Rate and time left, in words."""
+
+            def render(self, task: RichTask) -> Text:
+                """One cell."""
+                text = _pace(task.completed, task.total, task.elapsed or 0.0, str(task.fields["unit"]))
+                return Text(text, style="cyan")
+
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+            TaskProgressColumn(), Pace(), console=console, transient=True,
+        )
+
+    def start(self, description: str, total: int | None, unit: str) -> Any:
+        """Add a bar, and begin drawing with the first."""
+        self._progress.start()
+        return self._progress.add_task(description, total=total, unit=unit)
+
+    def advance(self, handle: Any, amount: int) -> None:
+        """Move the bar."""
+        self._progress.advance(handle, amount)
+
+    def stop(self, handle: Any) -> None:
+        """Remove the bar and leave one line that says how long it took."""
+        done = next(task for task in self._progress.tasks if task.id == handle)
+        line = _closing_line(done.description, done.completed, done.elapsed or 0.0, str(done.fields["unit"]))
+        self._progress.remove_task(handle)
+        if (done.elapsed or 0.0) >= 1.0:
+            self._progress.console.print(line, markup=False, highlight=False, style="dim")
+        if not self._progress.tasks:
+            self._progress.stop()
+
+    def close(self) -> None:
+        """Stop drawing."""
+        self._progress.stop()
+
+
+class _Running:
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done = 0
+        self.started = self.said = time.monotonic()
+
+
+class LineReporter:
+    """Plain lines for logs, at most one every ten seconds per task and one at its end."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def start(self, description: str, total: int | None, unit: str) -> Any:
+        """Begin counting; nothing is written yet."""
+        return _Running(description, total, unit)
+
+    def advance(self, handle: Any, amount: int) -> None:
+        """Count, and write a line if the last one is old."""
+        handle.done += amount
+        now = time.monotonic()
+        if now - handle.said >= SECONDS_BETWEEN_LINES:
+            handle.said = now
+            self._say(f"{handle.description}: {_pace(handle.done, handle.total, now - handle.started, handle.unit)}")
+
+    def stop(self, handle: Any) -> None:
+        """Write the closing line of a task that took a second or more."""
+        seconds = time.monotonic() - handle.started
+        if seconds >= 1.0:
+            self._say(_closing_line(handle.description, handle.done, seconds, handle.unit))
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _pace(done: float, total: float | None, seconds: float, unit: str) -> str:
+    """How far, how fast, how long still.
+
+    >>> _pace(50, 200, 10.0, "tokens")  # 5 a second, 150 to go
+    '50/200 tokens, 5.0 tokens/s, 30 s left'
+    """
+    rate = done / seconds if seconds > 0 else 0.0
+    parts = [f"{done:,.0f}/{total:,.0f} {unit}" if total is not None else f"{done:,.0f} {unit}"]
+    if rate > 0:
+        parts.append(f"{rate:,.0f} {unit}/s" if rate >= 100 else f"{rate:.1f} {unit}/s")
+        if total is not None:
+            parts.append(f"{clock(max(0.0, total - done) / rate)} left")
+    return ", ".join(parts)
+
+
+def _closing_line(description: str, done: float, seconds: float, unit: str) -> str:
+    return f"{description}: {done:,.0f} {unit} in {clock(seconds)}"
+
+
+def clock(seconds: float) -> str:
+    """A duration that people read.
+
+    >>> clock(4.2), clock(75), clock(3700)
+    ('4 s', '1 min 15 s', '1 h 1 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
