@@ -6,17 +6,19 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
+Number = int | float
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a log (no terminal) gets a line."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Where progress goes."""
 
@@ -192,7 +194,7 @@ class LineReporter:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _pace(done: float, total: float | None, seconds: float, unit: str) -> str:
+def _pace(done: Number, total: Number | None, seconds: Number, unit: str) -> str:
     """How far, how fast, how long still.
 
     >>> _pace(50, 200, 10.0, "tokens")  # 5 a second, 150 to go
@@ -207,11 +209,11 @@ def _pace(done: float, total: float | None, seconds: float, unit: str) -> str:
     return ", ".join(parts)
 
 
-def _closing_line(description: str, done: float, seconds: float, unit: str) -> str:
+def _closing_line(description: str, done: Number, seconds: Number, unit: str) -> str:
     return f"{description}: {done:,.0f} {unit} in {clock(seconds)}"
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: Number) -> str:
     """A duration that people read.
 
     >>> clock(4.2), clock(75), clock(3700)

@@ -13,7 +13,7 @@ import secrets
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from workbench.errors import (
@@ -202,7 +202,7 @@ def _decode_plain(cls: Any, data: Any, where: str) -> Any:
         return data
     if cls is int and isinstance(data, int) and not isinstance(data, bool):
         return data
-    if isinstance(cls, type) and issubclass(cls, os.PathLike) and isinstance(data, str):
+    if isinstance(cls, type) and issubclass(cls, PurePath) and isinstance(data, str):
         return Path(data)
     if isinstance(cls, type) and issubclass(cls, enum.Enum):
         try:

@@ -46,7 +46,9 @@ class Estimate:
 def _finite(values: Values, name: str) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
-        raise DegenerateInputError(f"{name}: asked for an interval over shape {array.shape}; needs a non-empty 1-d array.")
+        raise DegenerateInputError(
+            f"{name}: asked for an interval over shape {array.shape}; needs a non-empty 1-d array."
+        )
     if not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
         raise InvalidInputError(f"{name}: {bad} of {array.size} values are not finite. Remove or mend them first.")
@@ -80,7 +82,12 @@ def bootstrap_mean(
 
 
 def bootstrap_ratio(
-    numerator: Values, denominator: Values, *, unit: str = "rows", seed: int = 0, resamples: int = 2000,
+    numerator: Values,
+    denominator: Values,
+    *,
+    unit: str = "rows",
+    seed: int = 0,
+    resamples: int = 2000,
     level: float = 0.95,
 ) -> Estimate:
     """Ratio of sums with a percentile bootstrap interval; numerator and denominator are resampled together.

@@ -109,7 +109,9 @@ class TokenBatch:
 
     def __repr__(self) -> str:
         shown = "; ".join("|".join(row[:12]) + ("|…" if len(row) > 12 else "") for row in self.str_tokens[:3])
-        return f"TokenBatch({len(self)} rows, {self.n_tokens} tokens, width {self.ids.shape[1]}: {shown!r}; {self.note})"
+        return (
+            f"TokenBatch({len(self)} rows, {self.n_tokens} tokens, width {self.ids.shape[1]}: {shown!r}; {self.note})"
+        )
 
     def _repr_html_(self) -> str:
         rows = "".join(

@@ -46,7 +46,7 @@ class BaseCommand:
         if self.json:
             from workbench.records import to_jsonable
 
-            stdout.write(json.dumps(to_jsonable(summary), ensure_ascii=False, allow_nan=False) + "\n")
+            stdout.write(json.dumps(to_jsonable(summary), allow_nan=False) + "\n")
             stdout.flush()
             return
         from rich.console import Console
@@ -54,7 +54,7 @@ class BaseCommand:
         console = Console(file=stdout, soft_wrap=True)
         for line in lines:
             shown = _harmless(line) if isinstance(line, str) else line
-            console.print(shown, markup=False, highlight=False)
+            console.print(shown, markup=False, highlight=False, emoji=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,10 @@ class Command(BaseCommand):
 
 
 def _harmless(line: str) -> str:
-    """Escape codes made visible: a token must not be able to drive the terminal.
+    """Escape codes and halves of characters made visible: a token must not drive the terminal or stop the output.
 
-    >>> _harmless("a" + chr(27) + "[2J")
-    'a␛[2J'
+    >>> _harmless("a" + chr(27) + "[2J" + chr(0xdc80))
+    'a␛[2J�'
     """
-    return "".join(
-        chr(0x2400 + ord(char)) if ord(char) < 32 and char not in "\n\t" else char for char in line
-    ).replace("\x7f", "␡")
+    shown = (chr(0x2400 + ord(char)) if ord(char) < 32 and char not in "\n\t" else char for char in line)
+    return "".join("�" if 0xD800 <= ord(char) <= 0xDFFF else char for char in shown).replace("\x7f", "␡")

@@ -164,10 +164,12 @@ def auc_lower(low: np.ndarray, high: np.ndarray) -> float:
 def held_out_values(
     indicator: str, matrices: TokenMatrices, outer: RowFacts, values: np.ndarray, reference: Sequence[int]
 ) -> np.ndarray:
-    """The indicator of each reference row with that row left out of the reference mean."""
+    """The indicator of each reference row with that row left out of the reference mean; nan if it is the only one."""
     ids = list(reference)
-    if indicator == "I_in" or len(ids) < 2:
+    if indicator == "I_in":
         return values[ids]
+    if len(ids) < 2:
+        return np.full(len(ids), np.nan)
     total = matrices.E_out.rows(ids).double().sum(0)
     rows = matrices.E_out.rows(ids[:: -(-len(ids) // _MAX_HELD_OUT)])
     means = ((total - rows.double()) / (len(ids) - 1)).float()
@@ -178,10 +180,11 @@ def held_out_values(
     return np.array([float(cosine_distance(row[None], mean)[0]) for row, mean in pairs])
 
 
-def pick(measured: Sequence[Separation], asked: str | None = None) -> tuple[str | None, str]:
+def pick(measured: Sequence[Separation], asked: str | None = None, insist: bool = False) -> tuple[str | None, str]:
     """The indicator to rank by, and why: the first of `INDICATORS` that no other clearly beats.
 
-    Returns None, with the reason, if none separates with an AUC of at least `ENOUGH`.
+    Returns None, with the reason, if none separates with an AUC of at least `ENOUGH`; with `insist` (the user named
+    the reference) the first one, with the warning that nothing confirms it.
     """
     known = {s.indicator: s for s in measured}
     if asked is not None:
@@ -193,6 +196,9 @@ def pick(measured: Sequence[Separation], asked: str | None = None) -> tuple[str 
         return asked, f"{asked} as asked; held-out AUC {known[asked].auc:.4f}"
     table = ", ".join(f"{s.indicator} {s.auc:.4f}" for s in measured)
     good = [known[name] for name in INDICATORS if name in known and known[name].auc >= ENOUGH]
+    if not good and insist and known:
+        first = next(name for name in INDICATORS if name in known)
+        return first, f"{first}, because the reference was given; NOT CONFIRMED by a held-out AUC ({table})"
     if not good:
         return None, f"no indicator separates the unused rows from ordinary tokens (AUC: {table or 'none measured'})"
     best = max(s.auc for s in good)

@@ -19,7 +19,10 @@ BLOCK_ROWS = 16_384
 
 _INPUT = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "token_embd", "embedding", "embeddings")
 _OUTPUT = ("lm_head", "embed_out", "output", "ff_out", "output_layer")
-_NOT_TEXT = ("vision", "visual", "audio", "image", "per_layer", "position", "mtp", "draft", "token_type", "speech")
+_NOT_TEXT = (
+    "vision", "visual", "audio", "image", "speech", "per_layer", "position", "token_type", "mtp", "draft",
+    ".layers.", ".h.", ".blocks.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +98,8 @@ def in_folder(folder: Path) -> TokenMatrices:
     names = _tensor_files(folder)
     config = _config(folder)
     E_in = _safetensors(names, _choose(names, _INPUT, folder))
-    output = _choose(names, _OUTPUT, folder, width=E_in.width, optional=True)
+    heads = _candidates(names, _OUTPUT, E_in.width)
+    output = _choose(names, _OUTPUT, folder, E_in.width) if heads else None
     bias_name = f"{output or 'lm_head.weight'}".removesuffix("weight") + "bias"
     bias = _vector(names[bias_name], bias_name) if bias_name in names else None
     says = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
@@ -217,22 +221,24 @@ def _load(path: Path) -> dict[str, Any]:
         raise CorruptFileError(f"{path} is not valid JSON ({error}). Fetch it again.") from error
 
 
-def _choose(
-    names: dict[str, Path], kinds: tuple[str, ...], folder: Path, width: int | None = None, optional: bool = False
-) -> str | None:
-    """The one tensor whose module has one of the names; vision, audio, position and per-layer tables do not count."""
-    fits = [
-        name for name in names
-        if name.endswith(".weight") and name.split(".")[-2] in kinds and not any(bad in name for bad in _NOT_TEXT)
-    ]  # fmt: skip
-    fits = [name for name in fits if ".layers." not in name and ".h." not in name and ".blocks." not in name]
-    if width is not None:
-        fits = [name for name in fits if _safetensors(names, name).width == width]
-    if len(fits) == 1 or (not fits and optional):
-        return fits[0] if fits else None
-    best = sorted(fits, key=lambda name: (kinds.index(name.split(".")[-2]), len(name)))
-    if len(fits) > 1 and kinds.index(best[0].split(".")[-2]) < kinds.index(best[1].split(".")[-2]):
-        return best[0]
+def _candidates(names: dict[str, Path], kinds: tuple[str, ...], width: int | None) -> list[str]:
+    """Tensors whose module has one of the names, best first; vision, audio, position and per-layer tables do not count."""
+    fits = [name for name in names if name.endswith(".weight") and name.split(".")[-2:][0] in kinds]
+    fits = [name for name in fits if not any(bad in name for bad in _NOT_TEXT)]
+    fits = [name for name in fits if width is None or _safetensors(names, name).width == width]
+    return sorted(fits, key=lambda name: (kinds.index(name.split(".")[-2:][0]), len(name)))
+
+
+def _choose(names: dict[str, Path], kinds: tuple[str, ...], folder: Path, width: int | None = None) -> str:
+    """The one tensor that fits; of several kinds the one listed first.
+
+    Raises:
+        UnknownNameError: if none fits, or two of the same kind do.
+    """
+    fits = _candidates(names, kinds, width)
+    kind = [name.split(".")[-2:][0] for name in fits]
+    if len(fits) == 1 or (len(fits) > 1 and kind[0] != kind[1]):
+        return fits[0]
     raise UnknownNameError(
         f"{folder}: looked for one {' or '.join(kinds)} matrix and found {len(fits)} ({_some(fits) or 'none'}) among "
         f"{len(names)} tensors ({_some(names)}). Load the model with load_model and scan that object."

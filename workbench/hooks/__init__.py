@@ -1,0 +1,1 @@
+"""Reading and writing activations at named sites of an unmodified model."""

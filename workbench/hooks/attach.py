@@ -16,14 +16,16 @@ Fn = Callable[[Tensor], Tensor | None]
 _INPUT_NAMES = ("hidden_states", "x", "input")
 
 
-def _checked(point: Point, before: Tensor, after: Tensor | None) -> Tensor | None:
+def _checked(point: Point, before: Tensor, after: object) -> Tensor | None:
     """The hook's return value, or an error that says how it differs from what the model needs."""
     if after is None or after is before:
         return None
     if not isinstance(after, Tensor):
         raise EditError(f"Edit at {point.site} returned {type(after).__name__}; return a tensor or None.")
     if after.shape != before.shape:
-        raise EditError(f"Edit at {point.site} returned shape {tuple(after.shape)}; the model has {tuple(before.shape)}.")
+        raise EditError(
+            f"Edit at {point.site} returned shape {tuple(after.shape)}; the model has {tuple(before.shape)}."
+        )
     if after.dtype != before.dtype:
         raise EditError(f"Edit at {point.site} returned {after.dtype}; the model has {before.dtype}. Cast it back.")
     if not torch.isfinite(after).all() and torch.isfinite(before).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,10 +71,8 @@ def capture(
         return fn
 
     with torch.set_grad_enabled(grad), attached([(point, read(point)) for point in dict.fromkeys(points)]):
-        try:
+        with contextlib.suppress(_Enough):
             hf(**{"use_cache": False, **inputs})
-        except _Enough:
-            pass
     silent = [str(point.site) for point in points if point.site not in found]
     if silent:
         raise EditError(f"Nothing was captured at {', '.join(silent)}: the model never ran that module.")

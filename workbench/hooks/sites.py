@@ -191,14 +191,14 @@ def build_site_map(hf: nn.Module) -> SiteMap:
             width = None if weight is None else next((s for s in weight.shape if s != d_model), d_model)
             put(Site(kind, layer), found, f"{prefix}.{parent[0]}" if parent else prefix, "in", width)
         ln2 = _child(block, subs.get("ln2"))
-        if _is_parallel(hf, block, components["blocks"]):
+        if _is_parallel(hf, components["blocks"]):
             missing[Site("resid_mid", layer)] = "its blocks are parallel: attention and MLP read the same stream"
         else:
             put(Site("resid_mid", layer), ln2, prefix, "in", d_model)
     return SiteMap(points, missing, len(blocks))
 
 
-def _is_parallel(hf: nn.Module, block: nn.Module, bridge: Any) -> bool:
+def _is_parallel(hf: nn.Module, bridge: Any) -> bool:
     config: Any = hf.config
     flags = ("use_parallel_residual", "parallel_attn", "parallel_residual")
     for flag in flags:

@@ -49,7 +49,9 @@ def _vector(value: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(value).all()):
         raise InvalidInputError(f"{name}: the vector of shape {tuple(value.shape)} holds non-finite values.")
     if not bool((value != 0).any()):
-        raise DegenerateInputError(f"{name}: the vector of shape {tuple(value.shape)} is zero, so nothing would be edited.")
+        raise DegenerateInputError(
+            f"{name}: the vector of shape {tuple(value.shape)} is zero, so nothing would be edited."
+        )
     return value
 
 
@@ -139,8 +141,8 @@ class Map(Op):
         return self.fn(h)
 
 
-def _features(sae: Any, features: Sequence[int]) -> Tensor:
-    ids = torch.as_tensor(list(features), dtype=torch.long)
+def _features(sae: Any, features: Sequence[int] | Tensor) -> Tensor:
+    ids = torch.as_tensor(features, dtype=torch.long)
     d_sae = sae.W_dec.shape[0]
     if ids.numel() == 0:
         raise DegenerateInputError("No SAE feature given, so nothing would be edited.")
@@ -154,7 +156,6 @@ class _SAEOp(Op):
     """Shared by the SAE edits: `x + sum_f (a'_f - a_f) W_dec[f]`, so the SAE's error is kept."""
 
     sae: Any
-    features: Tensor
 
     @property
     def width(self) -> int | None:

@@ -44,7 +44,9 @@ class Intervention:
             UnknownSiteError: if there is no such kind of site.
         """
         if not isinstance(op, Op):
-            raise InvalidInputError(f"Intervention.at: {type(op).__name__} is not an op; give Add(vector), SAEAblate(...).")
+            raise InvalidInputError(
+                f"Intervention.at: {type(op).__name__} is not an op; give Add(vector), SAEAblate(...)."
+            )
         return cls((Edit(Site.parse(site), op, scope or All()),))
 
     def __add__(self, other: Intervention) -> Intervention:
@@ -112,7 +114,9 @@ class _Tally:
         tokens = int(self.tokens)
         n = max(tokens, 1)
         share = float(self.applied) / float(self.before) if float(self.before) else 0.0
-        return EditReport(str(edit), str(edit.site), self.fired, tokens, float(self.intended) / n, float(self.applied) / n, share)
+        return EditReport(
+            str(edit), str(edit.site), self.fired, tokens, float(self.intended) / n, float(self.applied) / n, share
+        )
 
 
 class Plan:
@@ -127,14 +131,18 @@ class Plan:
 
     def __init__(self, hf: nn.Module, sites: SiteMap, intervention: Intervention) -> None:
         if not intervention.edits:
-            raise DegenerateInputError("plan(Intervention()): there is no edit in it. Add one with Intervention.at(...).")
+            raise DegenerateInputError(
+                "plan(Intervention()): there is no edit in it. Add one with Intervention.at(...)."
+            )
         self._hf, self._intervention = hf, intervention
         self._by_point: dict[Point, list[tuple[Edit, _Tally]]] = {}
         self._tallies: list[tuple[Edit, _Tally]] = []
         for edit in intervention.edits:
             point = sites[edit.site]
             if point.width is not None and edit.op.width not in (None, point.width):
-                raise ShapeError(f"{edit}: the op is for width {edit.op.width}; site {edit.site} has width {point.width}.")
+                raise ShapeError(
+                    f"{edit}: the op is for width {edit.op.width}; site {edit.site} has width {point.width}."
+                )
             entry = (edit, _Tally())
             self._tallies.append(entry)
             self._by_point.setdefault(point, []).append(entry)
@@ -175,13 +183,15 @@ class Plan:
         for edit, tally in self._tallies:
             done = tally.report(edit)
             if done.fired == 0:
-                raise EditError(f"{edit}: the hook never ran. Nothing was edited; was the model called inside the block?")
+                raise EditError(
+                    f"{edit}: the hook never ran. Nothing was edited; was the model called inside the block?"
+                )
             if done.tokens == 0:
                 raise EditError(f"{edit}: no token was in scope in {done.fired} forward passes, so nothing was edited.")
             if done.mean_norm_applied == 0 and edit.op.must_change:
                 raise EditError(
-                    f"{edit}: {done.tokens} tokens met the edit, but the change of mean norm {done.mean_norm_intended:.3g} "
-                    "was lost in rounding to the model's dtype. Use a larger strength or load the model in float32."
+                    f"{edit}: {done.tokens} tokens met the edit, but the change of mean norm "
+                    f"{done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. Use a larger strength or load the model in float32."
                 )
 
     def _begin_step(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -196,7 +206,9 @@ class Plan:
         if mask is None:
             mask = torch.ones(batch, past + width, dtype=torch.bool, device=source.device)
         elif mask.ndim != 2:
-            raise EditError(f"attention_mask has shape {tuple(mask.shape)}; edits need the (batch, pos) mask to know padding.")
+            raise EditError(
+                f"attention_mask has shape {tuple(mask.shape)}; edits need the (batch, pos) mask to know padding."
+            )
         if past == 0 and not self._continues(ids):
             self._prompt_width = width
         elif self._prompt_width == 0:

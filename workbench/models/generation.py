@@ -130,7 +130,10 @@ def preallocated_cache(config: Any, width: int) -> Any:
 
 @torch.no_grad()
 def sample(
-    hf: Any, batch: TokenBatch, options: Sampling, rows: Int[Tensor, " batch"],
+    hf: Any,
+    batch: TokenBatch,
+    options: Sampling,
+    rows: Int[Tensor, " batch"],
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Int[Tensor, "batch new"], Float[Tensor, "batch new"]]:
     """New token ids and their log-probabilities; rows that have stopped are filled with the last stop token.

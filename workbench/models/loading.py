@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,13 +14,16 @@ from workbench.errors import InvalidInputError, MissingFileError, ModelUnavailab
 from workbench.models.embedded import cache_dir, convert_gguf, embedded_folder
 from workbench.models.model import Model
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(
-    name: str | Path = "embedded", *, dtype: DType | torch.dtype = "auto", device: str = "auto",
-    revision: str | None = None, check: bool = True,
+    name: str | Path = "embedded",
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    check: bool = True,
 ) -> Model:
     """A model ready for reading, editing and generating.
 
@@ -50,8 +53,17 @@ def load_model(
     return model
 
 
+def load_tokenizer(name: str | Path = "embedded", *, revision: str | None = None) -> Any:
+    """The tokenizer of a model, without loading the model. Same names and errors as `load_model`."""
+    return _tokenizer(str(_folder(str(name)) or name), revision)
+
+
 def _short_name(name: str | Path) -> str:
-    return Path(name).stem if Path(name).suffix == ".gguf" else (Path(name).resolve().name if Path(name).exists() else str(name))
+    return (
+        Path(name).stem
+        if Path(name).suffix == ".gguf"
+        else (Path(name).resolve().name if Path(name).exists() else str(name))
+    )
 
 
 def _folder(name: str) -> Path | None:
@@ -63,12 +75,16 @@ def _folder(name: str) -> Path | None:
         return _converted(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise MissingFileError(f"{path} is not a model folder: it has no config.json. Name a folder made by save_pretrained.")
+            raise MissingFileError(
+                f"{path} is not a model folder: it has no config.json. Name a folder made by save_pretrained."
+            )
         return path
     if path.exists():
         raise InvalidInputError(f"{path} is neither a model folder nor a .gguf file.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise MissingFileError(f"There is no model {name!r}. Give 'embedded', a folder, a .gguf file or a hub id such as org/name.")
+        raise MissingFileError(
+            f"There is no model {name!r}. Give 'embedded', a folder, a .gguf file or a hub id such as org/name."
+        )
     return None
 
 
@@ -86,18 +102,31 @@ def _converted(gguf: Path) -> Path:
 
 
 def _from_pretrained(where: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    with _loading(where):
+        hf = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=revision, trust_remote_code=False)
+    return hf, _tokenizer(where, revision)
+
+
+def _tokenizer(where: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    with _loading(where):
+        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _loading(where: str) -> Iterator[None]:
+    """Turns the errors of transformers into one sentence."""
     try:
         with _quiet():
-            hf = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=revision, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+            yield
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelUnavailableError(
             f"Model {where!r} could not be loaded: {first} Check the name, or download it first and name its folder."
         ) from error
-    return hf, tokenizer
 
 
 @contextlib.contextmanager
@@ -122,7 +151,7 @@ def _pick_device(device: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _pick_dtype(dtype: DType | torch.dtype, device: str) -> torch.dtype:
+def _pick_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -137,11 +166,11 @@ def bf16_speedup(repeats: int = 3) -> float:
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        a @ b
+        torch.mm(a, b)
         laps = []
         for _ in range(repeats):
             start = time.perf_counter()
-            a @ b
+            torch.mm(a, b)
             laps.append(time.perf_counter() - start)
         times[dtype] = min(laps)
     return times[torch.float32] / times[torch.bfloat16]
@@ -158,6 +187,7 @@ def _check_memory(folder: Path, dtype: torch.dtype, device: str) -> None:
     need = int(size * (1.2 if dtype == torch.float32 else 1.5))
     if need > have:
         raise ResourceError(
-            f"Loading {folder.name} as {dtype} needs about {need / 2**30:.1f} GiB of memory; {have / 2**30:.1f} GiB are free. "
+            f"Loading {folder.name} as {dtype} needs about {need / 2**30:.1f} GiB of memory; "
+            f"{have / 2**30:.1f} GiB are free. "
             "Close other programs, choose dtype='bfloat16', or a smaller model."
         )

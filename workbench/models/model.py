@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.hooks.capture import Activations, capture
-from workbench.hooks.sites import Site, SiteMap, build_site_map
+from workbench.hooks.sites import Site, build_site_map
 from workbench.interventions.plan import Intervention, Plan
 from workbench.models.generation import Generation, Sampling, sample
 from workbench.models.selfcheck import CheckReport, self_check
@@ -71,14 +72,19 @@ class Model:
     @property
     def n_ctx(self) -> int:
         """Longest sequence the model was made for."""
-        return int(getattr(self.hf.config, "max_position_embeddings", 0) or getattr(self.hf.config, "n_positions", 2048))
+        return int(
+            getattr(self.hf.config, "max_position_embeddings", 0) or getattr(self.hf.config, "n_positions", 2048)
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits that tell this model from others: its config and a sample of every weight."""
         digest = hashlib.sha256()
         config = self.hf.config.to_dict()
-        kept = {k: config.get(k) for k in ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")}
+        kept = {
+            k: config.get(k)
+            for k in ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
+        }
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
         for name, parameter in sorted(self.hf.named_parameters()):
             flat = parameter.detach().flatten()
@@ -121,7 +127,9 @@ class Model:
             return batch.to(self.device)
         if isinstance(batch, Tensor):
             if batch.ndim != 2 or batch.dtype != torch.long:
-                raise ShapeError(f"Token ids have shape {tuple(batch.shape)} and {batch.dtype}; give (batch, pos) int64.")
+                raise ShapeError(
+                    f"Token ids have shape {tuple(batch.shape)} and {batch.dtype}; give (batch, pos) int64."
+                )
             return TokenBatch.of_rows(batch.to(self.device))
         return self.tokens(batch)
 
@@ -142,7 +150,9 @@ class Model:
         if keep not in ("last", "all"):
             raise InvalidInputError(f"logits(keep={keep!r}): use 'last' or 'all'.")
         if keep == "last" and not bool(tokens.mask[:, -1].all()):
-            raise InvalidInputError("logits(keep='last') needs left padding; the last column of this batch holds padding.")
+            raise InvalidInputError(
+                "logits(keep='last') needs left padding; the last column of this batch holds padding."
+            )
         out = self.hf(**self._inputs(tokens), use_cache=False, logits_to_keep=int(keep == "last")).logits.float()
         return out[:, -1] if keep == "last" else out
 
@@ -162,7 +172,10 @@ class Model:
         logits = self.hf(**self._inputs(tokens), use_cache=False).logits
         target = tokens.ids[:, 1:]
         loss = torch.stack(
-            [nn.functional.cross_entropy(z[:-1].float(), t, reduction="none") for z, t in zip(logits, target, strict=True)]
+            [
+                nn.functional.cross_entropy(z[:-1].float(), t, reduction="none")
+                for z, t in zip(logits, target, strict=True)
+            ]
         )
         return loss.masked_fill(~(tokens.mask[:, 1:] & tokens.mask[:, :-1]), float("nan"))
 
@@ -176,8 +189,14 @@ class Model:
         return Plan(self.hf, self._sites, intervention)
 
     def generate(
-        self, prompts: TokenBatch | Texts, max_new_tokens: int = 40, *, intervention: Intervention | None = None,
-        seed: int = 0, temperature: float = 1.0, batch_size: int = 128,
+        self,
+        prompts: TokenBatch | Texts,
+        max_new_tokens: int = 40,
+        *,
+        intervention: Intervention | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+        batch_size: int = 128,
     ) -> Generation:
         """Continuations of the prompts; with an intervention, every forward pass is edited.
 
@@ -207,7 +226,12 @@ class Model:
         return Generation(texts, tuple(ids), tuple(logprobs), tuple(reports))
 
     def sample(
-        self, prompt_ids: Int[Tensor, "rows pos"], new_tokens: int, *, seed: int = 0, temperature: float = 1.0,
+        self,
+        prompt_ids: Int[Tensor, "rows pos"],
+        new_tokens: int,
+        *,
+        seed: int = 0,
+        temperature: float = 1.0,
         first_row: int = 0,
     ) -> Int[Tensor, "rows new"]:
         """Exactly `new_tokens` sampled ids per row, going on after stop tokens; rows are numbered from `first_row`."""
@@ -220,7 +244,9 @@ class Model:
         """Token ids that end a text."""
         eos = getattr(self.hf.generation_config, "eos_token_id", None)
         found = [eos] if isinstance(eos, int) else list(eos or [])
-        return tuple(dict.fromkeys([*found, *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])]))
+        return tuple(
+            dict.fromkeys([*found, *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])])
+        )
 
     def _length(self, row: Int[Tensor, " new"]) -> int:
         hits = torch.isin(row, torch.tensor(self.stop_ids, device=row.device)).nonzero()
@@ -247,10 +273,19 @@ class Model:
     def to_transformer_lens(self) -> Any:
         """A TransformerLens `TransformerBridge` on a copy of the model; this model is left as it is."""
         from transformer_lens.model_bridge import TransformerBridge
+        from transformers import AutoTokenizer
 
-        return TransformerBridge.boot_transformers(
-            self.name, hf_model=copy.deepcopy(self.hf), tokenizer=self.tokenizer, device=str(self.device), dtype=self.dtype
-        )
+        # TransformerLens re-reads the tokenizer from the path it was loaded from, so it gets one.
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            return TransformerBridge.boot_transformers(
+                self.name,
+                hf_model=copy.deepcopy(self.hf),
+                tokenizer=tokenizer,
+                device=str(self.device),
+                dtype=self.dtype,
+            )
 
     def __repr__(self) -> str:
         return (

@@ -83,14 +83,14 @@ def self_check(hf: Any, sites: SiteMap) -> CheckReport:
     everything = list(sites.points)
     acts = capture(hf, sites, inputs, everything)
     tolerance = 8 * torch.finfo(next(hf.parameters()).dtype).eps
-    checks, withdrawn = _identities(hf, sites, acts, tolerance)
+    checks, withdrawn = _identities(sites, acts, tolerance)
     remaining = sites.without(withdrawn)
     checks += _perturbations(hf, remaining, inputs)
     checks.append(_gradients(hf, remaining, inputs))
     return CheckReport(tuple(checks), withdrawn)
 
 
-def _identities(hf: Any, sites: SiteMap, acts: Activations, tolerance: float) -> tuple[list[Check], dict[Site, str]]:
+def _identities(sites: SiteMap, acts: Activations, tolerance: float) -> tuple[list[Check], dict[Site, str]]:
     checks: list[Check] = []
     withdrawn: dict[Site, str] = {}
     worst = {"block": 0.0, "stream": 0.0}
@@ -102,7 +102,11 @@ def _identities(hf: Any, sites: SiteMap, acts: Activations, tolerance: float) ->
         if layer:
             stream = _error(acts[f"resid_pre.{layer}"], acts[f"resid_post.{layer - 1}"])
             worst["stream"] = max(worst["stream"], stream)
-    checks.append(Check("resid_post of each block is resid_pre of the next", worst["stream"] <= tolerance, f"{worst['stream']:.2g}"))
+    checks.append(
+        Check(
+            "resid_post of each block is resid_pre of the next", worst["stream"] <= tolerance, f"{worst['stream']:.2g}"
+        )
+    )
     checks.append(
         Check("resid_pre + attn_out + mlp_out == resid_post where those sites are offered", worst["block"] <= tolerance,
               f"largest relative error {worst['block']:.2g}")
@@ -113,7 +117,9 @@ def _identities(hf: Any, sites: SiteMap, acts: Activations, tolerance: float) ->
         with torch.no_grad():
             again = unembed(norm(acts[last]))
         error = _error(again, acts["logits"])
-        checks.append(Check("unembed(final_norm(last resid_post)) == logits", error <= tolerance, f"relative error {error:.2g}"))
+        checks.append(
+            Check("unembed(final_norm(last resid_post)) == logits", error <= tolerance, f"relative error {error:.2g}")
+        )
     return checks, withdrawn
 
 
@@ -162,7 +168,9 @@ def _perturbations(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor]) -> lis
             with attached([(point, push)]):
                 changed = hf(**inputs, use_cache=False).logits
             shift = float((changed - clean).float().abs().max())
-            checks.append(Check(f"perturbing {point.site} changes the logits", shift > 0, f"largest change {shift:.3g}"))
+            checks.append(
+                Check(f"perturbing {point.site} changes the logits", shift > 0, f"largest change {shift:.3g}")
+            )
         if not torch.equal(hf(**inputs, use_cache=False).logits, clean):
             checks.append(Check("logits are bit-equal after the hooks are gone", False, "they differ"))
     return checks
@@ -188,4 +196,6 @@ def _gradients(hf: nn.Module, sites: SiteMap, inputs: Mapping[str, Tensor]) -> C
     if missing:
         raise EditError(f"self_check: the hooks at {', '.join(missing)} never ran.")
     dead = [name for name, leaf in leaves.items() if leaf.grad is None or not bool((leaf.grad != 0).any())]
-    return Check(f"gradients reach {len(leaves)} kinds of site", not dead, "all" if not dead else f"not {', '.join(dead)}")
+    return Check(
+        f"gradients reach {len(leaves)} kinds of site", not dead, "all" if not dead else f"not {', '.join(dead)}"
+    )

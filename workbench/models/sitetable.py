@@ -54,11 +54,15 @@ class SiteTable:
         head = ("site", "shape", "layers", "module (first)", "why not")
         body = [(r.name, r.shape, r.layers, r.module, r.why_not) for r in self.rows]
         widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body])
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body]
+        )
 
     def _repr_html_(self) -> str:
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in (r.name, r.shape, r.layers, r.module, r.why_not)) + "</tr>"
+            "<tr>"
+            + "".join(f"<td>{html.escape(c)}</td>" for c in (r.name, r.shape, r.layers, r.module, r.why_not))
+            + "</tr>"
             for r in self.rows
         )
         return f"<table><tr><th>site<th>shape<th>layers<th>module<th>why not</tr>{body}</table>"

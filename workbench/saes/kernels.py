@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -294,6 +294,3 @@ def _best_seconds(x: Tensor, W: Tensor, repeats: int = 4) -> float:
     return best
 
 
-def any_nonfinite(x: Float[Tensor, "rows d_in"]) -> Bool[Tensor, " rows"]:
-    """Which rows hold a value that is not finite."""
-    return ~torch.isfinite(x).all(dim=1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from workbench.report import Bars, Block, Cell, Histogram, Lines, Metric, Scatter, Table, Text, Tokens
+from workbench.blocks import Bars, Block, Cell, Histogram, Lines, Metric, Number, Scatter, Table, Text, Tokens
 from workbench.stats import Estimate
 from workbench.view.plots import plot_svg
 from workbench.view.text import NOT_AVAILABLE, interval, number, visible
@@ -68,7 +68,8 @@ def _(block: Table) -> Markup:
 def _(block: Any) -> Markup:
     left_out = _left_out(block)
     caption = " ".join(part for part in (block.caption, left_out) if part)
-    return _figure(Markup(plot_svg(block)), block.title, caption)  # drawn from escaped text by matplotlib
+    # matplotlib escapes the text that it draws
+    return _figure(Markup('<div class="scroll">{}</div>').format(Markup(plot_svg(block))), block.title, caption)
 
 
 @block_html.register
@@ -82,7 +83,7 @@ def _(block: Tokens) -> Markup:
     return _figure(Markup('<div class="tokens">{}</div>').format(Markup("").join(rows)), "", block.caption)
 
 
-def _token(text: str, value: float | None, largest: float) -> Markup:
+def _token(text: str, value: Number | None, largest: Number) -> Markup:
     # a line end is shown by its sign and then ends the line, as in the text that it comes from
     shown = Markup("{}{}").format(visible(text), Markup("<wbr>") * text.count("\n"))
     if value is None or not math.isfinite(value):

@@ -10,11 +10,11 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from workbench.report import Section
+from workbench.blocks import Section
 from workbench.stats import Estimate
-from workbench.view.blocks import block_html, cell_html, prose
+from workbench.view.blocks import block_html, cell_html
 from workbench.view.plots import DARK, LIGHT, colour_css
-from workbench.view.text import visible
+from workbench.view.text import sentence, visible
 
 _FOLDER = Path(__file__).parent
 
@@ -67,13 +67,15 @@ def style_css(scope: str = ":root") -> str:
         # paper is white whatever the screen is
         f"@media print {{ {scope} {{ {colour_css(LIGHT)} color-scheme: light; }} }}\n"
     )
-    return colours + (rules if scope == ":root" else f"{scope} {{\n{rules}\n}}")
+    # a notebook may be dark while the system is light: the block brings its own ground
+    ground = "background: var(--paper); color: var(--ink); padding: 1rem; border-radius: 6px; line-height: 1.5;"
+    return colours + (rules if scope == ":root" else f"{scope} {{\n{ground}\n{rules}\n}}")
 
 
 def _section_body(section: Section, level: int) -> Markup:
     parts = [Markup("<h{0}>{1}</h{0}>").format(level, visible(section.title))]
     if section.findings:
-        items = Markup("").join(Markup("<li>{}</li>").format(visible(text)) for text in section.findings)
+        items = Markup("").join(Markup("<li>{}</li>").format(sentence(text)) for text in section.findings)
         parts.append(Markup('<ul class="findings">{}</ul>').format(items))
     parts += [block_html(block) for block in section.blocks]
     if section.metrics:
@@ -116,9 +118,9 @@ def _template() -> Any:
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {
+        "sentence": lambda text: escape(sentence(str(text))),
         "visible": lambda text: escape(visible(str(text))),
         "section": lambda section: _section_body(section, 2),
-        "prose": prose,
         "moment": _moment,
     }
     return environment.from_string((_FOLDER / "report.html.jinja").read_text(encoding="utf-8"))

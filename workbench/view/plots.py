@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workbench.report import Bars, Block, Histogram, Lines, Scatter, Section
+from workbench.blocks import Bars, Block, Histogram, Lines, Number, Scatter, Section
 from workbench.stats import Estimate
 from workbench.view.text import decimals_for, number, visible
 
@@ -47,7 +47,7 @@ DARK = {
 }
 """The same roles on dark."""
 
-_RC = {
+_RC: Any = {
     "svg.hashsalt": "workbench", "svg.fonttype": "none", "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"], "font.size": 10.0, "text.parse_math": False, "text.color": _INK,
     "axes.edgecolor": _MUTED, "axes.labelcolor": _MUTED, "axes.titlecolor": _INK, "xtick.color": _MUTED,
@@ -168,8 +168,11 @@ def _nothing(axes: Axes) -> None:
     axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", va="center", color=_MUTED)
 
 
-def _as_estimate(value: Estimate | float) -> Estimate:
-    return value if isinstance(value, Estimate) else Estimate(value, value, value, 0, "exact")
+def _as_estimate(value: Estimate | Number) -> Estimate:
+    if isinstance(value, Estimate):
+        return value
+    exact = float(value)
+    return Estimate(exact, exact, exact, 0, "exact")
 
 
 def _bars(figure: Figure, block: Bars) -> None:
@@ -179,8 +182,7 @@ def _bars(figure: Figure, block: Bars) -> None:
     if not drawn:
         return _nothing(axes)
     values, lows, highs = (np.array([getattr(rows[i], end) for i in drawn]) for end in ("value", "low", "high"))
-    base = block.reference if block.reference is not None and not (0 <= values.min()) else 0.0
-    axes.barh(drawn, values - base, left=base, height=0.58, color=_colour(0), alpha=0.85, linewidth=0)
+    axes.barh(drawn, values, height=0.58, color=_colour(0), alpha=0.85, linewidth=0)
     errors = np.abs(np.stack([values - lows, highs - values]))
     axes.errorbar(values, drawn, xerr=errors, fmt="none", ecolor=_INK, elinewidth=1.1, capsize=3)
     if block.reference is not None:
@@ -190,8 +192,8 @@ def _bars(figure: Figure, block: Bars) -> None:
     places = decimals_for(*values)
     right = axes.secondary_yaxis("right")
     right.spines["right"].set_visible(False)
-    whole = all(isinstance(row.value, int) for row in rows)
-    shown = [number(row.value if whole else float(row.value), None if whole else places) for row in rows]
+    whole = all(isinstance(value, int) for value in block.values)
+    shown = [number(int(row.value)) if whole else number(row.value, places) for row in rows]
     right.set_yticks(range(len(rows)), shown)
     right.tick_params(length=0, labelcolor=_INK)
     axes.margins(x=0.04)
@@ -245,11 +247,9 @@ def _scatter(figure: Figure, block: Scatter) -> None:
         return _nothing(axes)
     size = float(np.clip(2000 / keep.sum(), 5, 28))
     axes.scatter(x[keep], y[keep], s=size, color=_colour(0), alpha=0.6, linewidth=0)
-    for i in np.flatnonzero(keep) if block.labels is not None else ():
-        if block.labels[i]:
-            axes.annotate(
-                _label(block.labels[i]), (x[i], y[i]), xytext=(4, 4), textcoords="offset points", fontsize=8.5
-            )
+    for i, label in enumerate(block.labels or ()):
+        if label and keep[i]:
+            axes.annotate(_label(label), (x[i], y[i]), xytext=(4, 4), textcoords="offset points", fontsize=8.5)
     if block.log_x:
         _log_axis(axes)
     return None
@@ -263,7 +263,7 @@ def _log_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _power(value: float) -> str:
+def _power(value: Number) -> str:
     """A tick of a log axis without mathematics markup.
 
     >>> _power(1000.0), _power(2e6), _power(0.01), _power(1e-6)
@@ -275,7 +275,7 @@ def _power(value: float) -> str:
     return f"{value:g}"
 
 
-def _floats(values: tuple[float, ...]) -> np.ndarray:
+def _floats(values: tuple[Number, ...]) -> np.ndarray:
     return np.asarray(values, dtype=np.float64)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 
-from workbench.report import Cell
+from workbench.blocks import Cell, Number
 from workbench.stats import Estimate
 
 NOT_AVAILABLE = "n/a"
@@ -38,7 +39,7 @@ def _visible_char(char: str) -> str:
     return char
 
 
-def decimals_for(*values: float) -> int:
+def decimals_for(*values: Number) -> int:
     """Decimals that give the largest of the values three significant digits, at most six.
 
     >>> decimals_for(0.918, 0.9), decimals_for(12.3), decimals_for(1234.5)
@@ -50,21 +51,38 @@ def decimals_for(*values: float) -> int:
     return min(6, max(0, 2 - math.floor(math.log10(largest))))
 
 
-def number(value: float | None, decimals: int | None = None) -> str:
-    """A number with three significant digits and thousands separators, "n/a" if there is none.
+def number(value: Number | None, decimals: int | None = None) -> str:
+    """A number with three significant digits, "n/a" if there is none; whole numbers with all their digits.
 
-    >>> number(0.12345), number(1234567), number(float("nan")), number(0.0000012)
-    ('0.123', '1,234,567', 'n/a', '1.2e-06')
+    Whole numbers get separators from six digits on: shorter ones are often ids, which are copied.
+
+    >>> number(0.12345), number(1234567), number(49152), number(float("nan")), number(0.0000012)
+    ('0.123', '1,234,567', '49152', 'n/a', '1.2e-06')
     """
     if value is None or not math.isfinite(value):
         return NOT_AVAILABLE
     if isinstance(value, int):
-        return f"{value:,}".replace("-", "−")
+        return _minus(f"{value:,}" if abs(value) >= 100_000 else str(value))
     if value != 0 and (abs(value) < 1e-4 or abs(value) >= 1e9) and decimals is None:
-        return f"{value:.2g}".replace("-", "−", 1) if value < 0 else f"{value:.2g}"
+        return _minus(f"{value:.2g}")
     places = decimals_for(value) if decimals is None else decimals
-    shown = f"{value:,.{places}f}"
-    return shown.replace("-", "−")
+    return _minus(f"{value:,.{places}f}")
+
+
+def _minus(shown: str) -> str:
+    """A leading hyphen as a minus sign, and no sign before a zero."""
+    if not shown.startswith("-"):
+        return shown
+    return "−" + shown[1:] if re.search("[1-9]", shown) else shown[1:]
+
+
+def sentence(text: str) -> str:
+    """A visible sentence whose "n = 40" stays on one line.
+
+    >>> sentence("true (n = 40 prompts)").count(chr(0xa0))
+    2
+    """
+    return re.sub(r"\bn = (?=\d)", "n\u00a0=\u00a0", visible(text))
 
 
 def interval(estimate: Estimate) -> tuple[str, str]:

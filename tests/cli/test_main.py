@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from workbench import cli
+from workbench.cli import commands as commands_module
+from workbench.cli.base import Command
+from workbench.cli.commands import CommandEntry
+from workbench.cli.page import GROUPS, help_page
+from workbench.errors import InvalidInputError, UnknownSiteError
+from workbench.report import Section
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Command):
+    """Study something, and say so.
+
+    More about it.
+    """
+
+    features: int = 20
+    """How many features to ablate at most."""
+    what: str = ""
+    """What to do."""
+
+    def __post_init__(self) -> None:
+        if self.features < 1:
+            raise InvalidInputError(f"features={self.features} is too few. Give at least 1.")
+
+    def run(self) -> None:
+        """Do it."""
+        ERRORS.get(self.what, lambda: None)()
+        sys.stdout.write("noise of another library\n")
+        self.emit({"features": self.features, "out": self.out}, [f"{self.features} [bold]features[/] :smile: \x1b[2J"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interrupted(Command):
+    """Write one step, then wait."""
+
+    def run(self) -> None:
+        """Do it."""
+        with self.start("waiting") as run:
+            run.save_step("one", Section("One"))
+            raise KeyboardInterrupt
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names its own."""
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+ERRORS = {
+    "site": lambda: _raise(UnknownSiteError("No site 'resid_pst.1'.\nDid you mean resid_post.1?")),
+    "file": lambda: open("/nowhere/at/all"),
+    "folder": lambda: os.listdir(__file__),
+    "disk": lambda: _raise(OSError(28, "No space left on device")),
+    "memory": lambda: _raise(MemoryError()),
+    "torch": lambda: _raise(OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")),
+    "cpu": lambda: _raise(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")),
+    "defect": lambda: _raise(ZeroDivisionError("ours")),
+    "stop": lambda: _raise(KeyboardInterrupt()),
+}
+
+
+@pytest.fixture(autouse=True)
+def _commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    own = {
+        "study": CommandEntry("study", __name__, "Study"),
+        "wait": CommandEntry("wait", __name__, "Interrupted"),
+        "sae train": CommandEntry("sae train", __name__, "Study"),
+        "gone": CommandEntry("gone", "experiments.no_such_module", "Gone"),
+        "half": CommandEntry("half", __name__, "NoSuchClass"),
+    }
+    monkeypatch.setattr(commands_module, "commands", lambda: own)
+    monkeypatch.setattr("workbench.cli.page.commands", lambda: own)
+    monkeypatch.delenv("WORKBENCH_DEBUG", raising=False)
+    yield
+
+
+def _failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("site", "error: No site 'resid_pst.1'. Did you mean resid_post.1?\n"),
+        ("file", "error: no such file or folder: /nowhere/at/all. Check the path.\n"),
+        ("folder", f"error: Not a directory: {__file__}.\n"),
+        ("disk", "error: No space left on device.\n"),
+        ("memory", "error: out of memory. Use a smaller model, batch or number of tokens.\n"),
+        ("torch", "error: out of memory: CUDA out of memory. Tried to allocate 2 GiB."),
+        ("cpu", "error: out of memory: DefaultCPUAllocator"),
+    ],
+)
+def test_what_a_user_can_do_wrong_is_one_line(capsys: pytest.CaptureFixture[str], what: str, said: str) -> None:
+    assert _failed(capsys, "study", "--what", what).startswith(said)
+
+
+def test_a_defect_keeps_its_traceback_and_debug_shows_all() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["study", "--what", "defect"])
+    with pytest.raises(UnknownSiteError):
+        cli.main(["study", "--what", "site", "--debug"])
+
+
+def test_debug_can_be_asked_for_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_DEBUG", "1")
+    with pytest.raises(UnknownSiteError):
+        cli.main(["study", "--what", "site"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["stduy"], "There is no command 'stduy'. Did you mean study?"),
+        (["sae", "trian"], "There is no command 'sae trian'. Did you mean sae train?"),
+        (["xyzzy"], "Known: study, wait"),
+        (["study", "--features", "x"], "invalid literal for int"),
+        (["study", "--featurs", "3"], "Unrecognized options: --featurs"),
+        (["study", "--features", "0"], "error: features=0 is too few. Give at least 1. See `workbench study --help`."),
+        (["--json", "study"], "Options come after it"),
+        (["gone"], "needs the module experiments.no_such_module"),
+        (["half"], "NoSuchClass, which does not exist"),
+        (["sae", "--json"], "is a group of commands"),
+    ],
+)
+def test_wrong_words_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert said in _failed(capsys, *arguments)
+
+
+def test_people_get_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["study", "--features", "3"]) == 0
+    assert capsys.readouterr().out == "noise of another library\n3 [bold]features[/] :smile: ␛[2J\n"
+
+
+def test_scripts_get_one_json_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sae", "train", "--features", "3", "--json", "--out", "a/b"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"features": 3, "out": "a/b"}
+    assert captured.out.count("\n") == 1
+    assert "noise" in captured.err
+
+
+def test_help_of_a_command_shows_every_field_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["study", "--help"]) == 0
+    shown = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+    for text in ("workbench study", "--features INT", "How many features to ablate at most.", "--model", "--seed",
+                 "--out", "--json", "Seed of everything random"):
+        assert text in shown
+
+
+def test_interrupting_says_what_was_kept(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["wait", "--out", str(tmp_path)]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith(f"Interrupted. Kept in {tmp_path}")
+    assert "steps one. The same command continues from there.\n" in said
+    assert cli.main(["study", "--what", "stop"]) == 130
+    assert capsys.readouterr().err == "Interrupted. No run folder was open; files already written stay.\n"
+
+
+def test_where_results_go_is_no_part_of_the_recorded_configuration(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(out=tmp_path, json=True).run()
+    config = json.loads(next(tmp_path.glob("*/config.json")).read_text())
+    assert config == {"model": "embedded", "seed": 0}
+
+
+def test_the_page_shows_summaries_and_survives_missing_modules(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    page = capsys.readouterr().out
+    assert re.search(r"^  sae train +Study something, and say so\.$", page, flags=re.MULTILINE)
+    assert re.search(r"^  gone +\(not installed\)$", page, flags=re.MULTILINE)
+    assert re.search(r"^  half +\(not installed\)$", page, flags=re.MULTILINE)
+    assert page.index("Sparse autoencoders") < page.index("More:")
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out == page
+    assert max(map(len, help_page(80).splitlines())) <= 92
+
+
+def test_a_group_alone_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sae"]) == 0
+    assert "  sae train   Study something, and say so." in capsys.readouterr().out
+
+
+def test_every_registered_command_has_a_place_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    grouped = [words for _, group in GROUPS for words in group]
+    assert len(grouped) == len(set(grouped))
+    assert set(commands_module.commands()) <= set(grouped)
+    assert "runs" in commands_module.commands()
+
+
+def test_the_page_is_quick_and_imports_nothing_heavy() -> None:
+    code = """
+import sys
+from workbench.cli import main
+assert main(["--help"]) == 0
+heavy = {"torch", "numpy", "transformers", "tyro", "rich", "experiments.demo"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=_env(), timeout=60)
+
+
+def test_ctrl_c_reaches_a_real_process_as_exit_code_130(tmp_path: Path) -> None:
+    # as typed in a terminal: the signal comes while the command works
+    code = f"""
+import sys, time
+from dataclasses import dataclass
+from workbench import cli
+from workbench.cli import commands
+from workbench.cli.base import Command
+from workbench.report import Section
+@dataclass(frozen=True, kw_only=True)
+class Wait(Command):
+    def run(self) -> None:
+        with self.start("waiting") as run:
+            run.save_step("one", Section("One"))
+            sys.stderr.write("ready\\n"); sys.stderr.flush()
+            time.sleep(60)
+commands.CommandEntry.load = lambda self: Wait
+sys.exit(cli.main(["runs", "--out", {str(tmp_path)!r}]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=_env()) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "ready\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert "Kept in" in process.stderr.read()
+        assert process.wait() == 130
+    assert next(tmp_path.glob("*/report.html")).exists()
+
+
+def _env() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}

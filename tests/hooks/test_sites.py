@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny import FAMILIES, N_LAYERS, n_hooks, tiny_model
+from workbench.errors import EditError, UnknownSiteError
+from workbench.hooks.attach import attached
+from workbench.hooks.sites import Point, Site
+
+
+def test_text_and_transformer_lens_names_are_the_same_site() -> None:
+    assert Site.parse("resid_post.3") == Site.parse("blocks.3.hook_resid_post") == Site("resid_post", 3)
+    assert Site.parse("hook_embed") == Site("embed")
+    for name in ("resid_pre.0", "z.2", "final_norm"):
+        assert str(Site.parse(Site.parse(name).tl_name)) == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("resid_pst.1", "resid_post"),
+        ("blocks.1.hook_resid_pst", "no site"),
+        ("resid_post", "layer number"),
+        ("resid_post.x", "layer number"),
+        ("embed.0", "no site"),
+    ],
+)
+def test_a_misspelt_site_raises_with_a_hint(asked: str, says: str) -> None:
+    with pytest.raises(UnknownSiteError, match=says):
+        Site.parse(asked)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_self_check_passes_and_withdraws_nothing(family: str) -> None:
+    model = tiny_model(family)
+    report = model.self_check()
+    assert report.ok, str(report)
+    assert not report.withdrawn
+    assert n_hooks(model.hf) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capture_is_the_stream_that_hugging_face_reports(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.arange(10, 22).view(2, 6)
+    hidden = model.hf(ids, output_hidden_states=True, use_cache=False).hidden_states
+    acts = model.capture(
+        ids, [f"resid_pre.{layer}" for layer in range(N_LAYERS)] + [f"resid_post.{N_LAYERS - 1}", "final_norm"]
+    )
+    for layer in range(N_LAYERS):
+        assert torch.equal(acts[f"resid_pre.{layer}"], hidden[layer])
+    assert torch.equal(acts["final_norm"], hidden[-1])
+    # hidden_states[-1] is after the final norm: the neighbouring site must not pass for it.
+    assert not torch.allclose(acts[f"resid_post.{N_LAYERS - 1}"], hidden[-1], atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sublayers_add_up_and_their_neighbours_do_not(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.arange(10, 22).view(2, 6)
+    kinds = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    acts = model.capture(ids, [f"{kind}.{layer}" for kind in kinds for layer in range(N_LAYERS)])
+    total = acts["resid_pre.1"] + acts["attn_out.1"] + acts["mlp_out.1"]
+    torch.testing.assert_close(total, acts["resid_post.1"], atol=1e-4, rtol=1e-4)
+    wrong = acts["resid_pre.1"] + acts["attn_out.0"] + acts["mlp_out.1"]
+    assert not torch.allclose(wrong, acts["resid_post.1"], atol=1e-2)
+
+
+def test_parallel_blocks_have_no_resid_mid_and_say_why() -> None:
+    model = tiny_model("neox")
+    with pytest.raises(UnknownSiteError, match="parallel"):
+        model.capture("abc", ["resid_mid.0"])
+    assert tiny_model("neox_sequential").resolve("resid_mid.0") == Site("resid_mid", 0)
+
+
+@pytest.mark.parametrize("asked", ["resid_pst.1", "resid_post.99", "attn_out"])
+def test_every_entry_refuses_a_wrong_site(asked: str) -> None:
+    import workbench.interventions.plan as plan
+    from workbench.interventions.ops import Add
+
+    model = tiny_model()
+    with pytest.raises(UnknownSiteError):
+        model.capture("abc", [asked])
+    with pytest.raises(UnknownSiteError):
+        model.plan(plan.Intervention.at(asked, Add(torch.ones(16))))
+    with pytest.raises(UnknownSiteError):
+        model.resolve(asked)
+    with pytest.raises(UnknownSiteError):
+        model.width(asked)
+
+
+def test_capture_stops_after_the_last_site_needed() -> None:
+    model = tiny_model()
+    ran = []
+    handle = model.hf.model.layers[2].register_forward_hook(lambda *_: ran.append(2))
+    model.capture("abc", ["resid_post.1"])
+    assert ran == []
+    model.capture("abc", ["resid_post.2"])
+    assert ran == [2]
+    handle.remove()
+
+
+def test_hooks_are_gone_after_an_exception_anywhere_and_foreign_hooks_stay() -> None:
+    model = tiny_model()
+    foreign = model.hf.model.layers[0].register_forward_hook(lambda *_: None)
+    point = model._sites["resid_post.0"]
+    with pytest.raises(ZeroDivisionError), attached([(point, lambda x: x)]):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), attached([(point, lambda x: 1 / 0)]):
+        model.logits("abc")
+
+    class Broken(torch.nn.Module):
+        def register_forward_hook(self, *_, **__):
+            raise ZeroDivisionError
+
+    broken = Point(point.site, "broken", Broken(), "out", 16)
+    with pytest.raises(ZeroDivisionError), attached([(point, lambda x: x), (broken, lambda x: x)]):
+        pass
+    assert n_hooks(model.hf) == 1
+    foreign.remove()
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (lambda x: x[:, :1], "shape"),
+        (lambda x: x.double(), "float64"),
+        (lambda x: x * float("nan"), "non-finite"),
+        (lambda x: "no", "str"),
+    ],
+)
+def test_a_hook_that_returns_something_else_raises(bad, says: str) -> None:
+    model = tiny_model()
+    with pytest.raises(EditError, match=says), attached([(model._sites["resid_post.1"], bad)]):
+        model.logits("abc")
+
+
+def test_block_input_given_by_keyword_or_position_is_read_and_written() -> None:
+    class Block(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, str]:
+            return hidden_states + 1, "cache"
+
+    block = Block()
+    into = Point(Site("resid_pre", 0), "b", block, "in", 2)
+    out = Point(Site("resid_post", 0), "b", block, "out", 2)
+    with attached([(into, lambda x: 2 * x), (out, lambda x: 10 * x)]):
+        for result in (block(torch.ones(1, 2)), block(hidden_states=torch.ones(1, 2))):
+            assert isinstance(result, tuple) and result[1] == "cache"
+            assert torch.equal(result[0], torch.full((1, 2), 30.0))  # (1 * 2 + 1) * 10

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, tiny_model
+from workbench.errors import InvalidInputError
+from workbench.interventions.ops import Add
+from workbench.interventions.plan import Intervention
+from workbench.interventions.scopes import Generated, Last
+from workbench.models.generation import Sampling, choose, inverse_cdf, uniforms
+
+PROMPTS = ["abcdef", "xy", "qrs"]
+VECTOR = torch.linspace(-1, 1, D_MODEL)
+
+
+def test_inverse_cdf_takes_the_token_whose_interval_holds_u() -> None:
+    g = torch.Generator().manual_seed(0)
+    weights = torch.rand(1, 1000, generator=g) * (torch.rand(1, 1000, generator=g) > 0.3)
+    us = torch.rand(4000, generator=g, dtype=torch.float64)
+    got = inverse_cdf(weights.expand(4000, -1), us)
+    cdf = weights[0].double().cumsum(0)
+    want = torch.searchsorted(cdf, us * cdf[-1], right=True)
+    assert torch.equal(got, want)
+    assert bool((weights[0, got] > 0).all())
+
+
+@pytest.mark.parametrize("u", [0.0, 1.0 - 1e-16])
+def test_the_ends_of_the_interval_never_choose_an_impossible_token(u: float) -> None:
+    weights = torch.zeros(1, 700)
+    weights[0, [3, 400]] = 1.0
+    assert int(inverse_cdf(weights, torch.tensor([u], dtype=torch.float64))) == (3 if u == 0 else 400)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
+    n = 20000
+    u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ids, logprobs = choose(logits.expand(n, -1).clone(), u, 1.0)
+    share = torch.bincount(ids, minlength=3) / n
+    torch.testing.assert_close(share, logits.exp(), atol=0.015, rtol=0)
+    torch.testing.assert_close(logprobs, logits[ids])
+    cold, logprob_cold = choose(logits.expand(n, -1).clone(), u, 0.5)
+    squared = logits.exp() ** 2 / (logits.exp() ** 2).sum()
+    torch.testing.assert_close(torch.bincount(cold, minlength=3) / n, squared, atol=0.015, rtol=0)
+    torch.testing.assert_close(logprob_cold, logits[cold])  # reported at temperature 1
+
+
+def test_the_draws_of_a_row_depend_on_seed_and_row_number_only() -> None:
+    rows = torch.arange(5)
+    assert torch.equal(uniforms(rows, 7, 3)[2:4], uniforms(rows[2:4], 7, 3))
+    assert not torch.equal(uniforms(rows, 7, 3), uniforms(rows, 7, 4))
+    assert len(uniforms(torch.arange(200), 1, 0).unique()) == 200
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_that_of_hugging_face(family: str) -> None:
+    model = tiny_model(family)
+    batch = model.tokens(PROMPTS)
+    mine = model.generate(batch, 8, temperature=0.0)
+    theirs = model.hf.generate(**batch.hf(), max_new_tokens=8, do_sample=False)[:, batch.ids.shape[1] :]
+    for row, want in zip(mine.ids, theirs, strict=True):
+        assert torch.equal(row, want[: len(row)])
+
+
+def test_the_result_of_a_row_does_not_depend_on_its_batch() -> None:
+    model = tiny_model()
+    together = model.generate(PROMPTS, 10, seed=5)
+    split = model.generate(PROMPTS, 10, seed=5, batch_size=2)
+    assert together.texts == split.texts
+    assert together.texts != model.generate(PROMPTS, 10, seed=6).texts
+
+
+def test_logprobs_are_those_of_a_forward_pass() -> None:
+    model = tiny_model()
+    batch = model.tokens("abcdef")
+    out = model.generate(batch, 6, seed=1)
+    ids = torch.cat([batch.ids[0], out.ids[0]])[None]
+    want = (
+        model.logits(ids, keep="all")
+        .log_softmax(-1)[0, batch.ids.shape[1] - 1 : -1]
+        .gather(1, out.ids[0][:, None])[:, 0]
+    )
+    torch.testing.assert_close(out.logprobs[0], want, atol=FP32_LOGITS, rtol=1e-4)
+
+
+def test_steered_generation_with_row_parameters_equals_single_runs() -> None:
+    model = tiny_model()
+    vectors = torch.stack([VECTOR * s for s in (1.0, -2.0, 4.0)])
+    iv = Intervention.at("resid_post.1", Add(vectors), Last() | Generated())
+    together = model.generate(PROMPTS, 6, intervention=iv, temperature=0.0)
+    chunked = model.generate(PROMPTS, 6, intervention=iv, temperature=0.0, batch_size=2)
+    assert together.texts == chunked.texts
+    for i, prompt in enumerate(PROMPTS):
+        alone = model.generate(
+            prompt,
+            6,
+            intervention=Intervention.at("resid_post.1", Add(vectors[i]), Last() | Generated()),
+            temperature=0.0,
+        )
+        assert alone.texts[0] == together.texts[i]
+    assert together.report[0].tokens == 3 * 6
+
+
+def test_stop_tokens_end_a_row_and_are_not_part_of_it() -> None:
+    model = tiny_model()
+    push = model.W_U[:, model.tokenizer.eos_token_id]
+    iv = Intervention.at("final_norm", Add(push, 100.0))
+    out = model.generate(PROMPTS, 5, intervention=iv)
+    assert [len(row) for row in out.ids] == [0, 0, 0]
+    assert out.texts == ("", "", "")
+    assert model.sample(torch.tensor([[5], [6]]), 4).shape == (2, 4)
+
+
+def test_impossible_options_are_refused() -> None:
+    for bad in ({"max_new_tokens": 0}, {"temperature": -1.0}):
+        with pytest.raises(InvalidInputError):
+            Sampling(**bad)  # type: ignore[arg-type]

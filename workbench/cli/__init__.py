@@ -1,0 +1,164 @@
+"""The command `workbench`: finds a command, parses its options, turns errors into one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from typing import Any
+
+from workbench.errors import WorkbenchError
+
+USER_ERROR = 2
+"""Exit code for wrong input."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+class UsageError(WorkbenchError, ValueError):
+    """Options that a command does not understand."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Everything that a user can do wrong gives one line on stderr and exit code 2. A traceback means a defect, or that
+    `--debug` (or WORKBENCH_DEBUG=1) asked for it.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("WORKBENCH_DEBUG", "") not in ("", "0")
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt as error:
+        if debug:
+            raise
+        notes = getattr(error, "__notes__", None) or ["No run folder was open; files already written stay."]
+        return _fail("Interrupted. " + " ".join(notes), INTERRUPTED, label="")
+    except BrokenPipeError:
+        # the reader (head, less) has gone; what is still buffered must not raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = None if debug else explain(error)
+        if message is None:
+            raise
+        return _fail(message, USER_ERROR)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that the user can do something about; None for a defect of ours."""
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        detail = str(error).split("\n", 1)[0]
+        return f"out of memory{': ' + detail if detail else ''}. Use a smaller model, batch or number of tokens."
+    if isinstance(error, WorkbenchError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"no such file or folder: {error.filename or error}. Check the path."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror or type(error).__name__}: {error.filename}."
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.strerror or error}."
+    return None
+
+
+def _dispatch(words: list[str]) -> int:
+    from workbench.cli import commands, page
+
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(page.help_page())
+        return 0
+    if words[0] in ("-V", "--version"):
+        sys.stdout.write(f"{_version()}\n")
+        return 0
+    if words[0].startswith("-"):
+        raise UsageError(f"{words[0]!r} stands before the command. Options come after it: workbench COMMAND {words[0]}")
+    entry, rest = commands.find(words)
+    if entry is None:
+        if not set(rest) <= {"-h", "--help"}:
+            raise UsageError(f"{words[0]!r} is a group of commands and has no options. See `workbench {words[0]}`.")
+        sys.stdout.write(page.group_page(words[0]))
+        return 0
+    command = parse(entry.load(), rest, f"workbench {entry.words}")
+    if command is not None:
+        run(command)
+    return 0
+
+
+def parse(cls: Any, arguments: list[str], prog: str) -> Any:
+    """The command with its options; None after `--help`.
+
+    Raises:
+        UsageError: with one line that says what is wrong.
+    """
+    import tyro
+
+    # --json, not --json | --no-json
+    style = (tyro.conf.FlagCreatePairsOff,)
+    if {"-h", "--help"} & set(arguments):
+        with contextlib.suppress(SystemExit):
+            tyro.cli(cls, args=arguments, prog=prog, config=style)
+        return None
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=arguments, prog=prog, config=style)
+    except SystemExit as error:
+        if error.code in (0, None):
+            return None
+        line = _one_line(said.getvalue()).removeprefix(f"Error parsing {cls.__name__}: ")
+        raise UsageError(f"{line} See `{prog} --help`.") from None
+
+
+def run(command: Any) -> None:
+    """Run a parsed command with progress on stderr; with `json` only its result reaches stdout."""
+    from workbench import progress
+    from workbench.cli.base import only_results_on_stdout
+
+    with only_results_on_stdout() if command.json else contextlib.nullcontext(), progress.shown():
+        command.run()
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box, as a sentence.
+
+    >>> _one_line(chr(10).join(["╭─ Parsing error ─╮", "│ Unrecognized │", "│ options: --x │", "│ ──── │", "│ more │"]))
+    'Unrecognized options: --x.'
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    kept = []
+    for line in plain.splitlines():
+        inner = line.strip().strip("│").strip()
+        if line.lstrip().startswith(("╭", "╰")):
+            continue
+        if (kept and inner and not inner.strip("─")) or inner.startswith(("For full helptext", "Argument helptext")):
+            break
+        kept.append(inner)
+    text = " ".join(" ".join(kept).split()) or "The options are wrong"
+    return text if text.endswith((".", "?", "!")) else text + "."
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch is not imported for this: an error of its can only come when it is loaded
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"can't allocate memory|not enough memory|out of memory", str(error))
+    )
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("interp-workbench")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _fail(message: str, code: int, label: str = "error: ") -> int:
+    sys.stderr.write(label + " ".join(message.split()) + "\n")
+    return code

@@ -1,0 +1,138 @@
+"""Commands that look inside a model: check, sites, tokens, capture, generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from workbench.cli.base import Command
+from workbench.models.loading import load_model, load_tokenizer
+from workbench.models.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCommand(Command):
+    """A command that looks at one model and writes no run folder."""
+
+    dtype: str = "auto"
+    """Data type of the weights: auto, float32, bfloat16 or float16."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda or mps."""
+
+    def load(self, *, check: bool = False) -> Model:
+        """The model that was asked for."""
+        return load_model(self.model, dtype=self.dtype, device=self.device, check=check)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(ModelCommand):
+    """Load a model and verify its sites: identities, perturbations, gradients."""
+
+    def run(self) -> None:
+        """Prints one line per check; exits with 2 if one fails."""
+        model = self.load()
+        report = model.self_check()
+        rows = [{"check": c.name, "ok": c.ok, "detail": c.detail} for c in report.checks]
+        withdrawn = {str(site): why for site, why in report.withdrawn.items()}
+        self.emit(
+            {"model": model.name, "ok": report.ok, "checks": rows, "withdrawn": withdrawn}, [repr(model), str(report)]
+        )
+        report.require()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sites(ModelCommand):
+    """List the sites of a model: name, shape, module, and why a site is missing."""
+
+    def run(self) -> None:
+        """Prints the table."""
+        table = self.load().sites()
+        self.emit({"sites": table.rows}, [str(table)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(ModelCommand):
+    """Show how a text becomes token ids, and what was decided about BOS and padding."""
+
+    text: tyro.conf.Positional[str]
+    """The text."""
+    chat: bool = False
+    """Treat the text as a user message and apply the chat template."""
+    bos: Annotated[str, tyro.conf.arg(metavar="auto|yes|no")] = "auto"
+    """Put BOS in front: auto follows the tokenizer's habit."""
+
+    def run(self) -> None:
+        """Prints id and text of every token."""
+        from workbench.errors import InvalidInputError
+        from workbench.tokens import encode
+
+        choices = {"auto": "auto", "yes": True, "no": False}
+        if self.bos not in choices:
+            raise InvalidInputError(f"--bos {self.bos}: use auto, yes or no.")
+        value = [{"role": "user", "content": self.text}] if self.chat else self.text
+        batch = encode(load_tokenizer(self.model), value, choices[self.bos])
+        ids = batch.ids[0].tolist()
+        lines = [
+            f"{i:4d}  {token:7d}  {text!r}"
+            for i, (token, text) in enumerate(zip(ids, batch.str_tokens[0], strict=True))
+        ]
+        self.emit({"ids": ids, "tokens": batch.str_tokens[0], "note": batch.note}, [*lines, batch.note])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture(ModelCommand):
+    """Save the activations of a text at named sites as a safetensors file."""
+
+    text: tyro.conf.Positional[str]
+    """The text."""
+    sites: tuple[str, ...] = ("resid_post.0",)
+    """Sites, such as resid_post.10 mlp_out.3 embed."""
+
+    def run(self) -> None:
+        """Writes `activations.safetensors` into `out` (default: the current folder) and prints shapes and norms."""
+        from pathlib import Path
+
+        from safetensors.torch import save_file
+
+        model = self.load()
+        batch = model.tokens(self.text)
+        acts = model.capture(batch, self.sites)
+        folder = self.out or Path()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "activations.safetensors"
+        header = {"model": model.name, "fingerprint": model.fingerprint, "text": self.text}
+        save_file({site: acts[site].contiguous().cpu() for site in acts}, file, metadata=header)
+        shapes = {
+            site: {"shape": list(acts[site].shape), "mean_norm": float(acts[site].float().norm(dim=-1).mean())}
+            for site in acts
+        }
+        lines = [
+            f"{site}: shape {tuple(row['shape'])}, mean norm {row['mean_norm']:.4g}" for site, row in shapes.items()
+        ]
+        self.emit({"file": str(file), "sites": shapes}, [*lines, f"wrote {file}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(ModelCommand):
+    """Continue a text or answer a chat message."""
+
+    text: tyro.conf.Positional[str]
+    """The prompt."""
+    chat: bool = False
+    """Treat the prompt as a user message and apply the chat template."""
+    max_new_tokens: int = 40
+    """Longest continuation, in tokens."""
+    temperature: float = 1.0
+    """0 takes the most probable token at every step."""
+
+    def run(self) -> None:
+        """Prints the continuation and its mean log-probability."""
+        model = self.load()
+        prompt = model.tokens([{"role": "user", "content": self.text}] if self.chat else self.text)
+        out = model.generate(prompt, self.max_new_tokens, seed=self.seed, temperature=self.temperature)
+        logprobs = [round(float(x), 4) for x in out.logprobs[0]]
+        mean = f"{sum(logprobs) / len(logprobs):.3f} nats" if logprobs else "no token was generated"
+        summary = {"text": out.texts[0], "ids": out.ids[0].tolist(), "logprobs": logprobs, "note": prompt.note}
+        self.emit(summary, [out.texts[0], f"[{len(logprobs)} tokens, mean log-probability {mean}; {prompt.note}]"])

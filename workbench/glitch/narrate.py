@@ -1,0 +1,228 @@
+"""A glitch report in words, tables and plots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from workbench.glitch.tokenizer import CATEGORIES, IMPOSSIBLE_BYTES
+from workbench.glitch.verify import VERDICTS, VERIFIED, Tested
+from workbench.report import Block, Cell, Histogram, Table, Text
+from workbench.stats import Estimate
+
+if TYPE_CHECKING:
+    from workbench.glitch.result import GlitchReport
+
+TOP_ROWS = 40
+
+
+def shown(token: str) -> str:
+    """A token on one line: control characters escaped, spaces kept.
+
+    >>> shown(" a\\n")
+    ' a\\\\n'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in token)
+
+
+def findings(report: GlitchReport) -> tuple[str, ...]:
+    """The report's sentences."""
+    said = [_tokenizer(report), *_lossy(report), _reference(report), _ranking(report), *_oddities(report)]
+    if report.verification is not None:
+        said += _verified(report)
+    return (*said, _recall(report))
+
+
+def _tokenizer(report: GlitchReport) -> str:
+    counts = report.tokenizer.counts
+    parts = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in CATEGORIES if counts.get(name))
+    shape = f"{report.n_rows:,} rows x {report.d_model} ({report.stored})"
+    tied = f"tied ({report.tied_why})" if report.tied else f"untied ({report.tied_why})"
+    return f"{report.tokenizer.n_tokens:,} tokens: {parts}. Output matrix: {shape}, {tied}."
+
+
+def _lossy(report: GlitchReport) -> list[str]:
+    lossy = report.tokenizer.lossy
+    if not lossy:
+        return ["Every byte of valid UTF-8 survives encode and decode (checked on example characters of each byte)."]
+    first = lossy[0]
+    names = " ".join(f"{item.byte:02X}" for item in lossy)
+    return [
+        f"NON-ENCODABLE BYTES: {len(lossy)} bytes of valid text are lost by this tokenizer ({names}); "
+        f"{first.text!r} comes back as {first.back!r}."
+    ]
+
+
+def _reference(report: GlitchReport) -> str:
+    reference = report.reference
+    if reference.name is None:
+        return f"No reference: {reference.why}."
+    return f"Reference: {len(reference.members)} ids, {reference.why}."
+
+
+def _ranking(report: GlitchReport) -> str:
+    if report.indicator is None:
+        return (
+            f"NO RANKING: {report.indicator_why}. A ranking against a guessed reference is usually wrong without looking "
+            "wrong; name ids that are known to be unused."
+        )
+    n, plain = len(report.candidates()), int(report.table.ordinary.sum())
+    return (
+        f"Ranked by {report.indicator_why}. Candidates: {n:,} of {plain:,} ordinary tokens lie at or below "
+        f"{report.threshold:.4f}, the {report.percentile:g}% percentile. That is a list to test, not a count of glitch tokens."
+    )
+
+
+def _oddities(report: GlitchReport) -> list[str]:
+    said = []
+    if report.identical:
+        sizes = sorted((len(ids) for ids in report.identical), reverse=True)
+        listed = ", ".join(map(str, sizes[:8])) + (", …" if len(sizes) > 8 else "")
+        said.append(
+            f"{sum(sizes)} rows are bit-identical copies, in {len(sizes)} sets of {listed}. Certificate without a forward "
+            f"pass: no prompt can give a token of a set of k more than 1/k (at most {1 / sizes[0]:.3f} in the largest)."
+        )
+    if report.zero_rows:
+        said.append(f"{len(report.zero_rows)} rows are exactly zero (ids {_ids(report.zero_rows)}); they head the candidates.")
+    if report.bad_rows:
+        said.append(f"{len(report.bad_rows)} rows hold NaN or infinity (ids {_ids(report.bad_rows)}); they are left out.")
+    if report.has_bias:
+        said.append("The output layer has a bias; the indicators do not use it.")
+    beyond = report.tokenizer.counts.get("no_row", 0) + max(0, len(report.table) - report.n_rows)
+    if beyond:
+        said.append(f"{beyond} token ids lie beyond the matrix's {report.n_rows:,} rows: the model cannot take them.")
+    return said
+
+
+def _ids(ids: tuple[int, ...], limit: int = 8) -> str:
+    return ", ".join(map(str, ids[:limit])) + (", …" if len(ids) > limit else "")
+
+
+def _verified(report: GlitchReport) -> list[str]:
+    verification = report.verification
+    assert verification is not None
+    tested, controls = verification.candidates, verification.controls
+    bad = [t for t in tested if t.verified]
+    names = ", ".join(repr(report.table.token[t.token_id]) for t in bad[:8]) + (", …" if len(bad) > 8 else "")
+    said = [
+        f"Verified as under-trained (p < {VERIFIED} in every prompt and step): {len(bad)} of the {len(tested)} most "
+        f"suspicious tokens{': ' + names if bad else ''}. p depends on the prompts and on {verification.dtype}."
+    ]
+    rate, false = verification.control_failures, verification.expected_false
+    if rate is None or false is None:
+        return [*said, "No controls were run, so the test's own error rate is not known."]
+    failed = sum(t.verified for t in controls)
+    return [
+        *said,
+        f"Controls: {failed} of {len(controls)} random ordinary tokens fail the same test, a rate of {rate}. Expected false "
+        f"among the {len(tested)} tested: {false[0]:.1f}, at most {false[1]:.1f}.",
+    ]
+
+
+def _recall(report: GlitchReport) -> str:
+    run = len(report.verification.tested) if report.verification else 0
+    untested = int(report.table.ordinary.sum()) - run
+    return (
+        f"Recall is not known: {untested:,} ordinary tokens were not run, and under-trained tokens among them are missed. "
+        "Only a census that tests every token would measure it."
+    )
+
+
+def metrics(report: GlitchReport) -> dict[str, Estimate | float | int | str]:
+    """Flat numbers; those of verification only if it ran."""
+    found: dict[str, Estimate | float | int | str] = {
+        "n_tokens": report.tokenizer.n_tokens, "n_candidates": len(report.candidates()),
+        "n_reference": len(report.reference.members), "n_lossy_bytes": len(report.tokenizer.lossy),
+        "n_identical_rows": sum(map(len, report.identical)), "indicator": report.indicator or "none",
+    }  # fmt: skip
+    found |= {f"tokens.{name}": count for name, count in report.tokenizer.counts.items()}
+    found |= {f"auc.{s.indicator}": s.auc for s in report.separations}
+    if report.indicator is not None:
+        found["threshold"] = report.threshold
+    if report.verification is not None:
+        found["n_tested"] = len(report.verification.candidates)
+        found["n_verified"] = sum(t.verified for t in report.verification.candidates)
+        if report.verification.control_failures is not None:
+            found["control_failure_rate"] = report.verification.control_failures
+    return found
+
+
+def blocks(report: GlitchReport) -> tuple[Block, ...]:
+    """Tables and the histogram, in reading order."""
+    made: list[Block] = [_categories(report), _groups(report)]
+    if report.separations:
+        made.append(_separations(report))
+    if report.indicator is not None:
+        made += [_top(report), _histogram(report)]
+    if report.verification is not None and report.verification.controls:
+        made.append(_tests(report, report.verification.controls, "Controls: random ordinary tokens, tested alike"))
+    if report.verification is not None:
+        made.append(Text("Verdicts: " + "; ".join(f"{name}: {means}" for name, means in VERDICTS.items()) + "."))
+    return tuple(made)
+
+
+def _categories(report: GlitchReport) -> Table:
+    facts = report.tokenizer
+    rows: list[tuple[Cell, ...]] = [
+        (name, facts.counts[name], means) for name, means in CATEGORIES.items() if facts.counts.get(name)
+    ]
+    harmless = [b for b in facts.missing_bytes if b in IMPOSSIBLE_BYTES]
+    rows.append(("byte tokens", facts.n_byte_tokens, f"single-byte tokens ({facts.style})"))
+    if facts.style != "none":
+        rows.append(("missing bytes", len(facts.missing_bytes), f"{len(harmless)} of them never occur in valid UTF-8"))
+    rows.append(("lossy bytes", len(facts.lossy), " ".join(f"{item.byte:02X}" for item in facts.lossy) or "none"))
+    return Table(("category", "tokens", "meaning"), tuple(rows), caption="The tokenizer's side")
+
+
+def _groups(report: GlitchReport) -> Table:
+    rows = tuple(
+        (("* " if g.name == report.reference.name else "") + g.name, g.found, len(g.members), _number(g.cosine), g.verdict, g.why)
+        for g in report.reference.groups
+    )
+    pairs = "; ".join(f"{a} and {b}: cosine {c:.3f}, {n} ids in both" for a, b, c, n in report.reference.agreement)
+    caption = "Ids that training cannot have used, and whether their rows bear it out (* = reference). Agreement: "
+    columns = ("group", "found", "kept", "median cosine", "verdict", "how found")
+    return Table(columns, rows, caption=caption + (pairs or "fewer than two trusted groups"))
+
+
+def _separations(report: GlitchReport) -> Table:
+    rows = tuple((s.indicator, s.auc, s.missed, s.n_reference, s.n_ordinary) for s in report.separations)
+    return Table(
+        ("indicator", "held-out AUC", "ordinary below the highest reference", "reference rows", "ordinary tokens"), rows,
+        caption="How well each indicator tells held-out reference rows from ordinary tokens (AUC 0.5 is chance). The reference "
+        "was trimmed to output rows that lie together, which favours the output-side indicators, not I_in",
+    )  # fmt: skip
+
+
+def _top(report: GlitchReport) -> Table:
+    if report.verification is not None:
+        return _tests(report, report.verification.candidates, "The most suspicious tokens, tested")
+    rows = [report.row(i) for i in report.candidates()[:TOP_ROWS]]
+    listed = tuple((r["token_id"], shown(r["token"]), r["indicator"], r["copies"], r["group"]) for r in rows)
+    caption = f"The {len(rows)} most suspicious of {len(report.candidates()):,} candidates; none was run"
+    return Table(("id", "token", report.indicator or "", "identical rows", "group"), listed, caption=caption)
+
+
+def _tests(report: GlitchReport, tested: tuple[Tested, ...], caption: str) -> Table:
+    rows = tuple(
+        (t.token_id, shown(report.table.token[t.token_id]), float(report.table.indicator[t.token_id]), t.max_prob, t.verdict,
+         t.probe, t.passes, int(report.table.copies[t.token_id]))
+        for t in tested
+    )  # fmt: skip
+    columns = ("id", "token", report.indicator or "", "max p", "verdict", "at prompt", "passes", "identical rows")
+    return Table(columns, rows, caption=f"{caption} (n = {len(rows)})")
+
+
+def _histogram(report: GlitchReport) -> Histogram:
+    values = report.table.indicator[report.table.ordinary]
+    values = values[np.isfinite(values)]
+    below = int((values <= report.threshold).sum())
+    return Histogram(
+        f"{report.indicator} of ordinary tokens", tuple(float(v) for v in values), x_label=str(report.indicator), bins=60,
+        caption=f"n = {len(values):,}; threshold {report.threshold:.4f} ({report.percentile:g}%), {below:,} at or below it",
+    )  # fmt: skip
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value

@@ -1,0 +1,219 @@
+"""What a glitch-token scan found: one row per token, the groups behind the ranking, verdicts with their controls."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from workbench.glitch import narrate
+from workbench.glitch.indicators import Separation
+from workbench.glitch.reference import Reference
+from workbench.glitch.tokenizer import LossyByte
+from workbench.glitch.verify import Tested, Verification
+from workbench.records import to_jsonable
+from workbench.report import Report, Section
+from workbench.stats import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """Counts of the tokenizer's side.
+
+    Attributes:
+        n_tokens: ids that have a token.
+        style: how bytes are written: byte_level, byte_fallback, none.
+        adds_space: whether it puts a space in front of a text.
+        counts: tokens per category (keys of `workbench.glitch.tokenizer.CATEGORIES`); absent means zero.
+        n_byte_tokens: single-byte tokens.
+        missing_bytes: bytes without such a token; in a byte-level vocabulary they cannot be written at all.
+        lossy: bytes of valid text that encode and decode lose.
+    """
+
+    n_tokens: int
+    style: str
+    adds_space: bool
+    counts: dict[str, int]
+    n_byte_tokens: int
+    missing_bytes: tuple[int, ...]
+    lossy: tuple[LossyByte, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTable:
+    """Columns of the result; index = token id = row of the matrix.
+
+    Attributes:
+        token: text of each token in context; stray bytes as <0xNN>.
+        category: a key of `workbench.glitch.tokenizer.CATEGORIES`.
+        group: the reference groups that hold the id, separated by "; ".
+        is_reference: whether the id belongs to the reference that was used.
+        is_byte: single-byte tokens.
+        reserved: named as unused or reserved.
+        copies: number of rows that are bit-identical to this one, itself included.
+        norm: L2 norm of the output row.
+        indicators: every indicator that could be measured.
+        indicator: the one that ranks; nan where there is none.
+    """
+
+    token: tuple[str, ...]
+    category: tuple[str, ...]
+    group: tuple[str, ...]
+    is_reference: np.ndarray
+    is_byte: np.ndarray
+    reserved: np.ndarray
+    copies: np.ndarray
+    norm: np.ndarray
+    indicators: dict[str, np.ndarray]
+    indicator: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    @property
+    def ordinary(self) -> np.ndarray:
+        """Reachable text tokens that are neither special nor named as reserved."""
+        return (np.asarray(self.category) == "ok") & ~self.reserved
+
+
+@dataclass(frozen=True, eq=False)
+class GlitchReport(Report):
+    """Result of `scan`. `df` has every token; `to_json` the facts, the suspicious tokens and everything tested.
+
+    Attributes:
+        model: name of the model.
+        tied: whether input and output share their matrix.
+        tied_why: how that was decided.
+        n_rows: rows of the output matrix.
+        d_model: its width.
+        stored: the type of number it is stored in.
+        has_bias: whether the output layer has a bias.
+        tokenizer: counts of the tokenizer's side.
+        reference: the ids taken as known to be unused, and why.
+        separations: how well each indicator tells them from ordinary tokens.
+        indicator: the indicator that ranks, or None: no ranking can be trusted.
+        indicator_why: the reason.
+        threshold: `percentile` of the indicator over ordinary tokens; candidates lie at or below it.
+        percentile: in percent.
+        identical: ids of each set of bit-identical rows (and equal output bias).
+        zero_rows: rows that are exactly zero.
+        bad_rows: rows with NaN or infinity.
+        table: one entry per id.
+        verification: tests of the first candidates and of controls, or None.
+        seed: of the random controls.
+    """
+
+    model: str
+    tied: bool
+    tied_why: str
+    n_rows: int
+    d_model: int
+    stored: str
+    has_bias: bool
+    tokenizer: TokenizerFacts
+    reference: Reference
+    separations: tuple[Separation, ...]
+    indicator: str | None
+    indicator_why: str
+    threshold: float
+    percentile: float
+    identical: tuple[tuple[int, ...], ...]
+    zero_rows: tuple[int, ...]
+    bad_rows: tuple[int, ...]
+    table: TokenTable
+    verification: Verification | None
+    seed: int
+
+    def candidates(self) -> list[int]:
+        """Ids of suspicious ordinary tokens, the most suspicious first; empty without a ranking.
+
+        Those with a zero row come first (the indicator cannot see them), then those at or below the threshold.
+        Specials, reserved names, incomplete characters, unreachable tokens and padding rows are never candidates.
+        """
+        if self.indicator is None:
+            return []
+        table = self.table
+        plain, zero = table.ordinary, np.zeros(len(table), dtype=bool)
+        zero[list(self.zero_rows)] = True
+        low = np.flatnonzero(plain & ~zero & (np.nan_to_num(table.indicator, nan=np.inf) <= self.threshold))
+        ranked = low[np.argsort(table.indicator[low], kind="stable")]
+        return [*np.flatnonzero(plain & zero).tolist(), *ranked.tolist()]
+
+    def with_verification(self, verification: Verification) -> GlitchReport:
+        """The same report with the tests of its tokens."""
+        return dataclasses.replace(self, verification=verification)
+
+    @property
+    def df(self) -> pd.DataFrame:
+        """One row per id, the most suspicious first, as a pandas table.
+
+        `max_prob` is nan where a token was not run. `p_bound` is the certificate 1/k of k identical rows: whatever the
+        prompt, the token's probability cannot exceed it.
+        """
+        import pandas as pd
+
+        table, n = self.table, len(self.table)
+        flagged = np.zeros(n, dtype=bool)
+        flagged[self.candidates()] = True
+        max_prob, verdict, role = np.full(n, np.nan), np.full(n, "untested", dtype=object), np.full(n, "", dtype=object)
+        for t in self.verification.tested if self.verification else ():
+            max_prob[t.token_id], verdict[t.token_id] = t.max_prob, t.verdict
+            role[t.token_id] = "control" if t.control else "candidate"
+        columns = {
+            "token_id": np.arange(n), "token": table.token, "category": table.category, "indicator": table.indicator,
+            "max_prob": max_prob, "verdict": verdict, "is_reference": table.is_reference, "group": table.group,
+            "candidate": flagged, "role": role, "copies": table.copies,
+            "p_bound": np.where(table.copies > 1, 1 / table.copies, np.nan),
+            "is_byte": table.is_byte, "reserved": table.reserved, "norm": table.norm, **table.indicators,
+        }  # fmt: skip
+        return pd.DataFrame(columns).sort_values("indicator", kind="stable", ignore_index=True)
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Writes `df` as CSV, with control characters of tokens escaped, and returns the path."""
+        target = Path(path)
+        frame = self.df
+        frame["token"] = [narrate.shown(token) for token in frame["token"]]
+        frame.to_csv(target, index=False)
+        return target
+
+    def row(self, i: int) -> dict[str, Any]:
+        """One token as plain values."""
+        table = self.table
+        found = {"token_id": i, "token": table.token[i], "category": table.category[i],
+                 "indicator": float(table.indicator[i]), "group": table.group[i],
+                 "is_reference": bool(table.is_reference[i]), "copies": int(table.copies[i])}  # fmt: skip
+        tested = self.tested(i)
+        return found | {"max_prob": tested.max_prob if tested else None, "verdict": tested.verdict if tested else "untested"}
+
+    def tested(self, i: int) -> Tested | None:
+        """The test of one token, or None if it was not run."""
+        if self.verification is None:
+            return None
+        return next((t for t in self.verification.tested if t.token_id == i), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything except the table of all tokens, which `to_csv` writes: its suspicious and tested rows are here."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "table"]
+        return to_jsonable({name: getattr(self, name) for name in names} | {
+            "candidates": [self.row(i) for i in self.candidates()], "findings": list(self.findings()),
+        })  # fmt: skip
+
+    def metrics(self) -> dict[str, Estimate | float | int | str]:
+        """Flat numbers of the scan."""
+        return narrate.metrics(self)
+
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in sentences, with what is not known."""
+        return narrate.findings(self)
+
+    def section(self) -> Section:
+        """Tables, histogram and findings."""
+        return Section(
+            f"Glitch tokens of {self.model}", narrate.blocks(self), findings=self.findings(), metrics=self.metrics()
+        )

@@ -1,0 +1,276 @@
+"""Glitch-token scan: which tokens has this model probably never been trained on?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from workbench.errors import (
+    DegenerateInputError,
+    InvalidInputError,
+    MissingFileError,
+    ModelUnavailableError,
+    UnknownNameError,
+    did_you_mean,
+)
+from workbench.glitch import indicators, reference, weights
+from workbench.glitch.codec import Codec, codec_in, codec_of
+from workbench.glitch.prompts import PROBES, probes_from, template
+from workbench.glitch.result import GlitchReport, TokenTable, TokenizerFacts
+from workbench.glitch.tokenizer import CATEGORIES, Vocabulary, analyse
+from workbench.glitch.verify import Verification, VerifyOptions, verify
+
+_N_ORDINARY = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions:
+    """What a scan looks for and how much it tests.
+
+    Attributes:
+        top: candidates to verify, the most suspicious first.
+        controls: random ordinary tokens to verify beside them; None means as many as `top`.
+        percentile: share of ordinary tokens, in percent, that become candidates.
+        reference: ids known to be unused; None finds them.
+        indicator: which indicator to rank by; None chooses by measured separation.
+        prompts: JSON file with prompts to use instead of the built-in ones.
+        seed: of the random controls.
+        block_rows: rows of a matrix held in memory at a time.
+        verification: steps, batch size, when to stop testing a token.
+    """
+
+    top: int = 40
+    controls: int | None = None
+    percentile: float = 2.0
+    reference: tuple[int, ...] | None = None
+    indicator: str | None = None
+    prompts: Path | None = None
+    seed: int = 0
+    block_rows: int = weights.BLOCK_ROWS
+    verification: VerifyOptions = VerifyOptions()
+
+    def __post_init__(self) -> None:
+        if self.top < 1 or (self.controls is not None and self.controls < 0) or self.block_rows < 1:
+            raise InvalidInputError(
+                f"ScanOptions(top={self.top}, controls={self.controls}, block_rows={self.block_rows}): top and block_rows "
+                "are at least 1, controls at least 0."
+            )
+        if not 0 < self.percentile < 100:
+            raise InvalidInputError(f"percentile={self.percentile}: must lie between 0 and 100. Default: 2.")
+        if self.indicator is not None and self.indicator not in indicators.INDICATORS:
+            raise UnknownNameError(
+                f"There is no indicator {self.indicator!r}. " + did_you_mean(self.indicator, indicators.INDICATORS)
+            )
+
+
+def scan(
+    model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None
+) -> GlitchReport:
+    """Ranks every token of a model by how untrained its row looks, and on request tests the first ones.
+
+    Args:
+        model: a `Model`, a model folder, a .gguf file, "embedded", or a hub id in the local cache. With `verify=None`
+            only the two token matrices are read; the model is not loaded.
+        verify: None reads weights only; "top" asks the model to say the most suspicious tokens and as many random
+            ordinary ones.
+        options: how many, which reference, which prompts.
+
+    Raises:
+        UnknownNameError: for another `verify`.
+        DegenerateInputError: if there is nothing to verify because no ranking could be trusted.
+        ModelUnavailableError: for a hub id that is not in the local cache.
+
+    Source: Land and Bartolo 2024. Departs from it by finding the reference and choosing the indicator itself, by
+    refusing to rank when it cannot, and by testing random controls beside the candidates.
+    """
+    options = options or ScanOptions()
+    if verify not in (None, "top"):
+        raise UnknownNameError(
+            f"verify={verify!r} does not exist. There are verify=None (weights only) and verify='top' (tests the most "
+            "suspicious tokens); raise ScanOptions(top=...) to test more."
+        )
+    name, matrices, codec = _open(model)
+    report = _weights_only(name, matrices, codec, options)
+    if verify is None:
+        return report
+    return report.with_verification(_verify_top(model, report, codec, options))
+
+
+def _open(model: Any) -> tuple[str, weights.TokenMatrices, Codec]:
+    """Name, matrices and tokenizer of whatever the user named."""
+    if hasattr(model, "hf") and hasattr(model, "tokenizer"):
+        return str(model.name), weights.in_memory(model.hf), codec_of(model.tokenizer)
+    if not isinstance(model, str | Path):
+        raise InvalidInputError(
+            f"scan({type(model).__name__}): give a Model, a folder, a .gguf file, a hub id or 'embedded'."
+        )
+    path = local_path(model)
+    name = "SmolLM2-135M-Instruct" if str(model) == "embedded" else path.stem if path.suffix == ".gguf" else str(model)
+    return name, weights.in_gguf(path) if path.suffix == ".gguf" else weights.in_folder(path), codec_in(path)
+
+
+def local_path(name: str | Path) -> Path:
+    """The folder or file that holds a model's weights; nothing is downloaded except the embedded model.
+
+    Raises:
+        MissingFileError: if a path does not exist.
+        ModelUnavailableError: if a hub id is not in the local cache.
+    """
+    if str(name) == "embedded":
+        from workbench.models.embedded import embedded_folder
+
+        return embedded_folder()
+    path = Path(name).expanduser()
+    if path.is_dir() or path.suffix == ".gguf":
+        return path
+    if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise MissingFileError(
+            f"{name} is not a model folder or .gguf file. Give one, 'embedded', or a hub id such as org/name."
+        )
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(str(name), "config.json")
+    if not isinstance(config, str):
+        raise ModelUnavailableError(
+            f"{name} is not in the local Hugging Face cache. Download it first (hf download {name}), or name a folder."
+        )
+    return Path(config).parent
+
+
+def _weights_only(name: str, matrices: weights.TokenMatrices, codec: Codec, options: ScanOptions) -> GlitchReport:
+    vocabulary = analyse(codec)
+    outer = indicators.read_rows(matrices.E_out, options.block_rows, matrices.bias)
+    inner = outer if matrices.tied else indicators.read_rows(matrices.E_in, options.block_rows, identical=False)
+    ordinary = _ordinary(vocabulary, outer)
+    chosen, witnesses = _reference(vocabulary, matrices, outer, ordinary, options)
+    values = indicators.measure(matrices, inner, outer, chosen.members, options.block_rows)
+    measured = _separations(matrices, outer, chosen.members or witnesses, values, ordinary)
+    picked, why = indicators.pick(measured, options.indicator, insist=options.reference is not None)
+    table = _table(vocabulary, outer, chosen, values, picked)
+    threshold = float("nan")
+    if picked is not None:
+        plain = table.ordinary & np.isfinite(table.indicator)
+        threshold = float(np.percentile(table.indicator[plain], options.percentile))
+    zero = tuple(int(i) for i in np.flatnonzero(outer.finite & (outer.norm == 0)))
+    return GlitchReport(
+        model=name, tied=matrices.tied, tied_why=matrices.tied_why, n_rows=matrices.E_out.n_rows,
+        d_model=matrices.E_out.width, stored=matrices.E_out.stored, has_bias=matrices.bias is not None,
+        tokenizer=_facts(vocabulary), reference=chosen, separations=measured, indicator=picked, indicator_why=why,
+        threshold=threshold, percentile=options.percentile, identical=outer.classes, zero_rows=zero,
+        bad_rows=tuple(int(i) for i in np.flatnonzero(~outer.finite)), table=table, verification=None, seed=options.seed,
+    )  # fmt: skip
+
+
+def _ordinary(vocabulary: Vocabulary, outer: indicators.RowFacts) -> np.ndarray:
+    """Ids of reachable text tokens with a usable row: what the reference is compared with."""
+    shared = min(len(vocabulary), len(outer.norm))
+    plain = vocabulary.is_category("ok")[:shared] & ~vocabulary.reserved[:shared] & outer.usable[:shared]
+    if not plain.any():
+        raise DegenerateInputError(
+            f"None of the {len(vocabulary)} tokens is ordinary text with a usable row among {len(outer.norm)} rows. "
+            "Check that the tokenizer belongs to the model."
+        )
+    return np.flatnonzero(plain)
+
+
+def _reference(
+    vocabulary: Vocabulary, matrices: weights.TokenMatrices, outer: indicators.RowFacts, ordinary: np.ndarray,
+    options: ScanOptions,
+) -> tuple[reference.Reference, Sequence[int]]:
+    """The reference, and the ids that their names or places alone call unused (for an untied model without one)."""
+    if options.reference is not None:
+        return reference.given(options.reference, outer.usable), ()
+    E_out = matrices.E_out
+    duplicates = reference.merge_duplicates(outer.classes, E_out)
+    proposed = reference.propose(vocabulary, E_out.n_rows, duplicates)
+    sample = E_out.rows(ordinary[:: -(-len(ordinary) // _N_ORDINARY)].tolist())
+    judged = [reference.judge(name, why, ids, E_out, outer.usable, sample) for name, (why, ids) in proposed.items()]
+    witnesses = [i for name in ("padding rows", "unused bytes", "reserved names") for i in proposed.get(name, ("", ()))[1]]
+    return reference.choose(judged, E_out), witnesses if len(witnesses) >= reference.MIN_MEMBERS else ()
+
+
+def _separations(
+    matrices: weights.TokenMatrices, outer: indicators.RowFacts, unused: Sequence[int],
+    values: dict[str, np.ndarray], ordinary: np.ndarray,
+) -> tuple[indicators.Separation, ...]:
+    if not unused:
+        return ()
+    others = np.setdiff1d(ordinary, unused)
+    return tuple(
+        indicators.separation(
+            name, values[name], others, indicators.held_out_values(name, matrices, outer, values[name], unused)
+        )
+        for name in indicators.INDICATORS if name in values
+    )  # fmt: skip
+
+
+def _facts(vocabulary: Vocabulary) -> TokenizerFacts:
+    counts = {name: vocabulary.category.count(name) for name in CATEGORIES}
+    return TokenizerFacts(
+        n_tokens=vocabulary.n_tokens, style=vocabulary.style, adds_space=vocabulary.adds_space,
+        counts={name: count for name, count in counts.items() if count},
+        n_byte_tokens=int((vocabulary.byte >= 0).sum()), missing_bytes=vocabulary.missing_bytes, lossy=vocabulary.lossy,
+    )  # fmt: skip
+
+
+def _table(
+    vocabulary: Vocabulary, outer: indicators.RowFacts, chosen: reference.Reference, values: dict[str, np.ndarray],
+    picked: str | None,
+) -> TokenTable:
+    """One row per id that is in the tokenizer or in the matrix."""
+    n_rows, n_ids = len(outer.norm), len(vocabulary)
+    n = max(n_rows, n_ids)
+    category = list(vocabulary.category) + ["no_token"] * (n - n_ids)
+    for i in range(n_rows, n_ids):
+        category[i] = "no_row"
+    group: list[list[str]] = [[] for _ in range(n)]
+    for judged in chosen.groups:
+        for i in judged.members:
+            group[i].append(judged.name)
+    is_reference = np.zeros(n, dtype=bool)
+    is_reference[list(chosen.members)] = True
+    copies = np.ones(n, dtype=np.int64)
+    for ids in outer.classes:
+        copies[list(ids)] = len(ids)
+    every = {name: _padded(column, n) for name, column in values.items()}
+    return TokenTable(
+        token=tuple(vocabulary.text) + ("",) * (n - n_ids), category=tuple(category),
+        group=tuple("; ".join(names) for names in group), is_reference=is_reference,
+        is_byte=_padded(vocabulary.byte >= 0, n, False), reserved=_padded(vocabulary.reserved, n, False),
+        copies=copies, norm=_padded(outer.norm, n), indicators=every,
+        indicator=every[picked] if picked else np.full(n, np.nan),
+    )  # fmt: skip
+
+
+def _padded(values: np.ndarray, n: int, fill: Any = np.nan) -> np.ndarray:
+    return np.concatenate([values, np.full(n - len(values), fill)])[:n].astype(values.dtype)
+
+
+def _verify_top(model: Any, report: GlitchReport, codec: Codec, options: ScanOptions) -> Verification:
+    candidates = report.candidates()[: options.top]
+    if not candidates:
+        raise DegenerateInputError(
+            f"verify='top': there is nothing to test in {report.model}, because {report.indicator_why}. "
+            "Give ScanOptions(reference=(ids of tokens known to be unused,)), or read the weights-only report."
+        )
+    if isinstance(model, str | Path):
+        from workbench.models import load_model
+
+        model = load_model(model)
+    n_controls = options.top if options.controls is None else options.controls
+    controls = _controls(report, n_controls, options.seed)
+    vocabulary = analyse(codec)
+    probes = PROBES if options.prompts is None else probes_from(options.prompts)
+    templates = [template(probe, vocabulary, lambda text: model.tokens(text).ids[0].tolist()) for probe in probes]
+    return verify(model, codec, templates, candidates, controls, options.verification)
+
+
+def _controls(report: GlitchReport, n: int, seed: int) -> Sequence[int]:
+    """Random ordinary tokens that are no candidates, drawn without replacement."""
+    table = report.table
+    pool = np.flatnonzero(table.ordinary & (table.indicator > report.threshold) & ~table.is_byte & ~table.is_reference)
+    return np.random.default_rng(seed).choice(pool, min(n, len(pool)), replace=False).tolist()

@@ -1,0 +1,106 @@
+"""The numbers of SAE evaluation, as pure functions. Sums are taken over all rows before any division."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from workbench.errors import DegenerateInputError, ShapeError
+
+
+def squared_error(
+    x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows d_in"]
+) -> Float[Tensor, " rows"]:
+    """Squared distance of each row from its reconstruction, in fp64.
+
+    Raises:
+        ShapeError: if the shapes differ.
+
+    >>> squared_error(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))  # 9 + 16
+    tensor([25.], dtype=torch.float64)
+    """
+    if x.shape != x_hat.shape:
+        raise ShapeError(f"x has shape {tuple(x.shape)}, its reconstruction {tuple(x_hat.shape)}; they must be equal.")
+    return (x.double() - x_hat.double()).square().sum(-1)
+
+
+def fvu(x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows d_in"]) -> float:
+    """Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean of these rows.
+
+    Sums are taken over all rows before dividing, so the result does not depend on how the data were batched.
+    Accumulated in fp64. Leave attention sinks out: one row of norm 25 000 outweighs ten thousand others.
+
+    Raises:
+        ShapeError: if the shapes differ.
+        DegenerateInputError: if every row of `x` is the same, which leaves no variance to explain.
+
+    >>> fvu(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [1.0]]))  # (0 + 1) / (1 + 1)
+    0.5
+    """
+    variance = float(squared_error(x, x.double().mean(0).expand(x.shape)).sum())
+    if variance == 0:
+        raise DegenerateInputError(f"fvu: all {len(x)} rows are the same, so there is no variance to explain.")
+    return float(squared_error(x, x_hat).sum()) / variance
+
+
+def l0(feature_acts: Float[Tensor, "rows d_sae"]) -> float:
+    """Mean number of features above zero per token; leave BOS and padding out of the rows.
+
+    >>> l0(torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]]))  # (2 + 1) / 2
+    1.5
+    """
+    if len(feature_acts) == 0:
+        raise DegenerateInputError("l0: there are no rows.")
+    return float((feature_acts > 0).sum(-1).double().mean())
+
+
+def ce_loss_recovered(ce_clean: float, ce_spliced: float, ce_ablated: float) -> float:
+    """Share of the loss that ablation costs and the SAE keeps: 1 is the clean model, 0 the ablated one.
+
+    All three are nats per token. The ablation belongs to the number: name it wherever this is printed.
+
+    Raises:
+        DegenerateInputError: if the ablation does not change the loss.
+
+    >>> ce_loss_recovered(ce_clean=3.0, ce_spliced=3.5, ce_ablated=8.0)  # (8 - 3.5) / (8 - 3)
+    0.9
+    """
+    if ce_ablated == ce_clean:
+        raise DegenerateInputError(f"ce_loss_recovered: ablation leaves the loss at {ce_clean:.4f}; nothing to recover.")
+    return (ce_ablated - ce_spliced) / (ce_ablated - ce_clean)
+
+
+def dead_share(fired: Bool[Tensor, " d_sae"]) -> float:
+    """Share of features that never fired; say over how many tokens.
+
+    >>> dead_share(torch.tensor([True, False, False, True]))
+    0.5
+    """
+    if fired.numel() == 0:
+        raise DegenerateInputError("dead_share: there are no features.")
+    return float((~fired).double().mean())
+
+
+def kl_divergence(
+    logits_p: Float[Tensor, "*rows d_vocab"], logits_q: Float[Tensor, "*rows d_vocab"]
+) -> Float[Tensor, "*rows"]:
+    """KL(p || q) of next-token distributions in nats, computed in the dtype of the logits.
+
+    >>> kl_divergence(torch.zeros(2), torch.tensor([0.0, torch.log(torch.tensor(3.0))])).round(decimals=4)
+    tensor(0.1438)
+    """
+    log_p, log_q = logits_p.log_softmax(-1), logits_q.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def mean_max_cosine(
+    directions: Float[Tensor, "n_true d_in"], dictionary: Float[Tensor, "d_sae d_in"]
+) -> float:
+    """Mean over the true directions of the largest signed cosine with a dictionary row (MMCS); 1 is full recovery.
+
+    >>> mean_max_cosine(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, -1.0]]))  # (1 + 0) / 2
+    0.5
+    """
+    unit = torch.nn.functional.normalize
+    return float((unit(directions, dim=-1) @ unit(dictionary, dim=-1).T).amax(1).mean())

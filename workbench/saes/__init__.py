@@ -1,0 +1,1 @@
+"""Sparse autoencoders: training, saving in the format of sae_lens, evaluation."""
