@@ -125,7 +125,7 @@ _PRONOUNS = (
 )
 _TEMPLATES: Mapping[Split, tuple[tuple[str, ...], ...]] = {
     "train": (
-        ("{name} {surname} grew up near {town} with two {siblings}.", "For {years} years, {title} {surname} has lived in {town}.",
+        ("{name} {surname} grew up near {town} with two {company}.", "For {years} years, {title} {surname} has lived in {town}.",
          "{name} {surname} moved to {town} when {they} was twenty.", "{title} {surname} and {their} family come from {town}."),
         ("{They} {activities}.", "These days {they} {activities}.", "As {their} neighbours know, {they} {activities}."),
         ("On weekends {they} likes {hobby}, and {their} friends often join {them}.", "{Their} great love is {hobby}, which calms {them}.",
@@ -164,7 +164,7 @@ def biography(split: Split, profession: Profession, gender: int, seed: str, evid
     slots = {
         "name": rng.choice(tuple(zip(*NAMES[split], strict=True)))[gender], "surname": rng.choice(SURNAMES[split]),
         "town": rng.choice(_TOWNS[split]), "years": str(rng.randint(3, 30)), "year": str(rng.randint(1970, 1999)),
-        "hobby": rng.choice(_HOBBIES[split]), "siblings": rng.choice(("sisters", "brothers")),
+        "hobby": rng.choice(_HOBBIES[split]), "company": rng.choice(("cousins", "dogs")),
         "activities": " and ".join(rng.sample(activities, evidence)),
     }  # fmt: skip
     return " ".join(rng.choice(part).format(**slots, **_PRONOUNS[gender]) for part in _TEMPLATES[split])

@@ -50,7 +50,7 @@ class Config:
     colour: Colour = Colour.RED
     shapes: tuple[Circle | Square, ...] = ()
     limit: float | None = None
-    mixed: str | int | float | Inner | None = None
+    mixed: float | str | int | Inner | None = None
 
 
 def _round_trip(cls: type, value: object) -> object:

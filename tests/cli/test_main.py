@@ -68,7 +68,7 @@ def _raise(error: BaseException) -> None:
 
 ERRORS = {
     "site": lambda: _raise(UnknownSiteError("No site 'resid_pst.1'.\nDid you mean resid_post.1?")),
-    "file": lambda: open("/nowhere/at/all"),
+    "file": lambda: Path("/nowhere/at/all").read_text(),
     "folder": lambda: os.listdir(__file__),
     "disk": lambda: _raise(OSError(28, "No space left on device")),
     "memory": lambda: _raise(MemoryError()),
@@ -150,6 +150,19 @@ def test_wrong_words_are_one_line(capsys: pytest.CaptureFixture[str], arguments:
     assert said in _failed(capsys, *arguments)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_line_is_the_same_in_any_terminal(encoding: str) -> None:
+    command = [sys.executable, "-m", "workbench.cli", "runs", "--limit", "x"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=_env() | {"PYTHONIOENCODING": encoding}, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: Error parsing --limit: invalid literal for int() with base 10: 'x'. See `workbench runs --help`.\n"
+    )
+
+
 def test_people_get_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["study", "--features", "3"]) == 0
     assert capsys.readouterr().out == "noise of another library\n3 [bold]features[/] :smile: ␛[2J\n"
@@ -203,7 +216,7 @@ def test_the_page_shows_summaries_and_survives_missing_modules(capsys: pytest.Ca
 
 def test_a_group_alone_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sae"]) == 0
-    assert "  sae train   Study something, and say so." in capsys.readouterr().out
+    assert "  sae train  Study something, and say so." in capsys.readouterr().out
 
 
 def test_every_registered_command_has_a_place_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:

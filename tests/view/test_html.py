@@ -87,7 +87,7 @@ def test_the_page_loads_nothing_from_elsewhere() -> None:
 def test_findings_stand_above_the_steps() -> None:
     sections = {"a": Section("First", (Text("body"),), ("It works (n = 40 prompts).",))}
     page = page_html(Page("t", sections=sections))
-    assert page.index("It works (n\u00a0=\u00a040 prompts)") < page.index("body")
+    assert page.index("It works (n\u00a0=\u00a040 prompts)") < page.index("<p>body</p>")
 
 
 def test_numbers_are_shown_with_interval_and_n_and_holes_as_not_available() -> None:

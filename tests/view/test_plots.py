@@ -13,7 +13,7 @@ from workbench.view.blocks import block_html
 from workbench.view.plots import DARK, LIGHT, PlotBlock, plot_svg, standalone_svgs
 
 PLOTS = (
-    Bars("bars", ("first <b>", "$x_1"), (wilson(3, 10), 2), "share", 0.5),
+    Bars("bars", ("first <b>", "$x_1$ $\\nope$"), (wilson(3, 10), 2), "share", 0.5),
     Lines("lines", (Series("one", (1, 10), (1.0, 2.0), (0.5, 1.5), (1.5, 2.5)), Series("two", (1, 10), (2, 3))), log_x=True),
     Histogram("histogram", tuple(0.5 * i for i in range(40)), "x"),
     Scatter("scatter", (1.0, 2.0), (1.0, 2.0), ("日本 <i>", ""), "x", "y"),
@@ -46,7 +46,7 @@ def test_a_plot_is_wellformed_themed_and_the_same_every_time(block: PlotBlock) -
 
 
 def test_text_stays_text_and_is_no_markup() -> None:
-    assert {"first <b>", "$x_1", "share"} <= set(_texts(plot_svg(PLOTS[0])))
+    assert {"first <b>", "$x_1$ $\\nope$", "share"} <= set(_texts(plot_svg(PLOTS[0])))
     assert "日本 <i>" in _texts(plot_svg(PLOTS[3]))
 
 

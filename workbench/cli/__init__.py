@@ -129,15 +129,18 @@ def _one_line(box: str) -> str:
     'Unrecognized options: --x.'
     """
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    kept = []
+    parts: list[list[str]] = [[]]
     for line in plain.splitlines():
         inner = line.strip().strip("│").strip()
-        if line.lstrip().startswith(("╭", "╰")):
+        if line.lstrip().startswith(("╭", "╰")) or not inner:
             continue
-        if (kept and inner and not inner.strip("─")) or inner.startswith(("For full helptext", "Argument helptext")):
-            break
-        kept.append(inner)
-    text = " ".join(" ".join(kept).split()) or "The options are wrong"
+        if not inner.strip("─-"):
+            parts.append([])
+        else:
+            parts[-1].append(inner)
+    # without UTF-8 the box has no sides, and its title is a part of its own
+    said = parts[0] if "╭" in plain or len(parts) == 1 else parts[1]
+    text = " ".join(" ".join(said).split()) or "The options are wrong"
     return text if text.endswith((".", "?", "!")) else text + "."
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
+from workbench.saes.io import check_sae_fits
 
 _SLAB_VALUES = 2**24
 
@@ -55,27 +56,19 @@ def lens_tokens(model: Model, directions: Float[Tensor, "directions d_model"], k
     return LensTokens(torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops]))
 
 
-def sae_site(model: Model, sae: Any, site: str | Site | None = None) -> Site:
-    """Where the features of an SAE live in this model; by default the SAE's own site.
+def target_site(model: Model, sae: Any, site: str | Site | None = None) -> Site:
+    """Where the features of an SAE are read and written: the SAE's own site, or the one that is named.
 
     Raises:
-        MismatchError: if the SAE was trained on another model, or its width is not that of the site.
-        InvalidInputError: if the SAE does not say where it belongs and no site is given.
+        MismatchError: if the SAE belongs to another model or has another width than the site.
+        UnknownSiteError: if the model does not have the site.
     """
-    metadata = getattr(sae.cfg, "metadata", None)
-    trained_on = getattr(metadata, "model_fingerprint", None)
-    if trained_on is not None and trained_on != model.fingerprint:
-        raise MismatchError(
-            f"This SAE was trained on model {trained_on}; the model here is {model.name} ({model.fingerprint}). "
-            "Load the model that the SAE belongs to."
-        )
-    named = site if site is not None else getattr(metadata, "hook_name", None)
-    if named is None:
-        raise InvalidInputError("This SAE does not say at which site it was trained. Give site=, such as 'resid_post.15'.")
-    resolved = model.resolve(named)
+    if site is None:
+        return model.resolve(check_sae_fits(model, sae))
+    resolved = model.resolve(site)
     d_in, width = int(sae.W_dec.shape[1]), model.width(resolved)
     if d_in != width:
-        raise MismatchError(f"This SAE reads {d_in} values; site {resolved} of {model.name} has {width}.")
+        raise MismatchError(f"This SAE reads {d_in} values; site {resolved} of {model.name} has width {width}.")
     return resolved
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.features.lens import LensTokens, feature_ids, lens_tokens, sae_site, slab_rows
+from workbench.features.lens import LensTokens, feature_ids, lens_tokens, target_site, slab_rows
 from workbench.features.resume import LastToken, fp32_copy
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
@@ -124,7 +124,7 @@ def direction_scores(
 ) -> OutputScores:
     """Output scores of any directions, each with its own lens tokens; the SAE only says how large `a_max` is."""
     options = options or OutputOptions()
-    where = sae_site(model, sae, site)
+    where = target_site(model, sae, site)
     batch = model.tokens(options.prompt)
     scored = fp32_copy(model) if options.precision == "float32" else model
     run = LastToken(scored, batch.ids, where, min(options.rows, len(directions)))

@@ -1,6 +1,7 @@
 """Glitch tokens: tokenizer analysis, indicators from the weights alone, verification with controls."""
 
-from workbench.glitch.result import GlitchReport, TokenizerFacts, TokenTable
+from workbench.glitch.report import GlitchReport
+from workbench.glitch.result import TokenizerFacts, TokenTable
 from workbench.glitch.scan import ScanOptions, scan
 from workbench.glitch.verify import VerifyOptions
 

@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
+import abc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from workbench.errors import InvalidInputError, MissingFileError
 
 ByteStyle = Literal["byte_level", "byte_fallback", "none"]
 
 
-class Codec(Protocol):
-    """What the analysis needs from a tokenizer."""
+@dataclass(frozen=True)
+class Codec(abc.ABC):
+    """What the analysis needs from a tokenizer.
+
+    Attributes:
+        raw: vocabulary string of each id; None where an id below the largest has no token.
+        special: ids that the tokenizer itself marks as special.
+        style: how bytes are written in the vocabulary.
+    """
 
     raw: tuple[str | None, ...]
-    """Vocabulary string of each id; None where an id below the largest has no token."""
     special: frozenset[int]
-    """Ids that the tokenizer itself marks as special."""
     style: ByteStyle
-    """How bytes are written in the vocabulary."""
 
+    @abc.abstractmethod
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row of ids, special tokens included."""
-        ...
 
+    @abc.abstractmethod
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; nothing is added in front or behind."""
-        ...
 
+    @abc.abstractmethod
     def normalize(self, text: str) -> str:
         """The text after the tokenizer's own normalisation."""
-        ...
 
 
 @dataclass(frozen=True)
-class FastCodec:
+class FastCodec(Codec):
     """A `tokenizers.Tokenizer`, copied, without truncation or padding."""
 
     backend: Any
-    raw: tuple[str | None, ...]
-    special: frozenset[int]
-    style: ByteStyle
 
     @classmethod
     def of(cls, backend: Any, special: Sequence[int] = ()) -> FastCodec:
@@ -55,7 +57,8 @@ class FastCodec:
         copy.no_truncation()
         copy.no_padding()
         marked = {i for i, token in copy.get_added_tokens_decoder().items() if token.special}
-        return cls(copy, _by_id(copy.get_vocab(with_added_tokens=True)), frozenset(marked | set(special)), _style(text))
+        raw = _by_id(copy.get_vocab(with_added_tokens=True))
+        return cls(raw, frozenset(marked | set(special)), _style(text), copy)
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row of ids."""
@@ -71,20 +74,17 @@ class FastCodec:
 
 
 @dataclass(frozen=True)
-class SlowCodec:
+class SlowCodec(Codec):
     """A Hugging Face tokenizer without a `tokenizers` backend: the same answers, one text at a time."""
 
     tokenizer: Any
-    raw: tuple[str | None, ...]
-    special: frozenset[int]
-    style: ByteStyle
 
     @classmethod
     def of(cls, tokenizer: Any) -> SlowCodec:
         """Wraps the tokenizer as it is."""
         raw = _by_id(tokenizer.get_vocab())
         style: ByteStyle = "byte_fallback" if "<0x41>" in raw else "none"
-        return cls(tokenizer, raw, frozenset(tokenizer.all_special_ids), style)
+        return cls(raw, frozenset(tokenizer.all_special_ids), style, tokenizer)
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row of ids."""

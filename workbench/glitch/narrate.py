@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from workbench.glitch.result import ScanResult, shown
 from workbench.glitch.tokenizer import CATEGORIES, IMPOSSIBLE_BYTES
 from workbench.glitch.verify import VERDICTS, VERIFIED, Tested
 from workbench.report import Block, Cell, Histogram, Table, Text
 from workbench.stats import Estimate
 
-if TYPE_CHECKING:
-    from workbench.glitch.result import GlitchReport
-
 TOP_ROWS = 40
 
 
-def shown(token: str) -> str:
-    """A token on one line: control characters escaped, spaces kept.
-
-    >>> shown(" a\\n")
-    ' a\\\\n'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in token)
-
-
-def findings(report: GlitchReport) -> tuple[str, ...]:
+def findings(report: ScanResult) -> tuple[str, ...]:
     """The report's sentences."""
     said = [_tokenizer(report), *_lossy(report), _reference(report), _ranking(report), *_oddities(report)]
     if report.verification is not None:
@@ -34,7 +21,7 @@ def findings(report: GlitchReport) -> tuple[str, ...]:
     return (*said, _recall(report))
 
 
-def _tokenizer(report: GlitchReport) -> str:
+def _tokenizer(report: ScanResult) -> str:
     counts = report.tokenizer.counts
     parts = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in CATEGORIES if counts.get(name))
     shape = f"{report.n_rows:,} rows x {report.d_model} ({report.stored})"
@@ -42,7 +29,7 @@ def _tokenizer(report: GlitchReport) -> str:
     return f"{report.tokenizer.n_tokens:,} tokens: {parts}. Output matrix: {shape}, {tied}."
 
 
-def _lossy(report: GlitchReport) -> list[str]:
+def _lossy(report: ScanResult) -> list[str]:
     lossy = report.tokenizer.lossy
     if not lossy:
         return ["Every byte of valid UTF-8 survives encode and decode (checked on example characters of each byte)."]
@@ -54,14 +41,14 @@ def _lossy(report: GlitchReport) -> list[str]:
     ]
 
 
-def _reference(report: GlitchReport) -> str:
+def _reference(report: ScanResult) -> str:
     reference = report.reference
     if reference.name is None:
         return f"No reference: {reference.why}."
     return f"Reference: {len(reference.members)} ids, {reference.why}."
 
 
-def _ranking(report: GlitchReport) -> str:
+def _ranking(report: ScanResult) -> str:
     if report.indicator is None:
         return (
             f"NO RANKING: {report.indicator_why}. A ranking against a guessed reference is usually wrong without looking "
@@ -74,7 +61,7 @@ def _ranking(report: GlitchReport) -> str:
     )
 
 
-def _oddities(report: GlitchReport) -> list[str]:
+def _oddities(report: ScanResult) -> list[str]:
     said = []
     if report.identical:
         sizes = sorted((len(ids) for ids in report.identical), reverse=True)
@@ -99,7 +86,7 @@ def _ids(ids: tuple[int, ...], limit: int = 8) -> str:
     return ", ".join(map(str, ids[:limit])) + (", …" if len(ids) > limit else "")
 
 
-def _verified(report: GlitchReport) -> list[str]:
+def _verified(report: ScanResult) -> list[str]:
     verification = report.verification
     assert verification is not None
     tested, controls = verification.candidates, verification.controls
@@ -120,7 +107,7 @@ def _verified(report: GlitchReport) -> list[str]:
     ]
 
 
-def _recall(report: GlitchReport) -> str:
+def _recall(report: ScanResult) -> str:
     run = len(report.verification.tested) if report.verification else 0
     untested = int(report.table.ordinary.sum()) - run
     return (
@@ -129,7 +116,7 @@ def _recall(report: GlitchReport) -> str:
     )
 
 
-def metrics(report: GlitchReport) -> dict[str, Estimate | float | int | str]:
+def metrics(report: ScanResult) -> dict[str, Estimate | float | int | str]:
     """Flat numbers; those of verification only if it ran."""
     found: dict[str, Estimate | float | int | str] = {
         "n_tokens": report.tokenizer.n_tokens, "n_candidates": len(report.candidates()),
@@ -148,7 +135,7 @@ def metrics(report: GlitchReport) -> dict[str, Estimate | float | int | str]:
     return found
 
 
-def blocks(report: GlitchReport) -> tuple[Block, ...]:
+def blocks(report: ScanResult) -> tuple[Block, ...]:
     """Tables and the histogram, in reading order."""
     made: list[Block] = [_categories(report), _groups(report)]
     if report.separations:
@@ -162,7 +149,7 @@ def blocks(report: GlitchReport) -> tuple[Block, ...]:
     return tuple(made)
 
 
-def _categories(report: GlitchReport) -> Table:
+def _categories(report: ScanResult) -> Table:
     facts = report.tokenizer
     rows: list[tuple[Cell, ...]] = [
         (name, facts.counts[name], means) for name, means in CATEGORIES.items() if facts.counts.get(name)
@@ -175,7 +162,7 @@ def _categories(report: GlitchReport) -> Table:
     return Table(("category", "tokens", "meaning"), tuple(rows), caption="The tokenizer's side")
 
 
-def _groups(report: GlitchReport) -> Table:
+def _groups(report: ScanResult) -> Table:
     rows = tuple(
         (("* " if g.name == report.reference.name else "") + g.name, g.found, len(g.members), _number(g.cosine), g.verdict, g.why)
         for g in report.reference.groups
@@ -186,7 +173,7 @@ def _groups(report: GlitchReport) -> Table:
     return Table(columns, rows, caption=caption + (pairs or "fewer than two trusted groups"))
 
 
-def _separations(report: GlitchReport) -> Table:
+def _separations(report: ScanResult) -> Table:
     rows = tuple((s.indicator, s.auc, s.missed, s.n_reference, s.n_ordinary) for s in report.separations)
     return Table(
         ("indicator", "held-out AUC", "ordinary below the highest reference", "reference rows", "ordinary tokens"), rows,
@@ -195,7 +182,7 @@ def _separations(report: GlitchReport) -> Table:
     )  # fmt: skip
 
 
-def _top(report: GlitchReport) -> Table:
+def _top(report: ScanResult) -> Table:
     if report.verification is not None:
         return _tests(report, report.verification.candidates, "The most suspicious tokens, tested")
     rows = [report.row(i) for i in report.candidates()[:TOP_ROWS]]
@@ -204,7 +191,7 @@ def _top(report: GlitchReport) -> Table:
     return Table(("id", "token", report.indicator or "", "identical rows", "group"), listed, caption=caption)
 
 
-def _tests(report: GlitchReport, tested: tuple[Tested, ...], caption: str) -> Table:
+def _tests(report: ScanResult, tested: tuple[Tested, ...], caption: str) -> Table:
     rows = tuple(
         (t.token_id, shown(report.table.token[t.token_id]), float(report.table.indicator[t.token_id]), t.max_prob, t.verdict,
          t.probe, t.passes, int(report.table.copies[t.token_id]))
@@ -214,7 +201,7 @@ def _tests(report: GlitchReport, tested: tuple[Tested, ...], caption: str) -> Ta
     return Table(columns, rows, caption=f"{caption} (n = {len(rows)})")
 
 
-def _histogram(report: GlitchReport) -> Histogram:
+def _histogram(report: ScanResult) -> Histogram:
     values = report.table.indicator[report.table.ordinary]
     values = values[np.isfinite(values)]
     below = int((values <= report.threshold).sum())

@@ -55,7 +55,7 @@ class Probe:
 
 PROBES = (
     Probe("copy", "A copying machine was checked again and again. What goes in comes out unchanged, every time.",
-          "\nIn: «{token}»\nOut:", " «{token}»", shots=12),
+          "\nIn: «{token}»\nOut:", " «{token}»", shots=8),
     Probe("row", "One word fills this whole page, again and again and nothing else:\n", "{token}", "{token}", shots=20),
     Probe("meaning", "A dictionary assistant names each word before explaining it, and treats all words alike.\n"
           "Reader: Please explain the word 'qwvbnx'.\nAssistant: 'qwvbnx' is not a word that I have met.\n"

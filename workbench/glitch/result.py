@@ -1,25 +1,17 @@
-"""What a glitch-token scan found: one row per token, the groups behind the ranking, verdicts with their controls."""
+"""What a glitch-token scan found, as values: one row per token, the groups behind the ranking, verdicts."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from workbench.glitch import narrate
 from workbench.glitch.indicators import Separation
 from workbench.glitch.reference import Reference
 from workbench.glitch.tokenizer import LossyByte
 from workbench.glitch.verify import Tested, Verification
-from workbench.records import to_jsonable
-from workbench.report import Report, Section
-from workbench.stats import Estimate
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -83,8 +75,8 @@ class TokenTable:
 
 
 @dataclass(frozen=True, eq=False)
-class GlitchReport(Report):
-    """Result of `scan`. `df` has every token; `to_json` the facts, the suspicious tokens and everything tested.
+class ScanResult:
+    """Everything that `scan` measured.
 
     Attributes:
         model: name of the model.
@@ -145,12 +137,8 @@ class GlitchReport(Report):
         ranked = low[np.argsort(table.indicator[low], kind="stable")]
         return [*np.flatnonzero(plain & zero).tolist(), *ranked.tolist()]
 
-    def with_verification(self, verification: Verification) -> GlitchReport:
-        """The same report with the tests of its tokens."""
-        return dataclasses.replace(self, verification=verification)
-
     @property
-    def df(self) -> pd.DataFrame:
+    def df(self) -> Any:
         """One row per id, the most suspicious first, as a pandas table.
 
         `max_prob` is nan where a token was not run. `p_bound` is the certificate 1/k of k identical rows: whatever the
@@ -178,7 +166,7 @@ class GlitchReport(Report):
         """Writes `df` as CSV, with control characters of tokens escaped, and returns the path."""
         target = Path(path)
         frame = self.df
-        frame["token"] = [narrate.shown(token) for token in frame["token"]]
+        frame["token"] = [shown(token) for token in frame["token"]]
         frame.to_csv(target, index=False)
         return target
 
@@ -197,23 +185,11 @@ class GlitchReport(Report):
             return None
         return next((t for t in self.verification.tested if t.token_id == i), None)
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything except the table of all tokens, which `to_csv` writes: its suspicious and tested rows are here."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "table"]
-        return to_jsonable({name: getattr(self, name) for name in names} | {
-            "candidates": [self.row(i) for i in self.candidates()], "findings": list(self.findings()),
-        })  # fmt: skip
 
-    def metrics(self) -> dict[str, Estimate | float | int | str]:
-        """Flat numbers of the scan."""
-        return narrate.metrics(self)
+def shown(token: str) -> str:
+    """A token on one line: control characters escaped, spaces kept.
 
-    def findings(self) -> tuple[str, ...]:
-        """What was found, in sentences, with what is not known."""
-        return narrate.findings(self)
-
-    def section(self) -> Section:
-        """Tables, histogram and findings."""
-        return Section(
-            f"Glitch tokens of {self.model}", narrate.blocks(self), findings=self.findings(), metrics=self.metrics()
-        )
+    >>> shown(" a\\n")
+    ' a\\\\n'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in token)

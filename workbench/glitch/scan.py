@@ -20,7 +20,8 @@ from workbench.errors import (
 from workbench.glitch import indicators, reference, weights
 from workbench.glitch.codec import Codec, codec_in, codec_of
 from workbench.glitch.prompts import PROBES, probes_from, template
-from workbench.glitch.result import GlitchReport, TokenTable, TokenizerFacts
+from workbench.glitch.report import GlitchReport
+from workbench.glitch.result import TokenizerFacts, TokenTable
 from workbench.glitch.tokenizer import CATEGORIES, Vocabulary, analyse
 from workbench.glitch.verify import Verification, VerifyOptions, verify
 
@@ -258,7 +259,7 @@ def _verify_top(model: Any, report: GlitchReport, codec: Codec, options: ScanOpt
             "Give ScanOptions(reference=(ids of tokens known to be unused,)), or read the weights-only report."
         )
     if isinstance(model, str | Path):
-        from workbench.models import load_model
+        from workbench.models.loading import load_model
 
         model = load_model(model)
     n_controls = options.top if options.controls is None else options.controls

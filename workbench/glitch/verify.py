@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ def verify(
     """Tests candidates and controls with the same prompts in the same batches.
 
     Args:
-        model: a `Model`, or anything with `logits(batch, keep="last")`.
+        model: a `Model`.
         codec: the tokenizer, for the check that a prompt's text gives the token again.
         templates: the prompts as ids.
         candidates: ids under suspicion.
@@ -159,45 +159,79 @@ def max_probabilities(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Highest probability of each token, the index of the template that gave it, and the passes run for it.
 
-    The first step of every prompt comes before the later steps: a token that any prompt draws out is settled soonest.
+    Prompt after prompt, each with its greedy steps; a token that reached `stop_at` takes no further part.
     """
     n = len(tokens)
-    best, probe, passes = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
-    rows = [template.fill(tokens) for template in templates]
-    live = torch.arange(n)
+    best, where, passes = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
+    live = np.arange(n)
     with task(total=n, description="verify tokens", unit="tokens") as running:
-        for _ in range(options.steps):
-            for t in range(len(templates)):
-                if not len(live):
-                    break
-                p, greedy = target_probabilities(model, rows[t][live], tokens[live], options.batch_size)
-                grown = torch.zeros(n, rows[t].shape[1] + 1, dtype=torch.long)
-                grown[live] = torch.cat([rows[t][live], greedy[:, None]], dim=1)
-                rows[t] = grown
-                where, values = live.numpy(), p.double().numpy()
-                passes[where] += 1
-                probe[where[values > best[where]]] = t
-                best[where] = np.maximum(best[where], values)
-                if options.stop_at is not None:
-                    still = live[torch.from_numpy(best[where] < options.stop_at)]
-                    running.advance(len(live) - len(still))
-                    live = still
+        for t, template in enumerate(templates):
+            before = len(live)
+            for start in range(0, len(live), options.batch_size):
+                part = live[start : start + options.batch_size]
+                found = _best_of_steps(model, template, tokens[part], best[part], options)
+                where[part[found[0] > best[part]]] = t
+                best[part], passes[part] = np.maximum(best[part], found[0]), passes[part] + found[1]
+            if options.stop_at is not None:
+                live = live[best[live] < options.stop_at]
+            running.advance(before - len(live))
         running.advance(len(live))
-    return best, probe, passes
+    return best, where, passes
+
+
+def _best_of_steps(
+    model: Any, template: Template, targets: Int[Tensor, " batch"], so_far: np.ndarray, options: VerifyOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """Highest probability over the steps and the steps run, for one batch; a settled row no longer counts steps."""
+    best, passes = so_far.copy(), np.zeros(len(targets), dtype=np.int64)
+    live = np.ones(len(targets), dtype=bool)
+    for logits in greedy_logits(model, template.fill(targets), options.steps):
+        p = target_probabilities(logits, targets).double().numpy()
+        passes[live] += 1
+        best[live] = np.maximum(best[live], p[live])
+        if options.stop_at is not None:
+            live &= best < options.stop_at
+        if not live.any():
+            break
+    return best, passes
+
+
+def greedy_logits(
+    model: Any, rows: Int[Tensor, "batch pos"], steps: int, cached: bool = True
+) -> Iterator[Float[Tensor, "batch d_vocab"]]:
+    """Last-position logits of the rows, then after one greedy token, then after two, and so on.
+
+    With `cached` the prompt is computed once and each step adds one token per row; a model that returns no cache is
+    run again over the whole row.
+    """
+    hf = getattr(model, "hf", None) if cached and steps > 1 else None
+    cache: Any = None
+    for step in range(steps):
+        if hf is None:
+            logits = model.logits(TokenBatch.of_rows(rows), keep="last")
+        else:
+            new = rows if cache is None else rows[:, -1:]
+            with torch.no_grad():
+                out = hf(input_ids=new.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits, cache = out.logits[:, -1], getattr(out, "past_key_values", None)
+            if cache is None:
+                hf = None
+        logits = logits.float().cpu()
+        yield logits
+        if step + 1 < steps:
+            rows = torch.cat([rows, logits.argmax(1)[:, None]], dim=1)
 
 
 def target_probabilities(
-    model: Any, rows: Int[Tensor, "batch pos"], targets: Int[Tensor, " batch"], batch_size: int
-) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
-    """Probability of each row's target as the next token, and the likeliest next token; softmax in fp32."""
-    probabilities, greedy = [], []
-    for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        logits = model.logits(TokenBatch.of_rows(rows[part]), keep="last").float().cpu()
-        chosen = logits.gather(1, targets[part, None])[:, 0]
-        probabilities.append((chosen - logits.logsumexp(1)).exp())
-        greedy.append(logits.argmax(1))
-    return torch.cat(probabilities), torch.cat(greedy)
+    logits: Float[Tensor, "batch d_vocab"], targets: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """Probability of each row's target; softmax in fp32.
+
+    >>> target_probabilities(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
+    tensor([0.5000, 0.5000])
+    """
+    chosen = logits.float().gather(1, targets[:, None])[:, 0]
+    return (chosen - logits.float().logsumexp(1)).exp()
 
 
 def _encodable(codec: Codec, templates: Sequence[Template], tokens: Int[Tensor, " n"]) -> np.ndarray:

@@ -191,7 +191,8 @@ class Plan:
             if done.mean_norm_applied == 0 and edit.op.must_change:
                 raise EditError(
                     f"{edit}: {done.tokens} tokens met the edit, but the change of mean norm "
-                    f"{done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. Use a larger strength or load the model in float32."
+                    f"{done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. "
+                    "Use a larger strength or load the model in float32."
                 )
 
     def _begin_step(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

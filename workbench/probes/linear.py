@@ -68,21 +68,37 @@ class ProbeOptions:
             raise InvalidInputError(f"ProbeOptions(folds={self.folds}): needs 0 (no cross-validation) or at least 2.")
 
 
-def readable_tokens(batch: TokenBatch) -> Bool[Tensor, "batch pos"]:
-    """True at the tokens that a pooled probe reads: padding, special tokens and the first token of each row are left out.
+SINK_FACTOR = 10.0
 
-    The first token is the attention sink of most models; its norm is a hundred times that of the others and would
-    fill a mean.
+
+def readable_tokens(
+    batch: TokenBatch, x: Float[Tensor, "batch pos d"] | None = None, max_norm: float = float("inf")
+) -> Bool[Tensor, "batch pos"]:
+    """True at the tokens that a pooled probe reads.
+
+    Left out are padding, special tokens, the first token of each row and, where the unedited activations `x` are
+    given, tokens beyond `max_norm`: attention sinks have norms a hundred times those of other tokens and would fill a
+    mean. The first token always is one, and now and then a later token.
+
+    Raises:
+        DegenerateInputError: if nothing is left of a row.
     """
     keep = batch.mask & (batch.positions > 0)
     if batch.special is not None:
         keep &= ~batch.special
+    if x is not None:
+        keep &= x.float().norm(dim=-1) <= max_norm
     if not bool(keep.any(dim=1).all()):
         short = int((~keep.any(dim=1)).nonzero()[0])
         raise DegenerateInputError(
-            f"Row {short} has no token besides its first and special ones, so there is nothing to pool. Give longer texts."
+            f"Row {short} has no token besides its first, special and sink ones, so there is nothing to pool. Give longer texts."
         )
     return keep
+
+
+def sink_norm(batch: TokenBatch, x: Float[Tensor, "batch pos d"]) -> float:
+    """Norm above which a token counts as an attention sink: ten times the median of the tokens that are not first."""
+    return SINK_FACTOR * float(x.float().norm(dim=-1)[readable_tokens(batch)].median())
 
 
 def mean_pool(x: Float[Tensor, "batch pos d"], keep: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch d"]:
@@ -108,7 +124,7 @@ def fit_probe(
     """The L2 logistic probe of two classes.
 
     Each dimension is standardised first, so that massive activations do not decide what the penalty means; the scale
-    is folded into `w`. Solved by lbfgs to convergence, so the result does not depend on a seed.
+    is folded into `w`. Solved to convergence by Newton's method, so the result does not depend on a seed.
 
     Args:
         x: pooled activations.
@@ -152,8 +168,10 @@ def _logistic(x: np.ndarray, y: np.ndarray, l2: float) -> tuple[np.ndarray, floa
 
     centre, scale = x.mean(axis=0), x.std(axis=0)
     scale[scale == 0] = 1.0
-    model = LogisticRegression(C=1.0 / l2, max_iter=2000, tol=1e-6).fit((x - centre) / scale, y)
-    w = model.coef_[0] / scale
+    # With an L2 penalty the solution lies in the span of the rows, which are fewer than the dimensions.
+    u, s, vt = np.linalg.svd((x - centre) / scale, full_matrices=False)
+    model = LogisticRegression(C=1.0 / l2, solver="newton-cholesky", tol=1e-8).fit(u * s, y)
+    w = (model.coef_[0] @ vt) / scale
     return w, float(model.intercept_[0] - centre @ w)
 
 

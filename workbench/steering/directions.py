@@ -17,7 +17,7 @@ ROWS_PER_PASS = 32
 
 
 def difference_of_means(
-    positive: Float[Tensor, "n_positive *shape"], negative: Float[Tensor, "n_negative *shape"]
+    positive: Float[Tensor, " n_positive *shape"], negative: Float[Tensor, " n_negative *shape"]
 ) -> Float[Tensor, "*shape"]:
     """Mean of the positive rows minus mean of the negative rows, summed in fp64, returned in fp32.
 
@@ -35,7 +35,8 @@ def difference_of_means(
         )
     if not len(positive) or not len(negative):
         raise DegenerateInputError(
-            f"difference_of_means: {len(positive)} positive and {len(negative)} negative rows. Give at least one of each."
+            f"difference_of_means: {len(positive)} positive and {len(negative)} negative rows. Give at least "
+            f"one of each."
         )
     return (positive.double().mean(0) - negative.double().mean(0)).float()
 
@@ -153,8 +154,11 @@ class TwoByTwo:
 
     @classmethod
     def of(
-        cls, harmful_refusal: Float[Tensor, "n d"], harmful_compliant: Float[Tensor, "n d"],
-        harmless_refusal: Float[Tensor, "n d"], harmless_compliant: Float[Tensor, "n d"],
+        cls,
+        harmful_refusal: Float[Tensor, "n d"],
+        harmful_compliant: Float[Tensor, "n d"],
+        harmless_refusal: Float[Tensor, "n d"],
+        harmless_compliant: Float[Tensor, "n d"],
     ) -> TwoByTwo:
         """The effects from one mean activation per row.
 

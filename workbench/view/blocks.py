@@ -34,7 +34,7 @@ def cell_html(cell: Cell | Metric) -> Markup:
     if isinstance(cell, Estimate):
         value, rest = interval(cell)
         return Markup('<span title="{}"><b>{}</b> <small>{}</small></span>').format(
-            f"{cell.level:.0%} interval, {cell.method}", value, rest
+            f"{cell.level:.0%} interval, {visible(cell.method)}", value, rest
         )
     if isinstance(cell, str):
         return escape(visible(cell))

@@ -86,7 +86,7 @@ def _section_body(section: Section, level: int) -> Markup:
 def _metrics_table(section: Section) -> Markup:
     rows = Markup("").join(
         Markup('<tr><td>{}</td><td class="num">{}</td><td>{}</td></tr>').format(
-            visible(name), cell_html(metric), metric.method if isinstance(metric, Estimate) else ""
+            visible(name), cell_html(metric), visible(metric.method) if isinstance(metric, Estimate) else ""
         )
         for name, metric in section.metrics.items()
     )
@@ -132,4 +132,4 @@ def _moment(text: str) -> str:
     >>> _moment("2026-01-02T03:04:05.123+00:00")
     '2026-01-02 03:04 UTC'
     """
-    return f"{text[:10]} {text[11:16]} UTC" if len(text) >= 16 and text[10] == "T" else text
+    return f"{text[:10]} {text[11:16]} UTC" if len(text) >= 16 and text[10] == "T" else visible(text)

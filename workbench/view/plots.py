@@ -129,9 +129,11 @@ def _themed(svg: str, title: str) -> str:
     body = svg[svg.index("<svg"):].strip()
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    # its style sheet would hold for the whole page
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r'\s(width|height)="[0-9.]+pt"', "", body, count=2)
     label = visible(title).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    body = body.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    body = body.replace("<svg ", f'<svg role="img" aria-label="{label}" stroke-linejoin="round" ', 1)
     body = re.sub(
         r"(fill|stroke|stop-color): (#0102[0-9]{2})",
         lambda found: f"{found[1]}: var(--{_ROLES[found[2]]})" if found[2] in _ROLES else found[0], body,
@@ -184,7 +186,7 @@ def _bars(figure: Figure, block: Bars) -> None:
     values, lows, highs = (np.array([getattr(rows[i], end) for i in drawn]) for end in ("value", "low", "high"))
     axes.barh(drawn, values, height=0.58, color=_colour(0), alpha=0.85, linewidth=0)
     errors = np.abs(np.stack([values - lows, highs - values]))
-    axes.errorbar(values, drawn, xerr=errors, fmt="none", ecolor=_INK, elinewidth=1.1, capsize=3)
+    axes.errorbar(values, drawn, xerr=errors, fmt="none", color=_INK, ecolor=_INK, elinewidth=1.1, capsize=3)
     if block.reference is not None:
         axes.axvline(block.reference, color=_colour(1), linestyle=(0, (4, 3)), linewidth=1.2)
     axes.set_yticks(range(len(rows)), [_label(label) for label in block.labels])

@@ -1,0 +1,66 @@
+"""Scores of several methods over the same balanced test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+
+from circuits.shiftreport import Comparison, MethodRow
+from circuits.task import ShiftTask
+from workbench.stats import Estimate, bootstrap_mean, paired_difference, wilson
+
+
+class Scorer:
+    """Collects predictions per method and turns them into accuracies with intervals.
+
+    Attributes:
+        rows: one per method, in order.
+    """
+
+    def __init__(self, task: ShiftTask) -> None:
+        self._task = task
+        self._label, self._spurious = np.array(task.test.label), np.array(task.test.spurious)
+        self._hits: dict[str, np.ndarray] = {}
+        self.rows: list[MethodRow] = []
+
+    def add(self, name: str, information: str, n_features: int, predictions: Sequence[Int[Tensor, " rows"]]) -> None:
+        """One method; several predictions are draws of it, averaged per row before anything else."""
+        drawn = np.stack([np.asarray(p.cpu()) for p in predictions])
+        hits, agrees = (drawn == self._label).mean(axis=0), (drawn == self._spurious).mean(axis=0)
+        self._hits[name] = hits
+        groups = {
+            self._task.group_name(a, b): hits[(self._label == a) & (self._spurious == b)] for a in (0, 1) for b in (0, 1)
+        }
+        worst = min(groups, key=lambda group: float(groups[group].mean()))
+        self.rows.append(
+            MethodRow(name, information, n_features, accuracy(hits), accuracy(agrees), accuracy(groups[worst]), worst)
+        )
+
+    def compare(self, better: str, other: str) -> Comparison:
+        """Paired difference of two methods in label accuracy, over all rows and over those that break the correlation."""
+        conflict = self._label != self._ambiguous_label()
+        a, b = self._hits[better], self._hits[other]
+        return Comparison(
+            better, other, paired_difference(a, b, unit="texts"), paired_difference(a[conflict], b[conflict], unit="texts")
+        )
+
+    def _ambiguous_label(self) -> np.ndarray:
+        """The label that went with each test row's attribute in training."""
+        train = self._task.train
+        label, spurious = np.array(train.label), np.array(train.spurious)
+        goes_with = [int(round(float(label[spurious == value].mean()))) if (spurious == value).any() else value for value in (0, 1)]
+        return np.array(goes_with)[self._spurious]
+
+
+def accuracy(hits: np.ndarray) -> Estimate:
+    """Share of hits: Wilson for single draws, bootstrap over rows for averages of several.
+
+    >>> accuracy(np.array([1.0, 0.0])).value, accuracy(np.array([0.5, 0.5])).method
+    (0.5, 'percentile bootstrap')
+    """
+    if np.isin(hits, (0.0, 1.0)).all():
+        return wilson(int(hits.sum()), len(hits), unit="texts")
+    return bootstrap_mean(hits, unit="texts")

@@ -1,0 +1,349 @@
+"""SHIFT: find the SAE features that carry a spurious attribute into a probe, have them judged, ablate them.
+
+Source: Marks et al. 2025 (arXiv 2403.19647), section 4. Departures: the judge is a statistic and not a person; the
+probe may stand at the SAE's own site, where effects are exact; random features, word deletion, the skyline, the oracle
+and intervals are always part of the result.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.activity import PooledTexts, Reader, TokenEvidence, token_evidence
+from circuits.attribution import AttributionOptions, LossOfMargin, NodeEffects, linear_effects, node_effects
+from circuits.judges import BalancedEvidence, FeatureDossier, Judge, Node, OracleJudge, StatisticsJudge, Verdict
+from circuits.methods import Scorer
+from circuits.shiftreport import AttributionRow, Collateral, JudgedFeature, ShiftReport
+from circuits.task import ShiftTask, delete_words
+from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.hooks.sites import Site
+from workbench.models.model import Model
+from workbench.probes.linear import Probe, ProbeOptions, fit_probe
+from workbench.stats import Estimate, paired_difference
+from workbench.tokens import TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftOptions:
+    """How a SHIFT study is run.
+
+    Attributes:
+        probe_site: where the probe reads; by default at the last SAE's own site, where effects are exact.
+        top_k: how many features, strongest effect first, are put before the judge.
+        random_draws: sets of random features in the control.
+        probe: how probes are fitted.
+        attribution: how effects are estimated where they are not exact.
+        attribution_rows: ambiguous training rows that the estimate uses.
+        batch_size: texts per forward pass.
+        seed: decides the random features.
+    """
+
+    probe_site: str | None = None
+    top_k: int = 64
+    random_draws: int = 10
+    probe: ProbeOptions = field(default_factory=ProbeOptions)
+    attribution: AttributionOptions = field(default_factory=AttributionOptions)
+    attribution_rows: int = 64
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "random_draws", "attribution_rows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"ShiftOptions({name}={getattr(self, name)}): needs at least 1.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Study:
+    """What all steps share: the texts once read, and the probe that is to be repaired."""
+
+    task: ShiftTask
+    reader: Reader
+    options: ShiftOptions
+    train: PooledTexts
+    swapped: PooledTexts
+    balanced: PooledTexts
+    test: PooledTexts
+    probe: Probe
+
+    def refit(self, x: Float[Tensor, "rows d"]) -> Probe:
+        """A probe on other activations of the ambiguous set."""
+        return fit_probe(x, _ints(self.task.train.label), self.reader.probe_site, options=replace(self.options.probe, folds=0))
+
+
+def shift(
+    model: Model, bases: Mapping[str, Any], task: ShiftTask, judge: Judge | None = None, *,
+    options: ShiftOptions | None = None, plain_text: TokenBatch | None = None,
+) -> ShiftReport:
+    """Trains a probe on the ambiguous set, ablates the features that the judge calls spurious, evaluates with controls.
+
+    Features are pooled and edited at the same tokens: padding, special tokens, the first token of a text and attention
+    sinks are left out of both.
+
+    Args:
+        model: the model.
+        bases: an SAE per site.
+        task: labelled texts; see `circuits.biographies`.
+        judge: decides on each candidate; by default `StatisticsJudge`. Only a judge that says `is_oracle` is given
+            balanced labels, and no judge sees a test row.
+        options: probe site, number of candidates, controls.
+        plain_text: other text, on which the loss is measured with and without the ablation.
+
+    Raises:
+        MismatchError: if an SAE was made for another model or site, or the probe reads below an SAE.
+        ShapeError: if an SAE has another width than its site.
+    """
+    options, judge = options or ShiftOptions(), judge or StatisticsJudge()
+    sites = {str(model.resolve(site)): sae for site, sae in bases.items()}
+    _check_bases(model, sites)
+    study = _read(model, sites, task, options)
+    effects = _effects(study)
+    candidates = _candidates(effects, options.top_k)
+    dossiers = _dossiers(study, candidates)
+    verdicts = [judge(d if judge.is_oracle else replace(d, balanced=None)) for d in dossiers]
+    oracle = [OracleJudge()(dossier) for dossier in dossiers]
+    chosen, oracle_chosen = _spurious(verdicts), _spurious(oracle)
+    draws = _random_features(study, chosen)
+    scorer = _score(study, judge, chosen, oracle_chosen, draws)
+    probe = study.probe
+    assert probe.accuracy is not None and probe.shuffled is not None
+    return ShiftReport(
+        task=task.name, label_name=" or ".join(task.label_names), spurious_name=" or ".join(task.spurious_names),
+        probe_site=study.reader.probe_site, probe=probe.accuracy, shuffled=probe.shuffled, tokens=_tokens_text(study),
+        judge=judge.name, judge_information=judge.information, attribution=_attribution_rows(effects),
+        verdicts=tuple(_judged(d, v, o) for d, v, o in zip(dossiers, verdicts, oracle, strict=True)),
+        methods=tuple(scorer.rows), comparisons=_comparisons(scorer), random_draws=len(draws),
+        edit_check=_edit_check(study, chosen or candidates_nodes(candidates)),
+        collateral=None if plain_text is None or not chosen else _collateral(study.reader, plain_text, chosen, draws[0]),
+    )  # fmt: skip
+
+
+def _check_bases(model: Model, bases: Mapping[str, Any]) -> None:
+    if not bases:
+        raise DegenerateInputError("shift(bases={}): give an SAE per site, such as {'resid_post.15': sae}.")
+    for site, sae in bases.items():
+        if sae.W_dec.shape[1] != model.width(site):
+            raise ShapeError(f"The SAE for {site} has width {sae.W_dec.shape[1]}; the site has {model.width(site)}.")
+        metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
+        made_for, made_with = getattr(metadata, "hook_name", None), getattr(metadata, "model_fingerprint", None)
+        if made_for and Site.parse(made_for) != Site.parse(site):
+            raise MismatchError(f"This SAE was trained at {Site.parse(made_for)}, not at {site}. Pass it under its own site.")
+        if made_with and made_with != model.fingerprint:
+            raise MismatchError(
+                f"The SAE for {site} was trained on model {made_with}; this is {model.name}, {model.fingerprint}. "
+                "Load the model that it was trained on, or train one on this model."
+            )
+
+
+def _read(model: Model, bases: Mapping[str, Any], task: ShiftTask, options: ShiftOptions) -> _Study:
+    probe_site = str(model.resolve(options.probe_site or max(bases, key=lambda site: Site.parse(site).layer or 0)))
+    below = [s for s in bases if (Site.parse(s).layer or 0) > (Site.parse(probe_site).layer or 0)]
+    if below:
+        raise MismatchError(f"The probe reads {probe_site}, below the SAE at {below[0]}. Choose a site at or after every SAE.")
+    reader = Reader.fitted(model, bases, probe_site, task.train.texts, options.batch_size)
+    train = reader.read(task.train.texts, "reading ambiguous texts")
+    groups = tuple(task.group_name(a, b) for a, b in zip(task.train.label, task.train.spurious, strict=True))
+    probe = fit_probe(train.x, _ints(task.train.label), probe_site, groups=groups, options=options.probe)
+    if probe.accuracy is None:
+        raise InvalidInputError("ShiftOptions(probe=ProbeOptions(folds=0)): the study reports cross-validation; use 2 or more.")
+    return _Study(
+        task, reader, options, train, reader.read(task.swapped, "reading swapped texts"),
+        reader.read(task.balanced.texts, "reading balanced texts"), reader.read(task.test.texts, "reading test texts"), probe,
+    )  # fmt: skip
+
+
+def _effects(study: _Study) -> dict[str, NodeEffects]:
+    """Effects on the margin of the ambiguous training labels; exact where they can be."""
+    reader, labels, options = study.reader, _ints(study.task.train.label), study.options
+    if reader.is_linear:
+        site = reader.probe_site
+        return {site: linear_effects(study.train.acts[site], reader.bases[site], study.probe, labels)}
+    n = min(options.attribution_rows, len(labels))
+    batch = reader.model.tokens(list(study.train.texts[:n]))
+    keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site])[reader.probe_site])
+    metric = LossOfMargin(study.probe, labels[:n], keep)
+    return node_effects(reader.model, reader.bases, batch, metric, keep=keep, options=options.attribution)
+
+
+def _candidates(effects: Mapping[str, NodeEffects], top_k: int) -> list[tuple[Node, float]]:
+    """The features that support the label most; those that oppose it are never candidates."""
+    found = [
+        (Node(site, int(f)), float(part.effect[f]))
+        for site, part in effects.items() for f in (part.effect > 0).nonzero()[:, 0].tolist()
+    ]  # fmt: skip
+    if not found:
+        raise DegenerateInputError("shift: no feature supports the label, so there is nothing to judge. Is the SAE on the probe's path?")
+    return sorted(found, key=lambda pair: -pair[1])[:top_k]
+
+
+def candidates_nodes(candidates: Sequence[tuple[Node, float]]) -> list[Node]:
+    """The features without their effects."""
+    return [node for node, _ in candidates]
+
+
+def _dossiers(study: _Study, candidates: Sequence[tuple[Node, float]]) -> list[FeatureDossier]:
+    task = study.task
+    words = (task.spurious_words, task.target_words)
+    contexts = token_evidence(study.reader, task.train.texts, candidates_nodes(candidates), words)
+    return [_dossier(study, node, effect, contexts[node]) for node, effect in candidates]
+
+
+def _dossier(study: _Study, node: Node, effect: float, tokens: TokenEvidence) -> FeatureDossier:
+    def column(pooled: PooledTexts) -> np.ndarray:
+        return pooled.acts[node.site][:, node.feature].double().cpu().numpy()
+
+    balanced = study.task.balanced
+    evidence = BalancedEvidence(column(study.balanced), np.array(balanced.label, float), np.array(balanced.spurious, float))
+    return FeatureDossier(
+        node, effect, column(study.train), column(study.swapped), np.array(study.task.train.label, float),
+        tokens.top_tokens, tokens.spurious_share, tokens.target_share, tokens.n_tokens, evidence,
+    )  # fmt: skip
+
+
+def _spurious(verdicts: Sequence[Verdict]) -> list[Node]:
+    return [verdict.node for verdict in verdicts if verdict.decision == "spurious"]
+
+
+NEIGHBOURS = 20
+"""From how many features of the closest activation frequency a random one is drawn."""
+
+
+def _random_features(study: _Study, chosen: Sequence[Node]) -> list[list[Node]]:
+    """For each draw, as many other features as chosen, each of about the frequency of the one it stands for."""
+    return [_matched(study, chosen, random.Random(f"{study.options.seed}/random/{draw}")) for draw in range(study.options.random_draws)]
+
+
+def _matched(study: _Study, chosen: Sequence[Node], rng: random.Random) -> list[Node]:
+    taken, drawn = set(chosen), []
+    for node in chosen:
+        frequency = study.train.frequency[node.site]
+        distance = (frequency - frequency[node.feature]).abs().masked_fill(frequency == 0, float("inf"))
+        near = [Node(node.site, f) for f in distance.argsort().tolist() if Node(node.site, f) not in taken]
+        pick = rng.choice(near[:NEIGHBOURS])
+        taken.add(pick)
+        drawn.append(pick)
+    return drawn
+
+
+def _skyline(study: _Study, n: int) -> list[Node]:
+    """As many features as SHIFT ablated, chosen by their effect on the attribute's margin over balanced training rows."""
+    labels = _ints(study.task.balanced.spurious)
+    scores: list[tuple[float, Node]] = []
+    for site, sae in study.reader.bases.items():
+        if study.reader.is_linear:
+            effect = linear_effects(study.balanced.acts[site], sae, study.probe, labels).effect
+        else:
+            acts = study.balanced.acts[site]
+            effect = (acts[labels == 1].mean(0) - acts[labels == 0].mean(0)).abs() / acts.std(0).clamp_min(1e-6)
+        best = effect.topk(min(n, len(effect)))
+        scores += [(float(v), Node(site, int(f))) for v, f in zip(best.values, best.indices, strict=True)]
+    return [node for _, node in sorted(scores, key=lambda pair: -pair[0])[:n]]
+
+
+def _score(study: _Study, judge: Judge, chosen: list[Node], oracle_chosen: list[Node], draws: list[list[Node]]) -> Scorer:
+    """Every method on the test set."""
+    scorer, reader, test = Scorer(study.task), study.reader, study.test
+    scorer.add("original", "nothing else", 0, [study.probe.predict(test.x)])
+
+    def ablation(name: str, information: str, sets: Sequence[Sequence[Node]]) -> None:
+        edited = [(reader.ablated(study.train, nodes), reader.ablated(test, nodes)) for nodes in sets]
+        n = len(sets[0])
+        scorer.add(name, information, n, [study.probe.predict(there) for _, there in edited])
+        scorer.add(f"{name} + retrain", information, n, [study.refit(here).predict(there) for here, there in edited])
+
+    ablation("random features", f"activation frequencies; mean of {len(draws)} draws", draws)
+    ablation("SHIFT", judge.information, [chosen])
+    ablation("SHIFT, oracle judge", OracleJudge.information, [oracle_chosen])
+    ablation("skyline", "attribute labels of balanced training rows", [_skyline(study, len(chosen))])
+    deleted = [
+        reader.read([delete_words(text, study.task.spurious_words) for text in part.texts], "reading texts without the words")
+        for part in (study.train, test)
+    ]  # fmt: skip
+    scorer.add("gendered words deleted", "the word list; the probe is trained and tested on the shorter texts", 0,
+               [study.refit(deleted[0].x).predict(deleted[1].x)])  # fmt: skip
+    direction = _swap_direction(study)
+    scorer.add("swap direction removed", "the judge's swapped texts: their mean difference, projected out; probe retrained", 0,
+               [study.refit(_without(study.train.x, direction)).predict(_without(test.x, direction))])  # fmt: skip
+    oracle = fit_probe(
+        study.balanced.x, _ints(study.task.balanced.label), reader.probe_site, options=replace(study.options.probe, folds=0)
+    )
+    scorer.add("oracle probe", "label of balanced training rows", 0, [oracle.predict(test.x)])
+    return scorer
+
+
+def _swap_direction(study: _Study) -> Tensor:
+    """Unit direction from attribute 0 to attribute 1, the mean over training texts and their swapped versions."""
+    sign = 2.0 * _ints(study.task.train.spurious).to(study.train.x) - 1.0
+    direction = (sign[:, None] * (study.train.x - study.swapped.x)).mean(0)
+    if not bool(direction.norm() > 0):
+        raise DegenerateInputError("shift: the swapped texts equal the training texts at the probe's site. Swap the attribute's words.")
+    return direction / direction.norm()
+
+
+def _without(x: Tensor, direction: Tensor) -> Tensor:
+    return x - (x @ direction)[:, None] * direction
+
+
+def _comparisons(scorer: Scorer) -> tuple[Any, ...]:
+    pairs = (
+        ("SHIFT", "random features"), ("SHIFT", "original"), ("SHIFT + retrain", "random features + retrain"),
+        ("SHIFT + retrain", "original"), ("SHIFT + retrain", "swap direction removed"),
+    )  # fmt: skip
+    return tuple(scorer.compare(better, other) for better, other in pairs)
+
+
+def _edit_check(study: _Study, nodes: Sequence[Node]) -> float:
+    """Largest difference between the computed ablation and the one run through the model, relative to the edit."""
+    n = min(8, len(study.test.texts))
+    few = replace(study.test, texts=study.test.texts[:n], x=study.test.x[:n], acts={s: a[:n] for s, a in study.test.acts.items()})
+    computed, run = study.reader.ablated(few, nodes), study.reader.ablated_by_model(few, nodes)[0]
+    return float((computed - run).norm() / (run - few.x).norm().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def _collateral(reader: Reader, text: TokenBatch, chosen: Sequence[Node], others: Sequence[Node]) -> Collateral:
+    """Change of the loss per row of plain text."""
+    losses: dict[str, list[Tensor]] = {"plain": [], "shift": [], "random": []}
+    for start in range(0, len(text), reader.batch_size):
+        part = text[slice(start, start + reader.batch_size)].to(reader.model.device)
+        keep = reader.keep(part, reader.model.capture(part, [reader.probe_site])[reader.probe_site])
+        losses["plain"].append(reader.model.loss(part).nanmean(dim=1))
+        for name, nodes in (("shift", chosen), ("random", others)):
+            with reader.model.plan(reader.intervention(nodes, keep)):
+                losses[name].append(reader.model.loss(part).nanmean(dim=1))
+    mean = {name: torch.cat(parts).double().cpu().numpy() for name, parts in losses.items()}
+
+    def change(name: str) -> Estimate:
+        return paired_difference(mean[name], mean["plain"], unit="rows of text")
+
+    return Collateral(change("shift"), change("random"))
+
+
+def _judged(dossier: FeatureDossier, verdict: Verdict, oracle: Verdict) -> JudgedFeature:
+    return JudgedFeature(
+        str(dossier.node), dossier.effect, verdict.decision, oracle.decision, verdict.why, dossier.top_tokens,
+        dossier.spurious_share, dossier.target_share,
+    )  # fmt: skip
+
+
+def _attribution_rows(effects: Mapping[str, NodeEffects]) -> tuple[AttributionRow, ...]:
+    return tuple(
+        AttributionRow(e.site, e.method, e.total, e.gap, e.n_rows, int((e.effect > 0).sum())) for e in effects.values()
+    )
+
+
+def _tokens_text(study: _Study) -> str:
+    read, left_out = study.train.n_tokens, study.train.n_left_out
+    return f"all tokens but padding, special tokens, the first one and attention sinks ({left_out} of {read + left_out} left out)"
+
+
+def _ints(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)

@@ -1,0 +1,191 @@
+"""The main job, end to end on one model: every step with its control and its interval."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments import glitch_tokens, refusal, score_features, self_text_sae, shift, steering_features
+from workbench.activations.store import open_store
+from workbench.cli.base import Command
+from workbench.features.table import FeatureTable
+from workbench.models.loading import load_model
+from workbench.models.model import Model
+from workbench.report import Section, Table
+from workbench.runs import RunDir, list_runs, settings_of
+from workbench.saes.config import SAEConfig
+from workbench.saes.io import load_sae
+from workbench.tokens import TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Command):
+    """Run everything once on one model: glitch tokens, an SAE, its features, steering, SHIFT, refusal."""
+
+    tokens: int = 81_920
+    """Tokens of its own text that the model writes; most of the time goes here."""
+    training_tokens: int = 600_000
+    """Token-steps of SAE training."""
+    expansion: int = 8
+    """Features of the SAE, as a multiple of the width of the residual stream."""
+    k: int = 32
+    """Features that may be active on one token."""
+    layer: int | None = None
+    """Layer of the SAE; the middle one by default."""
+    fresh: bool = dataclasses.field(default=False, metadata={"config": False})
+    """Run again even if a finished run with this configuration exists."""
+
+    def run(self) -> None:
+        """Runs the steps that are not done yet and prints the findings."""
+        done = None if self.fresh else self._finished()
+        run = done or self._work()
+        sections = [run.load_step(step) for step in run.steps()]
+        findings = [finding for section in sections for finding in section.findings]
+        report = (run.path / "report.html").resolve()
+        again = ["This run was finished before; `workbench demo --fresh` runs it again."] if done else []
+        lines = ["", "What was found:", *(f"  - {finding}" for finding in findings), "", *again, f"Run folder: {run.path}", f"Report:     {report}"]
+        self.emit({"run": run.path, "report": report, "reused": bool(done), "findings": findings}, lines)
+
+    def _finished(self) -> RunDir | None:
+        """The newest finished run of this configuration."""
+        for info in list_runs(self.out or "runs"):
+            run = RunDir.open(info.path)
+            if info.name == "demo" and run.finished and run.config == settings_of(self):
+                return run
+        return None
+
+    def _work(self) -> RunDir:
+        run = self.start("demo", fresh=self.fresh)
+        with run:
+            study = _Study(self, run)
+            for number, (name, title, step) in enumerate(STEPS, 1):
+                if run.has(name):
+                    _say(f"[{number}/{len(STEPS)}] {title}: done before")
+                    continue
+                _say(f"[{number}/{len(STEPS)}] {title}")
+                start = time.perf_counter()
+                section = step(study)
+                seconds = time.perf_counter() - start
+                run.save_step(name, replace(section, metrics={**section.metrics, "seconds": round(seconds, 1)}))
+                _say(f"      {seconds:.0f} s")
+            run.finish(f"Workbench demo: {study.model.name}")
+        return run
+
+
+def _say(line: str) -> None:
+    """Progress goes to stderr, so that `--json` has stdout for itself."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+class _Study:
+    """What the steps share; each part is made when it is first needed, so a resumed run loads no more than it uses."""
+
+    def __init__(self, config: Demo, run: RunDir) -> None:
+        self.config, self.run = config, run
+
+    @functools.cached_property
+    def model(self) -> Model:
+        model = load_model(self.config.model, check=False)
+        self.run.note_model(model)
+        return model
+
+    @property
+    def site(self) -> str:
+        layer = self.config.layer if self.config.layer is not None else self.model.n_layers // 2
+        return str(self.model.resolve(f"resid_post.{layer}"))
+
+    @property
+    def sae_folder(self) -> Path:
+        return self.run.artifacts / "sae"
+
+    @property
+    def store_folder(self) -> Path:
+        return self.run.artifacts / "acts"
+
+    @property
+    def table_folder(self) -> Path:
+        return self.run.artifacts / "features"
+
+    @functools.cached_property
+    def sae(self) -> Any:
+        return load_sae(self.sae_folder)
+
+    @functools.cached_property
+    def table(self) -> FeatureTable:
+        return FeatureTable.load(self.table_folder)
+
+
+def _check(study: _Study) -> Section:
+    report = study.model.self_check()
+    report.require()
+    rows = tuple((check.name, "holds" if check.ok else "fails", check.detail) for check in report.checks)
+    table = Table(("check", "result", "measured"), rows, "Run on the loaded model, before anything else.")
+    finding = f"{study.model.name} passes {len(rows)} of {len(rows)} self-checks: its sites are what their names say."
+    return Section("The model", (table,), (finding,), {"checks": len(rows), "withdrawn_sites": len(report.withdrawn)})
+
+
+def _glitch(study: _Study) -> Section:
+    report = glitch_tokens.study(study.model, "top")
+    report.to_csv(study.run.artifacts / "glitch_tokens.csv")
+    return report.section()
+
+
+def _sae(study: _Study) -> Section:
+    config = study.config
+    options = self_text_sae.Options(
+        tokens=config.tokens,
+        seed=config.seed,
+        sae=SAEConfig(
+            d_sae=config.expansion * study.model.d_model, k=config.k, tokens=config.training_tokens, seed=config.seed
+        ),
+    )
+    report = self_text_sae.study(study.model, study.site, study.store_folder, study.sae_folder, options)
+    return report.section()
+
+
+def _features(study: _Study) -> Section:
+    table = score_features.study(study.model, study.sae, open_store(study.store_folder))
+    table.save(study.table_folder)
+    return table.report().section()
+
+
+def _steering(study: _Study) -> Section:
+    return steering_features.study(study.model, study.sae, study.table).section()
+
+
+def _plain_text(study: _Study) -> TokenBatch:
+    """Held-out rows of the model's own text: none of them was trained on."""
+    return TokenBatch.of_rows(open_store(study.store_folder).token_rows("heldout")[:32].long())
+
+
+def _shift(study: _Study) -> Section:
+    return shift.study(study.model, study.sae, _plain_text(study)).section()
+
+
+def _refusal(study: _Study) -> Section:
+    return refusal.study(study.model, study.sae, _plain_text(study)).section()
+
+
+STEPS: tuple[tuple[str, str, Callable[[_Study], Section]], ...] = (
+    ("model", "Load the model and check its sites", _check),
+    ("glitch", "List glitch tokens and test the most suspicious", _glitch),
+    ("sae", "Let the model write, and train an SAE on what it wrote", _sae),
+    ("features", "Score all features: what they read, what they write", _features),
+    ("steering", "Steer with the best output features, beside controls", _steering),
+    ("shift", "SHIFT: ablate the features that carry a spurious attribute", _shift),
+    ("refusal", "Refusal: steer with a direction and with features", _refusal),
+)
+"""Name, title and work of every step, in order."""
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(Demo).run()

@@ -1,0 +1,106 @@
+"""Can the model be steered to refuse, and does that spare harmless prompts and ordinary text?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.cli.base import Command
+from workbench.errors import MissingFileError
+from workbench.steering.refusal import RefusalOptions, refusal_study
+from workbench.steering.refusal_report import RefusalReport
+from workbench.tokens import TokenBatch
+
+
+def study(
+    model: Any,
+    sae: Any | None,
+    texts: Sequence[str] | TokenBatch | None = None,
+    *,
+    site: str | None = None,
+    options: RefusalOptions | None = None,
+) -> RefusalReport:
+    """Steers refusal with a direction and with SAE features, beside their controls.
+
+    Args:
+        model: a loaded `Model`.
+        sae: its SAE, or None to study the direction alone.
+        texts: plain text for the loss that steering costs; by default short passages that come with the package.
+        site: where to steer; by default where the SAE reads.
+        options: sizes and strengths.
+    """
+    return refusal_study(model, sae, texts, site=site, options=options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal(Command):
+    """Steer refusal with a direction and with SAE features, beside random ones."""
+
+    sae: Path | None = None
+    """Folder of an SAE of this model; without one only the direction is studied."""
+    site: str | None = None
+    """Where to steer, such as resid_post.15; by default where the SAE reads, or the middle layer."""
+    texts: Path | None = None
+    """Text file, one passage per line, for the loss on plain text; by default short passages of our own."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Multiples of the refusal direction (the difference of means) to add."""
+    clamps: tuple[float, ...] = (1.0, 2.0)
+    """Multiples of their largest activation to which the features are set."""
+    features: int = 3
+    """Number of features that are clamped together."""
+    test_pairs: int = 16
+    """Pairs of a harmful and a harmless prompt on which everything is reported."""
+    new_tokens: int = 24
+    """Longest reply, in tokens."""
+
+    def options(self) -> RefusalOptions:
+        """What the library is called with."""
+        return RefusalOptions(
+            n_test=self.test_pairs,
+            strengths=self.strengths,
+            clamps=self.clamps,
+            n_features=self.features,
+            n_candidates=max(8, self.features),
+            new_tokens=self.new_tokens,
+            seed=self.seed,
+        )
+
+    def run(self) -> None:
+        """Study, save the run folder, and say what was found."""
+        from workbench.models.loading import load_model
+        from workbench.records import save_json
+        from workbench.saes.io import load_sae
+
+        options, texts = self.options(), self._passages()
+        sae = None if self.sae is None else load_sae(self.sae)
+        model = load_model(self.model)
+        site = self.site or (f"resid_post.{model.n_layers // 2}" if sae is None else None)
+        with self.start("refusal") as run:
+            run.note_model(model)
+            report = study(model, sae, texts, site=site, options=options)
+            save_json(run.artifacts / "refusal.json", report.to_json())
+            run.save_step("refusal", report.section())
+            html = run.finish(f"Refusal steering of {report.model}")
+            summary = {"run": run.path, "report": html, "findings": report.findings(), "metrics": report.metrics()}
+            self.emit(summary, self._lines(report, html))
+
+    def _passages(self) -> list[str] | None:
+        if self.texts is None:
+            return None
+        if not self.texts.is_file():
+            raise MissingFileError(
+                f"--texts {self.texts}: there is no such file. Give a text file with one passage per line."
+            )
+        return [line for line in self.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def _lines(self, report: RefusalReport, html: Path) -> Iterator[str]:
+        yield from (f"- {finding}" for finding in report.findings())
+        yield f"Report: {html}"
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(Refusal).run()

@@ -1,0 +1,88 @@
+"""Which tokens does each feature of an SAE read, and which does it write?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from workbench.activations.store import ActivationStore, open_store
+from workbench.cli.base import Command
+from workbench.features import ContextOptions, FeatureScoreReport, FeatureTable, ScoreOptions, score_features
+from workbench.models.model import Model
+
+
+def study(
+    model: Model, sae: Any, store: ActivationStore | None = None, prompt: str = "From my experience,",
+    strength: float = 10.0, options: ScoreOptions | None = None,
+) -> FeatureTable:
+    """Scores every feature; `study(...).report()` is the report.
+
+    Args:
+        model: the model that the SAE was trained on.
+        sae: the SAE.
+        store: activations to find contexts in; without one there are output scores only.
+        prompt: neutral text whose last token is steered.
+        strength: factor on the largest activation there.
+        options: details.
+    """
+    scores = ("output",) if store is None else ("input", "output")
+    return score_features(model, sae, store, scores=scores, prompt=prompt, strength=strength, options=options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesScore(Command):
+    """Score every feature of an SAE by what it reads (input score) and what it writes (output score)."""
+
+    sae: tyro.conf.Positional[Path]
+    """Folder of the SAE."""
+    store: Path | None = None
+    """Folder of stored activations, for input scores and contexts; without it there are output scores only."""
+    prompt: str = "From my experience,"
+    """Neutral text whose last token is steered."""
+    strength: float = 10.0
+    """Factor on the largest feature activation at that token."""
+    k: int = 20
+    """Logit-lens tokens per feature."""
+    max_tokens: int = 200_000
+    """Stored tokens that are read for contexts."""
+    precision: Literal["float32", "model"] = "float32"
+    """float32 scores on a copy in fp32; model uses the model's own precision."""
+    threshold: float = 0.01
+    """Output score from which a feature counts as an output feature."""
+
+    def options(self) -> ScoreOptions:
+        """What the library is called with."""
+        return ScoreOptions(
+            k=self.k, precision=self.precision, contexts=ContextOptions(max_tokens=self.max_tokens), seed=self.seed
+        )
+
+    def run(self) -> None:
+        """Score, save the table and the run folder, and say what was found."""
+        from workbench.models.loading import load_model
+        from workbench.saes.io import load_sae
+
+        sae, store = load_sae(self.sae), open_store(self.store) if self.store else None
+        model = load_model(self.model)
+        with self.start("features-score") as run:
+            run.note_model(model)
+            table = study(model, sae, store, self.prompt, self.strength, self.options())
+            folder = table.save(run.artifacts / "features")
+            report = table.report(self.threshold)
+            run.save_step("features", report.section())
+            html = run.finish(f"Features of {self.sae.name}")
+        summary = {"run": run.path, "report": html, "table": folder, "findings": report.findings(), "best": report.best}
+        self.emit(summary, self._lines(report, folder, html))
+
+    def _lines(self, report: FeatureScoreReport, folder: Path, html: Path) -> Iterator[str]:
+        yield from (f"- {finding}" for finding in report.findings())
+        for feature, output, read, _, tokens in report.best:
+            yield f"{feature:>6}  output {output:.3f}  input {read:.3f}  {tokens}"
+        yield f"Table: {folder}; report: {html}"
+
+
+if __name__ == "__main__":
+    tyro.cli(FeaturesScore).run()

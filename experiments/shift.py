@@ -1,0 +1,114 @@
+"""Can a probe that learned a shortcut be repaired by ablating the SAE features that carry it?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import circuits
+from circuits.biographies import BiographyOptions, biographies
+from circuits.judges import Judge, LexiconJudge, OracleJudge, StatisticsJudge
+from circuits.shift import ShiftOptions
+from circuits.shiftreport import ShiftReport
+from workbench.cli.base import Command
+from workbench.errors import MissingFileError
+from workbench.tokens import TokenBatch
+
+JudgeName = Literal["statistics", "lexicon", "oracle"]
+_JUDGES: dict[JudgeName, type[Any]] = {"statistics": StatisticsJudge, "lexicon": LexiconJudge, "oracle": OracleJudge}
+
+
+def study(
+    model: Any,
+    sae: Any,
+    plain_text: TokenBatch | None = None,
+    *,
+    site: str | None = None,
+    task: BiographyOptions | None = None,
+    judge: Judge | None = None,
+    options: ShiftOptions | None = None,
+) -> ShiftReport:
+    """SHIFT on biographies in which profession and gender go together.
+
+    Args:
+        model: a loaded `Model`.
+        sae: an SAE of it.
+        plain_text: held-out text, for the loss that the ablation costs.
+        site: where the SAE reads; by default what its metadata says.
+        task: which biographies.
+        judge: who decides; by default the statistics judge.
+        options: probe site, candidates, controls.
+    """
+    from workbench.saes.io import sae_site
+
+    return circuits.shift(
+        model, {site or sae_site(sae): sae}, biographies(task), judge, options=options, plain_text=plain_text
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift(Command):
+    """Remove gender from a profession probe by ablating judged SAE features, beside random ones."""
+
+    sae: Path
+    """Folder of an SAE of this model."""
+    professions: tuple[str, str] = ("professor", "nurse")
+    """Label 0 and label 1: two of professor, nurse, attorney, journalist."""
+    judge: JudgeName = "statistics"
+    """Who calls a feature spurious; the oracle sees balanced labels and is a bound, not a method."""
+    probe_site: str | None = None
+    """Where the probe reads, such as resid_post.20; by default where the SAE reads, where effects are exact."""
+    top_k: int = 64
+    """How many features, strongest effect first, are judged."""
+    random_draws: int = 10
+    """Sets of random features to compare with."""
+    train_rows: int = 240
+    """Biographies in the ambiguous training set, and in the balanced one that oracles use."""
+    test_rows: int = 400
+    """Biographies in the balanced test set."""
+    texts: Path | None = None
+    """Text file, one passage per line: measures what the ablation costs on plain text."""
+
+    def run(self) -> None:
+        """Study, save the run folder, and say what was found."""
+        from workbench.models.loading import load_model
+        from workbench.records import save_json
+        from workbench.saes.io import load_sae
+
+        passages, sae = self._passages(), load_sae(self.sae)
+        task = BiographyOptions(
+            professions=self.professions, n_train=self.train_rows, n_test=self.test_rows, seed=self.seed
+        )
+        options = ShiftOptions(
+            probe_site=self.probe_site, top_k=self.top_k, random_draws=self.random_draws, seed=self.seed
+        )
+        model = load_model(self.model)
+        plain_text = None if passages is None else model.tokens(passages)
+        with self.start("shift") as run:
+            run.note_model(model)
+            report = study(model, sae, plain_text, task=task, judge=_JUDGES[self.judge](), options=options)
+            save_json(run.artifacts / "shift.json", report.to_json())
+            section = report.section()
+            run.save_step("shift", section)
+            html = run.finish("SHIFT: " + report.task)
+            summary = {"run": run.path, "report": html, "findings": section.findings, "metrics": section.metrics}
+            self.emit(summary, self._lines(report, html))
+
+    def _passages(self) -> list[str] | None:
+        if self.texts is None:
+            return None
+        if not self.texts.is_file():
+            raise MissingFileError(f"--texts {self.texts}: there is no such file. Give a text file with one passage per line.")
+        return [line for line in self.texts.read_text(encoding="utf-8").splitlines() if len(line.split()) > 3]
+
+    def _lines(self, report: ShiftReport, html: Path) -> Iterator[str]:
+        yield from (f"- {finding}" for finding in report.findings())
+        yield f"Report: {html}"
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(Shift).run()

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from circuits.biographies import (
+    _TEMPLATES,
+    NAMES,
+    PROFESSIONS,
+    SURNAMES,
+    BiographyOptions,
+    biographies,
+    gender_words,
+)
+from circuits.task import LabelledTexts, ShiftTask, delete_words, word_pattern
+from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError, UnknownNameError
+
+SMALL = BiographyOptions(n_train=40, n_test=40)
+
+
+def test_training_is_ambiguous_and_test_is_balanced() -> None:
+    task = biographies(SMALL)
+    assert task.train.label == task.train.spurious
+    for rows, each in ((task.balanced, 10), (task.test, 10)):
+        assert set(Counter(zip(rows.label, rows.spurious, strict=True)).values()) == {each}
+
+
+def test_the_same_seed_gives_the_same_texts_and_another_seed_does_not() -> None:
+    assert biographies(SMALL) == biographies(SMALL)
+    assert biographies(SMALL).train.texts != biographies(BiographyOptions(n_train=40, n_test=40, seed=1)).train.texts
+
+
+def test_swapped_texts_differ_in_gendered_words_only() -> None:
+    task = biographies(SMALL)
+    for text, swapped in zip(task.train.texts, task.swapped, strict=True):
+        assert text != swapped
+        assert delete_words(text, gender_words()) == delete_words(swapped, gender_words())
+
+
+def test_gender_is_in_the_declared_words_and_profession_is_not() -> None:
+    task = biographies(BiographyOptions(n_train=200, n_test=200))
+    pattern = word_pattern(task.spurious_words)
+    assert all(pattern.search(text) for text in (*task.train.texts, *task.test.texts))
+    male = {w.lower() for rows in (task.train, task.test) for t, g in zip(rows.texts, rows.spurious, strict=True) if g == 0 for w in pattern.findall(t)}
+    female = {w.lower() for rows in (task.train, task.test) for t, g in zip(rows.texts, rows.spurious, strict=True) if g == 1 for w in pattern.findall(t)}
+    assert not male & female
+
+
+def test_train_and_test_share_no_name_template_or_activity() -> None:
+    for gender in (0, 1):
+        assert not set(NAMES["train"][gender]) & set(NAMES["test"][gender])
+    assert not set(SURNAMES["train"]) & set(SURNAMES["test"])
+    assert not {t for part in _TEMPLATES["train"] for t in part} & {t for part in _TEMPLATES["test"] for t in part}
+    for profession in PROFESSIONS.values():
+        assert not set(profession.train) & set(profession.test)
+
+
+@pytest.mark.parametrize("name", list(PROFESSIONS))
+def test_declared_profession_words_occur_and_the_profession_is_never_named(name: str) -> None:
+    profession = PROFESSIONS[name]
+    spoken = set(re.findall(r"[a-z]+", " ".join(profession.train).lower()))
+    assert profession.words <= spoken
+    assert name not in " ".join(profession.train + profession.test)
+    assert not profession.words & {word for other in PROFESSIONS if other != name for word in PROFESSIONS[other].words} - {"edits"}
+
+
+def test_other_professions_and_wrong_options() -> None:
+    assert biographies(BiographyOptions(professions=("attorney", "journalist"), n_train=8, n_test=8)).label_names[0] == "attorney"
+    with pytest.raises(UnknownNameError, match="nurse"):
+        BiographyOptions(professions=("professor", "nures"))
+    with pytest.raises(InvalidInputError):
+        BiographyOptions(professions=("nurse", "nurse"))
+    with pytest.raises(DegenerateInputError, match="multiple of 4"):
+        BiographyOptions(n_train=10)
+
+
+def test_a_task_that_does_not_pair_up_is_refused() -> None:
+    task = biographies(SMALL)
+    with pytest.raises(ShapeError):
+        LabelledTexts(("a",), (0, 1), (0, 1))
+    with pytest.raises(InvalidInputError):
+        LabelledTexts(("a", "b"), (0, 2), (0, 1))
+    with pytest.raises(DegenerateInputError, match=r"\(0, 1\)"):
+        ShiftTask("t", ("a", "b"), ("c", "d"), task.train, task.swapped, task.train, task.test, frozenset("a"), frozenset("b"))
+    with pytest.raises(ShapeError, match="swapped"):
+        ShiftTask("t", ("a", "b"), ("c", "d"), task.train, task.swapped[1:], task.balanced, task.test, frozenset("a"), frozenset("b"))

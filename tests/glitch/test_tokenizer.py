@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.glitch.tiny_vocab import N_UNUSED, SPECIAL, WORDS, byte_level, sentencepiece
+from workbench.errors import MissingFileError
+from workbench.glitch.codec import FastCodec, codec_in, codec_of
+from workbench.glitch.tokenizer import IMPOSSIBLE_BYTES, analyse
+from workbench.models.model import Model
+
+
+def test_byte_level_categories_are_exact() -> None:
+    tokenizer = byte_level()
+    vocabulary = analyse(FastCodec.of(tokenizer))
+    at = tokenizer.token_to_id
+    assert vocabulary.category[at(SPECIAL)] == "special"
+    assert {vocabulary.category[at(word)] for word in WORDS} == {"ok"}
+    assert {vocabulary.category[at(f"Ġ{word}")] for word in WORDS} == {"ok"}
+    assert vocabulary.text[at("Ġalpha")] == " alpha"
+    assert vocabulary.category.count("partial_utf8") == 128  # bytes 80 to FF, alone
+    assert vocabulary.text[at("Ã")] == "<0xC3>"
+    assert int(vocabulary.reserved.sum()) == N_UNUSED and vocabulary.reserved[at("<unused3>")]
+    assert vocabulary.missing_bytes == () and vocabulary.lossy == ()
+    assert sum(vocabulary.byte >= 0) == 256
+
+
+def test_a_merge_that_the_rules_never_reach_is_unreachable() -> None:
+    tokenizer = byte_level()
+    vocab = tokenizer.get_vocab()
+    from tokenizers import decoders, models, pre_tokenizers
+
+    plain = {token: i for token, i in vocab.items() if not token.startswith("<unused") and token != SPECIAL}
+    plain = {token: k for k, token in enumerate(sorted(plain, key=plain.__getitem__))}
+    plain["qqq"] = len(plain)
+    orphan = type(tokenizer)(models.BPE(vocab=plain, merges=[]))
+    orphan.pre_tokenizer, orphan.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    vocabulary = analyse(FastCodec.of(orphan))
+    assert vocabulary.category[plain["qqq"]] == "unreachable_multi"
+    assert vocabulary.category[plain["q"]] == "ok"
+
+
+def test_missing_bytes_are_found_lossy_only_where_text_holds_them() -> None:
+    # U+0104 stands for byte 04 and U+00F1 for byte F1; ÿ stands for FF, which no text holds
+    vocabulary = analyse(FastCodec.of(byte_level(missing=("Ą", "ñ", "ÿ"))))
+    assert vocabulary.missing_bytes == (0x04, 0xF1, 0xFF)
+    assert [item.byte for item in vocabulary.lossy] == [0x04, 0xF1]
+    assert (vocabulary.lossy[0].text, vocabulary.lossy[0].back) == ("a\x04b", "ab")
+
+
+def test_sentencepiece_tokens_are_judged_with_the_space_that_they_have_in_text() -> None:
+    tokenizer = sentencepiece()
+    vocabulary = analyse(FastCodec.of(tokenizer))
+    at = tokenizer.token_to_id
+    assert vocabulary.adds_space and vocabulary.style == "byte_fallback"
+    for word in WORDS:
+        assert vocabulary.category[at(word)] == "ok", word
+        assert vocabulary.category[at(f"▁{word}")] == "ok", word
+    assert (vocabulary.text[at("alpha")], vocabulary.text[at("▁alpha")]) == ("alpha", " alpha")
+    assert vocabulary.category[at("zq")] == "unreachable_multi"
+    assert vocabulary.category[at("<0x61>")] == "unreachable_single"  # text "a" has its own token
+    assert vocabulary.category[at("<0x41>")] == "ok"  # "A" has none
+    assert vocabulary.category[at("<0xE2>")] == "partial_utf8"
+    assert vocabulary.byte[at("<0xE2>")] == 0xE2
+    assert vocabulary.lossy == ()
+
+
+def test_ids_without_a_token_are_gaps() -> None:
+    tokenizer = byte_level()
+    codec = FastCodec.of(tokenizer)
+    holed = FastCodec((*codec.raw, None, None), codec.special, codec.style, codec.backend)
+    vocabulary = analyse(holed)
+    assert vocabulary.category[-2:] == ("no_token", "no_token")
+    assert vocabulary.n_tokens == tokenizer.get_vocab_size()
+
+
+def test_the_callers_truncation_stays() -> None:
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(2)
+    codec = FastCodec.of(tokenizer)
+    assert len(codec.encode(["a b c d e"])[0]) > 2
+    assert tokenizer.truncation["max_length"] == 2
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="tokenizer"):
+        codec_in(tmp_path)
+
+
+@pytest.mark.embedded
+def test_the_embedded_tokenizer_has_the_known_counts(embedded: Model) -> None:
+    vocabulary = analyse(codec_of(embedded.tokenizer))
+    counts = {name: vocabulary.category.count(name) for name in set(vocabulary.category)}
+    assert counts == {"ok": 48_822, "special": 17, "partial_utf8": 313}
+    assert int((vocabulary.byte >= 0).sum()) == 235
+    expected = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
+    assert set(vocabulary.missing_bytes) == expected | IMPOSSIBLE_BYTES
+    assert {item.byte for item in vocabulary.lossy} == expected

@@ -1,0 +1,309 @@
+"""What holds the parts together: who may import whom, what an import may do, what the text may say."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import workbench
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("workbench", "circuits", "experiments")
+
+LAYERS = (
+    ("errors", "stats", "metrics", "records", "progress", "tokens", "blocks", "view", "report", "rundir", "runs"),
+    ("hooks",),
+    ("interventions",),
+    ("models",),
+    ("activations", "saes"),
+    ("features", "steering", "probes", "glitch"),
+    ("cli",),
+)
+"""A part imports its own layer and those above it in this list."""
+
+FOUNDATION = {
+    "errors": set(),
+    "stats": {"errors"},
+    "records": {"errors"},
+    "progress": {"errors"},
+    "blocks": {"errors", "records", "stats"},
+    "view": {"errors", "records", "stats", "blocks"},
+    "report": {"errors", "records", "stats", "blocks", "view"},
+    "rundir": {"errors", "records"},
+    "runs": {"errors", "records", "stats", "blocks", "view", "report", "progress", "rundir"},
+}
+"""Parts that know only these others."""
+
+HEAVY = ("transformers", "transformer_lens", "sae_lens", "wandb", "matplotlib", "sklearn", "pandas", "tyro", "rich")
+"""Imported inside functions; tyro and rich only by commands."""
+
+
+@cache
+def _modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_modules()[module].read_text(encoding="utf-8"))
+
+
+def _imports(module: str) -> Iterator[str]:
+    """Every module of ours that the text of `module` imports, at its top, inside functions or for types only."""
+    known = _modules()
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                target = full if full in known else str(node.module)
+                if target in known:
+                    yield target
+
+
+@cache
+def _graph() -> dict[str, frozenset[str]]:
+    # the public surface names every part for type checkers, and imports none until it is asked
+    return {module: frozenset(_imports(module)) - {module} for module in _modules() if module != "workbench"}
+
+
+def test_the_parts_are_found() -> None:
+    assert {"workbench", "workbench.errors", "workbench.cli"} <= _modules().keys()
+    assert "workbench.view.html" in _graph()["workbench.runs"], "imports inside functions count"
+
+
+def test_no_import_cycles_lazy_ones_included() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module):], module))
+        if module not in done:
+            for target in sorted(_graph().get(module, ())):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in _graph():
+        visit(module, ())
+
+
+def test_imports_point_one_way() -> None:
+    rank = {part: i for i, layer in enumerate(LAYERS) for part in layer}
+    wrong = []
+    for module, targets in _graph().items():
+        for target in targets:
+            ours, theirs = module.split("."), target.split(".")
+            if ours[0] != theirs[0]:
+                allowed = PACKAGES.index(theirs[0]) < PACKAGES.index(ours[0])
+            elif ours[0] == "workbench" and len(theirs) > 1:
+                allowed = rank[theirs[1]] <= rank[ours[1]]
+            else:
+                allowed = True
+            wrong += [] if allowed else [f"{module} imports {target}"]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_part_has_a_layer() -> None:
+    parts = {module.split(".")[1] for module in _modules() if module.startswith("workbench.")}
+    assert parts <= {part for layer in LAYERS for part in layer}
+
+
+def test_the_foundation_knows_only_itself() -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in _graph().items() if module.startswith("workbench.")
+        for target in targets if target.startswith("workbench.")
+        for part, other in [(module.split(".")[1], target.split(".")[1])]
+        if part in FOUNDATION and other != part and other not in FOUNDATION[part]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_libraries_do_not_use_the_command_line() -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in _graph().items() if module.split(".")[0] != "experiments" and ".cli" not in module
+        for target in targets if target.startswith("workbench.cli")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_forbidden_words_of_the_language(package: str) -> None:
+    wrong = []
+    for module in _modules():
+        if module.split(".")[0] != package:
+            continue
+        for node in ast.walk(_tree(module)):
+            if problem := _forbidden(node):
+                wrong.append(f"{module}:{getattr(node, 'lineno', 0)}: {problem}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _forbidden(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "eval", "exec"):
+        return f"{node.func.id}()"
+    if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+        return "star import"
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+        roots = {name.split(".")[0] for name in names}
+        return next((f"imports {bad}" for bad in ("pickle", "dill", "cloudpickle", "joblib") if bad in roots), None)
+    if isinstance(node, ast.ExceptHandler) and not _reraises(node):
+        caught = ast.unparse(node.type) if node.type is not None else "everything"
+        return f"catches {caught} and goes on" if caught in ("everything", "Exception", "BaseException") else None
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+        safe = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
+        return None if safe else "torch.load without weights_only=True"
+    return None
+
+
+def _reraises(handler: ast.ExceptHandler) -> bool:
+    return any(isinstance(node, ast.Raise) for node in ast.walk(handler))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("print(1)", "print()"),
+        ("from a import *", "star import"),
+        ("def f():\n import pickle", "imports pickle"),
+        ("try:\n pass\nexcept Exception:\n pass", "catches Exception and goes on"),
+        ("torch.load(x)", "torch.load without weights_only=True"),
+        ("import os\nlog.print(1)\ntorch.load(x, weights_only=True)", None),
+    ],
+)
+def test_the_check_itself_sees_what_it_should(text: str, problem: str | None) -> None:
+    found = [said for node in ast.walk(ast.parse(text)) if (said := _forbidden(node))]
+    assert found == ([problem] if problem else [])
+
+
+IMPORT_ALL = """
+import importlib, os, sys, threading
+before = set(os.environ.items())
+import workbench
+assert "torch" not in sys.modules, "import workbench alone imports torch"
+names = sys.argv[2:]
+for name in names:
+    importlib.import_module(name)
+heavy = [name for name in sys.argv[1].split(",") if name in sys.modules]
+assert not heavy, f"imported at import time: {heavy}"
+assert set(os.environ.items()) - before == set(), "environment changed"
+assert threading.active_count() == 1, "threads started"
+"""
+
+
+def _import_all(modules: list[str], heavy: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
+    home = folder / "home"
+    home.mkdir()
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    work = folder / "work"
+    work.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IMPORT_ALL, ",".join(heavy), *modules], cwd=work, env=environment,
+        capture_output=True, text=True, check=False, timeout=120,
+    )
+    written = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert not written, f"importing wrote files: {written}"
+    return done
+
+
+def test_importing_has_no_side_effects(tmp_path: Path) -> None:
+    # a module that is a command may import what makes commands
+    commands = ("workbench.cli", "experiments")
+    libraries = [name for name in _modules() if not name.startswith(commands) and not name.endswith("__main__")]
+    done = _import_all(libraries, HEAVY, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
+
+
+def test_importing_commands_has_no_side_effects(tmp_path: Path) -> None:
+    modules = [name for name in _modules() if not name.endswith("__main__")]
+    done = _import_all(modules, tuple(name for name in HEAVY if name not in ("tyro", "rich")), tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
+
+
+def test_the_public_surface_is_complete_documented_and_sorted() -> None:
+    names = workbench.__all__
+    assert len(names) == len(set(names))
+    assert sorted(names, key=lambda name: (not name[0].isupper(), name)) == names
+    assert set(dir(workbench)) == set(names)
+    for name in names:
+        value = getattr(workbench, name)
+        assert inspect.getdoc(value), f"workbench.{name} has no docstring"
+        if not inspect.ismodule(value):
+            assert value is getattr(importlib.import_module(value.__module__), name), name
+
+
+def test_an_unknown_name_says_what_is_close() -> None:
+    with pytest.raises(AttributeError, match="Did you mean Estimate"):
+        workbench.Estimat  # noqa: B018  # looking it up is the test
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_and_modules_say_what_they_are(package: str) -> None:
+    silent = [
+        module for module, file in _modules().items()
+        if module.split(".")[0] == package and file.stat().st_size and ast.get_docstring(_tree(module)) is None
+    ]
+    assert not silent
+
+
+MAX_LINES = 400
+
+
+def test_files_stay_readable() -> None:
+    long = {str(file): n for file in _modules().values() if (n := len(file.read_text().splitlines())) > MAX_LINES + 20}
+    assert not long
+
+
+# Written in pieces, so that this file does not contain what it looks for.
+LOCAL_TRACES = {
+    "a folder of the machine it was written on": r"(?<![\w.~])/(?:work|tmp/proto|opt/(?:wheels|pypi)|root|home/\w+)" + r"/",
+    "a private package index": r"https?://(?:10\.|127\.|192\.168\.|localhost|[\w.-]*(?:artifactory|nexus|devpi|\.internal\b))",
+    "a credential": r"(?:hf_[A-Za-z]{30,}|ghp_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})",
+}
+PUBLIC_INDEXES = ("https://download.pytorch.org/whl/cpu", "https://pypi.org/simple")
+
+
+def _repository_texts() -> Iterator[tuple[str, str]]:
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, check=False,
+    )
+    if listed.returncode:
+        pytest.fail("The repository check needs git and a checkout.")
+    for name in filter(None, listed.stdout.split("\0")):
+        file = ROOT / name
+        if file.is_file() and file.stat().st_size < 5_000_000 and not name.startswith("shared/"):
+            raw = file.read_bytes()
+            if b"\0" not in raw[:4096]:
+                yield name, raw.decode("utf-8", errors="replace")
+
+
+def test_the_repository_holds_no_trace_of_one_machine() -> None:
+    wrong = []
+    for name, text in _repository_texts():
+        for number, line in enumerate(text.splitlines(), 1):
+            for what, pattern in LOCAL_TRACES.items():
+                if name != "tests/test_architecture.py" and re.search(pattern, line):
+                    wrong.append(f"{name}:{number}: {what}: {line.strip()[:100]}")
+            for url in re.findall(r"--(?:extra-)?index-url[= ]+(\S+)", line):
+                if not url.startswith((*PUBLIC_INDEXES, "$")):
+                    wrong.append(f"{name}:{number}: package index {url}")
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,164 @@
+"""The feature table: one row per feature, in pandas, Parquet and HTML."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workbench.errors import CorruptFileError, DegenerateInputError, InvalidInputError, MissingFileError, did_you_mean
+from workbench.features.report import FeatureScoreReport, score_report
+from workbench.records import load_json, save_json, write_atomic
+
+TABLE_FILE = "features.parquet"
+META_FILE = "features.json"
+COLUMNS = (
+    "feature", "input_score", "output_score", "output_score_delta", "frequency", "max_act", "n_contexts", "best_token",
+    "top_tokens", "top_token_ids", "contexts", "context_token_ids",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureTable:
+    """Scores of SAE features.
+
+    Attributes:
+        df: one row per feature with `COLUMNS`; nan where a score was not asked for or could not be computed.
+        meta: how the scores were made: model, site, prompt, strength, precision, tokens read.
+        controls: scores of the controls: `random_output_score` (random directions of the features' norms),
+            `shuffled_input_score` (each feature's contexts against another feature's lens tokens).
+    """
+
+    df: Any
+    meta: dict[str, Any]
+    controls: dict[str, tuple[float, ...]]
+
+    def __len__(self) -> int:
+        return len(self.df)
+
+    def row(self, feature: int) -> Any:
+        """The row of one feature.
+
+        Raises:
+            InvalidInputError: if the feature was not scored.
+        """
+        found = self.df[self.df["feature"] == feature]
+        if found.empty:
+            raise InvalidInputError(f"Feature {feature} is not in this table of {len(self)} features. Score it first.")
+        return found.iloc[0]
+
+    def alive(self) -> Any:
+        """The rows of features that were active on at least one token; all rows if no store was read."""
+        known = self.df["frequency"].notna()
+        return self.df[(self.df["frequency"] > 0) | ~known]
+
+    def select(self, n: int | None = None, min_output_score: float = 0.01) -> tuple[int, ...]:
+        """Features to steer with: alive, output score of at least `min_output_score`, best first, at most n.
+
+        Raises:
+            DegenerateInputError: if no feature qualifies; says what the best score is.
+
+        Source: Arad, Mueller, Belinkov 2025 recommend 0.01.
+        """
+        alive = self.alive().sort_values(["output_score", "feature"], ascending=[False, True])
+        good = alive[alive["output_score"] >= min_output_score]
+        if good.empty:
+            best = float(alive["output_score"].max()) if len(alive) else float("nan")
+            raise DegenerateInputError(
+                f"select(min_output_score={min_output_score}): none of {len(alive)} alive features reaches it; the best has "
+                f"{best:.3g}. Lower the threshold, or score at a later layer."
+            )
+        return tuple(int(f) for f in good["feature"][:n])
+
+    def worst_matched(self, features: Sequence[int], share: float = 0.25) -> tuple[int, ...]:
+        """For each given feature another one of like frequency from the `share` with the lowest output scores.
+
+        Without frequencies the lowest scores are taken in order. No feature is used twice.
+
+        Raises:
+            DegenerateInputError: if there are fewer such features than asked for.
+        """
+        alive = self.alive()
+        pool = alive[~alive["feature"].isin(list(features)) & alive["output_score"].notna()]
+        pool = pool.sort_values(["output_score", "feature"])[: max(int(share * len(pool)), len(features))]
+        if len(pool) < len(features):
+            raise DegenerateInputError(f"worst_matched: {len(features)} features asked for, {len(pool)} others are alive.")
+        ids, logs = pool["feature"].to_numpy(), np.log(pool["frequency"].to_numpy(dtype=float) + 1e-12)
+        chosen: list[int] = []
+        for feature in features:
+            target = np.log(float(self.row(feature)["frequency"]) + 1e-12)
+            far = np.where(np.isnan(logs) | np.isnan(target), 0.0, np.abs(logs - target))
+            far = np.where(np.isin(ids, chosen), np.inf, far)
+            chosen.append(int(ids[int(far.argmin())]))
+        return tuple(chosen)
+
+    def report(self, threshold: float = 0.01, high: float = 0.1) -> FeatureScoreReport:
+        """Distributions, shares and co-occurrence of the scores, beside their controls.
+
+        Args:
+            threshold: output score above which a feature counts as an output feature.
+            high: cut for "high" input and output scores in their co-occurrence.
+        """
+        return score_report(self.df, self.meta, self.controls, threshold, high)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes `features.parquet` and `features.json` into a folder; returns it. Atomic, the Parquet file last."""
+        folder = Path(path)
+        buffer = io.BytesIO()
+        self.df.to_parquet(buffer, index=False)
+        save_json(folder / META_FILE, {"version": 1, "meta": self.meta, "controls": self.controls})
+        write_atomic(folder / TABLE_FILE, buffer.getvalue())
+        return folder
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureTable:
+        """The table in a folder.
+
+        Raises:
+            MissingFileError: if there is none.
+            CorruptFileError: if its files can't be read.
+        """
+        import pandas as pd
+        import pyarrow as pa
+
+        folder = Path(path)
+        if not (folder / TABLE_FILE).is_file():
+            raise MissingFileError(f"No feature table in {folder}: it has no {TABLE_FILE}. Make one with `workbench features score`.")
+        record = load_json(folder / META_FILE)
+        try:
+            df = pd.read_parquet(folder / TABLE_FILE)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CorruptFileError(f"{folder / TABLE_FILE} is not a Parquet file ({error}). Score the features again.") from error
+        missing = [column for column in COLUMNS if column not in df]
+        if missing or not isinstance(record, dict) or not {"meta", "controls"} <= set(record):
+            raise CorruptFileError(f"{folder} is not a feature table; missing: {missing}. {did_you_mean('feature', df.columns)}")
+        for column in ("top_tokens", "top_token_ids", "contexts", "context_token_ids"):
+            df[column] = [list(value) for value in df[column]]
+        controls = {name: tuple(float("nan") if v is None else v for v in values) for name, values in record["controls"].items()}
+        return cls(df, record["meta"], controls)
+
+    def __repr__(self) -> str:
+        return f"FeatureTable({len(self)} features of {self.meta.get('site')} in {self.meta.get('model')}: columns {', '.join(COLUMNS)})"
+
+    def _repr_html_(self) -> str:
+        best = self.df.sort_values("output_score", ascending=False)[:20]
+        shown = ("feature", "output_score", "input_score", "frequency", "max_act", "top_tokens", "contexts")
+        head = "".join(f"<th>{name}</th>" for name in shown)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in shown) + "</tr>" for _, row in best.iterrows()
+        )
+        caption = f"{len(self)} features; the 20 with the highest output score"
+        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float | np.floating):
+        return f"{float(value):.3g}"
+    if isinstance(value, list | tuple | np.ndarray):
+        return html.escape(" · ".join(repr(str(v))[1:-1] for v in list(value)[:6]))
+    return html.escape(str(value))

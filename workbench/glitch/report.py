@@ -1,0 +1,44 @@
+"""The report of a glitch-token scan: its result with words, tables and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.glitch import narrate
+from workbench.glitch.result import ScanResult
+from workbench.glitch.verify import Verification
+from workbench.records import to_jsonable
+from workbench.report import Report, Section
+from workbench.stats import Estimate
+
+
+@dataclass(frozen=True, eq=False)
+class GlitchReport(ScanResult, Report):
+    """Result of `scan`. `df` has every token; `to_json` the facts, the suspicious tokens and everything tested."""
+
+    def with_verification(self, verification: Verification) -> GlitchReport:
+        """The same report with the tests of its tokens."""
+        return dataclasses.replace(self, verification=verification)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything except the table of all tokens, which `to_csv` writes: its suspicious and tested rows are here."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "table"]
+        return to_jsonable({name: getattr(self, name) for name in names} | {
+            "candidates": [self.row(i) for i in self.candidates()], "findings": list(self.findings()),
+        })  # fmt: skip
+
+    def metrics(self) -> dict[str, Estimate | float | int | str]:
+        """Flat numbers of the scan."""
+        return narrate.metrics(self)
+
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in sentences, with what is not known."""
+        return narrate.findings(self)
+
+    def section(self) -> Section:
+        """Tables, histogram and findings."""
+        return Section(
+            f"Glitch tokens of {self.model}", narrate.blocks(self), findings=self.findings(), metrics=self.metrics()
+        )

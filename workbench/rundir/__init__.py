@@ -1,0 +1,1 @@
+"""What `workbench.runs` is made of: environment, lock, list and mirror of run folders."""

@@ -1,0 +1,80 @@
+"""What a result depends on besides its configuration: code, versions, machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "numpy")
+"""Distributions whose version can change a number."""
+
+_GIT_SECONDS = 10
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def environment(seed: int | None = None) -> dict[str, Any]:
+    """Versions, machine, seed and the commit of the running code (null outside a git checkout)."""
+    return {
+        "git": git_state(),
+        "command": sys.argv,
+        "seed": seed,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("interp-workbench", *PACKAGES)},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": _threads(),
+        "memory_gib": _memory_gib(),
+    }
+
+
+def git_state(folder: Path = _CHECKOUT) -> dict[str, Any] | None:
+    """Commit of the checkout that tracks this package, and whether tracked files differ from it."""
+    # a virtual environment inside somebody's repository must not report that repository's commit
+    if not _git(folder, "ls-files", "workbench/rundir"):
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return None if commit is None else {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _threads() -> int | None:
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.get_num_threads()
+
+
+def _memory_gib() -> float:
+    import psutil
+
+    return round(psutil.virtual_memory().total / 2**30, 1)
