@@ -67,7 +67,9 @@ class Reader:
     ) -> Reader:
         """A reader whose sink norm is estimated on the first batch of texts."""
         batch = model.tokens(list(texts[:batch_size]))
-        return cls(model, bases, probe_site, sink_norm(batch, model.capture(batch, [probe_site])[probe_site]), batch_size)
+        return cls(
+            model, bases, probe_site, sink_norm(batch, model.capture(batch, [probe_site])[probe_site]), batch_size
+        )
 
     @property
     def is_linear(self) -> bool:
@@ -169,18 +171,25 @@ class TokenEvidence:
 
 @torch.no_grad()
 def token_evidence(
-    reader: Reader, texts: Sequence[str], nodes: Sequence[Node], words: tuple[frozenset[str], frozenset[str]],
+    reader: Reader,
+    texts: Sequence[str],
+    nodes: Sequence[Node],
+    words: tuple[frozenset[str], frozenset[str]],
     top: int = 6,
 ) -> dict[Node, TokenEvidence]:
     """On which tokens each feature fires, over the readable tokens of the texts."""
     acts: dict[str, list[Tensor]] = {site: [] for site in reader.bases}
     features = {site: [node.feature for node in nodes if node.site == site] for site in reader.bases}
-    strings, on_words = [], []
+    strings: list[list[str]] = []
+    on_words: list[Tensor] = []
     for batch in reader._batches(texts, "reading contexts"):
         found = reader.model.capture(batch, list(dict.fromkeys([reader.probe_site, *reader.bases])))
         keep = reader.keep(batch, found[reader.probe_site])
         for site, sae in reader.bases.items():
-            rows = [sae.encode(x[k].to(sae.W_dec)).float()[:, features[site]] for x, k in zip(found[site], keep, strict=True)]
+            rows = [
+                sae.encode(x[k].to(sae.W_dec)).float()[:, features[site]]
+                for x, k in zip(found[site], keep, strict=True)
+            ]
             acts[site].append(torch.cat(rows))
         marks = torch.stack([_marked(reader.model, batch, texts, list_, len(strings)) for list_ in words], dim=-1)
         on_words.append(marks[keep])
@@ -205,7 +214,7 @@ def _evidence(acts: Tensor, strings: Sequence[str], marks: Tensor, top: int) -> 
     best: dict[str, float] = {}
     for i in acts.argsort(descending=True)[: 20 * top].tolist():
         if acts[i] > 0 and len(best) < top:
-            best.setdefault(strings[i], float(acts[i]))
+            best.setdefault(strings[int(i)], float(acts[i]))
     return TokenEvidence(tuple(best.items()), shares[0], shares[1], int((acts > 0).sum()))
 
 
@@ -218,7 +227,9 @@ def _marked(model: Model, batch: TokenBatch, texts: Sequence[str], words: frozen
         spans = [match.span() for match in pattern.finditer(text)]
         coded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if "offset_mapping" not in coded:
-            raise InvalidInputError("token_evidence: this tokenizer can't say where its tokens lie in the text. Use a fast tokenizer.")
+            raise InvalidInputError(
+                "token_evidence: this tokenizer can't say where its tokens lie in the text. Use a fast tokenizer."
+            )
         hits = [any(a < end and b > begin for begin, end in spans) for a, b in coded["offset_mapping"]]
         # Right-aligned: a BOS, where there is one, stands in front.
         marks[row, marks.shape[1] - len(hits) :] = torch.tensor(hits, device=marks.device)

@@ -121,7 +121,9 @@ class AttributionOptions:
                 "baselines zero, zero_keep_error, mean."
             )
         if self.steps < 1 or self.batch_size < 1:
-            raise InvalidInputError(f"AttributionOptions(steps={self.steps}, batch_size={self.batch_size}): both at least 1.")
+            raise InvalidInputError(
+                f"AttributionOptions(steps={self.steps}, batch_size={self.batch_size}): both at least 1."
+            )
 
 
 def sign_of(labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -153,7 +155,12 @@ def linear_effects(
 
 
 def node_effects(
-    model: Model, bases: Mapping[str, Any], batch: TokenBatch, metric: Metric, *, keep: Bool[Tensor, "batch pos"],
+    model: Model,
+    bases: Mapping[str, Any],
+    batch: TokenBatch,
+    metric: Metric,
+    *,
+    keep: Bool[Tensor, "batch pos"],
     options: AttributionOptions | None = None,
 ) -> dict[str, NodeEffects]:
     """Effects of every SAE feature at every site on the metric, one site at a time.
@@ -177,7 +184,10 @@ def node_effects(
     options = options or AttributionOptions()
     if keep.shape != batch.ids.shape:
         raise ShapeError(f"node_effects: keep {tuple(keep.shape)} and ids {tuple(batch.ids.shape)} must be alike.")
-    return {str(Site.parse(site)): _site_effects(model, str(Site.parse(site)), sae, batch, metric, keep, options) for site, sae in bases.items()}
+    return {
+        str(Site.parse(site)): _site_effects(model, str(Site.parse(site)), sae, batch, metric, keep, options)
+        for site, sae in bases.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +204,9 @@ def _site_effects(
     model: Model, site: str, sae: Any, batch: TokenBatch, metric: Metric, keep: Tensor, options: AttributionOptions
 ) -> NodeEffects:
     _check_order(model, site, metric.site)
-    chunks = [torch.arange(i, min(i + options.batch_size, len(batch))) for i in range(0, len(batch), options.batch_size)]
+    chunks = [
+        torch.arange(i, min(i + options.batch_size, len(batch))) for i in range(0, len(batch), options.batch_size)
+    ]
     mean = _mean_state(model, site, sae, batch, keep, chunks) if options.baseline == "mean" else None
     alphas = [0.0] if options.method == "atp" else [(k + 0.5) / options.steps for k in range(options.steps)]
     effects, errors, totals = [], [], []
@@ -213,7 +225,11 @@ def _site_effects(
 def _collect(site: str, per_row: Tensor, error: float, total: float, options: AttributionOptions) -> NodeEffects:
     effect, n = per_row.mean(0), len(per_row)
     gap = abs(float(effect.sum()) + error - total) / max(abs(total), 1e-30)
-    rule = f"integrated gradients, midpoint rule, {options.steps} steps" if options.method == "ig" else "attribution patching"
+    rule = (
+        f"integrated gradients, midpoint rule, {options.steps} steps"
+        if options.method == "ig"
+        else "attribution patching"
+    )
     se = per_row.std(0) / n**0.5 if n > 1 else torch.full_like(effect, float("nan"))
     return NodeEffects(site, effect, se, error, total, gap, n, f"{rule}; baseline {options.baseline}")
 
@@ -222,7 +238,9 @@ def _check_order(model: Model, site: str, read: str) -> None:
     """The metric must read at the site or after it; only layers can be compared without a run."""
     here, there = model.resolve(site), model.resolve(read)
     if here.layer is not None and there.layer is not None and there.layer < here.layer:
-        raise MismatchError(f"The metric reads {there}, below the SAE at {here}: no feature can reach it. Read at {here} or later.")
+        raise MismatchError(
+            f"The metric reads {there}, below the SAE at {here}: no feature can reach it. Read at {here} or later."
+        )
 
 
 def _clean(model: Model, site: str, batch: TokenBatch, keep: Tensor, rows: Tensor) -> Tensor:
@@ -289,7 +307,13 @@ class _Suffix:
 
 
 def exact_effects(
-    model: Model, site: str, sae: Any, batch: TokenBatch, metric: Metric, features: Sequence[int], *,
+    model: Model,
+    site: str,
+    sae: Any,
+    batch: TokenBatch,
+    metric: Metric,
+    features: Sequence[int],
+    *,
     keep: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, " k"]:
     """Effect of zeroing each of some features alone (error kept), one model run per feature; mean over rows.

@@ -36,40 +36,50 @@ PROFESSIONS: Mapping[str, Profession] = {
     "professor": Profession(
         train=(
             "works at a large public university", "lectures on organic chemistry", "supervises doctoral students",
-            "publishes papers on voting systems", "edits a journal of modern history", "leads seminars on ancient philosophy",
-            "studies the economics of trade", "is known for research on early empires", "wrote a textbook on statistics",
+            "publishes papers on voting systems", "edits a journal of modern history",
+            "leads seminars on ancient philosophy",
+            "studies the economics of trade", "is known for research on early empires",
+            "wrote a textbook on statistics",
             "belongs to an institute of political science",
         ),
         test=(
-            "works at a private college", "teaches undergraduate courses in sociology", "writes academic articles about grammar",
-            "directs a thesis programme", "reviews manuscripts for scholarly presses", "runs a laboratory for particle physics",
+            "works at a private college", "teaches undergraduate courses in sociology",
+            "writes academic articles about grammar",
+            "directs a thesis programme", "reviews manuscripts for scholarly presses",
+            "runs a laboratory for particle physics",
             "is known for a monograph on medieval trade", "belongs to the faculty of linguistics",
         ),
         words=frozenset(
-            "university lectures chemistry supervises doctoral students publishes papers voting journal history seminars "
-            "philosophy economics research textbook statistics institute science edits studies".split()
+            ["university", "lectures", "chemistry", "supervises", "doctoral", "students", "publishes", "papers",
+             "voting", "journal", "history", "seminars", "philosophy", "economics", "research", "textbook",
+             "statistics", "institute", "science", "edits", "studies"]
         ),
     ),
     "nurse": Profession(
         train=(
-            "works at a regional hospital", "cares for patients after surgery", "checks vital signs through the night shift",
+            "works at a regional hospital", "cares for patients after surgery",
+            "checks vital signs through the night shift",
             "gives vaccinations to infants", "changes dressings and cleans wounds", "prepares medication for the ward",
             "comforts families in intensive care", "is known for gentle bedside care", "wrote a guide to first aid",
             "belongs to the staff of a stroke clinic",
         ),
         test=(
-            "works at a community health centre", "monitors blood pressure and temperature", "assists doctors during operations",
-            "helps the sick with bathing and meals", "administers injections and infusions", "keeps charts for recovering people",
+            "works at a community health centre", "monitors blood pressure and temperature",
+            "assists doctors during operations",
+            "helps the sick with bathing and meals", "administers injections and infusions",
+            "keeps charts for recovering people",
             "is known for skill with difficult veins", "belongs to the maternity unit",
         ),
         words=frozenset(
-            "hospital cares patients surgery vital signs night shift vaccinations infants dressings wounds medication ward "
-            "comforts intensive care bedside aid staff stroke clinic".split()
+            ["hospital", "cares", "patients", "surgery", "vital", "signs", "night", "shift", "vaccinations",
+             "infants", "dressings", "wounds", "medication", "ward", "comforts", "intensive", "care", "bedside",
+             "aid", "staff", "stroke", "clinic"]
         ),
     ),
     "attorney": Profession(
         train=(
-            "works at a law firm downtown", "argues cases before the court of appeal", "drafts contracts for small companies",
+            "works at a law firm downtown", "argues cases before the court of appeal",
+            "drafts contracts for small companies",
             "represents tenants in disputes", "negotiates settlements", "advises clients on patents",
             "defends people accused of fraud", "is known for victories in civil trials", "wrote a brief on privacy law",
             "belongs to the office of the public defender",
@@ -80,15 +90,18 @@ PROFESSIONS: Mapping[str, Profession] = {
             "is known for a landmark verdict", "belongs to a chamber of barristers",
         ),
         words=frozenset(
-            "law firm argues cases court appeal drafts contracts represents disputes negotiates settlements advises clients "
-            "patents defends accused fraud trials brief privacy defender".split()
+            ["law", "firm", "argues", "cases", "court", "appeal", "drafts", "contracts", "represents", "disputes",
+             "negotiates", "settlements", "advises", "clients", "patents", "defends", "accused", "fraud", "trials",
+             "brief", "privacy", "defender"]
         ),
     ),
     "journalist": Profession(
         train=(
             "works at a daily newspaper", "reports on elections", "interviews ministers and mayors",
-            "writes columns about city life", "covers wars and disasters", "edits the front page", "investigates corruption",
-            "is known for a series on housing", "wrote features about sport", "belongs to an international press agency",
+            "writes columns about city life", "covers wars and disasters", "edits the front page",
+            "investigates corruption",
+            "is known for a series on housing", "wrote features about sport",
+            "belongs to an international press agency",
         ),
         test=(
             "works at a television channel", "chases stories about crime", "produces documentaries",
@@ -96,8 +109,8 @@ PROFESSIONS: Mapping[str, Profession] = {
             "is known for dispatches from the border", "belongs to the foreign desk of a broadcaster",
         ),
         words=frozenset(
-            "daily newspaper reports elections interviews columns covers wars disasters edits page investigates corruption "
-            "series features press agency".split()
+            ["daily", "newspaper", "reports", "elections", "interviews", "columns", "covers", "wars", "disasters",
+             "edits", "page", "investigates", "corruption", "series", "features", "press", "agency"]
         ),
     ),
 }  # fmt: skip
@@ -105,19 +118,25 @@ PROFESSIONS: Mapping[str, Profession] = {
 GENDERS = ("male", "female")
 NAMES: Mapping[Split, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (
-        ("James", "Robert", "Michael", "David", "Richard", "Thomas", "Daniel", "Mark", "Paul", "Kevin", "Brian", "George",
+        ("James", "Robert", "Michael", "David", "Richard", "Thomas", "Daniel", "Mark", "Paul", "Kevin", "Brian",
+         "George",
          "Edward", "Jason", "Ryan", "Gary"),
-        ("Mary", "Patricia", "Linda", "Elizabeth", "Susan", "Jessica", "Sarah", "Karen", "Nancy", "Lisa", "Betty", "Sandra",
+        ("Mary", "Patricia", "Linda", "Elizabeth", "Susan", "Jessica", "Sarah", "Karen", "Nancy", "Lisa", "Betty",
+         "Sandra",
          "Ashley", "Emily", "Donna", "Carol"),
     ),
     "test": (
-        ("John", "William", "Joseph", "Charles", "Matthew", "Anthony", "Steven", "Andrew", "Peter", "Henry", "Frank", "Walter"),
-        ("Jennifer", "Barbara", "Margaret", "Michelle", "Laura", "Amanda", "Rebecca", "Helen", "Anna", "Julia", "Alice", "Diane"),
+        ("John", "William", "Joseph", "Charles", "Matthew", "Anthony", "Steven", "Andrew", "Peter", "Henry", "Frank",
+         "Walter"),
+        ("Jennifer", "Barbara", "Margaret", "Michelle", "Laura", "Amanda", "Rebecca", "Helen", "Anna", "Julia",
+         "Alice", "Diane"),
     ),
 }  # fmt: skip
 SURNAMES: Mapping[Split, tuple[str, ...]] = {
-    "train": ("Miller", "Garcia", "Wilson", "Lopez", "Moore", "Lee", "Harris", "Clark", "Young", "King", "Hill", "Baker"),
-    "test": ("Smith", "Johnson", "Brown", "Jones", "Davis", "Martin", "White", "Walker", "Green", "Adams", "Carter", "Reed"),
+    "train": ("Miller", "Garcia", "Wilson", "Lopez", "Moore", "Lee", "Harris", "Clark", "Young", "King", "Hill",
+    "Baker"),
+    "test": ("Smith", "Johnson", "Brown", "Jones", "Davis", "Martin", "White", "Walker", "Green", "Adams", "Carter",
+    "Reed"),
 }
 _PRONOUNS = (
     {"they": "he", "They": "He", "their": "his", "Their": "His", "them": "him", "title": "Mr."},
@@ -125,17 +144,23 @@ _PRONOUNS = (
 )
 _TEMPLATES: Mapping[Split, tuple[tuple[str, ...], ...]] = {
     "train": (
-        ("{name} {surname} grew up near {town} with two {company}.", "For {years} years, {title} {surname} has lived in {town}.",
-         "{name} {surname} moved to {town} when {they} was twenty.", "{title} {surname} and {their} family come from {town}."),
+        ("{name} {surname} grew up near {town} with two {company}.",
+         "For {years} years, {title} {surname} has lived in {town}.",
+         "{name} {surname} moved to {town} when {they} was twenty.",
+         "{title} {surname} and {their} family come from {town}."),
         ("{They} {activities}.", "These days {they} {activities}.", "As {their} neighbours know, {they} {activities}."),
-        ("On weekends {they} likes {hobby}, and {their} friends often join {them}.", "{Their} great love is {hobby}, which calms {them}.",
+        ("On weekends {they} likes {hobby}, and {their} friends often join {them}.",
+         "{Their} great love is {hobby}, which calms {them}.",
          "When {they} is free, {they} spends {their} time on {hobby}."),
     ),
     "test": (
-        ("{name} {surname} was born in {town} in {year}.", "Since {year}, {title} {surname} has called {town} {their} home.",
+        ("{name} {surname} was born in {town} in {year}.",
+         "Since {year}, {title} {surname} has called {town} {their} home.",
          "{name} {surname} keeps a small house in {town}."),
-        ("Currently {they} {activities}.", "{They} {activities}, as {they} would say with pride.", "It is true that {they} {activities}."),
-        ("For {their} own pleasure {they} chose {hobby}; few match {them} at it.", "Those close to {them} say that {they} adores {hobby}.",
+        ("Currently {they} {activities}.", "{They} {activities}, as {they} would say with pride.",
+         "It is true that {they} {activities}."),
+        ("For {their} own pleasure {they} chose {hobby}; few match {them} at it.",
+         "Those close to {them} say that {they} adores {hobby}.",
          "{Their} evenings belong to {hobby}, and {they} rarely misses one."),
     ),
 }  # fmt: skip
@@ -182,8 +207,8 @@ class BiographyOptions:
 
     Attributes:
         professions: label 0 and label 1; names in `PROFESSIONS`.
-        evidence: activities per biography. One, the default, leaves the profession harder to read than the gender, as in
-            Bias in Bios: with more, a probe reads the profession alone and there is no shortcut to remove.
+        evidence: activities per biography. One, the default, leaves the profession harder to read than the gender, as
+            in Bias in Bios: with more, a probe reads the profession alone and there is no shortcut to remove.
         n_train: rows of the ambiguous set, and of the balanced training set that oracles use.
         n_test: rows of the balanced test set.
         seed: decides every row.
@@ -205,7 +230,7 @@ class BiographyOptions:
             raise InvalidInputError(f"BiographyOptions(evidence={self.evidence}): a biography names 1 to 3 activities.")
         for name, n in (("n_train", self.n_train), ("n_test", self.n_test)):
             if n < 8 or n % 4:
-                raise DegenerateInputError(f"BiographyOptions({name}={n}): needs a multiple of 4, at least 8 (four groups).")
+                raise DegenerateInputError(f"BiographyOptions({name}={n}): give a multiple of 4, at least 8.")
 
 
 def biographies(options: BiographyOptions | None = None) -> ShiftTask:
@@ -220,8 +245,8 @@ def biographies(options: BiographyOptions | None = None) -> ShiftTask:
 
     def rows(split: Split, tag: str, groups: tuple[tuple[int, int], ...], each: int) -> LabelledTexts:
         made = [
-            (biography(split, pair[label], gender, f"{seed}/{tag}/{label}{gender}/{i}", options.evidence), label, gender)
-            for i in range(each) for label, gender in groups
+            (biography(split, pair[y], gender, f"{seed}/{tag}/{y}{gender}/{i}", options.evidence), y, gender)
+            for i in range(each) for y, gender in groups
         ]  # fmt: skip
         texts, label, gender = zip(*made, strict=True)
         return LabelledTexts(texts, label, gender)

@@ -130,16 +130,20 @@ class StatisticsJudge:
 
     def __post_init__(self) -> None:
         if self.z < 0 or self.min_tokens < 0:
-            raise InvalidInputError(f"StatisticsJudge(z={self.z}, min_tokens={self.min_tokens}): both must be 0 or more.")
+            raise InvalidInputError(
+                f"StatisticsJudge(z={self.z}, min_tokens={self.min_tokens}): both must be 0 or more."
+            )
 
     name = "statistics"
     information = (
-        "ambiguous training texts with their labels, and each text with its gendered words swapped (no label, no test row); "
+        "ambiguous training texts with their labels, and each text with its gendered words swapped (no label, "
+        "no test row); "
         "so it is told what the spurious attribute is, but not which training row would be right"
     )
     is_oracle = False
 
     def __call__(self, dossier: FeatureDossier) -> Verdict:
+        """The verdict on one feature."""
         if dossier.n_tokens < self.min_tokens:
             return Verdict(dossier.node, "unsure", 0.0, f"active on {dossier.n_tokens} tokens only")
         between, swapped, score = swap_statistics(dossier.acts, dossier.swapped, dossier.label)
@@ -147,7 +151,8 @@ class StatisticsJudge:
         share = swapped / between if between else float("nan")
         why = (
             f"swapping the attribute undoes {100 * share:.0f} % of its difference between labels (z = {score:.1f}); "
-            f"{100 * dossier.spurious_share:.0f} % of its activation is on spurious words, {100 * dossier.target_share:.0f} % on label words"
+            f"{100 * dossier.spurious_share:.0f} % of its activation is on spurious words, "
+            f"{100 * dossier.target_share:.0f} % on label words"
         )
         return Verdict(dossier.node, decision, score, why)
 
@@ -180,14 +185,19 @@ class LexiconJudge:
     share: float = 0.5
 
     name = "lexicon"
-    information = "which words of the ambiguous training texts the feature fires on, against two declared word lists; no label"
+    information = (
+        "which words of the ambiguous training texts the feature fires on, against two declared word lists; no label"
+    )
     is_oracle = False
 
     def __call__(self, dossier: FeatureDossier) -> Verdict:
+        """The verdict on one feature."""
         ours, theirs = dossier.spurious_share, dossier.target_share
         spurious, intended = ours >= self.share and ours > theirs, theirs >= self.share and theirs > ours
         why = f"{100 * ours:.0f} % of its activation is on spurious words, {100 * theirs:.0f} % on label words"
-        return Verdict(dossier.node, "spurious" if spurious else "intended" if intended else "unsure", ours - theirs, why)
+        return Verdict(
+            dossier.node, "spurious" if spurious else "intended" if intended else "unsure", ours - theirs, why
+        )
 
 
 @dataclass(frozen=True)
@@ -202,12 +212,15 @@ class OracleJudge:
     is_oracle = True
 
     def __call__(self, dossier: FeatureDossier) -> Verdict:
+        """The verdict on one feature."""
         if dossier.balanced is None:
-            raise MismatchError("OracleJudge: the dossier holds no balanced evidence. Pass it through circuits.shift, which adds it.")
+            raise MismatchError(
+                "OracleJudge: the dossier holds no balanced evidence. Pass it through circuits.shift, which adds it."
+            )
         seen = dossier.balanced
         by_label, by_spurious = (_standardised(seen.acts, part) for part in (seen.label, seen.spurious))
         score = abs(by_spurious) - abs(by_label)
-        why = f"on balanced rows it differs by {by_spurious:.2f} sd with the attribute and by {by_label:.2f} sd with the label"
+        why = f"on balanced rows differs by {by_spurious:.2f} sd with the attribute, {by_label:.2f} sd with the label"
         return Verdict(dossier.node, "spurious" if score > 0 else "intended", score, why)
 
 

@@ -32,7 +32,9 @@ class Scorer:
         hits, agrees = (drawn == self._label).mean(axis=0), (drawn == self._spurious).mean(axis=0)
         self._hits[name] = hits
         groups = {
-            self._task.group_name(a, b): hits[(self._label == a) & (self._spurious == b)] for a in (0, 1) for b in (0, 1)
+            self._task.group_name(a, b): hits[(self._label == a) & (self._spurious == b)]
+            for a in (0, 1)
+            for b in (0, 1)
         }
         worst = min(groups, key=lambda group: float(groups[group].mean()))
         self.rows.append(
@@ -40,18 +42,24 @@ class Scorer:
         )
 
     def compare(self, better: str, other: str) -> Comparison:
-        """Paired difference of two methods in label accuracy, over all rows and over those that break the correlation."""
+        """Paired difference in label accuracy, over all rows and over those that break the correlation."""
         conflict = self._label != self._ambiguous_label()
         a, b = self._hits[better], self._hits[other]
         return Comparison(
-            better, other, paired_difference(a, b, unit="texts"), paired_difference(a[conflict], b[conflict], unit="texts")
+            better,
+            other,
+            paired_difference(a, b, unit="texts"),
+            paired_difference(a[conflict], b[conflict], unit="texts"),
         )
 
     def _ambiguous_label(self) -> np.ndarray:
         """The label that went with each test row's attribute in training."""
         train = self._task.train
         label, spurious = np.array(train.label), np.array(train.spurious)
-        goes_with = [int(round(float(label[spurious == value].mean()))) if (spurious == value).any() else value for value in (0, 1)]
+        goes_with = [
+            int(round(float(label[spurious == value].mean()))) if (spurious == value).any() else value
+            for value in (0, 1)
+        ]
         return np.array(goes_with)[self._spurious]
 
 

@@ -76,12 +76,19 @@ class _Study:
 
     def refit(self, x: Float[Tensor, "rows d"]) -> Probe:
         """A probe on other activations of the ambiguous set."""
-        return fit_probe(x, _ints(self.task.train.label), self.reader.probe_site, options=replace(self.options.probe, folds=0))
+        return fit_probe(
+            x, _ints(self.task.train.label), self.reader.probe_site, options=replace(self.options.probe, folds=0)
+        )
 
 
 def shift(
-    model: Model, bases: Mapping[str, Any], task: ShiftTask, judge: Judge | None = None, *,
-    options: ShiftOptions | None = None, plain_text: TokenBatch | None = None,
+    model: Model,
+    bases: Mapping[str, Any],
+    task: ShiftTask,
+    judge: Judge | None = None,
+    *,
+    options: ShiftOptions | None = None,
+    plain_text: TokenBatch | None = None,
 ) -> ShiftReport:
     """Trains a probe on the ambiguous set, ablates the features that the judge calls spurious, evaluates with controls.
 
@@ -121,8 +128,8 @@ def shift(
         judge=judge.name, judge_information=judge.information, attribution=_attribution_rows(effects),
         verdicts=tuple(_judged(d, v, o) for d, v, o in zip(dossiers, verdicts, oracle, strict=True)),
         methods=tuple(scorer.rows), comparisons=_comparisons(scorer), random_draws=len(draws),
-        edit_check=_edit_check(study, chosen or candidates_nodes(candidates)),
-        collateral=None if plain_text is None or not chosen else _collateral(study.reader, plain_text, chosen, draws[0]),
+        edit_check=_edit_check(study, chosen or _nodes(candidates)),
+        collateral=None if plain_text is None else _collateral(study.reader, plain_text, chosen, draws[0]),
     )  # fmt: skip
 
 
@@ -135,7 +142,9 @@ def _check_bases(model: Model, bases: Mapping[str, Any]) -> None:
         metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
         made_for, made_with = getattr(metadata, "hook_name", None), getattr(metadata, "model_fingerprint", None)
         if made_for and Site.parse(made_for) != Site.parse(site):
-            raise MismatchError(f"This SAE was trained at {Site.parse(made_for)}, not at {site}. Pass it under its own site.")
+            raise MismatchError(
+                f"This SAE was trained at {Site.parse(made_for)}, not at {site}. Pass it under its own site."
+            )
         if made_with and made_with != model.fingerprint:
             raise MismatchError(
                 f"The SAE for {site} was trained on model {made_with}; this is {model.name}, {model.fingerprint}. "
@@ -147,17 +156,21 @@ def _read(model: Model, bases: Mapping[str, Any], task: ShiftTask, options: Shif
     probe_site = str(model.resolve(options.probe_site or max(bases, key=lambda site: Site.parse(site).layer or 0)))
     below = [s for s in bases if (Site.parse(s).layer or 0) > (Site.parse(probe_site).layer or 0)]
     if below:
-        raise MismatchError(f"The probe reads {probe_site}, below the SAE at {below[0]}. Choose a site at or after every SAE.")
+        raise MismatchError(
+            f"The probe reads {probe_site}, below the SAE at {below[0]}. Choose a site at or after every SAE."
+        )
     reader = Reader.fitted(model, bases, probe_site, task.train.texts, options.batch_size)
     train = reader.read(task.train.texts, "reading ambiguous texts")
     groups = tuple(task.group_name(a, b) for a, b in zip(task.train.label, task.train.spurious, strict=True))
     probe = fit_probe(train.x, _ints(task.train.label), probe_site, groups=groups, options=options.probe)
     if probe.accuracy is None:
-        raise InvalidInputError("ShiftOptions(probe=ProbeOptions(folds=0)): the study reports cross-validation; use 2 or more.")
-    return _Study(
-        task, reader, options, train, reader.read(task.swapped, "reading swapped texts"),
-        reader.read(task.balanced.texts, "reading balanced texts"), reader.read(task.test.texts, "reading test texts"), probe,
-    )  # fmt: skip
+        raise InvalidInputError(
+            "ShiftOptions(probe=ProbeOptions(folds=0)): the study reports cross-validation; use 2 or more."
+        )
+    swapped = reader.read(task.swapped, "reading swapped texts")
+    balanced = reader.read(task.balanced.texts, "reading balanced texts")
+    test = reader.read(task.test.texts, "reading test texts")
+    return _Study(task, reader, options, train, swapped, balanced, test, probe)
 
 
 def _effects(study: _Study) -> dict[str, NodeEffects]:
@@ -180,11 +193,13 @@ def _candidates(effects: Mapping[str, NodeEffects], top_k: int) -> list[tuple[No
         for site, part in effects.items() for f in (part.effect > 0).nonzero()[:, 0].tolist()
     ]  # fmt: skip
     if not found:
-        raise DegenerateInputError("shift: no feature supports the label, so there is nothing to judge. Is the SAE on the probe's path?")
+        raise DegenerateInputError(
+            "shift: no feature supports the label, so there is nothing to judge. Is the SAE on the probe's path?"
+        )
     return sorted(found, key=lambda pair: -pair[1])[:top_k]
 
 
-def candidates_nodes(candidates: Sequence[tuple[Node, float]]) -> list[Node]:
+def _nodes(candidates: Sequence[tuple[Node, float]]) -> list[Node]:
     """The features without their effects."""
     return [node for node, _ in candidates]
 
@@ -192,7 +207,7 @@ def candidates_nodes(candidates: Sequence[tuple[Node, float]]) -> list[Node]:
 def _dossiers(study: _Study, candidates: Sequence[tuple[Node, float]]) -> list[FeatureDossier]:
     task = study.task
     words = (task.spurious_words, task.target_words)
-    contexts = token_evidence(study.reader, task.train.texts, candidates_nodes(candidates), words)
+    contexts = token_evidence(study.reader, task.train.texts, _nodes(candidates), words)
     return [_dossier(study, node, effect, contexts[node]) for node, effect in candidates]
 
 
@@ -201,7 +216,9 @@ def _dossier(study: _Study, node: Node, effect: float, tokens: TokenEvidence) ->
         return pooled.acts[node.site][:, node.feature].double().cpu().numpy()
 
     balanced = study.task.balanced
-    evidence = BalancedEvidence(column(study.balanced), np.array(balanced.label, float), np.array(balanced.spurious, float))
+    evidence = BalancedEvidence(
+        column(study.balanced), np.array(balanced.label, float), np.array(balanced.spurious, float)
+    )
     return FeatureDossier(
         node, effect, column(study.train), column(study.swapped), np.array(study.task.train.label, float),
         tokens.top_tokens, tokens.spurious_share, tokens.target_share, tokens.n_tokens, evidence,
@@ -218,7 +235,10 @@ NEIGHBOURS = 20
 
 def _random_features(study: _Study, chosen: Sequence[Node]) -> list[list[Node]]:
     """For each draw, as many other features as chosen, each of about the frequency of the one it stands for."""
-    return [_matched(study, chosen, random.Random(f"{study.options.seed}/random/{draw}")) for draw in range(study.options.random_draws)]
+    return [
+        _matched(study, chosen, random.Random(f"{study.options.seed}/random/{draw}"))
+        for draw in range(study.options.random_draws)
+    ]
 
 
 def _matched(study: _Study, chosen: Sequence[Node], rng: random.Random) -> list[Node]:
@@ -234,7 +254,7 @@ def _matched(study: _Study, chosen: Sequence[Node], rng: random.Random) -> list[
 
 
 def _skyline(study: _Study, n: int) -> list[Node]:
-    """As many features as SHIFT ablated, chosen by their effect on the attribute's margin over balanced training rows."""
+    """As many features as SHIFT ablated, by their effect on the attribute's margin over balanced training rows."""
     labels = _ints(study.task.balanced.spurious)
     scores: list[tuple[float, Node]] = []
     for site, sae in study.reader.bases.items():
@@ -248,7 +268,9 @@ def _skyline(study: _Study, n: int) -> list[Node]:
     return [node for _, node in sorted(scores, key=lambda pair: -pair[0])[:n]]
 
 
-def _score(study: _Study, judge: Judge, chosen: list[Node], oracle_chosen: list[Node], draws: list[list[Node]]) -> Scorer:
+def _score(
+    study: _Study, judge: Judge, chosen: list[Node], oracle_chosen: list[Node], draws: list[list[Node]]
+) -> Scorer:
     """Every method on the test set."""
     scorer, reader, test = Scorer(study.task), study.reader, study.test
     scorer.add("original", "nothing else", 0, [study.probe.predict(test.x)])
@@ -264,16 +286,19 @@ def _score(study: _Study, judge: Judge, chosen: list[Node], oracle_chosen: list[
     ablation("SHIFT, oracle judge", OracleJudge.information, [oracle_chosen])
     ablation("skyline", "attribute labels of balanced training rows", [_skyline(study, len(chosen))])
     deleted = [
-        reader.read([delete_words(text, study.task.spurious_words) for text in part.texts], "reading texts without the words")
+        reader.read([delete_words(text, study.task.spurious_words) for text in part.texts], "reading without words")
         for part in (study.train, test)
     ]  # fmt: skip
     scorer.add("gendered words deleted", "the word list; the probe is trained and tested on the shorter texts", 0,
                [study.refit(deleted[0].x).predict(deleted[1].x)])  # fmt: skip
     direction = _swap_direction(study)
-    scorer.add("swap direction removed", "the judge's swapped texts: their mean difference, projected out; probe retrained", 0,
+    scorer.add("swap direction removed", "the swapped texts: their mean difference, projected out; probe retrained", 0,
                [study.refit(_without(study.train.x, direction)).predict(_without(test.x, direction))])  # fmt: skip
     oracle = fit_probe(
-        study.balanced.x, _ints(study.task.balanced.label), reader.probe_site, options=replace(study.options.probe, folds=0)
+        study.balanced.x,
+        _ints(study.task.balanced.label),
+        reader.probe_site,
+        options=replace(study.options.probe, folds=0),
     )
     scorer.add("oracle probe", "label of balanced training rows", 0, [oracle.predict(test.x)])
     return scorer
@@ -284,7 +309,9 @@ def _swap_direction(study: _Study) -> Tensor:
     sign = 2.0 * _ints(study.task.train.spurious).to(study.train.x) - 1.0
     direction = (sign[:, None] * (study.train.x - study.swapped.x)).mean(0)
     if not bool(direction.norm() > 0):
-        raise DegenerateInputError("shift: the swapped texts equal the training texts at the probe's site. Swap the attribute's words.")
+        raise DegenerateInputError(
+            "shift: the swapped texts equal the training texts at the probe's site. Swap the attribute's words."
+        )
     return direction / direction.norm()
 
 
@@ -303,28 +330,36 @@ def _comparisons(scorer: Scorer) -> tuple[Any, ...]:
 def _edit_check(study: _Study, nodes: Sequence[Node]) -> float:
     """Largest difference between the computed ablation and the one run through the model, relative to the edit."""
     n = min(8, len(study.test.texts))
-    few = replace(study.test, texts=study.test.texts[:n], x=study.test.x[:n], acts={s: a[:n] for s, a in study.test.acts.items()})
+    few = replace(
+        study.test, texts=study.test.texts[:n], x=study.test.x[:n], acts={s: a[:n] for s, a in study.test.acts.items()}
+    )
     computed, run = study.reader.ablated(few, nodes), study.reader.ablated_by_model(few, nodes)[0]
     return float((computed - run).norm() / (run - few.x).norm().clamp_min(1e-12))
 
 
 @torch.no_grad()
 def _collateral(reader: Reader, text: TokenBatch, chosen: Sequence[Node], others: Sequence[Node]) -> Collateral:
-    """Change of the loss per row of plain text."""
+    """Change of the loss per row of plain text; zero where nothing was ablated."""
     losses: dict[str, list[Tensor]] = {"plain": [], "shift": [], "random": []}
     for start in range(0, len(text), reader.batch_size):
         part = text[slice(start, start + reader.batch_size)].to(reader.model.device)
         keep = reader.keep(part, reader.model.capture(part, [reader.probe_site])[reader.probe_site])
         losses["plain"].append(reader.model.loss(part).nanmean(dim=1))
         for name, nodes in (("shift", chosen), ("random", others)):
-            with reader.model.plan(reader.intervention(nodes, keep)):
-                losses[name].append(reader.model.loss(part).nanmean(dim=1))
+            losses[name].append(_edited_loss(reader, part, nodes, keep))
     mean = {name: torch.cat(parts).double().cpu().numpy() for name, parts in losses.items()}
 
     def change(name: str) -> Estimate:
         return paired_difference(mean[name], mean["plain"], unit="rows of text")
 
     return Collateral(change("shift"), change("random"))
+
+
+def _edited_loss(reader: Reader, part: TokenBatch, nodes: Sequence[Node], keep: Tensor) -> Tensor:
+    if not nodes:
+        return reader.model.loss(part).nanmean(dim=1)
+    with reader.model.plan(reader.intervention(nodes, keep)):
+        return reader.model.loss(part).nanmean(dim=1)
 
 
 def _judged(dossier: FeatureDossier, verdict: Verdict, oracle: Verdict) -> JudgedFeature:
@@ -342,7 +377,8 @@ def _attribution_rows(effects: Mapping[str, NodeEffects]) -> tuple[AttributionRo
 
 def _tokens_text(study: _Study) -> str:
     read, left_out = study.train.n_tokens, study.train.n_left_out
-    return f"all tokens but padding, special tokens, the first one and attention sinks ({left_out} of {read + left_out} left out)"
+    share = f"{left_out} of {read + left_out} left out"
+    return f"all tokens but padding, special tokens, the first one and attention sinks ({share})"
 
 
 def _ints(values: Sequence[int]) -> Tensor:

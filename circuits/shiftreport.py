@@ -158,11 +158,13 @@ class ShiftReport(Report):
 
     def _outcome(self) -> tuple[str, ...]:
         if self.n_spurious == 0:
-            return (f"The {self.judge} judge called none of {len(self.verdicts)} candidates spurious; nothing was ablated.",)
+            return (
+                f"The {self.judge} judge called none of {len(self.verdicts)} candidates spurious; nothing was ablated.",
+            )
         lines = []
         for comparison in self.comparisons:
             difference = comparison.label
-            if difference.excludes(0):
+            if difference.excludes(0.0):
                 verb = "beats" if difference.value > 0 else "is worse than"
             else:
                 verb = "can't be told from"
@@ -173,8 +175,10 @@ class ShiftReport(Report):
         row, again = self.method("SHIFT"), self.method("SHIFT + retrain")
         lines.append(
             f"SHIFT ablated {self.n_spurious} of {len(self.verdicts)} candidates: label {_share(row.label)}, attribute "
-            f"{_share(row.spurious)}, worst group {row.worst_group} {_share(row.worst)}; with the probe retrained label "
-            f"{_share(again.label)}, attribute {_share(again.spurious)}, worst group {again.worst_group} {_share(again.worst)}."
+            f"{_share(row.spurious)}, worst group {row.worst_group} {_share(row.worst)}; with the probe "
+            "retrained label "
+            f"{_share(again.label)}, attribute {_share(again.spurious)}, worst group {again.worst_group} "
+            f"{_share(again.worst)}."
         )
         return tuple(lines)
 
@@ -208,40 +212,49 @@ class ShiftReport(Report):
         return Section("SHIFT: removing a spurious attribute", self._blocks(), self.findings(), self._metrics())
 
     def _blocks(self) -> tuple[Text | Table | Bars, ...]:
+        names = tuple(m.name for m in self.methods)
         label, attribute = f"accuracy: {self.label_name}", f"agreement with {self.spurious_name}"
-        rows = tuple((m.name, m.n_features, m.label, m.spurious, m.worst, m.worst_group, m.information) for m in self.methods)
+        rows = tuple(
+            (m.name, m.n_features, m.label, m.spurious, m.worst, m.worst_group, m.information) for m in self.methods
+        )
         verdicts = tuple(
             (v.feature, v.effect, v.decision, v.oracle_decision, v.spurious_share, v.target_share,
              " ".join(repr(token.strip()) for token, _ in v.top_tokens), v.why) for v in self.verdicts
         )  # fmt: skip
         return (
             Text(self._method_text()),
-            Bars(label, tuple(m.name for m in self.methods), tuple(m.label for m in self.methods), "label accuracy", 0.5),
-            Bars("worst group", tuple(m.name for m in self.methods), tuple(m.worst for m in self.methods), "label accuracy", 0.5),
-            Table(("method", "features", label, attribute, "worst group", "which", "what it uses"), rows, _METHODS_CAPTION),
+            Bars(label, names, tuple(m.label for m in self.methods), "label accuracy", 0.5),
+            Bars("worst group", names, tuple(m.worst for m in self.methods), "label accuracy", 0.5),
+            Table(_METHODS_HEADER[:2] + (label, attribute) + _METHODS_HEADER[2:], rows, _METHODS_CAPTION),
             Table(
                 ("method", "against", "label accuracy", "rows that break the correlation"),
                 tuple((c.better, c.other, c.label, c.conflict) for c in self.comparisons),
-                "Differences over the same test texts, bootstrap over texts; only the templates and words used here are covered.",
+                "Differences over the same test texts, bootstrap over texts; only the templates and words used "
+                "here are covered.",
             ),
             Table(
                 ("site", "method", "total", "gap", "rows", "positive"),
                 tuple((a.site, a.method, a.total, a.gap, a.n_rows, a.n_positive) for a in self.attribution),
-                "Effects on the probe's margin; positive supports the label that the row has. Only positive ones are candidates.",
+                "Effects on the probe's margin; positive supports the label that the row has. Only positive "
+                "ones are candidates.",
             ),
             Table(
-                ("feature", "effect", "verdict", "oracle judge", "on spurious words", "on label words", "top tokens", "why"),
+                ("feature", "effect", "verdict", "oracle", "on spurious words", "on label words", "top tokens", "why"),
                 verdicts, f"Candidates, judged by the {self.judge} judge.",
             ),
         )  # fmt: skip
 
     def _method_text(self) -> str:
         return (
-            f"{self.task}. Probe: L2 logistic regression on the mean of {self.probe_site} over {self.tokens}; cross-validated "
+            f"{self.task}. Probe: L2 logistic regression on the mean of {self.probe_site} over {self.tokens}; "
+            "cross-validated "
             f"on the ambiguous set {self.probe}, with shuffled labels {self.shuffled}.\n\n"
-            f"Judge: {self.judge}. It uses: {self.judge_information}. Features judged spurious are set to zero at every pooled "
-            f"token, the SAE's error is kept. Random features: {self.random_draws} draws, matched on activation frequency. "
-            f"Run through the model instead of computed on pooled activations, the edit differs by {self.edit_check:.2g} of its size."
+            f"Judge: {self.judge}. It uses: {self.judge_information}. Features judged spurious are set to zero "
+            "at every pooled "
+            f"token, the SAE's error is kept. Random features: {self.random_draws} draws, matched on activation "
+            "frequency. "
+            f"Run through the model instead of computed on pooled activations, the edit differs by "
+            f"{self.edit_check:.2g} of its size."
         )
 
     def _metrics(self) -> dict[str, Metric]:
@@ -256,9 +269,12 @@ class ShiftReport(Report):
         return metrics
 
 
+_METHODS_HEADER = ("method", "features", "worst group", "which", "what it uses")
 _METHODS_CAPTION = (
-    "Balanced test texts of wording and names that training never saw. Attribute agreement of 0.5 means that the attribute "
-    "does not matter. The interval of the worst group is over its own texts and not corrected for picking the worst of four."
+    "Balanced test texts of wording and names that training never saw. Attribute agreement of 0.5 means that "
+    "the attribute "
+    "does not matter. The interval of the worst group is over its own texts and not corrected for picking the "
+    "worst of four."
 )
 
 
@@ -267,4 +283,6 @@ def _share(estimate: Estimate) -> str:
 
 
 def _points(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:+.0f} points [{100 * estimate.low:+.0f}, {100 * estimate.high:+.0f}] (n={estimate.n})"
+    return (
+        f"{100 * estimate.value:+.0f} points [{100 * estimate.low:+.0f}, {100 * estimate.high:+.0f}] (n={estimate.n})"
+    )

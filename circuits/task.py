@@ -34,7 +34,9 @@ class LabelledTexts:
         if other:
             raise InvalidInputError(f"LabelledTexts: labels and attributes are 0 or 1; got {other}.")
         if set(self.label) != {0, 1}:
-            raise DegenerateInputError(f"LabelledTexts: {len(self.texts)} texts with labels {sorted(set(self.label))}; needs both.")
+            raise DegenerateInputError(
+                f"LabelledTexts: {len(self.texts)} texts with labels {sorted(set(self.label))}; needs both."
+            )
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -72,12 +74,16 @@ class ShiftTask:
 
     def __post_init__(self) -> None:
         if len(self.swapped) != len(self.train):
-            raise ShapeError(f"ShiftTask: {len(self.swapped)} swapped texts for {len(self.train)} training texts; must pair up.")
+            raise ShapeError(
+                f"ShiftTask: {len(self.swapped)} swapped texts for {len(self.train)} training texts; must pair up."
+            )
         for name, rows in (("balanced", self.balanced), ("test", self.test)):
             groups = set(zip(rows.label, rows.spurious, strict=True))
             if len(groups) < 4:
                 missing = sorted({(a, b) for a in (0, 1) for b in (0, 1)} - groups)
-                raise DegenerateInputError(f"ShiftTask: {name} has no row with (label, attribute) in {missing}; needs all four.")
+                raise DegenerateInputError(
+                    f"ShiftTask: {name} has no row with (label, attribute) in {missing}; needs all four."
+                )
 
     def group_name(self, label: int, spurious: int) -> str:
         """Name of a group, such as "female professor"."""

@@ -16,8 +16,12 @@ from workbench.models.model import Model
 
 
 def study(
-    model: Model, sae: Any, store: ActivationStore | None = None, prompt: str = "From my experience,",
-    strength: float = 10.0, options: ScoreOptions | None = None,
+    model: Model,
+    sae: Any,
+    store: ActivationStore | None = None,
+    prompt: str = "From my experience,",
+    strength: float = 10.0,
+    options: ScoreOptions | None = None,
 ) -> FeatureTable:
     """Scores every feature; `study(...).report()` is the report.
 

@@ -100,7 +100,9 @@ class Shift(Command):
         if self.texts is None:
             return None
         if not self.texts.is_file():
-            raise MissingFileError(f"--texts {self.texts}: there is no such file. Give a text file with one passage per line.")
+            raise MissingFileError(
+                f"--texts {self.texts}: there is no such file. Give a text file with one passage per line."
+            )
         return [line for line in self.texts.read_text(encoding="utf-8").splitlines() if len(line.split()) > 3]
 
     def _lines(self, report: ShiftReport, html: Path) -> Iterator[str]:

@@ -15,12 +15,17 @@ from workbench.features import FeatureTable
 from workbench.models.model import Model
 from workbench.steering import NEUTRAL_PROMPTS, SteeringReport, SteerOptions, steer
 
-STRENGTHS = (1.0, 2.0, 4.0)
+STRENGTHS = (1.5, 3.0)
 
 
 def study(
-    model: Model, sae: Any, table: FeatureTable, n_features: int = 6, strengths: Sequence[float] = STRENGTHS,
-    prompts: Sequence[str] = NEUTRAL_PROMPTS[:16], options: SteerOptions | None = None,
+    model: Model,
+    sae: Any,
+    table: FeatureTable,
+    n_features: int = 6,
+    strengths: Sequence[float] = STRENGTHS,
+    prompts: Sequence[str] = NEUTRAL_PROMPTS[:12],
+    options: SteerOptions | None = None,
 ) -> SteeringReport:
     """Steers with the best features of a table, beside as many of the worst ones matched on frequency.
 
@@ -51,7 +56,7 @@ class Steer(Command):
     """How many features the table chooses."""
     strengths: tuple[float, ...] = STRENGTHS
     """Factors on the largest feature activation at each token."""
-    n_prompts: int = 16
+    n_prompts: int = 12
     """How many of the built-in neutral prompts; half of them choose the strengths."""
     prompts: tuple[str, ...] = ()
     """Prompts to use instead of the built-in ones."""

@@ -9,9 +9,7 @@ from torch import Tensor
 from workbench.errors import DegenerateInputError, ShapeError
 
 
-def squared_error(
-    x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows d_in"]
-) -> Float[Tensor, " rows"]:
+def squared_error(x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows_hat d_hat"]) -> Float[Tensor, " rows"]:
     """Squared distance of each row from its reconstruction, in fp64.
 
     Raises:
@@ -25,7 +23,7 @@ def squared_error(
     return (x.double() - x_hat.double()).square().sum(-1)
 
 
-def fvu(x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows d_in"]) -> float:
+def fvu(x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows_hat d_hat"]) -> float:
     """Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean of these rows.
 
     Sums are taken over all rows before dividing, so the result does not depend on how the data were batched.
@@ -38,10 +36,11 @@ def fvu(x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows d_in"]) -> flo
     >>> fvu(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [1.0]]))  # (0 + 1) / (1 + 1)
     0.5
     """
+    error = float(squared_error(x, x_hat).sum())
     variance = float(squared_error(x, x.double().mean(0).expand(x.shape)).sum())
     if variance == 0:
         raise DegenerateInputError(f"fvu: all {len(x)} rows are the same, so there is no variance to explain.")
-    return float(squared_error(x, x_hat).sum()) / variance
+    return error / variance
 
 
 def l0(feature_acts: Float[Tensor, "rows d_sae"]) -> float:
@@ -67,7 +66,9 @@ def ce_loss_recovered(ce_clean: float, ce_spliced: float, ce_ablated: float) -> 
     0.9
     """
     if ce_ablated == ce_clean:
-        raise DegenerateInputError(f"ce_loss_recovered: ablation leaves the loss at {ce_clean:.4f}; nothing to recover.")
+        raise DegenerateInputError(
+            f"ce_loss_recovered: ablation leaves the loss at {ce_clean:.4f}; nothing to recover."
+        )
     return (ce_ablated - ce_spliced) / (ce_ablated - ce_clean)
 
 
@@ -94,9 +95,7 @@ def kl_divergence(
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def mean_max_cosine(
-    directions: Float[Tensor, "n_true d_in"], dictionary: Float[Tensor, "d_sae d_in"]
-) -> float:
+def mean_max_cosine(directions: Float[Tensor, "n_true d_in"], dictionary: Float[Tensor, "d_sae d_in"]) -> float:
     """Mean over the true directions of the largest signed cosine with a dictionary row (MMCS); 1 is full recovery.
 
     >>> mean_max_cosine(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, -1.0]]))  # (1 + 0) / 2

@@ -23,7 +23,7 @@ SITE = "resid_post.1"
 
 @dataclass
 class PlantedSAE:
-    """ReLU SAE with given weights; what it does not explain is its error."""
+    """JumpReLU SAE with given weights, so that an active feature is ablated whole; the rest is its error."""
 
     W_enc: Tensor
     W_dec: Tensor
@@ -31,14 +31,16 @@ class PlantedSAE:
     cfg: Any = field(default_factory=lambda: SimpleNamespace(metadata=SimpleNamespace()))
 
     def encode(self, x: Tensor) -> Tensor:
-        return torch.relu((x - self.b_dec) @ self.W_enc - 0.3)
+        pre = (x - self.b_dec) @ self.W_enc
+        return pre * (pre > 0.5)
 
 
 def planted_task(n: int = 80, n_test: int = 200) -> ShiftTask:
-    """Texts such as "xaM bT": every fourth repeats the label's letter, so that the label outweighs the attribute there."""
+    """Texts such as "x a M k T": every fourth repeats the label's letter, so that the label outweighs the attribute there."""
 
     def text(label: int, spurious: int, i: int) -> str:
-        return f"x{'abcdefgh'[i % 8]}{SPURIOUS[spurious]} {'klmnopqr'[i // 8 % 8]}{LABEL[label]}" + 3 * LABEL[label] * (i % 4 == 0)
+        repeats = 4 if i % 4 == 0 else 1
+        return f"x {'abcdefgh'[i % 8]} {SPURIOUS[spurious]} {'klmnopqr'[i // 8 % 8]}" + f" {LABEL[label]}" * repeats
 
     def rows(count: int, groups: Sequence[tuple[int, int]]) -> LabelledTexts:
         made = [(text(a, b, i), a, b) for i in range(count // len(groups)) for a, b in groups]
@@ -49,7 +51,15 @@ def planted_task(n: int = 80, n_test: int = 200) -> ShiftTask:
     train = rows(n, [(0, 0), (1, 1)])
     swapped = tuple(text(y, 1 - y, i // 2) for i, y in enumerate(train.label))
     return ShiftTask(
-        "planted", LABEL, SPURIOUS, train, swapped, rows(n, every), rows(n_test, every), frozenset(SPURIOUS), frozenset(LABEL)
+        "planted",
+        LABEL,
+        SPURIOUS,
+        train,
+        swapped,
+        rows(n, every),
+        rows(n_test, every),
+        frozenset(SPURIOUS),
+        frozenset(LABEL),
     )
 
 

@@ -21,7 +21,9 @@ TEXTS = ["abcdefgh", "ijk", "lmnopq"]
 def _sae(seed: int = 0, d_sae: int = 24) -> PlantedSAE:
     generator = torch.Generator().manual_seed(seed)
     decoder = torch.randn(d_sae, D_MODEL, generator=generator)
-    return PlantedSAE(decoder.T * 0.3, decoder / decoder.norm(dim=1, keepdim=True), 0.1 * torch.randn(D_MODEL, generator=generator))
+    return PlantedSAE(
+        decoder.T * 0.3, decoder / decoder.norm(dim=1, keepdim=True), 0.1 * torch.randn(D_MODEL, generator=generator)
+    )
 
 
 def _setup(read: str) -> tuple[Model, TokenBatch, Tensor, LossOfMargin]:
@@ -48,18 +50,29 @@ class Power:
 def test_linear_metric_makes_every_method_exact() -> None:
     model, batch, keep, metric = _setup("resid_post.1")
     sae = _sae()
-    acts = torch.stack([sae.encode(x[k]).mean(0) for x, k in zip(model.capture(batch, ["resid_post.1"])["resid_post.1"], keep, strict=True)])
+    acts = torch.stack(
+        [
+            sae.encode(x[k]).mean(0)
+            for x, k in zip(model.capture(batch, ["resid_post.1"])["resid_post.1"], keep, strict=True)
+        ]
+    )
     truth = linear_effects(acts, sae, metric.probe, metric.labels)
     one_by_one = exact_effects(model, "resid_post.1", sae, batch, metric, range(24), keep=keep)
     torch.testing.assert_close(truth.effect, one_by_one, atol=1e-5, rtol=1e-4)
-    for options in (AttributionOptions(method="atp"), AttributionOptions(steps=1), AttributionOptions(steps=7, batch_size=2)):
+    for options in (
+        AttributionOptions(method="atp"),
+        AttributionOptions(steps=1),
+        AttributionOptions(steps=7, batch_size=2),
+    ):
         found = node_effects(model, {"resid_post.1": sae}, batch, metric, keep=keep, options=options)["resid_post.1"]
         torch.testing.assert_close(found.effect, truth.effect, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found.se, truth.se, atol=1e-5, rtol=1e-4)
         assert found.gap < 1e-3 and found.total == pytest.approx(truth.total, abs=1e-5)
 
 
-def _spliced(model: Model, batch: TokenBatch, keep: Tensor, sae: PlantedSAE, metric: LossOfMargin, baseline: str, steps: int) -> Tensor:
+def _spliced(
+    model: Model, batch: TokenBatch, keep: Tensor, sae: PlantedSAE, metric: LossOfMargin, baseline: str, steps: int
+) -> Tensor:
     """Integrated gradients the slow way: the SAE in the graph, features and error interpolated as leaves."""
     point = model._sites["resid_post.0"]
     clean = model.capture(batch, ["resid_post.0"])["resid_post.0"][keep]
@@ -128,7 +141,12 @@ def test_integrated_gradients_are_complete_where_one_gradient_is_not() -> None:
     model, batch, keep, metric = _setup("resid_post.2")
     gaps = {
         method: node_effects(
-            model, {"resid_post.0": _sae()}, batch, metric, keep=keep, options=AttributionOptions(method=method, steps=20)
+            model,
+            {"resid_post.0": _sae()},
+            batch,
+            metric,
+            keep=keep,
+            options=AttributionOptions(method=method, steps=20),
         )["resid_post.0"].gap
         for method in ("ig", "atp")
     }
@@ -141,7 +159,9 @@ def test_a_row_does_not_depend_on_its_batch_and_masks_are_left_alone() -> None:
 
     def run(size: int) -> Tensor:
         options = AttributionOptions(steps=3, batch_size=size)
-        return node_effects(model, {"resid_post.0": _sae()}, batch, metric, keep=keep, options=options)["resid_post.0"].effect
+        return node_effects(model, {"resid_post.0": _sae()}, batch, metric, keep=keep, options=options)[
+            "resid_post.0"
+        ].effect
 
     torch.testing.assert_close(run(1), run(3), atol=1e-5, rtol=1e-4)
     assert torch.equal(keep, before)

@@ -66,7 +66,9 @@ def test_shift_picks_the_attribute_and_reaches_the_oracle(probe_site: str) -> No
 
 def test_random_features_change_nothing_and_have_their_own_interval() -> None:
     report = _report()
-    assert report.method("random features").label.value == pytest.approx(report.method("original").label.value, abs=0.06)
+    assert report.method("random features").label.value == pytest.approx(
+        report.method("original").label.value, abs=0.06
+    )
     assert report.method("random features").n_features == len(SPURIOUS_FEATURES)
     gain = next(c for c in report.comparisons if (c.better, c.other) == ("SHIFT", "random features"))
     assert gain.label.low > 0.2 and gain.conflict.value > gain.label.value
@@ -134,7 +136,9 @@ def test_top_tokens_and_shares_are_those_of_the_letters() -> None:
     model, task = planted_model(), planted_task()
     reader = Reader.fitted(model, {SITE: planted_sae()}, SITE, task.train.texts, batch_size=7)
     words = (task.spurious_words, task.target_words)
-    found = token_evidence(reader, [*task.train.texts[:9], "a longer one with T"], [Node(SITE, f) for f in (0, 2)], words)
+    found = token_evidence(
+        reader, [*task.train.texts[:9], "a longer one with T"], [Node(SITE, f) for f in (0, 2)], words
+    )
     assert found[Node(SITE, 0)].top_tokens[0][0] == "T"
     assert found[Node(SITE, 2)].top_tokens[0][0] == "M"
     assert found[Node(SITE, 2)].n_tokens == 5
@@ -163,9 +167,9 @@ def test_report_is_json_shows_itself_and_names_its_controls() -> None:
 
 def test_nothing_judged_spurious_is_said() -> None:
     report = shift(planted_model(), {SITE: planted_sae()}, planted_task(), StatisticsJudge(z=1e9), options=OPTIONS)
-    if report.n_spurious == 0:
-        assert "nothing was ablated" in " ".join(report.findings())
-        assert report.method("SHIFT").label == report.method("original").label
+    assert report.n_spurious == 0
+    assert "nothing was ablated" in " ".join(report.findings())
+    assert report.method("SHIFT").label == report.method("original").label
 
 
 def test_an_sae_of_another_site_model_or_width_is_refused() -> None:

@@ -18,7 +18,8 @@ def test_inverse_cdf_takes_the_token_whose_interval_holds_u() -> None:
     g = torch.Generator().manual_seed(0)
     weights = torch.rand(1, 1000, generator=g) * (torch.rand(1, 1000, generator=g) > 0.3)
     us = torch.rand(4000, generator=g, dtype=torch.float64)
-    got = inverse_cdf(weights.expand(4000, -1), us)
+    got, total = inverse_cdf(weights.expand(4000, -1), us)
+    torch.testing.assert_close(total, weights.sum(1).expand(4000))
     cdf = weights[0].double().cumsum(0)
     want = torch.searchsorted(cdf, us * cdf[-1], right=True)
     assert torch.equal(got, want)
@@ -29,7 +30,7 @@ def test_inverse_cdf_takes_the_token_whose_interval_holds_u() -> None:
 def test_the_ends_of_the_interval_never_choose_an_impossible_token(u: float) -> None:
     weights = torch.zeros(1, 700)
     weights[0, [3, 400]] = 1.0
-    assert int(inverse_cdf(weights, torch.tensor([u], dtype=torch.float64))) == (3 if u == 0 else 400)
+    assert int(inverse_cdf(weights, torch.tensor([u], dtype=torch.float64))[0]) == (3 if u == 0 else 400)
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -16,7 +16,15 @@ from torch import Tensor
 from workbench.activations.keep import KeepRule
 from workbench.activations.sources import PackedRows, Source
 from workbench.activations.store import (
-    DROP_REASONS, MANIFEST, ActivationStore, Manifest, Shard, SiteStats, file_sha256, load_manifest, open_store,
+    DROP_REASONS,
+    MANIFEST,
+    ActivationStore,
+    Manifest,
+    Shard,
+    SiteStats,
+    file_sha256,
+    load_manifest,
+    open_store,
 )
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
 from workbench.progress import Task, task
@@ -75,7 +83,8 @@ def harvest(
         return open_store(folder)
     _check_disk(plan, source, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    total = None if source.n_rows() is None else source.n_rows() * source.context
+    rows = source.n_rows()
+    total = None if rows is None else rows * source.context
     with task(total=total, description=f"Harvesting {', '.join(names)}", unit="tokens") as running:
         manifest = _Harvest(model, source, folder, options, running).run(plan)
     _finish(folder, manifest)
@@ -102,9 +111,13 @@ def _resumed(found: Manifest, plan: Manifest, folder: Path) -> Manifest:
     for name in ("model_fingerprint", "source", "context", "special_ids", "shard_rows", "batch_rows"):
         old, new = getattr(found, name), getattr(plan, name)
         if old != new:
-            raise MismatchError(f"{folder} holds another harvest: {name} is {old!r}, asked for {new!r}. Use another folder.")
+            raise MismatchError(
+                f"{folder} holds another harvest: {name} is {old!r}, asked for {new!r}. Use another folder."
+            )
     if tuple(found.sites) != tuple(plan.sites):
-        raise MismatchError(f"{folder} holds the sites {tuple(found.sites)}, asked for {tuple(plan.sites)}. Use another folder.")
+        raise MismatchError(
+            f"{folder} holds the sites {tuple(found.sites)}, asked for {tuple(plan.sites)}. Use another folder."
+        )
     for shard in found.shards:
         path = folder / shard.file
         if not path.is_file() or file_sha256(path) != shard.sha256:
@@ -123,7 +136,8 @@ def _check_disk(plan: Manifest, source: Source, folder: Path) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ResourceError(
-            f"Harvesting {rows * plan.context:,} tokens at {len(plan.sites)} sites needs about {needed / 1e9:.1f} GB in {folder}; "
+            f"Harvesting {rows * plan.context:,} tokens at {len(plan.sites)} sites needs about {needed / 1e9:.1f} "
+            f"GB in {folder}; "
             f"{free / 1e9:.1f} GB are free. Use fewer tokens or sites, or another disk."
         )
 
@@ -197,7 +211,9 @@ class _Harvest:
 def _check_finite(x: Tensor, site: str) -> None:
     if not torch.isfinite(x).all():
         bad = (~torch.isfinite(x).all(dim=-1)).sum()
-        raise InvalidInputError(f"{int(bad)} tokens have activations at {site} that are not finite. Load the model in float32.")
+        raise InvalidInputError(
+            f"{int(bad)} tokens have activations at {site} that are not finite. Load the model in float32."
+        )
 
 
 def _shards(batches: Iterator[PackedRows], shard_rows: int, first_row: int) -> Iterator[tuple[int, PackedRows]]:

@@ -31,7 +31,10 @@ class KeepRule:
 
     @classmethod
     def estimate(
-        cls, x: Float[Tensor, "rows pos d"], ids: Int[Tensor, "rows pos"], special_ids: tuple[int, ...],
+        cls,
+        x: Float[Tensor, "rows pos d"],
+        ids: Int[Tensor, "rows pos"],
+        special_ids: tuple[int, ...],
         factor: float = SINK_FACTOR,
     ) -> KeepRule:
         """The rule with `max_norm` at `factor` times the median norm of the tokens that are neither first nor special.
@@ -42,7 +45,9 @@ class KeepRule:
         ordinary = ~_special(ids, special_ids)
         ordinary[:, 0] = False
         if not ordinary.any():
-            raise DegenerateInputError(f"No token of shape {tuple(ids.shape)} is neither first nor special; use longer rows.")
+            raise DegenerateInputError(
+                f"No token of shape {tuple(ids.shape)} is neither first nor special; use longer rows."
+            )
         return cls(factor * float(x.float().norm(dim=-1)[ordinary].median()), special_ids)
 
     def mask(self, x: Float[Tensor, "rows pos d"], ids: Int[Tensor, "rows pos"]) -> Bool[Tensor, "rows pos"]:

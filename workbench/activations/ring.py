@@ -50,7 +50,9 @@ class RingBuffer:
             InvalidInputError: if that buffer had another seed or capacity.
         """
         if (state["seed"], state["capacity"]) != (self._seed, self._capacity):
-            raise InvalidInputError(f"This buffer has seed {self._seed} and capacity {self._capacity}; the state is {state}.")
+            raise InvalidInputError(
+                f"This buffer has seed {self._seed} and capacity {self._capacity}; the state is {state}."
+            )
         self._start_epoch(state["epoch"])
         while self._served < state["served"]:
             self._take(state["served"] - self._served)

@@ -1,4 +1,4 @@
-"""Where tokens come from: the model itself, text files, token ids, or a data set. All give packed rows, in a fixed order."""
+"""Where tokens come from: the model itself, text files, token ids, a data set. All give packed rows in fixed order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -23,6 +23,7 @@ class PackedRows:
     documents: Int[Tensor, "rows context"]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Packed rows of tokens; the same source gives the same rows in the same batches, from any row on."""
 
@@ -94,7 +95,9 @@ class SelfText:
         if start_id is None:
             start_id = model.tokenizer.eos_token_id
         if start_id is None:
-            raise InvalidInputError("SelfText: this tokenizer has neither BOS nor EOS to start from. Use TextFiles instead.")
+            raise InvalidInputError(
+                "SelfText: this tokenizer has neither BOS nor EOS to start from. Use TextFiles instead."
+            )
         for first in range(start_row, self.n_rows(), self.batch_size):
             n = min(self.batch_size, self.n_rows() - first)
             prompt = torch.full((n, 1), start_id)
@@ -113,7 +116,8 @@ class TokenRows:
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape[1] < 2 or self.ids.dtype != torch.long:
             raise InvalidInputError(
-                f"TokenRows: ids have shape {tuple(self.ids.shape)} and {self.ids.dtype}; give int64 (rows, context >= 2)."
+                f"TokenRows: ids have shape {tuple(self.ids.shape)} and {self.ids.dtype}; give int64 (rows, "
+                "context >= 2)."
             )
 
     @property
@@ -160,12 +164,20 @@ class TextFiles:
     batch_rows: int = 256
 
     def __init__(
-        self, paths: str | Path | Sequence[str | Path], tokens: int | None = None, context: int = 128,
-        column: str = "text", batch_rows: int = 256,
+        self,
+        paths: str | Path | Sequence[str | Path],
+        tokens: int | None = None,
+        context: int = 128,
+        column: str = "text",
+        batch_rows: int = 256,
     ) -> None:
         listed = (paths,) if isinstance(paths, str | Path) else tuple(paths)
         for name, value in (
-            ("paths", listed), ("tokens", tokens), ("context", context), ("column", column), ("batch_rows", batch_rows)
+            ("paths", listed),
+            ("tokens", tokens),
+            ("context", context),
+            ("column", column),
+            ("batch_rows", batch_rows),
         ):
             object.__setattr__(self, name, value)
         _check_sizes(context if tokens is None else tokens, context)
@@ -179,12 +191,14 @@ class TextFiles:
         """The fields, and size and hash of each file."""
         import hashlib
 
-        files = [
-            {"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in self.paths
-        ]
+        files = [{"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in self.paths]
         return {
-            "source": "text_files", "files": files, "tokens": self.tokens, "context": self.context,
-            "column": self.column, "batch_rows": self.batch_rows,
+            "source": "text_files",
+            "files": files,
+            "tokens": self.tokens,
+            "context": self.context,
+            "column": self.column,
+            "batch_rows": self.batch_rows,
         }
 
     def n_rows(self) -> int | None:
@@ -293,7 +307,9 @@ def packed(
             return
     n = len(ids) // context if limit is None else min(len(ids) // context, limit - done)
     if done + n == 0:
-        raise DegenerateInputError(f"The text holds {len(ids)} tokens; one row needs {context}. Give more or lower context=.")
+        raise DegenerateInputError(
+            f"The text holds {len(ids)} tokens; one row needs {context}. Give more or lower context=."
+        )
     if n and done >= start_row:
         yield _rows(ids, documents, n, context)
 
@@ -305,9 +321,7 @@ def _end(tokenizer: Any) -> list[int]:
 
 def _rows(ids: list[int], documents: list[int], n: int, context: int) -> PackedRows:
     shape = (n, context)
-    return PackedRows(
-        torch.tensor(ids[: n * context]).view(shape), torch.tensor(documents[: n * context]).view(shape)
-    )
+    return PackedRows(torch.tensor(ids[: n * context]).view(shape), torch.tensor(documents[: n * context]).view(shape))
 
 
 def _read_text(path: Path) -> str:

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from workbench.activations.keep import KeepRule
 from workbench.errors import (
-    CorruptFileError, DegenerateInputError, MismatchError, MissingFileError, UnknownSiteError, did_you_mean,
+    CorruptFileError,
+    DegenerateInputError,
+    MismatchError,
+    MissingFileError,
+    UnknownSiteError,
+    did_you_mean,
 )
 from workbench.records import from_jsonable, load_json, save_json
 
@@ -156,7 +161,8 @@ class ActivationStore:
         """
         if model.fingerprint != self.manifest.model_fingerprint:
             raise MismatchError(
-                f"{self.path} was harvested from {self.manifest.model_name} ({self.manifest.model_fingerprint}), not from "
+                f"{self.path} was harvested from {self.manifest.model_name} ({self.manifest.model_fingerprint}), "
+                "not from "
                 f"{model.name} ({model.fingerprint}). Load that model, or harvest again."
             )
 
@@ -182,7 +188,9 @@ class ActivationStore:
         where = (data[key].long() for key in ("token", "position", "row", "document"))
         block = Block(data[name], *where)
         if not torch.isfinite(block.acts).all():
-            raise CorruptFileError(f"{self.path / shard.file}: {name} holds values that are not finite. Harvest it again.")
+            raise CorruptFileError(
+                f"{self.path / shard.file}: {name} holds values that are not finite. Harvest it again."
+            )
         return block if split == "all" else block[self._in_split(block.rows, split)]
 
     def token_rows(self, split: Split = "heldout") -> Int[Tensor, "rows context"]:
@@ -214,7 +222,8 @@ class ActivationStore:
             if found != shard.sha256:
                 raise CorruptFileError(
                     f"Shard {path} ({path.stat().st_size} bytes) has sha256 {found[:12]}…, the manifest says "
-                    f"{shard.sha256[:12]}…: it is damaged or truncated. Restore it, or delete the folder and harvest again."
+                    f"{shard.sha256[:12]}…: it is damaged or truncated. Restore it, or delete the folder and "
+                    "harvest again."
                 )
             self._verified.add(shard.file)
         try:
@@ -242,11 +251,14 @@ def open_store(path: str | Path | ActivationStore) -> ActivationStore:
         return path
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
-        raise MissingFileError(f"No activation store in {folder}: it has no {MANIFEST}. Make one with `workbench harvest`.")
+        raise MissingFileError(
+            f"No activation store in {folder}: it has no {MANIFEST}. Make one with `workbench harvest`."
+        )
     manifest = load_manifest(folder)
     if not manifest.done:
         raise DegenerateInputError(
-            f"The harvest in {folder} has not finished ({len(manifest.shards)} shards). Run the same harvest again to go on."
+            f"The harvest in {folder} has not finished ({len(manifest.shards)} shards). Run the same harvest "
+            "again to go on."
         )
     return ActivationStore(folder, manifest)
 
@@ -256,11 +268,15 @@ def load_manifest(folder: Path) -> Manifest:
     raw = load_json(folder / MANIFEST)
     if not isinstance(raw, dict) or raw.get("version") != FORMAT_VERSION:
         found = raw.get("version") if isinstance(raw, dict) else type(raw).__name__
-        raise CorruptFileError(f"{folder / MANIFEST} has format version {found!r}; this version reads {FORMAT_VERSION}.")
+        raise CorruptFileError(
+            f"{folder / MANIFEST} has format version {found!r}; this version reads {FORMAT_VERSION}."
+        )
     manifest = from_jsonable(Manifest, raw)
     for shard in manifest.shards:
         if Path(shard.file).name != shard.file:
-            raise CorruptFileError(f"{folder / MANIFEST} names {shard.file!r}, which is not a plain file name. Don't use it.")
+            raise CorruptFileError(
+                f"{folder / MANIFEST} names {shard.file!r}, which is not a plain file name. Don't use it."
+            )
     return manifest
 
 

@@ -17,7 +17,21 @@ from workbench.features.scores import ScoreOptions, score_features
 from workbench.features.table import FeatureTable
 
 __all__ = [
-    "ContextOptions", "FeatureScoreReport", "FeatureTable", "LensTokens", "OutputOptions", "OutputScores", "ScoreOptions",
-    "TopContexts", "direction_scores", "input_score", "lens_tokens", "output_score", "output_score_delta", "output_scores",
-    "rank_score", "score_features", "top_contexts",
-]  # fmt: skip
+    "ContextOptions",
+    "FeatureScoreReport",
+    "FeatureTable",
+    "LensTokens",
+    "OutputOptions",
+    "OutputScores",
+    "ScoreOptions",
+    "TopContexts",
+    "direction_scores",
+    "input_score",
+    "lens_tokens",
+    "output_score",
+    "output_score_delta",
+    "output_scores",
+    "rank_score",
+    "score_features",
+    "top_contexts",
+]

@@ -122,7 +122,11 @@ def _encode(sae: Any, x: Tensor) -> Tensor:
 
 
 def top_contexts(
-    store: ActivationStore, sae: Any, tokenizer: Any, features: Int[Tensor, " features"], site: str,
+    store: ActivationStore,
+    sae: Any,
+    tokenizer: Any,
+    features: Int[Tensor, " features"],
+    site: str,
     options: ContextOptions | None = None,
 ) -> TopContexts:
     """The packed rows in which each feature is most active, with its frequency over the tokens that were read.
@@ -139,14 +143,16 @@ def top_contexts(
     with task(total=limit, description="top contexts", unit="tokens") as progress:
         for block in store.blocks(site):
             if running.n_tokens + len(block.acts) > limit:
-                block = _whole_rows(block, limit - running.n_tokens)
+                block = _whole_rows(block, limit - running.n_tokens, at_least_one=running.n_tokens == 0)
             if len(block.acts):
                 running.add(sae, block)
                 progress.advance(len(block.acts))
             if running.n_tokens >= limit or not len(block.acts):
                 break
     if running.n_tokens == 0:
-        raise DegenerateInputError(f"{store} gave no token to read (max_tokens={options.max_tokens}). Allow at least one row.")
+        raise DegenerateInputError(
+            f"{store} gave no token to read (max_tokens={options.max_tokens}). Allow at least one row."
+        )
     tokens, rows, positions = (part.T.contiguous() for part in running.where)
     acts = running.acts.T.contiguous()
     texts = _texts(store, tokenizer, rows[:, : options.shown], positions[:, : options.shown], options)
@@ -154,13 +160,12 @@ def top_contexts(
     return TopContexts(acts, tokens, rows, positions, frequency.float(), acts[:, 0], running.n_tokens, texts)
 
 
-def _whole_rows(block: Block, n: int) -> Block:
-    """The first rows of a block that together hold at most n tokens; at least one row if n is positive."""
-    if n <= 0:
-        return block[torch.zeros(0, dtype=torch.long)]
-    last = block.rows[min(n, len(block.rows)) - 1]
-    inside = block.rows < last
-    return block[inside] if bool(inside.any()) else block[block.rows == last]
+def _whole_rows(block: Block, n: int, at_least_one: bool) -> Block:
+    """The first rows of a block that together hold at most n tokens, n being less than the block has."""
+    # The row of token n is not whole: token n is the first that is too many.
+    cut = block.rows[max(n, 0)]
+    inside = block.rows < cut
+    return block[block.rows == cut] if at_least_one and not bool(inside.any()) else block[inside]
 
 
 def _texts(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from workbench.features.contexts import MISSING
 
 
 def input_score(
-    max_tokens: Int[Tensor, "features contexts"], lens_ids: Int[Tensor, "features k"], min_contexts: int = 10
+    max_tokens: Int[Tensor, "features contexts"], lens_ids: Int[Tensor, "scored k"], min_contexts: int = 10
 ) -> Float[Tensor, " features"]:
     """Share of a feature's top contexts whose most activating token is among its lens tokens.
 
@@ -24,11 +23,14 @@ def input_score(
     Source: Arad, Mueller, Belinkov 2025, at most 100 contexts and at least 10 (their code). Their code compares
     re-tokenised strings, which misses tokens with spaces or underscores.
 
+    >>> import torch
     >>> input_score(torch.tensor([[7, 7, 9, 3]]), torch.tensor([[7, 9]]), min_contexts=4)  # 7, 7 and 9 of four
     tensor([0.7500])
     """
     if len(max_tokens) != len(lens_ids):
-        raise ShapeError(f"input_score: contexts of {len(max_tokens)} features, lens tokens of {len(lens_ids)}; they pair up.")
+        raise ShapeError(
+            f"input_score: contexts of {len(max_tokens)} features, lens tokens of {len(lens_ids)}; they pair up."
+        )
     exists = max_tokens != MISSING
     hit = (max_tokens[:, :, None] == lens_ids[:, None, :]).any(dim=2) & exists
     n = exists.sum(1)

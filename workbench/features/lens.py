@@ -43,13 +43,16 @@ def lens_tokens(model: Model, directions: Float[Tensor, "directions d_model"], k
     Source: Arad, Mueller, Belinkov 2025 (arXiv 2505.20063), logit lens of decoder rows.
     """
     if not 1 <= k <= model.d_vocab:
-        raise InvalidInputError(f"lens_tokens(k={k}): the vocabulary has {model.d_vocab} tokens. Choose 1 <= k <= that.")
+        raise InvalidInputError(
+            f"lens_tokens(k={k}): the vocabulary has {model.d_vocab} tokens. Choose 1 <= k <= that."
+        )
     directions = directions.detach().to(model.device).float()
     norms = directions.norm(dim=1)
     bad = (~torch.isfinite(norms) | (norms == 0)).nonzero().flatten()
     if bad.numel():
         raise DegenerateInputError(
-            f"lens_tokens: {bad.numel()} of {len(directions)} directions are zero or not finite (first: row {int(bad[0])}). "
+            f"lens_tokens: {bad.numel()} of {len(directions)} directions are zero or not finite (first: row "
+            f"{int(bad[0])}). "
             "Leave them out."
         )
     tops = [model.lens(part).topk(k, dim=1) for part in directions.split(slab_rows(model.d_vocab))]
@@ -89,5 +92,7 @@ def feature_ids(sae: Any, features: Any = None) -> Int[Tensor, " features"]:
         wrong = next(f for f in ids.tolist() if not 0 <= f < d_sae)
         raise InvalidInputError(f"Feature {wrong} does not exist; this SAE has features 0 to {d_sae - 1}.")
     if len(ids.unique()) != len(ids):
-        raise InvalidInputError(f"features: {len(ids) - len(ids.unique())} of {len(ids)} are given twice. Name each once.")
+        raise InvalidInputError(
+            f"features: {len(ids) - len(ids.unique())} of {len(ids)} are given twice. Name each once."
+        )
     return ids

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.features.lens import LensTokens, feature_ids, lens_tokens, target_site, slab_rows
+from workbench.features.lens import LensTokens, feature_ids, lens_tokens, slab_rows, target_site
 from workbench.features.resume import LastToken, fp32_copy
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
@@ -89,14 +89,17 @@ def rank_score(
 
 
 def output_scores(
-    model: Model, sae: Any, features: Any = None, site: str | Site | None = None,
+    model: Model,
+    sae: Any,
+    features: Any = None,
+    site: str | Site | None = None,
     options: OutputOptions | None = None,
 ) -> OutputScores:
     """Output scores of SAE features: one forward pass of the prompt with the last token steered by each feature.
 
-    The edit is `x + s a_max W_dec[f]`, a_max being the largest activation of any feature at the token; the SAE's error is
-    kept. `score` is what the paper's code computes (steered model only), `delta` what the paper's text defines (steered
-    minus unsteered). The sweep equals one hooked forward pass per feature: in fp32 within 1e-5.
+    The edit is `x + s a_max W_dec[f]`, a_max being the largest activation of any feature at the token; the SAE's error
+    is kept. `score` is what the paper's code computes (steered model only), `delta` what the paper's text defines
+    (steered minus unsteered). The sweep equals one hooked forward pass per feature: in fp32 within 1e-5.
 
     Raises:
         MismatchError: if the SAE belongs to another model or site.
@@ -119,7 +122,10 @@ def output_score_delta(model: Model, sae: Any, feature: int, **kwargs: Any) -> f
 
 
 def direction_scores(
-    model: Model, sae: Any, directions: Float[Tensor, "directions d_model"], site: str | Site | None = None,
+    model: Model,
+    sae: Any,
+    directions: Float[Tensor, "directions d_model"],
+    site: str | Site | None = None,
     options: OutputOptions | None = None,
 ) -> OutputScores:
     """Output scores of any directions, each with its own lens tokens; the SAE only says how large `a_max` is."""

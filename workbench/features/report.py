@@ -53,11 +53,15 @@ class FeatureScoreReport(Report):
     best: tuple[tuple[int, float, float, float, str], ...]
 
     def findings(self) -> tuple[str, ...]:
-        found = [f"{self.n} features scored; {self.n_dead} were active on none of {self._tokens()} read tokens."]
+        """What the scores say, and what their controls say."""
+        n_tokens = self.meta.get("n_tokens")
+        dead = f"; {self.n_dead} of them were never active on the {n_tokens} tokens read" if n_tokens else ""
+        found = [f"{self.n} features scored{dead}."]
         if self.above is not None and self.random_above is not None:
             verdict = "more than" if self.above.low > self.random_above.high else "not clearly more than"
             found.append(
-                f"Output score of at least {self.threshold:g}: {self.above} of the live features, {verdict} random directions of "
+                f"Output score of at least {self.threshold:g}: {self.above} of the live features, {verdict} "
+                "random directions of "
                 f"the same norm, {self.random_above}."
             )
         if self.input_mean is not None and self.shuffled_input_mean is not None:
@@ -70,19 +74,17 @@ class FeatureScoreReport(Report):
             found.append(self._co_occurrence())
         return tuple(found)
 
-    def _tokens(self) -> str:
-        return str(self.meta.get("n_tokens") or 0)
-
     def _co_occurrence(self) -> str:
         share = f"Both scores at least {self.high:g}: {self.both}; independent scores would give {self.independent:.3g}"
         if self.pmi is None:
             return f"{share}. No pointwise mutual information: no feature has a high score on one of the sides."
-        if self.pmi.excludes(0):
+        if self.pmi.excludes(0.0):
             more = "more" if self.pmi.value > 0 else "less"
             return f"{share}, so the two go together {more} often than chance (PMI {self.pmi} bits)."
         return f"{share}; no dependence is shown (PMI {self.pmi} bits)."
 
     def section(self) -> Section:
+        """Histograms of scores and controls, and the best features."""
         metrics: dict[str, Metric] = {"n_features": self.n, "n_dead": self.n_dead, "n_too_few_contexts": self.n_few}
         for name in ("above", "random_above", "input_mean", "shuffled_input_mean", "both", "pmi"):
             value = getattr(self, name)
@@ -93,9 +95,12 @@ class FeatureScoreReport(Report):
     def _blocks(self) -> list[Block]:
         meta = self.meta
         blocks: list[Block] = [Text(
-            f"Site {meta.get('site')} of {meta.get('model')}. Output score: last token of {meta.get('prompt')!r} steered with "
-            f"{meta.get('strength')} times the largest activation there, score of the best of {meta.get('k')} logit-lens tokens, "
-            f"steered run only, in {meta.get('precision')}. Input score: share of a feature's top contexts whose most activating "
+            f"Site {meta.get('site')} of {meta.get('model')}. Output score: last token of {meta.get('prompt')!r} "
+            "steered with "
+            f"{meta.get('strength')} times the largest activation there, score of the best of {meta.get('k')} "
+            "logit-lens tokens, "
+            f"steered run only, in {meta.get('precision')}. Input score: share of a feature's top contexts whose "
+            "most activating "
             "token is a lens token."
         )]  # fmt: skip
         blocks += _histogram("Output score", self.output_scores, "features", log=True)
@@ -182,8 +187,17 @@ def co_occurrence(
     draws = np.random.default_rng(seed).multinomial(n, cells / n, size=resamples)
     values = _pmi(draws)
     low, high = np.quantile(values, [0.025, 0.975])
-    return both, independent, Estimate(
-        float(_pmi(cells[None])[0]), float(low), float(high), n, "percentile bootstrap, half a row added per cell", "features"
+    return (
+        both,
+        independent,
+        Estimate(
+            float(_pmi(cells[None])[0]),
+            float(low),
+            float(high),
+            n,
+            "percentile bootstrap, half a row added per cell",
+            "features",
+        ),
     )
 
 

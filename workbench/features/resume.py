@@ -26,7 +26,8 @@ class LastToken:
     Only the last token is edited, so by causality the keys and values of the earlier tokens are the same in every row:
     they are computed once. Blocks before a residual site are not run again either: the remaining blocks are called with
     the very arguments that the model gave them. That this reproduces the model is checked on the unedited token; where
-    it does not (an architecture that does more between its blocks), and at sites inside a block, the whole model runs on
+    it does not (an architecture that does more between its blocks), and at sites inside a block, the whole model
+    runs on
     the last token with the cached prefix.
 
     Attributes:
@@ -69,7 +70,8 @@ class LastToken:
     def _require_head(self, hidden: Tensor, logits: Tensor) -> None:
         if not _close(self.head(hidden[:1]), logits[:1]):
             raise InvalidInputError(
-                f"{type(self._model.hf).__name__} does more between its unembedding and its logits than a soft cap or a scale; "
+                f"{type(self._model.hf).__name__} does more between its unembedding and its logits than a soft "
+                "cap or a scale; "
                 "output scores are not defined for it here."
             )
 
@@ -116,9 +118,7 @@ class LastToken:
         z = torch.einsum("ed,ekd->ek", hidden.float(), head.weight.detach()[ids].float())
         return self.finish(z if head.bias is None else z + head.bias.detach().float()[ids])
 
-    def shared_logits(
-        self, hidden: Float[Tensor, "edits d_model"], ids: Int[Tensor, " k"]
-    ) -> Float[Tensor, "edits k"]:
+    def shared_logits(self, hidden: Float[Tensor, "edits d_model"], ids: Int[Tensor, " k"]) -> Float[Tensor, "edits k"]:
         """The logits of a few tokens, the same ones for all rows."""
         head = self._model.hf.get_output_embeddings()
         z = hidden.float() @ head.weight.detach()[ids].float().T
@@ -127,7 +127,9 @@ class LastToken:
     def finish(self, logits: Tensor) -> Tensor:
         """What the model does to the output of its unembedding: a scale or a soft cap, both monotone."""
         config = self._model.hf.config
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        logits = (
+            logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        )
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 

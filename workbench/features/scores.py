@@ -44,9 +44,15 @@ class ScoreOptions:
 
 
 def score_features(
-    model: Model, sae: Any, store: ActivationStore | None = None, site: str | Site | None = None,
-    features: Sequence[int] | None = None, scores: Sequence[str] = SCORES, prompt: str = "From my experience,",
-    strength: float = 10.0, options: ScoreOptions | None = None,
+    model: Model,
+    sae: Any,
+    store: ActivationStore | None = None,
+    site: str | Site | None = None,
+    features: Sequence[int] | None = None,
+    scores: Sequence[str] = SCORES,
+    prompt: str = "From my experience,",
+    strength: float = 10.0,
+    options: ScoreOptions | None = None,
 ) -> FeatureTable:
     """Input and output scores, frequency and top contexts of an SAE's features, with the controls of both scores.
 
@@ -70,7 +76,9 @@ def score_features(
     options = options or ScoreOptions()
     for name in scores:
         if name not in SCORES:
-            raise InvalidInputError(f"scores={tuple(scores)!r}: there is no score {name!r}. {did_you_mean(str(name), SCORES)}")
+            raise InvalidInputError(
+                f"scores={tuple(scores)!r}: there is no score {name!r}. {did_you_mean(str(name), SCORES)}"
+            )
     if not scores or (store is None and "output" not in scores):
         raise InvalidInputError(f"scores={tuple(scores)!r}, store={store}: nothing to do. Input scores need a store.")
     where, ids = target_site(model, sae, site), feature_ids(sae, features)
@@ -102,12 +110,11 @@ def random_like(directions: Tensor, options: ScoreOptions) -> Tensor:
     return noise / noise.norm(dim=1, keepdim=True) * like[:, None].float()
 
 
-def _meta(
-    model: Model, sae: Any, site: Site, options: ScoreOptions, prompt: str, strength: float
-) -> dict[str, Any]:
+def _meta(model: Model, sae: Any, site: Site, options: ScoreOptions, prompt: str, strength: float) -> dict[str, Any]:
     precision = "float32" if options.precision == "float32" else str(model.dtype).removeprefix("torch.")
     return {
-        "model": model.name, "model_fingerprint": model.fingerprint, "site": str(site), "d_sae": int(sae.W_dec.shape[0]),
+        "model": model.name, "model_fingerprint": model.fingerprint, "site": str(site),
+        "d_sae": int(sae.W_dec.shape[0]),
         "prompt": prompt, "strength": strength, "k": options.k, "precision": precision,
         "min_contexts": options.contexts.min_contexts, "contexts": asdict(options.contexts), "seed": options.seed,
         "output_score": "steered model only (as in the paper's code); output_score_delta subtracts the unsteered model",
@@ -130,7 +137,11 @@ def _input_scores(
 
 
 def _frame(
-    tokenizer: Any, ids: Tensor, lens_ids: Tensor, inputs: Tensor | None, outputs: OutputScores | None,
+    tokenizer: Any,
+    ids: Tensor,
+    lens_ids: Tensor,
+    inputs: Tensor | None,
+    outputs: OutputScores | None,
     contexts: TopContexts | None,
 ) -> Any:
     import pandas as pd

@@ -70,7 +70,8 @@ class FeatureTable:
         if good.empty:
             best = float(alive["output_score"].max()) if len(alive) else float("nan")
             raise DegenerateInputError(
-                f"select(min_output_score={min_output_score}): none of {len(alive)} alive features reaches it; the best has "
+                f"select(min_output_score={min_output_score}): none of {len(alive)} alive features reaches it; "
+                "the best has "
                 f"{best:.3g}. Lower the threshold, or score at a later layer."
             )
         return tuple(int(f) for f in good["feature"][:n])
@@ -87,7 +88,9 @@ class FeatureTable:
         pool = alive[~alive["feature"].isin(list(features)) & alive["output_score"].notna()]
         pool = pool.sort_values(["output_score", "feature"])[: max(int(share * len(pool)), len(features))]
         if len(pool) < len(features):
-            raise DegenerateInputError(f"worst_matched: {len(features)} features asked for, {len(pool)} others are alive.")
+            raise DegenerateInputError(
+                f"worst_matched: {len(features)} features asked for, {len(pool)} others are alive."
+            )
         ids, logs = pool["feature"].to_numpy(), np.log(pool["frequency"].to_numpy(dtype=float) + 1e-12)
         chosen: list[int] = []
         for feature in features:
@@ -128,22 +131,31 @@ class FeatureTable:
 
         folder = Path(path)
         if not (folder / TABLE_FILE).is_file():
-            raise MissingFileError(f"No feature table in {folder}: it has no {TABLE_FILE}. Make one with `workbench features score`.")
+            raise MissingFileError(
+                f"No feature table in {folder}: it has no {TABLE_FILE}. Make one with `workbench features score`."
+            )
         record = load_json(folder / META_FILE)
         try:
             df = pd.read_parquet(folder / TABLE_FILE)
         except (pa.ArrowInvalid, OSError) as error:
-            raise CorruptFileError(f"{folder / TABLE_FILE} is not a Parquet file ({error}). Score the features again.") from error
+            raise CorruptFileError(
+                f"{folder / TABLE_FILE} is not a Parquet file ({error}). Score the features again."
+            ) from error
         missing = [column for column in COLUMNS if column not in df]
         if missing or not isinstance(record, dict) or not {"meta", "controls"} <= set(record):
-            raise CorruptFileError(f"{folder} is not a feature table; missing: {missing}. {did_you_mean('feature', df.columns)}")
+            raise CorruptFileError(
+                f"{folder} is not a feature table; missing: {missing}. {did_you_mean('feature', df.columns)}"
+            )
         for column in ("top_tokens", "top_token_ids", "contexts", "context_token_ids"):
             df[column] = [list(value) for value in df[column]]
-        controls = {name: tuple(float("nan") if v is None else v for v in values) for name, values in record["controls"].items()}
+        controls = {
+            name: tuple(float("nan") if v is None else v for v in values) for name, values in record["controls"].items()
+        }
         return cls(df, record["meta"], controls)
 
     def __repr__(self) -> str:
-        return f"FeatureTable({len(self)} features of {self.meta.get('site')} in {self.meta.get('model')}: columns {', '.join(COLUMNS)})"
+        where = f"{self.meta.get('site')} in {self.meta.get('model')}"
+        return f"FeatureTable({len(self)} features of {where}: columns {', '.join(COLUMNS)})"
 
     def _repr_html_(self) -> str:
         best = self.df.sort_values("output_score", ascending=False)[:20]

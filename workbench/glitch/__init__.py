@@ -2,7 +2,7 @@
 
 from workbench.glitch.report import GlitchReport
 from workbench.glitch.result import TokenizerFacts, TokenTable
-from workbench.glitch.scan import ScanOptions, scan
+from workbench.glitch.scanner import ScanOptions, scan
 from workbench.glitch.verify import VerifyOptions
 
 __all__ = ["GlitchReport", "ScanOptions", "TokenTable", "TokenizerFacts", "VerifyOptions", "scan"]

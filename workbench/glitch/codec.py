@@ -123,12 +123,13 @@ def codec_in(path: Path) -> Codec:
     where = (path, None) if path.is_dir() else (path.parent, path.name)
     extra = {} if where[1] is None else {"gguf_file": where[1]}
     try:
-        return codec_of(AutoTokenizer.from_pretrained(where[0], local_files_only=True, trust_remote_code=False, **extra))
+        tokenizer = AutoTokenizer.from_pretrained(where[0], local_files_only=True, trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
         raise MissingFileError(
             f"The tokenizer of {path} could not be read ({str(error).strip().splitlines()[0]}). "
             "A folder needs a tokenizer.json; save the tokenizer there with save_pretrained."
         ) from error
+    return codec_of(tokenizer)
 
 
 def _by_id(vocab: dict[str, int]) -> tuple[str | None, ...]:

@@ -25,8 +25,8 @@ INDICATORS: dict[str, str] = {
 EPS = 1e-6
 ENOUGH = 0.9
 """AUC below which no indicator is used."""
-CLEARLY = 0.005
-"""By how much the AUC of a later indicator must be higher to be preferred."""
+CLEARLY = 0.02
+"""By how much the AUC of a later indicator must be higher to be preferred: under-trained ordinary tokens blur it."""
 _MAX_HELD_OUT = 512
 
 
@@ -53,12 +53,14 @@ class RowFacts:
 
 
 def read_rows(matrix: Matrix, block_rows: int, bias: Tensor | None = None, identical: bool = True) -> RowFacts:
-    """Norms, mean, bad rows and bit-identical rows of a matrix in one pass; with `bias`, equal rows need equal biases."""
+    """Norms, mean, bad and bit-identical rows of a matrix in one pass; with `bias`, equal rows need equal biases."""
     norm, total = np.empty(matrix.n_rows), torch.zeros(matrix.width, dtype=torch.float64)
     seen: dict[bytes, list[int]] = {}
     finite = np.empty(matrix.n_rows, dtype=bool)
     blocks = -(-matrix.n_rows // block_rows)
-    for start, block in track(matrix.blocks(block_rows), total=blocks, description=f"read {matrix.name}", unit="blocks"):
+    for start, block in track(
+        matrix.blocks(block_rows), total=blocks, description=f"read {matrix.name}", unit="blocks"
+    ):
         good = torch.isfinite(block).all(1)
         norm[start : start + len(block)] = torch.linalg.vector_norm(block, dim=1).numpy()
         finite[start : start + len(block)] = good.numpy()
@@ -138,9 +140,7 @@ class Separation:
     n_ordinary: int
 
 
-def separation(
-    indicator: str, values: np.ndarray, ordinary: np.ndarray, held_out: np.ndarray
-) -> Separation:
+def separation(indicator: str, values: np.ndarray, ordinary: np.ndarray, held_out: np.ndarray) -> Separation:
     """AUC of the held-out values of reference rows against the ordinary tokens (ties count half)."""
     there = np.sort(values[ordinary][np.isfinite(values[ordinary])])
     held_out = held_out[np.isfinite(held_out)]
@@ -203,5 +203,7 @@ def pick(measured: Sequence[Separation], asked: str | None = None, insist: bool 
         return None, f"no indicator separates the unused rows from ordinary tokens (AUC: {table or 'none measured'})"
     best = max(s.auc for s in good)
     chosen = next(s for s in good if s.auc >= best - CLEARLY)
-    reason = "is the highest" if chosen.auc == best else f"is within {CLEARLY} of the highest, and it is the simpler one"
+    reason = (
+        "is the highest" if chosen.auc == best else f"is within {CLEARLY} of the highest, and it is the simpler one"
+    )
     return chosen.indicator, f"{chosen.indicator}: its held-out AUC {chosen.auc:.4f} {reason} (AUC: {table})"

@@ -13,7 +13,7 @@ from workbench.stats import Estimate
 TOP_ROWS = 40
 
 
-def findings(report: ScanResult) -> tuple[str, ...]:
+def say(report: ScanResult) -> tuple[str, ...]:
     """The report's sentences."""
     said = [_tokenizer(report), *_lossy(report), _reference(report), _ranking(report), *_oddities(report)]
     if report.verification is not None:
@@ -51,13 +51,14 @@ def _reference(report: ScanResult) -> str:
 def _ranking(report: ScanResult) -> str:
     if report.indicator is None:
         return (
-            f"NO RANKING: {report.indicator_why}. A ranking against a guessed reference is usually wrong without looking "
+            f"NO RANKING: {report.indicator_why}. A ranking against a guessed reference is wrong without looking "
             "wrong; name ids that are known to be unused."
         )
     n, plain = len(report.candidates()), int(report.table.ordinary.sum())
     return (
         f"Ranked by {report.indicator_why}. Candidates: {n:,} of {plain:,} ordinary tokens lie at or below "
-        f"{report.threshold:.4f}, the {report.percentile:g}% percentile. That is a list to test, not a count of glitch tokens."
+        f"{report.threshold:.4f}, the {report.percentile:g}% percentile. That is a list to test, not a count of glitch "
+        "tokens."
     )
 
 
@@ -67,13 +68,14 @@ def _oddities(report: ScanResult) -> list[str]:
         sizes = sorted((len(ids) for ids in report.identical), reverse=True)
         listed = ", ".join(map(str, sizes[:8])) + (", …" if len(sizes) > 8 else "")
         said.append(
-            f"{sum(sizes)} rows are bit-identical copies, in {len(sizes)} sets of {listed}. Certificate without a forward "
-            f"pass: no prompt can give a token of a set of k more than 1/k (at most {1 / sizes[0]:.3f} in the largest)."
+            f"{sum(sizes)} rows are bit-identical copies, in {len(sizes)} sets of {listed}. Certificate without a "
+            "forward pass: no prompt can give a token of a set of k more than 1/k (at most "
+            f"{1 / sizes[0]:.3f} in the largest)."
         )
     if report.zero_rows:
-        said.append(f"{len(report.zero_rows)} rows are exactly zero (ids {_ids(report.zero_rows)}); they head the candidates.")
+        said.append(f"{len(report.zero_rows)} rows are zero (ids {_ids(report.zero_rows)}); they head the candidates.")
     if report.bad_rows:
-        said.append(f"{len(report.bad_rows)} rows hold NaN or infinity (ids {_ids(report.bad_rows)}); they are left out.")
+        said.append(f"{len(report.bad_rows)} rows hold NaN or infinity (ids {_ids(report.bad_rows)}); left out.")
     if report.has_bias:
         said.append("The output layer has a bias; the indicators do not use it.")
     beyond = report.tokenizer.counts.get("no_row", 0) + max(0, len(report.table) - report.n_rows)
@@ -102,8 +104,8 @@ def _verified(report: ScanResult) -> list[str]:
     failed = sum(t.verified for t in controls)
     return [
         *said,
-        f"Controls: {failed} of {len(controls)} random ordinary tokens fail the same test, a rate of {rate}. Expected false "
-        f"among the {len(tested)} tested: {false[0]:.1f}, at most {false[1]:.1f}.",
+        f"Controls: {failed} of {len(controls)} random ordinary tokens fail the same test, a rate of {rate}. Expected "
+        f"false among the {len(tested)} tested: {false[0]:.1f}, at most {false[1]:.1f}.",
     ]
 
 
@@ -111,12 +113,12 @@ def _recall(report: ScanResult) -> str:
     run = len(report.verification.tested) if report.verification else 0
     untested = int(report.table.ordinary.sum()) - run
     return (
-        f"Recall is not known: {untested:,} ordinary tokens were not run, and under-trained tokens among them are missed. "
+        f"Recall is not known: {untested:,} ordinary tokens were not run; under-trained tokens among them are missed. "
         "Only a census that tests every token would measure it."
     )
 
 
-def metrics(report: ScanResult) -> dict[str, Estimate | float | int | str]:
+def summarise(report: ScanResult) -> dict[str, Estimate | float | int | str]:
     """Flat numbers; those of verification only if it ran."""
     found: dict[str, Estimate | float | int | str] = {
         "n_tokens": report.tokenizer.n_tokens, "n_candidates": len(report.candidates()),
@@ -135,7 +137,7 @@ def metrics(report: ScanResult) -> dict[str, Estimate | float | int | str]:
     return found
 
 
-def blocks(report: ScanResult) -> tuple[Block, ...]:
+def describe(report: ScanResult) -> tuple[Block, ...]:
     """Tables and the histogram, in reading order."""
     made: list[Block] = [_categories(report), _groups(report)]
     if report.separations:
@@ -163,8 +165,9 @@ def _categories(report: ScanResult) -> Table:
 
 
 def _groups(report: ScanResult) -> Table:
+    chosen = report.reference.name
     rows = tuple(
-        (("* " if g.name == report.reference.name else "") + g.name, g.found, len(g.members), _number(g.cosine), g.verdict, g.why)
+        (("* " if g.name == chosen else "") + g.name, g.found, len(g.members), _number(g.cosine), g.verdict, g.why)
         for g in report.reference.groups
     )
     pairs = "; ".join(f"{a} and {b}: cosine {c:.3f}, {n} ids in both" for a, b, c, n in report.reference.agreement)
@@ -176,9 +179,9 @@ def _groups(report: ScanResult) -> Table:
 def _separations(report: ScanResult) -> Table:
     rows = tuple((s.indicator, s.auc, s.missed, s.n_reference, s.n_ordinary) for s in report.separations)
     return Table(
-        ("indicator", "held-out AUC", "ordinary below the highest reference", "reference rows", "ordinary tokens"), rows,
-        caption="How well each indicator tells held-out reference rows from ordinary tokens (AUC 0.5 is chance). The reference "
-        "was trimmed to output rows that lie together, which favours the output-side indicators, not I_in",
+        ("indicator", "held-out AUC", "ordinary below a reference row", "reference rows", "ordinary tokens"), rows,
+        caption="How well each indicator tells held-out reference rows from ordinary tokens (AUC 0.5 is chance). The "
+        "reference was trimmed to output rows that lie together; that favours the output-side indicators, not I_in",
     )  # fmt: skip
 
 
@@ -192,9 +195,10 @@ def _top(report: ScanResult) -> Table:
 
 
 def _tests(report: ScanResult, tested: tuple[Tested, ...], caption: str) -> Table:
+    table = report.table
     rows = tuple(
-        (t.token_id, shown(report.table.token[t.token_id]), float(report.table.indicator[t.token_id]), t.max_prob, t.verdict,
-         t.probe, t.passes, int(report.table.copies[t.token_id]))
+        (t.token_id, shown(table.token[t.token_id]), float(table.indicator[t.token_id]), t.max_prob, t.verdict, t.probe,
+         t.passes, int(table.copies[t.token_id]))
         for t in tested
     )  # fmt: skip
     columns = ("id", "token", report.indicator or "", "max p", "verdict", "at prompt", "passes", "identical rows")
@@ -206,8 +210,8 @@ def _histogram(report: ScanResult) -> Histogram:
     values = values[np.isfinite(values)]
     below = int((values <= report.threshold).sum())
     return Histogram(
-        f"{report.indicator} of ordinary tokens", tuple(float(v) for v in values), x_label=str(report.indicator), bins=60,
-        caption=f"n = {len(values):,}; threshold {report.threshold:.4f} ({report.percentile:g}%), {below:,} at or below it",
+        f"{report.indicator} of ordinary tokens", tuple(values.tolist()), x_label=str(report.indicator), bins=60,
+        caption=f"n = {len(values):,}; threshold {report.threshold:.4f} ({report.percentile:g}%), {below:,} below",
     )  # fmt: skip
 
 

@@ -68,7 +68,9 @@ class Reference:
     agreement: tuple[tuple[str, str, float, int], ...]
 
 
-def propose(vocabulary: Vocabulary, n_rows: int, duplicates: Sequence[Sequence[int]]) -> dict[str, tuple[str, list[int]]]:
+def propose(
+    vocabulary: Vocabulary, n_rows: int, duplicates: Sequence[Sequence[int]]
+) -> dict[str, tuple[str, list[int]]]:
     """Groups of ids that may be unused: name -> (how found, ids).
 
     Args:
@@ -144,8 +146,9 @@ def choose(groups: Sequence[ReferenceGroup], E_out: Matrix) -> Reference:
     if rivals and int(friends[rivals].max()) == int(friends.max()):
         text = ", ".join(f"{a} and {b}: {c:.2f}" for a, b, c, _ in pairs)
         return Reference(None, (), f"the groups disagree (cosine of {text})", tuple(groups), pairs)
-    best = max((i for i in range(len(trusted)) if camp[i]), key=lambda i: (round(trusted[i].cosine, 3), len(trusted[i].members)))
-    chosen, others = trusted[best], [trusted[i].name for i in range(len(trusted)) if camp[i] and i != best]
+    allies = [trusted[i] for i in range(len(trusted)) if camp[i]]
+    chosen = max(allies, key=lambda group: (round(group.cosine, 3), len(group.members)))
+    others = [group.name for group in allies if group is not chosen]
     why = f"{chosen.name} ({chosen.verdict}); " + (
         f"confirmed by {', '.join(others)}" if others else "no second group was there to confirm it"
     )

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.glitch import narrate
+from workbench.glitch.narrate import describe, say, summarise
 from workbench.glitch.result import ScanResult
 from workbench.glitch.verify import Verification
 from workbench.records import to_jsonable
@@ -31,14 +31,14 @@ class GlitchReport(ScanResult, Report):
 
     def metrics(self) -> dict[str, Estimate | float | int | str]:
         """Flat numbers of the scan."""
-        return narrate.metrics(self)
+        return summarise(self)
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences, with what is not known."""
-        return narrate.findings(self)
+        return say(self)
 
     def section(self) -> Section:
         """Tables, histogram and findings."""
         return Section(
-            f"Glitch tokens of {self.model}", narrate.blocks(self), findings=self.findings(), metrics=self.metrics()
+            f"Glitch tokens of {self.model}", describe(self), findings=self.findings(), metrics=self.metrics()
         )

@@ -177,7 +177,8 @@ class ScanResult:
                  "indicator": float(table.indicator[i]), "group": table.group[i],
                  "is_reference": bool(table.is_reference[i]), "copies": int(table.copies[i])}  # fmt: skip
         tested = self.tested(i)
-        return found | {"max_prob": tested.max_prob if tested else None, "verdict": tested.verdict if tested else "untested"}
+        max_prob, verdict = (tested.max_prob, tested.verdict) if tested else (None, "untested")
+        return found | {"max_prob": max_prob, "verdict": verdict}
 
     def tested(self, i: int) -> Tested | None:
         """The test of one token, or None if it was not run."""
@@ -187,9 +188,9 @@ class ScanResult:
 
 
 def shown(token: str) -> str:
-    """A token on one line: control characters escaped, spaces kept.
+    r"""A token on one line: control characters escaped, spaces kept.
 
-    >>> shown(" a\\n")
-    ' a\\\\n'
+    >>> shown(" a\n")
+    ' a\\n'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in token)

@@ -86,8 +86,8 @@ def analyse(codec: Codec) -> Vocabulary:
     """Categorises every token by decoding it in context and encoding the result again.
 
     A token counts as reachable if *some* context gives it: alone, or after one of a few anchor texts. So tokens with
-    a leading space are judged with the space that they have in running text, also where the tokenizer strips or adds one.
-    Source: Land and Bartolo 2024, section 2.1; departs from it by trying more than one context before it says unreachable.
+    a leading space are judged with the space that they have in running text, also where the tokenizer strips one.
+    Source: Land and Bartolo 2024, section 2.1; departs from it by trying several contexts before it says unreachable.
     """
     ids = [i for i, raw in enumerate(codec.raw) if raw is not None]
     adds_space = _adds_space(codec)

@@ -112,7 +112,11 @@ class Verification:
 
 
 def verify(
-    model: Any, codec: Codec, templates: Sequence[Template], candidates: Sequence[int], controls: Sequence[int],
+    model: Any,
+    codec: Codec,
+    templates: Sequence[Template],
+    candidates: Sequence[int],
+    controls: Sequence[int],
     options: VerifyOptions | None = None,
 ) -> Verification:
     """Tests candidates and controls with the same prompts in the same batches.

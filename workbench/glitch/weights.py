@@ -17,7 +17,7 @@ from workbench.errors import CorruptFileError, MissingFileError, UnknownNameErro
 BLOCK_ROWS = 16_384
 """Rows per block: 16k rows of width 8,192 are half a GiB in fp32."""
 
-_INPUT = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "token_embd", "embedding", "embeddings")
+_INPUT = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embedding", "embeddings")
 _OUTPUT = ("lm_head", "embed_out", "output", "ff_out", "output_layer")
 _NOT_TEXT = (
     "vision", "visual", "audio", "image", "speech", "per_layer", "position", "token_type", "mtp", "draft",
@@ -131,7 +131,7 @@ def in_gguf(path: Path) -> TokenMatrices:
         raise CorruptFileError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
-        raise CorruptFileError(f"{path} holds no token_embd.weight; it has {_some(tensors)}. Use a language model's file.")
+        raise CorruptFileError(f"{path} holds no token_embd.weight; it has {_some(tensors)}. Use a language model.")
     E_in = _of_gguf(tensors["token_embd.weight"])
     bias = torch.from_numpy(tensors["output.bias"].data.copy()).float() if "output.bias" in tensors else None
     if "output.weight" not in tensors:
@@ -222,7 +222,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _candidates(names: dict[str, Path], kinds: tuple[str, ...], width: int | None) -> list[str]:
-    """Tensors whose module has one of the names, best first; vision, audio, position and per-layer tables do not count."""
+    """Tensors whose module has one of the names, best first; not those of vision, audio, positions or single layers."""
     fits = [name for name in names if name.endswith(".weight") and name.split(".")[-2:][0] in kinds]
     fits = [name for name in fits if not any(bad in name for bad in _NOT_TEXT)]
     fits = [name for name in fits if width is None or _safetensors(names, name).width == width]

@@ -67,25 +67,31 @@ def uniforms(rows: Int[Tensor, " batch"], n: int, seed: int) -> Float[Tensor, "b
     return draws
 
 
-def inverse_cdf(weights: Float[Tensor, "batch vocab"], u: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """The token at which the cumulative weight passes `u` times the total, in two levels to read the row once.
+def inverse_cdf(
+    weights: Float[Tensor, "batch vocab"], u: Float[Tensor, " batch"]
+) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """The token at which the cumulative weight passes `u` times the total, and the total.
 
-    >>> inverse_cdf(torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([0.5]))  # 0.5 * 4 = 2 lies in the second
+    Two levels: sums of blocks first, then one block per row, so the vocabulary is read once.
+
+    >>> inverse_cdf(torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([0.5]))[0]  # 0.5 * 4 = 2 lies in the second
     tensor([1])
     """
     batch, vocab = weights.shape
-    padded = nn.functional.pad(weights, (0, -vocab % _BLOCK)).view(batch, -1, _BLOCK)
-    sums = padded.sum(2, dtype=torch.float64)
+    padded = (nn.functional.pad(weights, (0, -vocab % _BLOCK)) if vocab % _BLOCK else weights).view(batch, -1, _BLOCK)
+    sums = padded.sum(2).double()
     upto = sums.cumsum(1)
     target = u.to(upto) * upto[:, -1]
     block = torch.searchsorted(upto, target[:, None], right=True).squeeze(1).clamp_max(sums.shape[1] - 1)
     row = torch.arange(batch, device=weights.device)
+    # Rounding may put the target past the last positive block.
+    last_block = (sums > 0).long().mul(torch.arange(1, sums.shape[1] + 1, device=weights.device)).amax(1) - 1
+    block = torch.minimum(block, last_block.clamp_min(0))
     inside = padded[row, block].double().cumsum(1)
     left = target - (upto[row, block] - sums[row, block])
     place = torch.searchsorted(inside, left[:, None], right=True).squeeze(1)
-    # Rounding may leave the target just past the block's last positive weight.
     last = (padded[row, block] > 0).long().mul(torch.arange(1, _BLOCK + 1, device=weights.device)).amax(1) - 1
-    return (block * _BLOCK + torch.minimum(place, last)).clamp(0, vocab - 1)
+    return (block * _BLOCK + torch.minimum(place, last)).clamp(0, vocab - 1), upto[:, -1].to(weights)
 
 
 def choose(
@@ -93,15 +99,14 @@ def choose(
 ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Next token of each row and its log-probability (nats, temperature 1). `logits` is overwritten."""
     logits -= logits.amax(1, keepdim=True)
-    if temperature in (0.0, 1.0):
-        chosen = logits.argmax(1) if temperature == 0 else None
-        weights = logits.exp()
-        if chosen is None:
-            chosen = inverse_cdf(weights, u)
-        top = logits.gather(1, chosen[:, None]).squeeze(1)
-        return chosen, top - weights.sum(1).log()
-    chosen = inverse_cdf((logits / temperature).exp(), u)
-    return chosen, logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1)
+    if temperature == 0:
+        chosen, total = logits.argmax(1), logits.exp().sum(1)
+    elif temperature == 1:
+        chosen, total = inverse_cdf(logits.exp(), u)
+    else:
+        chosen, _ = inverse_cdf((logits / temperature).exp(), u)
+        total = logits.exp().sum(1)
+    return chosen, logits.gather(1, chosen[:, None]).squeeze(1) - total.log()
 
 
 def preallocated_cache(config: Any, width: int) -> Any:

@@ -91,7 +91,8 @@ def readable_tokens(
     if not bool(keep.any(dim=1).all()):
         short = int((~keep.any(dim=1)).nonzero()[0])
         raise DegenerateInputError(
-            f"Row {short} has no token besides its first, special and sink ones, so there is nothing to pool. Give longer texts."
+            f"Row {short} has no token besides its first, special and sink ones, so there is nothing to pool. "
+            "Give longer texts."
         )
     return keep
 
@@ -118,7 +119,11 @@ def mean_pool(x: Float[Tensor, "batch pos d"], keep: Bool[Tensor, "batch pos"]) 
 
 
 def fit_probe(
-    x: Float[Tensor, "rows d"], labels: Int[Tensor, " rows"], site: str, *, groups: tuple[str, ...] | None = None,
+    x: Float[Tensor, "rows d"],
+    labels: Int[Tensor, " labels"],
+    site: str,
+    *,
+    groups: tuple[str, ...] | None = None,
     options: ProbeOptions | None = None,
 ) -> Probe:
     """The L2 logistic probe of two classes.
@@ -140,7 +145,9 @@ def fit_probe(
     """
     options = options or ProbeOptions()
     if x.shape[0] != labels.shape[0] or (groups is not None and len(groups) != len(labels)):
-        raise ShapeError(f"fit_probe: {x.shape[0]} rows and {labels.shape[0]} labels must pair up, groups too if given.")
+        raise ShapeError(
+            f"fit_probe: {x.shape[0]} rows and {labels.shape[0]} labels must pair up, groups too if given."
+        )
     if not set(labels.unique().tolist()) <= {0, 1}:
         raise InvalidInputError(f"fit_probe: labels are {sorted(labels.unique().tolist())}; give 0 and 1.")
     rows, y = x.double().cpu().numpy(), labels.cpu().numpy()
@@ -155,7 +162,12 @@ def fit_probe(
     names = tuple(dict.fromkeys(groups or ()))
     of_group = [(name, correct[[g == name for g in groups or ()]]) for name in names]
     return Probe(
-        fitted.w, fitted.b, site, _share(correct), _share(shuffled), tuple((name, _share(hits)) for name, hits in of_group)
+        fitted.w,
+        fitted.b,
+        site,
+        _share(correct),
+        _share(shuffled),
+        tuple((name, _share(hits)) for name, hits in of_group),
     )
 
 
@@ -182,7 +194,8 @@ def _cross_validated(x: np.ndarray, y: np.ndarray, options: ProbeOptions) -> np.
     smallest = int(np.bincount(y).min())
     if smallest < options.folds:
         raise DegenerateInputError(
-            f"fit_probe: {options.folds} folds need as many rows of each class; the smaller has {smallest}. Use fewer folds."
+            f"fit_probe: {options.folds} folds need as many rows of each class; the smaller has {smallest}. Use "
+            "fewer folds."
         )
     correct = np.zeros(len(y), dtype=bool)
     for train, held in StratifiedKFold(options.folds, shuffle=True, random_state=options.seed).split(x, y):

@@ -34,6 +34,8 @@ class SAEConfig:
     """Token-steps: tokens that are trained on, counted again in each epoch."""
     batch: int = 2048
     """Tokens per step."""
+    distinct_tokens: int | None = None
+    """Train on the packed rows of only the first so many tokens of the store; None takes all."""
     lr: float | None = None
     """Peak learning rate of Adam; None takes 1e-3 / sqrt(d_sae / 16384), tuned for runs of a few hundred steps."""
     seed: int = 0
@@ -60,12 +62,15 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise UnknownNameError(
-                f"Architecture {self.architecture!r} can't be trained yet. {did_you_mean(self.architecture, ARCHITECTURES)}"
+                f"Architecture {self.architecture!r} can't be trained yet. "
+                f"{did_you_mean(self.architecture, ARCHITECTURES)}"
             )
         if not 1 <= self.k <= self.d_sae:
             raise InvalidInputError(f"k={self.k}, d_sae={self.d_sae}: choose 1 <= k <= d_sae.")
         if self.batch < 1 or self.tokens < self.batch:
-            raise InvalidInputError(f"tokens={self.tokens}, batch={self.batch}: train on at least one batch of one token.")
+            raise InvalidInputError(
+                f"tokens={self.tokens}, batch={self.batch}: train on at least one batch of one token."
+            )
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1):
             raise InvalidInputError(f"warmup={self.warmup}, decay={self.decay}: both are shares, between 0 and 1.")
         if self.clip <= 0 or (self.lr is not None and self.lr <= 0) or self.aux_coefficient < 0 or self.dead_after < 1:
@@ -73,6 +78,8 @@ class SAEConfig:
                 f"clip={self.clip}, lr={self.lr}, dead_after={self.dead_after} must be positive, "
                 f"aux_coefficient={self.aux_coefficient} not negative."
             )
+        if self.distinct_tokens is not None and self.distinct_tokens < 1:
+            raise InvalidInputError(f"distinct_tokens={self.distinct_tokens}: give at least 1, or None for all.")
         if self.buffer < 2:
             raise InvalidInputError(f"buffer={self.buffer}: hold at least 2 activations.")
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from workbench.activations.keep import KeepRule
 from workbench.activations.store import ActivationStore
@@ -53,8 +54,8 @@ class EvalOptions:
 class SAEReport(Report):
     """Quality of one SAE on one set of rows; all intervals are bootstraps over rows.
 
-    Only tokens that the keep rule keeps are reconstructed or spliced, unless a field says otherwise: attention sinks stay
-    as they are. Losses are means over all next-token targets of the rows, in nats per token.
+    Only tokens that the keep rule keeps are reconstructed or spliced, unless a field says otherwise: attention sinks
+    stay as they are. Losses are means over all next-token targets of the rows, in nats per token.
 
     Attributes:
         site: where the SAE reads.
@@ -94,8 +95,10 @@ class SAEReport(Report):
         random, headline = self.recovered_controls["random"], self.recovered["zero"]
         beats = "beats" if headline.low > random.high else "does not beat"
         return (
-            f"The SAE leaves {self.fvu} of the variance at {self.site} unexplained, with {self.l0.value:.1f} features per "
-            f"token, over {self.n_tokens} kept tokens ({self.kept_share:.1%} of all; the rest are first, special or sink tokens).",
+            f"The SAE leaves {self.fvu} of the variance at {self.site} unexplained, with {self.l0.value:.1f} "
+            "features per "
+            f"token, over {self.n_tokens} kept tokens ({self.kept_share:.1%} of all; the rest are first, special "
+            "or sink tokens).",
             f"Spliced into the model it recovers {headline} of the loss that zero ablation costs (sinks kept) and adds "
             f"{self.ce_difference['sae']} nats; it {beats} a random SAE of the same shape ({random}).",
             f"{self.dead:.1%} of the features were silent on these {self.n_tokens} tokens.",
@@ -112,15 +115,19 @@ class SAEReport(Report):
         fvus = {"sae": self.fvu, **self.fvu_controls}
         recovered = {"sae": self.recovered["zero"], **self.recovered_controls}
         rows = tuple(
-            (label, fvus.get(key), self.ce[key], self.ce_difference[key], recovered.get(key)) for key, label in labels.items()
+            (label, fvus.get(key), self.ce[key], self.ce_difference[key], recovered.get(key))
+            for key, label in labels.items()
         )
         quality = Table(
-            ("spliced in", "FVU", "loss (nats)", "loss minus clean", "loss recovered"), rows,
-            f"Clean loss {self.ce_clean}. Recovered: (zero ablation − splice) / (zero ablation − clean), zero ablation with "
+            ("spliced in", "FVU", "loss (nats)", "loss minus clean", "loss recovered"),
+            rows,
+            f"Clean loss {self.ce_clean}. Recovered: (zero ablation − splice) / (zero ablation − clean), zero "
+            "ablation with "
             "sinks kept. Intervals: bootstrap over rows.",
         )
         baselines = Table(
-            ("ablation", "loss recovered"), tuple((labels[key], value) for key, value in self.recovered.items()),
+            ("ablation", "loss recovered"),
+            tuple((labels[key], value) for key, value in self.recovered.items()),
             "The same SAE against each ablation baseline.",
         )
         metrics = {
@@ -189,7 +196,9 @@ class _Evaluation:
         keeps = [_kept(self.rule, x, batch) for x, batch in zip(captured, batches, strict=True)]
         kept = torch.cat([x[keep] for x, keep in zip(captured, keeps, strict=True)])
         if len(kept) < 2:
-            raise DegenerateInputError("evaluate_sae: the keep rule leaves fewer than two tokens. Give more or longer rows.")
+            raise DegenerateInputError(
+                "evaluate_sae: the keep rule leaves fewer than two tokens. Give more or longer rows."
+            )
         mean = kept.mean(0)
         self.functions |= {"mean": lambda x: mean.expand(x.shape), "zero": torch.zeros_like}
         sums = [self._reconstruction(x, keep, mean) for x, keep in zip(captured, keeps, strict=True)]
@@ -206,26 +215,34 @@ class _Evaluation:
         rows, flat = keep.nonzero(as_tuple=True)[0], x[keep]
         active = self.encode(flat) > 0
         self.fired |= active.any(0).cpu()
-        values = {"tokens": torch.ones(len(flat)), "l0": active.sum(1), "total": squared_error(flat, mean.expand(flat.shape))}
+        values = {
+            "tokens": torch.ones(len(flat)),
+            "l0": active.sum(1),
+            "total": squared_error(flat, mean.expand(flat.shape)),
+        }
         for name in ("sae", "random", "identity", "mean"):
             values[f"error_{name}"] = squared_error(flat, self.functions[name](flat))
         sums = {}
         for name, value in values.items():
-            sums[name] = torch.zeros(len(x), dtype=torch.float64).index_add_(0, rows.cpu(), value.double().cpu()).numpy()
+            sums[name] = (
+                torch.zeros(len(x), dtype=torch.float64).index_add_(0, rows.cpu(), value.double().cpu()).numpy()
+            )
         return sums
 
     def _losses(self, batch: TokenBatch, keep: Tensor) -> dict[str, np.ndarray]:
         """Mean loss of each row, clean and under each splice, and the KL of the SAE splice."""
         clean = self.model.logits(batch, keep="all")
-        losses = {"clean": _row_means(self.model.loss(batch))}
+        losses = {"clean": _row_means(_next_token_loss(clean, batch))}
         for name in SPLICES:
             function = self.functions[name.split("_")[0]]
             tokens = batch.mask if name.endswith(("_all", "_sinks")) else keep
             with self.model.plan(Intervention.at(self.site, Map(function), scope=Mask(tokens))):
-                if name == "sae":
-                    kl = kl_divergence(clean, self.model.logits(batch, keep="all"))
-                    losses["kl"] = _row_means(kl.masked_fill(~batch.mask, float("nan")))
-                losses[name] = _row_means(self.model.loss(batch))
+                if name != "sae":
+                    losses[name] = _row_means(self.model.loss(batch))
+                    continue
+                spliced = self.model.logits(batch, keep="all")
+                losses["sae"] = _row_means(_next_token_loss(spliced, batch))
+                losses["kl"] = _row_means(kl_divergence(clean, spliced).masked_fill(~batch.mask, float("nan")))
         return losses
 
     def _report(self, sums: dict[str, np.ndarray], losses: dict[str, np.ndarray], kept_share: float) -> SAEReport:
@@ -260,6 +277,13 @@ class _Evaluation:
 def _kept(rule: KeepRule, x: Float[Tensor, "rows pos d"], batch: TokenBatch) -> Bool[Tensor, "rows pos"]:
     first = batch.positions == 0
     return rule.mask(x.cpu(), batch.ids.cpu()).to(x.device) & batch.mask & ~first
+
+
+def _next_token_loss(logits: Float[Tensor, "rows pos d_vocab"], batch: TokenBatch) -> Float[Tensor, "rows targets"]:
+    """What `Model.loss` gives, from logits that are there already; row by row as there, for equal rounding."""
+    pairs = zip(logits, batch.ids[:, 1:], strict=True)
+    loss = torch.stack([cross_entropy(row[:-1], target, reduction="none") for row, target in pairs])
+    return loss.masked_fill(~(batch.mask[:, 1:] & batch.mask[:, :-1]), float("nan"))
 
 
 def _row_means(values: Float[Tensor, "rows pos"]) -> np.ndarray:

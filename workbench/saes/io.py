@@ -1,4 +1,4 @@
-"""SAE folders in the format of sae_lens: what is saved here loads there without this package, and the other way round."""
+"""SAE folders in the format of sae_lens: what is saved here loads there without this package, and the reverse."""
 
 from __future__ import annotations
 
@@ -64,8 +64,10 @@ def save_topk(weights: TopKWeights, k: int, path: str | Path, origin: Provenance
     """
     folder = Path(path)
     tensors = {
-        "W_enc": weights.W_enc.t(), "b_enc": weights.b_enc / scale,
-        "W_dec": weights.W_dec, "b_dec": weights.b_dec / scale,
+        "W_enc": weights.W_enc.t(),
+        "b_enc": weights.b_enc / scale,
+        "W_dec": weights.W_dec,
+        "b_dec": weights.b_dec / scale,
     }
     raw = safetensors.torch.save({name: t.detach().cpu().float().contiguous() for name, t in tensors.items()})
     write_atomic(folder / WEIGHTS_FILE, raw)
@@ -112,10 +114,14 @@ def load_sae(path: str | Path, device: str = "cpu") -> Any:
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         what = "an unfinished training run" if (folder / "checkpoint.safetensors").is_file() else "no SAE"
-        raise MissingFileError(f"{folder} holds {what}: {', '.join(missing)} not found. Train one with `workbench sae train`.")
+        raise MissingFileError(
+            f"{folder} holds {what}: {', '.join(missing)} not found. Train one with `workbench sae train`."
+        )
     config = load_json(folder / CONFIG_FILE)
     if not isinstance(config, dict) or not {"d_in", "d_sae", "architecture"} <= set(config):
-        raise CorruptFileError(f"{folder / CONFIG_FILE} does not describe an SAE: it needs d_in, d_sae and architecture.")
+        raise CorruptFileError(
+            f"{folder / CONFIG_FILE} does not describe an SAE: it needs d_in, d_sae and architecture."
+        )
     try:
         with warnings.catch_warnings():
             # sae_lens warns about SAEs that have no model name; here the metadata decides.
@@ -162,7 +168,9 @@ def check_sae_fits(model: Any, sae: Any) -> str:
             f"({model.fingerprint}). Load that model, or train an SAE on this one."
         )
     if int(sae.cfg.d_in) != model.width(site):
-        raise MismatchError(f"This SAE reads d_in={sae.cfg.d_in}; {site} of {model.name} has width {model.width(site)}.")
+        raise MismatchError(
+            f"This SAE reads d_in={sae.cfg.d_in}; {site} of {model.name} has width {model.width(site)}."
+        )
     return site
 
 

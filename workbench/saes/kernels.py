@@ -80,7 +80,11 @@ class AuxTask:
 
 
 def select_topk(
-    weights: TopKWeights, x: Float[Tensor, "rows d_in"], k: int, *, dtype: torch.dtype = torch.float32,
+    weights: TopKWeights,
+    x: Float[Tensor, "rows d_in"],
+    k: int,
+    *,
+    dtype: torch.dtype = torch.float32,
     by_decoder_norm: bool = False,
 ) -> Int[Tensor, "rows k"]:
     """Indices of the k largest pre-activations of each row, in no particular order.
@@ -149,7 +153,11 @@ def decode_sparse(acts: SparseActs, W_dec: Float[Tensor, "d_sae d_in"]) -> Float
 
 
 def encode_sparse(
-    weights: TopKWeights, x: Float[Tensor, "rows d_in"], k: int, *, dtype: torch.dtype = torch.float32,
+    weights: TopKWeights,
+    x: Float[Tensor, "rows d_in"],
+    k: int,
+    *,
+    dtype: torch.dtype = torch.float32,
     by_decoder_norm: bool = False,
 ) -> SparseActs:
     """Activations of the k features with the largest pre-activations; values exact in the dtype of `x`.
@@ -168,8 +176,13 @@ def encode_sparse(
 
 
 def topk_step(
-    weights: TopKWeights, x: Float[Tensor, "rows d_in"], k: int, *, dtype: torch.dtype = torch.float32,
-    aux: AuxTask | None = None, by_decoder_norm: bool = False,
+    weights: TopKWeights,
+    x: Float[Tensor, "rows d_in"],
+    k: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    aux: AuxTask | None = None,
+    by_decoder_norm: bool = False,
 ) -> StepResult:
     """Loss and gradients of one batch, equal to dense autograd up to rounding.
 
@@ -292,5 +305,3 @@ def _best_seconds(x: Tensor, W: Tensor, repeats: int = 4) -> float:
         torch.mm(x, W.t())
         best = min(best, time.perf_counter() - start)
     return best
-
-

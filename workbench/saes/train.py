@@ -26,7 +26,13 @@ from workbench.records import load_json, to_jsonable, write_atomic
 from workbench.saes.config import SAEConfig
 from workbench.saes.io import CONFIG_FILE, WEIGHTS_FILE, Provenance, save_topk
 from workbench.saes.kernels import (
-    AuxTask, StepResult, TopKWeights, decode_sparse, encode_sparse, probe_select_dtype, topk_step,
+    AuxTask,
+    StepResult,
+    TopKWeights,
+    decode_sparse,
+    encode_sparse,
+    probe_select_dtype,
+    topk_step,
 )
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -53,8 +59,8 @@ class SAERun:
 def train_sae(store: ActivationStore | str | Path, config: SAEConfig, out: str | Path) -> SAERun:
     """Trains an SAE on a store and saves it as a sae_lens folder.
 
-    A run that was interrupted goes on from its last checkpoint when it is started again, with the same result to the bit
-    on the same machine and number of threads. A finished run is returned as it is.
+    A run that was interrupted goes on from its last checkpoint when it is started again, with the same result to the
+    bit on the same machine and number of threads. A finished run is returned as it is.
 
     Args:
         store: the activations, or their folder. One packed row in ten is held out for the FVU.
@@ -93,7 +99,9 @@ class _Trainer:
     def run(self) -> SAERun:
         self._restore()
         started = saved = time.monotonic()
-        with task(total=self.config.steps * self.config.batch, description="Training the SAE", unit="tokens") as running:
+        with task(
+            total=self.config.steps * self.config.batch, description="Training the SAE", unit="tokens"
+        ) as running:
             running.advance(self.step * self.config.batch)
             try:
                 while self.step < self.config.steps:
@@ -115,7 +123,7 @@ class _Trainer:
             len(self.store.manifest.shards), generator=torch.Generator().manual_seed(self.config.seed * 7919 + epoch)
         )
         for index in order.tolist():
-            yield self.store.block(index, self.config.site, "train").acts
+            yield from _training_acts(self.store, self.config, index)
 
     def _train_step(self) -> StepResult:
         x = self.stream.next(self.config.batch).float() * self.scale
@@ -153,7 +161,12 @@ class _Trainer:
             raise InvalidInputError(
                 f"The loss is {float(result.loss)} at step {self.step} with lr={self.config.peak_lr:.2g}. Lower lr."
             )
-        line = {"step": self.step, "tokens": self.step * self.config.batch, "loss": float(result.loss), **self._measure()}
+        line = {
+            "step": self.step,
+            "tokens": self.step * self.config.batch,
+            "loss": float(result.loss),
+            **self._measure(),
+        }
         with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -245,13 +258,22 @@ def _initial_weights(config: SAEConfig, centre: Tensor) -> TopKWeights:
     return TopKWeights(W.clone(), torch.zeros(config.d_sae), W, centre.clone())
 
 
+def _training_acts(store: ActivationStore, config: SAEConfig, index: int) -> Iterator[Float[Tensor, "n d"]]:
+    """The activations of one shard that this run may train on; none if it lies beyond `distinct_tokens`."""
+    tokens = config.distinct_tokens
+    end_row = None if tokens is None else -(-tokens // store.context)
+    if end_row is not None and store.manifest.shards[index].first_row >= end_row:
+        return
+    block = store.block(index, config.site, "train")
+    yield block.acts if end_row is None else block.acts[block.rows < end_row]
+
+
 def _statistics(store: ActivationStore, config: SAEConfig) -> tuple[Float[Tensor, " d"], float]:
     """Mean of the training activations, and the factor that scales their variance to 1 per dimension."""
-    blocks, n = [], 0
-    for block in store.read(config.site, "train"):
-        blocks.append(block.float())
-        n += len(block)
-        if n >= STATISTICS_ROWS:
+    blocks: list[Tensor] = []
+    for index in range(len(store.manifest.shards)):
+        blocks += [acts.float() for acts in _training_acts(store, config, index)]
+        if sum(map(len, blocks)) >= STATISTICS_ROWS:
             break
     x = torch.cat(blocks)
     if len(x) < config.batch:
@@ -261,7 +283,9 @@ def _statistics(store: ActivationStore, config: SAEConfig) -> tuple[Float[Tensor
     mean = x.mean(0)
     variance = float((x - mean).square().sum(1).mean())
     if variance == 0:
-        raise DegenerateInputError(f"All activations of {config.site} in {store.path} are the same; nothing can be learnt.")
+        raise DegenerateInputError(
+            f"All activations of {config.site} in {store.path} are the same; nothing can be learnt."
+        )
     return mean, math.sqrt(x.shape[1] / variance)
 
 
@@ -269,7 +293,8 @@ def _held_out(store: ActivationStore, config: SAEConfig) -> Float[Tensor, "rows 
     x = torch.cat([block.float() for block in store.read(config.site, "heldout")])
     if len(x) < 2:
         raise DegenerateInputError(
-            f"{store.path} has {store.manifest.n_tokens // store.context} packed rows, too few to hold one in ten out. Harvest more."
+            f"{store.path} has {store.manifest.n_tokens // store.context} packed rows, too few to hold one in ten "
+            "out. Harvest more."
         )
     return x[:HELD_OUT_ROWS]
 

@@ -17,7 +17,7 @@ ROWS_PER_PASS = 32
 
 
 def difference_of_means(
-    positive: Float[Tensor, " n_positive *shape"], negative: Float[Tensor, " n_negative *shape"]
+    positive: Float[Tensor, " n_positive ..."], negative: Float[Tensor, " n_negative ..."]
 ) -> Float[Tensor, "*shape"]:
     """Mean of the positive rows minus mean of the negative rows, summed in fp64, returned in fp32.
 

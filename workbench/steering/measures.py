@@ -35,7 +35,7 @@ class TextMeasures:
 
     @property
     def degenerate(self) -> tuple[bool, ...]:
-        """Continuations with more than three of the feature's tokens: repetition rather than text (Arad et al. 2025)."""
+        """Continuations with more than three of the feature's tokens: repetition rather than text."""
         return tuple(c > DEGENERATE_COUNT for c in self.count)
 
 
@@ -48,7 +48,7 @@ def lens_count(ids: Int[Tensor, " new"], lens_ids: Int[Tensor, " k"]) -> int:
     return int(torch.isin(ids, lens_ids).sum())
 
 
-def generation_success(continuations: Sequence[Int[Tensor, " new"]], lens_ids: Int[Tensor, " k"]) -> float:
+def generation_success(continuations: Sequence[Int[Tensor, " _"]], lens_ids: Int[Tensor, " k"]) -> float:
     """Mean number of lens tokens per continuation, each occurrence counted, so it can exceed 1.
 
     Raises:
@@ -76,7 +76,7 @@ def distinct_2(ids: Int[Tensor, " new"]) -> float:
 
 
 def measure(
-    continuations: Sequence[Int[Tensor, " new"]], lens_ids: Int[Tensor, " k"], nll: Float[Tensor, " rows"]
+    continuations: Sequence[Int[Tensor, " _"]], lens_ids: Int[Tensor, " k"], nll: Float[Tensor, " rows"]
 ) -> TextMeasures:
     """All measures of some continuations."""
     count = tuple(lens_count(ids, lens_ids) for ids in continuations)
@@ -86,7 +86,7 @@ def measure(
 
 @torch.no_grad()
 def continuation_nll(
-    model: Model, prompts: TokenBatch, continuations: Sequence[Int[Tensor, " new"]]
+    model: Model, prompts: TokenBatch, continuations: Sequence[Int[Tensor, " _"]]
 ) -> Float[Tensor, " rows"]:
     """Mean negative log-likelihood per token (nats) of each continuation after its prompt; nan if it is empty.
 
@@ -105,7 +105,8 @@ def continuation_nll(
     whole = TokenBatch(torch.cat([prompts.ids, new.to(device)], dim=1), mask)
     logits = model.hf(**whole.hf(), use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
     losses = [
-        nn.functional.cross_entropy(z.float(), t.to(device), reduction="none").cpu() for z, t in zip(logits, new, strict=True)
+        nn.functional.cross_entropy(z.float(), t.to(device), reduction="none").cpu()
+        for z, t in zip(logits, new, strict=True)
     ]
     total = (torch.stack(losses) * real).sum(1)
     return torch.where(real.any(1), total / real.sum(1).clamp_min(1), torch.tensor(math.nan))

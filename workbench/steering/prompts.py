@@ -1,4 +1,4 @@
-"""Neutral openings: they say nothing about what comes next, so that what does comes from the model or from the steering."""
+"""Neutral openings: they leave open what comes next, so that the model or the steering decides it."""
 
 from __future__ import annotations
 

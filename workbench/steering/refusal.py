@@ -114,7 +114,7 @@ def refusal_study(
     arms = _arms(effects.reply, sae, rows[: options.n_features], matched, options)
     prompts = model.tokens(as_chats([p.harmful for p in split.test] + [p.harmless for p in split.test]))
     text = _text_rows(model, data.plain_texts if texts is None else texts, options.text_tokens)
-    measured = _measure(model, arms, prompts, text, site, options)
+    measured = _measure(model, arms, prompts, text, tokens, options, site)
     return RefusalReport(
         model=model.name,
         site=site,
@@ -124,7 +124,7 @@ def refusal_study(
         refusal_tokens=tuple(model.tokenizer.decode([t]) for t in tokens),
         contrast=contrast,
         features=rows,
-        arms=tuple(_result(arm, measured, tokens, options.seed) for arm in arms),
+        arms=tuple(_result(arm, measured, data.phrases, options.seed) for arm in arms),
         new_tokens=options.new_tokens,
         note=prompts.note,
     )
@@ -247,70 +247,80 @@ def _text_rows(model: Any, texts: Sequence[str] | TokenBatch, width: int) -> Tok
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """Everything that was measured, by arm name; the first half of the prompts is harmful."""
+    """Everything that was measured, by arm name; the first half of the prompts is harmful (`kl`: the other)."""
 
-    logits: dict[str, Float[Tensor, "batch d_vocab"]]
+    odds: dict[str, np.ndarray]
+    kl: dict[str, np.ndarray]
     applied: dict[str, Applied]
     loss: dict[str, np.ndarray]
     replies: dict[str, Replies]
 
 
 def _measure(
-    model: Any, arms: Sequence[Arm], prompts: TokenBatch, text: TokenBatch, site: str, options: RefusalOptions
+    model: Any,
+    arms: Sequence[Arm],
+    prompts: TokenBatch,
+    text: TokenBatch,
+    tokens: Sequence[int],
+    options: RefusalOptions,
+    site: str,
 ) -> _Measured:
-    logits, applied, loss = {}, {}, {}
+    odds, kl, applied, loss = {}, {}, {}, {}
+    base, n = model.logits(prompts), len(prompts) // 2
     for arm in track(arms, description="refusal: first tokens and plain text", unit="arms"):
-        logits[arm.name], applied[arm.name] = logits_of(model, arm, prompts, site, SCOPE)
+        logits, applied[arm.name] = logits_of(model, arm, prompts, site, SCOPE)
+        odds[arm.name] = refusal_log_odds(logits, tokens).cpu().numpy()
+        kl[arm.name] = first_token_kl(base[n:], logits[n:]).cpu().numpy()
         loss[arm.name] = text_loss(model, arm, text, site, SCOPE)
     said = replies_of(model, arms, prompts, site, SCOPE, options.new_tokens)
-    return _Measured(logits, applied, loss, dict(zip((arm.name for arm in arms), said, strict=True)))
+    return _Measured(odds, kl, applied, loss, dict(zip((arm.name for arm in arms), said, strict=True)))
 
 
-def _result(arm: Arm, measured: _Measured, tokens: Sequence[int], seed: int) -> ArmResult:
-    odds = {name: refusal_log_odds(z, tokens).cpu().numpy() for name, z in measured.logits.items()}
-    mine, base, replies = odds[arm.name], odds["unsteered"], measured.replies[arm.name]
-    n = len(mine) // 2
-    refused = [is_refusal(text) for text in replies.texts]
-    kl = first_token_kl(measured.logits["unsteered"][n:], measured.logits[arm.name][n:]).cpu().numpy()
-    steered = bool(arm.ops)
-    other = None if arm.control is None else odds[arm.control]
-
-    def versus(against: np.ndarray | None, part: slice, kind: str) -> Estimate | None:
-        if against is None or not steered:
-            return None
-        return paired_difference(mine[part], against[part], unit=f"{kind} prompts", seed=seed)
-
-    harmful, harmless = slice(0, n), slice(n, 2 * n)
-    shift = mine - base
+def _result(arm: Arm, measured: _Measured, phrases: Sequence[str], seed: int) -> ArmResult:
+    odds, replies, applied = measured.odds[arm.name], measured.replies[arm.name], measured.applied[arm.name]
+    n = len(odds) // 2
+    refused = [is_refusal(text, phrases) for text in replies.texts]
     return ArmResult(
         name=arm.name,
         family=arm.family,
         strength=arm.strength,
-        norm=measured.applied[arm.name].norm,
-        share=measured.applied[arm.name].share,
+        norm=applied.norm,
+        share=applied.share,
         control=arm.control,
-        log_odds_harmful=bootstrap_mean(mine[harmful], unit="harmful prompts", seed=seed),
-        log_odds_harmless=bootstrap_mean(mine[harmless], unit="harmless prompts", seed=seed),
-        change_harmful=versus(base, harmful, "harmful"),
-        change_harmless=versus(base, harmless, "harmless"),
-        control_harmful=versus(other, harmful, "harmful"),
-        control_harmless=versus(other, harmless, "harmless"),
-        selective=paired_difference(shift[harmful], shift[harmless], unit="pairs of prompts", seed=seed)
-        if steered
-        else None,
+        log_odds_harmful=bootstrap_mean(odds[:n], unit="harmful prompts", seed=seed),
+        log_odds_harmless=bootstrap_mean(odds[n:], unit="harmless prompts", seed=seed),
         refused_harmful=wilson(sum(refused[:n]), n, unit="harmful prompts"),
         refused_harmless=wilson(sum(refused[n:]), n, unit="harmless prompts"),
-        kl_harmless=bootstrap_mean(kl, unit="harmless prompts", seed=seed) if steered else None,
         text_loss=bootstrap_mean(measured.loss[arm.name], unit="texts", seed=seed),
-        text_change=paired_difference(measured.loss[arm.name], measured.loss["unsteered"], unit="texts", seed=seed)
-        if steered
-        else None,
         reply_nats=_over_known(replies.nats, seed),
-        reply_change=_reply_change(replies, measured.replies["unsteered"], seed) if steered else None,
         distinct_2=_over_known(replies.distinct, seed),
         example_harmful=replies.texts[0],
         example_harmless=replies.texts[n],
+        **_comparisons(arm, measured, n, seed),
     )
+
+
+def _comparisons(arm: Arm, measured: _Measured, n: int, seed: int) -> dict[str, Estimate | None]:
+    """Differences from the unsteered model and from the control, paired by prompt; none for the unsteered model."""
+    if not arm.ops:
+        return {}
+
+    def by_kind(name: str, against: np.ndarray) -> dict[str, Estimate | None]:
+        kinds = (("harmful", slice(0, n)), ("harmless", slice(n, 2 * n)))
+        return {
+            f"{name}_{kind}": paired_difference(odds[part], against[part], unit=f"{kind} prompts", seed=seed)
+            for kind, part in kinds
+        }
+
+    odds, base = measured.odds[arm.name], measured.odds["unsteered"]
+    shift = odds - base
+    found = by_kind("change", base) | {
+        "selective": paired_difference(shift[:n], shift[n:], unit="pairs of prompts", seed=seed),
+        "kl_harmless": bootstrap_mean(measured.kl[arm.name], unit="harmless prompts", seed=seed),
+        "text_change": paired_difference(measured.loss[arm.name], measured.loss["unsteered"], unit="texts", seed=seed),
+        "reply_change": _reply_change(measured.replies[arm.name], measured.replies["unsteered"], seed),
+    }
+    return found if arm.control is None else found | by_kind("control", measured.odds[arm.control])
 
 
 def _over_known(values: np.ndarray, seed: int) -> Estimate | None:

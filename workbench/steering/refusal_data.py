@@ -14,6 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from workbench.errors import InvalidInputError
+from workbench.steering.refusal_metrics import REFUSAL_PHRASES
 from workbench.tokens import TokenBatch
 
 Chat = list[dict[str, str]]
@@ -36,12 +37,14 @@ class RefusalData:
         refusals: replies that refuse.
         compliant: openings of replies that comply, fitting any request.
         plain_texts: ordinary prose, for the loss that steering costs.
+        phrases: what counts as a refusal in a reply, in lower case.
     """
 
     pairs: tuple[PromptPair, ...]
     refusals: tuple[str, ...]
     compliant: tuple[str, ...]
     plain_texts: tuple[str, ...]
+    phrases: tuple[str, ...] = REFUSAL_PHRASES
 
     def __post_init__(self) -> None:
         for name in ("pairs", "refusals", "compliant"):

@@ -100,7 +100,7 @@ def find_refusal_features(
 ) -> FeatureContrast:
     """Features that are more active in refusals than in compliant replies, over reply tokens only.
 
-    A candidate is active on at least `min_tokens` tokens of one and the same refusal, and more active in refusals. There
+    A candidate is active on at least `min_tokens` tokens of one refusal, and more active in refusals overall. There
     may be none: the tuple is then empty.
 
     Source: O'Brien et al. 2024, "Steering language model refusal with sparse autoencoders" (active on two tokens of a

@@ -34,7 +34,7 @@ class Contrast:
     n: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArmResult:
     """What one arm did on the test prompts.
 
@@ -72,18 +72,18 @@ class ArmResult:
     control: str | None
     log_odds_harmful: Estimate
     log_odds_harmless: Estimate
-    change_harmful: Estimate | None
-    change_harmless: Estimate | None
-    control_harmful: Estimate | None
-    control_harmless: Estimate | None
-    selective: Estimate | None
+    change_harmful: Estimate | None = None
+    change_harmless: Estimate | None = None
+    control_harmful: Estimate | None = None
+    control_harmless: Estimate | None = None
+    selective: Estimate | None = None
     refused_harmful: Estimate
     refused_harmless: Estimate
-    kl_harmless: Estimate | None
+    kl_harmless: Estimate | None = None
     text_loss: Estimate
-    text_change: Estimate | None
-    reply_nats: Estimate | None
-    reply_change: Estimate | None
+    text_change: Estimate | None = None
+    reply_nats: Estimate | None = None
+    reply_change: Estimate | None = None
     distinct_2: Estimate | None
     example_harmful: str
     example_harmless: str

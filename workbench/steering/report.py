@@ -129,10 +129,12 @@ class SteeringReport(Report):
     example_title: str
 
     def findings(self) -> tuple[str, ...]:
+        """Effects beside their controls, and the price in perplexity and repetition."""
         by_name = {arm.name: arm for arm in self.arms}
         steered, base = by_name["feature"], by_name["unsteered"]
         found = [
-            f"Of what the model writes under {len(self.features)} steering features, {100 * steered.share.value:.1f} % are lens tokens "
+            f"Of what the model writes under {len(self.features)} steering features, "
+            f"{100 * steered.share.value:.1f} % are lens tokens "
             f"of the feature; without steering {100 * base.share.value:.1f} % ({steered.share.n} prompts)."
         ]
         for name, difference in self.differences.items():
@@ -142,13 +144,16 @@ class SteeringReport(Report):
         if steered.perplexity and base.perplexity:
             found.append(
                 f"The price: perplexity under the unsteered model {steered.perplexity}, unsteered {base.perplexity}; "
-                f"{100 * steered.degenerate.value:.0f} % of the steered texts repeat the tokens more than {DEGENERATE_COUNT:g} times."
+                f"{100 * steered.degenerate.value:.0f} % of the steered texts repeat the tokens more than "
+                f"{DEGENERATE_COUNT:g} times."
             )
         if self.all_degenerate:
-            found.append(f"Every strength gave repetition for features {list(self.all_degenerate)}; they were run at the smallest.")
+            repeating = list(self.all_degenerate)
+            found.append(f"Every strength gave repetition for features {repeating}; they were run at the smallest.")
         return tuple(found)
 
     def section(self) -> Section:
+        """Arms, differences, strengths, edits and example texts."""
         metrics: dict[str, Metric] = {"n_evaluation_prompts": self.n_evaluation}
         for arm in self.arms:
             for key in ("share", "count", "perplexity", "distinct2", "degenerate"):
@@ -161,21 +166,30 @@ class SteeringReport(Report):
     def _blocks(self) -> list[Block]:
         s = self.settings
         about = (
-            f"{s['site']} of {s['model']}, steered at {s['scope']} with strength * a_max * W_dec[f]; {s['new_tokens']} tokens at "
-            f"temperature {s['temperature']}, seed {s['seed']}, the same random numbers for a prompt in every arm. Strengths were chosen "
-            f"on {self.n_selection} prompts by (lens tokens per text) / perplexity, leaving out strengths with more than "
-            f"{DEGENERATE_COUNT:g} lens tokens per text; everything below is from the other {self.n_evaluation} prompts. Random directions "
+            f"{s['site']} of {s['model']}, steered at {s['scope']} with strength * a_max * W_dec[f]; "
+            f"{s['new_tokens']} tokens at "
+            f"temperature {s['temperature']}, seed {s['seed']}, the same random numbers for a prompt in every "
+            "arm. Strengths were chosen "
+            f"on {self.n_selection} prompts by (lens tokens per text) / perplexity, leaving out strengths with "
+            "more than "
+            f"{DEGENERATE_COUNT:g} lens tokens per text; everything below is from the other {self.n_evaluation} "
+            "prompts. Random directions "
             "run at the strength of their feature. Perplexity is that of the unsteered model."
         )
-        columns = ("arm", "share of lens tokens", "lens tokens per text", "perplexity", "distinct-2", "repetitive texts")
-        rows = tuple((ARM_WORDS.get(a.name, a.name), a.share, a.count, a.perplexity, a.distinct2, a.degenerate) for a in self.arms)
+        columns = ("arm", "share of lens tokens", "lens tokens per text", "perplexity", "distinct-2", "repetitive")
+        rows = tuple(
+            (ARM_WORDS.get(a.name, a.name), a.share, a.count, a.perplexity, a.distinct2, a.degenerate)
+            for a in self.arms
+        )
         per_feature = tuple(
             (f.feature, f.tokens, f.strength, f.share, f.unsteered, f.random, f.perplexity) for f in self.features
         )
         blocks: list[Block] = [
             Text(about), Table(columns, rows, "Means over features, intervals over prompts"),
-            Bars("Share of lens tokens: steered minus control", tuple(self.differences), tuple(self.differences.values()),
-                 y_label="difference", reference=0.0),
+            Bars(
+                "Share of lens tokens: steered minus control", tuple(self.differences), tuple(self.differences.values()),
+                y_label="difference", reference=0.0,
+            ),
         ]  # fmt: skip
         if len(s["strengths"]) > 1:
             blocks.append(self._lines())
@@ -194,12 +208,15 @@ class SteeringReport(Report):
                    tuple(e.low for e in curve), tuple(e.high for e in curve))
             for name, curve in self.curves.items()
         )  # fmt: skip
-        return Lines("Share of lens tokens by strength", series, x_label="strength (multiples of a_max)", y_label="share")
+        return Lines(
+            "Share of lens tokens by strength", series, x_label="strength (multiples of a_max)", y_label="share"
+        )
 
     def _edit_table(self) -> Table:
         rows = tuple(
             (ARM_WORDS.get(name, name), e.strength, e.tokens, e.mean_norm, e.share)
-            for name, edits in self.edits.items() for e in edits
+            for name, edits in self.edits.items()
+            for e in edits
         )
         columns = ("arm", "strength", "tokens edited", "mean norm added", "relative to the activations")
         return Table(columns, rows, "What the edits did")
@@ -241,7 +258,7 @@ def build_report(
     """
     selection, evaluation = list(range(0, len(prompts), 2)), list(range(1, len(prompts), 2))
     by_name = {arm.name: arm for arm in arms}
-    steered, random, control = by_name["feature"], by_name["random"], by_name.get("control")
+    steered, control = by_name["feature"], by_name.get("control")
     picks = [best_strength(m, selection) for m in steered.measures]
     chosen = {"feature": [i for i, _ in picks], "random": [i for i, _ in picks]}
     if control is not None:
@@ -269,7 +286,8 @@ def build_report(
         ),
         curves={
             arm.name: tuple(
-                _interval(_per_prompt([m[j] for m in arm.measures], evaluation, _share)) for j in range(len(arm.strengths))
+                _interval(_per_prompt([m[j] for m in arm.measures], evaluation, _share))
+                for j in range(len(arm.strengths))
             )
             for arm in arms
         },
@@ -286,7 +304,7 @@ def _share(m: TextMeasures) -> Sequence[float]:
 def _per_prompt(
     measures: Sequence[TextMeasures], prompts: Sequence[int], what: Callable[[TextMeasures], Sequence[float]]
 ) -> np.ndarray:
-    """Mean over features for each prompt, so that a prompt is one independent unit; nan where no feature has a value."""
+    """Mean over features for each prompt, so that a prompt is one unit; nan where no feature has a value."""
     table = np.array([[float(what(m)[p]) for p in prompts] for m in measures])
     known = np.isfinite(table)
     total = np.where(known, table, 0.0).sum(axis=0)
@@ -307,10 +325,16 @@ def _arm_result(name: str, measures: Sequence[TextMeasures], prompts: Sequence[i
     perplexity = None
     if nll is not None:
         perplexity = Estimate(
-            math.exp(nll.value), math.exp(nll.low), math.exp(nll.high), nll.n, "exp of the bootstrapped mean over prompts", "prompts"
+            math.exp(nll.value),
+            math.exp(nll.low),
+            math.exp(nll.high),
+            nll.n,
+            "exp of the bootstrapped mean over prompts",
+            "prompts",
         )
     return ArmResult(
-        name, _interval(_per_prompt(measures, prompts, _share)), _interval(_per_prompt(measures, prompts, lambda m: m.count)),
+        name, _interval(_per_prompt(measures, prompts, _share)), _interval(_per_prompt(measures, prompts, lambda m:
+        m.count)),
         perplexity, _known_interval(_per_prompt(measures, prompts, lambda m: m.distinct2)),
         _interval(_per_prompt(measures, prompts, lambda m: m.degenerate)),
     )  # fmt: skip
@@ -319,23 +343,38 @@ def _arm_result(name: str, measures: Sequence[TextMeasures], prompts: Sequence[i
 def _feature_result(
     arm: Arm, i: int, tokens: str, strength: int, at: dict[str, list[TextMeasures]], prompts: Sequence[int]
 ) -> FeatureResult:
-    shares = {name: float(_per_prompt([at[name][i]], prompts, _share).mean()) for name in ("feature", "unsteered", "random")}
+    shares = {
+        name: float(_per_prompt([at[name][i]], prompts, _share).mean()) for name in ("feature", "unsteered", "random")
+    }
     nll = np.array([at["feature"][i].nll[p] for p in prompts])
     known = nll[np.isfinite(nll)]
     perplexity = float(np.exp(known.mean())) if len(known) else math.nan
     return FeatureResult(
-        arm.features[i], tokens, arm.strengths[strength], shares["feature"], shares["unsteered"], shares["random"], perplexity
+        arm.features[i],
+        tokens,
+        arm.strengths[strength],
+        shares["feature"],
+        shares["unsteered"],
+        shares["random"],
+        perplexity,
     )
 
 
 def _examples(
-    steered: Arm, base: Arm, chosen: Sequence[int], prompts: Sequence[str], words: Sequence[str],
-    selection: Sequence[int], evaluation: Sequence[int], n: int = 6,
+    steered: Arm,
+    base: Arm,
+    chosen: Sequence[int],
+    prompts: Sequence[str],
+    words: Sequence[str],
+    selection: Sequence[int],
+    evaluation: Sequence[int],
+    n: int = 6,
 ) -> tuple[tuple[tuple[str, str, str], ...], str]:
     """Texts of the feature with the most lens tokens on the selection prompts, shown on the evaluation prompts."""
     counts = [float(np.mean([m[j].share[p] for p in selection])) for m, j in zip(steered.measures, chosen, strict=True)]
     best = int(np.argmax(counts))
     texts = steered.texts[best * len(steered.strengths) + chosen[best]]
     rows = tuple((prompts[p], base.texts[best][p], texts[p]) for p in evaluation[:n])
-    title = f"Feature {steered.features[best]} ({words[best]}) at strength {steered.strengths[chosen[best]]:g}, beside unsteered"
+    strength = steered.strengths[chosen[best]]
+    title = f"Feature {steered.features[best]} ({words[best]}) at strength {strength:g}, beside unsteered"
     return rows, title

@@ -56,11 +56,16 @@ class SteerOptions:
 
 
 def steer(
-    model: Model, sae: Any, features: Sequence[int], strengths: Sequence[float] = (0.5, 1.0, 2.0),
-    prompts: Sequence[str] = NEUTRAL_PROMPTS, control_features: Sequence[int] = (), site: str | Site | None = None,
+    model: Model,
+    sae: Any,
+    features: Sequence[int],
+    strengths: Sequence[float] = (1.5, 3.0),
+    prompts: Sequence[str] = NEUTRAL_PROMPTS,
+    control_features: Sequence[int] = (),
+    site: str | Site | None = None,
     options: SteerOptions | None = None,
 ) -> SteeringReport:
-    """Continues every prompt with every feature at every strength, and with the controls, under the same random numbers.
+    """Continues every prompt with every feature at every strength and with the controls, under the same randomness.
 
     The edit is `x + strength * a_max * W_dec[f]`, a_max being the largest feature activation at the token. Controls:
     the unsteered model; for each feature a random direction of the norm of `W_dec[f]` at the same strengths; and
@@ -97,7 +102,9 @@ def steer(
         base = bench.unsteered(progress)
         arms = [bench.arm(name, ids, vectors, strengths, progress) for name, ids, vectors in planned]
     # What the unsteered model writes, measured with the tokens of each feature.
-    base_arms = [bench.judge("unsteered", ids, [0.0], [base] * len(ids)) for name, ids, _ in planned if name != "random"]
+    base_arms = [
+        bench.judge("unsteered", ids, [0.0], [base] * len(ids)) for name, ids, _ in planned if name != "random"
+    ]
     settings = {
         "model": model.name, "site": str(where), "scope": str(SCOPES[options.scope]), "strengths": list(strengths),
         "new_tokens": options.new_tokens, "temperature": options.temperature, "seed": options.seed, "k": options.k,
@@ -112,14 +119,19 @@ def _check(
 ) -> None:
     if isinstance(prompts, str) or len(prompts) < 4 or len(set(prompts)) != len(prompts):
         raise InvalidInputError(
-            f"steer: got {1 if isinstance(prompts, str) else len(prompts)} prompts. Give at least four different ones: half of "
+            f"steer: got {1 if isinstance(prompts, str) else len(prompts)} prompts. Give at least four different "
+            "ones: half of "
             "them choose the strength, the others measure."
         )
     if not strengths or min(strengths) <= 0:
-        raise InvalidInputError(f"steer(strengths={list(strengths)}): give positive factors; the unsteered model always runs.")
+        raise InvalidInputError(
+            f"steer(strengths={list(strengths)}): give positive factors; the unsteered model always runs."
+        )
     both = set(map(int, features)) & set(map(int, control_features))
     if both:
-        raise DegenerateInputError(f"steer: features {sorted(both)} are steered and controls at once. Remove them from one.")
+        raise DegenerateInputError(
+            f"steer: features {sorted(both)} are steered and controls at once. Remove them from one."
+        )
 
 
 def _random_like(directions: Float[Tensor, "features d"], seed: int) -> Float[Tensor, "features d"]:
@@ -135,7 +147,7 @@ def _words(model: Model, ids: Tensor) -> tuple[str, ...]:
 class _Texts:
     """Continuations of every prompt, and what the unsteered model makes of them."""
 
-    ids: tuple[Int[Tensor, " new"], ...]
+    ids: tuple[Int[Tensor, " _"], ...]
     texts: tuple[str, ...]
     nll: Float[Tensor, " rows"]
     edits: tuple[EditReport, ...] = ()
@@ -157,9 +169,7 @@ class _Bench:
         """Continuations without any edit."""
         return self._write(torch.arange(len(self.prompts)), None, progress)
 
-    def arm(
-        self, name: str, features: Tensor, directions: Tensor, strengths: Sequence[float], progress: Task
-    ) -> Arm:
+    def arm(self, name: str, features: Tensor, directions: Tensor, strengths: Sequence[float], progress: Task) -> Arm:
         """Continuations of all prompts with each direction at each strength."""
         n = len(self.prompts)
         prompt_rows = torch.arange(n).repeat(len(features))
@@ -183,7 +193,8 @@ class _Bench:
         texts = tuple(t.texts for t in written)
         edits = tuple(
             EditSummary.of(float(s), [e for t in written[j :: len(strengths)] for e in t.edits])
-            for j, s in enumerate(strengths) if written[j].edits
+            for j, s in enumerate(strengths)
+            if written[j].edits
         )
         return Arm(name, tuple(features.tolist()), tuple(float(s) for s in strengths), tuple(measures), texts, edits)
 

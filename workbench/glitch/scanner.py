@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +17,24 @@ from workbench.errors import (
     UnknownNameError,
     did_you_mean,
 )
-from workbench.glitch import indicators, reference, weights
 from workbench.glitch.codec import Codec, codec_in, codec_of
-from workbench.glitch.prompts import PROBES, probes_from, template
+from workbench.glitch.indicators import (
+    INDICATORS,
+    RowFacts,
+    Separation,
+    held_out_values,
+    measure,
+    pick,
+    read_rows,
+    separation,
+)
+from workbench.glitch.prompts import PROBES, Template, probes_from, template
+from workbench.glitch.reference import MIN_MEMBERS, Reference, choose, given, judge, merge_duplicates, propose
 from workbench.glitch.report import GlitchReport
 from workbench.glitch.result import TokenizerFacts, TokenTable
 from workbench.glitch.tokenizer import CATEGORIES, Vocabulary, analyse
 from workbench.glitch.verify import Verification, VerifyOptions, verify
+from workbench.glitch.weights import BLOCK_ROWS, TokenMatrices, in_folder, in_gguf, in_memory
 
 _N_ORDINARY = 2000
 
@@ -51,26 +62,24 @@ class ScanOptions:
     indicator: str | None = None
     prompts: Path | None = None
     seed: int = 0
-    block_rows: int = weights.BLOCK_ROWS
+    block_rows: int = BLOCK_ROWS
     verification: VerifyOptions = VerifyOptions()
 
     def __post_init__(self) -> None:
         if self.top < 1 or (self.controls is not None and self.controls < 0) or self.block_rows < 1:
             raise InvalidInputError(
-                f"ScanOptions(top={self.top}, controls={self.controls}, block_rows={self.block_rows}): top and block_rows "
-                "are at least 1, controls at least 0."
+                f"ScanOptions(top={self.top}, controls={self.controls}, block_rows={self.block_rows}): top and "
+                "block_rows are at least 1, controls at least 0."
             )
         if not 0 < self.percentile < 100:
             raise InvalidInputError(f"percentile={self.percentile}: must lie between 0 and 100. Default: 2.")
-        if self.indicator is not None and self.indicator not in indicators.INDICATORS:
+        if self.indicator is not None and self.indicator not in INDICATORS:
             raise UnknownNameError(
-                f"There is no indicator {self.indicator!r}. " + did_you_mean(self.indicator, indicators.INDICATORS)
+                f"There is no indicator {self.indicator!r}. " + did_you_mean(self.indicator, INDICATORS)
             )
 
 
-def scan(
-    model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None
-) -> GlitchReport:
+def scan(model: Any, verify: str | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
     """Ranks every token of a model by how untrained its row looks, and on request tests the first ones.
 
     Args:
@@ -91,27 +100,28 @@ def scan(
     options = options or ScanOptions()
     if verify not in (None, "top"):
         raise UnknownNameError(
-            f"verify={verify!r} does not exist. There are verify=None (weights only) and verify='top' (tests the most "
-            "suspicious tokens); raise ScanOptions(top=...) to test more."
+            f"verify={verify!r} does not exist. There are None (weights only) and 'top' (tests the most suspicious "
+            "tokens); raise ScanOptions(top=...) to test more."
         )
     name, matrices, codec = _open(model)
-    report = _weights_only(name, matrices, codec, options)
+    vocabulary = analyse(codec)
+    report = _weights_only(name, matrices, vocabulary, options)
     if verify is None:
         return report
-    return report.with_verification(_verify_top(model, report, codec, options))
+    return report.with_verification(_verify_top(model, report, codec, vocabulary, options))
 
 
-def _open(model: Any) -> tuple[str, weights.TokenMatrices, Codec]:
+def _open(model: Any) -> tuple[str, TokenMatrices, Codec]:
     """Name, matrices and tokenizer of whatever the user named."""
     if hasattr(model, "hf") and hasattr(model, "tokenizer"):
-        return str(model.name), weights.in_memory(model.hf), codec_of(model.tokenizer)
+        return str(model.name), in_memory(model.hf), codec_of(model.tokenizer)
     if not isinstance(model, str | Path):
         raise InvalidInputError(
             f"scan({type(model).__name__}): give a Model, a folder, a .gguf file, a hub id or 'embedded'."
         )
     path = local_path(model)
     name = "SmolLM2-135M-Instruct" if str(model) == "embedded" else path.stem if path.suffix == ".gguf" else str(model)
-    return name, weights.in_gguf(path) if path.suffix == ".gguf" else weights.in_folder(path), codec_in(path)
+    return name, in_gguf(path) if path.suffix == ".gguf" else in_folder(path), codec_in(path)
 
 
 def local_path(name: str | Path) -> Path:
@@ -142,15 +152,14 @@ def local_path(name: str | Path) -> Path:
     return Path(config).parent
 
 
-def _weights_only(name: str, matrices: weights.TokenMatrices, codec: Codec, options: ScanOptions) -> GlitchReport:
-    vocabulary = analyse(codec)
-    outer = indicators.read_rows(matrices.E_out, options.block_rows, matrices.bias)
-    inner = outer if matrices.tied else indicators.read_rows(matrices.E_in, options.block_rows, identical=False)
+def _weights_only(name: str, matrices: TokenMatrices, vocabulary: Vocabulary, options: ScanOptions) -> GlitchReport:
+    outer = read_rows(matrices.E_out, options.block_rows, matrices.bias)
+    inner = outer if matrices.tied else read_rows(matrices.E_in, options.block_rows, identical=False)
     ordinary = _ordinary(vocabulary, outer)
     chosen, witnesses = _reference(vocabulary, matrices, outer, ordinary, options)
-    values = indicators.measure(matrices, inner, outer, chosen.members, options.block_rows)
+    values = measure(matrices, inner, outer, chosen.members, options.block_rows)
     measured = _separations(matrices, outer, chosen.members or witnesses, values, ordinary)
-    picked, why = indicators.pick(measured, options.indicator, insist=options.reference is not None)
+    picked, why = pick(measured, options.indicator, insist=options.reference is not None)
     table = _table(vocabulary, outer, chosen, values, picked)
     threshold = float("nan")
     if picked is not None:
@@ -162,11 +171,12 @@ def _weights_only(name: str, matrices: weights.TokenMatrices, codec: Codec, opti
         d_model=matrices.E_out.width, stored=matrices.E_out.stored, has_bias=matrices.bias is not None,
         tokenizer=_facts(vocabulary), reference=chosen, separations=measured, indicator=picked, indicator_why=why,
         threshold=threshold, percentile=options.percentile, identical=outer.classes, zero_rows=zero,
-        bad_rows=tuple(int(i) for i in np.flatnonzero(~outer.finite)), table=table, verification=None, seed=options.seed,
+        bad_rows=tuple(int(i) for i in np.flatnonzero(~outer.finite)), table=table, verification=None,
+        seed=options.seed,
     )  # fmt: skip
 
 
-def _ordinary(vocabulary: Vocabulary, outer: indicators.RowFacts) -> np.ndarray:
+def _ordinary(vocabulary: Vocabulary, outer: RowFacts) -> np.ndarray:
     """Ids of reachable text tokens with a usable row: what the reference is compared with."""
     shared = min(len(vocabulary), len(outer.norm))
     plain = vocabulary.is_category("ok")[:shared] & ~vocabulary.reserved[:shared] & outer.usable[:shared]
@@ -179,33 +189,40 @@ def _ordinary(vocabulary: Vocabulary, outer: indicators.RowFacts) -> np.ndarray:
 
 
 def _reference(
-    vocabulary: Vocabulary, matrices: weights.TokenMatrices, outer: indicators.RowFacts, ordinary: np.ndarray,
+    vocabulary: Vocabulary,
+    matrices: TokenMatrices,
+    outer: RowFacts,
+    ordinary: np.ndarray,
     options: ScanOptions,
-) -> tuple[reference.Reference, Sequence[int]]:
+) -> tuple[Reference, Sequence[int]]:
     """The reference, and the ids that their names or places alone call unused (for an untied model without one)."""
     if options.reference is not None:
-        return reference.given(options.reference, outer.usable), ()
+        return given(options.reference, outer.usable), ()
     E_out = matrices.E_out
-    duplicates = reference.merge_duplicates(outer.classes, E_out)
-    proposed = reference.propose(vocabulary, E_out.n_rows, duplicates)
+    duplicates = merge_duplicates(outer.classes, E_out)
+    proposed = propose(vocabulary, E_out.n_rows, duplicates)
     sample = E_out.rows(ordinary[:: -(-len(ordinary) // _N_ORDINARY)].tolist())
-    judged = [reference.judge(name, why, ids, E_out, outer.usable, sample) for name, (why, ids) in proposed.items()]
-    witnesses = [i for name in ("padding rows", "unused bytes", "reserved names") for i in proposed.get(name, ("", ()))[1]]
-    return reference.choose(judged, E_out), witnesses if len(witnesses) >= reference.MIN_MEMBERS else ()
+    judged = [judge(name, why, ids, E_out, outer.usable, sample) for name, (why, ids) in proposed.items()]
+    named = ("padding rows", "unused bytes", "reserved names")
+    witnesses = [i for name in named for i in proposed.get(name, ("", []))[1]]
+    return choose(judged, E_out), witnesses if len(witnesses) >= MIN_MEMBERS else ()
 
 
 def _separations(
-    matrices: weights.TokenMatrices, outer: indicators.RowFacts, unused: Sequence[int],
-    values: dict[str, np.ndarray], ordinary: np.ndarray,
-) -> tuple[indicators.Separation, ...]:
+    matrices: TokenMatrices,
+    outer: RowFacts,
+    unused: Sequence[int],
+    values: dict[str, np.ndarray],
+    ordinary: np.ndarray,
+) -> tuple[Separation, ...]:
     if not unused:
         return ()
     others = np.setdiff1d(ordinary, unused)
     return tuple(
-        indicators.separation(
-            name, values[name], others, indicators.held_out_values(name, matrices, outer, values[name], unused)
+        separation(
+            name, values[name], others, held_out_values(name, matrices, outer, values[name], unused)
         )
-        for name in indicators.INDICATORS if name in values
+        for name in INDICATORS if name in values
     )  # fmt: skip
 
 
@@ -219,7 +236,10 @@ def _facts(vocabulary: Vocabulary) -> TokenizerFacts:
 
 
 def _table(
-    vocabulary: Vocabulary, outer: indicators.RowFacts, chosen: reference.Reference, values: dict[str, np.ndarray],
+    vocabulary: Vocabulary,
+    outer: RowFacts,
+    chosen: Reference,
+    values: dict[str, np.ndarray],
     picked: str | None,
 ) -> TokenTable:
     """One row per id that is in the tokenizer or in the matrix."""
@@ -251,7 +271,9 @@ def _padded(values: np.ndarray, n: int, fill: Any = np.nan) -> np.ndarray:
     return np.concatenate([values, np.full(n - len(values), fill)])[:n].astype(values.dtype)
 
 
-def _verify_top(model: Any, report: GlitchReport, codec: Codec, options: ScanOptions) -> Verification:
+def _verify_top(
+    model: Any, report: GlitchReport, codec: Codec, vocabulary: Vocabulary, options: ScanOptions
+) -> Verification:
     candidates = report.candidates()[: options.top]
     if not candidates:
         raise DegenerateInputError(
@@ -264,10 +286,12 @@ def _verify_top(model: Any, report: GlitchReport, codec: Codec, options: ScanOpt
         model = load_model(model)
     n_controls = options.top if options.controls is None else options.controls
     controls = _controls(report, n_controls, options.seed)
-    vocabulary = analyse(codec)
+    return verify(model, codec, _templates(model, vocabulary, options), candidates, controls, options.verification)
+
+
+def _templates(model: Any, vocabulary: Vocabulary, options: ScanOptions) -> Sequence[Template]:
     probes = PROBES if options.prompts is None else probes_from(options.prompts)
-    templates = [template(probe, vocabulary, lambda text: model.tokens(text).ids[0].tolist()) for probe in probes]
-    return verify(model, codec, templates, candidates, controls, options.verification)
+    return [template(probe, vocabulary, lambda text: model.tokens(text).ids[0].tolist()) for probe in probes]
 
 
 def _controls(report: GlitchReport, n: int, seed: int) -> Sequence[int]:

@@ -1,0 +1,191 @@
+"""How good is an SAE that was trained on nothing but the model's own text?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from workbench.activations.harvest import harvest
+from workbench.activations.sources import SelfText
+from workbench.activations.store import ActivationStore
+from workbench.cli.base import Command
+from workbench.report import Lines, Report, Section, Series, Table
+from workbench.saes.config import SAEConfig
+from workbench.saes.evaluate import EvalOptions, SAEReport, evaluate_sae
+from workbench.saes.io import load_sae
+from workbench.saes.train import SAERun, train_sae
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Sizes of the study.
+
+    Attributes:
+        tokens: tokens that the model writes.
+        context: tokens per row of its text.
+        seed: of the text and of the evaluation's controls.
+        sae: the SAE and its training.
+        evaluation: rows and batches of the evaluation.
+        shares: further SAEs are trained on these shares of the text, to show what more text would bring.
+    """
+
+    tokens: int = 81_920
+    context: int = 64
+    seed: int = 0
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    evaluation: EvalOptions = field(default_factory=EvalOptions)
+    shares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class SelfTextReport(Report):
+    """An SAE on own text: its evaluation, its training and, if asked for, the curve over the amount of text.
+
+    Attributes:
+        quality: evaluation on held-out rows.
+        steps: (token-steps, held-out FVU) during training.
+        curve: (tokens of text, held-out FVU) for SAEs on less text, and this one.
+        kept: kept tokens of the store.
+        dropped: tokens that were left out, by reason.
+        seconds: training time.
+    """
+
+    quality: SAEReport
+    steps: tuple[tuple[int, float], ...]
+    curve: tuple[tuple[int, float], ...]
+    kept: int
+    dropped: dict[str, int]
+    seconds: float
+
+    def findings(self) -> tuple[str, ...]:
+        """Those of the evaluation, and what more text brings."""
+        if len(self.curve) < 2:
+            return self.quality.findings()
+        (few, worse), (many, better) = self.curve[0], self.curve[-1]
+        return (
+            *self.quality.findings(),
+            f"Held-out FVU goes from {worse:.3f} with {few} tokens of text to {better:.3f} with {many}.",
+        )
+
+    def section(self) -> Section:
+        """The evaluation with training curve and dropped tokens."""
+        section = self.quality.section()
+        tokens = Table(
+            ("tokens", "count"),
+            (("kept", self.kept), *self.dropped.items()),
+            "The model's own text, and what was left out.",
+        )
+        training = Lines(
+            "Held-out FVU during training",
+            (_series("this SAE", self.steps),),
+            "token-steps",
+            "FVU",
+            caption=f"{self.seconds:.0f} s of training; packed rows that were not trained on.",
+        )
+        blocks = [*section.blocks, tokens, training]
+        if len(self.curve) > 1:
+            blocks.append(
+                Lines(
+                    "FVU by amount of text",
+                    (_series("FVU", self.curve),),
+                    "tokens of own text",
+                    "held-out FVU",
+                    log_x=True,
+                )
+            )
+        metrics = {**section.metrics, "train_seconds": self.seconds, "train_fvu_heldout": self.steps[-1][1]}
+        return replace(section, blocks=tuple(blocks), findings=self.findings(), metrics=metrics)
+
+
+def study(model: Any, site: str, store: Path, sae: Path, options: Options | None = None) -> SelfTextReport:
+    """Own text to store to SAE to evaluation; each part is resumed or re-used if its folder holds it.
+
+    Args:
+        model: a loaded `Model`.
+        site: where to read.
+        store: folder of the activations.
+        sae: folder of the SAE; the SAEs on less text go beside it.
+        options: sizes.
+    """
+    options = options or Options()
+    source = SelfText(tokens=options.tokens, context=options.context, seed=options.seed)
+    stored = harvest(model, source, [site], store)
+    curve = []
+    for share in sorted(options.shares):
+        n = int(share * stored.manifest.n_tokens)
+        part = train_sae(stored, replace(options.sae, distinct_tokens=n), sae.with_name(f"{sae.name}-{n}-tokens"))
+        curve.append((n, part.metrics["fvu"]))
+    run = train_sae(stored, options.sae, sae)
+    curve.append((stored.manifest.n_tokens, run.metrics["fvu"]))
+    evaluation = replace(options.evaluation, seed=options.seed)
+    quality = evaluate_sae(model, load_sae(sae), stored, options=evaluation)
+    return _report(quality, run, stored, tuple(curve))
+
+
+def _report(
+    quality: SAEReport, run: SAERun, store: ActivationStore, curve: tuple[tuple[int, float], ...]
+) -> SelfTextReport:
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = tuple((line["tokens"], line["fvu"]) for line in lines)
+    return SelfTextReport(quality, steps, curve, store.manifest.kept, store.manifest.dropped, run.metrics["seconds"])
+
+
+def _series(name: str, points: tuple[tuple[int, float], ...]) -> Series:
+    return Series(name, tuple(x for x, _ in points), tuple(y for _, y in points))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTextSAE(Command):
+    """Train and evaluate an SAE on text that the model writes itself."""
+
+    site: str | None = None
+    """Where to read; by default the residual stream after the middle layer."""
+    tokens: int = 81_920
+    """Tokens of its own text that the model writes."""
+    context: int = 64
+    """Tokens per row of its text."""
+    expansion: int = 8
+    """Features, as a multiple of the width of the site."""
+    k: int = 32
+    """Features that may be active on one token."""
+    training_tokens: int = 600_000
+    """Token-steps of training."""
+    rows: int = 64
+    """Held-out rows that the evaluation runs through the model."""
+    shares: tuple[float, ...] = ()
+    """Train further SAEs on these shares of the text, such as 0.25 0.5, to show what more text brings."""
+
+    def run(self) -> None:
+        """The study, its run folder and its findings."""
+        from workbench.models.loading import load_model
+
+        model = load_model(self.model)
+        site = str(model.resolve(self.site or f"resid_post.{model.n_layers // 2}"))
+        config = SAEConfig(
+            d_sae=self.expansion * model.width(site), k=self.k, tokens=self.training_tokens, seed=self.seed
+        )
+        options = Options(
+            tokens=self.tokens, context=self.context, seed=self.seed, sae=config, shares=self.shares,
+            evaluation=EvalOptions(max_rows=self.rows),
+        )  # fmt: skip
+        with self.start("self-text-sae") as run:
+            run.note_model(model)
+            sae = run.artifacts / "sae"
+            report = study(model, site, run.artifacts / "store", sae, options)
+            run.save_step("sae", report.section())
+            html = run.finish(f"SAE on own text, {site}")
+        summary = {"run": run.path, "report": html, "sae": sae, "findings": report.findings()}
+        self.emit(summary, self._lines(report, sae, html))
+
+    def _lines(self, report: SelfTextReport, sae: Path, html: Path) -> Iterator[str]:
+        yield from (f"- {finding}" for finding in report.findings())
+        yield f"SAE: {sae}; report: {html}"
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(SelfTextSAE).run()

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model, tiny_tokenizer
+from workbench.activations import harvest as harvest_module
+from workbench.activations.harvest import HarvestOptions, harvest
+from workbench.activations.keep import KeepRule
+from workbench.activations.sources import SelfText, TokenRows
+from workbench.activations.store import open_store
+from workbench.errors import (
+    CorruptFileError,
+    DegenerateInputError,
+    InvalidInputError,
+    MismatchError,
+    MissingFileError,
+    ResourceError,
+    UnknownSiteError,
+)
+from workbench.models.model import Model
+
+SITE = "resid_post.1"
+SMALL = HarvestOptions(shard_tokens=80, batch_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny_model()
+
+
+def _rows(n: int = 30, context: int = 10) -> torch.Tensor:
+    ids = torch.randint(2, 200, (n, context), generator=torch.Generator().manual_seed(0))
+    ids[3, 4] = tiny_tokenizer().eos_token_id
+    return ids
+
+
+def _source(n: int = 30) -> TokenRows:
+    return TokenRows(_rows(n), batch_rows=4)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def test_stored_activations_are_those_of_the_model_at_the_kept_tokens(model: Model, tmp_path: Path) -> None:
+    store = harvest(model, _source(), [SITE, "mlp_out.0"], tmp_path / "s", options=SMALL)
+    ids = _rows()
+    for site in (SITE, "mlp_out.0"):
+        acts = model.capture(ids, [site])[site]
+        for block in store.blocks(site):
+            assert torch.equal(block.tokens, ids[block.rows, block.positions])
+            torch.testing.assert_close(
+                block.acts.float(), acts[block.rows, block.positions].bfloat16().float(), rtol=0.02, atol=0.02
+            )
+    kept = {(int(r), int(p)) for b in store.blocks(SITE) for r, p in zip(b.rows, b.positions, strict=True)}
+    assert not any(p == 0 for _, p in kept)
+    assert (3, 4) not in kept, "special tokens are left out"
+    m = store.manifest
+    assert m.dropped["first of its row"] == 30
+    assert m.dropped["special token"] == 1
+    assert m.kept + sum(m.dropped.values()) == m.n_tokens == 300
+    assert len(m.shards) > 3
+    assert torch.equal(store.token_rows("all"), ids)
+    norms = torch.cat([b.float().norm(dim=1) for b in store.read(SITE)])
+    assert m.sites[SITE].mean_norm == pytest.approx(float(norms.mean()), rel=1e-4)
+
+
+def test_sinks_are_dropped_by_norm() -> None:
+    x = torch.ones(2, 5, 3)
+    x[1, 3] = 11.0
+    x[:, 0] = 1000.0
+    ids = torch.full((2, 5), 7)
+    rule = KeepRule.estimate(x, ids, (1,))
+    expected = torch.ones(2, 5, dtype=torch.bool)
+    expected[:, 0] = False
+    expected[1, 3] = False
+    assert torch.equal(rule.mask(x, ids), expected)
+    x[1, 3] = 9.9
+    expected[1, 3] = True
+    assert torch.equal(rule.mask(x, ids), expected)
+
+
+def test_splits_share_no_row_and_cover_all(model: Model, tmp_path: Path) -> None:
+    store = harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+    train, held_out = ({int(r) for b in store.blocks(SITE, split) for r in b.rows} for split in ("train", "heldout"))
+    assert held_out == {9, 19, 29}
+    assert train | held_out == set(range(30))
+    assert not train & held_out
+    assert torch.equal(store.token_rows("heldout"), _rows()[[9, 19, 29]])
+    assert len(store.token_rows("train")) == 27
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.activations.test_harvest import SITE, SMALL
+from tests.tiny import tiny_model
+from workbench.activations import harvest as h
+from workbench.activations.sources import SelfText
+import os, signal, workbench.activations.harvest as module
+real, written = module.write_atomic, []
+def killing(path, content):
+    real(path, content)
+    written.append(path)
+    if len(written) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+module.write_atomic = killing
+h.harvest(tiny_model(), SelfText(tokens=240, context=10, batch_size=4), [SITE], Path(sys.argv[1]), options=SMALL)
+"""
+
+
+def test_a_harvest_killed_twice_equals_an_uninterrupted_one_to_the_byte(tmp_path: Path) -> None:
+    def killed(after: int) -> int:
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(after)]
+        return subprocess.run(
+            command, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        ).returncode
+
+    assert killed(1) == -signal.SIGKILL
+    assert killed(2) == -signal.SIGKILL
+    with pytest.raises(DegenerateInputError, match="not finished"):
+        open_store(tmp_path / "killed")
+    before = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in ("shard-00000.safetensors",)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    source = SelfText(tokens=240, context=10, batch_size=4)
+    harvest(tiny_model(), source, [SITE], tmp_path / "killed", options=SMALL)
+    harvest(tiny_model(), source, [SITE], tmp_path / "whole", options=SMALL)
+    torch.set_num_threads(threads)
+    assert _hashes(tmp_path / "killed") == _hashes(tmp_path / "whole")
+    after = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in before}
+    assert before == after, "a finished shard is kept, not made again"
+
+
+def test_a_finished_harvest_does_not_run_the_model(model: Model, tmp_path: Path) -> None:
+    harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+    twin = tiny_model()
+    twin.hf.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    assert harvest(twin, _source(), [SITE], tmp_path / "s", options=SMALL).rows > 0
+
+
+def test_another_harvest_in_the_same_folder_is_refused(model: Model, tmp_path: Path) -> None:
+    harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+    with pytest.raises(MismatchError, match="source"):
+        harvest(model, _source(20), [SITE], tmp_path / "s", options=SMALL)
+    with pytest.raises(MismatchError, match="sites"):
+        harvest(model, _source(), ["mlp_out.0"], tmp_path / "s", options=SMALL)
+    with pytest.raises(MismatchError, match="model_fingerprint"):
+        harvest(tiny_model(seed=5), _source(), [SITE], tmp_path / "s", options=SMALL)
+    with pytest.raises(MismatchError, match="harvested from tiny-llama"):
+        open_store(tmp_path / "s").check_model(tiny_model(seed=5))
+
+
+def test_wrong_sites_are_refused_before_anything_is_written(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(UnknownSiteError, match="layer 9"):
+        harvest(model, _source(), ["resid_post.9"], tmp_path / "s")
+    with pytest.raises(InvalidInputError, match="list of sites"):
+        harvest(model, _source(), SITE, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_full_disk_is_refused_with_the_estimate(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "free")(100)
+    monkeypatch.setattr(harvest_module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ResourceError, match="300 tokens"):
+        harvest(model, _source(), [SITE], tmp_path / "s")
+
+
+def test_non_finite_activations_are_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.hf.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InvalidInputError, match="not finite"):
+        harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_shard_is_named(model: Model, tmp_path: Path, damage: str) -> None:
+    harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+    shard = tmp_path / "s" / "shard-00001.safetensors"
+    raw = bytearray(shard.read_bytes())
+    if damage == "truncated":
+        del raw[-10:]
+    else:
+        raw[-1] ^= 1
+    shard.write_bytes(raw)
+    store = open_store(tmp_path / "s")
+    with pytest.raises(CorruptFileError, match="shard-00001"):
+        store.verify()
+    with pytest.raises(CorruptFileError, match="shard-00001"):
+        list(store.read())
+    shard.unlink()
+    with pytest.raises(MissingFileError, match="shard-00001"):
+        store.verify()
+
+
+def test_manifests_can_not_name_files_elsewhere(model: Model, tmp_path: Path) -> None:
+    harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+    file = tmp_path / "s" / "manifest.json"
+    file.write_text(file.read_text("utf-8").replace("shard-00000", "../shard-00000"), "utf-8")
+    with pytest.raises(CorruptFileError, match="plain file name"):
+        open_store(tmp_path / "s")
+    with pytest.raises(MissingFileError, match="workbench harvest"):
+        open_store(tmp_path / "nothing")
+
+
+def test_the_store_names_what_it_has(model: Model, tmp_path: Path) -> None:
+    store = harvest(model, _source(), [SITE, "mlp_out.0"], tmp_path / "s", options=SMALL)
+    with pytest.raises(UnknownSiteError, match="mlp_out.0"):
+        store.site("mlp_out.1")
+    with pytest.raises(UnknownSiteError, match="No site was named"):
+        store.site()

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model, tiny_tokenizer
+from workbench.activations.sources import HubDataset, SelfText, TextFiles, TokenRows
+from workbench.errors import CorruptFileError, DegenerateInputError, InvalidInputError, MissingFileError
+from workbench.models.model import Model
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny_model()
+
+
+def _all(source: SelfText | TextFiles | TokenRows | HubDataset, model: Model, start: int = 0) -> torch.Tensor:
+    return torch.cat([batch.ids for batch in source.batches(model, start)])
+
+
+def test_self_text_starts_with_bos_and_does_not_depend_on_where_it_is_resumed(model: Model) -> None:
+    source = SelfText(tokens=100, context=12, batch_size=4)
+    rows = _all(source, model)
+    assert rows.shape == (9, 12), "rounded up to whole rows"
+    assert set(rows[:, 0].tolist()) == {tiny_tokenizer().bos_token_id}
+    assert torch.equal(_all(source, model, 4), rows[4:])
+    assert len({tuple(row) for row in rows.tolist()}) == 9
+    assert not torch.equal(_all(SelfText(tokens=100, context=12, batch_size=4, seed=1), model), rows)
+
+
+def test_text_files_are_packed_without_padding_and_less_than_a_row_is_lost(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefghij", encoding="utf-8")
+    lines = [json.dumps({"text": "klm"}), "", json.dumps({"text": "nopqrs"})]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    source = TextFiles([tmp_path / "a.txt", tmp_path / "b.jsonl"], context=5, batch_rows=2)
+    batches = list(source.batches(model))
+    ids = torch.cat([batch.ids for batch in batches])
+    documents = torch.cat([batch.documents for batch in batches])
+    tokenizer, end = tiny_tokenizer(), tiny_tokenizer().eos_token_id
+    expected = []
+    for text in ("abcdefghij", "klm", "nopqrs"):
+        expected += [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
+    assert ids.flatten().tolist() == expected[: 5 * 4], "22 tokens: four rows, two lost"
+    assert documents.flatten().tolist() == ([0] * 11 + [1] * 4 + [2] * 7)[:20]
+    assert torch.equal(_all(source, model, 2), ids[2:])
+
+
+def test_tokens_limits_the_rows(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefghij" * 20, encoding="utf-8")
+    assert _all(TextFiles(tmp_path / "a.txt", tokens=12, context=5), model).shape == (3, 5)
+
+
+def test_bad_files_are_named(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="nowhere.txt"):
+        TextFiles(tmp_path / "nowhere.txt")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text"', encoding="utf-8")
+    with pytest.raises(CorruptFileError, match=r"bad.jsonl line 2"):
+        _all(TextFiles(bad), model)
+    bad.write_text('{"content": "fine"}', encoding="utf-8")
+    with pytest.raises(InvalidInputError, match=r"content"):
+        _all(TextFiles(bad), model)
+    short = tmp_path / "short.txt"
+    short.write_text("ab", encoding="utf-8")
+    with pytest.raises(DegenerateInputError, match="one row needs 128"):
+        _all(TextFiles(short), model)
+    short.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(CorruptFileError, match="UTF-8"):
+        _all(TextFiles(short), model)
+
+
+def test_token_rows_must_be_long_rows() -> None:
+    with pytest.raises(InvalidInputError, match="int64"):
+        TokenRows(torch.zeros(3, 1, dtype=torch.long))
+
+
+def test_a_local_dataset_is_streamed(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"body": "word " * 9}) for _ in range(3)), "utf-8")
+    source = HubDataset(str(tmp_path), column="body", tokens=60, context=20)
+    assert _all(source, model).shape == (3, 20)
+    with pytest.raises(InvalidInputError, match="body"):
+        _all(HubDataset(str(tmp_path), tokens=60, context=20), model)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.features.test_input_score import make_store
+from tests.features.toys import random_sae
+from tests.tiny import tiny_model
+from workbench.errors import CorruptFileError, DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
+from workbench.features import ContextOptions, FeatureTable, ScoreOptions, input_score, output_scores, score_features
+from workbench.features.output_score import OutputOptions
+from workbench.features.report import co_occurrence
+
+OPTIONS = ScoreOptions(k=5, rows=16, random_directions=12, contexts=ContextOptions(per_feature=20))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> FeatureTable:
+    return score_features(
+        tiny_model(), random_sae(), make_store(tmp_path_factory.mktemp("t") / "s", rows=100), options=OPTIONS
+    )
+
+
+def small_table(output: list[float], frequency: list[float]) -> FeatureTable:
+    import pandas as pd
+
+    n = len(output)
+    nan, empty = [math.nan] * n, [[] for _ in range(n)]
+    df = pd.DataFrame({
+        "feature": range(n), "input_score": nan, "output_score": output, "output_score_delta": output, "frequency": frequency,
+        "max_act": nan, "n_contexts": [0] * n, "best_token": [""] * n, "top_tokens": empty, "top_token_ids": empty,
+        "contexts": empty, "context_token_ids": empty,
+    })  # fmt: skip
+    return FeatureTable(df, {}, {})
+
+
+def test_scores_are_those_of_the_parts(table: FeatureTable) -> None:
+    outputs = output_scores(tiny_model(), random_sae(), options=OutputOptions(k=5, rows=16))
+    assert table.df["output_score"].tolist() == outputs.score.tolist()
+    assert table.df["output_score_delta"].tolist() == outputs.delta.tolist()
+    import torch
+
+    for row in table.df.itertuples():
+        expected = input_score(torch.tensor([row.context_token_ids]), torch.tensor([row.top_token_ids]))
+        assert row.input_score == pytest.approx(float(expected), nan_ok=True)
+
+
+def test_output_scores_alone_need_no_store() -> None:
+    table = score_features(tiny_model(), random_sae(), features=[3, 1], scores=("output",), options=OPTIONS)
+    assert table.df["feature"].tolist() == [3, 1]
+    assert table.df["input_score"].isna().all()
+    assert table.report().input_mean is None
+    with pytest.raises(InvalidInputError, match="need a store"):
+        score_features(tiny_model(), random_sae(), scores=("input",))
+    with pytest.raises(InvalidInputError, match="Did you mean output"):
+        score_features(tiny_model(), random_sae(), scores=("outputs",))
+
+
+def test_store_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError):
+        score_features(tiny_model(seed=7), random_sae(), make_store(tmp_path / "s", rows=16), options=OPTIONS)
+
+
+def test_saved_and_loaded_tables_are_equal(table: FeatureTable, tmp_path: Path) -> None:
+    again = FeatureTable.load(table.save(tmp_path / "f"))
+    assert again.df.equals(table.df)
+    assert again.meta == table.meta
+    assert again.controls == table.controls
+    assert again.report() == table.report()
+
+
+def test_damaged_and_missing_tables_are_refused(table: FeatureTable, tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="features score"):
+        FeatureTable.load(tmp_path)
+    table.save(tmp_path)
+    (tmp_path / "features.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(CorruptFileError):
+        FeatureTable.load(tmp_path)
+
+
+def test_html_is_escaped(table: FeatureTable) -> None:
+    table.df.at[int(table.df["output_score"].idxmax()), "top_tokens"] = ["<script>alert(1)</script>"]
+    assert "<script>" not in table._repr_html_()
+    assert "&lt;script&gt;" in table._repr_html_()
+    assert "<script>alert" not in table.report()._repr_html_()
+
+
+def test_select_takes_the_best_that_are_alive() -> None:
+    table = small_table([0.9, 0.5, 0.02, 0.001], [0.0, 0.1, 0.1, 0.1])
+    assert table.select() == (1, 2)
+    assert table.select(1) == (1,)
+    with pytest.raises(DegenerateInputError, match="best has 0.5"):
+        table.select(min_output_score=0.95)
+
+
+def test_worst_features_are_matched_on_frequency() -> None:
+    output = [0.9, 0.8, 0.001, 0.002, 0.003, 0.5, 0.6, 0.7]
+    frequency = [0.1, 0.001, 0.0012, 0.09, 0.01, 0.1, 0.001, 0.1]
+    table = small_table(output, frequency)
+    assert table.worst_matched((0, 1), share=0.5) == (3, 2)
+    assert table.worst_matched((1, 0), share=0.5) == (2, 3)
+    with pytest.raises(DegenerateInputError):
+        table.worst_matched(range(8))
+
+
+def test_report_counts_and_controls(table: FeatureTable) -> None:
+    report = table.report(threshold=0.1)
+    scores = table.df["output_score"].to_numpy()
+    assert report.above is not None
+    assert report.above.value == pytest.approx(float((scores >= 0.1).mean()))
+    assert len(report.random_output_scores) == 12
+    assert len(report.shuffled_input_scores) == len(table.df) - report.n_few
+    assert report.section().metrics["n_features"] == 40
+    assert all(str(n) in " ".join(report.findings()) for n in (40, 12))
+
+
+def test_co_occurrence_against_chance() -> None:
+    half = np.arange(400) % 2 == 0
+    both, independent, pmi = co_occurrence(half, half)
+    assert (both.value, independent) == (0.5, 0.25)
+    assert pmi is not None
+    assert pmi.value == pytest.approx(1.0, abs=0.02)
+    assert pmi.excludes(0.0)
+    quarter = np.arange(400) % 4 < 2
+    _, _, none = co_occurrence(half, quarter)  # each combination 100 times: independent
+    assert none is not None
+    assert none.value == pytest.approx(0.0, abs=1e-9)
+    assert not none.excludes(0.0)
+    assert co_occurrence(half, np.zeros(400, dtype=bool))[2] is None
+
+
+def test_random_directions_have_the_norms_of_the_features() -> None:
+    from workbench.features.scores import random_like
+
+    sae: Any = random_sae()
+    norms = random_like(3 * sae.W_dec, OPTIONS).norm(dim=1)
+    assert norms.tolist() == pytest.approx([3.0] * 12, rel=1e-5)

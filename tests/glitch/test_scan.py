@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.glitch.tiny_vocab import EMBED, HEAD, WORDS, byte_level, folder, matrix
+from tests.tiny import tiny_model
+from workbench.errors import (
+    DegenerateInputError,
+    InvalidInputError,
+    MissingFileError,
+    ModelUnavailableError,
+    UnknownNameError,
+)
+from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, scan
+from workbench.models.model import Model
+from workbench.report import Report
+
+TOKENIZER = byte_level()
+N = TOKENIZER.get_vocab_size()
+AT = TOKENIZER.token_to_id
+RESERVED = [AT(f"<unused{k}>") for k in range(6)]
+PADDING = list(range(N, N + 5))
+PLANTED = [AT("ember"), AT("Ġharbor"), AT("z")]
+IMPOSSIBLE = [i for i in range(N) if TOKENIZER.id_to_token(i) in "ÀÁõö÷øùúûüýþÿ"]
+UNUSED = [*RESERVED, *PADDING, *IMPOSSIBLE, *PLANTED]
+ALL = ScanOptions(percentile=3.0)
+
+
+def _tied(path: Path, rows: torch.Tensor) -> Path:
+    return folder(path, TOKENIZER, {EMBED: rows})
+
+
+def _indicator(report: GlitchReport, i: int) -> float:
+    return float(report.table.indicator[i])
+
+
+def test_planted_tokens_head_the_list_and_nothing_else_is_a_candidate_before_them(tmp_path: Path) -> None:
+    report = scan(_tied(tmp_path, matrix(N + 5, UNUSED)), options=ALL)
+    assert isinstance(report, Report) and report.tied and report.indicator == "I_cos"
+    assert set(report.candidates()[:3]) == set(PLANTED)
+    never = {*RESERVED, *PADDING, *IMPOSSIBLE, 0}
+    assert not never & set(report.candidates())
+    plain = report.table.indicator[report.table.ordinary]
+    assert report.threshold == pytest.approx(np.percentile(plain, 3.0))
+    assert len(report.candidates()) == int((plain <= report.threshold).sum())
+
+
+def test_the_table_names_every_id_with_its_group(tmp_path: Path) -> None:
+    report = scan(_tied(tmp_path, matrix(N + 5, UNUSED)), options=ALL)
+    df = report.df
+    assert len(df) == N + 5 and sorted(df.token_id) == list(range(N + 5))
+    wanted = {"token_id", "token", "category", "indicator", "max_prob", "verdict", "is_reference", "group"}
+    assert wanted <= set(df.columns)
+    by_id = df.set_index("token_id")
+    assert set(by_id.loc[PADDING].category) == {"no_token"} and set(by_id.loc[PADDING].group) == {"padding rows"}
+    assert by_id.is_reference.sum() == len(report.reference.members)
+    assert set(df.verdict) == {"untested"} and df.max_prob.isna().all()
+    assert df.indicator.is_monotonic_increasing
+
+
+def test_without_anything_unused_there_is_no_ranking(tmp_path: Path) -> None:
+    report = scan(_tied(tmp_path, matrix(N + 5, [])))
+    assert report.indicator is None and report.candidates() == [] and report.reference.name is None
+    assert np.isnan(report.table.indicator).all()
+    assert any(finding.startswith("NO RANKING") for finding in report.findings())
+    with pytest.raises(DegenerateInputError, match="nothing to test"):
+        scan(tmp_path, "top")
+
+
+def test_a_single_given_id_is_used_but_called_unconfirmed(tmp_path: Path) -> None:
+    report = scan(_tied(tmp_path, matrix(N + 5, UNUSED)), options=ScanOptions(reference=(RESERVED[0],)))
+    assert report.indicator == "I_cos" and "NOT CONFIRMED" in report.indicator_why
+    assert report.reference.members == (RESERVED[0],)
+
+
+def test_tied_never_ranks_by_the_input_norm(tmp_path: Path) -> None:
+    rows = matrix(N + 5, UNUSED)
+    rows[UNUSED] *= 1e-3
+    path = _tied(tmp_path, rows)
+    assert scan(path).indicator == "I_cos"
+    with pytest.raises(UnknownNameError, match="tied models have no I_in"):
+        scan(path, options=ScanOptions(indicator="I_in"))
+
+
+def test_untied_with_decayed_input_rows_ranks_by_their_norm(tmp_path: Path) -> None:
+    E = matrix(N + 5, [])
+    E[UNUSED] *= 0.01
+    report = scan(folder(tmp_path, TOKENIZER, {EMBED: E, HEAD: matrix(N + 5, UNUSED, seed=1)}, tied=False), options=ALL)
+    assert report.indicator == "I_in" and set(report.candidates()[:3]) == set(PLANTED)
+
+
+def test_untied_without_decay_switches_to_the_output_side(tmp_path: Path) -> None:
+    tensors = {EMBED: matrix(N + 5, []), HEAD: matrix(N + 5, UNUSED, seed=1)}
+    report = scan(folder(tmp_path, TOKENIZER, tensors, tied=False), options=ALL)
+    assert report.indicator == "I_cos" and set(report.candidates()[:3]) == set(PLANTED)
+    assert {s.indicator for s in report.separations} == {"I_in", "I_cos", "I_centred", "I_l2"}
+    assert next(s.auc for s in report.separations if s.indicator == "I_in") < 0.9
+
+
+def test_untied_with_an_unusable_output_side_still_has_the_input_norm(tmp_path: Path) -> None:
+    E = matrix(N + 5, [])
+    E[UNUSED] *= 0.01
+    report = scan(folder(tmp_path, TOKENIZER, {EMBED: E, HEAD: matrix(N + 5, [], seed=1)}, tied=False), options=ALL)
+    assert report.reference.name is None and report.indicator == "I_in"
+    assert set(report.candidates()[:3]) == set(PLANTED)
+
+
+def test_ids_beyond_the_matrix_have_no_row(tmp_path: Path) -> None:
+    report = scan(_tied(tmp_path, matrix(N + 5, UNUSED)[: N - 3]))
+    assert len(report.table) == N and report.table.category[N - 3 :] == ("no_row",) * 3
+    assert np.isnan(report.table.indicator[N - 3 :]).all()
+    assert any("3 token ids lie beyond" in finding for finding in report.findings())
+
+
+def test_zero_rows_head_the_candidates_and_bad_rows_are_left_out(tmp_path: Path) -> None:
+    rows = matrix(N + 5, UNUSED)
+    zero, bad = AT("delta"), AT("forest")
+    rows[zero], rows[bad, 2] = 0.0, float("nan")
+    report = scan(_tied(tmp_path, rows), options=ALL)
+    assert report.zero_rows == (zero,) and report.bad_rows == (bad,)
+    assert report.candidates()[0] == zero and bad not in report.candidates()
+    assert set(report.candidates()[1:4]) == set(PLANTED)
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_identical_rows_certify_a_bound_unless_their_bias_differs(tmp_path: Path) -> None:
+    rows = matrix(N + 5, UNUSED)
+    same = [AT("alpha"), AT("bravo"), AT("candle"), AT("delta")]
+    rows[same] = rows[same[0]].clone()
+    bias = torch.zeros(N + 5)
+    bias[same[3]] = 0.5
+    made = folder(tmp_path, TOKENIZER, {EMBED: rows, HEAD: rows + 0.0, "lm_head.bias": bias}, tied=True)
+    by_id = scan(made).df.set_index("token_id")
+    assert by_id.loc[same[:3], "p_bound"].tolist() == [1 / 3] * 3
+    assert np.isnan(by_id.loc[same[3], "p_bound"]) and by_id.loc[same[3], "copies"] == 1
+
+
+def test_the_bound_holds_for_a_real_model() -> None:
+    model = tiny_model("llama")
+    same = [10, 20, 30]
+    with torch.no_grad():
+        weight = model.hf.get_output_embeddings().weight
+        kept = weight[same].clone()
+        weight[same] = weight[10].clone()
+        rows = torch.randint(0, model.d_vocab, (20, 5), generator=torch.Generator().manual_seed(0))
+        p = model.hf(input_ids=rows).logits.softmax(-1)[..., same]
+        weight[same] = kept
+    assert torch.equal(p[..., 0], p[..., 1]) and float(p.max()) <= 1 / 3
+
+
+def test_permuting_ids_permutes_the_result(tmp_path: Path) -> None:
+    rows = matrix(N, [*RESERVED, *IMPOSSIBLE, *PLANTED])
+    first = scan(_tied(tmp_path / "a", rows))
+    settings = json.loads((tmp_path / "a" / "tokenizer.json").read_text())
+    order = np.random.default_rng(0).permutation(N)  # new id of each old id
+    vocab = settings["model"]["vocab"]
+    settings["model"]["vocab"] = {token: int(order[i]) for token, i in vocab.items()}
+    for added in settings["added_tokens"]:
+        added["id"] = int(order[added["id"]])
+    settings["added_tokens"].sort(key=lambda added: added["id"])
+    moved = torch.empty_like(rows)
+    moved[torch.from_numpy(order)] = rows
+    second_folder = _tied(tmp_path / "b", moved)
+    (second_folder / "tokenizer.json").write_text(json.dumps(settings))
+    second = scan(second_folder)
+    assert second.reference.name == first.reference.name
+    assert np.allclose(second.table.indicator[order], first.table.indicator, atol=1e-6)
+    assert set(second.candidates()) == {int(order[i]) for i in first.candidates()}
+
+
+def test_block_size_does_not_change_the_result(tmp_path: Path) -> None:
+    path = _tied(tmp_path, matrix(N + 5, UNUSED))
+    one, two = scan(path, options=ScanOptions(block_rows=13)), scan(path)
+    assert one.candidates() == two.candidates()
+    assert np.allclose(one.table.indicator, two.table.indicator, atol=1e-6)
+
+
+def test_it_says_what_it_does_not_know_and_shows_itself(tmp_path: Path) -> None:
+    report = scan(_tied(tmp_path / "m", matrix(N + 5, UNUSED)), options=ALL)
+    assert any("Recall is not known" in finding for finding in report.findings())
+    section = report.section()
+    assert section.metrics["n_candidates"] == len(report.candidates())
+    assert {"Table", "Histogram"} <= {type(block).__name__ for block in section.blocks}
+    assert "ember" in report._repr_html_()
+    written = report.to_csv(tmp_path / "tokens.csv").read_text().splitlines()
+    assert len(written) == N + 6
+    shown = json.dumps(report.to_json(), allow_nan=False)
+    assert '"candidates"' in shown and '"table"' not in shown
+
+
+def test_what_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="verify='census' does not exist"):
+        scan(tmp_path, "census")
+    with pytest.raises(MissingFileError, match="not a model folder"):
+        scan(tmp_path / "absent")
+    with pytest.raises(ModelUnavailableError, match="local Hugging Face cache"):
+        scan("nobody/has-this-model")
+    with pytest.raises(InvalidInputError, match="give a Model"):
+        scan(3)
+    with pytest.raises(UnknownNameError, match="I_cos"):
+        ScanOptions(indicator="I_cosine")
+    for options in ({"top": 0}, {"percentile": 0.0}, {"controls": -1}):
+        with pytest.raises(InvalidInputError):
+            ScanOptions(**options)
+
+
+def test_a_loaded_model_is_tested_beside_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    report = scan(model, options=ScanOptions(reference=(5, 6, 7), percentile=10.0))
+    assert report.verification is None and report.model == model.name
+    options = ScanOptions(reference=(5, 6, 7), percentile=10.0, top=3, controls=4)
+    monkeypatch.setattr("workbench.glitch.scanner._templates", lambda *_: _short_templates())
+    tested = scan(model, "top", options=options)
+    assert tested.verification is not None
+    assert [t.token_id for t in tested.verification.candidates] == tested.candidates()[:3]
+    controls = [t.token_id for t in tested.verification.controls]
+    assert not set(controls) & set(tested.candidates())
+    again = scan(model, "top", options=options)
+    assert again.verification == tested.verification
+    df = tested.df.set_index("token_id")
+    assert (df.role != "").sum() == 3 + len(controls) and df.max_prob.notna().sum() == 3 + len(controls)
+    assert any("Expected false" in finding for finding in tested.findings()) or not controls
+
+
+def _short_templates() -> tuple[object, ...]:
+    from workbench.glitch.prompts import Probe, Template
+
+    return (Template(Probe("p", "", "{token}", "{token}"), torch.tensor([3, 7, 9]), torch.tensor([1])),)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_planted_model_is_read_from_its_training(tmp_path: Path, one_thread: None) -> None:
+    """Trains embeddings with AdamW on text that never holds the planted ids."""
+    trained = [i for i in range(N) if i not in set(UNUSED)]
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.tensor(trained)[torch.randint(0, len(trained), (64, 40), generator=generator)]
+    for tied in (True, False):
+        torch.manual_seed(0)
+        E = torch.nn.Embedding(N + 5, 32)
+        torch.nn.init.normal_(E.weight, std=0.5)
+        inner, init = torch.nn.Linear(32, 32), E.weight.detach().clone()
+        head = E if tied else torch.nn.Linear(32, N + 5, bias=False)
+        parameters = {*E.parameters(), *inner.parameters(), *head.parameters()}
+        steps, lr, decay = 200, 0.03, 0.5
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+        for step in range(steps):
+            ids = pairs[step % 64]
+            h = torch.nn.functional.layer_norm(E(ids) + inner(E(ids)).tanh(), (32,))
+            loss = torch.nn.functional.cross_entropy(h @ head.weight.T, ids)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        tensors = {EMBED: E.weight.detach()} | ({} if tied else {HEAD: head.weight.detach()})
+        report = scan(folder(tmp_path / str(tied), TOKENIZER, tensors, tied=tied), options=ALL)
+        assert report.indicator == ("I_cos" if tied else "I_in"), report.findings()
+        assert set(report.candidates()[:3]) == set(PLANTED)
+        if not tied:
+            expected = init[PLANTED] * (1 - lr * decay) ** steps
+            assert torch.allclose(E.weight[PLANTED], expected, rtol=1e-4)
+
+
+def test_words_of_the_tiny_vocabulary_are_ordinary(tmp_path: Path) -> None:
+    report = scan(_tied(tmp_path, matrix(N + 5, UNUSED)))
+    assert all(report.table.ordinary[AT(word)] for word in WORDS)
+
+
+IDENTICAL = {5, *range(7, 17), 36743, 36744, 45175, 48047}
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_gives_the_known_list(embedded: Model) -> None:
+    report = scan("embedded")
+    assert set(report.reference.members) == IDENTICAL and report.reference.name == "identical rows"
+    assert sorted(len(ids) for ids in report.identical) == [2, 2, 4, 7]
+    assert report.tied and report.indicator == "I_cos"
+    values = report.table.indicators["I_cos"]
+    assert values.mean() == pytest.approx(0.417, abs=5e-4) and values.std() == pytest.approx(0.130, abs=6e-4)
+    assert np.percentile(values, 2.0) == pytest.approx(0.2676, abs=1e-4)
+    order = [190, 43858, 39145, 36902, 45139, 43420, 39121, 45691, 34047, 41255, 46687, 39362, 40264]
+    assert set(report.candidates()[:4]) == {36743, 36744, 45175, 48047} and report.candidates()[4:17] == order
+    assert values[[190, 43858, 39145, 36902]].round(4).tolist() == [0.0001, 0.0003, 0.0011, 0.0016]
+    norms = report.table.norm
+    lowest = set(np.argsort(norms)[:983].tolist())
+    assert not lowest & set(np.argsort(values)[:983].tolist()), "the input norm must find none of them"
+
+    guessed = scan(embedded, options=ScanOptions(reference=(0,)))
+    assert not set(guessed.candidates()[:100]) & set(report.candidates()[:100])
+    ranks = [np.argsort(np.argsort(r.table.indicators["I_cos"])) for r in (guessed, report)]
+    assert np.corrcoef(*ranks)[0, 1] < -0.75
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_cannot_say_the_first_candidates(embedded: Model, tmp_path: Path) -> None:
+    short = {"name": "short", "preamble": "Out repeats In.", "shown": "\nIn: «{token}»\nOut:", "answer": " «{token}»"}
+    (tmp_path / "short.json").write_text(json.dumps([short | {"shots": 3}]))
+    options = ScanOptions(top=3, controls=3, prompts=tmp_path / "short.json", verification=VerifyOptions(steps=1))
+    report = scan(embedded, "top", options=options)
+    assert report.verification is not None
+    assert {t.token_id for t in report.verification.candidates} <= IDENTICAL
+    assert {t.verdict for t in report.verification.candidates} == {"strong_verified"}
+    assert report.verification.control_failures is not None and report.verification.control_failures.value == 0.0
+    assert all(t.max_prob > 0.05 for t in report.verification.controls)

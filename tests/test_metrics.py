@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from workbench import metrics
+from workbench.errors import DegenerateInputError, ShapeError
+
+
+def test_fvu_is_one_for_the_mean_and_zero_for_identity_whatever_the_offset() -> None:
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) + 100
+    assert metrics.fvu(x, x) == 0
+    assert metrics.fvu(x, x.mean(0).expand(x.shape)) == pytest.approx(1, abs=1e-6)
+    noisy = x + 0.5
+    assert metrics.fvu(x, noisy) == pytest.approx(metrics.fvu(x - 70, noisy - 70), rel=1e-4)
+
+
+def test_fvu_is_a_ratio_of_sums_not_a_mean_of_ratios() -> None:
+    x = torch.tensor([[0.0], [2.0], [10.0], [12.0]])
+    x_hat = torch.tensor([[1.0], [2.0], [10.0], [12.0]])
+    # error 1; variance around 6: 36 + 16 + 16 + 36. Mean of the two halves' ratios would be (1/2 + 0) / 2.
+    assert metrics.fvu(x, x_hat) == pytest.approx(1 / 104)
+
+
+def test_metrics_refuse_what_has_no_value() -> None:
+    same = torch.ones(3, 2)
+    with pytest.raises(DegenerateInputError, match="no variance"):
+        metrics.fvu(same, same)
+    with pytest.raises(ShapeError, match=r"\(3, 2\).*\(2, 2\)"):
+        metrics.fvu(same, same[:2])
+    with pytest.raises(DegenerateInputError):
+        metrics.ce_loss_recovered(3.0, 3.0, 3.0)
+    with pytest.raises(DegenerateInputError):
+        metrics.l0(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize(("spliced", "recovered"), [(3.0, 1.0), (8.0, 0.0), (9.0, -0.2), (5.5, 0.5)])
+def test_ce_loss_recovered_is_linear_in_the_spliced_loss(spliced: float, recovered: float) -> None:
+    assert metrics.ce_loss_recovered(3.0, spliced, 8.0) == pytest.approx(recovered)
+
+
+def test_l0_counts_positive_entries_only() -> None:
+    assert metrics.l0(torch.tensor([[-1.0, 0.0, 2.0]])) == 1
+
+
+def test_kl_is_zero_for_equal_and_has_the_right_direction() -> None:
+    p, q = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0])
+    assert metrics.kl_divergence(p, p) == pytest.approx(0)
+    share = math.exp(2) / (1 + math.exp(2))
+    expected = share * math.log(share / 0.5) + (1 - share) * math.log((1 - share) / 0.5)
+    assert metrics.kl_divergence(p, q) == pytest.approx(expected, rel=1e-5)
+
+
+def test_mean_max_cosine_is_signed() -> None:
+    eye = torch.eye(3)
+    assert metrics.mean_max_cosine(eye, 5 * eye[[2, 0, 1]]) == pytest.approx(1)
+    assert metrics.mean_max_cosine(eye, -eye) == pytest.approx(0)
