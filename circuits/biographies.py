@@ -133,10 +133,34 @@ NAMES: Mapping[Split, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 SURNAMES: Mapping[Split, tuple[str, ...]] = {
-    "train": ("Miller", "Garcia", "Wilson", "Lopez", "Moore", "Lee", "Harris", "Clark", "Young", "King", "Hill",
-    "Baker"),
-    "test": ("Smith", "Johnson", "Brown", "Jones", "Davis", "Martin", "White", "Walker", "Green", "Adams", "Carter",
-    "Reed"),
+    "train": (
+        "Miller",
+        "Garcia",
+        "Wilson",
+        "Lopez",
+        "Moore",
+        "Lee",
+        "Harris",
+        "Clark",
+        "Young",
+        "King",
+        "Hill",
+        "Baker",
+    ),
+    "test": (
+        "Smith",
+        "Johnson",
+        "Brown",
+        "Jones",
+        "Davis",
+        "Martin",
+        "White",
+        "Walker",
+        "Green",
+        "Adams",
+        "Carter",
+        "Reed",
+    ),
 }
 _PRONOUNS = (
     {"they": "he", "They": "He", "their": "his", "Their": "His", "them": "him", "title": "Mr."},

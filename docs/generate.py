@@ -18,8 +18,8 @@ def errors_page() -> str:
         if inspect.isclass(cls) and issubclass(cls, errors.WorkbenchError):
             parents = ", ".join(f"`{base.__name__}`" for base in cls.__bases__)
             rows.append(f"| `{name}` | {parents} | {(inspect.getdoc(cls) or '').splitlines()[0]} |")
-    head = "# Errors\n\nAll errors that are raised on purpose. Each text says what was asked, what exists and what to do.\n\n"
-    return head + "| error | also a | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    about = "All errors that are raised on purpose. Each text says what was asked, what exists and what to do."
+    return f"# Errors\n\n{about}\n\n" + "| error | also a | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def commands_page() -> str:

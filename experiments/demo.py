@@ -49,7 +49,8 @@ class Demo(Command):
         findings = [finding for section in sections for finding in section.findings]
         report = (run.path / "report.html").resolve()
         again = ["This run was finished before; `workbench demo --fresh` runs it again."] if done else []
-        lines = ["", "What was found:", *(f"  - {finding}" for finding in findings), "", *again, f"Run folder: {run.path}", f"Report:     {report}"]
+        found = [f"  - {finding}" for finding in findings]
+        lines = ["", "What was found:", *found, "", *again, f"Run folder: {run.path}", f"Report:     {report}"]
         self.emit({"run": run.path, "report": report, "reused": bool(done), "findings": findings}, lines)
 
     def _finished(self) -> RunDir | None:

@@ -93,7 +93,7 @@ def test_no_import_cycles_lazy_ones_included() -> None:
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " -> ".join((*path[path.index(module):], module))
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
         if module not in done:
             for target in sorted(_graph().get(module, ())):
                 visit(target, (*path, module))
@@ -127,8 +127,10 @@ def test_every_part_has_a_layer() -> None:
 def test_the_foundation_knows_only_itself() -> None:
     wrong = [
         f"{module} imports {target}"
-        for module, targets in _graph().items() if module.startswith("workbench.")
-        for target in targets if target.startswith("workbench.")
+        for module, targets in _graph().items()
+        if module.startswith("workbench.")
+        for target in targets
+        if target.startswith("workbench.")
         for part, other in [(module.split(".")[1], target.split(".")[1])]
         if part in FOUNDATION and other != part and other not in FOUNDATION[part]
     ]
@@ -138,8 +140,10 @@ def test_the_foundation_knows_only_itself() -> None:
 def test_libraries_do_not_use_the_command_line() -> None:
     wrong = [
         f"{module} imports {target}"
-        for module, targets in _graph().items() if module.split(".")[0] != "experiments" and ".cli" not in module
-        for target in targets if target.startswith("workbench.cli")
+        for module, targets in _graph().items()
+        if module.split(".")[0] != "experiments" and ".cli" not in module
+        for target in targets
+        if target.startswith("workbench.cli")
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -212,12 +216,22 @@ assert threading.active_count() == 1, "threads started"
 def _import_all(modules: list[str], heavy: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
     home = folder / "home"
     home.mkdir()
-    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     work = folder / "work"
     work.mkdir()
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", IMPORT_ALL, ",".join(heavy), *modules], cwd=work, env=environment,
-        capture_output=True, text=True, check=False, timeout=120,
+        [sys.executable, "-W", "error", "-c", IMPORT_ALL, ",".join(heavy), *modules],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     written = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     assert not written, f"importing wrote files: {written}"
@@ -258,7 +272,8 @@ def test_an_unknown_name_says_what_is_close() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_and_modules_say_what_they_are(package: str) -> None:
     silent = [
-        module for module, file in _modules().items()
+        module
+        for module, file in _modules().items()
         if module.split(".")[0] == package and file.stat().st_size and ast.get_docstring(_tree(module)) is None
     ]
     assert not silent
@@ -274,7 +289,8 @@ def test_files_stay_readable() -> None:
 
 # Written in pieces, so that this file does not contain what it looks for.
 LOCAL_TRACES = {
-    "a folder of the machine it was written on": r"(?<![\w.~])/(?:work|tmp/proto|opt/(?:wheels|pypi)|root|home/\w+)" + r"/",
+    "a folder of the machine it was written on": r"(?<![\w.~])/(?:work|tmp/proto|opt/(?:wheels|pypi)|root|home/\w+)"
+    + r"/",
     "a private package index": r"https?://(?:10\.|127\.|192\.168\.|localhost|[\w.-]*(?:artifactory|nexus|devpi|\.internal\b))",
     "a credential": r"(?:hf_[A-Za-z]{30,}|ghp_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})",
 }
@@ -284,7 +300,9 @@ PUBLIC_INDEXES = ("https://download.pytorch.org/whl/cpu", "https://pypi.org/simp
 def _repository_texts() -> Iterator[tuple[str, str]]:
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if listed.returncode:
         pytest.fail("The repository check needs git and a checkout.")

@@ -72,7 +72,10 @@ def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     file = io.StringIO()
-    with shown(console=Console(file=file, width=40)), task(total=400, description="[x] write", unit="tokens") as running:
+    with (
+        shown(console=Console(file=file, width=40)),
+        task(total=400, description="[x] write", unit="tokens") as running,
+    ):
         for _ in range(4):
             now[0] += 6.0
             running.advance(100)

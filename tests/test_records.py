@@ -59,8 +59,14 @@ def _round_trip(cls: type, value: object) -> object:
 
 def test_a_nested_dataclass_comes_back_equal() -> None:
     config = Config(
-        n=3, inner=Inner(1.0, ("a", "b")), out=Path("x/y"), pair=(2, "z"), table={5: 0.25}, limit=2.0,
-        shapes=(Circle(1.0), Square(1.0)), mixed=Inner(),
+        n=3,
+        inner=Inner(1.0, ("a", "b")),
+        out=Path("x/y"),
+        pair=(2, "z"),
+        table={5: 0.25},
+        limit=2.0,
+        shapes=(Circle(1.0), Square(1.0)),
+        mixed=Inner(),
     )
     assert _round_trip(Config, config) == config
 
@@ -145,7 +151,8 @@ def test_missing_and_broken_files_say_so(tmp_path: Path) -> None:
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10,
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
 )
 
 

@@ -51,7 +51,9 @@ def test_every_block_survives_json() -> None:
 
 
 def test_a_value_that_is_not_finite_stays_a_hole() -> None:
-    section = Section("s", (Table(("a",), ((math.nan,), (math.inf,))),), (), {"m": Estimate(math.nan, 0.0, 1.0, 1, "x")})
+    section = Section(
+        "s", (Table(("a",), ((math.nan,), (math.inf,))),), (), {"m": Estimate(math.nan, 0.0, 1.0, 1, "x")}
+    )
     back = from_jsonable(Section, json.loads(json.dumps(to_jsonable(section), allow_nan=False)))
     assert back.blocks[0].rows == ((None,), (math.inf,))
     assert math.isnan(back.metrics["m"].value)
@@ -71,7 +73,13 @@ def test_rows_columns_and_labels_must_fit() -> None:
 def test_flat_metrics_have_value_interval_n_and_null_for_what_does_not_exist() -> None:
     rows = flat_metrics({"a": Estimate(0.5, 0.25, math.inf, 4, "Wilson", "prompts"), "b": 7}, prefix="sae.")
     assert rows["sae.a"] == {
-        "value": 0.5, "low": 0.25, "high": None, "n": 4, "unit": "prompts", "method": "Wilson", "level": 0.95,
+        "value": 0.5,
+        "low": 0.25,
+        "high": None,
+        "n": 4,
+        "unit": "prompts",
+        "method": "Wilson",
+        "level": 0.95,
     }
     assert rows["sae.b"]["value"] == 7
     assert rows["sae.b"]["low"] is None

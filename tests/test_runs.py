@@ -30,7 +30,9 @@ class Config:
 
 
 SECTION = Section(
-    "First <step>", (Bars("bars", ("x",), (wilson(1, 4),)),), ("One of four (n = 4 rows).",),
+    "First <step>",
+    (Bars("bars", ("x",), (wilson(1, 4),)),),
+    ("One of four (n = 4 rows).",),
     {"share": wilson(1, 4), "bad": float("nan")},
 )
 
@@ -335,8 +337,12 @@ def _env(**more: str) -> dict[str, str]:
 
 def _python(code: str, *arguments: str, **more: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", "-c", code, *arguments], capture_output=True, text=True,
-        env=_env(**more), timeout=300, check=False,
+        [sys.executable, "-W", "error::ResourceWarning", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=_env(**more),
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -131,8 +131,13 @@ class BarReporter:
                 return Text(text, style="cyan")
 
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
-            TaskProgressColumn(), Pace(), console=console, transient=True,
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            Pace(),
+            console=console,
+            transient=True,
         )
 
     def start(self, description: str, total: int | None, unit: str) -> Any:

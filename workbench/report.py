@@ -24,8 +24,21 @@ from workbench.blocks import (
 from workbench.records import to_jsonable
 
 __all__ = [
-    "Bars", "Block", "Cell", "Histogram", "Lines", "Metric", "Number", "Report", "Scatter", "Section", "Series",
-    "Table", "Text", "Tokens", "flat_metrics",
+    "Bars",
+    "Block",
+    "Cell",
+    "Histogram",
+    "Lines",
+    "Metric",
+    "Number",
+    "Report",
+    "Scatter",
+    "Section",
+    "Series",
+    "Table",
+    "Text",
+    "Tokens",
+    "flat_metrics",
 ]
 
 

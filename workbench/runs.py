@@ -212,8 +212,12 @@ class RunDir:
         env = self.env
         mirrored = load_json(self.path / "mirror.json") if (self.path / "mirror.json").exists() else {}
         page = Page(
-            title=str(env.get("title") or self.name), run=self.path.name, started=str(env.get("started", "")),
-            sections=sections, config=self.config, notice=notice,
+            title=str(env.get("title") or self.name),
+            run=self.path.name,
+            started=str(env.get("started", "")),
+            sections=sections,
+            config=self.config,
+            notice=notice,
             environment=env | ({"wandb": mirrored} if mirrored.get("status") == "failed" else {}),
         )
         with drawn_once():
@@ -253,8 +257,14 @@ class RunDir:
             metrics |= flat_metrics(section.metrics, prefix=f"{step}.")
             findings += [{"step": step, "text": text} for text in section.findings]
         result = {
-            "schema": SCHEMA, "name": self.name, "title": env["title"], "started": env["started"], "finished": _now(),
-            "steps": self.steps(), "findings": findings, "metrics": metrics,
+            "schema": SCHEMA,
+            "name": self.name,
+            "title": env["title"],
+            "started": env["started"],
+            "finished": _now(),
+            "steps": self.steps(),
+            "findings": findings,
+            "metrics": metrics,
         }
         save_json(self.path / "result.json", result)
         return result

@@ -43,8 +43,20 @@ def test_gender_is_in_the_declared_words_and_profession_is_not() -> None:
     task = biographies(BiographyOptions(n_train=200, n_test=200))
     pattern = word_pattern(task.spurious_words)
     assert all(pattern.search(text) for text in (*task.train.texts, *task.test.texts))
-    male = {w.lower() for rows in (task.train, task.test) for t, g in zip(rows.texts, rows.spurious, strict=True) if g == 0 for w in pattern.findall(t)}
-    female = {w.lower() for rows in (task.train, task.test) for t, g in zip(rows.texts, rows.spurious, strict=True) if g == 1 for w in pattern.findall(t)}
+    male = {
+        w.lower()
+        for rows in (task.train, task.test)
+        for t, g in zip(rows.texts, rows.spurious, strict=True)
+        if g == 0
+        for w in pattern.findall(t)
+    }
+    female = {
+        w.lower()
+        for rows in (task.train, task.test)
+        for t, g in zip(rows.texts, rows.spurious, strict=True)
+        if g == 1
+        for w in pattern.findall(t)
+    }
     assert not male & female
 
 
@@ -63,11 +75,16 @@ def test_declared_profession_words_occur_and_the_profession_is_never_named(name:
     spoken = set(re.findall(r"[a-z]+", " ".join(profession.train).lower()))
     assert profession.words <= spoken
     assert name not in " ".join(profession.train + profession.test)
-    assert not profession.words & {word for other in PROFESSIONS if other != name for word in PROFESSIONS[other].words} - {"edits"}
+    assert not profession.words & {
+        word for other in PROFESSIONS if other != name for word in PROFESSIONS[other].words
+    } - {"edits"}
 
 
 def test_other_professions_and_wrong_options() -> None:
-    assert biographies(BiographyOptions(professions=("attorney", "journalist"), n_train=8, n_test=8)).label_names[0] == "attorney"
+    assert (
+        biographies(BiographyOptions(professions=("attorney", "journalist"), n_train=8, n_test=8)).label_names[0]
+        == "attorney"
+    )
     with pytest.raises(UnknownNameError, match="nurse"):
         BiographyOptions(professions=("professor", "nures"))
     with pytest.raises(InvalidInputError):
@@ -83,6 +100,18 @@ def test_a_task_that_does_not_pair_up_is_refused() -> None:
     with pytest.raises(InvalidInputError):
         LabelledTexts(("a", "b"), (0, 2), (0, 1))
     with pytest.raises(DegenerateInputError, match=r"\(0, 1\)"):
-        ShiftTask("t", ("a", "b"), ("c", "d"), task.train, task.swapped, task.train, task.test, frozenset("a"), frozenset("b"))
+        ShiftTask(
+            "t", ("a", "b"), ("c", "d"), task.train, task.swapped, task.train, task.test, frozenset("a"), frozenset("b")
+        )
     with pytest.raises(ShapeError, match="swapped"):
-        ShiftTask("t", ("a", "b"), ("c", "d"), task.train, task.swapped[1:], task.balanced, task.test, frozenset("a"), frozenset("b"))
+        ShiftTask(
+            "t",
+            ("a", "b"),
+            ("c", "d"),
+            task.train,
+            task.swapped[1:],
+            task.balanced,
+            task.test,
+            frozenset("a"),
+            frozenset("b"),
+        )

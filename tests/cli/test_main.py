@@ -179,8 +179,16 @@ def test_scripts_get_one_json_object_and_nothing_else(capsys: pytest.CaptureFixt
 def test_help_of_a_command_shows_every_field_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["study", "--help"]) == 0
     shown = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
-    for text in ("workbench study", "--features INT", "How many features to ablate at most.", "--model", "--seed",
-                 "--out", "--json", "Seed of everything random"):
+    for text in (
+        "workbench study",
+        "--features INT",
+        "How many features to ablate at most.",
+        "--model",
+        "--seed",
+        "--out",
+        "--json",
+        "Seed of everything random",
+    ):
         assert text in shown
 
 

@@ -32,7 +32,9 @@ def _python_in(path: Path) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.S))
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))], ids=lambda p: p.name
+)
 def test_every_public_name_that_is_shown_exists(path: Path) -> None:
     shown = set(re.findall(r"\bwb\.([A-Za-z_]\w*)", _python_in(path)))
     assert shown

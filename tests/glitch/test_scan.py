@@ -214,18 +214,19 @@ def test_a_loaded_model_is_tested_beside_controls(monkeypatch: pytest.MonkeyPatc
     model = tiny_model("llama")
     report = scan(model, options=ScanOptions(reference=(5, 6, 7), percentile=10.0))
     assert report.verification is None and report.model == model.name
-    options = ScanOptions(reference=(5, 6, 7), percentile=10.0, top=3, controls=4)
+    options = ScanOptions(reference=(5, 6, 7), percentile=10.0, top=3, controls=500)
     monkeypatch.setattr("workbench.glitch.scanner._templates", lambda *_: _short_templates())
     tested = scan(model, "top", options=options)
     assert tested.verification is not None
     assert [t.token_id for t in tested.verification.candidates] == tested.candidates()[:3]
     controls = [t.token_id for t in tested.verification.controls]
-    assert not set(controls) & set(tested.candidates())
+    assert not set(controls) & {*tested.candidates(), *tested.reference.members}
+    assert 0 < len(controls) == len(set(controls)) < 260
     again = scan(model, "top", options=options)
     assert again.verification == tested.verification
     df = tested.df.set_index("token_id")
     assert (df.role != "").sum() == 3 + len(controls) and df.max_prob.notna().sum() == 3 + len(controls)
-    assert any("Expected false" in finding for finding in tested.findings()) or not controls
+    assert any("Expected" in finding and "false among the 3 tested" in finding for finding in tested.findings())
 
 
 def _short_templates() -> tuple[object, ...]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from tests.glitch.tiny_vocab import N_UNUSED, SPECIAL, WORDS, byte_level, sentencepiece
 from workbench.errors import MissingFileError
@@ -29,8 +30,6 @@ def test_byte_level_categories_are_exact() -> None:
 def test_a_merge_that_the_rules_never_reach_is_unreachable() -> None:
     tokenizer = byte_level()
     vocab = tokenizer.get_vocab()
-    from tokenizers import decoders, models, pre_tokenizers
-
     plain = {token: i for token, i in vocab.items() if not token.startswith("<unused") and token != SPECIAL}
     plain = {token: k for k, token in enumerate(sorted(plain, key=plain.__getitem__))}
     plain["qqq"] = len(plain)
@@ -64,6 +63,14 @@ def test_sentencepiece_tokens_are_judged_with_the_space_that_they_have_in_text()
     assert vocabulary.category[at("<0xE2>")] == "partial_utf8"
     assert vocabulary.byte[at("<0xE2>")] == 0xE2
     assert vocabulary.lossy == ()
+
+
+def test_a_token_that_only_another_context_gives_is_reachable() -> None:
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Strip(left=True, right=False)
+    vocabulary = analyse(FastCodec.of(tokenizer))
+    assert not vocabulary.adds_space
+    assert {vocabulary.category[tokenizer.token_to_id(f"Ġ{word}")] for word in WORDS} == {"ok"}
 
 
 def test_ids_without_a_token_are_gaps() -> None:

@@ -74,7 +74,7 @@ def test_characters_that_hide_or_reorder_are_shown() -> None:
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:
     page = _nasty_page()
-    assert "http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'" in page
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in page
     for tag, attributes in Tags(page).seen:
         assert "src" not in attributes
         assert tag != "link"

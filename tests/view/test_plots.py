@@ -14,18 +14,31 @@ from workbench.view.plots import DARK, LIGHT, PlotBlock, plot_svg, standalone_sv
 
 PLOTS = (
     Bars("bars", ("first <b>", "$x_1$ $\\nope$"), (wilson(3, 10), 2), "share", 0.5),
-    Lines("lines", (Series("one", (1, 10), (1.0, 2.0), (0.5, 1.5), (1.5, 2.5)), Series("two", (1, 10), (2, 3))), log_x=True),
+    Lines(
+        "lines",
+        (Series("one", (1, 10), (1.0, 2.0), (0.5, 1.5), (1.5, 2.5)), Series("two", (1, 10), (2, 3))),
+        log_x=True,
+    ),
     Histogram("histogram", tuple(0.5 * i for i in range(40)), "x"),
     Scatter("scatter", (1.0, 2.0), (1.0, 2.0), ("日本 <i>", ""), "x", "y"),
 )
 EMPTY = (
-    Bars("b", (), ()), Bars("b", ("x",), (math.nan,)), Lines("l", ()), Lines("l", (Series("s", (1,), (math.nan,)),)),
-    Histogram("h", ()), Histogram("h", (-1.0, math.inf), log_x=True), Scatter("s", (), ()),
+    Bars("b", (), ()),
+    Bars("b", ("x",), (math.nan,)),
+    Lines("l", ()),
+    Lines("l", (Series("s", (1,), (math.nan,)),)),
+    Histogram("h", ()),
+    Histogram("h", (-1.0, math.inf), log_x=True),
+    Scatter("s", (), ()),
 )
 
 
 def _texts(svg: str) -> list[str]:
-    return ["".join(node.itertext()) for node in ElementTree.fromstring(_with_xlink(svg)).iter() if node.tag.endswith("text")]
+    return [
+        "".join(node.itertext())
+        for node in ElementTree.fromstring(_with_xlink(svg)).iter()
+        if node.tag.endswith("text")
+    ]
 
 
 def _with_xlink(svg: str) -> str:
@@ -57,7 +70,9 @@ def test_bars_write_the_values_beside_them() -> None:
 
 def test_a_bar_is_as_long_as_its_value() -> None:
     svg = plot_svg(Bars("b", ("x", "y"), (1.0, 3.0)))
-    paths = re.findall(r'<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+) [\d.]+ \nL [^"]*z\s*" clip-path[^>]*opacity: 0.85', svg)
+    paths = re.findall(
+        r'<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+) [\d.]+ \nL [^"]*z\s*" clip-path[^>]*opacity: 0.85', svg
+    )
     lengths = [float(right) - float(left) for left, right in paths]
     assert len(lengths) == 2
     assert lengths[1] == pytest.approx(3 * lengths[0], rel=1e-3)

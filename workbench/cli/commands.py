@@ -132,7 +132,12 @@ def _source(module: str) -> Path | None:
     roots = [Path(root) for root in spec.submodule_search_locations or ()]
     if not rest:
         return Path(spec.origin) if spec.origin else None
-    candidates = [path for root in roots for path in (
-        root.joinpath(*rest).with_suffix(".py"), root.joinpath(*rest, "__init__.py"),
-    )]
+    candidates = [
+        path
+        for root in roots
+        for path in (
+            root.joinpath(*rest).with_suffix(".py"),
+            root.joinpath(*rest, "__init__.py"),
+        )
+    ]
     return next((path for path in candidates if path.is_file()), None)

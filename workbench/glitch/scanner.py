@@ -297,5 +297,5 @@ def _templates(model: Any, vocabulary: Vocabulary, options: ScanOptions) -> Sequ
 def _controls(report: GlitchReport, n: int, seed: int) -> Sequence[int]:
     """Random ordinary tokens that are no candidates, drawn without replacement."""
     table = report.table
-    pool = np.flatnonzero(table.ordinary & (table.indicator > report.threshold) & ~table.is_byte & ~table.is_reference)
+    pool = np.flatnonzero(table.ordinary & (table.indicator > report.threshold) & ~table.is_reference)
     return np.random.default_rng(seed).choice(pool, min(n, len(pool)), replace=False).tolist()

@@ -70,9 +70,9 @@ def capture(
 
         return fn
 
-    with torch.set_grad_enabled(grad), attached([(point, read(point)) for point in dict.fromkeys(points)]):
-        with contextlib.suppress(_Enough):
-            hf(**{"use_cache": False, **inputs})
+    hooks = [(point, read(point)) for point in dict.fromkeys(points)]
+    with torch.set_grad_enabled(grad), attached(hooks), contextlib.suppress(_Enough):
+        hf(**{"use_cache": False, **inputs})
     silent = [str(point.site) for point in points if point.site not in found]
     if silent:
         raise EditError(f"Nothing was captured at {', '.join(silent)}: the model never ran that module.")

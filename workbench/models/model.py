@@ -21,7 +21,7 @@ from workbench.interventions.plan import Intervention, Plan
 from workbench.models.generation import Generation, Sampling, sample
 from workbench.models.selfcheck import CheckReport, self_check
 from workbench.models.sitetable import SiteTable
-from workbench.progress import track
+from workbench.progress import task, track
 from workbench.tokens import Bos, Chat, TokenBatch, encode
 
 Texts = str | Sequence[str] | Chat | Sequence[Chat]
@@ -141,7 +141,7 @@ class Model:
         """
         if isinstance(sites, str):
             raise InvalidInputError(f"capture(sites={sites!r}): give a list of sites, such as [{sites!r}].")
-        return capture(self.hf, self._sites, self._batch(batch).hf(), sites, grad=grad)
+        return capture(self.hf, self._sites, self._inputs(self._batch(batch)), sites, grad=grad)
 
     @torch.no_grad()
     def logits(self, batch: Batch, keep: str = "last") -> Float[Tensor, "batch *pos d_vocab"]:
@@ -237,7 +237,9 @@ class Model:
         """Exactly `new_tokens` sampled ids per row, going on after stop tokens; rows are numbered from `first_row`."""
         rows = torch.arange(first_row, first_row + len(prompt_ids))
         options = Sampling(new_tokens, temperature, seed)
-        return sample(self.hf, self._batch(prompt_ids), options, rows)[0]
+        total = len(prompt_ids) * new_tokens
+        with task(total=total, description="writing", unit="tokens") as running:
+            return sample(self.hf, self._batch(prompt_ids), options, rows, running.advance)[0]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

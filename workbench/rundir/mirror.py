@@ -57,11 +57,22 @@ def _send(folder: Path, config: Any, curves: list[dict[str, Any]], result: dict[
 
     live: Any = wandb.init(
         mode=mode,  # type: ignore[arg-type]  # one of _MODES
-        dir=str(folder), project=os.environ.get("WANDB_PROJECT", PROJECT), name=folder.name,
-        id=folder.name.rsplit("-", 1)[-1], job_type=result["name"], config=config, reinit="create_new",
+        dir=str(folder),
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        name=folder.name,
+        id=folder.name.rsplit("-", 1)[-1],
+        job_type=result["name"],
+        config=config,
+        reinit="create_new",
         settings=wandb.Settings(
-            silent=True, console="off", disable_git=True, disable_code=True, disable_job_creation=True,
-            x_disable_stats=True, x_disable_meta=True, init_timeout=_SECONDS,
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            disable_job_creation=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            init_timeout=_SECONDS,
         ),
     )
     try:
@@ -81,8 +92,7 @@ def _files(folder: Path) -> list[Path]:
     """Files of the run; those under wandb/ and half-written ones are not."""
     inside = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     return sorted(
-        path for path in inside
-        if path.relative_to(folder).parts[0] != "wandb" and not path.name.startswith(".")
+        path for path in inside if path.relative_to(folder).parts[0] != "wandb" and not path.name.startswith(".")
     )
 
 

@@ -185,7 +185,8 @@ class SteeringReport(Report):
             (f.feature, f.tokens, f.strength, f.share, f.unsteered, f.random, f.perplexity) for f in self.features
         )
         blocks: list[Block] = [
-            Text(about), Table(columns, rows, "Means over features, intervals over prompts"),
+            Text(about),
+            Table(columns, rows, "Means over features, intervals over prompts"),
             Bars(
                 "Share of lens tokens: steered minus control", tuple(self.differences), tuple(self.differences.values()),
                 y_label="difference", reference=0.0,

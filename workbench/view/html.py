@@ -45,8 +45,10 @@ class Page:
 def page_html(page: Page) -> str:
     """The whole page: no script, nothing loaded from elsewhere, everything escaped."""
     return _template().render(
-        page=page, style=Markup(style_css()),
-        settings=list(_flat(page.config)), environment=list(_flat(page.environment)),
+        page=page,
+        style=Markup(style_css()),
+        settings=list(_flat(page.config)),
+        environment=list(_flat(page.environment)),
     )
 
 

@@ -36,25 +36,61 @@ _ROLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _PAPER: "paper"} | {
 }
 
 LIGHT = {
-    "ink": "#1c2127", "muted": "#5b6570", "grid": "#dde2e7", "paper": "#ffffff",
-    "c1": "#2563a8", "c2": "#c2571a", "c3": "#2a7d52", "c4": "#8c4a9e", "c5": "#9a7a10", "c6": "#5b6570",
+    "ink": "#1c2127",
+    "muted": "#5b6570",
+    "grid": "#dde2e7",
+    "paper": "#ffffff",
+    "c1": "#2563a8",
+    "c2": "#c2571a",
+    "c3": "#2a7d52",
+    "c4": "#8c4a9e",
+    "c5": "#9a7a10",
+    "c6": "#5b6570",
 }
 """Colours on white; the series colours differ in lightness too, for print and colour-blind readers."""
 
 DARK = {
-    "ink": "#e6e9ec", "muted": "#9aa4ae", "grid": "#353c44", "paper": "#15191d",
-    "c1": "#6aa9ea", "c2": "#ee9a5f", "c3": "#67c391", "c4": "#c792d8", "c5": "#d8bb55", "c6": "#9aa4ae",
+    "ink": "#e6e9ec",
+    "muted": "#9aa4ae",
+    "grid": "#353c44",
+    "paper": "#15191d",
+    "c1": "#6aa9ea",
+    "c2": "#ee9a5f",
+    "c3": "#67c391",
+    "c4": "#c792d8",
+    "c5": "#d8bb55",
+    "c6": "#9aa4ae",
 }
 """The same roles on dark."""
 
 _RC: Any = {
-    "svg.hashsalt": "workbench", "svg.fonttype": "none", "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"], "font.size": 10.0, "text.parse_math": False, "text.color": _INK,
-    "axes.edgecolor": _MUTED, "axes.labelcolor": _MUTED, "axes.titlecolor": _INK, "xtick.color": _MUTED,
-    "ytick.color": _MUTED, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK, "axes.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "figure.facecolor": "none",
-    "grid.color": _GRID, "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.formatter.use_mathtext": False,
-    "axes.unicode_minus": True, "legend.frameon": False, "lines.linewidth": 1.8, "path.simplify": False,
+    "svg.hashsalt": "workbench",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10.0,
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _MUTED,
+    "axes.titlecolor": _INK,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "path.simplify": False,
 }
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', sans-serif"
@@ -126,7 +162,7 @@ def _quiet_matplotlib() -> Iterator[None]:
 
 def _themed(svg: str, title: str) -> str:
     """Drop the XML head, let CSS decide size and font, and turn stand-in colours into variables."""
-    body = svg[svg.index("<svg"):].strip()
+    body = svg[svg.index("<svg") :].strip()
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
     # its style sheet would hold for the whole page
@@ -136,7 +172,8 @@ def _themed(svg: str, title: str) -> str:
     body = body.replace("<svg ", f'<svg role="img" aria-label="{label}" stroke-linejoin="round" ', 1)
     body = re.sub(
         r"(fill|stroke|stop-color): (#0102[0-9]{2})",
-        lambda found: f"{found[1]}: var(--{_ROLES[found[2]]})" if found[2] in _ROLES else found[0], body,
+        lambda found: f"{found[1]}: var(--{_ROLES[found[2]]})" if found[2] in _ROLES else found[0],
+        body,
     )
     return re.sub(r"'?DejaVu Sans'?(, sans-serif)?", _FONT, body)
 
@@ -211,7 +248,12 @@ def _lines(figure: Figure, block: Lines) -> None:
         drawn |= bool((keep & np.isfinite(y)).any())
         few = int(keep.sum()) <= 30
         axes.plot(
-            x[keep], y[keep], color=_colour(i), label=_label(series.name), marker="o" if few else "", markersize=4,
+            x[keep],
+            y[keep],
+            color=_colour(i),
+            label=_label(series.name),
+            marker="o" if few else "",
+            markersize=4,
             linestyle=("-", "--", "-.", ":")[i // len(_SERIES) % 4],
         )
         if series.low is not None and series.high is not None:
