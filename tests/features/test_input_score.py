@@ -45,8 +45,11 @@ def test_features_must_pair_up() -> None:
         input_score(torch.zeros(2, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long))
 
 
-@pytest.mark.parametrize("chosen", [None, [5, 3, 11]])
-def test_contexts_equal_a_slow_search(tmp_path: Path, chosen: list[int] | None) -> None:
+@pytest.mark.parametrize(("chosen", "chunk"), [(None, 2048), ([5, 3, 11], 2048), (None, 7)])
+def test_contexts_equal_a_slow_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: list[int] | None, chunk: int
+) -> None:
+    monkeypatch.setattr("workbench.features.contexts._CHUNK", chunk)
     store, sae = make_store(tmp_path / "s"), random_sae()
     features = torch.arange(40) if chosen is None else torch.tensor(chosen)
     found = top_contexts(store, sae, tiny_tokenizer(), features, SITE, ContextOptions(per_feature=10, min_contexts=5))

@@ -103,6 +103,8 @@ def test_worst_features_are_matched_on_frequency() -> None:
     table = small_table(output, frequency)
     assert table.worst_matched((0, 1), share=0.5) == (3, 2)
     assert table.worst_matched((1, 0), share=0.5) == (2, 3)
+    alike = small_table([0.9, 0.8, 0.001, 0.002], [0.1, 0.1, 0.1, 0.001])
+    assert alike.worst_matched((0, 1)) == (2, 3), "feature 2 is taken once"
     with pytest.raises(DegenerateInputError):
         table.worst_matched(range(8))
 

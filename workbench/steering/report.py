@@ -188,8 +188,8 @@ class SteeringReport(Report):
             Text(about),
             Table(columns, rows, "Means over features, intervals over prompts"),
             Bars(
-                "Share of lens tokens: steered minus control", tuple(self.differences), tuple(self.differences.values()),
-                y_label="difference", reference=0.0,
+                "Share of lens tokens: steered minus control",
+                tuple(self.differences), tuple(self.differences.values()), y_label="difference", reference=0.0,
             ),
         ]  # fmt: skip
         if len(s["strengths"]) > 1:
