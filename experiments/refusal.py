@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.cli.base import Command
-from workbench.errors import MissingFileError
+from workbench.cli.base import Command, read_passages
 from workbench.steering.refusal import RefusalOptions, refusal_study
 from workbench.steering.refusal_report import RefusalReport
 from workbench.tokens import TokenBatch
@@ -46,13 +45,13 @@ class Refusal(Command):
     """Text file, one passage per line, for the loss on plain text; by default short passages of our own."""
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Multiples of the refusal direction (the difference of means) to add."""
-    clamps: tuple[float, ...] = (1.0, 2.0)
+    clamps: tuple[float, ...] = (0.5, 1.0)
     """Multiples of their largest activation to which the features are set."""
     features: int = 3
     """Number of features that are clamped together."""
-    test_pairs: int = 16
+    test_pairs: int = 12
     """Pairs of a harmful and a harmless prompt on which everything is reported."""
-    new_tokens: int = 24
+    new_tokens: int = 20
     """Longest reply, in tokens."""
 
     def options(self) -> RefusalOptions:
@@ -73,7 +72,7 @@ class Refusal(Command):
         from workbench.records import save_json
         from workbench.saes.io import load_sae
 
-        options, texts = self.options(), self._passages()
+        options, texts = self.options(), read_passages(self.texts)
         sae = None if self.sae is None else load_sae(self.sae)
         model = load_model(self.model)
         site = self.site or (f"resid_post.{model.n_layers // 2}" if sae is None else None)
@@ -85,15 +84,6 @@ class Refusal(Command):
             html = run.finish(f"Refusal steering of {report.model}")
             summary = {"run": run.path, "report": html, "findings": report.findings(), "metrics": report.metrics()}
             self.emit(summary, self._lines(report, html))
-
-    def _passages(self) -> list[str] | None:
-        if self.texts is None:
-            return None
-        if not self.texts.is_file():
-            raise MissingFileError(
-                f"--texts {self.texts}: there is no such file. Give a text file with one passage per line."
-            )
-        return [line for line in self.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
 
     def _lines(self, report: RefusalReport, html: Path) -> Iterator[str]:
         yield from (f"- {finding}" for finding in report.findings())

@@ -12,8 +12,7 @@ from circuits.biographies import BiographyOptions, biographies
 from circuits.judges import Judge, LexiconJudge, OracleJudge, StatisticsJudge
 from circuits.shift import ShiftOptions
 from circuits.shiftreport import ShiftReport
-from workbench.cli.base import Command
-from workbench.errors import MissingFileError
+from workbench.cli.base import Command, read_passages
 from workbench.tokens import TokenBatch
 
 JudgeName = Literal["statistics", "lexicon", "oracle"]
@@ -77,7 +76,7 @@ class Shift(Command):
         from workbench.records import save_json
         from workbench.saes.io import load_sae
 
-        passages, sae = self._passages(), load_sae(self.sae)
+        passages, sae = read_passages(self.texts), load_sae(self.sae)
         task = BiographyOptions(
             professions=self.professions, n_train=self.train_rows, n_test=self.test_rows, seed=self.seed
         )
@@ -95,15 +94,6 @@ class Shift(Command):
             html = run.finish("SHIFT: " + report.task)
             summary = {"run": run.path, "report": html, "findings": section.findings, "metrics": section.metrics}
             self.emit(summary, self._lines(report, html))
-
-    def _passages(self) -> list[str] | None:
-        if self.texts is None:
-            return None
-        if not self.texts.is_file():
-            raise MissingFileError(
-                f"--texts {self.texts}: there is no such file. Give a text file with one passage per line."
-            )
-        return [line for line in self.texts.read_text(encoding="utf-8").splitlines() if len(line.split()) > 3]
 
     def _lines(self, report: ShiftReport, html: Path) -> Iterator[str]:
         yield from (f"- {finding}" for finding in report.findings())

@@ -10,15 +10,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.tiny import tiny_model
+from tests.tiny import n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError
-from workbench.interventions.ops import Add, SAEAblate, SAEClamp
+from workbench.interventions.ops import Add, Map, SAEAblate, SAEClamp
 from workbench.interventions.plan import Intervention
 from workbench.models.model import Model
 from workbench.stats import wilson
 from workbench.steering.directions import TwoByTwo, mean_activations, random_directions
 from workbench.steering.refusal import RefusalOptions, refusal_study
-from workbench.steering.refusal_arms import Arm, PerRow, logits_of, replies_of
+from workbench.steering.refusal_arms import Arm, PerRow, replies_of
 from workbench.steering.refusal_data import PromptPair, RefusalData, as_chats, exchanges, refusal_data
 from workbench.steering.refusal_features import (
     EVERY_TOKEN_BUT_THE_FIRST,
@@ -174,31 +174,31 @@ def test_per_row_edits_each_row_by_its_own_op() -> None:
         PerRow(ops, torch.tensor([2]))
 
 
-def test_arms_generated_together_equal_arms_generated_alone() -> None:
+def test_replies_and_first_logits_of_an_arm() -> None:
     model = tiny_model()
     prompts = model.tokens(["first prompt", "second", "and a third one"])
     vectors = random_directions(torch.ones(16) * 3, 3, seed=0)
-    arms = [
-        Arm("unsteered", "unsteered", 0.0),
-        Arm("one", "d", 1.0, (Add(vectors[0], 2.0),)),
-        Arm("many", "r", 1.0, tuple(Add(v, 2.0) for v in vectors)),
-    ]
-    together = replies_of(model, arms, prompts, "resid_post.1", EVERY_TOKEN_BUT_THE_FIRST, 6)
     plain = model.generate(prompts, 6, temperature=0.0).texts
-    one = Intervention.at("resid_post.1", Add(vectors[0], 2.0), EVERY_TOKEN_BUT_THE_FIRST)
-    many = Intervention.at("resid_post.1", Add(vectors, 2.0), EVERY_TOKEN_BUT_THE_FIRST)
-    assert together[0].texts == plain
-    assert together[1].texts == model.generate(prompts, 6, intervention=one, temperature=0.0).texts != plain
-    assert together[2].texts == model.generate(prompts, 6, intervention=many, temperature=0.0).texts
-    assert together[2].texts[0] == together[1].texts[0]
-    assert together[2].texts != together[1].texts
+    base = replies_of(model, Arm("unsteered", "unsteered", 0.0), prompts, "resid_post.1", EVERY_TOKEN_BUT_THE_FIRST, 6)
+    assert base.texts == plain and base.applied.share == 0.0
+    assert torch.allclose(base.logits, model.logits(prompts), atol=1e-4)
+    arm = Arm("many", "r", 1.0, tuple(Add(v, 2.0) for v in vectors))
+    found = replies_of(model, arm, prompts, "resid_post.1", EVERY_TOKEN_BUT_THE_FIRST, 6)
+    edit = Intervention.at("resid_post.1", Add(vectors, 2.0), EVERY_TOKEN_BUT_THE_FIRST)
+    assert found.texts == model.generate(prompts, 6, intervention=edit, temperature=0.0).texts != plain
+    with model.plan(edit):
+        assert torch.allclose(found.logits, model.logits(prompts), atol=1e-4)
+    assert not torch.allclose(found.logits, base.logits, atol=0.1)
+    assert found.applied.norm == pytest.approx(2 * 12.0, rel=1e-4)  # norm of 3 * ones(16) is 12
+    assert n_hooks(model.hf) == 0
 
 
 def test_an_arm_that_changes_nothing_raises() -> None:
     model = tiny_model()
-    arm = Arm("nothing", "d", 1.0, (Add(torch.ones(16), 1e-30),))
-    with pytest.raises(EditError, match="strength"):
-        logits_of(model, arm, model.tokens(["some prompt"]), "resid_post.1", EVERY_TOKEN_BUT_THE_FIRST)
+    for op in (Add(torch.ones(16), 1e-30), Map(lambda h: h)):
+        with pytest.raises(EditError, match="strength"):
+            arm = Arm("nothing", "d", 1.0, (op,))
+            replies_of(model, arm, model.tokens(["some prompt"]), "resid_post.1", EVERY_TOKEN_BUT_THE_FIRST, 2)
 
 
 # ---- a model with a planted refusal direction
@@ -433,10 +433,9 @@ def test_direction_raises_the_refusal_log_odds_of_the_embedded_model(embedded: M
     prompts = embedded.tokens(as_chats([p.harmful for p in split.test]))
     odds = []
     for vector in (effects.reply, random_directions(effects.reply, 1)[0]):
-        logits, applied = logits_of(
-            embedded, Arm("a", "d", 1.0, (Add(vector),)), prompts, site, EVERY_TOKEN_BUT_THE_FIRST
-        )
-        odds.append(refusal_log_odds(logits, tokens))
-        assert applied.norm == pytest.approx(float(effects.reply.norm()), rel=1e-3)
-        assert 0.05 < applied.share < 1.0, "the attention sink is no part of the norm"
+        arm = Arm("a", "d", 1.0, (Add(vector),))
+        said = replies_of(embedded, arm, prompts, site, EVERY_TOKEN_BUT_THE_FIRST, 2)
+        odds.append(refusal_log_odds(said.logits, tokens))
+        assert said.applied.norm == pytest.approx(float(effects.reply.norm()), rel=1e-3)
+        assert 0.05 < said.applied.share < 1.0, "the attention sink is no part of the norm"
     assert bool((odds[0] > odds[1] + 0.5).all())

@@ -79,6 +79,25 @@ class Command(BaseCommand):
         return RunDir.resume_or_create(name, self, root=self.out or "runs", fresh=fresh)
 
 
+def read_passages(path: Path | None) -> list[str] | None:
+    """The non-empty lines of a text file, one passage each; None for None.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DegenerateInputError: if it holds no text.
+    """
+    from workbench.errors import DegenerateInputError, MissingFileError
+
+    if path is None:
+        return None
+    if not path.is_file():
+        raise MissingFileError(f"There is no text file {path}. Give one with a passage per line.")
+    passages = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not passages:
+        raise DegenerateInputError(f"{path} holds no text. Give one passage per line.")
+    return passages
+
+
 def _harmless(line: str) -> str:
     """Escape codes and halves of characters made visible: a token must not drive the terminal or stop the output.
 

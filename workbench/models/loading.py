@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from workbench.errors import InvalidInputError, MissingFileError, ModelUnavailableError, ResourceError
-from workbench.models.embedded import cache_dir, convert_gguf, embedded_folder
+from workbench.models.embedded import cache_dir, convert_gguf, embedded_folder, quiet_transformers
 from workbench.models.model import Model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -120,27 +120,13 @@ def _tokenizer(where: str, revision: str | None) -> Any:
 def _loading(where: str) -> Iterator[None]:
     """Turns the errors of transformers into one sentence."""
     try:
-        with _quiet():
+        with quiet_transformers():
             yield
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelUnavailableError(
             f"Model {where!r} could not be loaded: {first} Check the name, or download it first and name its folder."
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers: loading takes seconds."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
 
 
 def _pick_device(device: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from workbench.progress import track
 from workbench.saes.io import check_sae_fits
 from workbench.stats import Estimate, bootstrap_mean, paired_difference, wilson
 from workbench.steering.directions import TwoByTwo, cosine, mean_activations, random_directions
-from workbench.steering.refusal_arms import Applied, Arm, Replies, logits_of, replies_of, text_loss
+from workbench.steering.refusal_arms import Applied, Arm, distinct_bigrams, replies_of, reply_nats, text_loss
 from workbench.steering.refusal_data import Exchange, PromptPair, RefusalData, Split, as_chats, exchanges, refusal_data
 from workbench.steering.refusal_features import (
     EVERY_TOKEN_BUT_THE_FIRST,
@@ -49,19 +49,21 @@ class RefusalOptions:
         min_tokens: tokens of one refusal on which a candidate has to be active.
         new_tokens: longest reply.
         text_tokens: longest row of plain text.
+        n_scored: replies of each kind and arm whose loss under the unsteered model is taken.
         seed: of the split and of the random controls.
     """
 
     n_train: int = 16
     n_val: int = 8
-    n_test: int = 16
+    n_test: int = 12
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
-    clamps: tuple[float, ...] = (1.0, 2.0)
+    clamps: tuple[float, ...] = (0.5, 1.0)
     n_features: int = 3
     n_candidates: int = 8
     min_tokens: int = 2
-    new_tokens: int = 24
-    text_tokens: int = 64
+    new_tokens: int = 20
+    text_tokens: int = 48
+    n_scored: int = 6
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -114,7 +116,7 @@ def refusal_study(
     arms = _arms(effects.reply, sae, rows[: options.n_features], matched, options)
     prompts = model.tokens(as_chats([p.harmful for p in split.test] + [p.harmless for p in split.test]))
     text = _text_rows(model, data.plain_texts if texts is None else texts, options.text_tokens)
-    measured = _measure(model, arms, prompts, text, tokens, options, site)
+    measured = _measure(model, arms, prompts, text, tokens, site, options)
     return RefusalReport(
         model=model.name,
         site=site,
@@ -247,13 +249,15 @@ def _text_rows(model: Any, texts: Sequence[str] | TokenBatch, width: int) -> Tok
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """Everything that was measured, by arm name; the first half of the prompts is harmful (`kl`: the other)."""
+    """What was measured in one arm; the first half of the prompts is harmful, the second harmless."""
 
-    odds: dict[str, np.ndarray]
-    kl: dict[str, np.ndarray]
-    applied: dict[str, Applied]
-    loss: dict[str, np.ndarray]
-    replies: dict[str, Replies]
+    odds: np.ndarray
+    kl_harmless: np.ndarray
+    applied: Applied
+    texts: tuple[str, ...]
+    nats: np.ndarray
+    distinct: np.ndarray
+    loss: np.ndarray
 
 
 def _measure(
@@ -262,24 +266,31 @@ def _measure(
     prompts: TokenBatch,
     text: TokenBatch,
     tokens: Sequence[int],
-    options: RefusalOptions,
     site: str,
-) -> _Measured:
-    odds, kl, applied, loss = {}, {}, {}, {}
-    base, n = model.logits(prompts), len(prompts) // 2
-    for arm in track(arms, description="refusal: first tokens and plain text", unit="arms"):
-        logits, applied[arm.name] = logits_of(model, arm, prompts, site, SCOPE)
-        odds[arm.name] = refusal_log_odds(logits, tokens).cpu().numpy()
-        kl[arm.name] = first_token_kl(base[n:], logits[n:]).cpu().numpy()
-        loss[arm.name] = text_loss(model, arm, text, site, SCOPE)
-    said = replies_of(model, arms, prompts, site, SCOPE, options.new_tokens)
-    return _Measured(odds, kl, applied, loss, dict(zip((arm.name for arm in arms), said, strict=True)))
+    options: RefusalOptions,
+) -> dict[str, _Measured]:
+    n, found, base = len(prompts) // 2, {}, None
+    part = min(n, options.n_scored)
+    scored = [*range(part), *range(n, n + part)]
+    for arm in track(arms, description="refusal: replies", unit="arms"):
+        said = replies_of(model, arm, prompts, site, SCOPE, options.new_tokens)
+        base = said.logits if base is None else base
+        found[arm.name] = _Measured(
+            odds=refusal_log_odds(said.logits, tokens).cpu().numpy(),
+            kl_harmless=first_token_kl(base[n:], said.logits[n:]).cpu().numpy(),
+            applied=said.applied,
+            texts=said.texts,
+            nats=reply_nats(model, prompts[torch.tensor(scored)], [said.ids[i] for i in scored]),
+            distinct=distinct_bigrams(said.ids),
+            loss=text_loss(model, arm, text, site, SCOPE),
+        )
+    return found
 
 
-def _result(arm: Arm, measured: _Measured, phrases: Sequence[str], seed: int) -> ArmResult:
-    odds, replies, applied = measured.odds[arm.name], measured.replies[arm.name], measured.applied[arm.name]
-    n = len(odds) // 2
-    refused = [is_refusal(text, phrases) for text in replies.texts]
+def _result(arm: Arm, measured: Mapping[str, _Measured], phrases: Sequence[str], seed: int) -> ArmResult:
+    mine = measured[arm.name]
+    odds, applied, n = mine.odds, mine.applied, len(mine.odds) // 2
+    refused = [is_refusal(text, phrases) for text in mine.texts]
     return ArmResult(
         name=arm.name,
         family=arm.family,
@@ -291,16 +302,16 @@ def _result(arm: Arm, measured: _Measured, phrases: Sequence[str], seed: int) ->
         log_odds_harmless=bootstrap_mean(odds[n:], unit="harmless prompts", seed=seed),
         refused_harmful=wilson(sum(refused[:n]), n, unit="harmful prompts"),
         refused_harmless=wilson(sum(refused[n:]), n, unit="harmless prompts"),
-        text_loss=bootstrap_mean(measured.loss[arm.name], unit="texts", seed=seed),
-        reply_nats=_over_known(replies.nats, seed),
-        distinct_2=_over_known(replies.distinct, seed),
-        example_harmful=replies.texts[0],
-        example_harmless=replies.texts[n],
+        text_loss=bootstrap_mean(mine.loss, unit="texts", seed=seed),
+        reply_nats=_over_known(mine.nats, seed),
+        distinct_2=_over_known(mine.distinct, seed),
+        example_harmful=mine.texts[0],
+        example_harmless=mine.texts[n],
         **_comparisons(arm, measured, n, seed),
     )
 
 
-def _comparisons(arm: Arm, measured: _Measured, n: int, seed: int) -> dict[str, Estimate | None]:
+def _comparisons(arm: Arm, measured: Mapping[str, _Measured], n: int, seed: int) -> dict[str, Estimate | None]:
     """Differences from the unsteered model and from the control, paired by prompt; none for the unsteered model."""
     if not arm.ops:
         return {}
@@ -312,15 +323,16 @@ def _comparisons(arm: Arm, measured: _Measured, n: int, seed: int) -> dict[str, 
             for kind, part in kinds
         }
 
-    odds, base = measured.odds[arm.name], measured.odds["unsteered"]
+    mine, unsteered = measured[arm.name], measured["unsteered"]
+    odds, base = mine.odds, unsteered.odds
     shift = odds - base
     found = by_kind("change", base) | {
         "selective": paired_difference(shift[:n], shift[n:], unit="pairs of prompts", seed=seed),
-        "kl_harmless": bootstrap_mean(measured.kl[arm.name], unit="harmless prompts", seed=seed),
-        "text_change": paired_difference(measured.loss[arm.name], measured.loss["unsteered"], unit="texts", seed=seed),
-        "reply_change": _reply_change(measured.replies[arm.name], measured.replies["unsteered"], seed),
+        "kl_harmless": bootstrap_mean(mine.kl_harmless, unit="harmless prompts", seed=seed),
+        "text_change": paired_difference(mine.loss, unsteered.loss, unit="texts", seed=seed),
+        "reply_change": _reply_change(mine.nats, unsteered.nats, seed),
     }
-    return found if arm.control is None else found | by_kind("control", measured.odds[arm.control])
+    return found if arm.control is None else found | by_kind("control", measured[arm.control].odds)
 
 
 def _over_known(values: np.ndarray, seed: int) -> Estimate | None:
@@ -328,6 +340,6 @@ def _over_known(values: np.ndarray, seed: int) -> Estimate | None:
     return bootstrap_mean(known, unit="replies", seed=seed) if len(known) else None
 
 
-def _reply_change(mine: Replies, base: Replies, seed: int) -> Estimate | None:
-    both = np.isfinite(mine.nats) & np.isfinite(base.nats)
-    return paired_difference(mine.nats[both], base.nats[both], unit="replies", seed=seed) if both.any() else None
+def _reply_change(mine: np.ndarray, base: np.ndarray, seed: int) -> Estimate | None:
+    both = np.isfinite(mine) & np.isfinite(base)
+    return paired_difference(mine[both], base[both], unit="replies", seed=seed) if both.any() else None

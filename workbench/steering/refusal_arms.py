@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,10 @@ from torch import Tensor
 
 from workbench.errors import EditError, InvalidInputError
 from workbench.interventions.ops import Op
-from workbench.interventions.plan import Intervention
+from workbench.interventions.plan import EditReport, Intervention
 from workbench.interventions.scopes import Scope
 from workbench.steering.measures import continuation_nll, distinct_2
 from workbench.tokens import TokenBatch
-
-ROWS_PER_PASS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,21 +92,6 @@ class Arm:
 
 
 @dataclass(frozen=True, eq=False)
-class Replies:
-    """What the model said in one arm.
-
-    Attributes:
-        texts: one reply per prompt.
-        nats: mean loss of each reply under the unsteered model, nats per token; nan for an empty reply.
-        distinct: share of different bigrams of each reply; nan with fewer than two tokens.
-    """
-
-    texts: tuple[str, ...]
-    nats: np.ndarray
-    distinct: np.ndarray
-
-
-@dataclass(frozen=True)
 class Applied:
     """The edit that reached the model: mean norm per edited token, and its share of the residual norm there."""
 
@@ -115,24 +99,63 @@ class Applied:
     share: float
 
 
-def logits_of(
-    model: Any, arm: Arm, prompts: TokenBatch, site: str, scope: Scope
-) -> tuple[Float[Tensor, "batch d_vocab"], Applied]:
-    """Next-token logits after each prompt in this arm, and what was added.
+@dataclass(frozen=True, eq=False)
+class Replies:
+    """What the model said in one arm.
+
+    Attributes:
+        texts: one greedy reply per prompt.
+        ids: the new tokens of each.
+        logits: of the first token of each reply, fp32.
+        applied: what was added, over prompts and replies.
+    """
+
+    texts: tuple[str, ...]
+    ids: tuple[Int[Tensor, " new"], ...]
+    logits: Float[Tensor, "batch d_vocab"]
+    applied: Applied
+
+
+def replies_of(model: Any, arm: Arm, prompts: TokenBatch, site: str, scope: Scope, max_new_tokens: int) -> Replies:
+    """Greedy replies to the prompts in this arm, and the logits of their first tokens from the same pass.
 
     Raises:
         EditError: if the edit of a steered arm changed nothing.
     """
+    n = len(prompts)
+    edit = Intervention.at(site, arm.op(n), scope) if arm.ops else None
+    with _first_logits(model.hf) as kept:
+        said = model.generate(prompts, max_new_tokens, intervention=edit, temperature=0.0, batch_size=n)
+    return Replies(said.texts, said.ids, kept[0], _applied(arm, said.report))
+
+
+def _applied(arm: Arm, report: Sequence[EditReport]) -> Applied:
     if not arm.ops:
-        return model.logits(prompts), Applied(0.0, 0.0)
-    with model.plan(Intervention.at(site, arm.op(len(prompts)), scope)) as plan:
-        logits = model.logits(prompts)
-    done = plan.report[0]
+        return Applied(0.0, 0.0)
+    done = report[0]
     if done.mean_norm_applied == 0:
         raise EditError(
-            f"Arm {arm.name!r} edited {done.tokens} tokens at {site} and changed none of them. Use a larger strength."
+            f"Arm {arm.name!r} edited {done.tokens} tokens at {done.site} and changed none of them. "
+            "Use a larger strength."
         )
-    return logits, Applied(done.mean_norm_applied, done.share)
+    return Applied(done.mean_norm_applied, done.share)
+
+
+@contextlib.contextmanager
+def _first_logits(hf: Any) -> Iterator[list[Tensor]]:
+    """Keeps the last position's logits of the first forward pass inside, so that no second prefill is needed."""
+    kept: list[Tensor] = []
+
+    def keep(_module: Any, _args: Any, out: Any) -> None:
+        if not kept:
+            # A copy: choosing the next token overwrites the logits.
+            kept.append(out.logits[:, -1].detach().to(torch.float32, copy=True))
+
+    handle = hf.register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
 
 
 def text_loss(model: Any, arm: Arm, rows: TokenBatch, site: str, scope: Scope) -> np.ndarray:
@@ -145,23 +168,11 @@ def text_loss(model: Any, arm: Arm, rows: TokenBatch, site: str, scope: Scope) -
     return loss.double().nanmean(dim=1).cpu().numpy()
 
 
-def replies_of(
-    model: Any, arms: Sequence[Arm], prompts: TokenBatch, site: str, scope: Scope, max_new_tokens: int
-) -> tuple[Replies, ...]:
-    """Greedy replies of every arm to every prompt, generated together as rows of the same batches."""
-    n, owners, ops = len(prompts), [], []
-    for arm in arms:
-        owners.append(arm.op(n).owner + len(ops) if arm.ops else torch.full((n,), -1))
-        ops += arm.ops
-    repeated = TokenBatch(prompts.ids.repeat(len(arms), 1), prompts.mask.repeat(len(arms), 1))
-    edit = Intervention.at(site, PerRow(tuple(ops), torch.cat(owners)), scope) if ops else None
-    said = model.generate(repeated, max_new_tokens=max_new_tokens, intervention=edit, temperature=0.0)
-    nats = _reply_nats(model, repeated, said.ids)
-    distinct = np.array([distinct_2(ids) for ids in said.ids])
-    parts = [slice(i * n, (i + 1) * n) for i in range(len(arms))]
-    return tuple(Replies(said.texts[part], nats[part], distinct[part]) for part in parts)
+def reply_nats(model: Any, prompts: TokenBatch, replies: Sequence[Int[Tensor, " new"]]) -> np.ndarray:
+    """Mean loss (nats per token) of each reply after its prompt under the unsteered model; nan for an empty reply."""
+    return continuation_nll(model, prompts, replies).double().cpu().numpy()
 
 
-def _reply_nats(model: Any, prompts: TokenBatch, replies: Sequence[Int[Tensor, " new"]]) -> np.ndarray:
-    parts = [slice(start, start + ROWS_PER_PASS) for start in range(0, len(replies), ROWS_PER_PASS)]
-    return torch.cat([continuation_nll(model, prompts[part], replies[part]) for part in parts]).double().numpy()
+def distinct_bigrams(replies: Sequence[Int[Tensor, " new"]]) -> np.ndarray:
+    """Share of different bigrams of each reply; nan with fewer than two tokens."""
+    return np.array([distinct_2(ids) for ids in replies])

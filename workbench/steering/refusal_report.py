@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from workbench.report import Bars, Lines, Metric, Report, Section, Series, Table, Text
@@ -363,14 +363,29 @@ def _refusals(results: Sequence[ArmResult], report: RefusalReport) -> str:
         )
     else:
         verdict = "Harmful prompts move more than harmless ones at every strength."
-    return (
-        f"Refusal phrases at these strengths: harmful {', '.join(_count(a.refused_harmful) for a in results)}, "
-        f"harmless "
-        f"{', '.join(_count(a.refused_harmless) for a in results)}; random control: harmful "
-        f"{', '.join(_count(a.refused_harmful) for a in controls)}, harmless "
-        f"{', '.join(_count(a.refused_harmless) for a in controls)}. At the strongest "
-        f"[{strongest.refused_harmful.low:.0%}, {strongest.refused_harmful.high:.0%}] of harmful prompts. {verdict}"
+    disagree = [
+        f"{arm.strength:g}"
+        for arm, control in zip(results, controls, strict=True)
+        if arm.control_harmful is not None
+        and arm.control_harmful.low > 0
+        and arm.refused_harmful.low <= control.refused_harmful.high
+    ]
+    judges = (
+        f"The two measures disagree at {', '.join(disagree)}: the replies begin more like refusals, but hold a refusal "
+        "phrase no more often than the control within the intervals. "
+        if disagree
+        else ""
     )
+    return (
+        f"Refusal phrases at these strengths: harmful {_shares(a.refused_harmful for a in results)}, harmless "
+        f"{_shares(a.refused_harmless for a in results)}; random control: harmful "
+        f"{_shares(a.refused_harmful for a in controls)}, harmless {_shares(a.refused_harmless for a in controls)}. "
+        f"{judges}{verdict}"
+    )
+
+
+def _shares(shares: Iterable[Estimate]) -> str:
+    return ", ".join(f"{_count(e)} [{e.low:.0%}, {e.high:.0%}]" for e in shares)
 
 
 def _cost(results: Sequence[ArmResult]) -> str:
