@@ -163,7 +163,7 @@ def matched_features(
     """
     excluded = [*chosen, *(row.feature for row in contrast.candidates if row.auroc > 0.75)]
     eligible: Bool[Tensor, " d_sae"] = contrast.frequency > 0
-    pass
+    eligible[excluded] = False
     others = eligible.nonzero().flatten()
     if not len(others):
         raise DegenerateInputError(
