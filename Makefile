@@ -55,7 +55,7 @@ type: $(VENV)/.developer  ## static types
 	$(BIN)/basedpyright
 
 bench: $(VENV)/.developer  ## compare with the peers, in one run each
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 notebooks: $(VENV)/.developer  ## execute the notebooks
 	$(BIN)/python notebooks/execute.py

@@ -28,7 +28,8 @@ from workbench.steering.refusal_features import (
     screen_features,
 )
 from workbench.steering.refusal_metrics import first_token_kl, is_refusal, refusal_log_odds, refusal_token_ids
-from workbench.steering.refusal_report import ArmResult, Contrast, RefusalReport
+from workbench.steering.refusal_report import RefusalReport
+from workbench.steering.refusal_result import ArmResult, Contrast
 from workbench.tokens import TokenBatch
 
 SCOPE = EVERY_TOKEN_BUT_THE_FIRST
