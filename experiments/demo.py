@@ -27,7 +27,10 @@ from workbench.tokens import TokenBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Command):
-    """Run everything once on one model: glitch tokens, an SAE, its features, steering, SHIFT, refusal."""
+    """Run the main job on one model, end to end: from its text to a report.
+
+    Glitch tokens, an SAE, scores of its features, steering, SHIFT and refusal, each beside its controls.
+    """
 
     tokens: int = 65_536
     """Tokens of its own text that the model writes; most of the time goes here."""
@@ -150,6 +153,7 @@ def _sae(study: _Study) -> Section:
     options = self_text_sae.Options(
         tokens=config.tokens,
         seed=config.seed,
+        shares=(0.25,),
         sae=SAEConfig(
             d_sae=config.expansion * study.model.d_model, k=config.k, tokens=config.training_tokens, seed=config.seed
         ),

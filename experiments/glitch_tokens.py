@@ -26,7 +26,10 @@ def study(model: Any, verify: Literal["top"] | None = None, *, options: ScanOpti
 
 @dataclass(frozen=True, kw_only=True)
 class GlitchScan(Command):
-    """Find tokens that the model was probably never trained on, from its weights; --verify top tests them."""
+    """Find tokens that the model was probably never trained on.
+
+    The list comes from the weights alone; --verify top tests the first of it beside random tokens.
+    """
 
     model: Annotated[str, tyro.conf.Positional] = "embedded"
     """Model: "embedded", a folder, a .gguf file, or a Hugging Face id in the local cache."""

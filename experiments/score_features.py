@@ -39,7 +39,7 @@ def study(
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesScore(Command):
-    """Score every feature of an SAE by what it reads (input score) and what it writes (output score)."""
+    """Score every feature of an SAE by what it reads and what it writes."""
 
     sae: tyro.conf.Positional[Path]
     """Folder of the SAE."""

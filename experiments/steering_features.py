@@ -44,7 +44,10 @@ def study(
 
 @dataclass(frozen=True, kw_only=True)
 class Steer(Command):
-    """Steer neutral prompts with SAE features, beside the unsteered model, random directions and poor features."""
+    """Steer neutral prompts with SAE features, beside their controls.
+
+    Controls are the unsteered model, random directions of equal norm, and features that should not steer.
+    """
 
     sae: tyro.conf.Positional[Path]
     """Folder of the SAE."""
