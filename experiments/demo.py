@@ -153,7 +153,8 @@ def _sae(study: _Study) -> Section:
     options = self_text_sae.Options(
         tokens=config.tokens,
         seed=config.seed,
-        shares=(0.25,),
+        # A quarter of a short text would not fill one training batch.
+        shares=(0.25,) if config.tokens >= 32_768 else (),
         sae=SAEConfig(
             d_sae=config.expansion * study.model.d_model, k=config.k, tokens=config.training_tokens, seed=config.seed
         ),

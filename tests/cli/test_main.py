@@ -249,7 +249,8 @@ assert not heavy, heavy
 def test_ctrl_c_reaches_a_real_process_as_exit_code_130(tmp_path: Path) -> None:
     # as typed in a terminal: the signal comes while the command works
     code = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would start with Ctrl-C ignored
 from dataclasses import dataclass
 from workbench import cli
 from workbench.cli import commands
