@@ -58,11 +58,11 @@ class Demo(Command):
         self.emit({"run": run.path, "report": report, "reused": bool(done), "findings": findings}, lines)
 
     def _finished(self) -> RunDir | None:
-        """The newest finished run of this configuration."""
+        """The newest run of this configuration if it is finished; a newer one that was interrupted goes on instead."""
         for info in list_runs(self.out or "runs"):
             run = RunDir.open(info.path)
-            if info.name == "demo" and run.finished and run.config == settings_of(self):
-                return run
+            if info.name == "demo" and run.config == settings_of(self):
+                return run if run.finished else None
         return None
 
     def _work(self) -> RunDir:
