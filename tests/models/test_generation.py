@@ -101,6 +101,18 @@ def test_steered_generation_with_row_parameters_equals_single_runs() -> None:
         )
         assert alone.texts[0] == together.texts[i]
     assert together.report[0].tokens == 3 * 6
+    (whole,), (parts,) = together.report, chunked.report
+    assert (parts.tokens, parts.fired) == (whole.tokens, 2 * whole.fired)
+    assert parts.mean_norm_applied == pytest.approx(whole.mean_norm_applied, rel=1e-4)
+    assert parts.share == pytest.approx(whole.share, rel=1e-4)
+
+
+def test_rows_of_different_length_are_returned_as_such() -> None:
+    model = tiny_model()
+    push = model.W_U[:, model.tokenizer.eos_token_id]
+    edit = Add(torch.stack([push, VECTOR, VECTOR]), torch.tensor([100.0, 0.1, 0.1]))
+    out = model.generate(PROMPTS, 5, intervention=Intervention.at("final_norm", edit), temperature=0.0)
+    assert len(out.ids[0]) == 0 and len(out.ids[1]) > 0
 
 
 def test_stop_tokens_end_a_row_and_are_not_part_of_it() -> None:

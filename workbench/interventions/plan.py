@@ -76,7 +76,7 @@ class EditReport:
         tokens: number of tokens that were edited.
         mean_norm_intended: mean L2 norm of the change as computed in fp32.
         mean_norm_applied: mean L2 norm of the change that reached the model, after rounding to its dtype.
-        share: mean applied norm divided by the mean norm of the edited hidden states.
+        mean_norm_before: mean L2 norm of the hidden states that were edited.
     """
 
     edit: str
@@ -85,7 +85,23 @@ class EditReport:
     tokens: int
     mean_norm_intended: float
     mean_norm_applied: float
-    share: float
+    mean_norm_before: float
+
+    @property
+    def share(self) -> float:
+        """Mean applied norm divided by the mean norm of the edited hidden states."""
+        return self.mean_norm_applied / self.mean_norm_before if self.mean_norm_before else 0.0
+
+    @classmethod
+    def merged(cls, parts: Sequence[EditReport]) -> EditReport:
+        """One report of the same edit in several batches; means are over tokens."""
+        tokens = sum(part.tokens for part in parts)
+
+        def mean(name: str) -> float:
+            return sum(part.tokens * getattr(part, name) for part in parts) / max(tokens, 1)
+
+        norms = [mean(name) for name in ("mean_norm_intended", "mean_norm_applied", "mean_norm_before")]
+        return cls(parts[0].edit, parts[0].site, sum(part.fired for part in parts), tokens, *norms)
 
     def __str__(self) -> str:
         return (
@@ -113,10 +129,8 @@ class _Tally:
     def report(self, edit: Edit) -> EditReport:
         tokens = int(self.tokens)
         n = max(tokens, 1)
-        share = float(self.applied) / float(self.before) if float(self.before) else 0.0
-        return EditReport(
-            str(edit), str(edit.site), self.fired, tokens, float(self.intended) / n, float(self.applied) / n, share
-        )
+        norms = [float(total) / n for total in (self.intended, self.applied, self.before)]
+        return EditReport(str(edit), str(edit.site), self.fired, tokens, *norms)
 
 
 class Plan:

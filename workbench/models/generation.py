@@ -52,8 +52,8 @@ class Generation:
     """
 
     texts: tuple[str, ...]
-    ids: tuple[Int[Tensor, " new"], ...]
-    logprobs: tuple[Float[Tensor, " new"], ...]
+    ids: tuple[Int[Tensor, " _"], ...]
+    logprobs: tuple[Float[Tensor, " _"], ...]
     report: tuple[EditReport, ...] = ()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.hooks.capture import Activations, capture
 from workbench.hooks.sites import Site, build_site_map
-from workbench.interventions.plan import Intervention, Plan
+from workbench.interventions.plan import EditReport, Intervention, Plan
 from workbench.models.generation import Generation, Sampling, sample
 from workbench.models.selfcheck import CheckReport, self_check
 from workbench.models.sitetable import SiteTable
@@ -217,13 +217,14 @@ class Model:
                 chosen = intervention if intervention.n_rows is None else intervention.take(rows)
                 with self.plan(chosen) as plan:
                     new, scores = sample(self.hf, part, options, rows)
-                reports += plan.report
+                reports.append(plan.report)
             for row, score in zip(new, scores, strict=True):
                 length = self._length(row)
                 ids.append(row[:length].cpu())
                 logprobs.append(score[:length].cpu())
         texts = tuple(self.tokenizer.decode(row, skip_special_tokens=True) for row in ids)
-        return Generation(texts, tuple(ids), tuple(logprobs), tuple(reports))
+        merged = tuple(EditReport.merged(parts) for parts in zip(*reports, strict=True))
+        return Generation(texts, tuple(ids), tuple(logprobs), merged)
 
     def sample(
         self,
