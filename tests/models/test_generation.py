@@ -7,7 +7,7 @@ from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, tiny_model
 from workbench.errors import InvalidInputError
 from workbench.interventions.ops import Add
 from workbench.interventions.plan import Intervention
-from workbench.interventions.scopes import Generated, Last
+from workbench.interventions.scopes import Generated, Last, Mask
 from workbench.models.generation import Sampling, choose, inverse_cdf, uniforms
 
 PROMPTS = ["abcdef", "xy", "qrs"]
@@ -105,6 +105,19 @@ def test_steered_generation_with_row_parameters_equals_single_runs() -> None:
     assert (parts.tokens, parts.fired) == (whole.tokens, 2 * whole.fired)
     assert parts.mean_norm_applied == pytest.approx(whole.mean_norm_applied, rel=1e-4)
     assert parts.share == pytest.approx(whole.share, rel=1e-4)
+
+
+def test_a_mask_keeps_its_columns_when_the_batch_is_split() -> None:
+    model = tiny_model()
+    batch = model.tokens(["abcdefgh", "xyz", "qr"])
+    chosen = torch.zeros_like(batch.mask)
+    chosen[1:, -1] = True
+    chosen[0, 0] = True
+    iv = Intervention.at("resid_post.1", Add(50 * VECTOR), Mask(chosen))
+    whole = model.generate(batch, 6, intervention=iv, temperature=0.0)
+    split = model.generate(batch, 6, intervention=iv, temperature=0.0, batch_size=1)
+    assert [row.tolist() for row in whole.ids] == [row.tolist() for row in split.ids]
+    assert whole.report[0].tokens == split.report[0].tokens == 3
 
 
 def test_rows_of_different_length_are_returned_as_such() -> None:

@@ -112,18 +112,8 @@ def test_a_broken_model_fails_its_self_check() -> None:
 def test_a_site_that_breaks_its_identity_is_withdrawn_with_the_reason() -> None:
     model = tiny_model()
 
-    class Scaled(torch.nn.Module):
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * self.inner(x)
-
     layer = model.hf.model.layers[1]
-    hidden = layer.mlp.forward
     layer.register_forward_hook(lambda m, a, out: out * 1.5)
-    assert hidden is not None
     model = Model(model.hf, model.tokenizer)
     report = model.self_check()
     assert str(next(iter(report.withdrawn))).endswith(".1")

@@ -214,8 +214,9 @@ class Model:
             if intervention is None:
                 new, scores = sample(self.hf, part, options, rows)
             else:
-                chosen = intervention if intervention.n_rows is None else intervention.take(rows)
-                with self.plan(chosen) as plan:
+                # Untrimmed, so that the columns of a Mask stay those of the whole batch.
+                part = TokenBatch(batch.ids[rows], batch.mask[rows])
+                with self.plan(intervention.take(rows)) as plan:
                     new, scores = sample(self.hf, part, options, rows)
                 reports.append(plan.report)
             for row, score in zip(new, scores, strict=True):
