@@ -74,7 +74,7 @@ def _spliced(
     model: Model, batch: TokenBatch, keep: Tensor, sae: PlantedSAE, metric: LossOfMargin, baseline: str, steps: int
 ) -> Tensor:
     """Integrated gradients the slow way: the SAE in the graph, features and error interpolated as leaves."""
-    point = model._sites["resid_post.0"]
+    point = model.site_map["resid_post.0"]
     clean = model.capture(batch, ["resid_post.0"])["resid_post.0"][keep]
     f = sae.encode(clean)
     eps = clean - f @ sae.W_dec - sae.b_dec

@@ -104,7 +104,7 @@ def test_capture_stops_after_the_last_site_needed() -> None:
 def test_hooks_are_gone_after_an_exception_anywhere_and_foreign_hooks_stay() -> None:
     model = tiny_model()
     foreign = model.hf.model.layers[0].register_forward_hook(lambda *_: None)
-    point = model._sites["resid_post.0"]
+    point = model.site_map["resid_post.0"]
     with pytest.raises(ZeroDivisionError), attached([(point, lambda x: x)]):
         raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError), attached([(point, lambda x: 1 / 0)]):
@@ -132,7 +132,7 @@ def test_hooks_are_gone_after_an_exception_anywhere_and_foreign_hooks_stay() -> 
 )
 def test_a_hook_that_returns_something_else_raises(bad, says: str) -> None:
     model = tiny_model()
-    with pytest.raises(EditError, match=says), attached([(model._sites["resid_post.1"], bad)]):
+    with pytest.raises(EditError, match=says), attached([(model.site_map["resid_post.1"], bad)]):
         model.logits("abc")
 
 

@@ -87,7 +87,7 @@ class LastToken:
             h = out if isinstance(out, Tensor) else out[0]
         if self._blocks:
             self._cache.crop(-1)
-        return self._model._sites["final_norm"].module(h)[:, 0]
+        return self._model.site_map["final_norm"].module(h)[:, 0]
 
     @torch.no_grad()
     def hidden(self, change: Float[Tensor, "edits d_model"]) -> Float[Tensor, "edits d_model"]:
@@ -151,7 +151,7 @@ def _blocks_after(model: Model, site: Site) -> list[nn.Module] | None:
     if site.layer is None or site.kind not in ("resid_pre", "resid_post"):
         return None
     first = site.layer + (site.kind == "resid_post")
-    return [model._sites[Site("resid_post", layer)].module for layer in range(first, model.n_layers)]
+    return [model.site_map[Site("resid_post", layer)].module for layer in range(first, model.n_layers)]
 
 
 def _prefix_cache(hf: Any, prefix: Tensor, rows: int) -> Any:

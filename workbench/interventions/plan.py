@@ -280,7 +280,3 @@ def _step(ids: Tensor | None, mask: Tensor, past: int, width: int, prompt_width:
     is_prompt = (column < prompt_width)[None].expand(mask.shape[0], -1)
     return Step(ids, column, position, mask[:, :prompt_width].sum(1), mask[:, past:], is_prompt)
 
-
-def edits_of(plans: Sequence[Plan]) -> list[str]:
-    """The edits of some plans, in words."""
-    return [str(edit) for plan in plans for edit in plan.intervention.edits]

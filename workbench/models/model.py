@@ -37,12 +37,12 @@ class Model:
         hf: the Hugging Face model.
         tokenizer: its tokenizer.
         name: a name for people.
+        site_map: where its sites are.
     """
 
     def __init__(self, hf: Any, tokenizer: Any, name: str = "model") -> None:
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
-        self._sites = build_site_map(hf)
-        self._plans: list[Plan] = []
+        self.site_map = build_site_map(hf)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,7 +57,7 @@ class Model:
     @property
     def n_layers(self) -> int:
         """Number of blocks."""
-        return self._sites.n_layers
+        return self.site_map.n_layers
 
     @property
     def d_model(self) -> int:
@@ -95,13 +95,13 @@ class Model:
 
     def self_check(self) -> CheckReport:
         """Verifies identities, perturbations and gradients on this model; withdraws sites that break their identity."""
-        report = self_check(self.hf, self._sites)
-        self._sites = self._sites.without(report.withdrawn)
+        report = self_check(self.hf, self.site_map)
+        self.site_map = self.site_map.without(report.withdrawn)
         return report
 
     def sites(self) -> SiteTable:
         """The sites of this model, with widths, and why others are missing."""
-        return SiteTable.of(self._sites)
+        return SiteTable.of(self.site_map)
 
     def resolve(self, site: str | Site) -> Site:
         """The site of this name.
@@ -109,11 +109,11 @@ class Model:
         Raises:
             UnknownSiteError: if this model does not have it.
         """
-        return self._sites[site].site
+        return self.site_map[site].site
 
     def width(self, site: str | Site) -> int:
         """Size of the last axis at a site."""
-        width = self._sites[site].width
+        width = self.site_map[site].width
         if width is None:
             raise InvalidInputError(f"The width of {site} is only known after a forward pass; capture it once.")
         return width
@@ -141,7 +141,7 @@ class Model:
         """
         if isinstance(sites, str):
             raise InvalidInputError(f"capture(sites={sites!r}): give a list of sites, such as [{sites!r}].")
-        return capture(self.hf, self._sites, self._inputs(self._batch(batch)), sites, grad=grad)
+        return capture(self.hf, self.site_map, self._inputs(self._batch(batch)), sites, grad=grad)
 
     @torch.no_grad()
     def logits(self, batch: Batch, keep: str = "last") -> Float[Tensor, "batch *pos d_vocab"]:
@@ -186,7 +186,7 @@ class Model:
             UnknownSiteError: for a site that this model does not have.
             ShapeError: for an op of the wrong width.
         """
-        return Plan(self.hf, self._sites, intervention)
+        return Plan(self.hf, self.site_map, intervention)
 
     def generate(
         self,
@@ -258,7 +258,7 @@ class Model:
 
     @functools.cached_property
     def _norm32(self) -> nn.Module:
-        return copy.deepcopy(self._sites["final_norm"].module).float()
+        return copy.deepcopy(self.site_map["final_norm"].module).float()
 
     def final_norm(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """The final normalisation, weight included, computed in fp32."""
