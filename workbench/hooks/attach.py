@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import EditError
+from workbench.hooks.pattern import pattern_hook
 from workbench.hooks.sites import Point
 
 Fn = Callable[[Tensor], Tensor | None]
@@ -33,6 +34,13 @@ def _checked(point: Point, before: Tensor, after: object) -> Tensor | None:
     return after
 
 
+def _run(point: Point, fn: Fn, raw: Tensor) -> Tensor | None:
+    """The module's tensor after `fn` on the canonical tensor of the point; None if it stays as it is."""
+    x = point.read(raw)
+    after = _checked(point, x, fn(x))
+    return None if after is None else point.write(raw, after)
+
+
 def _first_input(point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:
     if args and isinstance(args[0], Tensor):
         return args[0], None
@@ -45,7 +53,7 @@ def _first_input(point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _input_hook(point: Point, fn: Fn) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, name = _first_input(point, args, kwargs)
-        after = _checked(point, x, fn(x))
+        after = _run(point, fn, x)
         if after is None:
             return None
         return ((after, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: after})
@@ -56,7 +64,7 @@ def _input_hook(point: Point, fn: Fn) -> Callable[..., Any]:
 def _output_hook(point: Point, fn: Fn) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         x = output if isinstance(output, Tensor) else output[0]
-        after = _checked(point, x, fn(x))
+        after = _run(point, fn, x)
         if after is None:
             return None
         return after if isinstance(output, Tensor) else type(output)((after, *output[1:]))
@@ -64,18 +72,30 @@ def _output_hook(point: Point, fn: Fn) -> Callable[..., Any]:
     return hook
 
 
+def _pattern_write(point: Point, fn: Fn) -> Callable[[Tensor], Tensor]:
+    def write(raw: Tensor) -> Tensor:
+        after = _run(point, fn, raw)
+        return raw if after is None else after
+
+    return write
+
+
 @contextlib.contextmanager
 def attached(hooks: Sequence[tuple[Point, Fn]]) -> Iterator[None]:
-    """Runs `fn` on the tensor of each point inside the block; a returned tensor replaces it.
+    """Runs `fn` on the canonical tensor of each point inside the block; a returned tensor replaces it.
 
-    Hooks are registered inside the block and removed one by one, also after an exception in registration, in a
-    hook or in the body; hooks of others stay.
+    A point at an attention pattern makes attention run in eager mode inside the block. Hooks are registered inside the
+    block and removed one by one, also after an exception in registration, in a hook or in the body; hooks of others
+    stay.
 
     Raises:
         EditError: if a function returns another shape or dtype, or makes non-finite values.
     """
     with contextlib.ExitStack() as stack:
         for point, fn in hooks:
+            if point.side == "inside":
+                stack.enter_context(pattern_hook(point, _pattern_write(point, fn)))
+                continue
             if point.side == "in":
                 handle = point.module.register_forward_pre_hook(_input_hook(point, fn), with_kwargs=True)
             else:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.errors import DegenerateInputError, EditError, UnknownSiteError, did_you_mean
@@ -16,16 +17,45 @@ from workbench.hooks.sites import Point, Site, SiteMap
 
 
 class Activations(Mapping[str, Tensor]):
-    """Captured activations by site; accepts `resid_post.10`, a `Site`, or a TransformerLens name."""
+    """Captured activations by site; accepts `resid_post.10`, a `Site`, or a TransformerLens name.
 
-    def __init__(self, tensors: Mapping[Site, Tensor]) -> None:
-        self._tensors = dict(tensors)
+    Without a choice of positions, tensors have the canonical shape of their site: `(batch, pos, d)`; `(batch, pos,
+    heads, d_head)` for q, k, v and z; `(batch, heads, q_pos, k_pos)` for pattern. With a choice, they are
+    `(tokens, width)` in row order.
 
-    def __getitem__(self, site: str | Site) -> Float[Tensor, "batch pos d"]:
-        parsed = Site.parse(site)
+    Attributes:
+        rows: batch row of each token, if positions were chosen.
+        positions: absolute position of each token in its row, if positions were chosen.
+        note: what was different from an ordinary forward pass, in words.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[Site, Tensor],
+        *,
+        n_layers: int | None = None,
+        rows: Int[Tensor, " tokens"] | None = None,
+        positions: Int[Tensor, " tokens"] | None = None,
+        note: str = "",
+    ) -> None:
+        self._tensors, self._n_layers = dict(tensors), n_layers
+        self.rows, self.positions, self.note = rows, positions, note
+
+    def __getitem__(self, site: str | Site) -> Float[Tensor, "batch ..."]:
+        parsed = self._resolve(site)
         if parsed not in self._tensors:
             raise UnknownSiteError(f"Site {parsed} was not captured. {did_you_mean(str(parsed), self)}")
         return self._tensors[parsed]
+
+    def __contains__(self, site: object) -> bool:
+        return isinstance(site, str | Site) and self._resolve(site) in self._tensors
+
+    def _resolve(self, site: str | Site) -> Site:
+        """The site with its layer counted from the start."""
+        parsed = Site.parse(site)
+        if self._n_layers is None or parsed.layer is None or not -self._n_layers <= parsed.layer < 0:
+            return parsed
+        return replace(parsed, layer=parsed.layer + self._n_layers)
 
     def __iter__(self) -> Iterator[str]:
         return map(str, self._tensors)
@@ -34,15 +64,25 @@ class Activations(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def __repr__(self) -> str:
-        return "Activations(" + ", ".join(f"{s}: {tuple(t.shape)}" for s, t in self._tensors.items()) + ")"
+        shapes = ", ".join(f"{s}: {tuple(t.shape)}" for s, t in self._tensors.items())
+        return f"Activations({shapes}" + (f"; {self.note})" if self.note else ")")
 
 
 class _Enough(Exception):
     """Raised by the last hook needed; the rest of the forward pass is not computed."""
 
 
+EAGER_NOTE = "attention ran in eager mode for this call, which pattern needs"
+
+
 def capture(
-    hf: nn.Module, sites: SiteMap, inputs: Mapping[str, Any], wanted: Sequence[str | Site], *, grad: bool = False
+    hf: nn.Module,
+    sites: SiteMap,
+    inputs: Mapping[str, Any],
+    wanted: Sequence[str | Site],
+    *,
+    grad: bool = False,
+    chosen: Bool[Tensor, "batch pos"] | None = None,
 ) -> Activations:
     """Activations at `wanted` sites from one forward pass that stops after the last of them.
 
@@ -52,6 +92,7 @@ def capture(
         inputs: keyword arguments of the model, as made by `TokenBatch.hf`.
         wanted: the sites.
         grad: keep the autograd graph.
+        chosen: tokens to keep; each tensor is then `(tokens, width)`, and only these are held in memory.
 
     Raises:
         UnknownSiteError: if a site does not exist in this model.
@@ -59,21 +100,23 @@ def capture(
     """
     if not wanted:
         raise DegenerateInputError("capture(sites=[]): name at least one site, such as resid_post.0.")
-    points: list[Point] = [sites[site] for site in wanted]
+    points: list[Point] = list(dict.fromkeys(sites[site] for site in wanted))
     found: dict[Site, Tensor] = {}
 
     def read(point: Point) -> Fn:
         def fn(x: Tensor) -> None:
-            found[point.site] = x if grad else x.detach()
-            if len(found) == len(set(p.site for p in points)):
+            kept = x if chosen is None else point.flat(x)[chosen.to(x.device)]
+            found[point.site] = kept if grad else kept.detach()
+            if len(found) == len(points):
                 raise _Enough
 
         return fn
 
-    hooks = [(point, read(point)) for point in dict.fromkeys(points)]
+    hooks = [(point, read(point)) for point in points]
     with torch.set_grad_enabled(grad), attached(hooks), contextlib.suppress(_Enough):
         hf(**{"use_cache": False, **inputs})
     silent = [str(point.site) for point in points if point.site not in found]
     if silent:
         raise EditError(f"Nothing was captured at {', '.join(silent)}: the model never ran that module.")
-    return Activations(found)
+    note = EAGER_NOTE if any(point.side == "inside" for point in points) else ""
+    return Activations({p.site: found[p.site] for p in points}, n_layers=sites.n_layers, note=note)

@@ -1,54 +1,79 @@
-"""Where activations live: site names, and the map from a site to a module of the unmodified model."""
+"""Where activations live: site names, and the points of a model that they stand for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from workbench.errors import UnknownSiteError, did_you_mean
 
-Side = Literal["in", "out"]
+Side = Literal["in", "out", "inside"]
 
-LAYER_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "mlp_post")
+HEAD_KINDS = ("q", "k", "v", "z", "pattern")
+LAYER_KINDS = (
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", *HEAD_KINDS, "mlp_pre", "mlp_post",
+)  # fmt: skip
 MODEL_KINDS = ("embed", "final_norm", "logits")
 KINDS = LAYER_KINDS + MODEL_KINDS
 
 _TL_PATTERNS = {
     "resid_pre": "blocks.{}.hook_resid_pre", "resid_mid": "blocks.{}.hook_resid_mid",
     "resid_post": "blocks.{}.hook_resid_post", "attn_out": "blocks.{}.hook_attn_out",
-    "mlp_out": "blocks.{}.hook_mlp_out", "z": "blocks.{}.attn.hook_z", "mlp_post": "blocks.{}.mlp.hook_post",
-    "embed": "hook_embed", "final_norm": "ln_final.hook_normalized", "logits": "unembed.hook_out",
+    "mlp_out": "blocks.{}.hook_mlp_out", "q": "blocks.{}.attn.hook_q", "k": "blocks.{}.attn.hook_k",
+    "v": "blocks.{}.attn.hook_v", "z": "blocks.{}.attn.hook_z", "pattern": "blocks.{}.attn.hook_pattern",
+    "mlp_pre": "blocks.{}.mlp.hook_pre", "mlp_post": "blocks.{}.mlp.hook_post",
+    "embed": "hook_embed", "final_norm": "ln_final.hook_out", "logits": "unembed.hook_out",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One place in the network; text form `resid_post.10`, or `embed` for places outside the blocks."""
+    """One place in the network; text form `resid_post.10`, `z.10.h3` for one head, or `embed` outside the blocks.
+
+    A negative layer counts from the end of the model: `resid_post.-1` is the output of the last block.
+    """
 
     kind: str
     layer: int | None = None
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UnknownSiteError(
+                f"There is no site {self.kind!r}. {did_you_mean(self.kind, KINDS)} Write it as resid_post.10."
+            )
+        if (self.layer is None) != (self.kind in MODEL_KINDS):
+            needs = "has no layer" if self.kind in MODEL_KINDS else f"needs a layer number, such as {self.kind}.0"
+            raise UnknownSiteError(f"Site {self.kind!r} with layer {self.layer}: it {needs}.")
+        if self.head is not None and self.kind not in HEAD_KINDS:
+            raise UnknownSiteError(
+                f"Site {self} has no heads; {', '.join(HEAD_KINDS)} have, such as z.{self.layer}.h0."
+            )
 
     def __str__(self) -> str:
-        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+        layer = "" if self.layer is None else f".{self.layer}"
+        return f"{self.kind}{layer}" + ("" if self.head is None else f".h{self.head}")
 
     @property
     def tl_name(self) -> str:
-        """The TransformerLens name of this site, such as `blocks.10.hook_resid_post`."""
+        """The TransformerLens name of this site, such as `blocks.10.hook_resid_post`; it has no form for one head."""
         return _TL_PATTERNS[self.kind].format(self.layer)
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
-        """Reads `resid_post.10`, `embed`, or a TransformerLens name.
+        """Reads `resid_post.10`, `z.10.h3`, `embed`, or a TransformerLens name.
 
         Raises:
             UnknownSiteError: if no such kind of site exists; names the closest.
 
         >>> Site.parse("blocks.10.hook_resid_post")
-        Site(kind='resid_post', layer=10)
+        Site(kind='resid_post', layer=10, head=None)
         """
         if isinstance(text, Site):
             return text
@@ -56,13 +81,17 @@ class Site:
             found = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), text)
             if found:
                 return cls(kind, int(found[1]) if found.groups() else None)
-        kind, _, layer = text.partition(".")
-        if kind in MODEL_KINDS and not layer:
+        if text == "ln_final.hook_normalized":
+            raise UnknownSiteError(f"There is no site {text!r}: final_norm is the norm's output, weight included.")
+        kind, _, place = text.partition(".")
+        if kind in MODEL_KINDS and not place:
             return cls(kind)
-        if kind in LAYER_KINDS and layer.isdecimal():
-            return cls(kind, int(layer))
+        found = re.fullmatch(r"(-?\d+)(?:\.h(\d+))?", place)
+        if kind in LAYER_KINDS and found:
+            return cls(kind, int(found[1]), None if found[2] is None else int(found[2]))
         if kind in LAYER_KINDS:
-            raise UnknownSiteError(f"Site {text!r} needs a layer number, such as {kind}.0.")
+            form = f"{kind}.0" + (f" or {kind}.0.h0" if kind in HEAD_KINDS else "")
+            raise UnknownSiteError(f"Site {text!r} needs a layer number, such as {form}.")
         raise UnknownSiteError(f"There is no site {text!r}. {did_you_mean(kind, KINDS)} Write it as resid_post.10.")
 
 
@@ -74,8 +103,11 @@ class Point:
         site: the site.
         path: dotted path of the module in the Hugging Face model.
         module: that module.
-        side: "in" for the module's first argument, "out" for its output.
-        width: size of the last axis, or None where only a forward pass can tell.
+        side: "in" for the module's first argument, "out" for its output, "inside" for the attention pattern.
+        width: size of the last axis of `flat`, or None where only a forward pass can tell.
+        heads: number of heads that the columns are split into; None where there are none.
+        columns: the columns of the module's tensor that are this site; None for all of them.
+        configs: configs of the model that decide how attention is computed; for "inside" only.
     """
 
     site: Site
@@ -83,6 +115,85 @@ class Point:
     module: nn.Module
     side: Side
     width: int | None
+    heads: int | None = None
+    columns: slice | Tensor | None = field(default=None, compare=False)
+    configs: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def shape(self) -> tuple[int | str, ...]:
+        """Canonical shape; an axis that depends on the batch is given by its name."""
+        head = self.site.head is not None
+        if self.side == "inside":
+            return ("batch", "q_pos", "k_pos") if head else ("batch", self.heads or "n_heads", "q_pos", "k_pos")
+        last = "?" if self.width is None else self.width
+        if self.heads is None or head or self.width is None:
+            return ("batch", "pos", last)
+        return ("batch", "pos", self.heads, self.width // self.heads)
+
+    def at_head(self, head: int) -> Point:
+        """The same point for one head.
+
+        Raises:
+            UnknownSiteError: if there is no such head.
+        """
+        assert self.heads is not None
+        if head >= self.heads:
+            raise UnknownSiteError(
+                f"Site {self.site}.h{head}: head {head} does not exist; {self.site} has heads 0 to {self.heads - 1}."
+            )
+        width = None if self.width is None else self.width // self.heads
+        return replace(self, site=replace(self.site, head=head), width=width)
+
+    def read(self, raw: Tensor) -> Float[Tensor, "batch ..."]:
+        """The canonical tensor of this site, from the tensor that the module takes or gives."""
+        x = raw if self.columns is None else raw[..., self._columns(raw)]
+        if self.heads is None:
+            return x
+        head = self.site.head
+        if self.side == "inside":
+            return x if head is None else x[:, head]
+        x = x.unflatten(-1, (self.heads, -1))
+        return x if head is None else x[..., head, :]
+
+    def write(self, raw: Tensor, value: Float[Tensor, "batch ..."]) -> Tensor:
+        """A copy of the module's tensor in which this site holds the canonical tensor `value`."""
+        head = self.site.head
+        if head is not None and self.side == "inside":
+            out = raw.clone()
+            out[:, head] = value
+            return out
+        x = raw if self.columns is None else raw[..., self._columns(raw)]
+        if head is not None:
+            assert self.heads is not None
+            x = x.unflatten(-1, (self.heads, -1)).clone()
+            x[..., head, :] = value
+            value = x.flatten(-2)
+        else:
+            value = value.reshape(x.shape)
+        if self.columns is None:
+            return value
+        out = raw.clone()
+        out[..., self._columns(raw)] = value
+        return out
+
+    def flat(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch pos width"]:
+        """Canonical tensor as one vector per token: heads side by side; for `pattern`, `n_heads * k_pos` wide."""
+        if self.side == "inside" and self.site.head is None:
+            return x.transpose(1, 2).flatten(2)
+        return x.flatten(2)
+
+    def unflat(
+        self, flat: Float[Tensor, "batch pos width"], like: Float[Tensor, "batch ..."]
+    ) -> Float[Tensor, "batch ..."]:
+        """Inverse of `flat`: the shape of the canonical tensor `like`."""
+        if self.side == "inside" and self.site.head is None:
+            batch, heads, queries, keys = like.shape
+            return flat.reshape(batch, queries, heads, keys).transpose(1, 2)
+        return flat.reshape(like.shape)
+
+    def _columns(self, raw: Tensor) -> slice | Tensor:
+        assert self.columns is not None
+        return self.columns if isinstance(self.columns, slice) else self.columns.to(raw.device)
 
 
 @dataclass(frozen=True)
@@ -99,110 +210,55 @@ class SiteMap:
         Raises:
             UnknownSiteError: if this model has no such site, with the reason.
         """
-        site = Site.parse(site)
-        if site in self.points:
-            return self.points[site]
-        if site in self.missing:
-            raise UnknownSiteError(f"This model has no site {site}: {self.missing[site]}.")
-        if site.layer is not None and site.layer >= self.n_layers:
-            raise UnknownSiteError(
-                f"Site {site}: layer {site.layer} does not exist; this model has layers 0 to {self.n_layers - 1}."
-            )
+        site = self.resolve(site)
+        whole = replace(site, head=None)
+        if whole in self.points:
+            point = self.points[whole]
+            return point if site.head is None else point.at_head(site.head)
+        if whole in self.missing:
+            raise UnknownSiteError(f"This model has no site {site}: {self.missing[whole]}.{self._instead(whole)}")
         raise UnknownSiteError(f"This model has no site {site}. {did_you_mean(str(site), map(str, self.points))}")
+
+    def resolve(self, site: str | Site) -> Site:
+        """The site with its layer counted from the start.
+
+        Raises:
+            UnknownSiteError: if there is no such kind of site or no such layer.
+        """
+        site = Site.parse(site)
+        if site.layer is None:
+            return site
+        if not -self.n_layers <= site.layer < self.n_layers:
+            raise UnknownSiteError(
+                f"Site {site}: layer {site.layer} does not exist; this model has layers 0 to {self.n_layers - 1} "
+                f"(or {-self.n_layers} to -1, from the end)."
+            )
+        return replace(site, layer=site.layer % self.n_layers)
 
     def without(self, reasons: Mapping[Site, str]) -> SiteMap:
         """The same map with some sites withdrawn, each with the reason."""
         points = {site: point for site, point in self.points.items() if site not in reasons}
         return SiteMap(points, {**self.missing, **reasons}, self.n_layers)
 
-
-def _adapter(hf: nn.Module) -> Any:
-    """The TransformerLens architecture adapter for this model, made from its config without touching the model."""
-    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
-    from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
-
-    config: Any = hf.config
-    try:
-        architecture = determine_architecture_from_hf_config(config)
-        bridge_config = build_bridge_config_from_hf(config, architecture, "local", next(hf.parameters()).dtype)
-        return ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
-    except ValueError as error:
-        raise UnknownSiteError(
-            f"TransformerLens has no architecture adapter for {type(hf).__name__} ({error}). "
-            "Only causal language models that it adapts can be hooked."
-        ) from error
+    def _instead(self, site: Site) -> str:
+        there = [kind for kind in KINDS if Site(kind, site.layer if kind in LAYER_KINDS else None) in self.points]
+        return f" It has {', '.join(there)} there." if there else ""
 
 
-def _child(module: nn.Module, component: Any) -> tuple[str, nn.Module] | None:
-    """Path and module of a component below `module`; None if it is not a module there."""
-    path = getattr(component, "name", None)
-    if not path:
-        return None
-    try:
-        return path, module.get_submodule(path)
-    except AttributeError:
-        return None
+def concatenated(index: int, sizes: tuple[int, ...]) -> slice:
+    """Columns of part `index` of a projection that holds its parts one after the other.
 
-
-def build_site_map(hf: nn.Module) -> SiteMap:
-    """Maps every site to a module of the model, by the TransformerLens adapter of its family.
-
-    Raises:
-        UnknownSiteError: if TransformerLens has no adapter for this architecture.
+    >>> concatenated(1, (8, 4, 4))
+    slice(8, 12, None)
     """
-    adapter = _adapter(hf)
-    components: Mapping[str, Any] = adapter.component_mapping
-    config = adapter.cfg
-    points: dict[Site, Point] = {}
-    missing: dict[Site, str] = {}
-
-    def put(site: Site, found: tuple[str, nn.Module] | None, prefix: str, side: Side, width: int | None) -> None:
-        if found is None:
-            missing[site] = f"TransformerLens' {type(adapter).__name__} maps no module to it"
-        else:
-            path = f"{prefix}.{found[0]}" if prefix else found[0]
-            points[site] = Point(site, path, found[1], side, width)
-
-    d_model, d_vocab = int(config.d_model), int(config.d_vocab)
-    if getattr(hf, "lm_head", None) is None and hasattr(hf, "embed_out"):
-        components["unembed"].name = "embed_out"
-    put(Site("embed"), _child(hf, components.get("embed")), "", "out", d_model)
-    put(Site("final_norm"), _child(hf, components.get("ln_final")), "", "out", d_model)
-    put(Site("logits"), _child(hf, components.get("unembed")), "", "out", d_vocab)
-    stack = _child(hf, components["blocks"])
-    if stack is None:
-        raise UnknownSiteError(f"{type(hf).__name__} has no module {components['blocks'].name} that holds its blocks.")
-    blocks = list(stack[1].children())
-    for layer, block in enumerate(blocks):
-        prefix = f"{stack[0]}.{layer}"
-        points[Site("resid_pre", layer)] = Point(Site("resid_pre", layer), prefix, block, "in", d_model)
-        points[Site("resid_post", layer)] = Point(Site("resid_post", layer), prefix, block, "out", d_model)
-        subs = components["blocks"].submodules
-        attn, mlp = _child(block, subs.get("attn")), _child(block, subs.get("mlp"))
-        attn_add = _child(block, subs.get("ln1_post")) or attn
-        mlp_add = _child(block, subs.get("ln2_post")) or mlp
-        put(Site("attn_out", layer), attn_add, prefix, "out", d_model)
-        put(Site("mlp_out", layer), mlp_add, prefix, "out", d_model)
-        for kind, parent, name in (("z", attn, "o"), ("mlp_post", mlp, "out")):
-            part = subs[{"z": "attn", "mlp_post": "mlp"}[kind]].submodules.get(name) if parent else None
-            found = _child(parent[1], part) if parent and part is not None else None
-            weight = getattr(found[1], "weight", None) if found else None
-            width = None if weight is None else next((s for s in weight.shape if s != d_model), d_model)
-            put(Site(kind, layer), found, f"{prefix}.{parent[0]}" if parent else prefix, "in", width)
-        ln2 = _child(block, subs.get("ln2"))
-        if _is_parallel(hf, components["blocks"]):
-            missing[Site("resid_mid", layer)] = "its blocks are parallel: attention and MLP read the same stream"
-        else:
-            put(Site("resid_mid", layer), ln2, prefix, "in", d_model)
-    return SiteMap(points, missing, len(blocks))
+    start = sum(sizes[:index])
+    return slice(start, start + sizes[index])
 
 
-def _is_parallel(hf: nn.Module, bridge: Any) -> bool:
-    config: Any = hf.config
-    flags = ("use_parallel_residual", "parallel_attn", "parallel_residual")
-    for flag in flags:
-        value = getattr(config, flag, None)
-        if value is not None:
-            return bool(value)
-    return "Parallel" in type(bridge).__name__
+def interleaved(index: int, parts: int, heads: int, d_head: int) -> Tensor:
+    """Columns of part `index` of a projection that holds all parts of a head side by side: (head, part, d_head).
+
+    >>> interleaved(1, parts=3, heads=2, d_head=2).tolist()
+    [2, 3, 8, 9]
+    """
+    return torch.arange(heads * parts * d_head).view(heads, parts, d_head)[:, index].flatten()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.hooks.capture import Activations, capture
-from workbench.hooks.sites import Site, build_site_map
+from workbench.hooks.families import build_site_map
+from workbench.hooks.sites import Site
 from workbench.interventions.plan import EditReport, Intervention, Plan
 from workbench.models.generation import Generation, Sampling, sample
 from workbench.models.selfcheck import CheckReport, self_check
