@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tests.glitch.tiny_vocab import N_UNUSED, byte_level, matrix
+from workbench.codec import FastCodec
 from workbench.errors import InvalidInputError
 from workbench.glitch import reference, weights
-from workbench.glitch.codec import FastCodec
 from workbench.glitch.tokenizer import analyse
 
 VOCABULARY = analyse(FastCodec.of(byte_level()))

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from tests.glitch.tiny_vocab import N_UNUSED, SPECIAL, WORDS, byte_level, sentencepiece
+from workbench.codec import FastCodec, codec_in, codec_of
 from workbench.errors import MissingFileError
-from workbench.glitch.codec import FastCodec, codec_in, codec_of
 from workbench.glitch.tokenizer import IMPOSSIBLE_BYTES, analyse
 from workbench.models.model import Model
 

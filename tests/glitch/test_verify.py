@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.glitch.tiny_vocab import WORDS, byte_level
 from tests.tiny import FP32_LOGITS, tiny_model
+from workbench.codec import FastCodec
 from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch.codec import FastCodec
 from workbench.glitch.prompts import PROBES, Probe, Template, probes_from, template
 from workbench.glitch.tokenizer import analyse
 from workbench.glitch.verify import VerifyOptions, greedy_logits, max_probabilities, verdict, verify

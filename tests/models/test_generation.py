@@ -8,7 +8,7 @@ from workbench.errors import InvalidInputError
 from workbench.interventions.ops import Add
 from workbench.interventions.plan import Intervention
 from workbench.interventions.scopes import Generated, Last, Mask
-from workbench.models.generation import Sampling, choose, inverse_cdf, uniforms
+from workbench.models.sampling import Sampling, choose, inverse_cdf, uniforms
 
 PROMPTS = ["abcdef", "xy", "qrs"]
 VECTOR = torch.linspace(-1, 1, D_MODEL)
@@ -37,11 +37,11 @@ def test_draws_follow_the_distribution() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
     n = 20000
     u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ids, logprobs = choose(logits.expand(n, -1).clone(), u, 1.0)
+    ids, logprobs = choose(logits.expand(n, -1).clone(), u, Sampling())
     share = torch.bincount(ids, minlength=3) / n
     torch.testing.assert_close(share, logits.exp(), atol=0.015, rtol=0)
     torch.testing.assert_close(logprobs, logits[ids])
-    cold, logprob_cold = choose(logits.expand(n, -1).clone(), u, 0.5)
+    cold, logprob_cold = choose(logits.expand(n, -1).clone(), u, Sampling(temperature=0.5))
     squared = logits.exp() ** 2 / (logits.exp() ** 2).sum()
     torch.testing.assert_close(torch.bincount(cold, minlength=3) / n, squared, atol=0.015, rtol=0)
     torch.testing.assert_close(logprob_cold, logits[cold])  # reported at temperature 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.codec import Codec, codec_in, codec_of
 from workbench.errors import (
     DegenerateInputError,
     InvalidInputError,
@@ -17,7 +18,6 @@ from workbench.errors import (
     UnknownNameError,
     did_you_mean,
 )
-from workbench.glitch.codec import Codec, codec_in, codec_of
 from workbench.glitch.indicators import (
     INDICATORS,
     RowFacts,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workbench.glitch.codec import ByteStyle, Codec
+from workbench.codec import BYTE_OF_CHAR, ByteStyle, Codec
 
 CATEGORIES: dict[str, str] = {
     "ok": "re-encodes to itself in some context",
@@ -176,15 +176,6 @@ def _second_chance(
     return result
 
 
-def _byte_table() -> dict[str, int]:
-    """Stand-in character of each byte in byte-level vocabularies (printable Latin-1 as is, the rest from U+0100 on)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(b): b for b in plain}
-    rest = [b for b in range(256) if b not in set(plain)]
-    return table | {chr(0x100 + k): b for k, b in enumerate(rest)}
-
-
-_BYTE_OF_CHAR = _byte_table()
 _HEX_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 
 
@@ -195,16 +186,16 @@ def _byte_of(raw: str, style: ByteStyle) -> int:
     (32, 10, -1)
     """
     if style == "byte_level":
-        return _BYTE_OF_CHAR.get(raw, -1)
+        return BYTE_OF_CHAR.get(raw, -1)
     written = _HEX_TOKEN.match(raw)
     return int(written[1], 16) if style == "byte_fallback" and written else -1
 
 
 def _readable(raw: str, style: ByteStyle) -> str:
     """A token with stray bytes, as text with each stray byte as <0xNN>."""
-    if style != "byte_level" or any(c not in _BYTE_OF_CHAR for c in raw):
+    if style != "byte_level" or any(c not in BYTE_OF_CHAR for c in raw):
         return raw
-    data = bytes(_BYTE_OF_CHAR[c] for c in raw)
+    data = bytes(BYTE_OF_CHAR[c] for c in raw)
     return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c
                    for c in data.decode("utf-8", errors="surrogateescape"))  # fmt: skip
 

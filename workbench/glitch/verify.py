@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.codec import Codec
 from workbench.errors import InvalidInputError
-from workbench.glitch.codec import Codec
 from workbench.glitch.prompts import Template
 from workbench.progress import task
 from workbench.stats import Estimate, clopper_pearson

@@ -1,43 +1,25 @@
-"""Batched generation with a KV cache, sampling by inverse CDF, the same for a row in any batch."""
+"""Continuations of prompts in batches, steered or not, with what they did inside the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.errors import InvalidInputError
-from workbench.interventions.plan import EditReport
+from workbench.hooks.sites import Site, SiteMap
+from workbench.interventions.plan import EditReport, Intervention, Plan
+from workbench.models.decoding import ENDED, Decoder, Recorder, Rows
+from workbench.models.sampling import Sampling
+from workbench.models.stopping import StopStrings
+from workbench.progress import track
 from workbench.tokens import TokenBatch
 
-_BLOCK = 256
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token.
-
-    Attributes:
-        max_new_tokens: longest continuation, in tokens.
-        temperature: 0 takes the most probable token; otherwise logits are divided by it.
-        seed: with the row number it decides every draw of a row, whatever batch the row is in.
-        stop_at: token ids that end a row.
-    """
-
-    max_new_tokens: int = 40
-    temperature: float = 1.0
-    seed: int = 0
-    stop_at: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0:
-            raise InvalidInputError(
-                f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}: they must be >= 1 and >= 0."
-            )
+Record = dict[str, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,94 +28,132 @@ class Generation:
 
     Attributes:
         texts: the continuations, without the prompts.
-        ids: new token ids of each row, up to and without the stop token.
-        logprobs: log-probability (nats) of each new token under the model that generated, at temperature 1.
+        ids: new token ids of each row, without the stop token; the token that completes a stop string is there.
+        logprobs: log-probability (nats) of each new token under the model that generated, at temperature 1 and
+            without top_k, top_p and min_p.
         report: what each edit did; empty without an intervention.
+        ended: why each row ended: "stop_token", "stop_string" or "length".
+        prompt_lengths: number of prompt tokens of each row, padding not counted.
+        activations: by site, one tensor `(tokens, ...)` per row: its prompt tokens, then its new tokens as far as they
+            were fed back to the model. The last token that was sampled is not: of a row that ended with a stop token
+            that is the stop token, of others the last of `ids`.
     """
 
     texts: tuple[str, ...]
     ids: tuple[Int[Tensor, " _"], ...]
     logprobs: tuple[Float[Tensor, " _"], ...]
     report: tuple[EditReport, ...] = ()
+    ended: tuple[str, ...] = ()
+    prompt_lengths: tuple[int, ...] = ()
+    activations: Mapping[str, tuple[Float[Tensor, ...], ...]] = field(default_factory=dict)
 
 
-def uniforms(rows: Int[Tensor, " batch"], n: int, seed: int) -> Float[Tensor, "batch n"]:
-    """One uniform number per row and step, from the seed and the row number alone."""
-    draws = torch.empty(len(rows), n, dtype=torch.float64)
-    for i, row in enumerate(rows.tolist()):
-        # Odd multiplier: distinct (seed, row) give distinct generator seeds.
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + row * 0xD1342543DE82EF95) % 2**63)
-        draws[i] = torch.rand(n, generator=generator, dtype=torch.float64)
-    return draws
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The parts of a model that generation needs.
 
-
-def inverse_cdf(
-    weights: Float[Tensor, "batch vocab"], u: Float[Tensor, " batch"]
-) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """The token at which the cumulative weight passes `u` times the total, and the total.
-
-    Two levels: sums of blocks first, then one block per row, so the vocabulary is read once.
-
-    >>> inverse_cdf(torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([0.5]))[0]  # 0.5 * 4 = 2 lies in the second
-    tensor([1])
+    Attributes:
+        hf: the Hugging Face model.
+        site_map: where its sites are.
+        tokenizer: its tokenizer.
     """
-    batch, vocab = weights.shape
-    padded = (nn.functional.pad(weights, (0, -vocab % _BLOCK)) if vocab % _BLOCK else weights).view(batch, -1, _BLOCK)
-    sums = padded.sum(2).double()
-    upto = sums.cumsum(1)
-    target = u.to(upto) * upto[:, -1]
-    block = torch.searchsorted(upto, target[:, None], right=True).squeeze(1).clamp_max(sums.shape[1] - 1)
-    row = torch.arange(batch, device=weights.device)
-    # Rounding may put the target past the last positive block.
-    last_block = (sums > 0).long().mul(torch.arange(1, sums.shape[1] + 1, device=weights.device)).amax(1) - 1
-    block = torch.minimum(block, last_block.clamp_min(0))
-    inside = padded[row, block].double().cumsum(1)
-    left = target - (upto[row, block] - sums[row, block])
-    place = torch.searchsorted(inside, left[:, None], right=True).squeeze(1)
-    last = (padded[row, block] > 0).long().mul(torch.arange(1, _BLOCK + 1, device=weights.device)).amax(1) - 1
-    return (block * _BLOCK + torch.minimum(place, last)).clamp(0, vocab - 1), upto[:, -1].to(weights)
+
+    hf: Any
+    site_map: SiteMap
+    tokenizer: Any
+
+    def stops(self, options: Sampling) -> StopStrings | None:
+        """The finder of the stop strings, if there are any."""
+        d_vocab = self.hf.get_output_embeddings().weight.shape[0]
+        return StopStrings(self.tokenizer, options.stop, d_vocab) if options.stop else None
 
 
-def choose(
-    logits: Float[Tensor, "batch vocab"], u: Float[Tensor, " batch"], temperature: float
-) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Next token of each row and its log-probability (nats, temperature 1). `logits` is overwritten."""
-    logits -= logits.amax(1, keepdim=True)
-    if temperature == 0:
-        chosen, total = logits.argmax(1), logits.exp().sum(1)
-    elif temperature == 1:
-        chosen, total = inverse_cdf(logits.exp(), u)
-    else:
-        chosen, _ = inverse_cdf((logits / temperature).exp(), u)
-        total = logits.exp().sum(1)
-    return chosen, logits.gather(1, chosen[:, None]).squeeze(1) - total.log()
+def generate(
+    parts: Parts,
+    batch: TokenBatch,
+    options: Sampling,
+    *,
+    intervention: Intervention | None = None,
+    capture: Sequence[str | Site] = (),
+    batch_size: int = 128,
+) -> Generation:
+    """Continuations of left-padded prompts, `batch_size` rows at a time; see `Model.generate`."""
+    points = Recorder.points_of(parts.site_map, capture)
+    stops = parts.stops(options)
+    found: list[tuple[Rows, TokenBatch, Record]] = []
+    reports = []
+    for rows in track(torch.arange(len(batch)).split(batch_size), description="generating", unit="batches"):
+        # Untrimmed where a prompt is edited, so that the columns of a Mask stay those of the whole batch.
+        part = batch[rows] if _spares_prompt(intervention) else TokenBatch(batch.ids[rows], batch.mask[rows])
+        plan = None if intervention is None else Plan(parts.hf, parts.site_map, intervention.take(rows))
+        recorder = Recorder(points, len(rows), part.ids.shape[1] + options.max_new_tokens)
+        new = _one_batch(Decoder(parts.hf, options, stops, recorder), part, rows, plan, recorder)
+        reports += [] if plan is None else [plan.report]
+        found.append((new, part, {str(site): _per_row(x, part, new) for site, x in recorder.found.items()}))
+    return _collected(parts.tokenizer, found, reports)
 
 
-def preallocated_cache(config: Any, width: int) -> Any:
-    """A KV cache whose plain layers are allocated once for `width` tokens instead of growing at every step."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    class Preallocated(DynamicLayer):
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self._used = 0
-                self._k, self._v = (
-                    x.new_empty(x.shape[0], x.shape[1], width, x.shape[3]) for x in (key_states, value_states)
-                )
-            end = self._used + key_states.shape[2]
-            self._k[:, :, self._used : end], self._v[:, :, self._used : end] = key_states, value_states
-            self._used = end
-            self.keys, self.values = self._k[:, :, :end], self._v[:, :, :end]
-            return self.keys, self.values
-
-    cache = DynamicCache(config=config)
-    if cache.layers:
-        cache.layers = [Preallocated() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+def _spares_prompt(intervention: Intervention | None) -> bool:
+    return intervention is None or not getattr(intervention, "edits_prompt", True)
 
 
-@torch.no_grad()
+def _one_batch(
+    decoder: Decoder, batch: TokenBatch, rows: Int[Tensor, " batch"], plan: Plan | None, recorder: Recorder
+) -> Rows:
+    spared = _spares_prompt(plan.intervention if plan else None)
+    # Hooks that are there already may count on every row and every prompt token, so nothing is shared or dropped.
+    alone = not _has_hooks(decoder.hf)
+    on_select: Callable[[Tensor], Any] | None = None
+    if alone:
+        on_select = getattr(plan, "select_rows", None) if plan else lambda _: None
+    with contextlib.ExitStack() as stack:
+        if plan and not spared:
+            stack.enter_context(plan)
+        with recorder.reading():
+            start = decoder.prefill(batch, share=spared and alone)
+        if plan and spared:
+            stack.enter_context(plan)
+            plan.roles(torch.ones_like(start.mask))
+        with recorder.reading():
+            return decoder.run(start, rows, on_select=on_select)
+
+
+def _has_hooks(hf: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in hf.modules())
+
+
+def _per_row(x: Float[Tensor, "batch columns ..."], batch: TokenBatch, new: Rows) -> tuple[Float[Tensor, ...], ...]:
+    width = batch.ids.shape[1]
+    ends = (width + new.sampled - 1).tolist()
+    # cloned, so that one row does not keep the memory of all
+    return tuple(
+        row[pad:end].cpu().clone() for row, pad, end in zip(x, (width - batch.lengths).tolist(), ends, strict=True)
+    )
+
+
+def _collected(
+    tokenizer: Any, found: Sequence[tuple[Rows, TokenBatch, Record]], reports: Sequence[Sequence[EditReport]]
+) -> Generation:
+    ids, logprobs, ended, lengths = [], [], [], []
+    for new, batch, _ in found:
+        why = [ENDED[code] for code in new.why.tolist()]
+        # The stop token is not part of a row.
+        counts = [n - (code == "stop_token") for n, code in zip(new.sampled.tolist(), why, strict=True)]
+        ids += [row[:n].cpu() for row, n in zip(new.ids, counts, strict=True)]
+        logprobs += [row[:n].cpu() for row, n in zip(new.logprobs, counts, strict=True)]
+        ended += why
+        lengths += batch.lengths.tolist()
+    return Generation(
+        tuple(tokenizer.decode(row, skip_special_tokens=True) for row in ids),
+        tuple(ids),
+        tuple(logprobs),
+        tuple(EditReport.merged(same) for same in zip(*reports, strict=True)),
+        tuple(ended),
+        tuple(lengths),
+        {site: tuple(row for _, _, record in found for row in record[site]) for site in found[0][2]},
+    )
+
+
 def sample(
     hf: Any,
     batch: TokenBatch,
@@ -141,38 +161,17 @@ def sample(
     rows: Int[Tensor, " batch"],
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Int[Tensor, "batch new"], Float[Tensor, "batch new"]]:
-    """New token ids and their log-probabilities; rows that have stopped are filled with the last stop token.
+    """New token ids and their log-probabilities; rows that have stopped are filled with the first stop token.
+
+    Every row stays in the batch to the end, so any hooks may be on the model.
 
     Args:
         hf: the Hugging Face model.
         batch: left-padded prompts.
-        options: how to choose.
+        options: how to choose; `stop` is not used.
         rows: number of each row in the whole job, which seeds its draws.
         on_step: called with the number of rows after each new token.
     """
-    device = batch.ids.device
-    n, width = options.max_new_tokens, batch.ids.shape[1]
-    draws = uniforms(rows, n, options.seed).to(device) if options.temperature else torch.zeros(len(batch), n)
-    cache = preallocated_cache(hf.config, width + n)
-    stop = torch.tensor(options.stop_at, device=device, dtype=torch.long)
-    new_ids = torch.full((len(batch), n), options.stop_at[0] if options.stop_at else 0, device=device)
-    logprobs = torch.zeros(len(batch), n, device=device)
-    done = torch.zeros(len(batch), dtype=torch.bool, device=device)
-    padded = not bool(batch.mask.all())
-    mask, position, ids = batch.mask, batch.positions, batch.ids
-    for step in range(n):
-        # Without padding the model needs no mask, and attention takes its fast path.
-        extra = {"attention_mask": mask.long()} if padded else {}
-        out = hf(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
-        chosen, logprob = choose(out.logits[:, -1].float(), draws[:, step].to(device), options.temperature)
-        new_ids[:, step] = torch.where(done, new_ids[:, step], chosen)
-        logprobs[:, step] = torch.where(done, logprobs[:, step], logprob)
-        if on_step is not None:
-            on_step(len(batch))
-        if options.stop_at:
-            done |= torch.isin(chosen, stop)
-            if bool(done.all()):
-                break
-        ids, position = chosen[:, None], position[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    return new_ids, logprobs
+    decoder = Decoder(hf, options)
+    new = decoder.run(decoder.prefill(batch), rows, on_step=on_step)
+    return new.ids, new.logprobs

@@ -8,7 +8,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -18,11 +18,12 @@ from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.hooks.capture import Activations, capture
 from workbench.hooks.families import build_site_map
 from workbench.hooks.sites import Site
-from workbench.interventions.plan import EditReport, Intervention, Plan
-from workbench.models.generation import Generation, Sampling, sample
+from workbench.interventions.plan import Intervention, Plan
+from workbench.models.generation import Generation, Parts, generate, sample
+from workbench.models.sampling import Filters, Sampling
 from workbench.models.selfcheck import CheckReport, self_check
 from workbench.models.sitetable import SiteTable
-from workbench.progress import task, track
+from workbench.progress import task
 from workbench.tokens import Bos, Chat, TokenBatch, encode
 
 Texts = str | Sequence[str] | Chat | Sequence[Chat]
@@ -197,36 +198,41 @@ class Model:
         intervention: Intervention | None = None,
         seed: int = 0,
         temperature: float = 1.0,
+        stop: Sequence[str] = (),
+        capture: Sequence[str | Site] = (),
         batch_size: int = 128,
+        **filters: Unpack[Filters],
     ) -> Generation:
         """Continuations of the prompts; with an intervention, every forward pass is edited.
 
-        Rows are sampled from the seed and the row number, so a row's draws do not depend on its batch.
+        Rows are sampled from the seed and the row number, so a row's draws do not depend on its batch. Where nothing
+        edits the prompts, what they have in common goes through the model once; rows that have ended leave the batch.
+
+        Args:
+            prompts: text, texts, chats or tokens.
+            max_new_tokens: longest continuation, in tokens.
+            intervention: what to edit.
+            seed: decides all draws.
+            temperature: 0 takes the most probable token; otherwise logits are divided by it.
+            stop: strings that end a row at the first token after which its new text contains one of them; a row also
+                ends at a stop token of the model.
+            capture: sites whose activations are kept in `Generation.activations`; under an intervention they are as
+                edited.
+            batch_size: rows at a time.
+            **filters: `top_k`, `top_p`, `min_p`; which tokens may be sampled, see `Sampling`.
 
         Raises:
             EditError: if an edit did not happen.
+            InvalidInputError: for options that cannot be used, or a site that cannot be kept while generating.
         """
         batch = prompts.to(self.device) if isinstance(prompts, TokenBatch) else self.tokens(prompts)
-        options = Sampling(max_new_tokens, temperature, seed, self.stop_ids)
-        ids, logprobs, reports = [], [], []
-        for start in track(range(0, len(batch), batch_size), description="generating", unit="batches"):
-            rows = torch.arange(start, min(start + batch_size, len(batch)))
-            part = batch[slice(start, start + batch_size)]
-            if intervention is None:
-                new, scores = sample(self.hf, part, options, rows)
-            else:
-                # Untrimmed, so that the columns of a Mask stay those of the whole batch.
-                part = TokenBatch(batch.ids[rows], batch.mask[rows])
-                with self.plan(intervention.take(rows)) as plan:
-                    new, scores = sample(self.hf, part, options, rows)
-                reports.append(plan.report)
-            for row, score in zip(new, scores, strict=True):
-                length = self._length(row)
-                ids.append(row[:length].cpu())
-                logprobs.append(score[:length].cpu())
-        texts = tuple(self.tokenizer.decode(row, skip_special_tokens=True) for row in ids)
-        merged = tuple(EditReport.merged(parts) for parts in zip(*reports, strict=True))
-        return Generation(texts, tuple(ids), tuple(logprobs), merged)
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        options = Sampling(max_new_tokens, temperature, seed, self.stop_ids, strings, **filters)
+        return generate(self._parts, batch, options, intervention=intervention, capture=capture, batch_size=batch_size)
+
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self.hf, self.site_map, self.tokenizer)
 
     def sample(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,16 @@ from typing import Any, Literal
 from workbench.errors import InvalidInputError, MissingFileError
 
 ByteStyle = Literal["byte_level", "byte_fallback", "none"]
+
+
+def _byte_table() -> dict[str, int]:
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in set(plain)]
+    return {chr(b): b for b in plain} | {chr(0x100 + k): b for k, b in enumerate(rest)}
+
+
+BYTE_OF_CHAR = _byte_table()
+"""Byte of each stand-in character in byte-level vocabularies: printable Latin-1 as is, the rest from U+0100 on."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,38 @@ def codec_of(tokenizer: Any) -> Codec:
     if backend is not None and hasattr(backend, "get_added_tokens_decoder"):
         return FastCodec.of(backend, tokenizer.all_special_ids)
     return SlowCodec.of(tokenizer)
+
+
+_ANCHOR = "abcdef"
+
+
+@functools.lru_cache(maxsize=4)
+def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:
+    """What each token id adds to a text, in bytes; empty for ids without a token.
+
+    A leading space is part of the token (`▁the` and `Ġthe` are both `b" the"`), half a character is its bytes, and a
+    special token is the text that it is shown as.
+    """
+    codec = codec_of(tokenizer)
+    found: list[bytes | None] = [_written_bytes(raw, codec.style) for raw in codec.raw]
+    open_ids = [i for i, known in enumerate(found) if known is None]
+    # Alone, a sentencepiece token would lose its space, so every token is read behind the same text.
+    anchor = codec.encode([_ANCHOR])[0]
+    (start,) = codec.decode([anchor])
+    for i, text in zip(open_ids, codec.decode([[*anchor, i] for i in open_ids]), strict=True):
+        found[i] = (text.removeprefix(start) if text.startswith(start) else codec.raw[i] or "").encode()
+    return tuple(known or b"" for known in found)
+
+
+def _written_bytes(raw: str | None, style: ByteStyle) -> bytes | None:
+    """The bytes that the vocabulary string itself spells out, or None where only decoding can tell."""
+    if raw is None:
+        return b""
+    if style == "byte_level":
+        return bytes(BYTE_OF_CHAR[c] for c in raw) if all(c in BYTE_OF_CHAR for c in raw) else None
+    if style == "byte_fallback" and len(raw) == 6 and raw.startswith("<0x") and raw.endswith(">"):
+        return bytes([int(raw[3:5], 16)])
+    return None
 
 
 def codec_in(path: Path) -> Codec:

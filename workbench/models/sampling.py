@@ -1,0 +1,164 @@
+"""Choosing the next token: one uniform number per row and step, so a row's choice is the same in any batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from workbench.errors import InvalidInputError
+
+_BLOCK = 256
+_FIRST_TOP = 64
+
+
+class Filters(TypedDict, total=False):
+    """Which tokens may be sampled; see `Sampling`."""
+
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token, and when to stop.
+
+    Attributes:
+        max_new_tokens: longest continuation, in tokens.
+        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        seed: with the row number it decides every draw of a row, whatever batch the row is in.
+        stop_at: token ids that end a row.
+        stop: strings that end a row at the first token after which its new text contains one of them.
+        top_k: only the k most probable tokens; 0 for all.
+        top_p: only the most probable tokens that together reach this share of the probability; 1 for all.
+        min_p: only tokens with at least this share of the probability of the most probable one; 0 for all.
+
+    The filters apply after the temperature and in this order. A token as probable as the last one kept is kept too,
+    so that the choice does not depend on how a sort breaks ties.
+    """
+
+    max_new_tokens: int = 40
+    temperature: float = 1.0
+    seed: int = 0
+    stop_at: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < math.inf:
+            raise InvalidInputError(
+                f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}: they must be >= 1 and >= 0."
+            )
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise InvalidInputError(
+                f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: top_k must be >= 0 (0 is off), "
+                "top_p above 0 and at most 1 (1 is off), min_p from 0 (off) to 1."
+            )
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise InvalidInputError(f"stop={self.stop!r}: give a tuple of strings that are not empty, such as ('.',).")
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether some tokens may not be sampled."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+def uniforms(rows: Int[Tensor, " batch"], n: int, seed: int) -> Float[Tensor, "batch n"]:
+    """One uniform number per row and step, from the seed and the row number alone."""
+    draws = torch.empty(len(rows), n, dtype=torch.float64)
+    for i, row in enumerate(rows.tolist()):
+        # Odd multiplier: distinct (seed, row) give distinct generator seeds.
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + row * 0xD1342543DE82EF95) % 2**63)
+        draws[i] = torch.rand(n, generator=generator, dtype=torch.float64)
+    return draws
+
+
+def inverse_cdf(
+    weights: Float[Tensor, "batch vocab"], u: Float[Tensor, " batch"]
+) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """The token at which the cumulative weight passes `u` times the total, and the total.
+
+    Two levels: sums of blocks first, then one block per row, so the vocabulary is read once.
+
+    >>> inverse_cdf(torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([0.5]))[0]  # 0.5 * 4 = 2 lies in the second
+    tensor([1])
+    """
+    batch, vocab = weights.shape
+    padded = (nn.functional.pad(weights, (0, -vocab % _BLOCK)) if vocab % _BLOCK else weights).view(batch, -1, _BLOCK)
+    sums = padded.sum(2).double()
+    upto = sums.cumsum(1)
+    target = u.to(upto) * upto[:, -1]
+    block = torch.searchsorted(upto, target[:, None], right=True).squeeze(1).clamp_max(sums.shape[1] - 1)
+    row = torch.arange(batch, device=weights.device)
+    # Rounding may put the target past the last positive block.
+    last_block = (sums > 0).long().mul(torch.arange(1, sums.shape[1] + 1, device=weights.device)).amax(1) - 1
+    block = torch.minimum(block, last_block.clamp_min(0))
+    inside = padded[row, block].double().cumsum(1)
+    left = target - (upto[row, block] - sums[row, block])
+    place = torch.searchsorted(inside, left[:, None], right=True).squeeze(1)
+    last = (padded[row, block] > 0).long().mul(torch.arange(1, _BLOCK + 1, device=weights.device)).amax(1) - 1
+    return (block * _BLOCK + torch.minimum(place, last)).clamp(0, vocab - 1), upto[:, -1].to(weights)
+
+
+def smallest_kept(scores: Float[Tensor, "batch vocab"], options: Sampling) -> Float[Tensor, "batch 1"]:
+    """The score of the least probable token that top_k, top_p and min_p leave, applied in this order.
+
+    Reads the vocabulary once per filter and never sorts it: top_p asks for the largest 64 scores, then for twice as
+    many until they hold enough probability.
+
+    Args:
+        scores: logits after the temperature, shifted so that the largest of each row is 0.
+        options: the filters.
+
+    >>> scores = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    >>> smallest_kept(scores - scores.max(), Sampling(top_p=0.7)).exp() * 0.5  # 0.5 < 0.7 <= 0.5 + 0.25
+    tensor([[0.2500]])
+    """
+    vocab = scores.shape[1]
+    kept = scores.new_full((len(scores), 1), -math.inf)
+    top = min(options.top_k or vocab, vocab)
+    if options.top_k:
+        kept = scores.topk(top).values[:, -1:]
+    if options.top_p < 1:
+        weights = scores.exp()
+        allowed = weights.where(scores >= kept, 0) if options.top_k else weights
+        wanted = options.top_p * allowed.sum(1, keepdim=True, dtype=torch.float64)
+        size = min(_FIRST_TOP, top)
+        while True:
+            largest = scores.topk(size).values
+            mass = largest.double().exp()
+            before = mass.cumsum(1) - mass
+            if size == top or bool((before[:, -1:] + mass[:, -1:] >= wanted).all()):
+                break
+            size = min(2 * size, top)
+        last = ((before < wanted).sum(1, keepdim=True) - 1).clamp_min(0)
+        kept = torch.maximum(kept, largest.gather(1, last))
+    if options.min_p:
+        kept = kept.clamp_min(math.log(options.min_p))
+    return kept
+
+
+def choose(
+    logits: Float[Tensor, "batch vocab"], u: Float[Tensor, " batch"], options: Sampling
+) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Next token of each row and its log-probability (nats, temperature 1, no filter). `logits` is overwritten."""
+    logits -= logits.amax(1, keepdim=True)
+    if options.temperature == 0:
+        chosen, total = logits.argmax(1), logits.exp().sum(1)
+    elif options.temperature == 1 and not options.is_filtered:
+        chosen, total = inverse_cdf(logits.exp(), u)
+    else:
+        scores = logits / options.temperature
+        weights = scores.exp()
+        if options.is_filtered:
+            weights = weights.where(scores >= smallest_kept(scores, options), 0)
+        chosen, _ = inverse_cdf(weights, u)
+        total = logits.exp().sum(1)
+    return chosen, logits.gather(1, chosen[:, None]).squeeze(1) - total.log()
