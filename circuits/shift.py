@@ -181,7 +181,7 @@ def _effects(study: _Study) -> dict[str, NodeEffects]:
         return {site: linear_effects(study.train.acts[site], reader.bases[site], study.probe, labels)}
     n = min(options.attribution_rows, len(labels))
     batch = reader.model.tokens(list(study.train.texts[:n]))
-    keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site])[reader.probe_site])
+    keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site]).flat(reader.probe_site))
     metric = LossOfMargin(study.probe, labels[:n], keep)
     return node_effects(reader.model, reader.bases, batch, metric, keep=keep, options=options.attribution)
 
@@ -343,7 +343,7 @@ def _collateral(reader: Reader, text: TokenBatch, chosen: Sequence[Node], others
     losses: dict[str, list[Tensor]] = {"plain": [], "shift": [], "random": []}
     for start in range(0, len(text), reader.batch_size):
         part = text[slice(start, start + reader.batch_size)].to(reader.model.device)
-        keep = reader.keep(part, reader.model.capture(part, [reader.probe_site])[reader.probe_site])
+        keep = reader.keep(part, reader.model.capture(part, [reader.probe_site]).flat(reader.probe_site))
         losses["plain"].append(reader.model.loss(part).nanmean(dim=1))
         for name, nodes in (("shift", chosen), ("random", others)):
             losses[name].append(_edited_loss(reader, part, nodes, keep))

@@ -164,7 +164,7 @@ class _Harvest:
         """The sink limit of each site, from the first forward pass alone, so that it never depends on a resume."""
         ids = rows.ids[: manifest.batch_rows]
         acts = self.model.capture(ids, list(manifest.sites))
-        rules = {site: KeepRule.estimate(acts[site].cpu(), ids, manifest.special_ids) for site in manifest.sites}
+        rules = {site: KeepRule.estimate(acts.flat(site).cpu(), ids, manifest.special_ids) for site in manifest.sites}
         sites = {site: replace(stats, max_norm=rules[site].max_norm) for site, stats in manifest.sites.items()}
         return replace(manifest, sites=sites)
 
@@ -195,7 +195,7 @@ class _Harvest:
         reasons = []
         for part in ids.split(manifest.batch_rows):
             acts = self.model.capture(part, list(manifest.sites))
-            on_cpu = {site: acts[site].cpu() for site in manifest.sites}
+            on_cpu = {site: acts.flat(site).cpu() for site in manifest.sites}
             reason = torch.zeros_like(part)
             for site, x in on_cpu.items():
                 _check_finite(x, site)

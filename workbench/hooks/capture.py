@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from workbench.errors import DegenerateInputError, EditError, UnknownSiteError, did_you_mean
 from workbench.hooks.attach import Fn, attached
-from workbench.hooks.sites import Point, Site, SiteMap
+from workbench.hooks.sites import Point, Site, SiteMap, flattened
 
 
 class Activations(Mapping[str, Tensor]):
@@ -46,6 +46,11 @@ class Activations(Mapping[str, Tensor]):
         if parsed not in self._tensors:
             raise UnknownSiteError(f"Site {parsed} was not captured. {did_you_mean(str(parsed), self)}")
         return self._tensors[parsed]
+
+    def flat(self, site: str | Site) -> Float[Tensor, "*batch_pos width"]:
+        """One vector per token: heads side by side; for `pattern`, `n_heads * k_pos` wide."""
+        x = self[site]
+        return x if self.rows is not None else flattened(Site.parse(site), x)
 
     def __contains__(self, site: object) -> bool:
         return isinstance(site, str | Site) and self._resolve(site) in self._tensors
@@ -119,4 +124,5 @@ def capture(
     if silent:
         raise EditError(f"Nothing was captured at {', '.join(silent)}: the model never ran that module.")
     note = EAGER_NOTE if any(point.side == "inside" for point in points) else ""
-    return Activations({p.site: found[p.site] for p in points}, n_layers=sites.n_layers, note=note)
+    rows = None if chosen is None else chosen.nonzero()[:, 0]
+    return Activations({p.site: found[p.site] for p in points}, n_layers=sites.n_layers, rows=rows, note=note)

@@ -178,9 +178,7 @@ class Point:
 
     def flat(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch pos width"]:
         """Canonical tensor as one vector per token: heads side by side; for `pattern`, `n_heads * k_pos` wide."""
-        if self.side == "inside" and self.site.head is None:
-            return x.transpose(1, 2).flatten(2)
-        return x.flatten(2)
+        return flattened(self.site, x)
 
     def unflat(
         self, flat: Float[Tensor, "batch pos width"], like: Float[Tensor, "batch ..."]
@@ -243,6 +241,11 @@ class SiteMap:
     def _instead(self, site: Site) -> str:
         there = [kind for kind in KINDS if Site(kind, site.layer if kind in LAYER_KINDS else None) in self.points]
         return f" It has {', '.join(there)} there." if there else ""
+
+
+def flattened(site: Site, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch pos width"]:
+    """Canonical tensor of a site as one vector per token; the query position of a pattern is its token."""
+    return x.transpose(1, 2).flatten(2) if site.kind == "pattern" and site.head is None else x.flatten(2)
 
 
 def concatenated(index: int, sizes: tuple[int, ...]) -> slice:

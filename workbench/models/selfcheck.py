@@ -13,22 +13,8 @@ from torch import Tensor, nn
 from workbench.errors import EditError, SelfCheckError
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.capture import Activations, capture
-from workbench.hooks.sites import Point, Site, SiteMap
-
-
-@dataclass(frozen=True)
-class Check:
-    """One verified statement.
-
-    Attributes:
-        name: the statement.
-        ok: whether it holds.
-        detail: the measured figure.
-    """
-
-    name: str
-    ok: bool
-    detail: str
+from workbench.hooks.sites import MODEL_KINDS, Point, Site, SiteMap
+from workbench.models.innerchecks import Check, relative_error, sublayer_checks
 
 
 @dataclass(frozen=True)
@@ -58,6 +44,9 @@ class CheckReport:
         return "\n".join(lines)
 
 
+_STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "final_norm", "logits")
+
+
 def _probe_ids(hf: Any) -> Tensor:
     """A few fixed, ordinary token ids that any vocabulary has."""
     vocab = hf.get_input_embeddings().weight.shape[0]
@@ -65,28 +54,30 @@ def _probe_ids(hf: Any) -> Tensor:
     return torch.randint(0, vocab, (2, 8), generator=generator).to(next(hf.parameters()).device)
 
 
-def _error(left: Tensor, right: Tensor) -> float:
-    """Largest difference, relative to the largest entry of the token's vector."""
-    scale = right.float().abs().amax(-1, keepdim=True).clamp_min(1e-6)
-    return float(((left.float() - right.float()).abs() / scale).max())
-
-
 def self_check(hf: Any, sites: SiteMap) -> CheckReport:
-    """Runs all checks on a batch of 2 x 8 tokens; costs about ten small forward passes.
+    """Runs all checks on a batch of 2 x 8 tokens; costs about a dozen small forward passes.
 
-    Checked: `resid_pre + attn_out == resid_mid`, `resid_mid + mlp_out == resid_post` (or the parallel form),
-    `resid_post == next resid_pre`, `unembed(final_norm(last resid_post)) == logits`; a perturbation at each kind of
-    site changes the logits; gradients reach each kind of site. A sublayer site that breaks its identity is withdrawn.
+    Checked on every layer: `resid_pre + attn_out == resid_mid`, `resid_mid + mlp_out == resid_post` (or the parallel
+    form), `resid_post == next resid_pre`; once: `unembed(final_norm(last resid_post)) == logits`; on the first,
+    middle and last layer: `pattern @ v == z`, that q and k make the pattern, that mlp_pre gates mlp_post; a
+    perturbation at each kind of site changes the logits; gradients reach each kind of site. A site inside a block
+    that breaks its identity is withdrawn.
     """
     ids = _probe_ids(hf)
     inputs = {"input_ids": ids}
-    everything = list(sites.points)
-    acts = capture(hf, sites, inputs, everything)
+    outer = sorted((s for s in sites.points if s.kind in _STREAM), key=lambda s: s.kind in MODEL_KINDS)
+    acts = capture(hf, sites, inputs, outer)
     tolerance = 8 * torch.finfo(next(hf.parameters()).dtype).eps
     checks, withdrawn = _identities(sites, acts, tolerance)
+    inner, broken = sublayer_checks(hf, sites, inputs, tolerance)
+    checks += inner
+    withdrawn |= broken
     remaining = sites.without(withdrawn)
     checks += _perturbations(hf, remaining, inputs)
-    checks.append(_gradients(hf, remaining, inputs))
+    checks.append(_gradients(hf, remaining, {"input_ids": ids[:1]}))
+    again = capture(hf, sites, inputs, outer[-1:])
+    if not torch.equal(again[outer[-1]], acts[outer[-1]]):
+        checks.append(Check(f"{outer[-1]} is bit-equal after the hooks are gone", False, "it differs"))
     return CheckReport(tuple(checks), withdrawn)
 
 
@@ -100,7 +91,7 @@ def _identities(sites: SiteMap, acts: Activations, tolerance: float) -> tuple[li
         if not broken:
             worst["block"] = max(worst["block"], error)
         if layer:
-            stream = _error(acts[f"resid_pre.{layer}"], acts[f"resid_post.{layer - 1}"])
+            stream = relative_error(acts[f"resid_pre.{layer}"], acts[f"resid_post.{layer - 1}"])
             worst["stream"] = max(worst["stream"], stream)
     checks.append(
         Check(
@@ -116,7 +107,7 @@ def _identities(sites: SiteMap, acts: Activations, tolerance: float) -> tuple[li
         norm, unembed = sites["final_norm"].module, sites["logits"].module
         with torch.no_grad():
             again = unembed(norm(acts[last]))
-        error = _error(again, acts["logits"])
+        error = relative_error(again, acts["logits"])
         checks.append(
             Check("unembed(final_norm(last resid_post)) == logits", error <= tolerance, f"relative error {error:.2g}")
         )
@@ -130,14 +121,15 @@ def _block_identity(sites: SiteMap, acts: Activations, layer: int, tolerance: fl
         return 0.0, {}
     pre, post = acts[Site("resid_pre", layer)], acts[Site("resid_post", layer)]
     attn, mlp = (acts[site] for site in names)
-    error = min(_error((pre + attn) + mlp, post), _error((attn + mlp) + pre, post), _error((mlp + attn) + pre, post))
+    sums = ((pre + attn) + mlp, (attn + mlp) + pre, (mlp + attn) + pre)
+    error = min(relative_error(total, post) for total in sums)
     broken: dict[Site, str] = {}
     if error > tolerance:
         why = f"resid_pre + attn_out + mlp_out differs from resid_post by {error:.2g} (relative) at layer {layer}"
         broken = {site: why for site in names}
     mid = Site("resid_mid", layer)
     if mid in sites.points:
-        error_mid = _error(pre + attn, acts[mid])
+        error_mid = relative_error(pre + attn, acts[mid])
         if error_mid > tolerance:
             broken[mid] = f"resid_pre + attn_out differs from it by {error_mid:.2g} (relative)"
     return error, broken
@@ -154,26 +146,35 @@ def _representatives(sites: SiteMap) -> list[Point]:
 
 
 def _perturbations(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor]) -> list[Check]:
-    """Adding noise of the site's own size at one kind of site at a time must change the logits."""
+    """Adding noise of the site's own size at one kind of site must change the logits.
+
+    Each kind has its own batch row, so two forward passes do for all.
+    """
+    points = _representatives(sites)
+    ids = inputs["input_ids"][:1, :3].expand(len(points), -1)
+
+    def push(row: int, seed: int) -> Fn:
+        def fn(x: Tensor) -> Tensor:
+            noise = torch.randn(x[row].shape, generator=torch.Generator().manual_seed(seed)).to(x)
+            out = x.clone()
+            out[row] += noise * x[row].float().std().to(x)
+            return out
+
+        return fn
+
+    def untouched(x: Tensor) -> None:
+        """Hooked all the same, so that both passes compute attention alike."""
+
     with torch.no_grad():
-        clean = hf(**inputs, use_cache=False).logits
-        checks = []
-        for point in _representatives(sites):
-            generator = torch.Generator().manual_seed(1)
-
-            def push(x: Tensor, generator: torch.Generator = generator) -> Tensor:
-                noise = torch.randn(x.shape, generator=generator).to(x)
-                return x + noise * x.float().std().to(x)
-
-            with attached([(point, push)]):
-                changed = hf(**inputs, use_cache=False).logits
-            shift = float((changed - clean).float().abs().max())
-            checks.append(
-                Check(f"perturbing {point.site} changes the logits", shift > 0, f"largest change {shift:.3g}")
-            )
-        if not torch.equal(hf(**inputs, use_cache=False).logits, clean):
-            checks.append(Check("logits are bit-equal after the hooks are gone", False, "they differ"))
-    return checks
+        with attached([(point, untouched) for point in points]):
+            clean = hf(input_ids=ids, use_cache=False).logits
+        with attached([(point, push(row, row)) for row, point in enumerate(points)]):
+            changed = hf(input_ids=ids, use_cache=False).logits
+        shifts = (changed - clean).float().abs().amax(dim=(1, 2)).tolist()
+    return [
+        Check(f"perturbing {point.site} changes the logits", shift > 0, f"largest change {shift:.3g}")
+        for point, shift in zip(points, shifts, strict=True)
+    ]
 
 
 def _gradients(hf: nn.Module, sites: SiteMap, inputs: Mapping[str, Tensor]) -> Check:

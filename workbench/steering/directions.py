@@ -100,7 +100,7 @@ def mean_activations(
         weight = chosen[part][:, -rows.ids.shape[1] :].float()
         weight = weight / weight.sum(1, keepdim=True)
         for site, kept in means.items():
-            kept.append(torch.einsum("bp,bpd->bd", weight, acts[site].float().nan_to_num(0.0)))
+            kept.append(torch.einsum("bp,bpd->bd", weight, acts.flat(site).float().nan_to_num(0.0)))
     return {site: torch.cat(kept) for site, kept in means.items()}
 
 

@@ -1,0 +1,113 @@
+"""Checks of the sites inside attention and MLP, on a few layers of the real model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.errors import EditError
+from workbench.hooks.attach import attached
+from workbench.hooks.capture import capture
+from workbench.hooks.sites import Site, SiteMap
+
+_OFF = -100.0
+"""Every usual gate (silu, gelu, relu and their approximations) is 0 here."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verified statement.
+
+    Attributes:
+        name: the statement.
+        ok: whether it holds.
+        detail: the measured figure.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def relative_error(left: Float[Tensor, "... d"], right: Float[Tensor, "... d"]) -> float:
+    """Largest difference, relative to the largest entry of the vector of `right`."""
+    scale = right.float().abs().amax(-1, keepdim=True).clamp_min(1e-6)
+    return float(((left.float() - right.float()).abs() / scale).max())
+
+
+def weighted_values(
+    pattern: Float[Tensor, "batch n_heads q_pos k_pos"], v: Float[Tensor, "batch k_pos n_kv_heads d_head"]
+) -> Float[Tensor, "batch q_pos n_heads d_head"]:
+    """`pattern @ v` per head; heads in a row share a head of v where there are fewer of these."""
+    repeated = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2).transpose(1, 2)
+    return (pattern @ repeated).transpose(1, 2)
+
+
+def _layers(sites: SiteMap) -> list[int]:
+    last = sites.n_layers - 1
+    return sorted({0, last // 2, last})
+
+
+def sublayer_checks(
+    hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], tolerance: float
+) -> tuple[list[Check], dict[Site, str]]:
+    """Checks inside the blocks, and the sites to withdraw on all layers because a checked layer breaks its identity.
+
+    `pattern @ v == z`; with q = 0 the pattern is what it is with k = 0, and not what it was; with mlp_pre far below
+    zero, mlp_post is 0.
+    """
+    withdrawn: dict[Site, str] = {}
+    checks = []
+    for kinds, blamed, statement, measure in (
+        (("pattern", "v", "z"), ("pattern",), "pattern @ v == z", _values),
+        (("q", "k", "pattern"), ("q", "k"), "q = 0 and k = 0 give the same pattern", _scores),
+        (("mlp_pre", "mlp_post"), ("mlp_pre",), f"mlp_pre = {_OFF:g} makes mlp_post 0", _gate),
+    ):
+        there = [site for site in sites.points if site not in withdrawn]
+        layers = [n for n in _layers(sites) if all(Site(kind, n) in there for kind in kinds)]
+        if not layers:
+            continue
+        try:
+            error = measure(hf, sites, inputs, layers)
+            why = f"{statement} fails by {error:.2g} (relative)" if error > tolerance else ""
+        except EditError as failure:
+            error, why = float("inf"), str(failure)
+        if why:
+            withdrawn |= {site: why for site in there if site.kind in blamed}
+        else:
+            checks.append(Check(statement, True, f"largest relative error {error:.2g} on layers {layers}"))
+    return checks, withdrawn
+
+
+def _values(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
+    acts = capture(hf, sites, inputs, [Site(kind, n) for n in layers for kind in ("pattern", "v", "z")])
+    return max(relative_error(weighted_values(acts[f"pattern.{n}"], acts[f"v.{n}"]), acts[f"z.{n}"]) for n in layers)
+
+
+def _scores(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
+    """How much the patterns differ between q = 0 and k = 0; infinite if these leave a pattern as it was."""
+    wanted = [Site("pattern", n) for n in layers]
+
+    def patterns(zeroed: str) -> list[Tensor]:
+        with attached([(sites[Site(zeroed, n)], torch.zeros_like) for n in layers] if zeroed else []):
+            acts = capture(hf, sites, inputs, wanted)
+        return [acts[site] for site in wanted]
+
+    clean, no_q, no_k = patterns(""), patterns("q"), patterns("k")
+    if any(torch.equal(a, b) for a, b in zip(clean, no_q, strict=True)):
+        return float("inf")
+    return max(relative_error(a, b) for a, b in zip(no_q, no_k, strict=True))
+
+
+def _gate(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
+    """Largest entry of mlp_post with mlp_pre switched off, relative to what it is otherwise."""
+    posts = [Site("mlp_post", n) for n in layers]
+    clean = capture(hf, sites, inputs, posts)
+    with attached([(sites[Site("mlp_pre", n)], lambda x: torch.full_like(x, _OFF)) for n in layers]):
+        closed = capture(hf, sites, inputs, posts)
+    return max(float(closed[s].float().abs().max() / clean[s].float().abs().max().clamp_min(1e-6)) for s in posts)
