@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from workbench.hooks.sites import KINDS, SiteMap
 
 
+_SIDES = {"in": "input", "out": "output", "inside": "inside"}
+
+
 @dataclass(frozen=True)
 class SiteRow:
     """One kind of site in one model.
@@ -45,9 +48,9 @@ class SiteTable:
             span = "" if not layers else f"{min(layers)}-{max(layers)}"
             if layers and len(layers) != max(layers) - min(layers) + 1:
                 span = ", ".join(map(str, sorted(layers)))
-            width = "?" if not have or have[0].width is None else str(have[0].width)
-            path = "" if not have else f"{have[0].path} ({have[0].side}put)"
-            rows.append(SiteRow(name, f"(batch, pos, {width})" if have else "", span, path, "; ".join(reasons)))
+            path = "" if not have else f"{have[0].path} ({_SIDES[have[0].side]})"
+            shape = "" if not have else f"({', '.join(map(str, have[0].shape))})"
+            rows.append(SiteRow(name, shape, span, path, "; ".join(reasons)))
         return cls(tuple(rows))
 
     def __str__(self) -> str:

@@ -1,0 +1,57 @@
+"""Which tokens of a batch a scope chooses, and batches over any stream of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.interventions.scopes import Scope, Step
+from workbench.tokens import TokenBatch
+
+T = TypeVar("T")
+
+
+def chosen_tokens(batch: TokenBatch, scope: Scope, encode: Callable[[str], list[int]]) -> Bool[Tensor, "rows width"]:
+    """True at the tokens of the batch that are in the scope; every token counts as prompt, padding never counts.
+
+    Raises:
+        InvalidInputError: if it is not a scope.
+        DegenerateInputError: if no token is in it.
+    """
+    if not isinstance(scope, Scope):
+        raise InvalidInputError(f"positions={scope!r} is not a scope; give Last(), Pos(0, -1), TokenIs(id) or a Mask.")
+    rows, width = batch.ids.shape
+    step = Step(
+        ids=batch.ids,
+        column=torch.arange(width, device=batch.ids.device),
+        position=batch.positions,
+        prompt_length=batch.lengths,
+        is_real=batch.mask,
+        is_prompt=torch.ones_like(batch.mask),
+        row=torch.arange(rows, device=batch.ids.device),
+        history=batch.ids,
+        history_real=batch.mask,
+    )
+    mask = scope.resolve(encode).mask(step)
+    if not bool(mask.any()):
+        raise DegenerateInputError(
+            f"positions={scope}: no token of this batch ({rows} rows, {batch.n_tokens} tokens) is in it."
+        )
+    return mask
+
+
+def groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Consecutive lists of `size` items, the last one shorter; reads no further than the list it gives.
+
+    >>> list(groups("abcde", 2))
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group
