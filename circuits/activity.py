@@ -13,8 +13,9 @@ from torch import Tensor
 from circuits.judges import Node
 from circuits.task import word_pattern
 from workbench.errors import InvalidInputError
-from workbench.interventions.ops import SAEAblate
-from workbench.interventions.plan import EditReport, Intervention
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.report import EditReport
+from workbench.interventions.saes import SAEAblate
 from workbench.interventions.scopes import Mask
 from workbench.models.model import Model
 from workbench.probes.linear import mean_pool, readable_tokens, sink_norm
@@ -68,7 +69,7 @@ class Reader:
         """A reader whose sink norm is estimated on the first batch of texts."""
         batch = model.tokens(list(texts[:batch_size]))
         return cls(
-            model, bases, probe_site, sink_norm(batch, model.capture(batch, [probe_site])[probe_site]), batch_size
+            model, bases, probe_site, sink_norm(batch, model.capture(batch, [probe_site]).flat(probe_site)), batch_size
         )
 
     @property
@@ -87,11 +88,11 @@ class Reader:
         active: dict[str, list[Tensor]] = {site: [] for site in self.bases}
         for batch in self._batches(texts, what):
             found = self.model.capture(batch, list(dict.fromkeys([self.probe_site, *self.bases])))
-            keep = self.keep(batch, found[self.probe_site])
-            x.append(mean_pool(found[self.probe_site], keep))
+            keep = self.keep(batch, found.flat(self.probe_site))
+            x.append(mean_pool(found.flat(self.probe_site), keep))
             n_tokens, n_left_out = n_tokens + int(keep.sum()), n_left_out + batch.n_tokens - int(keep.sum())
             for site, sae in self.bases.items():
-                pooled, counts = pooled_features(sae, found[site], keep)
+                pooled, counts = pooled_features(sae, found.flat(site), keep)
                 acts[site].append(pooled)
                 active[site].append(counts)
         frequency = {site: torch.stack(parts).sum(0) / n_tokens for site, parts in active.items()}
@@ -115,9 +116,9 @@ class Reader:
         """The same by running the model with the edit at every readable token; also what each edit did."""
         x, reports = [], []
         for batch in self._batches(pooled.texts, "ablating"):
-            keep = self.keep(batch, self.model.capture(batch, [self.probe_site])[self.probe_site])
+            keep = self.keep(batch, self.model.capture(batch, [self.probe_site]).flat(self.probe_site))
             with self.model.plan(self.intervention(nodes, keep)) as plan:
-                x.append(mean_pool(self.model.capture(batch, [self.probe_site])[self.probe_site], keep))
+                x.append(mean_pool(self.model.capture(batch, [self.probe_site]).flat(self.probe_site), keep))
             reports += plan.report
         return torch.cat(x), tuple(reports)
 
@@ -184,11 +185,11 @@ def token_evidence(
     on_words: list[Tensor] = []
     for batch in reader._batches(texts, "reading contexts"):
         found = reader.model.capture(batch, list(dict.fromkeys([reader.probe_site, *reader.bases])))
-        keep = reader.keep(batch, found[reader.probe_site])
+        keep = reader.keep(batch, found.flat(reader.probe_site))
         for site, sae in reader.bases.items():
             rows = [
                 sae.encode(x[k].to(sae.W_dec)).float()[:, features[site]]
-                for x, k in zip(found[site], keep, strict=True)
+                for x, k in zip(found.flat(site), keep, strict=True)
             ]
             acts[site].append(torch.cat(rows))
         marks = torch.stack([_marked(reader.model, batch, texts, list_, len(strings)) for list_ in words], dim=-1)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.hooks.sites import Site
+from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Map
-from workbench.interventions.plan import Intervention
 from workbench.interventions.scopes import Mask
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, mean_pool
@@ -247,7 +247,7 @@ def _clean(model: Model, site: str, batch: TokenBatch, keep: Tensor, rows: Tenso
     """Activations of the kept tokens in fp32, in row order."""
     # Rows are taken by hand, so that the padding and with it `keep` stay as they are.
     part = TokenBatch(batch.ids[rows], batch.mask[rows])
-    return model.capture(part, [site])[site][keep[rows]].float()
+    return model.capture(part, [site]).flat(site)[keep[rows]].float()
 
 
 @torch.no_grad()
@@ -292,7 +292,7 @@ class _Suffix:
         part = TokenBatch(self.batch.ids[self.rows], self.batch.mask[self.rows])
         edit = Intervention.at(self.site, Map(lambda _: x), Mask(self.keep[self.rows]))
         with self.model.plan(edit):
-            read = self.model.capture(part, [self.metric.site], grad=grad)[self.metric.site]
+            read = self.model.capture(part, [self.metric.site], grad=grad).flat(self.metric.site)
         with torch.set_grad_enabled(grad):
             return self.metric(read.float(), self.rows.to(read.device))
 

@@ -16,8 +16,8 @@ from workbench.features.output_score import (
     output_scores,
     rank_score,
 )
-from workbench.interventions.ops import SAEAddMax
-from workbench.interventions.plan import Intervention
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import All, Last
 from workbench.models.model import Model
 

@@ -76,14 +76,14 @@ def test_parallel_blocks_have_no_resid_mid_and_say_why() -> None:
 
 @pytest.mark.parametrize("asked", ["resid_pst.1", "resid_post.99", "attn_out"])
 def test_every_entry_refuses_a_wrong_site(asked: str) -> None:
-    import workbench.interventions.plan as plan
+    from workbench.interventions.intervention import Intervention
     from workbench.interventions.ops import Add
 
     model = tiny_model()
     with pytest.raises(UnknownSiteError):
         model.capture("abc", [asked])
     with pytest.raises(UnknownSiteError):
-        model.plan(plan.Intervention.at(asked, Add(torch.ones(16))))
+        model.plan(Intervention.at(asked, Add(torch.ones(16))))
     with pytest.raises(UnknownSiteError):
         model.resolve(asked)
     with pytest.raises(UnknownSiteError):

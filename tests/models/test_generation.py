@@ -5,8 +5,8 @@ import torch
 
 from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, tiny_model
 from workbench.errors import InvalidInputError
+from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
-from workbench.interventions.plan import Intervention
 from workbench.interventions.scopes import Generated, Last, Mask
 from workbench.models.sampling import Sampling, choose, inverse_cdf, uniforms
 

@@ -12,13 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.tiny import n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError
-from workbench.interventions.ops import Add, Map, SAEAblate, SAEClamp
-from workbench.interventions.plan import Intervention
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.op import Where
+from workbench.interventions.ops import Add, Map, PerRow
+from workbench.interventions.saes import SAEAblate, SAEClamp
 from workbench.models.model import Model
 from workbench.stats import wilson
 from workbench.steering.directions import TwoByTwo, mean_activations, random_directions
 from workbench.steering.refusal import RefusalOptions, refusal_study
-from workbench.steering.refusal_arms import Arm, PerRow, replies_of
+from workbench.steering.refusal_arms import Arm, replies_of
 from workbench.steering.refusal_data import PromptPair, RefusalData, as_chats, exchanges, refusal_data
 from workbench.steering.refusal_features import (
     EVERY_TOKEN_BUT_THE_FIRST,
@@ -150,12 +152,12 @@ def _golden_sae() -> Any:
     ],
 )
 def test_clamp_golden_vectors(op: Any, expected: list[float]) -> None:
-    found = op(torch.tensor([[2.0, 1.0]]), torch.tensor([0]))
+    found = op(torch.tensor([[2.0, 1.0]]))
     assert torch.allclose(found, torch.tensor([expected]), atol=1e-6)
 
 
 def test_clamp_switches_on_an_inactive_feature() -> None:
-    found = SAEClamp(_golden_sae(), [0], 5.0)(torch.tensor([[0.0, 1.0]]), torch.tensor([0]))
+    found = SAEClamp(_golden_sae(), [0], 5.0)(torch.tensor([[0.0, 1.0]]))
     assert torch.allclose(found, torch.tensor([[5.0, 1.0]]))
 
 
@@ -166,9 +168,14 @@ def test_per_row_edits_each_row_by_its_own_op() -> None:
     ops = (Add(torch.tensor([1.0, 0.0])), Add(torch.tensor([0.0, 1.0]), 10.0))
     edit = PerRow(ops, torch.tensor([1, -1, 0]))
     h, rows = torch.zeros(4, 2), torch.tensor([0, 1, 2, 2])
-    assert edit(h, rows).tolist() == [[0, 10], [0, 0], [1, 0], [1, 0]]
+    assert edit(h, Where(rows, 0 * rows)).tolist() == [[0, 10], [0, 0], [1, 0], [1, 0]]
     assert not h.any(), "the input is left as it is"
-    assert edit.take(torch.tensor([2, 1]))(h, torch.tensor([0, 0, 1, 1])).tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]]
+    assert edit.take(torch.tensor([2, 1]))(h, Where(torch.tensor([0, 0, 1, 1]), 0 * rows)).tolist() == [
+        [1, 0],
+        [1, 0],
+        [0, 0],
+        [0, 0],
+    ]
     assert edit.must_change and not edit.take(torch.tensor([1])).must_change
     with pytest.raises(InvalidInputError, match="PerRow"):
         PerRow(ops, torch.tensor([2]))

@@ -10,8 +10,9 @@ import torch
 from tests.features.toys import random_sae
 from tests.tiny import n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.interventions.ops import Add, SAEAddMax
-from workbench.interventions.plan import Intervention
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.ops import Add
+from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import Generated, Last
 from workbench.steering import SteerOptions, best_strength, continuation_nll, distinct_2, generation_success, steer
 from workbench.steering.measures import TextMeasures, measure

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from workbench.errors import InvalidInputError
 from workbench.hooks.sites import Site
+from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
-from workbench.interventions.plan import Intervention
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 

@@ -1,62 +1,17 @@
-"""Edits as pure functions: `h -> h'` on the chosen tokens, in fp32."""
+"""Edits along given vectors: additions, projections, affine maps; any function; a choice of edits per row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
-
-Rows = Int[Tensor, " n"]
-
-
-class Op:
-    """An edit of hidden states. `rows` says to which batch row each token belongs."""
-
-    def __call__(self, h: Float[Tensor, "n d"], rows: Rows) -> Float[Tensor, "n d"]:
-        """The edited hidden states."""
-        raise NotImplementedError
-
-    @property
-    def width(self) -> int | None:
-        """Size of the hidden states that this edit fits, or None for any."""
-        return None
-
-    @property
-    def n_rows(self) -> int | None:
-        """Number of batch rows that the per-row parameters are for, or None if every row gets the same edit."""
-        return None
-
-    @property
-    def must_change(self) -> bool:
-        """Whether an edit that changes nothing is an error."""
-        return False
-
-    def take(self, rows: Int[Tensor, " chosen"]) -> Op:  # noqa: ARG002
-        """The same edit for a choice of batch rows."""
-        return self
-
-
-def _vector(value: Tensor, name: str) -> Tensor:
-    if value.ndim not in (1, 2):
-        raise ShapeError(f"{name}: shape {tuple(value.shape)}; give (d,) for all rows or (rows, d) for one per row.")
-    value = value.detach().float()
-    if not bool(torch.isfinite(value).all()):
-        raise InvalidInputError(f"{name}: the vector of shape {tuple(value.shape)} holds non-finite values.")
-    if not bool((value != 0).any()):
-        raise DegenerateInputError(
-            f"{name}: the vector of shape {tuple(value.shape)} is zero, so nothing would be edited."
-        )
-    return value
-
-
-def _of_row(value: Tensor, rows: Rows, per_row_ndim: int) -> Tensor:
-    return value[rows] if value.ndim == per_row_ndim else value
+from workbench.errors import InvalidInputError, ShapeError
+from workbench.interventions.op import LowRankForm, Op, Where, basis, floats, project, same_width, unit, vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,184 +22,238 @@ class Add(Op):
         vector: the steering vector, with magnitude; one for all rows or one per batch row.
         strength: factor on it; a number or one per batch row.
 
-    >>> Add(torch.tensor([0.0, 2.0]), strength=3.0)(torch.tensor([[1.0, 1.0]]), torch.tensor([0]))  # 1 + 3 * 2
+    >>> Add(torch.tensor([0.0, 2.0]), strength=3.0)(torch.tensor([[1.0, 1.0]]))  # 1 + 3 * 2
     tensor([[1., 7.]])
     """
 
     vector: Float[Tensor, "*rows d"]
     strength: float | Float[Tensor, " rows"] = 1.0
+    per_row: ClassVar[Mapping[str, int]] = {"vector": 1, "strength": 0}
+    strength_name: ClassVar[str | None] = "strength"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vector", _vector(self.vector, "Add"))
+        object.__setattr__(self, "vector", vector(self.vector, "Add"))
 
-    def __call__(self, h: Float[Tensor, "n d"], rows: Rows) -> Float[Tensor, "n d"]:
-        vector = _of_row(self.vector.to(h.device), rows, 2)
-        if isinstance(self.strength, Tensor):
-            return h + self.strength.to(h)[rows, None] * vector
-        return h + self.strength * vector
+    def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
+        where = where or Where.of(h)
+        strength, v = self._per_token("strength", where, h), self._per_token("vector", where, h)
+        return h + strength[..., None] * v
 
     @property
     def width(self) -> int | None:
         return self.vector.shape[-1]
 
     @property
-    def n_rows(self) -> int | None:
-        if self.vector.ndim == 2:
-            return self.vector.shape[0]
-        return len(self.strength) if isinstance(self.strength, Tensor) else None
+    def must_change(self) -> bool:
+        return bool((torch.as_tensor(self.strength) != 0).any())
+
+    def low_rank(self) -> LowRankForm | None:
+        if isinstance(self.strength, Tensor) and self.vector.ndim == 1:
+            bias = self.strength.to(self.vector)[:, None] * self.vector
+        else:
+            bias = torch.as_tensor(self.strength).to(self.vector)[..., None] * self.vector
+        nothing = self.vector.new_zeros(0, self.vector.shape[-1])
+        return LowRankForm(nothing, nothing, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class AddScaled(Op):
+    """`h + strength * size * direction`: an addition whose size follows the residual stream.
+
+    Attributes:
+        vector: only its direction counts; one for all rows or one per batch row.
+        strength: factor; a number or one per batch row.
+        size: "norm" for the norm of each token's own activation, or a number such as the mean norm of a data set.
+
+    >>> AddScaled(torch.tensor([0.0, 9.0]), strength=0.5)(torch.tensor([[3.0, 4.0]]))  # norm 5, so 2.5 is added
+    tensor([[3.0000, 6.5000]])
+    """
+
+    vector: Float[Tensor, "*rows d"]
+    strength: float | Float[Tensor, " rows"] = 1.0
+    size: Literal["norm"] | float = "norm"
+    per_row: ClassVar[Mapping[str, int]] = {"vector": 1, "strength": 0}
+    strength_name: ClassVar[str | None] = "strength"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vector", unit(self.vector, "AddScaled"))
+        if isinstance(self.size, str) and self.size != "norm":
+            raise InvalidInputError(f"AddScaled(size={self.size!r}): use 'norm' or a number.")
+
+    def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
+        where = where or Where.of(h)
+        size = h.norm(dim=1, keepdim=True) if isinstance(self.size, str) else self.size
+        strength, v = self._per_token("strength", where, h), self._per_token("vector", where, h)
+        return h + strength[..., None] * size * v
+
+    @property
+    def width(self) -> int | None:
+        return self.vector.shape[-1]
 
     @property
     def must_change(self) -> bool:
         return bool((torch.as_tensor(self.strength) != 0).any())
 
-    def take(self, rows: Int[Tensor, " chosen"]) -> Op:
-        strength = self.strength[rows] if isinstance(self.strength, Tensor) else self.strength
-        return Add(self.vector[rows] if self.vector.ndim == 2 else self.vector, strength)
-
 
 @dataclass(frozen=True, eq=False)
 class ProjectOut(Op):
-    """`h - (h . r) r` for the unit direction r: removes one direction. The same for r, -r and 5 r.
+    """Removes a direction or a subspace: `h - sum_i (h . r_i) r_i` over an orthonormal basis.
 
-    >>> ProjectOut(torch.tensor([0.0, 5.0]))(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
+    The result does not depend on sign, length and order of the directions.
+
+    Attributes:
+        directions: one direction `(d,)`, several `(k, d)`, or one set per batch row `(rows, k, d)`; kept as an
+            orthonormal basis.
+
+    >>> ProjectOut(torch.tensor([0.0, 5.0]))(torch.tensor([[1.0, 2.0]]))
     tensor([[1., 0.]])
     """
 
-    direction: Float[Tensor, " d"]
+    directions: Float[Tensor, "*rows d"]
+    per_row: ClassVar[Mapping[str, int]] = {"directions": 2}
 
     def __post_init__(self) -> None:
-        vector = _vector(self.direction, "ProjectOut")
-        if vector.ndim != 1:
-            raise ShapeError(f"ProjectOut: shape {tuple(vector.shape)}; give one direction (d,).")
-        object.__setattr__(self, "direction", vector / vector.norm())
+        object.__setattr__(self, "directions", basis(self.directions, "ProjectOut"))
 
-    def __call__(self, h: Float[Tensor, "n d"], rows: Rows) -> Float[Tensor, "n d"]:  # noqa: ARG002
-        r = self.direction.to(h.device)
-        return h - (h @ r)[:, None] * r
+    def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
+        return h - project(h, self._per_token("directions", where or Where.of(h), h))
 
     @property
     def width(self) -> int | None:
-        return self.direction.shape[0]
+        return self.directions.shape[-1]
+
+    def low_rank(self) -> LowRankForm | None:
+        if self.directions.ndim == 3:
+            return None
+        return LowRankForm(-self.directions, self.directions, self.directions.new_zeros(self.directions.shape[-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Op):
+    """`h W^T + b`, with W as in `torch.nn.Linear`.
+
+    Attributes:
+        weight: W.
+        bias: b, or None.
+
+    >>> Affine(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([10.0, 0.0]))(torch.tensor([[1.0, 2.0]]))
+    tensor([[12.,  1.]])
+    """
+
+    weight: Float[Tensor, "d d"]
+    bias: Float[Tensor, " d"] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", floats(self.weight, "Affine", (2,), "(d, d)"))
+        if self.weight.shape[0] != self.weight.shape[1]:
+            raise ShapeError(f"Affine: weight {tuple(self.weight.shape)}; it must be square.")
+        if self.bias is not None:
+            object.__setattr__(self, "bias", floats(self.bias, "Affine", (1,), "(d,)"))
+            same_width("Affine", weight=self.weight, bias=self.bias)
+
+    def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:  # noqa: ARG002
+        out = h @ self.weight.to(h).T
+        return out if self.bias is None else out + self.bias.to(h)
+
+    @property
+    def width(self) -> int | None:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Op):
+    """`h + R^T (W h + b - R h)`: the intervention of LoReFT (Wu et al. 2024, equation 1).
+
+    Attributes:
+        R: directions that are read and written; orthonormal rows give the published form.
+        W: what their coordinates become.
+        b: constant added to them, or None.
+
+    >>> one = torch.tensor([[0.0, 1.0]])
+    >>> LowRank(R=one, W=0 * one, b=torch.tensor([9.0]))(torch.tensor([[1.0, 2.0]]))  # coordinate 2 becomes 9
+    tensor([[1., 9.]])
+    """
+
+    R: Float[Tensor, "k d"]
+    W: Float[Tensor, "k d"]
+    b: Float[Tensor, " k"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("R", "W"):
+            object.__setattr__(self, name, floats(getattr(self, name), f"LowRank.{name}", (2,), "(k, d)"))
+        if self.R.shape != self.W.shape:
+            raise ShapeError(f"LowRank: R {tuple(self.R.shape)} and W {tuple(self.W.shape)} must have one shape.")
+        if self.b is not None:
+            object.__setattr__(self, "b", floats(self.b, "LowRank.b", (1,), "(k,)"))
+            if len(self.b) != len(self.R):
+                raise ShapeError(f"LowRank: b {tuple(self.b.shape)}; R has {len(self.R)} directions.")
+
+    def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:  # noqa: ARG002
+        change = h @ (self.W - self.R).to(h).T
+        return h + (change if self.b is None else change + self.b.to(h)) @ self.R.to(h)
+
+    @property
+    def width(self) -> int | None:
+        return self.R.shape[1]
+
+    def low_rank(self) -> LowRankForm | None:
+        bias = self.R.new_zeros(self.R.shape[1]) if self.b is None else self.b @ self.R
+        return LowRankForm(self.W - self.R, self.R, bias)
 
 
 @dataclass(frozen=True, eq=False)
 class Map(Op):
     """Any function of the hidden states, `(n, d) -> (n, d)` in fp32.
 
-    >>> Map(lambda h: 2 * h)(torch.ones(1, 2), torch.tensor([0]))
+    >>> Map(lambda h: 2 * h)(torch.ones(1, 2))
     tensor([[2., 2.]])
     """
 
     fn: Callable[[Tensor], Tensor]
 
-    def __call__(self, h: Float[Tensor, "n d"], rows: Rows) -> Float[Tensor, "n d"]:  # noqa: ARG002
+    def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:  # noqa: ARG002
         return self.fn(h)
 
 
-def _features(sae: Any, features: Sequence[int] | Tensor) -> Tensor:
-    ids = torch.as_tensor(features, dtype=torch.long)
-    d_sae = sae.W_dec.shape[0]
-    if ids.numel() == 0:
-        raise DegenerateInputError("No SAE feature given, so nothing would be edited.")
-    bad = ids[(ids < 0) | (ids >= d_sae)]
-    if bad.numel():
-        raise InvalidInputError(f"Feature {int(bad[0])} does not exist; this SAE has features 0 to {d_sae - 1}.")
-    return ids
+@dataclass(frozen=True, eq=False)
+class PerRow(Op):
+    """A choice of edits, one for each batch row.
 
+    Attributes:
+        ops: the edits.
+        owner: for each row the index of its edit; -1 leaves the row as it is.
+    """
 
-class _SAEOp(Op):
-    """Shared by the SAE edits: `x + sum_f (a'_f - a_f) W_dec[f]`, so the SAE's error is kept."""
+    ops: tuple[Op, ...]
+    owner: Int[Tensor, " rows"]
+    per_row: ClassVar[Mapping[str, int]] = {"owner": 0}
 
-    sae: Any
+    def __post_init__(self) -> None:
+        if not -1 <= int(self.owner.min()) <= int(self.owner.max()) < len(self.ops):
+            raise InvalidInputError(
+                f"PerRow: owners {self.owner.tolist()} of {len(self.ops)} ops; use -1 to {len(self.ops) - 1}."
+            )
+
+    def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
+        where = where or Where.of(h)
+        owner = self._per_token("owner", where, h)
+        edited = h.clone()
+        for i in owner.unique().tolist():
+            if i >= 0:
+                mine = owner == i
+                edited[mine] = self.ops[i](h[mine], Where(where.rows[mine], where.positions[mine]))
+        return edited
 
     @property
     def width(self) -> int | None:
-        return int(self.sae.W_dec.shape[1])
-
-    def _acts(self, h: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.sae.encode(h.to(self.sae.W_dec)).to(h)
-
-    def _write(self, h: Tensor, change: Tensor, features: Tensor) -> Tensor:
-        return h + change @ self.sae.W_dec.detach()[features].to(h)
-
-
-@dataclass(frozen=True, eq=False)
-class SAEClamp(_SAEOp):
-    """Sets feature activations to a value: `x + sum_f (value - a_f) W_dec[f]`, error kept.
-
-    Attributes:
-        sae: an SAE in the sae_lens form.
-        features: feature indices.
-        value: the activation to set, in the SAE's units; one number or one per feature.
-    """
-
-    sae: Any
-    features: Sequence[int] | Int[Tensor, " f"]
-    value: float | Float[Tensor, " f"] = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "features", _features(self.sae, self.features))
-
-    def __call__(self, h: Float[Tensor, "n d"], rows: Rows) -> Float[Tensor, "n d"]:  # noqa: ARG002
-        features = torch.as_tensor(self.features)
-        value = self.value.to(h) if isinstance(self.value, Tensor) else self.value
-        return self._write(h, value - self._acts(h)[:, features], features)
-
-
-@dataclass(frozen=True, eq=False)
-class SAEAblate(_SAEOp):
-    """Zeroes feature activations: `x - sum_f a_f W_dec[f]`, error kept. Inactive features change nothing."""
-
-    sae: Any
-    features: Sequence[int] | Int[Tensor, " f"]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "features", _features(self.sae, self.features))
-
-    def __call__(self, h: Float[Tensor, "n d"], rows: Rows) -> Float[Tensor, "n d"]:  # noqa: ARG002
-        features = torch.as_tensor(self.features)
-        return self._write(h, -self._acts(h)[:, features], features)
-
-
-@dataclass(frozen=True, eq=False)
-class SAEAddMax(_SAEOp):
-    """Adds `strength * a_max * direction`, a_max being the largest feature activation at the token.
-
-    With `direction = W_dec[f]` this is the steering of Arad et al. 2025 (their equation 6 with the error kept); a_max
-    is taken per token, so rows do not depend on each other (the reference code takes it over the batch).
-
-    Attributes:
-        sae: an SAE in the sae_lens form.
-        direction: what to add; one for all rows or one per batch row.
-        strength: factor; a number or one per batch row.
-    """
-
-    sae: Any
-    direction: Float[Tensor, "*rows d"]
-    strength: float | Float[Tensor, " rows"] = 1.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "direction", _vector(self.direction, "SAEAddMax"))
-
-    @classmethod
-    def of_features(cls, sae: Any, features: Sequence[int], strength: float | Tensor = 1.0) -> SAEAddMax:
-        """One feature per batch row."""
-        return cls(sae, sae.W_dec.detach()[_features(sae, features)], strength)
-
-    def __call__(self, h: Float[Tensor, "n d"], rows: Rows) -> Float[Tensor, "n d"]:
-        a_max = self._acts(h).amax(dim=1, keepdim=True)
-        return Add(self.direction, self.strength)(torch.zeros_like(h), rows) * a_max + h
-
-    @property
-    def n_rows(self) -> int | None:
-        return Add(self.direction, self.strength).n_rows
+        return next((op.width for op in self.ops if op.width is not None), None)
 
     @property
     def must_change(self) -> bool:
-        return Add(self.direction, self.strength).must_change
+        return any(self.ops[i].must_change for i in self.owner.unique().tolist() if i >= 0)
 
     def take(self, rows: Int[Tensor, " chosen"]) -> Op:
-        part = Add(self.direction, self.strength).take(rows)
-        assert isinstance(part, Add)
-        return replace(self, direction=part.vector, strength=part.strength)
+        return PerRow(tuple(op.take(rows) if op.n_rows is not None else op for op in self.ops), self.owner[rows])
+
+    def to(self, device: torch.device) -> Op:
+        return PerRow(tuple(op.to(device) for op in self.ops), self.owner.to(device))

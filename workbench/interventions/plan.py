@@ -1,170 +1,65 @@
-"""Interventions, and plans that bind them to a model and prove that they happened."""
+"""Plans: interventions bound to a model, which prove that they happened."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from workbench.errors import DegenerateInputError, EditError, InvalidInputError, ShapeError
+from workbench.errors import EditError, ShapeError
 from workbench.hooks.attach import Fn, attached
-from workbench.hooks.sites import Point, Site, SiteMap
-from workbench.interventions.ops import Op
-from workbench.interventions.scopes import All, Scope, Step
+from workbench.hooks.sites import Point, SiteMap
+from workbench.interventions.compiled import Compiled, GateState, compile_edits
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.op import Where
+from workbench.interventions.report import EditReport
+from workbench.interventions.scopes import Scope, Step
+
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Plan]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Edit:
-    """One op at one site on the tokens of one scope."""
-
-    site: Site
-    op: Op
-    scope: Scope
-
-    def __str__(self) -> str:
-        return f"{type(self.op).__name__} at {self.site} on {self.scope}"
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """An ordered list of edits, without reference to a model. `+` puts one after the other."""
-
-    edits: tuple[Edit, ...] = ()
-
-    @classmethod
-    def at(cls, site: str | Site, op: Op, scope: Scope | None = None) -> Intervention:
-        """One edit. The default scope is every token.
-
-        Raises:
-            UnknownSiteError: if there is no such kind of site.
-        """
-        if not isinstance(op, Op):
-            raise InvalidInputError(
-                f"Intervention.at: {type(op).__name__} is not an op; give Add(vector), SAEAblate(...)."
-            )
-        return cls((Edit(Site.parse(site), op, scope or All()),))
-
-    def __add__(self, other: Intervention) -> Intervention:
-        return Intervention(self.edits + other.edits)
-
-    @property
-    def n_rows(self) -> int | None:
-        """Number of batch rows that per-row parameters are for, or None."""
-        sizes = {edit.op.n_rows for edit in self.edits} - {None}
-        if len(sizes) > 1:
-            raise ShapeError(f"The edits have parameters for {sorted(map(str, sizes))} rows; they must agree.")
-        return next(iter(sizes), None)
-
-    def take(self, rows: Int[Tensor, " chosen"]) -> Intervention:
-        """The same intervention for a choice of batch rows."""
-        return Intervention(tuple(Edit(e.site, e.op.take(rows), e.scope.take(rows)) for e in self.edits))
-
-
-@dataclass(frozen=True)
-class EditReport:
-    """What one edit did.
-
-    Attributes:
-        edit: the edit in words.
-        site: where.
-        fired: number of forward passes in which its hook ran.
-        tokens: number of tokens that were edited.
-        mean_norm_intended: mean L2 norm of the change as computed in fp32.
-        mean_norm_applied: mean L2 norm of the change that reached the model, after rounding to its dtype.
-        mean_norm_before: mean L2 norm of the hidden states that were edited.
-    """
-
-    edit: str
-    site: str
-    fired: int
-    tokens: int
-    mean_norm_intended: float
-    mean_norm_applied: float
-    mean_norm_before: float
-
-    @property
-    def share(self) -> float:
-        """Mean applied norm divided by the mean norm of the edited hidden states."""
-        return self.mean_norm_applied / self.mean_norm_before if self.mean_norm_before else 0.0
-
-    @classmethod
-    def merged(cls, parts: Sequence[EditReport]) -> EditReport:
-        """One report of the same edit in several batches; means are over tokens."""
-        tokens = sum(part.tokens for part in parts)
-
-        def mean(name: str) -> float:
-            return sum(part.tokens * getattr(part, name) for part in parts) / max(tokens, 1)
-
-        norms = [mean(name) for name in ("mean_norm_intended", "mean_norm_applied", "mean_norm_before")]
-        return cls(parts[0].edit, parts[0].site, sum(part.fired for part in parts), tokens, *norms)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.edit}: fired {self.fired}x on {self.tokens} tokens, mean norm added {self.mean_norm_applied:.4g} "
-            f"({100 * self.share:.3g} % of the activation norm)"
-        )
-
-
-class _Tally:
-    """Sums of one edit, kept on the device so that no forward pass waits for them."""
-
-    def __init__(self) -> None:
-        self.fired = 0
-        self.tokens: Tensor | int = 0
-        self.intended: Tensor | float = 0.0
-        self.applied: Tensor | float = 0.0
-        self.before: Tensor | float = 0.0
-
-    def add(self, before: Tensor, wanted: Tensor, written: Tensor) -> None:
-        self.tokens = self.tokens + before.shape[0]
-        self.intended = self.intended + (wanted - before).norm(dim=1).sum()
-        self.applied = self.applied + (written.float() - before).norm(dim=1).sum()
-        self.before = self.before + before.norm(dim=1).sum()
-
-    def report(self, edit: Edit) -> EditReport:
-        tokens = int(self.tokens)
-        n = max(tokens, 1)
-        norms = [float(total) / n for total in (self.intended, self.applied, self.before)]
-        return EditReport(str(edit), str(edit.site), self.fired, tokens, *norms)
+def active_plans(hf: nn.Module) -> tuple[Plan, ...]:
+    """The plans that are on for a model, outermost first."""
+    with _LOCK:
+        return tuple(_ACTIVE.get(hf, ()))
 
 
 class Plan:
     """An intervention bound to a model; a context manager in which every use of the model is edited.
 
-    One hook per site, edits of a site in list order, computed in fp32 and cast back once. Leaving the block raises
-    `EditError` if an edit never ran, met no token, or changed nothing although it had to.
+    One hook per site; edits of a site in list order, computed in fp32 and rounded to the model's dtype once; edits of
+    the form `h + (h U^T) V + b` that follow each other are merged. Leaving the block raises `EditError` if an edit
+    never ran, met no token, or changed nothing although it had to. Plans may be nested; they belong to one thread.
 
     Attributes:
         report: one `EditReport` per edit, up to now.
     """
 
     def __init__(self, hf: nn.Module, sites: SiteMap, intervention: Intervention) -> None:
-        if not intervention.edits:
-            raise DegenerateInputError(
-                "plan(Intervention()): there is no edit in it. Add one with Intervention.at(...)."
-            )
         self._hf, self._intervention = hf, intervention
-        self._by_point: dict[Point, list[tuple[Edit, _Tally]]] = {}
-        self._tallies: list[tuple[Edit, _Tally]] = []
-        for edit in intervention.edits:
-            point = sites[edit.site]
-            if point.width is not None and edit.op.width not in (None, point.width):
-                raise ShapeError(
-                    f"{edit}: the op is for width {edit.op.width}; site {edit.site} has width {point.width}."
-                )
-            entry = (edit, _Tally())
-            self._tallies.append(entry)
-            self._by_point.setdefault(point, []).append(entry)
+        self._compiled: Compiled = compile_edits(sites, intervention, next(hf.parameters()).device)
         self._n_rows = intervention.n_rows
+        self._wants_history = any(edit.scope.wants_history() for edit in intervention.edits)
+        self._stack: contextlib.ExitStack | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._step: Step | None = None
+        self._began: nn.Module | None = None
         self._last_ids: Tensor | None = None
         self._prompt_width = 0
-        self._stack: contextlib.ExitStack | None = None
+        self._roles: Tensor | None = None
+        self._row: Tensor | None = None
+        self._history: Tensor | None = None
+        self._selected: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._gates: dict[int, GateState] = {}
 
     @property
     def intervention(self) -> Intervention:
@@ -174,49 +69,94 @@ class Plan:
     @property
     def report(self) -> tuple[EditReport, ...]:
         """What each edit did up to now."""
-        return tuple(tally.report(edit) for edit, tally in self._tallies)
+        return tuple(tally.report() for tally in self._compiled.tallies)
+
+    def explain(self) -> str:
+        """Which edits are made where, which are merged, and from which layer on the model has to be run again."""
+        return self._compiled.explain()
+
+    def __str__(self) -> str:
+        return f"Plan({'; '.join(map(str, self._intervention.edits)) or 'no edits'})"
+
+    # Entering and leaving.
 
     def __enter__(self) -> Plan:
         if self._stack is not None:
             raise EditError("This plan is already active. Leave its block first, or make a second plan.")
+        self._thread = threading.get_ident()
         with contextlib.ExitStack() as stack:
-            handle = self._hf.register_forward_pre_hook(self._begin_step, with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.enter_context(attached([(point, self._writer(point)) for point in self._by_point]))
+            self._register(stack)
+            # The base model as well, for calls that do not go through the language model head.
+            for module in dict.fromkeys((self._hf, getattr(self._hf, "base_model", self._hf))):
+                stack.callback(module.register_forward_pre_hook(self._begin_step, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(self._end_step, always_call=True).remove)
+            stack.enter_context(attached([(point, self.at(point)) for point in self._compiled.points]))
             self._stack = stack.pop_all()
         return self
+
+    def _register(self, stack: contextlib.ExitStack) -> None:
+        with _LOCK:
+            plans = _ACTIVE.setdefault(self._hf, [])
+            others = [plan for plan in plans if plan._thread != self._thread]
+            if others:
+                raise EditError(
+                    f"{others[0]} is active on this model in another thread; the edits of both would reach both. "
+                    "Put the edits of both into one plan, or give each thread a model of its own."
+                )
+            plans.append(self)
+        stack.callback(self._unregister)
+
+    def _unregister(self) -> None:
+        with _LOCK:
+            _ACTIVE[self._hf].remove(self)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._stack is not None
         self._stack.close()
         self._stack = None
+        self._forget()
         if kind is None:
-            self._prove()
+            self._compiled.prove()
 
-    def _prove(self) -> None:
-        for edit, tally in self._tallies:
-            done = tally.report(edit)
-            if done.fired == 0:
-                raise EditError(
-                    f"{edit}: the hook never ran. Nothing was edited; was the model called inside the block?"
-                )
-            if done.tokens == 0:
-                raise EditError(f"{edit}: no token was in scope in {done.fired} forward passes, so nothing was edited.")
-            if done.mean_norm_applied == 0 and edit.op.must_change:
-                raise EditError(
-                    f"{edit}: {done.tokens} tokens met the edit, but the change of mean norm "
-                    f"{done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. "
-                    "Use a larger strength or load the model in float32."
-                )
+    # What is known about the tokens of a forward pass.
 
-    def _begin_step(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def roles(self, is_prompt: Bool[Tensor, "batch columns"] | None) -> None:
+        """States which columns of the whole sequence are prompt; those behind it are generated.
+
+        Without it, everything in the first uncached call is prompt. None returns to that.
+        """
+        self._roles = is_prompt
+
+    def select_rows(self, index: Int[Tensor, " kept"]) -> None:
+        """From the next forward pass on, the batch consists of these rows of the present one."""
+        for name in ("_roles", "_row", "_history"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value[index.to(value.device)])
+        for gate in self._gates.values():
+            gate.select(index)
+
+    @contextlib.contextmanager
+    def stepping(self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> Iterator[None]:
+        """A forward pass of a whole prompt that does not begin at the model's own `forward`, as when resuming."""
+        self._set_step(ids, ids.shape[:2], mask, 0)
+        try:
+            yield
+        finally:
+            self._step = None
+
+    def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._step is not None:
+            return
+        if threading.get_ident() != self._thread:
+            raise EditError(f"The model was called from another thread than the one in which {self} is active.")
         ids = kwargs.get("input_ids", args[0] if args else None)
         source = ids if ids is not None else kwargs.get("inputs_embeds")
         if source is None:
             raise EditError("The edited model was called without input_ids or inputs_embeds.")
-        batch, width = source.shape[:2]
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
+        batch, width = source.shape[:2]
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = torch.ones(batch, past + width, dtype=torch.bool, device=source.device)
@@ -224,14 +164,65 @@ class Plan:
             raise EditError(
                 f"attention_mask has shape {tuple(mask.shape)}; edits need the (batch, pos) mask to know padding."
             )
+        self._set_step(ids, (batch, width), mask.bool(), past)
+        self._began = module
+
+    def _end_step(self, module: nn.Module, *_: object) -> None:
+        if module is self._began:
+            self._step = self._began = None
+
+    def _set_step(self, ids: Tensor | None, shape: tuple[int, ...], mask: Tensor, past: int) -> None:
+        batch, width = shape
         if past == 0 and not self._continues(ids):
-            self._prompt_width = width
+            self._prompt_width, self._row = width, None
         elif self._prompt_width == 0:
             self._prompt_width = past + width
         self._last_ids = ids if past == 0 else None
-        self._step = _step(ids, mask.bool(), past, width, self._prompt_width)
-        if self._n_rows is not None and batch % self._n_rows:
-            raise ShapeError(f"The intervention has parameters for {self._n_rows} rows; the batch has {batch} rows.")
+        if self._row is None or len(self._row) != batch:
+            self._row = self._rows_of(ids, batch, mask.device)
+        if self._wants_history:
+            self._remember(ids, past)
+        roles = self._roles
+        if roles is None:
+            roles = torch.ones(1, self._prompt_width, dtype=torch.bool, device=mask.device)
+        roles = nn.functional.pad(roles, (0, max(0, past + width - roles.shape[1])))[:, : past + width]
+        roles = roles.expand(batch, -1)
+        position = (mask.long().cumsum(1) - 1).clamp_min(0)
+        # One more than the position of the last real prompt token.
+        length = (position + 1).masked_fill(~(roles & mask[:, : past + width]), 0).amax(1)
+        self._step = Step(
+            ids, torch.arange(past, past + width, device=mask.device), position[:, past : past + width], length,
+            mask[:, past : past + width], roles[:, past:], self._row, self._history,
+            None if self._history is None else mask[:, : self._history.shape[1]],
+        )  # fmt: skip
+        self._selected.clear()
+
+    def _remember(self, ids: Tensor | None, past: int) -> None:
+        if ids is None or (past and (self._history is None or self._history.shape[1] < past)):
+            self._history = None
+        elif past:
+            assert self._history is not None
+            self._history = torch.cat([self._history[:, :past], ids], 1)
+        else:
+            self._history = ids
+
+    def _rows_of(self, ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
+        """The row of per-row parameters for each batch row; beams and returned sequences repeat each row."""
+        n = self._n_rows
+        if n is None:
+            return torch.arange(batch, device=device)
+        if batch % n:
+            raise ShapeError(f"The intervention has parameters for {n} rows; the batch has {batch} rows.")
+        repeats = batch // n
+        masks = any(edit.scope.n_rows is not None for edit in self._intervention.edits)
+        if repeats > 1 and ids is not None and (n > 1 or masks):
+            groups = ids.view(n, repeats, -1)
+            if not bool((groups == groups[:, :1]).all()):
+                raise ShapeError(
+                    f"The intervention has parameters for {n} rows; the batch has {batch} rows, and they are not each "
+                    f"row repeated {repeats} times (as beams or returned sequences are). Give parameters for {batch}."
+                )
+        return torch.arange(n, device=device).repeat_interleave(repeats)
 
     def _continues(self, ids: Tensor | None) -> bool:
         """Whether this uncached call is the previous one with one generated token appended."""
@@ -240,43 +231,89 @@ class Plan:
             return False
         return torch.equal(ids[:, :-1], last)
 
-    def _writer(self, point: Point) -> Fn:
-        entries = self._by_point[point]
+    # Reading gates and writing edits.
 
-        def write(x: Tensor) -> Tensor:
-            step = self._step
-            if step is None or x.shape[:2] != step.is_real.shape:
-                raise EditError(f"Site {point.site} has shape {tuple(x.shape)}; the batch says {self._expected()}.")
-            for edit, tally in entries:
-                x = self._apply(x, edit, tally, step)
-            return x
+    def at(self, point: Point) -> Fn:
+        """The function that reads the gates and makes the edits of one site."""
+        gates, groups = self._compiled.gates_at(point), self._compiled.groups_at(point)
 
-        return write
+        def run(x: Tensor) -> Tensor | None:
+            flat = point.flat(x)
+            step = self._step_for(point, flat)
+            for gate in gates:
+                self._gates.setdefault(id(gate), GateState()).read(gate, flat, step)
+            edited = self._write(flat, step, groups)
+            return None if edited is None else point.unflat(edited, x)
 
-    def _expected(self) -> str:
-        return "no forward pass" if self._step is None else f"(batch, pos) = {tuple(self._step.is_real.shape)}"
+        return run
 
-    def _apply(self, x: Tensor, edit: Edit, tally: _Tally, step: Step) -> Tensor:
-        tally.fired += 1
-        row, column = edit.scope.mask(step).to(x.device).nonzero(as_tuple=True)
-        if row.numel() == 0:
-            return x
-        before = x[row, column].float()
-        # Beams and returned sequences repeat each row next to itself.
-        owner = row if self._n_rows is None else row // (x.shape[0] // self._n_rows)
-        wanted = edit.op(before, owner)
-        if wanted.shape != before.shape:
-            raise EditError(f"{edit}: the op returned shape {tuple(wanted.shape)} for {tuple(before.shape)}.")
-        written = wanted.to(x.dtype)
-        edited = x.clone()
-        edited[row, column] = written
-        tally.add(before.detach(), wanted.detach(), written.detach())
-        return edited
+    def _step_for(self, point: Point, flat: Tensor) -> Step:
+        step = self._step
+        if step is None:
+            raise EditError(
+                f"Site {point.site} was reached without a call of the model itself; call model.hf(...), "
+                "not one of its blocks."
+            )
+        if flat.shape[0] != step.is_real.shape[0] or flat.shape[1] > step.is_real.shape[1]:
+            raise EditError(
+                f"Site {point.site} has shape {tuple(flat.shape)}; the batch says (batch, pos) = "
+                f"{tuple(step.is_real.shape)}."
+            )
+        # Behind `logits_to_keep` only the last positions are left.
+        return step if flat.shape[1] == step.is_real.shape[1] else step.tail(flat.shape[1])
+
+    def _select(self, scope: Scope, step: Step, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = (id(scope), step.is_real.shape[1])
+        if key not in self._selected:
+            row, column = scope.mask(step).nonzero(as_tuple=True)
+            self._selected[key] = row.to(device), column.to(device)
+        row, column = self._selected[key]
+        return row.to(device), column.to(device)
+
+    def _write(self, flat: Tensor, step: Step, groups: Any) -> Tensor | None:
+        """The edited activations, or None if no token was in scope."""
+        work: Tensor | None = None
+        done = []
+        for group in groups:
+            row, column = self._select(group.scope, step, flat.device)
+            chosen = group.through_gate(self._gates, row, column)
+            group.count(len(row), chosen)
+            if chosen is not None:
+                row, column = row[chosen], column[chosen]
+            if row.numel() == 0:
+                continue
+            if work is None:
+                work = _exact(flat).clone() if len(groups) > 1 else None
+            source = flat if work is None else work
+            whole = row.numel() == flat.shape[0] * flat.shape[1]
+            before = source.reshape(-1, flat.shape[2]) if whole else source[row, column]
+            before = _exact(before)
+            where = Where(step.row.to(row.device)[row], step.position.to(row.device)[row, column])
+            wanted = group.apply(before, where)
+            if len(groups) == 1:
+                written = wanted.to(flat.dtype)
+                group.measure(before, _exact(written) - before)
+                return _put(flat, written, row, column, whole)
+            assert work is not None
+            work = _put(work, wanted, row, column, whole)
+            done.append((group, row, column, before))
+        if work is None or not done:
+            return None
+        written = work.to(flat.dtype)
+        change = _exact(written).detach() - _exact(flat).detach()
+        for group, row, column, before in done:
+            group.measure(before, change[row, column])
+        return written
 
 
-def _step(ids: Tensor | None, mask: Tensor, past: int, width: int, prompt_width: int) -> Step:
-    column = torch.arange(past, past + width, device=mask.device)
-    position = (mask.long().cumsum(1) - 1).clamp_min(0)[:, past:]
-    is_prompt = (column < prompt_width)[None].expand(mask.shape[0], -1)
-    return Step(ids, column, position, mask[:, :prompt_width].sum(1), mask[:, past:], is_prompt)
+def _exact(x: Tensor) -> Tensor:
+    """In fp32, unless the model computes in something better."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
+
+def _put(x: Tensor, values: Tensor, row: Tensor, column: Tensor, whole: bool) -> Tensor:
+    if whole:
+        return values.view_as(x)
+    x = x.clone()
+    x[row, column] = values
+    return x

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, ShapeError
+from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+
+Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +27,9 @@ class Step:
         prompt_length: number of real prompt tokens per row.
         is_real: False at padding.
         is_prompt: True where the token belongs to the prompt, False where it was generated.
+        row: row of the intervention's parameters for each batch row.
+        history: ids of the whole sequence up to now, cached part included; None if not known.
+        history_real: False at padding of the history.
     """
 
     ids: Int[Tensor, "batch pos"] | None
@@ -31,10 +38,54 @@ class Step:
     prompt_length: Int[Tensor, " batch"]
     is_real: Bool[Tensor, "batch pos"]
     is_prompt: Bool[Tensor, "batch pos"]
+    row: Int[Tensor, " batch"]
+    history: Int[Tensor, "batch columns"] | None = None
+    history_real: Bool[Tensor, "batch columns"] | None = None
+
+    def tail(self, n: int) -> Step:
+        """The last `n` tokens of the pass."""
+        ids = None if self.ids is None else self.ids[:, -n:]
+        return dataclasses.replace(
+            self, ids=ids, column=self.column[-n:], position=self.position[:, -n:], is_real=self.is_real[:, -n:],
+            is_prompt=self.is_prompt[:, -n:],
+        )  # fmt: skip
 
 
 class Scope:
     """A set of tokens; combine with `&`, `|` and `~`. Padding is never part of it."""
+
+    registry: ClassVar[dict[str, type[Scope]]] = {}
+    touches_prompt: ClassVar[bool] = True
+    needs_history: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Scope.registry[cls.__name__] = cls
+
+    @property
+    def n_rows(self) -> int | None:
+        """Number of batch rows that this scope is for, or None for any."""
+        sizes = {inner.n_rows for inner in self.inner_scopes()} - {None}
+        if len(sizes) > 1:
+            raise ShapeError(f"{self}: its parts are for {sorted(map(str, sizes))} rows; they must agree.")
+        return next(iter(sizes), None)
+
+    def resolve(self, encode: Encode) -> Scope:
+        """The same scope with texts replaced by token ids."""
+        return self._mapped(lambda inner: inner.resolve(encode))
+
+    def wants_history(self) -> bool:
+        """Whether this scope needs the ids of the whole row."""
+        return self.needs_history or any(inner.wants_history() for inner in self.inner_scopes())
+
+    def inner_scopes(self) -> list[Scope]:
+        """The scopes that this one is made of."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return [value for value in values if isinstance(value, Scope)]
+
+    def _mapped(self, change: Callable[[Scope], Scope]) -> Scope:
+        parts = [change(inner) for inner in self.inner_scopes()]
+        return type(self)(*parts) if parts else self
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         """True where this forward pass holds a token of the scope; padding may be included here."""
@@ -44,18 +95,18 @@ class Scope:
         """True at the tokens to edit; padding excluded."""
         return self.tokens(step) & step.is_real
 
-    def take(self, rows: Int[Tensor, " chosen"]) -> Scope:  # noqa: ARG002
+    def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
         """The same scope for a choice of batch rows."""
-        return self
+        return self._mapped(lambda inner: inner.take(rows))
 
     def __and__(self, other: Scope) -> Scope:
-        return _Combined(self, other, torch.logical_and, "&")
+        return Both(self, other)
 
     def __or__(self, other: Scope) -> Scope:
-        return _Combined(self, other, torch.logical_or, "|")
+        return Either(self, other)
 
     def __invert__(self) -> Scope:
-        return _Not(self)
+        return Not(self)
 
 
 @dataclass(frozen=True)
@@ -77,6 +128,8 @@ class Prompt(Scope):
 @dataclass(frozen=True)
 class Generated(Scope):
     """Every generated token, from the first one that is fed back into the model."""
+
+    touches_prompt: ClassVar[bool] = False
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         return ~step.is_prompt
@@ -110,12 +163,26 @@ class Pos(Scope):
 
 
 @dataclass(frozen=True)
+class NotPrefix(Scope):
+    """Every token but the first `n` of its row; `NotPrefix(1)` leaves out BOS, or the attention sink in its place."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 0:
+            raise InvalidInputError(f"NotPrefix({self.n}): give the number of tokens to leave out, 0 or more.")
+
+    def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
+        return step.position >= self.n
+
+
+@dataclass(frozen=True)
 class TokenIs(Scope):
-    """Every token whose id is one of these."""
+    """Every token whose id is one of these; a text stands for the one token that it encodes to."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int | str, ...]
 
-    def __init__(self, *ids: int) -> None:
+    def __init__(self, *ids: int | str) -> None:
         if not ids:
             raise DegenerateInputError("TokenIs(): no token id given, so nothing would be edited.")
         object.__setattr__(self, "ids", ids)
@@ -123,7 +190,56 @@ class TokenIs(Scope):
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         if step.ids is None:
             raise DegenerateInputError("TokenIs: the model was given embeddings, so there are no token ids to compare.")
-        return torch.isin(step.ids, torch.tensor(self.ids, device=step.ids.device))
+        return torch.isin(step.ids, torch.tensor(_numbers(self, self.ids), device=step.ids.device))
+
+    def resolve(self, encode: Encode) -> Scope:
+        return TokenIs(*(i for part in self.ids for i in ([part] if isinstance(part, int) else _one(encode, part))))
+
+
+@dataclass(frozen=True)
+class After(Scope):
+    """Every token behind a marker: `After("[/INST]")`, `After("</think>")`, or token ids.
+
+    Attributes:
+        marker: the text, or its token ids. A text is encoded by itself; where the tokenizer joins it with its
+            surroundings, give the ids.
+        occurrence: "first" in the row, prompt or generated; or the "last" one in the prompt.
+    """
+
+    marker: str | tuple[int, ...]
+    occurrence: Literal["first", "last"] = "first"
+    needs_history: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.marker, list):
+            object.__setattr__(self, "marker", tuple(self.marker))
+        if not self.marker:
+            raise DegenerateInputError("After: the marker is empty, so nothing would be edited.")
+        if self.occurrence not in ("first", "last"):
+            raise InvalidInputError(f"After(occurrence={self.occurrence!r}): use 'first' or 'last'.")
+
+    def resolve(self, encode: Encode) -> Scope:
+        return After(tuple(encode(self.marker)), self.occurrence) if isinstance(self.marker, str) else self
+
+    def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
+        if step.history is None or step.history_real is None:
+            raise DegenerateInputError(
+                "After: the token ids of the whole row are not known. Enter the plan before the prompt is run, and "
+                "give the model input_ids, not embeddings."
+            )
+        ids = torch.tensor(_numbers(self, self.marker), device=step.history.device)
+        found = torch.zeros_like(step.history_real)
+        if step.history.shape[1] >= len(ids):
+            windows = step.history.unfold(1, len(ids), 1) == ids
+            real = step.history_real.unfold(1, len(ids), 1)
+            found[:, len(ids) - 1 :] = (windows & real).all(2)
+        column = torch.arange(found.shape[1], device=found.device)
+        if self.occurrence == "last":
+            ends = step.history_real.long().cumsum(1) > step.prompt_length[:, None]
+            found &= ~ends
+        some = found.any(1)
+        end = found.long().argmax(1) if self.occurrence == "first" else (found.long() * (column + 1)).argmax(1)
+        return (step.column > end[:, None]) & some[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +254,14 @@ class Mask(Scope):
                 f"Mask of shape {tuple(self.chosen.shape)} chooses no token; nothing would be edited."
             )
 
+    @property
+    def n_rows(self) -> int | None:
+        return self.chosen.shape[0]
+
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
-        if self.chosen.shape[0] != step.is_real.shape[0]:
+        if bool((step.row >= self.chosen.shape[0]).any()):
             raise ShapeError(f"Mask has {self.chosen.shape[0]} rows; the batch has {step.is_real.shape[0]}.")
-        chosen = self.chosen.to(step.column.device)
+        chosen = self.chosen.to(step.column.device)[step.row]
         inside = step.column < chosen.shape[1]
         return chosen[:, step.column.clamp_max(chosen.shape[1] - 1)] & inside
 
@@ -150,31 +270,88 @@ class Mask(Scope):
 
 
 @dataclass(frozen=True)
-class _Combined(Scope):
+class Both(Scope):
+    """Tokens in both scopes; written `left & right`."""
+
     left: Scope
     right: Scope
-    combine: Callable[[Tensor, Tensor], Tensor]
-    sign: str
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
-        return self.combine(self.left.tokens(step), self.right.tokens(step))
-
-    def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
-        return _Combined(self.left.take(rows), self.right.take(rows), self.combine, self.sign)
+        return self.left.tokens(step) & self.right.tokens(step)
 
     def __repr__(self) -> str:
-        return f"({self.left} {self.sign} {self.right})"
+        return f"({self.left} & {self.right})"
 
 
 @dataclass(frozen=True)
-class _Not(Scope):
+class Either(Scope):
+    """Tokens in one scope or the other; written `left | right`."""
+
+    left: Scope
+    right: Scope
+
+    def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
+        return self.left.tokens(step) | self.right.tokens(step)
+
+    def __repr__(self) -> str:
+        return f"({self.left} | {self.right})"
+
+
+@dataclass(frozen=True)
+class Not(Scope):
+    """Tokens outside a scope; written `~scope`."""
+
     inner: Scope
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         return ~self.inner.tokens(step)
 
-    def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
-        return _Not(self.inner.take(rows))
-
     def __repr__(self) -> str:
         return f"~{self.inner}"
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Scope):
+    """Every token of some batch rows."""
+
+    chosen: Bool[Tensor, " rows"]
+
+    def __post_init__(self) -> None:
+        if self.chosen.ndim != 1 or not bool(self.chosen.any()):
+            raise DegenerateInputError(f"Rows of shape {tuple(self.chosen.shape)} chooses no row.")
+
+    @property
+    def n_rows(self) -> int | None:
+        return len(self.chosen)
+
+    def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
+        return self.chosen.to(step.row.device)[step.row][:, None].expand_as(step.is_real)
+
+    def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
+        return Rows(self.chosen[rows])
+
+
+def touches_prompt(scope: Scope) -> bool:
+    """Whether a scope may hold prompt tokens; False is certain, True is not."""
+    if isinstance(scope, Both):
+        return touches_prompt(scope.left) and touches_prompt(scope.right)
+    if isinstance(scope, Either):
+        return touches_prompt(scope.left) or touches_prompt(scope.right)
+    if isinstance(scope, Not):
+        return not isinstance(scope.inner, (Prompt, All))
+    return scope.touches_prompt
+
+
+def _numbers(scope: Scope, ids: str | tuple[int | str, ...]) -> list[int]:
+    if isinstance(ids, str) or any(isinstance(i, str) for i in ids):
+        raise InvalidInputError(f"{scope}: texts become token ids when a Model makes the plan; give ids here.")
+    return [int(i) for i in ids]
+
+
+def _one(encode: Encode, text: str) -> list[int]:
+    ids = encode(text)
+    if len(ids) != 1:
+        raise InvalidInputError(
+            f"TokenIs({text!r}): this is {len(ids)} tokens, {ids}; give single tokens, or After(...)."
+        )
+    return ids

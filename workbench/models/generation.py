@@ -12,7 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.hooks.sites import Site, SiteMap
-from workbench.interventions.plan import EditReport, Intervention, Plan
+from workbench.interventions.gates import When
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.plan import Plan
+from workbench.interventions.report import EditReport
 from workbench.models.decoding import ENDED, Decoder, Recorder, Rows
 from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
@@ -90,11 +93,15 @@ def generate(
         new = _one_batch(Decoder(parts.hf, options, stops, recorder), part, rows, plan, recorder)
         reports += [] if plan is None else [plan.report]
         found.append((new, part, {str(site): _per_row(x, part, new) for site, x in recorder.found.items()}))
-    return _collected(parts.tokenizer, found, reports)
+    return collected(parts.tokenizer, found, reports)
 
 
 def _spares_prompt(intervention: Intervention | None) -> bool:
-    return intervention is None or not getattr(intervention, "edits_prompt", True)
+    """Whether the prompts can go through the model without the plan: it neither edits them nor decides by them."""
+    if intervention is None:
+        return True
+    decides = any(isinstance(edit.op, When) or edit.scope.wants_history() for edit in intervention.edits)
+    return not decides and not intervention.edits_prompt
 
 
 def _one_batch(
@@ -105,7 +112,7 @@ def _one_batch(
     alone = not _has_hooks(decoder.hf)
     on_select: Callable[[Tensor], Any] | None = None
     if alone:
-        on_select = getattr(plan, "select_rows", None) if plan else lambda _: None
+        on_select = plan.select_rows if plan else lambda _: None
     with contextlib.ExitStack() as stack:
         if plan and not spared:
             stack.enter_context(plan)
@@ -131,9 +138,10 @@ def _per_row(x: Float[Tensor, "batch columns ..."], batch: TokenBatch, new: Rows
     )
 
 
-def _collected(
+def collected(
     tokenizer: Any, found: Sequence[tuple[Rows, TokenBatch, Record]], reports: Sequence[Sequence[EditReport]]
 ) -> Generation:
+    """One generation of several batches, with the edit reports of each batch."""
     ids, logprobs, ended, lengths = [], [], [], []
     for new, batch, _ in found:
         why = [ENDED[code] for code in new.why.tolist()]

@@ -7,21 +7,25 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.hooks.capture import Activations, capture
 from workbench.hooks.families import build_site_map
 from workbench.hooks.sites import Site
-from workbench.interventions.plan import Intervention, Plan
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.plan import Plan, active_plans
+from workbench.interventions.scopes import Scope
+from workbench.models.choice import chosen_tokens, groups
 from workbench.models.generation import Generation, Parts, generate, sample
 from workbench.models.sampling import Filters, Sampling
 from workbench.models.selfcheck import CheckReport, self_check
+from workbench.models.session import Session
 from workbench.models.sitetable import SiteTable
 from workbench.progress import task
 from workbench.tokens import Bos, Chat, TokenBatch, encode
@@ -102,7 +106,7 @@ class Model:
         return report
 
     def sites(self) -> SiteTable:
-        """The sites of this model, with widths, and why others are missing."""
+        """The sites of this model, with shapes, and why others are missing."""
         return SiteTable.of(self.site_map)
 
     def resolve(self, site: str | Site) -> Site:
@@ -114,10 +118,15 @@ class Model:
         return self.site_map[site].site
 
     def width(self, site: str | Site) -> int:
-        """Size of the last axis at a site."""
+        """Size of one token's vector at a site, heads side by side.
+
+        Raises:
+            UnknownSiteError: if this model does not have it.
+            InvalidInputError: if it depends on the input, as for pattern.
+        """
         width = self.site_map[site].width
         if width is None:
-            raise InvalidInputError(f"The width of {site} is only known after a forward pass; capture it once.")
+            raise InvalidInputError(f"The width of {site} depends on the length of the input; capture it instead.")
         return width
 
     def tokens(self, value: Texts, bos: Bos = "auto") -> TokenBatch:
@@ -135,15 +144,71 @@ class Model:
             return TokenBatch.of_rows(batch.to(self.device))
         return self.tokens(batch)
 
-    def capture(self, batch: Batch, sites: Sequence[str | Site], *, grad: bool = False) -> Activations:
-        """Activations at named sites, `(batch, pos, d)` in the model's dtype; stops after the last site needed.
+    def capture(
+        self, batch: Batch, sites: Sequence[str | Site], *, positions: Scope | None = None, grad: bool = False
+    ) -> Activations:
+        """Activations at named sites, in the model's dtype; the forward pass stops after the last site needed.
+
+        Shapes are those of `model.sites()`; with `positions`, each is `(tokens, width)` in row order, heads side by
+        side, and `acts.rows` and `acts.positions` say which token each line is.
+
+        Args:
+            batch: text, texts, tokens or ids.
+            sites: where to read, such as `["resid_post.10", "z.3.h1"]`.
+            positions: the tokens to keep, such as `Last()`; None keeps all, padding included.
+            grad: keep the autograd graph.
 
         Raises:
             UnknownSiteError: for a site that this model does not have.
+            DegenerateInputError: if no token is in `positions`.
         """
+        self._refuse_unknown("capture", sites)
+        tokens = self._batch(batch)
+        if positions is None:
+            return capture(self.hf, self.site_map, self._inputs(tokens), sites, grad=grad)
+        chosen = chosen_tokens(tokens, positions, self._encode)
+        acts = capture(self.hf, self.site_map, self._inputs(tokens), sites, grad=grad, chosen=chosen)
+        acts.positions = tokens.positions[chosen]
+        return acts
+
+    def stream(
+        self,
+        texts: Iterable[str | Chat],
+        sites: Sequence[str | Site],
+        *,
+        batch_size: int = 8,
+        positions: Scope | None = None,
+    ) -> Iterator[tuple[TokenBatch, Activations]]:
+        """Tokens and activations of any number of texts, `batch_size` at a time, holding one batch in memory.
+
+        Args:
+            texts: texts or chats; may be a generator that never ends.
+            sites: as for `capture`.
+            batch_size: texts per forward pass.
+            positions: as for `capture`.
+
+        Raises:
+            UnknownSiteError: for a site that this model does not have, before anything is read.
+        """
+        self._refuse_unknown("stream", sites)
+        if isinstance(texts, str):
+            raise InvalidInputError("stream(texts=...): give an iterable of texts, such as [text].")
+        if batch_size < 1:
+            raise InvalidInputError(f"stream(batch_size={batch_size}): it must be at least 1.")
+        batches = (self.tokens(part) for part in groups(texts, batch_size))
+        return ((batch, self.capture(batch, sites, positions=positions)) for batch in batches)
+
+    def _refuse_unknown(self, caller: str, sites: Sequence[str | Site]) -> None:
+        """Raises for a site that does not exist, before anything is computed."""
         if isinstance(sites, str):
-            raise InvalidInputError(f"capture(sites={sites!r}): give a list of sites, such as [{sites!r}].")
-        return capture(self.hf, self.site_map, self._inputs(self._batch(batch)), sites, grad=grad)
+            raise InvalidInputError(f"{caller}(sites={sites!r}): give a list of sites, such as [{sites!r}].")
+        if not sites:
+            raise DegenerateInputError(f"{caller}(sites=[]): name at least one site, such as resid_post.0.")
+        for site in sites:
+            self.resolve(site)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.no_grad()
     def logits(self, batch: Batch, keep: str = "last") -> Float[Tensor, "batch *pos d_vocab"]:
@@ -181,14 +246,29 @@ class Model:
         )
         return loss.masked_fill(~(tokens.mask[:, 1:] & tokens.mask[:, :-1]), float("nan"))
 
-    def plan(self, intervention: Intervention) -> Plan:
+    def plan(self, intervention: Intervention, *, any_model: bool = False) -> Plan:
         """The intervention bound to this model: a context manager in which every use of the model is edited.
+
+        Args:
+            intervention: what to edit. Texts in its scopes become token ids of this model's tokenizer.
+            any_model: accept an intervention that was made for another model.
 
         Raises:
             UnknownSiteError: for a site that this model does not have.
             ShapeError: for an op of the wrong width.
+            MismatchError: for an intervention that was made for another model.
         """
-        return Plan(self.hf, self.site_map, intervention)
+        if intervention.made_for not in (None, self.fingerprint) and not any_model:
+            raise MismatchError(
+                f"The intervention was made for the model {intervention.made_for}; this is {self.name} "
+                f"({self.fingerprint}). Its vectors mean nothing here; pass any_model=True if they do."
+            )
+        resolved = intervention.resolve(lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return Plan(self.hf, self.site_map, resolved)
+
+    def active_edits(self) -> tuple[str, ...]:
+        """The edits that are on at this moment, in words, outermost plan first."""
+        return tuple(str(edit) for plan in active_plans(self.hf) for edit in plan.intervention.edits)
 
     def generate(
         self,
@@ -229,6 +309,30 @@ class Model:
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
         options = Sampling(max_new_tokens, temperature, seed, self.stop_ids, strings, **filters)
         return generate(self._parts, batch, options, intervention=intervention, capture=capture, batch_size=batch_size)
+
+    def session(
+        self,
+        system: str | None = None,
+        *,
+        intervention: Intervention | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 200,
+    ) -> Session:
+        """A conversation with this model, one `turn` at a time; the KV cache is kept between turns.
+
+        Args:
+            system: the system message; None leaves it to the chat template.
+            intervention: what to edit, each token once, when it is first processed.
+            seed: decides all draws.
+            temperature: 0 takes the most probable token; otherwise logits are divided by it.
+            max_new_tokens: longest reply, in tokens.
+
+        Raises:
+            InvalidInputError: if the tokenizer has no chat template.
+        """
+        options = Sampling(max_new_tokens, temperature, seed, self.stop_ids)
+        return Session(self._parts, options, system=system, intervention=intervention)
 
     @property
     def _parts(self) -> Parts:
@@ -301,5 +405,6 @@ class Model:
     def __repr__(self) -> str:
         return (
             f"Model({self.name}: {type(self.hf).__name__}, {self.n_layers} layers, d_model {self.d_model}, "
-            f"d_vocab {self.d_vocab}, {self.dtype} on {self.device}, fingerprint {self.fingerprint})"
+            f"d_vocab {self.d_vocab}, {self.dtype} on {self.device}, fingerprint {self.fingerprint}"
+            + ("".join(f"; edited: {edit}" for edit in self.active_edits()) + ")")
         )

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from workbench.activations.keep import KeepRule
 from workbench.activations.store import ActivationStore
 from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Map
-from workbench.interventions.plan import Intervention
 from workbench.interventions.scopes import Mask
 from workbench.metrics import dead_share, kl_divergence, squared_error
 from workbench.progress import task
@@ -159,7 +159,7 @@ def evaluate_sae(model: Any, sae: Any, rows: Rows, *, options: EvalOptions | Non
         raise DegenerateInputError("evaluate_sae: fewer than two rows; there would be no interval. Give more text.")
     rule = sae_keep_rule(sae)
     if rule is None:
-        x = model.capture(batches[0], [site])[site]
+        x = model.capture(batches[0], [site]).flat(site)
         rule = KeepRule.estimate(x.cpu(), batches[0].ids.cpu(), tuple(model.tokenizer.all_special_ids))
     return _Evaluation(model, sae, site, rule, options).run(batches)
 
@@ -192,7 +192,7 @@ class _Evaluation:
 
     @torch.no_grad()
     def run(self, batches: list[TokenBatch]) -> SAEReport:
-        captured = [self.model.capture(batch, [self.site])[self.site].float() for batch in batches]
+        captured = [self.model.capture(batch, [self.site]).flat(self.site).float() for batch in batches]
         keeps = [_kept(self.rule, x, batch) for x, batch in zip(captured, batches, strict=True)]
         kept = torch.cat([x[keep] for x, keep in zip(captured, keeps, strict=True)])
         if len(kept) < 2:

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import InvalidInputError
-from workbench.interventions.ops import Add, ProjectOut, SAEClamp
+from workbench.interventions.ops import Add, ProjectOut
+from workbench.interventions.saes import SAEClamp
 from workbench.progress import track
 from workbench.saes.io import check_sae_fits
 from workbench.stats import Estimate, bootstrap_mean, paired_difference, wilson

@@ -12,60 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.errors import EditError, InvalidInputError
-from workbench.interventions.ops import Op
-from workbench.interventions.plan import EditReport, Intervention
+from workbench.errors import EditError
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.op import Op
+from workbench.interventions.ops import PerRow
+from workbench.interventions.report import EditReport
 from workbench.interventions.scopes import Scope
 from workbench.steering.measures import continuation_nll, distinct_2
 from workbench.tokens import TokenBatch
-
-
-@dataclass(frozen=True, eq=False)
-class PerRow(Op):
-    """A choice of edits, one for each batch row.
-
-    Attributes:
-        ops: the edits.
-        owner: for each row the index of its edit; -1 leaves the row as it is.
-    """
-
-    ops: tuple[Op, ...]
-    owner: Int[Tensor, " rows"]
-
-    def __post_init__(self) -> None:
-        if not -1 <= int(self.owner.min()) <= int(self.owner.max()) < len(self.ops):
-            raise InvalidInputError(
-                f"PerRow: owners {self.owner.tolist()} of {len(self.ops)} ops; use -1 to {len(self.ops) - 1}."
-            )
-
-    def __call__(self, h: Float[Tensor, "n d"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """Every token edited by the edit of its row."""
-        owner = self.owner.to(rows.device)[rows]
-        edited = h.clone()
-        for i in owner.unique().tolist():
-            if i >= 0:
-                mine = owner == i
-                edited[mine] = self.ops[i](h[mine], rows[mine])
-        return edited
-
-    @property
-    def width(self) -> int | None:
-        """Width of the first edit that has one."""
-        return next((op.width for op in self.ops if op.width is not None), None)
-
-    @property
-    def n_rows(self) -> int | None:
-        """Number of owners."""
-        return len(self.owner)
-
-    @property
-    def must_change(self) -> bool:
-        """Whether an edit that owns a row has to change it."""
-        return any(self.ops[i].must_change for i in self.owner.unique().tolist() if i >= 0)
-
-    def take(self, rows: Int[Tensor, " chosen"]) -> Op:
-        """The same edits for a choice of rows."""
-        return PerRow(self.ops, self.owner[rows])
 
 
 @dataclass(frozen=True, eq=False)

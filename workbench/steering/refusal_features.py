@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError
-from workbench.interventions.ops import SAEClamp
-from workbench.interventions.plan import Intervention
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.saes import SAEClamp
 from workbench.interventions.scopes import All, Pos
 from workbench.steering.directions import cosine
 from workbench.steering.refusal_data import Exchange
@@ -79,7 +79,7 @@ def _encode_replies(model: Any, sae: Any, site: str, exchange: Exchange) -> _Sid
     means, counts, peaks = [], [], []
     for start in range(0, len(exchange.tokens), ROWS_PER_PASS):
         part = exchange.tokens[slice(start, start + ROWS_PER_PASS)]
-        x = model.capture(part, [site])[site]
+        x = model.capture(part, [site]).flat(site)
         is_reply = exchange.is_reply[start : start + ROWS_PER_PASS, -part.ids.shape[1] :]
         for row, chosen in zip(x, is_reply, strict=True):
             acts = sae.encode(row[chosen].to(sae.W_dec)).float()

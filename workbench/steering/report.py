@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.interventions.plan import EditReport
+from workbench.interventions.report import EditReport
 from workbench.report import Bars, Block, Lines, Metric, Report, Section, Series, Table, Text
 from workbench.stats import Estimate, bootstrap_mean
 from workbench.steering.measures import DEGENERATE_COUNT, TextMeasures

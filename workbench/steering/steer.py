@@ -13,8 +13,9 @@ from torch import Tensor
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.features.lens import feature_ids, lens_tokens, target_site
 from workbench.hooks.sites import Site
-from workbench.interventions.ops import SAEAddMax
-from workbench.interventions.plan import EditReport, Intervention
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.report import EditReport
+from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import All, Generated, Last, Scope
 from workbench.models.generation import Sampling, sample
 from workbench.models.model import Model

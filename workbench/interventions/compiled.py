@@ -1,0 +1,256 @@
+"""The inside of a plan: edits grouped by site, merged where they can be, with their gates and their measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from workbench.errors import EditError, InvalidInputError, ShapeError
+from workbench.hooks.sites import Point, SiteMap
+from workbench.interventions.gates import Gate, When
+from workbench.interventions.intervention import Edit, Intervention
+from workbench.interventions.merge import Merged
+from workbench.interventions.op import LowRankForm, Op, Where
+from workbench.interventions.report import Tally
+from workbench.interventions.scopes import Scope, Step, touches_prompt
+
+# Order in which the kinds of site of one layer are computed.
+_ORDER = (
+    "resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post",
+)  # fmt: skip
+
+
+class GateState:
+    """What one gate has decided."""
+
+    def __init__(self) -> None:
+        self.of_row: Tensor | None = None
+        self.of_token: Tensor | None = None
+
+    def read(self, gate: Gate, x: Float[Tensor, "batch pos d"], step: Step) -> None:
+        """Decides from the activations at the gate's site; a prompt's decision is held while generating."""
+        with torch.no_grad():
+            if gate.when == "token":
+                self.of_token = gate.open(gate.score(x.flatten(0, 1).float())).view(x.shape[:2])
+                return
+            prompt = (step.is_prompt & step.is_real).to(x.device)
+            if bool(prompt.any()):
+                self.of_row = gate.decide(x, prompt)
+
+    def select(self, index: Tensor) -> None:
+        """Keeps the decisions of some rows."""
+        if self.of_row is not None:
+            self.of_row = self.of_row[index.to(self.of_row.device)]
+
+    def at(self, row: Tensor, column: Tensor) -> Bool[Tensor, " n"] | None:
+        """The decision for each token, or None if there is none yet."""
+        if self.of_token is not None:
+            return self.of_token.to(row.device)[row, column]
+        return None if self.of_row is None else self.of_row.to(row.device)[row]
+
+
+@dataclass(eq=False)
+class Group:
+    """Edits of one site that are written as one.
+
+    Attributes:
+        tallies: one per edit.
+        ops: the ops, one per edit.
+        scope: their common scope.
+        gate: makes the edit conditional; such an edit is alone in its group.
+        negated: the edit is made where the gate is closed.
+        merged: all ops as one; None for a single op.
+    """
+
+    tallies: list[Tally]
+    ops: list[Op]
+    scope: Scope
+    gate: Gate | None = None
+    negated: bool = False
+    merged: Merged | None = None
+
+    def through_gate(self, states: Mapping[int, GateState], row: Tensor, column: Tensor) -> Bool[Tensor, " n"] | None:
+        """Which of the tokens pass the gate, or None if there is no gate."""
+        if self.gate is None:
+            return None
+        state = states.get(id(self.gate))
+        decided = None if state is None else state.at(row, column)
+        if decided is None:
+            raise EditError(
+                f"{self.tallies[0].edit}: its gate has not decided yet; it never saw a prompt. Enter the plan before "
+                "the prompt is run."
+            )
+        return ~decided if self.negated else decided
+
+    def count(self, n: int, chosen: Tensor | None) -> None:
+        """Notes that the hook ran on `n` tokens in scope, and how many passed the gate."""
+        for tally in self.tallies:
+            tally.in_scope += n
+            if self.negated:
+                continue
+            tally.fired += 1
+            if chosen is not None:
+                tally.gate_decided += n
+                tally.gate_open = tally.gate_open + chosen.sum()
+
+    def apply(self, before: Float[Tensor, "n d"], where: Where) -> Float[Tensor, "n d"]:
+        """The edited hidden states; each edit's own change is added to its tally."""
+        if self.merged is not None:
+            wanted, norms = self.merged(before, where)
+        else:
+            wanted = self.ops[0](before, where)
+            if wanted.shape != before.shape:
+                raise EditError(
+                    f"{self.tallies[0].edit}: the op returned shape {tuple(wanted.shape)} for {tuple(before.shape)}."
+                )
+            norms = [(wanted.detach() - before.detach()).norm(dim=1)]
+        for tally, norm in zip(self.tallies, norms, strict=True):
+            tally.intended = tally.intended + norm.detach().sum()
+        return wanted
+
+    def measure(self, before: Float[Tensor, "n d"], change: Float[Tensor, "n d"]) -> None:
+        """Adds what reached the model."""
+        applied, size = change.detach().norm(dim=1).sum(), before.detach().norm(dim=1).sum()
+        for tally in self.tallies:
+            tally.tokens += len(before)
+            tally.applied = tally.applied + applied
+            tally.before = tally.before + size
+
+
+@dataclass
+class Compiled:
+    """An intervention bound to the points of a model."""
+
+    tallies: list[Tally] = field(default_factory=list)
+    groups: dict[Point, list[Group]] = field(default_factory=dict)
+    gates: dict[Point, list[Gate]] = field(default_factory=dict)
+
+    @property
+    def points(self) -> list[Point]:
+        """Every point that is read or written."""
+        return list(dict.fromkeys([*self.gates, *self.groups]))
+
+    def groups_at(self, point: Point) -> Sequence[Group]:
+        """What is written at a point."""
+        return self.groups.get(point, ())
+
+    def gates_at(self, point: Point) -> Sequence[Gate]:
+        """What is read at a point."""
+        return self.gates.get(point, ())
+
+    def prove(self) -> None:
+        """Raises EditError if an edit did not happen."""
+        for tally in self.tallies:
+            done = tally.report()
+            if done.fired == 0:
+                raise EditError(
+                    f"{done.edit}: the hook never ran. Nothing was edited; was the model called inside the block?"
+                )
+            if tally.in_scope == 0:
+                raise EditError(
+                    f"{done.edit}: no token was in scope in {done.fired} forward passes, so nothing was edited."
+                )
+            if done.tokens and done.mean_norm_applied == 0 and tally.edit.op.must_change:
+                raise EditError(
+                    f"{done.edit}: {done.tokens} tokens met the edit, but the change of mean norm "
+                    f"{done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. "
+                    "Use a larger strength or load the model in float32."
+                )
+
+    def explain(self) -> str:
+        """One line per site and group."""
+        lines = []
+        for point in sorted(self.points, key=order):
+            reads = [f"read by {type(gate).__name__} per {gate.when}" for gate in self.gates_at(point)]
+            for group in self.groups_at(point):
+                names = " + ".join(op.name for op in group.ops)
+                merged = f" (merged into one edit of rank {group.merged.rank})" if group.merged else ""
+                gate = "" if group.gate is None else f" where {type(group.gate).__name__} is "
+                gate += "" if group.gate is None else ("closed" if group.negated else "open")
+                reads.append(f"{names}{merged} on {group.scope}{gate}")
+            lines.append(f"{point.site} ({point.path}, {point.side}put): " + "; ".join(reads))
+        if lines:
+            first = min(self.points, key=order).site
+            lines.append(f"everything before {first} is as without the plan and need not be run again for another edit")
+        return "\n".join(lines) or "no edits"
+
+
+def order(point: Point) -> tuple[int, int]:
+    """Sorts points in the order in which a forward pass reaches them."""
+    kind, layer = point.site.kind, point.site.layer
+    if layer is None:
+        return (-1, 0) if kind == "embed" else (1 << 30, ("final_norm", "logits").index(kind))
+    return layer, _ORDER.index(kind)
+
+
+def compile_edits(sites: SiteMap, intervention: Intervention, device: torch.device) -> Compiled:
+    """Checks every edit against the model, groups by site, and merges.
+
+    Raises:
+        UnknownSiteError: for a site that this model does not have.
+        ShapeError: for an op or a gate of the wrong width.
+        InvalidInputError: for a gate that is read too late.
+    """
+    compiled = Compiled()
+    for edit in intervention.edits:
+        point = sites[edit.site]
+        _check_width(str(edit), edit.op.width, point)
+        op = edit.op.to(device)
+        tally = Tally(edit, gated=isinstance(op, When))
+        compiled.tallies.append(tally)
+        groups = compiled.groups.setdefault(point, [])
+        if isinstance(op, When):
+            _add_gate(compiled, sites, edit, op.gate, point)
+            groups.append(Group([tally], [op.op], edit.scope, op.gate))
+            if op.otherwise is not None:
+                groups.append(Group([tally], [op.otherwise], edit.scope, op.gate, negated=True))
+        elif groups and _merges(groups[-1], edit, op):
+            groups[-1].tallies.append(tally)
+            groups[-1].ops.append(op)
+        else:
+            groups.append(Group([tally], [op], edit.scope))
+    for groups in compiled.groups.values():
+        count = len({id(tally) for group in groups for tally in group.tallies})
+        for group in groups:
+            group.merged = Merged(list(_forms(group))) if len(group.ops) > 1 else None
+            for tally in group.tallies:
+                tally.together = count
+    return compiled
+
+
+def _merges(group: Group, edit: Edit, op: Op) -> bool:
+    if group.scope != edit.scope or group.gate is not None:
+        return False
+    # What is being trained changes between forward passes; it is not folded into anything.
+    ops = (group.ops[0], op)
+    return all(one.low_rank() is not None and not any(True for _ in one.parameters()) for one in ops)
+
+
+def _forms(group: Group) -> Iterator[LowRankForm]:
+    for op in group.ops:
+        form = op.low_rank()
+        if form is not None:
+            yield form
+
+
+def _check_width(what: str, width: int | None, point: Point) -> None:
+    if point.width is not None and width not in (None, point.width):
+        raise ShapeError(f"{what}: the op is for width {width}; site {point.site} has width {point.width}.")
+
+
+def _add_gate(compiled: Compiled, sites: SiteMap, edit: Edit, gate: Gate, point: Point) -> None:
+    read_at = point if gate.site is None else sites[gate.site]
+    _check_width(f"{edit}, its gate", gate.width, read_at)
+    late = order(read_at) > order(point)
+    if late and (gate.when == "token" or touches_prompt(edit.scope)):
+        raise InvalidInputError(
+            f"{edit}: the gate reads {read_at.site}, which is computed after {point.site}. Read an earlier site, or "
+            "decide on the prompt (when='prompt') and edit Generated() tokens only."
+        )
+    gates = compiled.gates.setdefault(read_at, [])
+    if not any(known is gate for known in gates):
+        gates.append(gate)

@@ -1,0 +1,249 @@
+"""Conditional edits: a gate reads activations and decides, per row or per token, whether an edit is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from workbench.errors import InvalidInputError, ShapeError, did_you_mean
+from workbench.hooks.sites import Site
+from workbench.interventions.op import Op, Where, floats, unit
+from workbench.interventions.saecode import encode_some
+from workbench.interventions.saes import features_of
+
+Reduce = Literal["mean", "last", "max"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gate:
+    """A score of activations and a threshold on it.
+
+    Attributes:
+        at: the site that is read, such as `resid_post.8`; None reads the site of the edit, before the edit.
+        when: "prompt": one decision per row, made on its prompt tokens and held while generating. "token": one
+            decision per token.
+        reduce: how a row's prompt tokens become one score: the score of their "mean" activation, of the "last" one, or
+            the "max" of their scores.
+        threshold: the gate is open where the score is greater.
+        below: open where the score is smaller instead.
+    """
+
+    at: Site | str | None = None
+    when: Literal["prompt", "token"] = "prompt"
+    reduce: Reduce = "mean"
+    threshold: float = 0.0
+    below: bool = False
+    registry: ClassVar[dict[str, type[Gate]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Gate.registry[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for name, known in (("when", ("prompt", "token")), ("reduce", ("mean", "last", "max"))):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise InvalidInputError(f"{type(self).__name__}({name}={value!r}): {did_you_mean(str(value), known)}")
+        if self.at is not None:
+            object.__setattr__(self, "at", Site.parse(self.at))
+
+    @property
+    def site(self) -> Site | None:
+        """The site that is read."""
+        return None if self.at is None else Site.parse(self.at)
+
+    @property
+    def width(self) -> int | None:
+        """Size of the activations that this gate reads, or None for any."""
+        return None
+
+    def score(self, h: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """The score of each activation, fp32."""
+        raise NotImplementedError
+
+    def open(self, scores: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Where the edit is made."""
+        return scores < self.threshold if self.below else scores > self.threshold
+
+    def decide(self, h: Float[Tensor, "batch pos d"], real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, " batch"]:
+        """One decision per row from the tokens marked in `real`; rows without one stay closed."""
+        some, h = real.any(1), h.float()
+        if self.reduce == "max":
+            scores = self.score(h.flatten(0, 1)).view(real.shape)
+            worst = float("inf") if self.below else float("-inf")
+            best = scores.masked_fill(~real, worst)
+            return self.open(best.amin(1) if self.below else best.amax(1)) & some
+        if self.reduce == "last":
+            index = real.long().cumsum(1).argmax(1)
+            return self.open(self.score(h[torch.arange(len(h), device=h.device), index])) & some
+        weight = real.to(h)[..., None]
+        return self.open(self.score((h * weight).sum(1) / weight.sum(1).clamp_min(1))) & some
+
+    def to(self, device: torch.device) -> Gate:
+        """The same gate with its tensors on a device."""
+        moved = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor) and value.device != device
+        }
+        return dataclasses.replace(self, **moved) if moved else self
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeGate(Gate):
+    """The logit of a linear probe: `h . weight + bias`.
+
+    >>> gate = ProbeGate(torch.tensor([1.0, 0.0]), bias=-2.0)
+    >>> gate.open(gate.score(torch.tensor([[3.0, 0.0], [1.0, 0.0]])))
+    tensor([ True, False])
+    """
+
+    weight: Float[Tensor, " d"]
+    bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "weight", floats(self.weight, "ProbeGate", (1,), "(d,)"))
+
+    @property
+    def width(self) -> int | None:
+        return len(self.weight)
+
+    def score(self, h: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        return h @ self.weight.to(h) + self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class CosineGate(Gate):
+    """Signed cosine between the activation and a direction; 0 for a zero activation.
+
+    >>> CosineGate(torch.tensor([0.6, 0.8])).score(torch.tensor([[3.0, 4.0], [-3.0, -4.0]]))
+    tensor([ 1., -1.])
+    """
+
+    direction: Float[Tensor, " d"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.direction.ndim != 1:
+            raise ShapeError(
+                f"{type(self).__name__}: direction {tuple(self.direction.shape)}; give one direction (d,)."
+            )
+        object.__setattr__(self, "direction", unit(self.direction, type(self).__name__))
+
+    @property
+    def width(self) -> int | None:
+        return len(self.direction)
+
+    def score(self, h: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        return (h @ self.direction.to(h)) / h.norm(dim=1).clamp_min(torch.finfo(h.dtype).tiny)
+
+
+@dataclass(frozen=True, eq=False)
+class CASTGate(CosineGate):
+    """The condition of CAST (Lee et al. 2024): `cos(h, tanh((h . c) c))` for the unit direction c.
+
+    It is even in h, so lies in [0, 1], and the tanh bends the direction of large activations; use `CosineGate` unless
+    the published form is wanted. An activation without a part along c scores 0.
+
+    >>> CASTGate(torch.tensor([0.6, 0.8])).score(torch.tensor([[3.0, 4.0], [4.0, -3.0]]))
+    tensor([0.9903, 0.0000])
+    """
+
+    def score(self, h: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        c = self.direction.to(h)
+        along, size = h @ c, h.norm(dim=1)
+        image = torch.tanh(along[:, None] * c)
+        lengths = (size * image.norm(dim=1)).clamp_min(torch.finfo(h.dtype).tiny)
+        # A projection of rounding size has a direction, but one that means nothing.
+        none = along.abs() <= 4 * torch.finfo(h.dtype).eps * size
+        return ((h * image).sum(1) / lengths).masked_fill(none, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class SAEGate(Gate):
+    """The activation of an SAE feature.
+
+    Attributes:
+        sae: an SAE in the sae_lens form that reads the gate's site.
+        feature: its index.
+    """
+
+    sae: Any
+    feature: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        features_of(self.sae, [self.feature])
+
+    @property
+    def width(self) -> int | None:
+        return int(self.sae.W_dec.shape[1])
+
+    def score(self, h: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        return encode_some(self.sae, h, torch.tensor([self.feature]))[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class FnGate(Gate):
+    """Any function from activations `(n, d)` in fp32 to scores `(n,)`."""
+
+    fn: Callable[[Tensor], Tensor]
+
+    def score(self, h: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        scores = self.fn(h)
+        if scores.shape != h.shape[:1]:
+            raise ShapeError(f"FnGate: the function returned {tuple(scores.shape)} for {tuple(h.shape)}; give (n,).")
+        return scores.float()
+
+
+@dataclass(frozen=True, eq=False)
+class When(Op):
+    """An edit that is made only where a gate is open; tokens behind a closed gate are not touched at all.
+
+    Bound to a model, the gate reads its own site. Called by itself, it decides per activation on what it is given.
+
+    Attributes:
+        gate: the condition.
+        op: the edit where it is open.
+        otherwise: the edit where it is closed, or None.
+
+    >>> from workbench.interventions.ops import Add
+    >>> positive = ProbeGate(torch.tensor([1.0, 0.0]), when="token")
+    >>> When(positive, Add(torch.tensor([0.0, 9.0])))(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    tensor([[ 1.,  9.],
+            [-1.,  0.]])
+    """
+
+    gate: Gate
+    op: Op
+    otherwise: Op | None = None
+
+    def __post_init__(self) -> None:
+        for inner in (self.op, self.otherwise):
+            if isinstance(inner, When):
+                raise InvalidInputError("When(gate, When(...)): combine the two conditions in one FnGate instead.")
+
+    def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
+        where = where or Where.of(h)
+        chosen = self.gate.open(self.gate.score(h))
+        other = h if self.otherwise is None else self.otherwise(h, where)
+        return torch.where(chosen[:, None], self.op(h, where), other)
+
+    @property
+    def width(self) -> int | None:
+        return self.op.width
+
+    @property
+    def name(self) -> str:
+        other = "" if self.otherwise is None else f", otherwise {self.otherwise.name}"
+        return f"When({type(self.gate).__name__}, {self.op.name}{other})"
+
+    def to(self, device: torch.device) -> Op:
+        return dataclasses.replace(super().to(device), gate=self.gate.to(device))  # type: ignore[type-var]

@@ -1,0 +1,127 @@
+"""Interventions: what to edit where, described without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench.errors import CorruptFileError, InvalidInputError, MismatchError, ShapeError
+from workbench.hooks.sites import Site
+from workbench.interventions.files import load, save
+from workbench.interventions.op import Op
+from workbench.interventions.scopes import All, Encode, Scope, touches_prompt
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One op at one site on the tokens of one scope."""
+
+    site: Site
+    op: Op
+    scope: Scope
+
+    def __str__(self) -> str:
+        return f"{self.op.name} at {self.site} on {self.scope}"
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """An ordered list of edits, without reference to a model.
+
+    `a + b` does b after a; `a * 2` and `2 * a` have twice the strength. `Intervention()` edits nothing and is the
+    neutral element of `+`.
+
+    Attributes:
+        edits: at one site they are made in this order.
+        made_for: fingerprint of the model that the vectors come from, or None; another model refuses it.
+    """
+
+    edits: tuple[Edit, ...] = ()
+    made_for: str | None = None
+
+    @classmethod
+    def at(cls, site: str | Site, op: Op, scope: Scope | None = None) -> Intervention:
+        """One edit. The default scope is every token.
+
+        Raises:
+            UnknownSiteError: if there is no such kind of site.
+        """
+        if not isinstance(op, Op):
+            raise InvalidInputError(
+                f"Intervention.at: {type(op).__name__} is not an op; give Add(vector), SAEAblate(...)."
+            )
+        if scope is not None and not isinstance(scope, Scope):
+            raise InvalidInputError(
+                f"Intervention.at: {type(scope).__name__} is not a scope; give All(), Last(), Pos(0)."
+            )
+        return cls((Edit(Site.parse(site), op, scope or All()),))
+
+    def __add__(self, other: Intervention) -> Intervention:
+        if self.made_for and other.made_for and self.made_for != other.made_for:
+            raise MismatchError(
+                f"The two interventions were made for different models, {self.made_for} and {other.made_for}. "
+                "Set made_for=None on one of them if that is meant."
+            )
+        return Intervention(self.edits + other.edits, self.made_for or other.made_for)
+
+    def __mul__(self, factor: float) -> Intervention:
+        return self._mapped(lambda edit: replace(edit, op=edit.op.scaled(float(factor))))
+
+    __rmul__ = __mul__
+
+    @property
+    def n_rows(self) -> int | None:
+        """Number of batch rows that per-row parameters and masks are for, or None."""
+        sizes = {part.n_rows for edit in self.edits for part in (edit.op, edit.scope)} - {None}
+        if len(sizes) > 1:
+            raise ShapeError(f"The edits have parameters for {sorted(map(str, sizes))} rows; they must agree.")
+        return next(iter(sizes), None)
+
+    @property
+    def edits_prompt(self) -> bool:
+        """Whether an edit may touch prompt tokens; False is certain, True is not."""
+        return any(touches_prompt(edit.scope) for edit in self.edits)
+
+    def take(self, rows: Int[Tensor, " chosen"]) -> Intervention:
+        """The same intervention for a choice of batch rows."""
+        return self._mapped(lambda edit: Edit(edit.site, edit.op.take(rows), edit.scope.take(rows)))
+
+    def resolve(self, encode: Encode) -> Intervention:
+        """The same intervention with texts in scopes replaced by token ids."""
+        return self._mapped(lambda edit: replace(edit, scope=edit.scope.resolve(encode)))
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Tensors of the edits that are being trained."""
+        for edit in self.edits:
+            yield from edit.op.parameters()
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `intervention.json` and `tensors.safetensors`, and each SAE as a folder of sae_lens.
+
+        Raises:
+            InvalidInputError: if an edit holds a Python function, which can't be written to a file.
+        """
+        edits = [{"site": str(e.site), "op": e.op, "scope": e.scope} for e in self.edits]
+        return save(folder, {"made_for": self.made_for, "edits": edits})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Intervention:
+        """Reads what `save` wrote.
+
+        Raises:
+            MissingFileError: if there is none.
+            CorruptFileError: if it can't be used.
+        """
+        content = load(folder)
+        try:
+            edits = tuple(Edit(Site.parse(e["site"]), e["op"], e["scope"]) for e in content["edits"])
+            return cls(edits, content["made_for"])
+        except (KeyError, TypeError) as error:
+            raise CorruptFileError(f"{folder} is not a saved intervention: {error!r} is missing or wrong.") from error
+
+    def _mapped(self, change: Callable[[Edit], Edit]) -> Intervention:
+        return replace(self, edits=tuple(change(edit) for edit in self.edits))

@@ -1,0 +1,100 @@
+"""What an edit did: counted and measured while the model ran."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from workbench.interventions.intervention import Edit
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What one edit did.
+
+    Attributes:
+        edit: the edit in words.
+        site: where.
+        fired: number of forward passes in which its hook ran.
+        tokens: number of tokens that were edited.
+        mean_norm_intended: mean L2 norm of this edit's change as computed in fp32.
+        mean_norm_applied: mean L2 norm of the change that reached the model, after rounding to its dtype. Several
+            edits of one site are rounded once, together; it is then that of their sum, on this edit's tokens.
+        mean_norm_before: mean L2 norm of the hidden states that were edited.
+        together: number of edits that were written at once at this site.
+        gate_open: decisions of the edit's gate that were open; None without a gate.
+        gate_decided: decisions of the edit's gate; None without a gate.
+    """
+
+    edit: str
+    site: str
+    fired: int
+    tokens: int
+    mean_norm_intended: float
+    mean_norm_applied: float
+    mean_norm_before: float
+    together: int = 1
+    gate_open: int | None = None
+    gate_decided: int | None = None
+
+    @property
+    def share(self) -> float:
+        """Mean applied norm divided by the mean norm of the edited hidden states."""
+        return self.mean_norm_applied / self.mean_norm_before if self.mean_norm_before else 0.0
+
+    @classmethod
+    def merged(cls, parts: Sequence[EditReport]) -> EditReport:
+        """One report of the same edit in several batches; means are over tokens."""
+        tokens = sum(part.tokens for part in parts)
+
+        def mean(name: str) -> float:
+            return sum(part.tokens * getattr(part, name) for part in parts) / max(tokens, 1)
+
+        def total(name: str) -> int | None:
+            counts = [getattr(part, name) for part in parts]
+            return None if counts[0] is None else sum(counts)
+
+        norms = [mean(name) for name in ("mean_norm_intended", "mean_norm_applied", "mean_norm_before")]
+        gates = [total(name) for name in ("gate_open", "gate_decided")]
+        fired = sum(part.fired for part in parts)
+        return replace(
+            parts[0], fired=fired, tokens=tokens, mean_norm_intended=norms[0], mean_norm_applied=norms[1],
+            mean_norm_before=norms[2], gate_open=gates[0], gate_decided=gates[1],
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.edit}: fired {self.fired}x on {self.tokens} tokens, mean norm added {self.mean_norm_applied:.4g} "
+            f"({100 * self.share:.3g} % of the activation norm)"
+        )
+        if self.together > 1:
+            text += f", together with {self.together - 1} more; its own intended norm is {self.mean_norm_intended:.4g}"
+        if self.gate_decided is not None:
+            text += f"; gate open {self.gate_open} of {self.gate_decided} times"
+        return text
+
+
+class Tally:
+    """Sums of one edit, kept on the device so that no forward pass waits for them."""
+
+    def __init__(self, edit: Edit, *, gated: bool) -> None:
+        self.edit, self.gated = edit, gated
+        self.fired = self.tokens = 0
+        self.together = 1
+        self.intended: Tensor | float = 0.0
+        self.applied: Tensor | float = 0.0
+        self.before: Tensor | float = 0.0
+        self.in_scope: Tensor | int = 0
+        self.gate_open: Tensor | int = 0
+        self.gate_decided = 0
+
+    def report(self) -> EditReport:
+        """The sums as means."""
+        n = max(self.tokens, 1)
+        return EditReport(
+            str(self.edit), str(self.edit.site), self.fired, self.tokens, float(self.intended) / n,
+            float(self.applied) / n, float(self.before) / n, self.together,
+            int(self.gate_open) if self.gated else None, self.gate_decided if self.gated else None,
+        )  # fmt: skip

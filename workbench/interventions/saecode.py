@@ -1,0 +1,94 @@
+"""Encoding and decoding with a sae_lens SAE without its module state: only the features asked for, in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_PER_FEATURE = ("standard", "jumprelu")
+
+
+def encode(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+    """All feature activations, fp32, without gradient."""
+    with torch.no_grad():
+        if _kind(sae) not in (*_PER_FEATURE, "topk"):
+            return sae.encode(x.to(sae.W_dec)).float()
+        return _activate(sae, _input(sae, x) @ sae.W_enc + sae.b_enc, None).float()
+
+
+def encode_some(sae: Any, x: Float[Tensor, "n d_in"], features: Int[Tensor, " f"]) -> Float[Tensor, "n f"]:
+    """The activations of some features, fp32, without gradient.
+
+    Where features do not compete (ReLU, JumpReLU) only their columns of the encoder are used.
+    """
+    with torch.no_grad():
+        features = features.to(sae.W_dec.device)
+        if _kind(sae) not in _PER_FEATURE:
+            return encode(sae, x)[:, features.to(x.device)]
+        pre = _input(sae, x) @ sae.W_enc[:, features] + sae.b_enc[features]
+        return _activate(sae, pre, features).float()
+
+
+def decode(sae: Any, acts: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+    """The reconstruction of `x` from feature activations, fp32."""
+    with torch.no_grad():
+        if _rescales(sae):
+            acts = acts / sae.W_dec.norm(dim=-1).to(acts)
+        out = (acts.to(sae.W_dec) @ sae.W_dec + sae.b_dec).float()
+        mean = x.mean(-1, keepdim=True) if _normalisation(sae) == "layer_norm" else 0.0
+        return out * output_scale(sae, x) + mean
+
+
+def decoder_rows(sae: Any, features: Int[Tensor, "*f"]) -> Float[Tensor, "*f d_in"]:
+    """What one unit of each feature's activation adds to the reconstruction, before `output_scale`, fp32."""
+    rows = sae.W_dec.detach()[features.to(sae.W_dec.device)].float()
+    return rows / rows.norm(dim=-1, keepdim=True) if _rescales(sae) else rows
+
+
+def output_scale(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"] | float:
+    """By what the decoder's output is multiplied to be in the units of `x`: 1 unless the SAE normalises its input."""
+    kind = _normalisation(sae)
+    if kind == "constant_norm_rescale":
+        return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+    if kind == "layer_norm":
+        return (x - x.mean(-1, keepdim=True)).std(-1, keepdim=True)
+    return 1.0
+
+
+def _kind(sae: Any) -> str:
+    config = getattr(sae, "cfg", None)
+    return config.architecture() if config is not None and hasattr(config, "architecture") else "unknown"
+
+
+def _rescales(sae: Any) -> bool:
+    return bool(getattr(getattr(sae, "cfg", None), "rescale_acts_by_decoder_norm", False))
+
+
+def _normalisation(sae: Any) -> str:
+    return str(getattr(getattr(sae, "cfg", None), "normalize_activations", "none"))
+
+
+def _input(sae: Any, x: Tensor) -> Tensor:
+    kind = _normalisation(sae)
+    if kind == "constant_norm_rescale":
+        x = x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True))
+    elif kind == "layer_norm":
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.std(-1, keepdim=True) + 1e-5)  # the epsilon of sae_lens
+    x = x.to(sae.W_enc)
+    return x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
+
+
+def _activate(sae: Any, pre: Tensor, features: Tensor | None) -> Tensor:
+    if _kind(sae) == "topk":
+        if _rescales(sae):
+            pre = pre * sae.W_dec.norm(dim=-1)
+        return sae.activation_fn(pre)
+    acts = sae.activation_fn(pre)
+    if _kind(sae) == "jumprelu":
+        threshold = sae.threshold if features is None else sae.threshold[features]
+        acts = acts * (pre.float() > threshold.float())
+    return acts
