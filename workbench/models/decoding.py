@@ -91,6 +91,11 @@ class Recorder:
         self._start = 0
         self._place: Callable[[Tensor], Tensor] = lambda x: x
 
+    @property
+    def wants_logits(self) -> bool:
+        """Whether the logits of every column are asked for, not only of the last."""
+        return any(point.site.kind == "logits" for point in self._points)
+
     @classmethod
     def points_of(cls, sites: SiteMap, wanted: Sequence[str | Site]) -> tuple[Point, ...]:
         """The points of these sites.
@@ -141,6 +146,7 @@ class Decoder:
     ) -> None:
         self.hf, self._options, self._stops = hf, options, stops
         self._recorder = recorder or Recorder((), 0, 0)
+        self._keep = 0 if self._recorder.wants_logits else 1
 
     def prefill(self, batch: TokenBatch, *, share: bool = False) -> Prefilled:
         """The prompts through the model.
@@ -172,6 +178,12 @@ class Decoder:
             logits = logits[owner]
         return Prefilled(cache, logits, mask)
 
+    def extend(self, cache: Any, ids: Int[Tensor, "1 columns"], start: int) -> Prefilled:
+        """The columns of one row from `start` on through the model; `cache` holds those before, and is extended."""
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        position = torch.arange(start, ids.shape[1], device=ids.device)[None]
+        return Prefilled(cache, self._last_logits(cache, ids[:, start:], mask, position, padded=False), mask)
+
     @torch.no_grad()
     def _last_logits(
         self, cache: Any, ids: Tensor, mask: Tensor, position: Tensor, padded: bool | None = None
@@ -180,7 +192,12 @@ class Decoder:
         padded = not bool(mask.all()) if padded is None else padded
         extra = {"attention_mask": mask.long()} if padded else {}
         out = self.hf(
-            input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra
+            input_ids=ids,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=self._keep,
+            **extra,
         )
         return out.logits[:, -1].float()
 
@@ -221,7 +238,8 @@ class Decoder:
             n_done = self._mark_ended(part, done, chosen, step, stop_at)
             if step == n - 1 or n_done == len(live):
                 break
-            if drops and 2 * n_done > len(live):
+            # Not after the first token: a plan that was entered after the prompts has to see every row once.
+            if drops and step and 2 * n_done > len(live):
                 keep = (~done).nonzero().squeeze(1)
                 select_rows(cache, keep)
                 drops(keep)

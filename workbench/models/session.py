@@ -1,0 +1,179 @@
+"""A conversation whose KV cache is kept from turn to turn, steered or not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.errors import DegenerateInputError, InvalidInputError, did_you_mean
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.plan import Plan
+from workbench.interventions.report import EditReport
+from workbench.models.decoding import Decoder, Prefilled
+from workbench.models.generation import Generation, Parts, collected
+from workbench.models.kvcache import crop, new_cache
+from workbench.models.sampling import Sampling
+from workbench.tokens import TokenBatch, encode
+
+_OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "top_k", "top_p", "min_p")
+
+
+class Session:
+    """A conversation with a chat model; each turn feeds only what the model has not seen yet.
+
+    The whole history is put through the chat template at every turn, and the cache is kept as far as its tokens agree.
+    So an intervention acts on each token once, when it is first processed, and never again while the token stays in
+    the cache. `Generated()` is every token that the model sampled, in this turn or an earlier one; `Prompt()` is the
+    rest, replies put in by the template's own words included; `Last()` is the last prompt token of each turn; `Pos(i)`
+    counts from the start of the conversation. A gate that decides per prompt decides anew in each turn, from what that
+    turn adds. Caches that forget old columns (sliding windows that have filled up) are computed anew instead.
+
+    The edits are made during `turn` and `logits` only. Inside `with session:` they stay on, for any use of the model,
+    and are proven at the end of the block instead of after every turn.
+
+    Attributes:
+        last: the generation of the last turn, or None before the first.
+    """
+
+    def __init__(
+        self, parts: Parts, sampling: Sampling, *, system: str | None = None, intervention: Intervention | None = None
+    ) -> None:
+        if not getattr(parts.tokenizer, "chat_template", None):
+            raise InvalidInputError(
+                f"session: the tokenizer of {type(parts.hf).__name__} has no chat template, so it is not known how a "
+                "conversation is written. Use a chat model, set tokenizer.chat_template, or use Model.generate."
+            )
+        self._parts, self._sampling = parts, sampling
+        self._messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        self._start = len(self._messages)
+        self._plan = None if intervention is None else Plan(parts.hf, parts.site_map, intervention)
+        self._is_entered = False
+        self._n_taken = 0
+        self.last: Generation | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._cache: Any = None
+        self._ids: list[int] = []
+        self._is_generated: list[bool] = []
+
+    @property
+    def messages(self) -> tuple[dict[str, str], ...]:
+        """The conversation up to now, system message included."""
+        return tuple(dict(message) for message in self._messages)
+
+    @property
+    def n_exchanges(self) -> int:
+        """Number of questions that have an answer in the conversation."""
+        return (len(self._messages) - self._start) // 2
+
+    @property
+    def report(self) -> tuple[EditReport, ...]:
+        """What each edit did up to now; empty without an intervention."""
+        return () if self._plan is None else self._plan.report
+
+    def turn(self, text: str, **options: Any) -> str:
+        """Says `text` and returns the model's reply; both become part of the conversation.
+
+        Each turn has random draws of its own, also after a backtrack. If it fails or is interrupted, the conversation
+        is as it was before.
+
+        Args:
+            text: what the user says.
+            **options: `max_new_tokens`, `temperature`, `seed`, `stop`, `top_k`, `top_p`, `min_p` for this turn only.
+
+        Raises:
+            EditError: if an edit has not happened in any turn up to now.
+            InvalidInputError: for an unknown option, or one that cannot be used.
+        """
+        sampling = self._sampling_with(options)
+        messages = [*self._messages, {"role": "user", "content": text}]
+        decoder = Decoder(self._parts.hf, sampling, self._parts.stops(sampling))
+        with self._editing():
+            batch, start = self._fed(decoder, messages)
+            new = decoder.run(start, torch.tensor([self._n_taken]))
+        self._n_taken += 1
+        sampled = new.ids[0, : int(new.sampled[0])].tolist()
+        self._ids += sampled
+        self._is_generated += [True] * len(sampled)
+        self.last = collected(self._parts.tokenizer, [(new, batch, {})], [self.report] if self._plan else [])
+        reply = self.last.texts[0]
+        self._messages = [*messages, {"role": "assistant", "content": reply}]
+        return reply
+
+    def logits(self) -> Float[Tensor, " d_vocab"]:
+        """Logits (fp32) of the first token of a reply to the conversation as it is now."""
+        if not self._messages:
+            raise DegenerateInputError("logits: nothing has been said yet. Take a turn, or give a system message.")
+        with self._editing():
+            return self._fed(Decoder(self._parts.hf, self._sampling), self._messages)[1].logits[0]
+
+    def backtrack(self, n: int = 1) -> None:
+        """Takes back the last `n` exchanges, questions and replies.
+
+        Raises:
+            InvalidInputError: if there are not so many.
+        """
+        if not 1 <= n <= self.n_exchanges:
+            raise InvalidInputError(
+                f"backtrack({n}): the conversation has {self.n_exchanges} exchanges; give a number from 1 to that."
+            )
+        # The cache is cropped when the next turn shows how much of it still holds.
+        del self._messages[-2 * n :]
+
+    def _sampling_with(self, options: dict[str, Any]) -> Sampling:
+        for name in options:
+            if name not in _OPTIONS:
+                raise InvalidInputError(f"turn: there is no option {name!r}. {did_you_mean(name, _OPTIONS)}")
+        if isinstance(options.get("stop"), str):
+            options["stop"] = (options["stop"],)
+        return dataclasses.replace(self._sampling, **options)
+
+    def _fed(self, decoder: Decoder, messages: Sequence[dict[str, str]]) -> tuple[TokenBatch, Prefilled]:
+        """Brings the cache to these messages: what it shares with them stays, the rest is fed."""
+        batch = encode(self._parts.tokenizer, messages).to(self._parts.hf.device)
+        ids: list[int] = batch.ids[0].tolist()
+        known = next((i for i, (a, b) in enumerate(zip(ids, self._ids, strict=False)) if a != b), None)
+        known = min(len(ids), len(self._ids)) if known is None else known
+        cached = 0 if self._cache is None else int(self._cache.get_seq_length())
+        # The last column is always fed, because its logits are needed.
+        keep = min(known, cached, len(ids) - 1)
+        if self._cache is None or not crop(self._cache, keep):
+            self._cache, keep = new_cache(self._parts.hf.config, len(ids)), 0
+        self._ids, self._is_generated = ids, self._is_generated[:known] + [False] * (len(ids) - known)
+        if self._plan is not None:
+            self._plan.roles(~torch.tensor([self._is_generated], device=batch.ids.device))
+        return batch, decoder.extend(self._cache, batch.ids, keep)
+
+    @contextlib.contextmanager
+    def _editing(self) -> Any:
+        try:
+            with contextlib.nullcontext() if self._is_entered or self._plan is None else self._plan:
+                yield
+        except BaseException:
+            # The cache may hold half of a turn.
+            self._forget()
+            raise
+
+    def __enter__(self) -> Session:
+        if self._plan is not None:
+            self._plan.__enter__()
+            self._is_entered = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._plan is not None:
+            self._is_entered = False
+            self._plan.__exit__(kind, error, trace)
+
+    def __repr__(self) -> str:
+        return f"Session({self.n_exchanges} exchanges, {len(self._ids)} tokens known)"
