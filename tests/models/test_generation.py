@@ -4,54 +4,12 @@ import pytest
 import torch
 
 from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, tiny_model
-from workbench.errors import InvalidInputError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.interventions.scopes import Generated, Last, Mask
-from workbench.models.sampling import Sampling, choose, inverse_cdf, uniforms
 
 PROMPTS = ["abcdef", "xy", "qrs"]
 VECTOR = torch.linspace(-1, 1, D_MODEL)
-
-
-def test_inverse_cdf_takes_the_token_whose_interval_holds_u() -> None:
-    g = torch.Generator().manual_seed(0)
-    weights = torch.rand(1, 1000, generator=g) * (torch.rand(1, 1000, generator=g) > 0.3)
-    us = torch.rand(4000, generator=g, dtype=torch.float64)
-    got, total = inverse_cdf(weights.expand(4000, -1), us)
-    torch.testing.assert_close(total, weights.sum(1).expand(4000))
-    cdf = weights[0].double().cumsum(0)
-    want = torch.searchsorted(cdf, us * cdf[-1], right=True)
-    assert torch.equal(got, want)
-    assert bool((weights[0, got] > 0).all())
-
-
-@pytest.mark.parametrize("u", [0.0, 1.0 - 1e-16])
-def test_the_ends_of_the_interval_never_choose_an_impossible_token(u: float) -> None:
-    weights = torch.zeros(1, 700)
-    weights[0, [3, 400]] = 1.0
-    assert int(inverse_cdf(weights, torch.tensor([u], dtype=torch.float64))[0]) == (3 if u == 0 else 400)
-
-
-def test_draws_follow_the_distribution() -> None:
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
-    n = 20000
-    u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ids, logprobs = choose(logits.expand(n, -1).clone(), u, Sampling())
-    share = torch.bincount(ids, minlength=3) / n
-    torch.testing.assert_close(share, logits.exp(), atol=0.015, rtol=0)
-    torch.testing.assert_close(logprobs, logits[ids])
-    cold, logprob_cold = choose(logits.expand(n, -1).clone(), u, Sampling(temperature=0.5))
-    squared = logits.exp() ** 2 / (logits.exp() ** 2).sum()
-    torch.testing.assert_close(torch.bincount(cold, minlength=3) / n, squared, atol=0.015, rtol=0)
-    torch.testing.assert_close(logprob_cold, logits[cold])  # reported at temperature 1
-
-
-def test_the_draws_of_a_row_depend_on_seed_and_row_number_only() -> None:
-    rows = torch.arange(5)
-    assert torch.equal(uniforms(rows, 7, 3)[2:4], uniforms(rows[2:4], 7, 3))
-    assert not torch.equal(uniforms(rows, 7, 3), uniforms(rows, 7, 4))
-    assert len(uniforms(torch.arange(200), 1, 0).unique()) == 200
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,9 +94,3 @@ def test_stop_tokens_end_a_row_and_are_not_part_of_it() -> None:
     assert [len(row) for row in out.ids] == [0, 0, 0]
     assert out.texts == ("", "", "")
     assert model.sample(torch.tensor([[5], [6]]), 4).shape == (2, 4)
-
-
-def test_impossible_options_are_refused() -> None:
-    for bad in ({"max_new_tokens": 0}, {"temperature": -1.0}):
-        with pytest.raises(InvalidInputError):
-            Sampling(**bad)  # type: ignore[arg-type]

@@ -59,11 +59,13 @@ class Parts:
         hf: the Hugging Face model.
         site_map: where its sites are.
         tokenizer: its tokenizer.
+        plan: binds an intervention to it.
     """
 
     hf: Any
     site_map: SiteMap
     tokenizer: Any
+    plan: Callable[[Intervention], Plan]
 
     def stops(self, options: Sampling) -> StopStrings | None:
         """The finder of the stop strings, if there are any."""
@@ -88,7 +90,7 @@ def generate(
     for rows in track(torch.arange(len(batch)).split(batch_size), description="generating", unit="batches"):
         # Untrimmed where a prompt is edited, so that the columns of a Mask stay those of the whole batch.
         part = batch[rows] if _spares_prompt(intervention) else TokenBatch(batch.ids[rows], batch.mask[rows])
-        plan = None if intervention is None else Plan(parts.hf, parts.site_map, intervention.take(rows))
+        plan = None if intervention is None else parts.plan(intervention.take(rows))
         recorder = Recorder(points, len(rows), part.ids.shape[1] + options.max_new_tokens)
         new = _one_batch(Decoder(parts.hf, options, stops, recorder), part, rows, plan, recorder)
         reports += [] if plan is None else [plan.report]

@@ -336,7 +336,7 @@ class Model:
 
     @property
     def _parts(self) -> Parts:
-        return Parts(self.hf, self.site_map, self.tokenizer)
+        return Parts(self.hf, self.site_map, self.tokenizer, self.plan)
 
     def sample(
         self,

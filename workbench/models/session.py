@@ -14,7 +14,6 @@ from torch import Tensor
 
 from workbench.errors import DegenerateInputError, InvalidInputError, did_you_mean
 from workbench.interventions.intervention import Intervention
-from workbench.interventions.plan import Plan
 from workbench.interventions.report import EditReport
 from workbench.models.decoding import Decoder, Prefilled
 from workbench.models.generation import Generation, Parts, collected
@@ -53,7 +52,7 @@ class Session:
         self._parts, self._sampling = parts, sampling
         self._messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self._start = len(self._messages)
-        self._plan = None if intervention is None else Plan(parts.hf, parts.site_map, intervention)
+        self._plan = None if intervention is None else parts.plan(intervention)
         self._is_entered = False
         self._n_taken = 0
         self.last: Generation | None = None
