@@ -1,4 +1,4 @@
-"""Writes the pages that are made from the code: `errors.md`, `commands.md` and `sites.md`. A test checks that they are current."""
+"""Writes the pages that are made from the code; a test checks that they are current."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import EditError
-from workbench.hooks.pattern import pattern_hook
+from workbench.hooks.pattern import pattern_hook, unwatched
 from workbench.hooks.sites import Point
 
 Fn = Callable[[Tensor], Tensor | None]
@@ -37,7 +37,8 @@ def _checked(point: Point, before: Tensor, after: object) -> Tensor | None:
 def _run(point: Point, fn: Fn, raw: Tensor) -> Tensor | None:
     """The module's tensor after `fn` on the canonical tensor of the point; None if it stays as it is."""
     x = point.read(raw)
-    after = _checked(point, x, fn(x))
+    with unwatched():
+        after = _checked(point, x, fn(x))
     return None if after is None else point.write(raw, after)
 
 

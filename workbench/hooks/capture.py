@@ -77,6 +77,20 @@ class _Enough(Exception):
     """Raised by the last hook needed; the rest of the forward pass is not computed."""
 
 
+def _kept(point: Point, x: Tensor, chosen: Tensor | None, grad: bool) -> tuple[Tensor, Tensor | None]:
+    """What is captured, and for gradients an equal tensor for the model that is computed from what is captured."""
+    if chosen is None:
+        kept = x.view_as(x) if grad else x
+        return kept, kept if grad else None
+    flat, chosen = point.flat(x), chosen.to(x.device)
+    kept = flat[chosen]
+    if not grad:
+        return kept, None
+    rest = flat.clone()
+    rest[chosen] = kept
+    return kept, point.unflat(rest, x)
+
+
 EAGER_NOTE = "attention ran in eager mode for this call, which pattern needs"
 
 
@@ -96,7 +110,7 @@ def capture(
         sites: its site map.
         inputs: keyword arguments of the model, as made by `TokenBatch.hf`.
         wanted: the sites.
-        grad: keep the autograd graph.
+        grad: keep the autograd graph; what comes later in the model depends on the captured tensors.
         chosen: tokens to keep; each tensor is then `(tokens, width)`, and only these are held in memory.
 
     Raises:
@@ -109,11 +123,12 @@ def capture(
     found: dict[Site, Tensor] = {}
 
     def read(point: Point) -> Fn:
-        def fn(x: Tensor) -> None:
-            kept = x if chosen is None else point.flat(x)[chosen.to(x.device)]
+        def fn(x: Tensor) -> Tensor | None:
+            kept, written = _kept(point, x, chosen, grad and x.requires_grad)
             found[point.site] = kept if grad else kept.detach()
             if len(found) == len(points):
                 raise _Enough
+            return written
 
         return fn
 

@@ -50,7 +50,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         x = args[0] if args else None
-        if self.seen or not isinstance(x, Tensor):
+        if self.seen or _RUNNING.paused or not isinstance(x, Tensor):
             return func(*args, **kwargs)
         if func in _SOFTMAX:
             out = func(*args, **kwargs)
@@ -74,13 +74,24 @@ class _Watch(TorchFunctionMode):
 
 
 class _Running(threading.local):
-    """The watches that are on, innermost last."""
+    """The watches that are on, innermost last, and how many functions of hooks are running, which they overlook."""
 
     def __init__(self) -> None:
         self.watches: list[_Watch] = []
+        self.paused = 0
 
 
 _RUNNING = _Running()
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Softmax and products inside the block, as in the function of a hook, are not taken for those of attention."""
+    _RUNNING.paused += 1
+    try:
+        yield
+    finally:
+        _RUNNING.paused -= 1
 
 
 class _Hook:

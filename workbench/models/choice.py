@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.errors import DegenerateInputError
 from workbench.interventions.scopes import Scope, Step
 from workbench.tokens import TokenBatch
 
@@ -21,11 +21,8 @@ def chosen_tokens(batch: TokenBatch, scope: Scope, encode: Callable[[str], list[
     """True at the tokens of the batch that are in the scope; every token counts as prompt, padding never counts.
 
     Raises:
-        InvalidInputError: if it is not a scope.
         DegenerateInputError: if no token is in it.
     """
-    if not isinstance(scope, Scope):
-        raise InvalidInputError(f"positions={scope!r} is not a scope; give Last(), Pos(0, -1), TokenIs(id) or a Mask.")
     rows, width = batch.ids.shape
     step = Step(
         ids=batch.ids,

@@ -173,7 +173,7 @@ class Model:
 
     def stream(
         self,
-        texts: Iterable[str | Chat],
+        texts: Iterable[str] | Iterable[Chat],
         sites: Sequence[str | Site],
         *,
         batch_size: int = 8,
@@ -195,7 +195,8 @@ class Model:
             raise InvalidInputError("stream(texts=...): give an iterable of texts, such as [text].")
         if batch_size < 1:
             raise InvalidInputError(f"stream(batch_size={batch_size}): it must be at least 1.")
-        batches = (self.tokens(part) for part in groups(texts, batch_size))
+        parts: Iterator[Any] = groups(texts, batch_size)
+        batches = map(self.tokens, parts)
         return ((batch, self.capture(batch, sites, positions=positions)) for batch in batches)
 
     def _refuse_unknown(self, caller: str, sites: Sequence[str | Site]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from workbench.hooks.sites import KINDS, SiteMap
 
-
 _SIDES = {"in": "input", "out": "output", "inside": "inside"}
 
 
