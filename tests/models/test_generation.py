@@ -1,15 +1,59 @@
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, tiny_model
+from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, n_hooks, tiny_model
+from workbench.errors import InvalidInputError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
-from workbench.interventions.scopes import Generated, Last, Mask
+from workbench.interventions.scopes import All, Generated, Last, Mask, Prompt, Scope
+from workbench.models.decoding import Decoder
+from workbench.models.generation import Generation
+from workbench.models.model import Model
 
 PROMPTS = ["abcdef", "xy", "qrs"]
 VECTOR = torch.linspace(-1, 1, D_MODEL)
+STOP = tuple("abcdefghijklm\x00\x01\x02\x03\x04\x05\x06")
+
+
+@contextlib.contextmanager
+def plain(model: Model) -> Iterator[None]:
+    """The plain path: a hook of someone else, so that nothing is shared and no row leaves the batch."""
+    handle = model.hf.register_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shape of the ids of every forward pass that generates."""
+    seen: list[tuple[int, ...]] = []
+    original = Decoder._last_logits
+
+    def watched(self: Decoder, cache: object, ids: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+        seen.append(tuple(ids.shape))
+        return original(self, cache, ids, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "_last_logits", watched)
+    return seen
+
+
+def _same(mine: Generation, theirs: Generation) -> None:
+    assert [row.tolist() for row in mine.ids] == [row.tolist() for row in theirs.ids]
+    assert mine.texts == theirs.texts and mine.ended == theirs.ended
+    assert mine.prompt_lengths == theirs.prompt_lengths
+    for a, b in zip(mine.logprobs, theirs.logprobs, strict=True):
+        torch.testing.assert_close(a, b, atol=FP32_LOGITS, rtol=1e-4)
+    assert mine.activations.keys() == theirs.activations.keys()
+    for site, rows in mine.activations.items():
+        for a, b in zip(rows, theirs.activations[site], strict=True):
+            torch.testing.assert_close(a, b, atol=FP32_LOGITS, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,3 +138,183 @@ def test_stop_tokens_end_a_row_and_are_not_part_of_it() -> None:
     assert [len(row) for row in out.ids] == [0, 0, 0]
     assert out.texts == ("", "", "")
     assert model.sample(torch.tensor([[5], [6]]), 4).shape == (2, 4)
+
+
+def test_each_row_says_why_it_ended() -> None:
+    model = tiny_model()
+    push = model.W_U[:, [model.tokenizer.eos_token_id, 50, 60]].T
+    edit = Add(push / push.norm(dim=1, keepdim=True), torch.tensor([100.0, 100.0, 100.0]))
+    stop = model.tokenizer.decode([50])
+    out = model.generate(
+        PROMPTS, 4, intervention=Intervention.at("final_norm", edit), temperature=0.0, stop=stop, capture=["embed"]
+    )
+    assert out.ended == ("stop_token", "stop_string", "length")
+    assert [row.tolist() for row in out.ids] == [[], [50], [60] * 4]
+    assert out.texts[1] == stop
+    assert out.prompt_lengths == (6, 2, 3)
+    # the last token that was sampled is not fed
+    assert [len(row) for row in out.activations["embed"]] == [6, 2, 3 + 3]
+
+
+MANY = [chr(97 + i % 7) * (1 + i % 5) + str(i) for i in range(12)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_have_ended_leave_the_batch_and_change_nothing(family: str, shapes: list[tuple[int, ...]]) -> None:
+    model = tiny_model(family)
+    options = {"seed": 3, "stop": STOP, "capture": ["resid_post.1"], "temperature": 1.5}
+    mine = model.generate(MANY, 30, **options)
+    sizes = [rows for rows, _ in shapes]
+    assert len(set(sizes)) >= 2 and sizes == sorted(sizes, reverse=True)
+    assert "stop_string" in mine.ended
+    shapes.clear()
+    with plain(model):
+        _same(mine, model.generate(MANY, 30, **options))
+    assert {rows for rows, _ in shapes} == {len(MANY)}
+
+
+def _edit(scope: Scope) -> Intervention:
+    strengths = torch.linspace(-8, 8, len(MANY))
+    return Intervention.at("resid_post.0", Add(VECTOR.expand(len(MANY), -1).contiguous(), strengths), scope)
+
+
+@pytest.mark.parametrize("scope", [All(), Generated(), Last() | Generated(), "mask"], ids=str)
+def test_edits_of_rows_follow_the_rows_that_stay(scope: Scope | str, shapes: list[tuple[int, ...]]) -> None:
+    model = tiny_model()
+    batch = model.tokens(MANY)
+    if isinstance(scope, str):
+        chosen = batch.mask & (torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
+        scope = Mask(chosen) | Generated()
+    options = {
+        "seed": 3, "stop": STOP, "capture": ["resid_post.1"], "intervention": _edit(scope), "temperature": 1.5,
+    }  # fmt: skip
+    mine = model.generate(batch, 30, **options)
+    assert len({rows for rows, _ in shapes}) >= 3
+    with plain(model):
+        theirs = model.generate(batch, 30, **options)
+    _same(mine, theirs)
+    # A batch of its own, a row that ends at its first token has no generated token to edit, which a plan refuses.
+    for split in (5,) if isinstance(scope, Generated) else (1, 5):
+        _same(mine, model.generate(batch, 30, **options, batch_size=split))
+    wrong = _edit(scope).take(torch.arange(len(MANY)).flip(0))
+    if not isinstance(scope, Mask):
+        assert model.generate(batch, 30, **{**options, "intervention": wrong}).texts != mine.texts
+
+
+@pytest.mark.parametrize("scope", [None, All(), Prompt(), Generated(), Last()], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_activations_are_those_of_the_finished_text(family: str, scope: Scope | None) -> None:
+    model = tiny_model(family)
+    sites = ["embed", "resid_post.1", "mlp_out.2", "z.1", "final_norm"]
+    edit = None if scope is None else _edit(scope)
+    mine = model.generate(MANY, 12, intervention=edit, stop=STOP, capture=sites, batch_size=7)
+    for i, (prompt, ids) in enumerate(zip(MANY, mine.ids, strict=True)):
+        start = model.tokens(prompt).ids
+        assert mine.prompt_lengths[i] == start.shape[1]
+        fed = torch.cat([start[0], ids if mine.ended[i] == "stop_token" else ids[:-1]])[None]
+        is_prompt = (torch.arange(fed.shape[1]) < start.shape[1])[None]
+        with contextlib.ExitStack() as stack:
+            # A row that has ended at once has no generated token, which its plan alone would not accept.
+            if edit is not None and not (isinstance(scope, Generated) and bool(is_prompt.all())):
+                stack.enter_context(model.plan(edit.take(torch.tensor([i])))).roles(is_prompt)
+            want = model.capture(fed, sites)
+        for site in sites:
+            found = mine.activations[site][i]
+            assert found.shape == want[site][0].shape, site
+            torch.testing.assert_close(found, want[site][0], atol=FP32_LOGITS, rtol=1e-4)
+    wrong = mine.activations["resid_post.1"][0][1:] - mine.activations["resid_post.1"][0][:-1]
+    assert bool(wrong.abs().amax() > 100 * FP32_LOGITS), "neighbours differ, so a shift would be seen"
+
+
+def test_logits_of_every_token_can_be_kept() -> None:
+    model = tiny_model()
+    out = model.generate(PROMPTS, 5, capture=["logits"], temperature=0.0)
+    row = torch.cat([model.tokens(PROMPTS[1]).ids[0], out.ids[1][:-1]])[None]
+    torch.testing.assert_close(out.activations["logits"][1], model.logits(row, keep="all")[0], atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_captured_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(InvalidInputError, match="list of sites"):
+        model.generate("abc", 2, capture="resid_post.1")
+    with pytest.raises(InvalidInputError, match="Model.capture"):
+        model.generate("abc", 2, capture=["pattern.1"])
+
+
+HEAD = "the same long beginning of a chat "
+
+
+@pytest.mark.parametrize("scope", [None, Generated()], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_prompts_share_goes_through_the_model_once(
+    family: str, scope: Scope | None, shapes: list[tuple[int, ...]]
+) -> None:
+    model = tiny_model(family)
+    prompts = [HEAD + "abc", HEAD + "xyzuvw", HEAD + "abc", HEAD[:-1], HEAD + "abc", HEAD[:20] + "q"]
+    vectors = VECTOR * torch.linspace(-8, 8, len(prompts))[:, None]
+    edit = None if scope is None else Intervention.at("resid_post.0", Add(vectors), scope)
+    options = {"temperature": 0.0, "intervention": edit, "capture": ["resid_post.1", "z.2"]}
+    mine = model.generate(prompts, 8, **options)
+    width = len(HEAD) + 6
+    prefix = len(HEAD) + 3  # where the padding of HEAD + "abc" and what it shares with the longest row end
+    has_window = any("sliding" in str(kind) for kind in getattr(model.hf.config, "layer_types", None) or ())
+    whole = [(4, width)] if has_window or getattr(model.hf.config, "sliding_window", None) else None
+    assert shapes[:2] == [(1, prefix), (4, width - prefix)] or shapes[:1] == whole
+    with plain(model):
+        _same(mine, model.generate(prompts, 8, **options))
+    for i, prompt in enumerate(prompts):
+        alone = None if edit is None else edit.take(torch.tensor([i]))
+        assert model.generate(prompt, 8, temperature=0.0, intervention=alone).texts[0] == mine.texts[i]
+
+
+def test_identical_prompts_are_read_once_and_still_sampled_apart(shapes: list[tuple[int, ...]]) -> None:
+    model = tiny_model("gemma2")
+    mine = model.generate(["abcdef"] * 5, 6, seed=1)
+    assert shapes[0] == (1, 6) and len(set(mine.texts)) == 5
+    with plain(model):
+        _same(mine, model.generate(["abcdef"] * 5, 6, seed=1))
+
+
+def test_prompts_that_are_edited_are_not_shared(shapes: list[tuple[int, ...]]) -> None:
+    model = tiny_model()
+    edit = Intervention.at("resid_post.0", Add(VECTOR * torch.tensor([[0.0], [20.0]])), Last())
+    out = model.generate(["abcdef"] * 2, 6, intervention=edit, temperature=0.0)
+    assert shapes[0] == (2, 6)
+    assert out.texts[0] != out.texts[1]
+
+
+def test_filtered_rows_do_not_depend_on_their_batch() -> None:
+    model = tiny_model()
+    options = {"seed": 2, "top_k": 40, "top_p": 0.8, "min_p": 0.01}
+    together = model.generate(PROMPTS, 10, **options)
+    _same(together, model.generate(PROMPTS, 10, **options, batch_size=1))
+    assert together.texts != model.generate(PROMPTS, 10, seed=2).texts
+    assert model.generate(PROMPTS, 10, seed=2, top_k=1).texts == model.generate(PROMPTS, 10, temperature=0.0).texts
+
+
+@pytest.mark.parametrize("scope", [None, All(), Generated()], ids=str)
+def test_an_interrupt_leaves_no_hooks(scope: Scope | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = tiny_model(), []
+    original = Decoder._last_logits
+
+    def interrupted(self: Decoder, *args: object, **named: object) -> torch.Tensor:
+        calls.append(n_hooks(model.hf))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, *args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "_last_logits", interrupted)
+    edit = None if scope is None else Intervention.at("resid_post.0", Add(VECTOR), scope)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(PROMPTS, 10, intervention=edit, capture=["resid_post.1"])
+    assert calls[-1] > 0 and n_hooks(model.hf) == 0
+    assert model.active_edits() == ()
+
+
+def test_an_outer_plan_sees_every_row() -> None:
+    model = tiny_model()
+    edit = Intervention.at("resid_post.0", Add(VECTOR * torch.linspace(-8, 8, 3)[:, None]), All())
+    want = model.generate(["abcdef"] * 3, 8, intervention=edit, temperature=0.0, stop=STOP)
+    with model.plan(edit):
+        _same(model.generate(["abcdef"] * 3, 8, temperature=0.0, stop=STOP), want)
+    assert len(set(want.texts)) == 3
