@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.errors import EditError, InvalidInputError, ShapeError
-from workbench.hooks.sites import Point, SiteMap
+from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.gates import Gate, When
 from workbench.interventions.intervention import Edit, Intervention
 from workbench.interventions.merge import Merged
@@ -46,11 +46,15 @@ class GateState:
         if self.of_row is not None:
             self.of_row = self.of_row[index.to(self.of_row.device)]
 
-    def at(self, row: Tensor, column: Tensor) -> Bool[Tensor, " n"] | None:
-        """The decision for each token, or None if there is none yet."""
+    def at(self, row: Tensor, column: Tensor, width: int) -> Bool[Tensor, " n"] | None:
+        """The decision for each token of the last `width` columns, or None if there is none yet."""
         if self.of_token is not None:
-            return self.of_token.to(row.device)[row, column]
+            return self.of_token.to(row.device)[row, column - width]
         return None if self.of_row is None else self.of_row.to(row.device)[row]
+
+
+GateStates = Mapping[tuple[int, Site], GateState]
+"""By id of the gate and the site that it reads: a gate of two edits that each read their own site decides twice."""
 
 
 @dataclass(eq=False)
@@ -62,6 +66,7 @@ class Group:
         ops: the ops, one per edit.
         scope: their common scope.
         gate: makes the edit conditional; such an edit is alone in its group.
+        read_at: the site that the gate reads.
         negated: the edit is made where the gate is closed.
         merged: all ops as one; None for a single op.
     """
@@ -70,15 +75,18 @@ class Group:
     ops: list[Op]
     scope: Scope
     gate: Gate | None = None
+    read_at: Site | None = None
     negated: bool = False
     merged: Merged | None = None
 
-    def through_gate(self, states: Mapping[int, GateState], row: Tensor, column: Tensor) -> Bool[Tensor, " n"] | None:
-        """Which of the tokens pass the gate, or None if there is no gate."""
-        if self.gate is None:
+    def through_gate(self, states: GateStates, row: Tensor, column: Tensor, width: int) -> Bool[Tensor, " n"] | None:
+        """Which of the tokens pass the gate, or None if there is no gate; `width` is the number of columns here."""
+        if self.gate is None or self.read_at is None:
             return None
-        state = states.get(id(self.gate))
-        decided = None if state is None else state.at(row, column)
+        if not row.numel():
+            return torch.ones_like(row, dtype=torch.bool)
+        state = states.get((id(self.gate), self.read_at))
+        decided = None if state is None else state.at(row, column, width)
         if decided is None:
             raise EditError(
                 f"{self.tallies[0].edit}: its gate has not decided yet; it never saw a prompt. Enter the plan before "
@@ -150,16 +158,20 @@ class Compiled:
                 raise EditError(
                     f"{done.edit}: the hook never ran. Nothing was edited; was the model called inside the block?"
                 )
-            if tally.in_scope == 0:
+            if tally.in_scope == 0 and not tally.edit.scope.is_empty:
                 raise EditError(
                     f"{done.edit}: no token was in scope in {done.fired} forward passes, so nothing was edited."
                 )
             if done.tokens and done.mean_norm_applied == 0 and tally.edit.op.must_change:
-                raise EditError(
-                    f"{done.edit}: {done.tokens} tokens met the edit, but the change of mean norm "
-                    f"{done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. "
+                why = (
+                    f"the change of mean norm {done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. "
                     "Use a larger strength or load the model in float32."
                 )
+                if done.mean_norm_intended == 0:
+                    why = "the change was exactly zero. Use a larger strength, unless what it multiplies is zero there."
+                elif tally.together > 1:
+                    why = f"the {tally.together} edits of this site cancel, or were lost in rounding to its dtype."
+                raise EditError(f"{done.edit}: {done.tokens} tokens met the edit, but {why}")
 
     def explain(self) -> str:
         """One line per site and group."""
@@ -198,16 +210,22 @@ def compile_edits(sites: SiteMap, intervention: Intervention, device: torch.devi
     compiled = Compiled()
     for edit in intervention.edits:
         point = sites[edit.site]
-        _check_width(str(edit), edit.op.width, point)
+        for part in edit.op.walk():
+            _check_width(str(edit), part.width, point)
+            if isinstance(part, When) and part is not edit.op:
+                raise InvalidInputError(
+                    f"{edit}: the gate is inside another edit, where it could not read its own site. Put it outside: "
+                    "When(gate, NormPreserve(...)), or one edit per condition."
+                )
         op = edit.op.to(device)
         tally = Tally(edit, gated=isinstance(op, When))
         compiled.tallies.append(tally)
         groups = compiled.groups.setdefault(point, [])
         if isinstance(op, When):
-            _add_gate(compiled, sites, edit, op.gate, point)
-            groups.append(Group([tally], [op.op], edit.scope, op.gate))
+            read_at = _add_gate(compiled, sites, edit, op.gate, point)
+            groups.append(Group([tally], [op.op], edit.scope, op.gate, read_at))
             if op.otherwise is not None:
-                groups.append(Group([tally], [op.otherwise], edit.scope, op.gate, negated=True))
+                groups.append(Group([tally], [op.otherwise], edit.scope, op.gate, read_at, negated=True))
         elif groups and _merges(groups[-1], edit, op):
             groups[-1].tallies.append(tally)
             groups[-1].ops.append(op)
@@ -226,8 +244,8 @@ def _merges(group: Group, edit: Edit, op: Op) -> bool:
     if group.scope != edit.scope or group.gate is not None:
         return False
     # What is being trained changes between forward passes; it is not folded into anything.
-    ops = (group.ops[0], op)
-    return all(one.low_rank() is not None and not any(True for _ in one.parameters()) for one in ops)
+    forms = (group.ops[0].low_rank(), op.low_rank())
+    return all(f is not None and not any(t.requires_grad for t in (f.read, f.write, f.bias)) for f in forms)
 
 
 def _forms(group: Group) -> Iterator[LowRankForm]:
@@ -242,7 +260,7 @@ def _check_width(what: str, width: int | None, point: Point) -> None:
         raise ShapeError(f"{what}: the op is for width {width}; site {point.site} has width {point.width}.")
 
 
-def _add_gate(compiled: Compiled, sites: SiteMap, edit: Edit, gate: Gate, point: Point) -> None:
+def _add_gate(compiled: Compiled, sites: SiteMap, edit: Edit, gate: Gate, point: Point) -> Site:
     read_at = point if gate.site is None else sites[gate.site]
     _check_width(f"{edit}, its gate", gate.width, read_at)
     late = order(read_at) > order(point)
@@ -254,3 +272,4 @@ def _add_gate(compiled: Compiled, sites: SiteMap, edit: Edit, gate: Gate, point:
     gates = compiled.gates.setdefault(read_at, [])
     if not any(known is gate for known in gates):
         gates.append(gate)
+    return read_at.site

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workbench.errors import InvalidInputError, ShapeError, did_you_mean
 from workbench.hooks.sites import Site
-from workbench.interventions.op import Op, Where, floats, unit
+from workbench.interventions.op import Op, Where, changed, floats, unit
 from workbench.interventions.saecode import encode_some
 from workbench.interventions.saes import features_of
 
@@ -197,7 +197,7 @@ class FnGate(Gate):
     fn: Callable[[Tensor], Tensor]
 
     def score(self, h: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        scores = self.fn(h)
+        scores = self.fn(h.clone())  # a function that works in place must not reach the model's own tensor
         if scores.shape != h.shape[:1]:
             raise ShapeError(f"FnGate: the function returned {tuple(scores.shape)} for {tuple(h.shape)}; give (n,).")
         return scores.float()
@@ -226,9 +226,9 @@ class When(Op):
     otherwise: Op | None = None
 
     def __post_init__(self) -> None:
-        for inner in (self.op, self.otherwise):
-            if isinstance(inner, When):
-                raise InvalidInputError("When(gate, When(...)): combine the two conditions in one FnGate instead.")
+        inner = [op for part in (self.op, self.otherwise) if part is not None for op in part.walk()]
+        if any(isinstance(op, When) for op in inner):
+            raise InvalidInputError("When(gate, When(...)): combine the two conditions in one FnGate instead.")
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         where = where or Where.of(h)
@@ -241,9 +241,17 @@ class When(Op):
         return self.op.width
 
     @property
+    def gated(self) -> bool:
+        return True
+
+    @property
+    def must_change(self) -> bool:
+        return self.op.must_change and (self.otherwise is None or self.otherwise.must_change)
+
+    @property
     def name(self) -> str:
         other = "" if self.otherwise is None else f", otherwise {self.otherwise.name}"
         return f"When({type(self.gate).__name__}, {self.op.name}{other})"
 
     def to(self, device: torch.device) -> Op:
-        return dataclasses.replace(super().to(device), gate=self.gate.to(device))  # type: ignore[type-var]
+        return changed(super().to(device), {"gate": self.gate.to(device)})

@@ -95,9 +95,9 @@ class Intervention:
         return self._mapped(lambda edit: replace(edit, scope=edit.scope.resolve(encode)))
 
     def parameters(self) -> Iterator[Tensor]:
-        """Tensors of the edits that are being trained."""
-        for edit in self.edits:
-            yield from edit.op.parameters()
+        """Tensors of the edits that are being trained, each once."""
+        found = {id(tensor): tensor for edit in self.edits for tensor in edit.op.parameters()}
+        yield from found.values()
 
     def save(self, folder: str | Path) -> Path:
         """Writes `intervention.json` and `tensors.safetensors`, and each SAE as a folder of sae_lens.

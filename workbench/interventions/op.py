@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -87,6 +88,11 @@ class Op:
         return next(iter(sizes), None)
 
     @property
+    def gated(self) -> bool:
+        """Whether a gate decides where this edit is made."""
+        return False
+
+    @property
     def name(self) -> str:
         """For reports: what kind of edit this is."""
         return type(self).__name__
@@ -107,7 +113,7 @@ class Op:
             InvalidInputError: if this kind of edit has no strength.
         """
         if self.strength_name is not None:
-            return dataclasses.replace(self, **{self.strength_name: getattr(self, self.strength_name) * factor})  # type: ignore[type-var]
+            return changed(self, {self.strength_name: getattr(self, self.strength_name) * factor})
         if not any(True for _ in self._inner()):
             raise InvalidInputError(
                 f"{self.name} * {factor:g}: this edit has no strength to scale. "
@@ -130,22 +136,34 @@ class Op:
             value = getattr(self, field.name)
             if isinstance(value, Op):
                 changes[field.name] = inner(value)
-        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+            elif isinstance(value, tuple) and any(isinstance(part, Op) for part in value):
+                changes[field.name] = tuple(inner(part) for part in value)
+        return changed(self, changes)
 
     def parameters(self) -> Iterator[Tensor]:
-        """Tensors of this edit that are being trained."""
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor) and value.requires_grad:
-                yield value
+        """Tensors of this edit that are being trained: those that an optimizer accepts.
+
+        Edits that keep only a direction or an orthonormal basis hold a result computed from your tensor; to train it,
+        make such an edit anew in every step.
+        """
+        for op in self.walk():
+            for field in dataclasses.fields(op):  # type: ignore[arg-type]
+                value = getattr(op, field.name)
+                if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
+                    yield value
+
+    def walk(self) -> Iterator[Op]:
+        """This edit and every edit inside it."""
+        yield self
         for op in self._inner():
-            yield from op.parameters()
+            yield from op.walk()
 
     def _inner(self) -> Iterator[Op]:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, Op):
-                yield value
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Op):
+                    yield part
 
     def _row_values(self) -> dict[str, Tensor]:
         values = {name: getattr(self, name) for name in self.per_row}
@@ -159,9 +177,19 @@ class Op:
         """The parameter for each token: its row's, or the one for all."""
         value = getattr(self, name)
         if not isinstance(value, Tensor):
-            return torch.as_tensor(value, device=h.device)
-        value = value.to(h.device)
+            return torch.full((), value, dtype=h.dtype, device=h.device)
+        value = value.to(h) if value.is_floating_point() else value.to(h.device)
         return value[where.rows] if value.ndim > self.per_row[name] else value
+
+
+def changed(op: Op, changes: Mapping[str, Any]) -> Op:
+    """A copy with changed fields that need no new check: nothing is normalised again, and rows may be all zero."""
+    if not changes:
+        return op
+    out = copy.copy(op)
+    for name, value in changes.items():
+        object.__setattr__(out, name, value)
+    return out
 
 
 def floats(value: Tensor, name: str, ndims: tuple[int, ...], shapes: str) -> Float[Tensor, ...]:
@@ -192,6 +220,11 @@ def vector(value: Tensor, name: str) -> Float[Tensor, "*rows d"]:
     return value
 
 
+def moves(strength: float | Tensor, direction: Float[Tensor, "*rows d"]) -> bool:
+    """Whether `strength * direction` is other than zero in some row."""
+    return bool(((torch.as_tensor(strength, device=direction.device) != 0) & (direction != 0).any(-1)).any())
+
+
 def unit(value: Tensor, name: str) -> Float[Tensor, "*rows d"]:
     """The direction of a vector; none of them may be zero."""
     value = vector(value, name)
@@ -201,9 +234,10 @@ def unit(value: Tensor, name: str) -> Float[Tensor, "*rows d"]:
     return value / norm
 
 
-def basis(value: Tensor, name: str) -> Float[Tensor, "*rows k d"]:
-    """An orthonormal basis of the span of the rows; `(d,)`, `(k, d)`, or one set per batch row `(rows, k, d)`."""
-    value = floats(value, name, (1, 2, 3), "(d,), (k, d) or, one subspace per row, (rows, k, d)")
+def basis(value: Tensor, name: str, *, per_row: bool = False) -> Float[Tensor, "*rows k d"]:
+    """An orthonormal basis of the span of `(d,)` or `(k, d)`; `per_row`: or of each batch row's `(rows, k, d)`."""
+    shapes = "(d,), (k, d) or, one subspace per row, (rows, k, d)" if per_row else "(d,) or (k, d)"
+    value = floats(value, name, (1, 2, 3) if per_row else (1, 2), shapes)
     value = value[None] if value.ndim == 1 else value
     if not bool((value != 0).any()):
         raise DegenerateInputError(f"{name}: the directions of shape {tuple(value.shape)} are zero; they span nothing.")

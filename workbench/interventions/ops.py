@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.errors import InvalidInputError, ShapeError
-from workbench.interventions.op import LowRankForm, Op, Where, basis, floats, project, same_width, unit, vector
+from workbench.errors import EditError, InvalidInputError, ShapeError
+from workbench.interventions.op import LowRankForm, Op, Where, basis, floats, moves, project, same_width, unit, vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +45,10 @@ class Add(Op):
 
     @property
     def must_change(self) -> bool:
-        return bool((torch.as_tensor(self.strength) != 0).any())
+        return moves(self.strength, self.vector)
 
     def low_rank(self) -> LowRankForm | None:
-        if isinstance(self.strength, Tensor) and self.vector.ndim == 1:
-            bias = self.strength.to(self.vector)[:, None] * self.vector
-        else:
-            bias = torch.as_tensor(self.strength).to(self.vector)[..., None] * self.vector
+        bias = torch.as_tensor(self.strength).to(self.vector)[..., None] * self.vector
         nothing = self.vector.new_zeros(0, self.vector.shape[-1])
         return LowRankForm(nothing, nothing, bias)
 
@@ -113,7 +110,7 @@ class ProjectOut(Op):
     per_row: ClassVar[Mapping[str, int]] = {"directions": 2}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "directions", basis(self.directions, "ProjectOut"))
+        object.__setattr__(self, "directions", basis(self.directions, "ProjectOut", per_row=True))
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         return h - project(h, self._per_token("directions", where or Where.of(h), h))
@@ -212,7 +209,11 @@ class Map(Op):
     fn: Callable[[Tensor], Tensor]
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:  # noqa: ARG002
-        return self.fn(h)
+        out = self.fn(h.clone())  # a function that works in place must not reach the model's own tensor
+        if not isinstance(out, Tensor) or out.shape != h.shape:
+            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise EditError(f"Map: the function returned {shape} for shape {tuple(h.shape)}; it must keep the shape.")
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,9 +252,3 @@ class PerRow(Op):
     @property
     def must_change(self) -> bool:
         return any(self.ops[i].must_change for i in self.owner.unique().tolist() if i >= 0)
-
-    def take(self, rows: Int[Tensor, " chosen"]) -> Op:
-        return PerRow(tuple(op.take(rows) if op.n_rows is not None else op for op in self.ops), self.owner[rows])
-
-    def to(self, device: torch.device) -> Op:
-        return PerRow(tuple(op.to(device) for op in self.ops), self.owner.to(device))

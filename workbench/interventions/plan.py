@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from workbench.errors import EditError, ShapeError
 from workbench.hooks.attach import Fn, attached
-from workbench.hooks.sites import Point, SiteMap
+from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.compiled import Compiled, GateState, compile_edits
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Where
@@ -44,8 +45,8 @@ class Plan:
 
     def __init__(self, hf: nn.Module, sites: SiteMap, intervention: Intervention) -> None:
         self._hf, self._intervention = hf, intervention
-        self._compiled: Compiled = compile_edits(sites, intervention, next(hf.parameters()).device)
         self._n_rows = intervention.n_rows
+        self._compiled: Compiled = compile_edits(sites, intervention, next(hf.parameters()).device)
         self._wants_history = any(edit.scope.wants_history() for edit in intervention.edits)
         self._stack: contextlib.ExitStack | None = None
         self._forget()
@@ -58,8 +59,8 @@ class Plan:
         self._roles: Tensor | None = None
         self._row: Tensor | None = None
         self._history: Tensor | None = None
-        self._selected: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._gates: dict[int, GateState] = {}
+        self._selected: dict[tuple[Scope, int], tuple[Tensor, Tensor]] = {}
+        self._gates: dict[tuple[int, Site], GateState] = {}
 
     @property
     def intervention(self) -> Intervention:
@@ -146,18 +147,20 @@ class Plan:
             self._step = None
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._step is not None:
-            return
         if threading.get_ident() != self._thread:
             raise EditError(f"The model was called from another thread than the one in which {self} is active.")
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        source = ids if ids is not None else kwargs.get("inputs_embeds")
+        # The base model inside the language model; but a second begin of one module follows a pass that was cut short.
+        if self._step is not None and module is not self._began:
+            return
+        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | dict(kwargs)
+        ids = given.get("input_ids")
+        source = ids if ids is not None else given.get("inputs_embeds")
         if source is None:
             raise EditError("The edited model was called without input_ids or inputs_embeds.")
-        cache = kwargs.get("past_key_values")
+        cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         batch, width = source.shape[:2]
-        mask = kwargs.get("attention_mask")
+        mask = given.get("attention_mask")
         if mask is None:
             mask = torch.ones(batch, past + width, dtype=torch.bool, device=source.device)
         elif mask.ndim != 2:
@@ -225,11 +228,11 @@ class Plan:
         return torch.arange(n, device=device).repeat_interleave(repeats)
 
     def _continues(self, ids: Tensor | None) -> bool:
-        """Whether this uncached call is the previous one with one generated token appended."""
-        last = self._last_ids
+        """Whether this uncached call is the previous one with one generated token appended; beams may change places."""
+        last, width = self._last_ids, self._prompt_width
         if last is None or ids is None or ids.shape[0] != last.shape[0] or ids.shape[1] != last.shape[1] + 1:
             return False
-        return torch.equal(ids[:, :-1], last)
+        return torch.equal(ids[:, :width], last[:, :width])
 
     # Reading gates and writing edits.
 
@@ -241,7 +244,7 @@ class Plan:
             flat = point.flat(x)
             step = self._step_for(point, flat)
             for gate in gates:
-                self._gates.setdefault(id(gate), GateState()).read(gate, flat, step)
+                self._gates.setdefault((id(gate), point.site), GateState()).read(gate, flat, step)
             edited = self._write(flat, step, groups)
             return None if edited is None else point.unflat(edited, x)
 
@@ -263,7 +266,7 @@ class Plan:
         return step if flat.shape[1] == step.is_real.shape[1] else step.tail(flat.shape[1])
 
     def _select(self, scope: Scope, step: Step, device: torch.device) -> tuple[Tensor, Tensor]:
-        key = (id(scope), step.is_real.shape[1])
+        key = (scope, step.is_real.shape[1])
         if key not in self._selected:
             row, column = scope.mask(step).nonzero(as_tuple=True)
             self._selected[key] = row.to(device), column.to(device)
@@ -276,14 +279,12 @@ class Plan:
         done = []
         for group in groups:
             row, column = self._select(group.scope, step, flat.device)
-            chosen = group.through_gate(self._gates, row, column)
+            chosen = group.through_gate(self._gates, row, column, flat.shape[1])
             group.count(len(row), chosen)
             if chosen is not None:
                 row, column = row[chosen], column[chosen]
             if row.numel() == 0:
                 continue
-            if work is None:
-                work = _exact(flat).clone() if len(groups) > 1 else None
             source = flat if work is None else work
             whole = row.numel() == flat.shape[0] * flat.shape[1]
             before = source.reshape(-1, flat.shape[2]) if whole else source[row, column]
@@ -294,10 +295,9 @@ class Plan:
                 written = wanted.to(flat.dtype)
                 group.measure(before, _exact(written) - before)
                 return _put(flat, written, row, column, whole)
-            assert work is not None
-            work = _put(work, wanted, row, column, whole)
+            work = _put(_exact(flat) if work is None else work, wanted, row, column, whole)
             done.append((group, row, column, before))
-        if work is None or not done:
+        if work is None:
             return None
         written = work.to(flat.dtype)
         change = _exact(written).detach() - _exact(flat).detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import EditError, InvalidInputError, ShapeError, did_you_mean
-from workbench.interventions.op import LowRankForm, Op, Where, basis, floats, project, same_width
+from workbench.interventions.op import LowRankForm, Op, Where, basis, changed, floats, project, same_width
 from workbench.tokens import TokenBatch
 
 AblateKind = Literal["zero", "mean", "resample"]
@@ -79,7 +79,7 @@ class Ablate(Op):
         return rows * 0x2545F4914F6CDD1D + int(self.seed) * 7919
 
     def take(self, rows: Int[Tensor, " chosen"]) -> Op:
-        return replace(self, seed=self.seed[rows] if isinstance(self.seed, Tensor) else self._seeds(rows))
+        return changed(self, {"seed": self.seed[rows] if isinstance(self.seed, Tensor) else self._seeds(rows)})
 
     @property
     def n_rows(self) -> int | None:

@@ -8,15 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_PER_FEATURE = ("standard", "jumprelu")
+_PER_FEATURE = ("standard", "jumprelu", "gated")
+_STATE = ("ln_mu", "ln_std", "x_norm_coeff")
+"""What sae_lens keeps on the SAE from `encode` to `decode`."""
 
 
 def encode(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
     """All feature activations, fp32, without gradient."""
     with torch.no_grad():
         if _kind(sae) not in (*_PER_FEATURE, "topk"):
-            return sae.encode(x.to(sae.W_dec)).float()
-        return _activate(sae, _input(sae, x) @ sae.W_enc + sae.b_enc, None).float()
+            return _encode_by_itself(sae, x)
+        return _activate(sae, _input(sae, x), None).float()
 
 
 def encode_some(sae: Any, x: Float[Tensor, "n d_in"], features: Int[Tensor, " f"]) -> Float[Tensor, "n f"]:
@@ -28,8 +30,7 @@ def encode_some(sae: Any, x: Float[Tensor, "n d_in"], features: Int[Tensor, " f"
         features = features.to(sae.W_dec.device)
         if _kind(sae) not in _PER_FEATURE:
             return encode(sae, x)[:, features.to(x.device)]
-        pre = _input(sae, x) @ sae.W_enc[:, features] + sae.b_enc[features]
-        return _activate(sae, pre, features).float()
+        return _activate(sae, _input(sae, x), features).float()
 
 
 def decode(sae: Any, acts: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
@@ -82,13 +83,26 @@ def _input(sae: Any, x: Tensor) -> Tensor:
     return x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
 
 
-def _activate(sae: Any, pre: Tensor, features: Tensor | None) -> Tensor:
-    if _kind(sae) == "topk":
-        if _rescales(sae):
-            pre = pre * sae.W_dec.norm(dim=-1)
-        return sae.activation_fn(pre)
+def _activate(sae: Any, x: Tensor, features: Tensor | None) -> Tensor:
+    chosen = slice(None) if features is None else features
+    pre = x @ sae.W_enc[:, chosen]
+    if _kind(sae) == "gated":
+        magnitude = pre * sae.r_mag[chosen].exp() + sae.b_mag[chosen]
+        return sae.activation_fn(magnitude) * (pre + sae.b_gate[chosen] > 0)
+    pre = pre + sae.b_enc[chosen]
+    if _kind(sae) == "topk" and _rescales(sae):
+        pre = pre * sae.W_dec.norm(dim=-1)
     acts = sae.activation_fn(pre)
     if _kind(sae) == "jumprelu":
-        threshold = sae.threshold if features is None else sae.threshold[features]
-        acts = acts * (pre.float() > threshold.float())
+        acts = acts * (pre.float() > sae.threshold[chosen].float())
+    return acts
+
+
+def _encode_by_itself(sae: Any, x: Tensor) -> Tensor:
+    """What the SAE's own code gives, with its state as it was."""
+    before = {name: vars(sae)[name] for name in _STATE if name in vars(sae)}
+    acts = sae.encode(x.to(sae.W_dec)).float()
+    for name in _STATE:
+        vars(sae).pop(name, None)
+    vars(sae).update(before)
     return acts

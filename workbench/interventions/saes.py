@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InvalidInputError, ShapeError, did_you_mean
-from workbench.interventions.op import Op, Where, vector
+from workbench.interventions.op import Op, Where, moves, vector
 from workbench.interventions.saecode import decode, decoder_rows, encode, encode_some, output_scale
 
 ErrorTerm = Literal["keep", "drop"]
@@ -41,6 +41,11 @@ class _FeatureOp(_SAEOp):
 
     def _check(self) -> None:
         object.__setattr__(self, "features", features_of(self.sae, self.features))
+        assert isinstance(self.features, Tensor)
+        ordered = self.features.sort(-1).values
+        twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+        if twice.numel():
+            raise InvalidInputError(f"{self.name}: feature {int(twice[0])} is named twice; name each feature once.")
         if self.error not in ("keep", "drop"):
             raise InvalidInputError(f"{self.name}(error={self.error!r}): {did_you_mean(self.error, ('keep', 'drop'))}")
 
@@ -277,4 +282,4 @@ class SAEAddMax(_SAEOp):
 
     @property
     def must_change(self) -> bool:
-        return bool((torch.as_tensor(self.strength) != 0).any())
+        return moves(self.strength, self.direction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +95,11 @@ class Scope:
     def mask(self, step: Step) -> Bool[Tensor, "batch pos"]:
         """True at the tokens to edit; padding excluded."""
         return self.tokens(step) & step.is_real
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this scope certainly holds no token, as where `take` chose other rows than it is about."""
+        return False
 
     def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
         """The same scope for a choice of batch rows."""
@@ -265,8 +271,12 @@ class Mask(Scope):
         inside = step.column < chosen.shape[1]
         return chosen[:, step.column.clamp_max(chosen.shape[1] - 1)] & inside
 
+    @property
+    def is_empty(self) -> bool:
+        return not bool(self.chosen.any())
+
     def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
-        return Mask(self.chosen[rows])
+        return _with_rows(self, self.chosen[rows.to(self.chosen.device)])
 
 
 @dataclass(frozen=True)
@@ -278,6 +288,10 @@ class Both(Scope):
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         return self.left.tokens(step) & self.right.tokens(step)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.left.is_empty or self.right.is_empty
 
     def __repr__(self) -> str:
         return f"({self.left} & {self.right})"
@@ -292,6 +306,10 @@ class Either(Scope):
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         return self.left.tokens(step) | self.right.tokens(step)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.left.is_empty and self.right.is_empty
 
     def __repr__(self) -> str:
         return f"({self.left} | {self.right})"
@@ -327,8 +345,19 @@ class Rows(Scope):
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         return self.chosen.to(step.row.device)[step.row][:, None].expand_as(step.is_real)
 
+    @property
+    def is_empty(self) -> bool:
+        return not bool(self.chosen.any())
+
     def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
-        return Rows(self.chosen[rows])
+        return _with_rows(self, self.chosen[rows.to(self.chosen.device)])
+
+
+def _with_rows(scope: Mask | Rows, chosen: Tensor) -> Scope:
+    """The scope with other rows, which may hold no token: the check is for what a user asks for."""
+    out = copy.copy(scope)
+    object.__setattr__(out, "chosen", chosen)
+    return out
 
 
 def touches_prompt(scope: Scope) -> bool:

@@ -152,7 +152,7 @@ class Rotate(Op):
             object.__setattr__(self, "vector", unit(self.vector, "Rotate"))
             return
         assert self.plane is not None
-        if self.plane.shape[0] != 2 or basis(self.plane, "Rotate").shape[0] != 2:
+        if self.plane.ndim != 2 or self.plane.shape[0] != 2 or basis(self.plane, "Rotate").shape[0] != 2:
             raise InvalidInputError(f"Rotate: plane {tuple(self.plane.shape)} must be two independent vectors (2, d).")
         first = unit(self.plane[0], "Rotate")
         second = unit(self.plane[1].float() - (self.plane[1].float() @ first) * first, "Rotate")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError
+from workbench.errors import DegenerateInputError, ShapeError
 from workbench.interventions.intervention import Edit, Intervention
-from workbench.interventions.op import Op
+from workbench.interventions.op import Op, changed
 from workbench.interventions.ops import PerRow
 from workbench.interventions.scopes import Rows
 
@@ -28,25 +28,30 @@ def variants(interventions: Sequence[Intervention], batch: int) -> Intervention:
 
     Raises:
         DegenerateInputError: if there are none.
+        ShapeError: if one has parameters for another number of rows.
+        MismatchError: if they were made for different models.
     """
     if not interventions:
         raise DegenerateInputError("variants([]): there is no intervention to compare. Give at least one.")
+    for intervention in interventions:
+        if intervention.n_rows not in (None, batch):
+            raise ShapeError(f"variants: parameters for {intervention.n_rows} rows; there are {batch} prompts.")
+    made_for = sum(interventions, Intervention()).made_for
     stacked = _stacked(interventions, batch)
     if stacked is not None:
-        return stacked
+        return Intervention(stacked, made_for)
     total = len(interventions) * batch
     row = torch.arange(total)
     edits = []
     for v, intervention in enumerate(interventions):
         mine = Rows(row // batch == v)
         for edit in intervention.edits:
-            op = edit.op.take(row % batch) if edit.op.n_rows is not None else edit.op
-            scope = edit.scope.take(row % batch) if edit.scope.n_rows is not None else edit.scope
-            edits.append(Edit(edit.site, op, scope & mine))
-    return Intervention(tuple(edits))
+            # Also where nothing is per row: what is drawn at random is drawn by the number of the prompt.
+            edits.append(Edit(edit.site, edit.op.take(row % batch), edit.scope.take(row % batch) & mine))
+    return Intervention(tuple(edits), made_for)
 
 
-def _stacked(interventions: Sequence[Intervention], batch: int) -> Intervention | None:
+def _stacked(interventions: Sequence[Intervention], batch: int) -> tuple[Edit, ...] | None:
     """One edit with parameters per row for each place, if the interventions differ in parameters only."""
     if len({len(intervention.edits) for intervention in interventions}) > 1:
         return None
@@ -59,26 +64,27 @@ def _stacked(interventions: Sequence[Intervention], batch: int) -> Intervention 
         op = _stacked_op([edit.op for edit in same], batch)
         if op is None:
             return None
-        scope = first.scope.take(row % batch) if first.scope.n_rows is not None else first.scope
-        edits.append(Edit(first.site, op, scope))
-    return Intervention(tuple(edits))
+        edits.append(Edit(first.site, op, first.scope.take(row % batch)))
+    return tuple(edits)
 
 
 def _stacked_op(ops: Sequence[Op], batch: int) -> Op | None:
     first = ops[0]
     if any(type(op) is not type(first) for op in ops) or isinstance(first, PerRow):
         return None
+    ops = [op.take(torch.arange(batch)) for op in ops]
+    first = ops[0]
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(first):  # type: ignore[arg-type]
         values = [getattr(op, field.name) for op in ops]
-        if field.name in first.per_row:
+        if field.name in first.per_row and not all(value is None for value in values):
             parts = [_for_rows(op, field.name, batch) for op in ops]
             if len({part.shape[1:] for part in parts}) > 1:
                 return None
             changes[field.name] = torch.cat(parts)
         elif any(value is not values[0] and not _same(value, values[0]) for value in values):
             return None
-    return dataclasses.replace(first, **changes) if changes else first  # type: ignore[type-var]
+    return changed(first, changes)
 
 
 def _for_rows(op: Op, name: str, batch: int) -> Tensor:
