@@ -21,7 +21,10 @@ _MATMUL = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__})
 
 @contextlib.contextmanager
 def eager(configs: Sequence[Any]) -> Iterator[None]:
-    """Makes the model compute attention step by step inside the block; masks are built to match at each call."""
+    """Makes the model compute attention step by step inside the block; masks are built to match at each call.
+
+    The setting belongs to the model's config, so another thread that runs the model meanwhile does the same.
+    """
     before = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:
