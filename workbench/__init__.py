@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from workbench.errors import WorkbenchError
     from workbench.features import FeatureTable, score_features
     from workbench.hooks.sites import Site
+    from workbench.interventions.everywhere import ablate_everywhere
+    from workbench.interventions.export.lora import MergedLora, merge_lora
+    from workbench.interventions.export.result import Exported
     from workbench.interventions.gates import CASTGate, CosineGate, FnGate, ProbeGate, SAEGate, When
     from workbench.interventions.intervention import Intervention
     from workbench.interventions.ops import Add, AddScaled, Affine, LowRank, Map, ProjectOut
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from workbench.models.loading import load_model
     from workbench.models.model import Model
     from workbench.models.selfcheck import CheckReport
+    from workbench.models.session import Session
     from workbench.report import Report, Section
     from workbench.runs import RunDir
     from workbench.saes.config import SAEConfig
@@ -57,6 +61,7 @@ _HOMES = {
     "CosineGate": "workbench.interventions.gates",
     "EditReport": "workbench.interventions.report",
     "Estimate": "workbench.stats",
+    "Exported": "workbench.interventions.export.result",
     "FeatureTable": "workbench.features",
     "FnGate": "workbench.interventions.gates",
     "Generated": "workbench.interventions.scopes",
@@ -67,6 +72,7 @@ _HOMES = {
     "LowRank": "workbench.interventions.ops",
     "Map": "workbench.interventions.ops",
     "Mask": "workbench.interventions.scopes",
+    "MergedLora": "workbench.interventions.export.lora",
     "Model": "workbench.models.model",
     "NormPreserve": "workbench.interventions.shapes",
     "NotPrefix": "workbench.interventions.scopes",
@@ -90,6 +96,7 @@ _HOMES = {
     "SAEScale": "workbench.interventions.saes",
     "Section": "workbench.report",
     "SelfText": "workbench.activations.sources",
+    "Session": "workbench.models.session",
     "Site": "workbench.hooks.sites",
     "SteeringReport": "workbench.steering",
     "TextFiles": "workbench.activations.sources",
@@ -99,10 +106,12 @@ _HOMES = {
     "TokenRows": "workbench.activations.sources",
     "When": "workbench.interventions.gates",
     "WorkbenchError": "workbench.errors",
+    "ablate_everywhere": "workbench.interventions.everywhere",
     "evaluate_sae": "workbench.saes.evaluate",
     "harvest": "workbench.activations.harvest",
     "load_model": "workbench.models.loading",
     "load_sae": "workbench.saes.io",
+    "merge_lora": "workbench.interventions.export.lora",
     "open_store": "workbench.activations.store",
     "score_features": "workbench.features",
     "steer": "workbench.steering",
@@ -126,6 +135,7 @@ __all__ = [
     "CosineGate",
     "EditReport",
     "Estimate",
+    "Exported",
     "FeatureTable",
     "FnGate",
     "Generated",
@@ -136,6 +146,7 @@ __all__ = [
     "LowRank",
     "Map",
     "Mask",
+    "MergedLora",
     "Model",
     "NormPreserve",
     "NotPrefix",
@@ -159,6 +170,7 @@ __all__ = [
     "SAEScale",
     "Section",
     "SelfText",
+    "Session",
     "Site",
     "SteeringReport",
     "TextFiles",
@@ -168,12 +180,14 @@ __all__ = [
     "TokenRows",
     "When",
     "WorkbenchError",
+    "ablate_everywhere",
     "errors",
     "evaluate_sae",
     "glitch",
     "harvest",
     "load_model",
     "load_sae",
+    "merge_lora",
     "open_store",
     "progress",
     "records",

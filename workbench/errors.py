@@ -8,6 +8,7 @@ WorkbenchError
 │   ├── ShapeError                      a tensor of the wrong shape
 │   └── DegenerateInputError            input that leaves nothing to compute (no variance, no rows, zero norm)
 ├── EditError (RuntimeError)            an edit that did not happen as asked
+├── NotExactlyExportable (ValueError)   an intervention that a file of this kind can't express exactly
 ├── MismatchError (ValueError)          two things that do not belong together (SAE of another model or site)
 ├── CorruptFileError (ValueError)       a file whose content is not what was written
 ├── MissingFileError (FileNotFoundError)
@@ -54,6 +55,10 @@ class DegenerateInputError(InvalidInputError):
 
 class EditError(WorkbenchError, RuntimeError):
     """An edit that did not happen as asked."""
+
+
+class NotExactlyExportable(WorkbenchError, ValueError):
+    """An intervention that a file of this kind cannot express exactly; the text gives the edit and the reason."""
 
 
 class MismatchError(WorkbenchError, ValueError):

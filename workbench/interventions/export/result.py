@@ -1,0 +1,88 @@
+"""What an export gives back, and the comparison that every one of them has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from workbench.errors import NotExactlyExportable
+from workbench.hooks.sites import SiteMap
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.plan import Plan
+
+TOLERANCE = 1e-3
+_ROWS, _TOKENS = 2, 12
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """An exported intervention.
+
+    Attributes:
+        kind: "weights", "lora", "gguf", "lm_eval" or "hook".
+        path: file or folder that was written, or None.
+        max_difference: largest difference of a logit from the edited model, on probe tokens; None where nothing here
+            can run the file.
+        effect: largest change of a logit by the intervention itself, on the same tokens.
+        hf: for "weights", the changed copy of the model.
+        text: for "hook", the code.
+        notes: what has to be known to use it.
+    """
+
+    kind: str
+    path: Path | None = None
+    max_difference: float | None = None
+    effect: float | None = None
+    hf: Any = None
+    text: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = "in memory" if self.path is None else str(self.path)
+        checked = "not run here"
+        if self.max_difference is not None:
+            checked = (
+                f"logits within {self.max_difference:.1e} of the edited model (the edit moves them {self.effect:.1e})"
+            )
+        return f"{self.kind}: {where}; {checked}" + "".join(f"; {note}" for note in self.notes)
+
+
+class Probe:
+    """Logits of the edited model on a few random tokens, to hold an export against."""
+
+    def __init__(self, hf: nn.Module, sites: SiteMap, intervention: Intervention, tolerance: float) -> None:
+        embedding = hf.get_input_embeddings().weight  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(len(embedding), (_ROWS, _TOKENS), generator=generator)
+        self.ids: Int[Tensor, "batch pos"] = ids.to(embedding.device)
+        self.tolerance = tolerance
+        base = self.logits(hf)
+        with Plan(hf, sites, intervention):
+            self.wanted: Float[Tensor, "batch pos d_vocab"] = self.logits(hf)
+        self.effect = float((self.wanted - base).abs().max())
+
+    @torch.no_grad()
+    def logits(self, hf: Callable[..., Any]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a model on the probe tokens."""
+        return hf(input_ids=self.ids, use_cache=False).logits.float()
+
+    def check(self, hf: Callable[..., Any], what: str) -> float:
+        """Largest difference of a logit from the edited model.
+
+        Raises:
+            NotExactlyExportable: if it is above the tolerance.
+        """
+        difference = float((self.logits(hf) - self.wanted).abs().max())
+        if not difference <= self.tolerance:
+            raise NotExactlyExportable(
+                f"{what}: its logits differ by {difference:.3g} from those of the edited model on {self.ids.numel()} "
+                f"probe tokens; {self.tolerance:g} is allowed, and the intervention itself moves them by "
+                f"{self.effect:.3g}. Something in this architecture rescales what the weights write. Use the plan."
+            )
+        return difference
