@@ -126,13 +126,29 @@ class Generate(ModelCommand):
     """Longest continuation, in tokens."""
     temperature: float = 1.0
     """0 takes the most probable token at every step."""
+    top_k: int = 0
+    """Sample among the k most probable tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Sample among the most probable tokens that together reach this probability; 1 for all."""
+    min_p: float = 0.0
+    """Sample among tokens with at least this share of the highest probability; 0 for all."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the continuation."""
 
     def run(self) -> None:
         """Prints the continuation and its mean log-probability."""
         model = self.load()
         prompt = model.tokens([{"role": "user", "content": self.text}] if self.chat else self.text)
-        out = model.generate(prompt, self.max_new_tokens, seed=self.seed, temperature=self.temperature)
+        out = model.generate(
+            prompt, self.max_new_tokens, seed=self.seed, temperature=self.temperature, stop=self.stop,
+            top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
+        )  # fmt: skip
         logprobs = [round(float(x), 4) for x in out.logprobs[0]]
         mean = f"{sum(logprobs) / len(logprobs):.3f} nats" if logprobs else "no token was generated"
-        summary = {"text": out.texts[0], "ids": out.ids[0].tolist(), "logprobs": logprobs, "note": prompt.note}
-        self.emit(summary, [out.texts[0], f"[{len(logprobs)} tokens, mean log-probability {mean}; {prompt.note}]"])
+        summary = {
+            "text": out.texts[0], "ids": out.ids[0].tolist(), "logprobs": logprobs, "ended": out.ended[0],
+            "note": prompt.note,
+        }  # fmt: skip
+        ended = out.ended[0].replace("_", " ")
+        said = f"[{len(logprobs)} tokens, ended by {ended}, mean log-probability {mean}; {prompt.note}]"
+        self.emit(summary, [out.texts[0], said])

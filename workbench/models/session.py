@@ -30,9 +30,10 @@ class Session:
     The whole history is put through the chat template at every turn, and the cache is kept as far as its tokens agree.
     So an intervention acts on each token once, when it is first processed, and never again while the token stays in
     the cache. `Generated()` is every token that the model sampled, in this turn or an earlier one; `Prompt()` is the
-    rest, replies put in by the template's own words included; `Last()` is the last prompt token of each turn; `Pos(i)`
-    counts from the start of the conversation. A gate that decides per prompt decides anew in each turn, from what that
-    turn adds. Caches that forget old columns (sliding windows that have filled up) are computed anew instead.
+    rest; `Last()` is the last prompt token of each turn; `Pos(i)` counts from the start of the conversation. A gate
+    that decides per prompt decides anew in each turn, from what that turn adds. Where the template or the tokenizer
+    writes a reply with other tokens than were sampled, the reply is processed again, as prompt. Caches that forget old
+    columns (sliding windows that have filled up) are computed anew.
 
     The edits are made during `turn` and `logits` only. Inside `with session:` they stay on, for any use of the model,
     and are proven at the end of the block instead of after every turn.
