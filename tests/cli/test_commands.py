@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from string import ascii_letters
 
 import pytest
 
@@ -28,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         "capture hello --model MODEL --sites resid_pst.1",
         "capture hello --model MODEL --sites resid_post.99",
         "generate hello --model MODEL --temperature -1",
+        "generate hello --model MODEL --top-p 0",
         "generate hello --model MODEL --dtype float61",
         "generate hello --model MODEL --no-such-option",
         "generate",
@@ -69,6 +71,9 @@ def test_the_model_commands_say_what_the_library_says(
     assert any(row["name"] == "resid_post.{layer}" for row in run(["sites", *model], capsys)["sites"])
     assert run(["tokens", "ab", *model], capsys)["tokens"] == ["a", "b"]
     assert len(run(["generate", "ab", *model, "--max-new-tokens", "3"], capsys)["ids"]) <= 3
+    filters = ["--top-k", "90", "--top-p", "0.9", "--min-p", "0.001"]
+    assert run(["generate", "ab", *model, *filters], capsys)["ended"] in ("length", "stop_token")
+    assert run(["generate", "ab", *model, *filters, "--stop", *ascii_letters], capsys)["ended"] == "stop_string"
     done = run(["capture", "abc", *model, "--sites", "resid_post.1", "embed", "--out", str(tmp_path)], capsys)
     assert done["sites"]["embed"]["shape"] == [1, 3, 16]
     assert Path(done["file"]).is_file()
