@@ -173,7 +173,7 @@ def _score_part(
         survivors = torch.arange(len(hidden), device=hidden.device)
     score = torch.full((len(hidden),), float("nan"), device=hidden.device)
     for some in survivors.split(slab_rows(run.logits.shape[0])):
-        score[some], token[some] = rank_score(run.head(hidden[some]), lens_ids[some])
+        score[some], token[some] = rank_score(run.head.all(hidden[some]), lens_ids[some])
     bound[survivors] = score[survivors]
     return score, bound, token
 
@@ -183,10 +183,10 @@ def _upper_bound(run: LastToken, hidden: Tensor, lens_ids: Tensor, likely: int =
 
     The tokens are those most probable without the edit; z* itself is always in the sum.
     """
-    z = run.some_logits(hidden, lens_ids)
+    z = run.head.some(hidden, lens_ids)
     best, place = z.max(dim=1)
     common = run.logits.topk(min(likely, len(run.logits))).indices
-    partial = run.shared_logits(hidden, common).logsumexp(dim=1)
+    partial = run.head.shared(hidden, common).logsumexp(dim=1)
     in_sum = (lens_ids.gather(1, place[:, None]) == common).any(dim=1)
     lse = torch.where(in_sum, partial, torch.logaddexp(partial, best))
     # The two products round differently; the slack keeps the bound above the score.

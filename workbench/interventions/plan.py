@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,14 +137,28 @@ class Plan:
         for gate in self._gates.values():
             gate.select(index)
 
+    @property
+    def points(self) -> Sequence[Point]:
+        """Every point that is read or written."""
+        return self._compiled.points
+
     @contextlib.contextmanager
-    def stepping(self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> Iterator[None]:
-        """A forward pass of a whole prompt that does not begin at the model's own `forward`, as when resuming."""
-        self._set_step(ids, ids.shape[:2], mask, 0)
+    def stepping(self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], past: int = 0) -> Iterator[None]:
+        """A forward pass of prompts that does not begin at the model's own `forward`, as when resuming.
+
+        Args:
+            ids: the whole prompts.
+            mask: True at real tokens.
+            past: number of columns that are cached and not run.
+        """
+        self._forget()
+        self._prompt_width = ids.shape[1]
+        self._history = ids[:, :past] if past else None
+        self._set_step(ids[:, past:], (ids.shape[0], ids.shape[1] - past), mask, past)
         try:
             yield
         finally:
-            self._step = None
+            self._forget()
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if threading.get_ident() != self._thread:

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import hashlib
-import json
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Unpack
+from pathlib import Path
+from typing import Any, Literal, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.hooks.capture import Activations, capture
-from workbench.hooks.families import build_site_map
 from workbench.hooks.sites import Site
+from workbench.interventions.export.api import Kind, export
+from workbench.interventions.export.result import TOLERANCE, Exported
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan, active_plans
-from workbench.interventions.scopes import Scope
+from workbench.interventions.scopes import Last, Scope
 from workbench.models.choice import chosen_tokens, groups
+from workbench.models.compare import VariantLogits, compare
 from workbench.models.generation import Generation, Parts, generate, sample
+from workbench.models.head import vocabulary_ids
+from workbench.models.identity import transformer_lens_bridge
+from workbench.models.resume import Resume
 from workbench.models.sampling import Filters, Sampling
 from workbench.models.selfcheck import CheckReport, self_check
 from workbench.models.session import Session
 from workbench.models.sitetable import SiteTable
+from workbench.models.wrapped import Batch, Texts, Wrapped
 from workbench.progress import task
-from workbench.tokens import Bos, Chat, TokenBatch, encode
-
-Texts = str | Sequence[str] | Chat | Sequence[Chat]
-Batch = TokenBatch | str | Sequence[str] | Int[Tensor, "batch pos"]
+from workbench.tokens import Chat, TokenBatch
 
 
-class Model:
+class Model(Wrapped):
     """A Hugging Face causal language model and its tokenizer, readable and editable at named sites.
 
     The model itself is not changed: attention, weights and modules are those of `hf`.
@@ -45,59 +44,6 @@ class Model:
         name: a name for people.
         site_map: where its sites are.
     """
-
-    def __init__(self, hf: Any, tokenizer: Any, name: str = "model") -> None:
-        self.hf, self.tokenizer, self.name = hf, tokenizer, name
-        self.site_map = build_site_map(hf)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type of the weights."""
-        return next(self.hf.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.hf.parameters()).device
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return self.site_map.n_layers
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return int(self.hf.get_input_embeddings().weight.shape[1])
-
-    @property
-    def d_vocab(self) -> int:
-        """Number of rows of the unembedding; may exceed the tokenizer's vocabulary."""
-        return int(self.hf.get_output_embeddings().weight.shape[0])
-
-    @property
-    def n_ctx(self) -> int:
-        """Longest sequence the model was made for."""
-        return int(
-            getattr(self.hf.config, "max_position_embeddings", 0) or getattr(self.hf.config, "n_positions", 2048)
-        )
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Twelve hex digits that tell this model from others: its config and a sample of every weight."""
-        digest = hashlib.sha256()
-        config = self.hf.config.to_dict()
-        kept = {
-            k: config.get(k)
-            for k in ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
-        }
-        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
-        for name, parameter in sorted(self.hf.named_parameters()):
-            flat = parameter.detach().flatten()
-            # bfloat16, so that loading the same weights in another dtype gives the same fingerprint.
-            taken = flat[:: max(1, flat.numel() // 1024)].to(torch.bfloat16).float().cpu()
-            digest.update(name.encode() + str(tuple(parameter.shape)).encode() + taken.numpy().tobytes())
-        return digest.hexdigest()[:12]
 
     def self_check(self) -> CheckReport:
         """Verifies identities, perturbations and gradients on this model; withdraws sites that break their identity."""
@@ -128,21 +74,6 @@ class Model:
         if width is None:
             raise InvalidInputError(f"The width of {site} depends on the length of the input; capture it instead.")
         return width
-
-    def tokens(self, value: Texts, bos: Bos = "auto") -> TokenBatch:
-        """Token ids of text, texts or chat messages; the result says what was done about BOS and padding."""
-        return encode(self.tokenizer, value, bos).to(self.device)
-
-    def _batch(self, batch: Batch) -> TokenBatch:
-        if isinstance(batch, TokenBatch):
-            return batch.to(self.device)
-        if isinstance(batch, Tensor):
-            if batch.ndim != 2 or batch.dtype != torch.long:
-                raise ShapeError(
-                    f"Token ids have shape {tuple(batch.shape)} and {batch.dtype}; give (batch, pos) int64."
-                )
-            return TokenBatch.of_rows(batch.to(self.device))
-        return self.tokens(batch)
 
     def capture(
         self, batch: Batch, sites: Sequence[str | Site], *, positions: Scope | None = None, grad: bool = False
@@ -208,28 +139,56 @@ class Model:
         for site in sites:
             self.resolve(site)
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     @torch.no_grad()
-    def logits(self, batch: Batch, keep: str = "last") -> Float[Tensor, "batch *pos d_vocab"]:
-        """Logits in fp32 at the last token of each row (`keep="last"`) or at all positions (`keep="all"`)."""
-        tokens = self._batch(batch)
-        if keep not in ("last", "all"):
-            raise InvalidInputError(f"logits(keep={keep!r}): use 'last' or 'all'.")
-        if keep == "last" and not bool(tokens.mask[:, -1].all()):
-            raise InvalidInputError(
-                "logits(keep='last') needs left padding; the last column of this batch holds padding."
-            )
-        out = self.hf(**self._inputs(tokens), use_cache=False, logits_to_keep=int(keep == "last")).logits.float()
-        return out[:, -1] if keep == "last" else out
+    def logits(
+        self, batch: Batch, keep: Literal["last", "all"] | Scope = "last", *, tokens: Sequence[int] | None = None
+    ) -> Float[Tensor, "*rows k"]:
+        """Logits in fp32; only the positions and tokens that are asked for are unembedded.
 
-    def _inputs(self, tokens: TokenBatch) -> dict[str, Tensor]:
-        inputs = tokens.hf()
-        if bool(tokens.mask.all()):
-            # Without padding no mask is needed, and attention takes its fast path.
-            del inputs["attention_mask"]
-        return inputs
+        Args:
+            batch: text, texts, tokens or ids.
+            keep: "last" for the last token of each row, `(batch, k)`; "all" for all positions, padding included,
+                `(batch, pos, k)`; or a scope, `(chosen tokens, k)` in row order.
+            tokens: ids of the tokens whose logits are wanted; None for the whole vocabulary.
+
+        Raises:
+            DegenerateInputError: if no token is in the scope.
+        """
+        part = self._batch(batch)
+        if isinstance(keep, str) and keep not in ("last", "all"):
+            raise InvalidInputError(f"logits(keep={keep!r}): use 'last', 'all' or a scope such as Pos(0).")
+        ids = None if tokens is None else vocabulary_ids(tokens, self.d_vocab, self.device)
+        chosen = None if keep == "all" else chosen_tokens(part, Last() if keep == "last" else keep, self._encode)
+        return self.head.logits(self._inputs(part), chosen, ids)
+
+    def resume(self, batch: Batch, site: str | Site, *, last: bool = False) -> Resume:
+        """The prompts, run once up to a site, to be continued from there under any number of plans.
+
+        Args:
+            batch: text, texts, tokens or ids.
+            site: the earliest site that the plans edit or read.
+            last: only the last token of each row is edited; the others are kept as cached keys and values.
+        """
+        return Resume(self.hf, self.site_map, self.head, self._batch(batch), self.resolve(site), last=last)
+
+    def variants(
+        self, batch: Batch, interventions: Sequence[Intervention], *, tokens: Sequence[int] | None = None
+    ) -> VariantLogits:
+        """Next-token logits of the same prompts under several interventions, as rows of few forward passes.
+
+        The result is that of one run per intervention; blocks before the earliest edit run once, and if only last
+        tokens are edited the others are read from the cache.
+
+        Args:
+            batch: text, texts, tokens or ids.
+            interventions: an empty one is the unedited model.
+            tokens: ids of the tokens whose logits are wanted; None for the whole vocabulary.
+
+        Raises:
+            EditError: if an edit did not happen.
+        """
+        ids = None if tokens is None else vocabulary_ids(tokens, self.d_vocab, self.device)
+        return compare(self.hf, self.site_map, self.head, self._batch(batch), interventions, self.plan, ids)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Float[Tensor, "batch targets"]:
@@ -264,8 +223,7 @@ class Model:
                 f"The intervention was made for the model {intervention.made_for}; this is {self.name} "
                 f"({self.fingerprint}). Its vectors mean nothing here; pass any_model=True if they do."
             )
-        resolved = intervention.resolve(lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return Plan(self.hf, self.site_map, resolved)
+        return Plan(self.hf, self.site_map, intervention.resolve(self._encode))
 
     def active_edits(self) -> tuple[str, ...]:
         """The edits that are on at this moment, in words, outermost plan first."""
@@ -355,53 +313,30 @@ class Model:
         with task(total=total, description="writing", unit="tokens") as running:
             return sample(self.hf, self._batch(prompt_ids), options, rows, running.advance)[0]
 
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end a text."""
-        eos = getattr(self.hf.generation_config, "eos_token_id", None)
-        found = [eos] if isinstance(eos, int) else list(eos or [])
-        return tuple(
-            dict.fromkeys([*found, *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])])
-        )
+    def export(
+        self, intervention: Intervention, kind: Kind, out: str | Path | None = None, *, tolerance: float = TOLERANCE
+    ) -> Exported:
+        """The intervention as changed weights or as a file for another program; this model is not changed.
 
-    def _length(self, row: Int[Tensor, " new"]) -> int:
-        hits = torch.isin(row, torch.tensor(self.stop_ids, device=row.device)).nonzero()
-        return int(hits[0]) if hits.numel() else len(row)
+        Args:
+            intervention: what to export.
+            kind: "weights", a changed copy of the model; "lora", a PEFT adapter; "gguf", a control vector of llama.cpp
+                and repeng; "lm_eval", a steering file of lm-evaluation-harness; "hook", a few lines of Python and a
+                file of vectors.
+            out: file or folder to write; only "weights" can do without. The tokenizer is saved beside changed weights.
+            tolerance: largest difference of a logit from the edited model, on probe tokens.
 
-    @functools.cached_property
-    def _norm32(self) -> nn.Module:
-        return copy.deepcopy(self.site_map["final_norm"].module).float()
-
-    def final_norm(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """The final normalisation, weight included, computed in fp32."""
-        with torch.no_grad():
-            return self._norm32(x.float())
-
-    @functools.cached_property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """Unembedding in fp32; column t is the direction of token t."""
-        return self.hf.get_output_embeddings().weight.detach().float().T
-
-    def lens(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-        """Logit lens: unembedding of the final norm of `x`, fp32, without bias and soft cap."""
-        return self.final_norm(x) @ self.W_U
+        Raises:
+            NotExactlyExportable: if this kind can't express the intervention, with the edit and the reason.
+        """
+        done = export(self.hf, self.site_map, self.plan(intervention).intervention, kind, out, tolerance)
+        if kind == "weights" and done.path is not None:
+            self.tokenizer.save_pretrained(done.path)
+        return done
 
     def to_transformer_lens(self) -> Any:
         """A TransformerLens `TransformerBridge` on a copy of the model; this model is left as it is."""
-        from transformer_lens.model_bridge import TransformerBridge
-        from transformers import AutoTokenizer
-
-        # TransformerLens re-reads the tokenizer from the path it was loaded from, so it gets one.
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            return TransformerBridge.boot_transformers(
-                self.name,
-                hf_model=copy.deepcopy(self.hf),
-                tokenizer=tokenizer,
-                device=str(self.device),
-                dtype=self.dtype,
-            )
+        return transformer_lens_bridge(self.hf, self.tokenizer, self.name)
 
     def __repr__(self) -> str:
         return (

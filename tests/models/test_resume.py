@@ -1,0 +1,215 @@
+"""The fast paths give what the model gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from tests.tiny import FAMILIES, FP32_LOGITS, N_LAYERS, n_hooks, tiny_model
+from workbench.errors import DegenerateInputError, EditError, InvalidInputError
+from workbench.interventions.gates import CosineGate, When
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.ops import Add, Map, ProjectOut
+from workbench.interventions.scopes import All, Last, Mask, Pos, Rows, Scope
+from workbench.models.head import Head
+from workbench.models.model import Model
+
+TEXTS = ["abcdef", "xyz"]
+SITES = (
+    "embed",
+    "resid_pre.0",
+    "resid_pre.1",
+    "resid_mid.1",
+    "mlp_out.1",
+    "resid_post.1",
+    "resid_post.-1",
+    "final_norm",
+)
+
+
+def vectors(model: Model, site: str, rows: int) -> torch.Tensor:
+    return 3 * torch.randn(rows, model.width(site), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resuming_gives_the_logits_of_the_whole_model(family: str, last: bool) -> None:
+    model = tiny_model(family)
+    batch = model.tokens(TEXTS)
+    for site in (name for name in SITES if not (name == "resid_mid.1" and family == "neox")):
+        run = model.resume(batch, site, last=last)
+        assert run.skips_blocks == (site != "embed")
+        iv = Intervention.at(site, Add(vectors(model, site, 6)), Last() if last else All())
+        with torch.no_grad(), model.plan(iv) as plan:
+            got = run.logits_of(run.hidden(plan, 3), 3)
+        for v in range(3):
+            with model.plan(iv.take(torch.tensor([2 * v, 2 * v + 1]))):
+                torch.testing.assert_close(got[2 * v : 2 * v + 2], model.logits(batch), atol=FP32_LOGITS, rtol=1e-4)
+        torch.testing.assert_close(run.logits, model.logits(batch), atol=FP32_LOGITS, rtol=1e-4)
+    assert n_hooks(model.hf) == 0
+
+
+def test_only_the_blocks_behind_the_site_run_again() -> None:
+    model = tiny_model()
+    run = model.resume("abcdef", "resid_post.1")
+    ran: list[int] = []
+    handles = [b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(model.hf.model.layers)]
+    with torch.no_grad(), model.plan(Intervention.at("resid_post.1", Add(torch.ones(model.d_model)))) as plan:
+        run.hidden(plan, 4)
+    assert ran == list(range(2, N_LAYERS))
+    for handle in handles:
+        handle.remove()
+    assert run.how == "blocks 2 to 2 of 3, on all tokens"
+
+
+def test_resuming_refuses_what_it_cannot_do() -> None:
+    model = tiny_model()
+    ones = torch.ones(model.d_model)
+    run = model.resume("abcdef", "resid_post.1")
+    with (
+        pytest.raises(InvalidInputError, match=r"computed before"),
+        model.plan(Intervention.at("resid_post.0", Add(ones))) as plan,
+    ):
+        run.hidden(plan, 1)
+    short = model.resume("abcdef", "resid_post.1", last=True)
+    with (
+        pytest.raises(InvalidInputError, match=r"Last\(\)"),
+        model.plan(Intervention.at("resid_post.1", Add(ones))) as plan,
+    ):
+        short.hidden(plan, 1)
+    with pytest.raises(InvalidInputError, match="site itself|without running"):
+        model.resume("abcdef", "mlp_out.1").hidden_from(torch.zeros(1, 6, model.d_model), 1)
+
+
+def test_a_model_that_does_more_between_its_blocks_is_run_whole() -> None:
+    model = tiny_model()
+    block = model.hf.model.layers[2]
+    plain = block.forward
+    calls = []
+
+    def moody(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(1)
+        return plain(hidden_states, *args, **kwargs) + len(calls) * torch.linspace(-1, 1, 16)
+
+    block.forward = moody
+    assert not model.resume("abcdef", "resid_post.0").skips_blocks
+
+
+VARIANTS = [
+    [Intervention.at("resid_post.1", Add(torch.full((16,), s))) for s in (1.0, -2.0, 3.0)],
+    [Intervention.at("resid_post.1", Add(torch.full((16,), s)), Last()) for s in (1.0, -2.0)],
+    [
+        Intervention.at("resid_post.1", Add(torch.ones(16)), Last()),
+        Intervention.at("mlp_out.2", ProjectOut(torch.ones(16)), Pos(1)),
+        Intervention(),
+    ],
+    [Intervention.at("resid_pre.0", Map(lambda h: -h)), Intervention.at("resid_post.2", Add(torch.ones(16)))],
+    [Intervention.at("logits", Add(torch.ones(258)), Last()), Intervention()],
+    [
+        Intervention.at("resid_post.1", When(CosineGate(torch.ones(16), at="resid_pre.1"), Add(torch.ones(16)))),
+        Intervention.at("resid_post.1", Add(torch.ones(2, 16), torch.tensor([1.0, 5.0]))),
+    ],
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "neox"])
+@pytest.mark.parametrize("interventions", VARIANTS)
+def test_variants_are_the_single_runs(family: str, interventions: list[Intervention]) -> None:
+    model = tiny_model(family)
+    batch = model.tokens(TEXTS)
+    found = model.variants(batch, interventions)
+    some = model.variants(batch, interventions, tokens=[5, 77])
+    for got, few, iv in zip(found.logits, some.logits, interventions, strict=True):
+        if iv.edits:
+            with model.plan(iv):
+                want = model.logits(batch)
+        else:
+            want = model.logits(batch)
+        torch.testing.assert_close(got, want, atol=FP32_LOGITS, rtol=1e-4)
+        torch.testing.assert_close(few, want[:, [5, 77]], atol=FP32_LOGITS, rtol=1e-4)
+    torch.testing.assert_close(found.clean, model.logits(batch), atol=FP32_LOGITS, rtol=1e-4)
+    assert n_hooks(model.hf) == 0
+
+
+def test_variants_in_small_parts_are_the_same_and_each_edit_is_proven() -> None:
+    from workbench.models.compare import compare
+
+    model = tiny_model()
+    batch = model.tokens(TEXTS)
+    ivs = [Intervention.at("resid_post.1", Add(torch.full((16,), float(s)))) for s in range(1, 8)]
+    whole = model.variants(batch, ivs)
+    parts = compare(model.hf, model.site_map, model.head, batch, ivs, model.plan, max_tokens=24)
+    torch.testing.assert_close(parts.logits, whole.logits, atol=FP32_LOGITS, rtol=1e-4)
+    assert sum(r.tokens for r in whole.report) == sum(r.tokens for r in parts.report) == 7 * batch.n_tokens
+    with pytest.raises(EditError, match="no token"):
+        model.variants(batch, [Intervention.at("resid_post.1", Add(torch.ones(16)), Pos(50))])
+    with pytest.raises(DegenerateInputError):
+        model.variants(batch, [])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chosen_logits_are_those_of_a_full_forward(family: str) -> None:
+    model = tiny_model(family)
+    batch = model.tokens(TEXTS)
+    whole = model.logits(batch, keep="all")
+    plain = model.hf(**batch.hf(), use_cache=False).logits
+    torch.testing.assert_close(whole[batch.mask], plain[batch.mask], atol=FP32_LOGITS, rtol=1e-4)
+    scopes: list[Scope] = [Last(), Pos(0, 2), All() & ~Pos(1), Mask(batch.mask)]
+    for scope in scopes:
+        chosen = torch.zeros_like(batch.mask)
+        at = {Last: [-1], Pos: [0, 2]}.get(type(scope))
+        for row, length in enumerate(batch.lengths.tolist()):
+            for position in range(length):
+                inside = position != 1 if at is None and not isinstance(scope, Mask) else True
+                inside = inside if at is None else position in [p % length for p in at]
+                chosen[row, batch.ids.shape[1] - length + position] = inside
+        torch.testing.assert_close(model.logits(batch, keep=scope), plain[chosen], atol=FP32_LOGITS, rtol=1e-4)
+        few = model.logits(batch, keep=scope, tokens=[3, 200, 7])
+        torch.testing.assert_close(few, plain[chosen][:, [3, 200, 7]], atol=FP32_LOGITS, rtol=1e-4)
+
+
+def test_the_last_token_of_right_padded_rows_is_found() -> None:
+    model = tiny_model()
+    ids = torch.tensor([[20, 21, 22, 23], [30, 31, 1, 1]])
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    from workbench.tokens import TokenBatch
+
+    got = model.logits(TokenBatch(ids, mask))
+    torch.testing.assert_close(got[1], model.logits(ids[1:, :2])[0], atol=FP32_LOGITS, rtol=1e-4)
+
+
+def test_only_the_positions_asked_for_are_unembedded() -> None:
+    model = tiny_model()
+    seen = []
+    head = model.hf.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _m, args: seen.append(tuple(args[0].shape)))
+    model.logits(TEXTS, keep=Pos(0, 1))
+    model.logits(TEXTS, tokens=[4])
+    model.logits(TEXTS, tokens=[4])
+    handle.remove()
+    # The first request for chosen tokens checks itself on one full row; after that the unembedding does not run.
+    assert seen[0][-2] == 4 or seen[0] == (2, 6, 16)
+    assert len(seen) == 4
+
+
+def test_a_head_that_does_more_is_refused_for_chosen_tokens() -> None:
+    model = tiny_model()
+    head = Head(model.hf)
+    hidden = torch.randn(2, 16)
+    with pytest.raises(InvalidInputError, match="tokens=None"):
+        head.require(hidden, head.all(hidden).exp())
+    for bad in ([], [-1], [258]):
+        with pytest.raises(InvalidInputError):
+            model.logits("abc", tokens=bad)
+    with pytest.raises((InvalidInputError, TypeCheckError), match="keep"):
+        model.logits("abc", keep="first")  # type: ignore[arg-type]
+
+
+def test_rows_scope_edits_its_rows_only() -> None:
+    model = tiny_model()
+    ids = torch.arange(10, 22).view(2, 6)
+    clean = model.capture(ids, ["resid_pre.2"])["resid_pre.2"]
+    with model.plan(Intervention.at("resid_post.1", Add(torch.ones(16)), Rows(torch.tensor([False, True])))):
+        edited = model.capture(ids, ["resid_pre.2"])["resid_pre.2"]
+    assert torch.equal(edited[0], clean[0]) and not torch.allclose(edited[1], clean[1])

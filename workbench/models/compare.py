@@ -1,0 +1,83 @@
+"""Many interventions on the same prompts, as rows of few forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.errors import DegenerateInputError
+from workbench.hooks.sites import SiteMap
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.plan import Plan
+from workbench.interventions.report import EditReport
+from workbench.interventions.variants import variants
+from workbench.models.resume import Resume, earliest, only_last
+from workbench.progress import track
+from workbench.tokens import TokenBatch
+
+
+@dataclass(frozen=True, eq=False)
+class VariantLogits:
+    """What several interventions do to the next-token logits of the same prompts.
+
+    Attributes:
+        logits: at the last token of each prompt, fp32; of all tokens, or of the tokens that were asked for.
+        clean: the same without an edit.
+        report: what each edit did. Interventions that differ in parameters only count as one edit with rows.
+        how: which blocks were run, in words.
+    """
+
+    logits: Float[Tensor, "variants batch k"]
+    clean: Float[Tensor, "batch k"]
+    report: tuple[EditReport, ...]
+    how: str
+
+
+@torch.no_grad()
+def compare(
+    hf: object,
+    sites: SiteMap,
+    head: Head,
+    batch: TokenBatch,
+    interventions: Sequence[Intervention],
+    make_plan: Callable[[Intervention], Plan],
+    tokens: Int[Tensor, " k"] | None = None,
+    max_tokens: int = 4096,
+) -> VariantLogits:
+    """Next-token logits under each intervention; see `Model.variants`."""
+    if not interventions:
+        raise DegenerateInputError("variants([]): there is no intervention to compare. Give at least one.")
+    resolved = [make_plan(intervention).intervention for intervention in interventions]
+    edits = [edit for intervention in resolved for edit in intervention.edits]
+    site = earliest(sites, resolved)
+    if site is None:
+        site = sites[f"resid_post.{sites.n_layers - 1}"].site
+    ends_in_token = bool(batch.mask[:, -1].all())
+    last = ends_in_token and all(only_last(edit.scope) for edit in edits) and not any(e.op.gated for e in edits)
+    whole = any(edit.site.kind == "logits" for edit in edits)
+    run = Resume(hf, sites, head, batch, sites["final_norm"].site if whole else site, last=last and not whole)
+    clean = run.logits if tokens is None else run.logits[:, tokens]
+    size = max(1, max_tokens // (len(batch) * (1 if last else batch.ids.shape[1])))
+    found, reports = [], []
+    for start in track(range(0, len(resolved), size), description="variants", unit="batches"):
+        part = resolved[start : start + size]
+        together = variants(part, len(batch))
+        if not together.edits:
+            found.append(clean.repeat(len(part), 1))
+            continue
+        with make_plan(together) as plan:
+            found.append(_logits(run, plan, len(part), tokens, whole=whole))
+        reports.extend(plan.report)
+    logits = torch.cat(found).unflatten(0, (len(resolved), len(batch)))
+    return VariantLogits(logits, clean, tuple(reports), run.how if not whole else "the whole model was run")
+
+
+def _logits(run: Resume, plan: Plan, repeats: int, tokens: Tensor | None, *, whole: bool) -> Tensor:
+    if not whole:
+        return run.logits_of(run.hidden(plan, repeats), repeats, tokens)
+    logits = run.whole_logits(repeats)
+    return logits if tokens is None else logits[:, tokens]

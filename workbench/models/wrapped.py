@@ -1,0 +1,127 @@
+"""What a model is: the unmodified Hugging Face model with its tokenizer, sizes, tokens and unembedding."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from workbench.errors import ShapeError
+from workbench.hooks.families import build_site_map
+from workbench.models.head import Head
+from workbench.models.identity import fingerprint
+from workbench.tokens import Bos, Chat, TokenBatch, encode
+
+Texts = str | Sequence[str] | Chat | Sequence[Chat]
+Batch = TokenBatch | str | Sequence[str] | Int[Tensor, "batch pos"]
+
+
+class Wrapped:
+    """A Hugging Face causal language model and its tokenizer; `Model` adds what can be done with them."""
+
+    def __init__(self, hf: Any, tokenizer: Any, name: str = "model") -> None:
+        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.site_map = build_site_map(hf)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return next(self.hf.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.hf.parameters()).device
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self.site_map.n_layers
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.hf.get_input_embeddings().weight.shape[1])
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of rows of the unembedding; may exceed the tokenizer's vocabulary."""
+        return int(self.hf.get_output_embeddings().weight.shape[0])
+
+    @property
+    def n_ctx(self) -> int:
+        """Longest sequence the model was made for."""
+        return int(
+            getattr(self.hf.config, "max_position_embeddings", 0) or getattr(self.hf.config, "n_positions", 2048)
+        )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that tell this model from others: its config and a sample of every weight."""
+        return fingerprint(self.hf)
+
+    def tokens(self, value: Texts, bos: Bos = "auto") -> TokenBatch:
+        """Token ids of text, texts or chat messages; the result says what was done about BOS and padding."""
+        return encode(self.tokenizer, value, bos).to(self.device)
+
+    def _batch(self, batch: Batch) -> TokenBatch:
+        if isinstance(batch, TokenBatch):
+            return batch.to(self.device)
+        if isinstance(batch, Tensor):
+            if batch.ndim != 2 or batch.dtype != torch.long:
+                raise ShapeError(
+                    f"Token ids have shape {tuple(batch.shape)} and {batch.dtype}; give (batch, pos) int64."
+                )
+            return TokenBatch.of_rows(batch.to(self.device))
+        return self.tokens(batch)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _inputs(self, tokens: TokenBatch) -> dict[str, Tensor]:
+        inputs = tokens.hf()
+        if bool(tokens.mask.all()):
+            # Without padding no mask is needed, and attention takes its fast path.
+            del inputs["attention_mask"]
+        return inputs
+
+    @functools.cached_property
+    def head(self) -> Head:
+        """The unembedding, for chosen positions and tokens."""
+        return Head(self.hf)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end a text."""
+        eos = getattr(self.hf.generation_config, "eos_token_id", None)
+        found = [eos] if isinstance(eos, int) else list(eos or [])
+        return tuple(
+            dict.fromkeys([*found, *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])])
+        )
+
+    def _length(self, row: Int[Tensor, " new"]) -> int:
+        hits = torch.isin(row, torch.tensor(self.stop_ids, device=row.device)).nonzero()
+        return int(hits[0]) if hits.numel() else len(row)
+
+    @functools.cached_property
+    def _norm32(self) -> nn.Module:
+        return copy.deepcopy(self.site_map["final_norm"].module).float()
+
+    def final_norm(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The final normalisation, weight included, computed in fp32."""
+        with torch.no_grad():
+            return self._norm32(x.float())
+
+    @functools.cached_property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Unembedding in fp32; column t is the direction of token t."""
+        return self.hf.get_output_embeddings().weight.detach().float().T
+
+    def lens(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        """Logit lens: unembedding of the final norm of `x`, fp32, without bias and soft cap."""
+        return self.final_norm(x) @ self.W_U
