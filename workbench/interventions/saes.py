@@ -39,13 +39,20 @@ class _FeatureOp(_SAEOp):
         """The new activations of the chosen features, `(n, f)`, from their activations."""
         raise NotImplementedError
 
-    def _check(self) -> None:
+    def _check(self, name: str | None = None) -> None:
         object.__setattr__(self, "features", features_of(self.sae, self.features))
         assert isinstance(self.features, Tensor)
         ordered = self.features.sort(-1).values
         twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
         if twice.numel():
             raise InvalidInputError(f"{self.name}: feature {int(twice[0])} is named twice; name each feature once.")
+        value = None if name is None else getattr(self, name)
+        if isinstance(value, Tensor):
+            # (f,) for features (f,), (rows,) for features (rows, f), or (rows, f) for either.
+            known = self.features.shape
+            whole = value.ndim == 2 and value.shape[1] == known[-1] and (len(known) == 1 or len(value) == known[0])
+            if not whole and value.shape != known[:1]:
+                raise ShapeError(f"{self.name}: {name} {tuple(value.shape)} does not fit features {tuple(known)}.")
         if self.error not in ("keep", "drop"):
             raise InvalidInputError(f"{self.name}(error={self.error!r}): {did_you_mean(self.error, ('keep', 'drop'))}")
 
@@ -128,14 +135,14 @@ class SAEClamp(_FeatureOp):
 
     sae: Any
     features: Sequence[int] | Int[Tensor, "*rows f"]
-    value: float | Float[Tensor, "*rows"] = 0.0
+    value: float | Float[Tensor, "*values"] = 0.0
     error: ErrorTerm = "keep"
     when: When = "always"
     mode: ClampMode = "set"
     per_row: ClassVar[Mapping[str, int]] = {"features": 1, "value": 1}
 
     def __post_init__(self) -> None:
-        self._check()
+        self._check("value")
         for name, known in (("when", ("always", "active")), ("mode", ("set", "min", "max"))):
             if getattr(self, name) not in known:
                 raise InvalidInputError(
@@ -164,12 +171,12 @@ class SAEScale(_FeatureOp):
 
     sae: Any
     features: Sequence[int] | Int[Tensor, "*rows f"]
-    factor: float | Float[Tensor, "*rows"]
+    factor: float | Float[Tensor, "*values"]
     error: ErrorTerm = "keep"
     per_row: ClassVar[Mapping[str, int]] = {"features": 1, "factor": 1}
 
     def __post_init__(self) -> None:
-        self._check()
+        self._check("factor")
 
     def _new(self, acts: Tensor, where: Where) -> Tensor:
         return acts * self._values("factor", where, acts)
@@ -213,13 +220,13 @@ class SAEAdd(_FeatureOp):
 
     sae: Any
     features: Sequence[int] | Int[Tensor, "*rows f"]
-    amount: float | Float[Tensor, "*rows"]
+    amount: float | Float[Tensor, "*values"]
     error: ErrorTerm = "keep"
     per_row: ClassVar[Mapping[str, int]] = {"features": 1, "amount": 1}
     strength_name: ClassVar[str | None] = "amount"
 
     def __post_init__(self) -> None:
-        self._check()
+        self._check("amount")
 
     def _acts(self, h: Tensor, features: Tensor, where: Where) -> Tensor:  # noqa: ARG002
         return h.new_zeros(len(h), features.shape[-1])

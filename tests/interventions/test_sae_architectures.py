@@ -1,0 +1,174 @@
+"""Every architecture and normalisation of sae_lens against sae_lens itself, all parameters random."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.interventions.builders import ARCHITECTURES, D_SAE, NORMALISATIONS, sae_lens_sae
+from tests.tiny import D_MODEL
+from workbench.errors import ShapeError
+from workbench.interventions.op import Where
+from workbench.interventions.saecode import decode, decoder_rows, encode, encode_some, output_scale
+from workbench.interventions.saes import SAEAblate, SAEAdd, SAEAddMax, SAEClamp, SAEScale
+
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+ALL = pytest.mark.parametrize(
+    ("architecture", "normalisation", "b_dec_in"),
+    [(a, n, True) for a in ARCHITECTURES for n in NORMALISATIONS]
+    + [("standard", "none", False), ("gated", "layer_norm", False)],
+)
+
+
+def hidden(n: int = 6, seed: int = 0) -> torch.Tensor:
+    """Activations with a mean and sizes of their own, so that every normalisation matters."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, D_MODEL, generator=g) + 0.7) * torch.linspace(0.5, 4, n)[:, None]
+
+
+def state(sae: object) -> set[str]:
+    return set(vars(sae))
+
+
+@ALL
+def test_encoding_and_decoding_equal_those_of_sae_lens(architecture: str, normalisation: str, b_dec_in: bool) -> None:
+    sae = sae_lens_sae(architecture, normalisation, b_dec_in=b_dec_in)
+    h = hidden()
+    acts = sae.encode(h)
+    wanted = sae.decode(acts)
+    assert 0 < int((acts > 0).sum()) < acts.numel()
+    torch.testing.assert_close(encode(sae, h), acts, **CLOSE)
+    torch.testing.assert_close(decode(sae, acts, h), wanted, **CLOSE)
+    some = torch.tensor([7, 0, 23])
+    torch.testing.assert_close(encode_some(sae, h, some), acts[:, some], **CLOSE)
+
+
+@ALL
+def test_nothing_stays_on_the_sae_between_encoding_and_decoding(
+    architecture: str, normalisation: str, b_dec_in: bool
+) -> None:
+    sae = sae_lens_sae(architecture, normalisation, b_dec_in=b_dec_in)
+    a, b = hidden(seed=1), 9 * hidden(seed=2)
+    before = state(sae)
+    acts = encode(sae, a)
+    alone = decode(sae, acts, a)
+    encode(sae, b)
+    encode_some(sae, b, torch.tensor([3]))
+    assert torch.equal(decode(sae, acts, a), alone)
+    assert torch.equal(decode(sae, acts, a), alone)
+    assert state(sae) == before
+
+
+@ALL
+def test_a_clamp_that_keeps_the_error_equals_the_difference_of_two_decodings(
+    architecture: str, normalisation: str, b_dec_in: bool
+) -> None:
+    sae = sae_lens_sae(architecture, normalisation, b_dec_in=b_dec_in)
+    h, features, value = hidden(), [2, 11, 30], torch.tensor([4.0, 0.0, 2.5])
+    acts = sae.encode(h)
+    x_hat = sae.decode(acts)
+    changed = acts.clone()
+    changed[:, features] = value
+    sae.encode(h)  # sae_lens decodes with what its last encode left behind
+    x_changed = sae.decode(changed)
+    torch.testing.assert_close(SAEClamp(sae, features, value)(h), h + x_changed - x_hat, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(SAEClamp(sae, features, value, error="drop")(h), x_changed, atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(x_changed, h + x_changed - x_hat, atol=1e-2)
+
+
+@ALL
+def test_features_of_each_row_equal_runs_of_one_row(architecture: str, normalisation: str, b_dec_in: bool) -> None:
+    sae = sae_lens_sae(architecture, normalisation, b_dec_in=b_dec_in)
+    h = hidden(5)
+    where = Where(torch.tensor([0, 2, 1, 0, 2]), torch.tensor([0, 0, 1, 1, 2]))
+    features = torch.tensor([[1, 4], [4, 39], [8, 1]])
+    values = torch.tensor([[3.0, 0.0], [1.0, 2.0], [0.5, 6.0]])
+    each = torch.tensor([3.0, 0.5, 2.0])
+    for error in ("keep", "drop"):
+        made = [
+            (
+                SAEClamp(sae, features, values, error=error),
+                lambda r, e=error: SAEClamp(sae, features[r], values[r], error=e),
+            ),
+            (
+                SAEClamp(sae, features, each, error=error),
+                lambda r, e=error: SAEClamp(sae, features[r], float(each[r]), error=e),
+            ),
+            (
+                SAEClamp(sae, features[0], values, error=error),
+                lambda r, e=error: SAEClamp(sae, features[0], values[r], error=e),
+            ),
+            (
+                SAEScale(sae, features, values, error=error),
+                lambda r, e=error: SAEScale(sae, features[r], values[r], error=e),
+            ),
+            (
+                SAEAdd(sae, features, each, error=error),
+                lambda r, e=error: SAEAdd(sae, features[r], float(each[r]), error=e),
+            ),
+            (SAEAblate(sae, features, error=error), lambda r, e=error: SAEAblate(sae, features[r], error=e)),
+        ]
+        for op, single in made:
+            together = op(h, where)
+            for i, row in enumerate(where.rows.tolist()):
+                alone = single(row)(h[i : i + 1])
+                torch.testing.assert_close(together[i : i + 1], alone, **CLOSE)
+            # Rows that are taken keep their own features and values.
+            taken = op.take(torch.tensor([2, 0]))
+            again = taken(h[[1, 0]], Where(torch.tensor([0, 1]), torch.zeros(2, dtype=torch.long)))
+            torch.testing.assert_close(again, together[[1, 0]], **CLOSE)
+
+
+@ALL
+def test_the_largest_activation_is_that_of_each_token_in_units_of_the_stream(
+    architecture: str, normalisation: str, b_dec_in: bool
+) -> None:
+    sae = sae_lens_sae(architecture, normalisation, b_dec_in=b_dec_in)
+    h, s, f = hidden(), 3.0, 5
+    a_max = sae.encode(h).amax(dim=1, keepdim=True)
+    acts = torch.zeros(len(h), D_SAE)
+    base = decode(sae, acts, h)
+    acts[:, f] = (s * a_max)[:, 0]
+    # a + s a_max on feature f, decoded, against the same without: what the paper adds, whatever the normalisation.
+    torch.testing.assert_close(
+        SAEAddMax.of_features(sae, [f], s)(h), h + decode(sae, acts, h) - base, atol=2e-4, rtol=1e-4
+    )
+
+
+def test_a_decoder_row_and_its_scale_are_what_one_unit_of_activation_writes() -> None:
+    for architecture in ARCHITECTURES:
+        for normalisation in NORMALISATIONS:
+            sae = sae_lens_sae(architecture, normalisation)
+            h = hidden(2)
+            one = torch.zeros(2, D_SAE)
+            base = decode(sae, one, h)
+            one[:, 7] = 1.0
+            wrote = decoder_rows(sae, torch.tensor([7])) * output_scale(sae, h)
+            torch.testing.assert_close(decode(sae, one, h) - base, wrote.expand_as(h), **CLOSE)
+
+
+def test_a_threshold_is_compared_in_fp32_where_bfloat16_would_round_it_to_the_activation() -> None:
+    sae = sae_lens_sae("jumprelu", b_dec_in=False, d_in=2)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.zero_()
+        sae.W_enc[0, 3] = 1.0
+        sae.threshold[3] = 1.001
+    h = torch.tensor([[1.0, 0.0], [1.0078125, 0.0]])  # 1.001 rounds to 1.0 in bfloat16: then neither 1.0 nor it passes
+    assert float(torch.tensor(1.001).bfloat16()) == 1.0
+    assert encode(sae, h)[:, 3].tolist() == [0.0, 1.0078125]
+    sae.threshold.data[3] = 0.999  # rounds to 1.0: compared in bfloat16, an activation of 1.0 would not pass
+    assert float(torch.tensor(0.999).bfloat16()) == 1.0
+    assert encode_some(sae, h.bfloat16(), torch.tensor([3]))[:, 0].tolist() == [1.0, 1.0078125]
+
+
+def test_values_that_do_not_fit_the_features_are_refused_when_they_are_given() -> None:
+    sae = sae_lens_sae()
+    for features, value in (
+        ([0, 1], torch.ones(3)),
+        (torch.tensor([[0, 1], [2, 3]]), torch.ones(3)),
+        ([0, 1], torch.ones(2, 3)),
+    ):
+        for op in (SAEClamp, SAEScale, SAEAdd):
+            with pytest.raises(ShapeError, match="does not fit"):
+                op(sae, features, value)
