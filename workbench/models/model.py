@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.hooks.capture import Activations, capture
 from workbench.hooks.sites import Site
-from workbench.interventions.export.api import Kind, export
+from workbench.interventions.export.api import export
 from workbench.interventions.export.result import TOLERANCE, Exported
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan, active_plans
@@ -314,7 +314,7 @@ class Model(Wrapped):
             return sample(self.hf, self._batch(prompt_ids), options, rows, running.advance)[0]
 
     def export(
-        self, intervention: Intervention, kind: Kind, out: str | Path | None = None, *, tolerance: float = TOLERANCE
+        self, intervention: Intervention, kind: str, out: str | Path | None = None, *, tolerance: float = TOLERANCE
     ) -> Exported:
         """The intervention as changed weights or as a file for another program; this model is not changed.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
@@ -17,7 +16,6 @@ from workbench.interventions.export.weights import export_weights
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import active_plans
 
-Kind = Literal["weights", "lora", "gguf", "lm_eval", "hook"]
 _TO_FILE = {"lora": export_lora, "gguf": export_gguf, "lm_eval": export_lm_eval, "hook": export_hook}
 
 
@@ -25,7 +23,7 @@ def export(
     hf: nn.Module,
     sites: SiteMap,
     intervention: Intervention,
-    kind: Kind,
+    kind: str,
     out: str | Path | None = None,
     tolerance: float = TOLERANCE,
 ) -> Exported:
@@ -39,14 +37,15 @@ def export(
             repeng; "lm_eval", a steering file of lm-evaluation-harness; "hook", a few lines of Python and a file of
             vectors.
         out: file or folder to write; only "weights" can do without.
-        tolerance: largest allowed difference of a logit from the edited model.
+        tolerance: largest allowed difference of a logit from the edited model, on probe tokens; in proportion for an
+            intervention that moves logits by more than 1.
 
     Raises:
         NotExactlyExportable: if this kind can't express the intervention, with the edit and the reason.
     """
     known = ("weights", *_TO_FILE)
     if kind not in known:
-        raise InvalidInputError(f"export(kind={kind!r}): {did_you_mean(str(kind), known)}")
+        raise InvalidInputError(f"export(kind={kind!r}): {did_you_mean(kind, known)}")
     if not intervention.edits:
         raise DegenerateInputError("export: the intervention has no edits, so there is nothing to export.")
     one_model(hf, active_plans(hf), needs_fp32=kind in ("weights", "lora", "lm_eval"))

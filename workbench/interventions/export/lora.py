@@ -44,8 +44,8 @@ def export_lora(hf: nn.Module, sites: SiteMap, intervention: Intervention, out: 
         NotExactlyExportable: if the change of the weights is not of low rank, or changes biases that an adapter of
             PEFT can't.
     """
-    probe = Probe(hf, sites, intervention, tolerance)
     folded = folded_writers(hf, sites, intervention)
+    probe = Probe(hf, sites, intervention, tolerance)
     deltas = {item.writer.path: _delta(item) for item in folded}
     rank = max(delta.a.shape[0] for delta in deltas.values())
     has_bias = _bias_everywhere(folded, deltas)

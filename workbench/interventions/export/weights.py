@@ -31,8 +31,8 @@ def export_weights(
         NotExactlyExportable: if there are no such weights, or if `out` is given and the family's config can't say that
             the copy has the biases that it needs.
     """
-    probe = Probe(hf, sites, intervention, tolerance)
     folded = folded_writers(hf, sites, intervention)
+    probe = Probe(hf, sites, intervention, tolerance)
     changed = copy.deepcopy(hf)
     notes = [untie(changed)] if any(item.writer.is_embedding for item in folded) else []
     added = [item.writer.path for item in folded if fold_into(changed.get_submodule(item.writer.path), item)]
