@@ -68,7 +68,7 @@ class Intervention:
             )
         return Intervention(self.edits + other.edits, self.made_for or other.made_for)
 
-    def __mul__(self, factor: float) -> Intervention:
+    def __mul__(self, factor: int | float) -> Intervention:
         return self._mapped(lambda edit: replace(edit, op=edit.op.scaled(float(factor))))
 
     __rmul__ = __mul__
