@@ -8,9 +8,10 @@ import torch
 
 from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, n_hooks, tiny_model
 from workbench.errors import InvalidInputError
+from workbench.interventions.gates import ProbeGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
-from workbench.interventions.scopes import All, Generated, Last, Mask, Prompt, Scope
+from workbench.interventions.scopes import After, All, Generated, Last, Mask, Prompt, Scope
 from workbench.models.decoding import Decoder
 from workbench.models.generation import Generation
 from workbench.models.model import Model
@@ -281,6 +282,31 @@ def test_prompts_that_are_edited_are_not_shared(shapes: list[tuple[int, ...]]) -
     out = model.generate(["abcdef"] * 2, 6, intervention=edit, temperature=0.0)
     assert shapes[0] == (2, 6)
     assert out.texts[0] != out.texts[1]
+
+
+@pytest.mark.parametrize("what", ["gate", "marker"])
+def test_what_decides_by_the_prompt_sees_the_prompt_of_every_row(what: str, shapes: list[tuple[int, ...]]) -> None:
+    model = tiny_model()
+    batch = model.tokens([HEAD + text for text in MANY])
+    means = torch.stack([x[m].mean(0) for x, m in zip(model.capture(batch, ["resid_post.0"])["resid_post.0"], batch.mask,
+                                                      strict=True)])  # fmt: skip
+    direction = means[0] - means[1]
+    middle = float((means @ direction).median())
+    add = Add(VECTOR * torch.linspace(-8, 8, len(MANY))[:, None])
+    if what == "gate":
+        op, scope = When(ProbeGate(direction, bias=-middle, at="resid_post.0"), add), Generated()
+    else:
+        op, scope = add, Generated() & After("1")
+    options = {
+        "seed": 3, "stop": STOP, "temperature": 1.5, "capture": ["resid_post.1"],
+        "intervention": Intervention.at("resid_post.1", op, scope),
+    }  # fmt: skip
+    mine = model.generate(batch, 30, **options)
+    assert len({rows for rows, _ in shapes}) >= 2, "rows have left the batch"
+    with plain(model):
+        _same(mine, model.generate(batch, 30, **options))
+    always = Intervention.at("resid_post.1", add, Generated())
+    assert mine.texts != model.generate(batch, 30, **{**options, "intervention": always}).texts
 
 
 def test_filtered_rows_do_not_depend_on_their_batch() -> None:

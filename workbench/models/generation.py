@@ -102,7 +102,9 @@ def _spares_prompt(intervention: Intervention | None) -> bool:
     """Whether the prompts can go through the model without the plan: it neither edits them nor decides by them."""
     if intervention is None:
         return True
-    decides = any(isinstance(edit.op, When) or edit.scope.wants_history() for edit in intervention.edits)
+    decides = any(
+        edit.scope.wants_history() or any(isinstance(op, When) for op in edit.op.walk()) for edit in intervention.edits
+    )
     return not decides and not intervention.edits_prompt
 
 
