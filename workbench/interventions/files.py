@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ from workbench.records import load_json, save_json, write_atomic
 FORMAT = 1
 _JSON, _TENSORS = "intervention.json", "tensors.safetensors"
 _REGISTRIES: dict[str, Mapping[str, type]] = {"op": Op.registry, "scope": Scope.registry, "gate": gates.Gate.registry}
+# Scopes that take any number of arguments, and the field that keeps them.
+_ANY_NUMBER = {"Pos": "positions", "TokenIs": "ids"}
+_WITH_FUNCTIONS = ("Map", "FnGate")
 _KNOWN = (gates, ops, replacing, saes, shapes)  # importing them fills the registries
 
 
@@ -35,6 +39,9 @@ def save(folder: str | Path, content: Mapping[str, Any]) -> Path:
     folder = Path(folder)
     writer = _Writer(folder)
     plain = writer.plain(dict(content), "intervention")
+    # Without its JSON file a folder holds nothing; so a crash can't leave the old edits with new tensors.
+    (folder / _JSON).unlink(missing_ok=True)
+    (folder / _TENSORS).unlink(missing_ok=True)
     if writer.tensors:
         write_atomic(folder / _TENSORS, safetensors.torch.save(writer.tensors))
     for name, sae in writer.saes:
@@ -63,7 +70,13 @@ def load(folder: str | Path) -> dict[str, Any]:
             tensors = safetensors.torch.load_file(folder / _TENSORS)
         except safetensors.SafetensorError as error:
             raise CorruptFileError(f"{folder / _TENSORS} can't be read: {error}.") from error
-    return _Reader(folder, tensors).value(record["content"])
+    try:
+        content = _Reader(folder, tensors).value(record["content"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{folder / _JSON} is not a saved intervention: {error!r}.") from error
+    if not isinstance(content, dict):
+        raise CorruptFileError(f"{folder / _JSON} is not a saved intervention: its content is no object.")
+    return content
 
 
 class _Writer:
@@ -87,6 +100,8 @@ class _Writer:
             return {str(key): self.plain(inner, f"{path}.{key}") for key, inner in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.plain(inner, f"{path}.{i}") for i, inner in enumerate(value)]
+        if isinstance(value, float) and math.isinf(value):
+            return {"float": str(value)}  # JSON has no infinity
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if hasattr(value, "W_dec") and hasattr(value, "save_model"):
@@ -120,6 +135,8 @@ class _Reader:
             return self.tensors[plain["tensor"]]
         if set(plain) == {"site"}:
             return Site.parse(plain["site"])
+        if set(plain) == {"float"}:
+            return math.inf if plain["float"] == "inf" else -math.inf
         if set(plain) == {"sae"}:
             return self._sae(plain["sae"])
         for kind, registry in _REGISTRIES.items():
@@ -133,24 +150,50 @@ class _Reader:
             raise UnknownConfigKeyError(
                 f"{self.folder / _JSON}: there is no {kind} {name!r}. {did_you_mean(name, registry)}"
             )
+        if name in _WITH_FUNCTIONS:
+            raise CorruptFileError(f"{self.folder / _JSON}: {name} needs a Python function, which no file can hold.")
         fields = {key: self.value(inner) for key, inner in plain["fields"].items()}
-        # Scopes that take any number of arguments keep them in their one field.
-        if name in ("Pos", "TokenIs"):
-            return registry[name](*next(iter(fields.values())))
         known = {field.name for field in dataclasses.fields(registry[name])}
         for key in fields:
             if key not in known:
                 raise UnknownConfigKeyError(f"{self.folder / _JSON}: {name} has no {key!r}. {did_you_mean(key, known)}")
-        return registry[name](**fields)
+        if name in _ANY_NUMBER:
+            return registry[name](*fields[_ANY_NUMBER[name]])
+        made = registry[name](**fields)
+        for key, saved in fields.items():
+            if isinstance(saved, Tensor) and _same(getattr(made, key), saved):
+                object.__setattr__(made, key, saved)
+        return made
 
     def _sae(self, name: str) -> Any:
         if name not in self.saes:
-            if Path(name).name != name:
+            if not name or Path(name).name != name or name == "..":
                 raise CorruptFileError(f"{self.folder / _JSON}: the SAE {name!r} is outside its folder.")
             with warnings.catch_warnings():
                 # sae_lens 6.54 imports transformer_lens.utils, which 3.9 deprecates.
                 warnings.filterwarnings("ignore", category=DeprecationWarning)
                 from sae_lens import SAE
-            with torch.device("cpu"):
-                self.saes[name] = SAE.load_from_disk(self.folder / name)
+            if not (self.folder / name).is_dir():
+                raise MissingFileError(f"{self.folder} lacks the folder {name} of an SAE. Copy the whole folder.")
+            try:
+                with torch.device("cpu"):
+                    self.saes[name] = SAE.load_from_disk(self.folder / name)
+            except (OSError, LookupError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+                raise CorruptFileError(f"{self.folder / name} is not an SAE of sae_lens: {error}.") from error
         return self.saes[name]
+
+
+def _same(made: Any, saved: Tensor) -> bool:
+    """Whether a constructor only rounded a saved tensor; unit vectors and bases come normalised from a file.
+
+    Of one subspace there are many bases, so two of them count as the same if they span the same.
+    """
+    if not isinstance(made, Tensor) or made.shape != saved.shape or made.dtype != saved.dtype:
+        return False
+    if not saved.is_floating_point() or torch.allclose(made, saved, rtol=1e-5, atol=1e-6):
+        return True
+    if saved.ndim < 2 or saved.shape[-2] > saved.shape[-1]:
+        return False
+    gram = saved @ saved.transpose(-1, -2)
+    spans = torch.allclose(made.transpose(-1, -2) @ made, saved.transpose(-1, -2) @ saved, atol=1e-5)
+    return spans and torch.allclose(gram, torch.eye(gram.shape[-1]).expand_as(gram), atol=1e-5)

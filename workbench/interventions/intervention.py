@@ -119,7 +119,9 @@ class Intervention:
         content = load(folder)
         try:
             edits = tuple(Edit(Site.parse(e["site"]), e["op"], e["scope"]) for e in content["edits"])
-            return cls(edits, content["made_for"])
+            if all(isinstance(e.op, Op) and isinstance(e.scope, Scope) for e in edits):
+                return cls(edits, content["made_for"])
+            raise TypeError("an op or a scope")
         except (KeyError, TypeError) as error:
             raise CorruptFileError(f"{folder} is not a saved intervention: {error!r} is missing or wrong.") from error
 

@@ -247,7 +247,8 @@ def basis(value: Tensor, name: str, *, per_row: bool = False) -> Float[Tensor, "
     rank = (s > s[..., :1] * max(value.shape[-2:]) * torch.finfo(torch.float32).eps).sum(-1)
     if bool((rank != rank.flatten()[0]).any()):
         raise DegenerateInputError(f"{name}: the rows' subspaces have ranks {sorted(set(rank.flatten().tolist()))}.")
-    return vh[..., : int(rank.flatten()[0]), :].float()
+    # Contiguous, as it is when it comes from a file: the memory layout decides the last bit of a product.
+    return vh[..., : int(rank.flatten()[0]), :].float().contiguous()
 
 
 def project(h: Float[Tensor, "n d"], rows: Float[Tensor, "*n k d"]) -> Float[Tensor, "n d"]:
