@@ -202,6 +202,18 @@ def test_edits_of_rows_follow_the_rows_that_stay(scope: Scope | str, shapes: lis
         assert model.generate(batch, 30, **{**options, "intervention": wrong}).texts != mine.texts
 
 
+def test_rows_that_end_with_their_first_token_do_not_shift_the_edits_of_others(shapes: list[tuple[int, ...]]) -> None:
+    model = tiny_model()
+    first = [int(row[0]) for row in model.generate(MANY, 1, temperature=0.0).ids]
+    model.hf.generation_config.eos_token_id = sorted(set(first[:8]))
+    options = {"temperature": 0.0, "intervention": _edit(Generated())}
+    shapes.clear()
+    mine = model.generate(MANY, 6, **options)
+    assert mine.ended[:8] == ("stop_token",) * 8 and 0 < shapes[-1][0] < len(MANY)
+    with plain(model):
+        _same(mine, model.generate(MANY, 6, **options))
+
+
 @pytest.mark.parametrize("scope", [None, All(), Prompt(), Generated(), Last()], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_activations_are_those_of_the_finished_text(family: str, scope: Scope | None) -> None:
