@@ -185,7 +185,8 @@ class Plan:
         self._began = module
 
     def _end_step(self, module: nn.Module, *_: object) -> None:
-        if module is self._began:
+        # A pass that was refused in another thread ends here as well.
+        if module is self._began and threading.get_ident() == self._thread:
             self._step = self._began = None
 
     def _set_step(self, ids: Tensor | None, shape: tuple[int, ...], mask: Tensor, past: int) -> None:
