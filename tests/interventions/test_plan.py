@@ -212,3 +212,16 @@ def test_edits_reach_every_layer_below_the_logits() -> None:
     for layer in range(N_LAYERS):
         with model.plan(Intervention.at(f"resid_post.{layer}", Add(VECTOR, 3.0))):
             assert float((model.logits(IDS) - clean).abs().max()) > 1e-2
+
+
+def test_a_row_whose_edit_was_lost_raises_although_the_others_changed() -> None:
+    model = tiny_model()
+    model.hf.to(torch.bfloat16)
+    strengths = torch.tensor([2.0, 1e-6])
+    with pytest.raises(EditError, match=r"row 1 \(1 of 2 rows\)"):  # noqa: SIM117
+        with model.plan(Intervention.at("resid_post.1", Add(VECTOR, strengths))):
+            model.logits(IDS)
+    # A zero strength or a zero vector in one row is asked for, as for an unedited row beside edited ones.
+    for op in (Add(VECTOR, torch.tensor([2.0, 0.0])), Add(torch.stack([VECTOR, 0 * VECTOR]))):
+        with model.plan(Intervention.at("resid_post.1", op)):
+            model.logits(IDS)

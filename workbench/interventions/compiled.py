@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench.errors import EditError, InvalidInputError, ShapeError
+from workbench.errors import DegenerateInputError, EditError, InvalidInputError, ShapeError
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.gates import Gate, When
 from workbench.interventions.intervention import Edit, Intervention
@@ -120,13 +120,11 @@ class Group:
             tally.intended = tally.intended + norm.detach().sum()
         return wanted
 
-    def measure(self, before: Float[Tensor, "n d"], change: Float[Tensor, "n d"]) -> None:
+    def measure(self, before: Float[Tensor, "n d"], change: Float[Tensor, "n d"], where: Where) -> None:
         """Adds what reached the model."""
-        applied, size = change.detach().norm(dim=1).sum(), before.detach().norm(dim=1).sum()
+        size, applied = before.detach().norm(dim=1), change.detach().norm(dim=1)
         for tally in self.tallies:
-            tally.tokens += len(before)
-            tally.applied = tally.applied + applied
-            tally.before = tally.before + size
+            tally.measure(size, applied, where.rows)
 
 
 @dataclass
@@ -172,6 +170,13 @@ class Compiled:
                 elif tally.together > 1:
                     why = f"the {tally.together} edits of this site cancel, or were lost in rounding to its dtype."
                 raise EditError(f"{done.edit}: {done.tokens} tokens met the edit, but {why}")
+            lost = [row for row in tally.unchanged_rows() if _must_change(tally.edit.op, row)]
+            if lost:
+                raise EditError(
+                    f"{done.edit}: its parameters of row {', '.join(map(str, lost[:10]))} ({len(lost)} of "
+                    f"{tally.n_rows} rows) met tokens, but changed none of them; the change was zero or lost in "
+                    "rounding. Use a larger strength there."
+                )
 
     def explain(self) -> str:
         """One line per site and group."""
@@ -189,6 +194,14 @@ class Compiled:
             first = min(self.points, key=order).site
             lines.append(f"everything before {first} is as without the plan and need not be run again for another edit")
         return "\n".join(lines) or "no edits"
+
+
+def _must_change(op: Op, row: int) -> bool:
+    """Whether an edit with parameters per row has to change something in this row."""
+    try:
+        return op.take(torch.tensor([row])).must_change
+    except DegenerateInputError:
+        return False  # a zero vector, which is allowed beside others
 
 
 def order(point: Point) -> tuple[int, int]:
@@ -218,7 +231,7 @@ def compile_edits(sites: SiteMap, intervention: Intervention, device: torch.devi
                     "When(gate, NormPreserve(...)), or one edit per condition."
                 )
         op = edit.op.to(device)
-        tally = Tally(edit, gated=isinstance(op, When))
+        tally = Tally(edit, gated=isinstance(op, When), n_rows=intervention.n_rows)
         compiled.tallies.append(tally)
         groups = compiled.groups.setdefault(point, [])
         if isinstance(op, When):

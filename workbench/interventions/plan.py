@@ -308,16 +308,16 @@ class Plan:
             wanted = group.apply(before, where)
             if len(groups) == 1:
                 written = wanted.to(flat.dtype)
-                group.measure(before, _exact(written) - before)
+                group.measure(before, _exact(written) - before, where)
                 return _put(flat, written, row, column, whole)
             work = _put(_exact(flat) if work is None else work, wanted, row, column, whole)
-            done.append((group, row, column, before))
+            done.append((group, row, column, before, where))
         if work is None:
             return None
         written = work.to(flat.dtype)
         change = _exact(written).detach() - _exact(flat).detach()
-        for group, row, column, before in done:
-            group.measure(before, change[row, column])
+        for group, row, column, before, where in done:
+            group.measure(before, change[row, column], where)
         return written
 
 

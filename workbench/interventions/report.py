@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.interventions.intervention import Edit
@@ -79,8 +81,9 @@ class EditReport:
 class Tally:
     """Sums of one edit, kept on the device so that no forward pass waits for them."""
 
-    def __init__(self, edit: Edit, *, gated: bool) -> None:
-        self.edit, self.gated = edit, gated
+    def __init__(self, edit: Edit, *, gated: bool, n_rows: int | None = None) -> None:
+        self.edit, self.gated, self.n_rows = edit, gated, n_rows
+        self.of_rows: Tensor | None = None
         self.fired = self.tokens = 0
         self.together = 1
         self.intended: Tensor | float = 0.0
@@ -89,6 +92,23 @@ class Tally:
         self.in_scope: Tensor | int = 0
         self.gate_open: Tensor | int = 0
         self.gate_decided = 0
+
+    def measure(self, before: Float[Tensor, " n"], applied: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> None:
+        """Adds the norms of some tokens before the edit and of their change, and the rows that they belong to."""
+        self.tokens += len(before)
+        self.before = self.before + before.sum()
+        self.applied = self.applied + applied.sum()
+        if self.n_rows is not None:
+            if self.of_rows is None:
+                self.of_rows = torch.zeros(2, self.n_rows, device=applied.device)
+            of_rows = self.of_rows.to(applied.device)
+            self.of_rows = of_rows.index_add(1, rows, torch.stack([torch.ones_like(applied), applied]).float())
+
+    def unchanged_rows(self) -> list[int]:
+        """Rows of the parameters that met tokens and changed none of them."""
+        if self.of_rows is None:
+            return []
+        return ((self.of_rows[0] > 0) & (self.of_rows[1] == 0)).nonzero().flatten().tolist()
 
     def report(self) -> EditReport:
         """The sums as means."""

@@ -15,6 +15,7 @@ from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
 from workbench.interventions.report import EditReport
 from workbench.interventions.variants import variants
+from workbench.models.head import Head
 from workbench.models.resume import Resume, earliest, only_last
 from workbench.progress import track
 from workbench.tokens import TokenBatch
