@@ -278,6 +278,9 @@ class Mask(Scope):
     def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
         return _with_rows(self, self.chosen[rows.to(self.chosen.device)])
 
+    def __repr__(self) -> str:
+        return f"Mask({int(self.chosen.sum())} of {self.chosen.numel()} columns)"
+
 
 @dataclass(frozen=True)
 class Both(Scope):
@@ -351,6 +354,9 @@ class Rows(Scope):
 
     def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
         return _with_rows(self, self.chosen[rows.to(self.chosen.device)])
+
+    def __repr__(self) -> str:
+        return f"Rows({int(self.chosen.sum())} of {len(self.chosen)})"
 
 
 def _with_rows(scope: Mask | Rows, chosen: Tensor) -> Scope:
