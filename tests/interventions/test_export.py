@@ -163,6 +163,22 @@ def test_edits_of_one_place_keep_their_order() -> None:
     assert float((folded - edited_logits(model, other)).abs().max()) > 0.01
 
 
+@pytest.mark.parametrize("kind", ["weights", "lora", "hook"])
+def test_edits_of_low_rank_read_what_the_one_before_wrote(kind: str, tmp_path: Path) -> None:
+    model = tiny_model("neox")
+    one, other = LowRank(V, MATRIX[:2], torch.tensor([1.0, -2.0])), LowRank(MATRIX[2:5], MATRIX[5:8])
+    intervention = at("attn_out.1", one) + at("attn_out.1", other)
+    wanted = edited_logits(model, intervention)
+    assert float((wanted - edited_logits(model, at("attn_out.1", other) + at("attn_out.1", one))).abs().max()) > 0.01
+    done = model.export(intervention, kind, tmp_path / "out")
+    if kind == "weights":
+        close(logits(done.hf), wanted)
+    elif kind == "lora":
+        with merge_lora(model.hf, tmp_path / "out"):
+            close(logits(model.hf), wanted)
+    assert done.max_difference < FP32_LOGITS
+
+
 @pytest.mark.parametrize("family", ["llama", "neox"])
 def test_additions_to_a_stream_that_is_ablated_everywhere(family: str) -> None:
     model = tiny_model(family)
@@ -310,6 +326,8 @@ def test_models_that_cannot_be_copied_as_they_are() -> None:
         model.export(Intervention(), "weights")
     with pytest.raises(InvalidInputError, match="Did you mean weights"):
         model.export(intervention, "weight")
+    with pytest.raises(DegenerateInputError, match="no weight"):
+        model.export(at("resid_post.1", Add(V[0], 0.0)), "lora", "adapter")
     with pytest.raises(InvalidInputError, match="writes a file"):
         model.export(intervention, "lora")
     model.hf.to(torch.bfloat16)

@@ -20,6 +20,7 @@ from workbench.interventions.plan import Plan, active_plans
 from workbench.interventions.scopes import Last, Scope
 from workbench.models.choice import chosen_tokens, groups
 from workbench.models.compare import VariantLogits, compare
+from workbench.models.embedded import quiet_transformers
 from workbench.models.generation import Generation, Parts, generate, sample
 from workbench.models.head import vocabulary_ids
 from workbench.models.identity import transformer_lens_bridge
@@ -329,7 +330,8 @@ class Model(Wrapped):
         Raises:
             NotExactlyExportable: if this kind can't express the intervention, with the edit and the reason.
         """
-        done = export(self.hf, self.site_map, self.plan(intervention).intervention, kind, out, tolerance)
+        with quiet_transformers():
+            done = export(self.hf, self.site_map, self.plan(intervention).intervention, kind, out, tolerance)
         if kind == "weights" and done.path is not None:
             self.tokenizer.save_pretrained(done.path)
         return done

@@ -10,7 +10,7 @@ from workbench.errors import DegenerateInputError, InvalidInputError, did_you_me
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.export.lora import export_lora
 from workbench.interventions.export.result import TOLERANCE, Exported
-from workbench.interventions.export.stream import one_model
+from workbench.interventions.export.stream import require_copyable
 from workbench.interventions.export.vectors import export_gguf, export_hook, export_lm_eval
 from workbench.interventions.export.weights import export_weights
 from workbench.interventions.intervention import Intervention
@@ -48,7 +48,7 @@ def export(
         raise InvalidInputError(f"export(kind={kind!r}): {did_you_mean(kind, known)}")
     if not intervention.edits:
         raise DegenerateInputError("export: the intervention has no edits, so there is nothing to export.")
-    one_model(hf, active_plans(hf), needs_fp32=kind in ("weights", "lora", "lm_eval"))
+    require_copyable(hf, active_plans(hf), needs_fp32=kind in ("weights", "lora", "lm_eval"))
     if kind == "weights":
         return export_weights(hf, sites, intervention, None if out is None else Path(out), tolerance)
     if out is None:

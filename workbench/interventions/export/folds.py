@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import NotExactlyExportable
+from workbench.hooks.sites import Point
 from workbench.interventions.gates import When
 from workbench.interventions.intervention import Edit
 from workbench.interventions.op import LowRankForm, Op
@@ -53,6 +54,11 @@ class Fold:
         """The same A without the constant."""
         return replace(self, bias=torch.zeros_like(self.bias))
 
+    def to(self, device: torch.device) -> Fold:
+        """The same map on a device."""
+        dense = None if self.dense is None else self.dense.to(device)
+        return Fold(self.read.to(device), self.write.to(device), self.bias.to(device), dense)
+
     def rows(self, u: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """`u A`."""
         return u @ self.dense if self.dense is not None else u + (u @ self.write.T) @ self.read
@@ -91,8 +97,8 @@ class Fold:
         return self.columns(torch.eye(len(self.bias), dtype=torch.float64, device=self.bias.device))
 
 
-def fold_of(edit: Edit, width: int) -> Fold:
-    """The affine map of an edit of vectors of this width.
+def fold_of(edit: Edit, point: Point) -> Fold:
+    """The affine map of an edit at a point, on the device of its module.
 
     Raises:
         NotExactlyExportable: if it is not one affine map on every token.
@@ -105,10 +111,10 @@ def fold_of(edit: Edit, width: int) -> Fold:
     if op.n_rows is not None:
         raise refused(edit, f"it has parameters for {op.n_rows} batch rows; outside this program rows are alike")
     with torch.no_grad():
-        found = _fold(op, width)
+        found = _fold(op, point.width or 0)
     if found is None:
         raise refused(edit, f"{op.name} is not an affine map `A h + c` of the activation")
-    return found
+    return found.to(next(point.module.parameters()).device)
 
 
 def refused(edit: Edit, reason: str) -> NotExactlyExportable:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.errors import CorruptFileError, EditError, MissingFileError, ShapeError
+from workbench.errors import CorruptFileError, DegenerateInputError, EditError, MissingFileError, ShapeError
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.export.folds import refused
 from workbench.interventions.export.result import Exported, Probe
@@ -45,6 +45,8 @@ def export_lora(hf: nn.Module, sites: SiteMap, intervention: Intervention, out: 
             PEFT can't.
     """
     folded = folded_writers(hf, sites, intervention)
+    if not folded:
+        raise DegenerateInputError("export: the intervention changes no weight (strength 0?), so there is no adapter.")
     probe = Probe(hf, sites, intervention, tolerance)
     deltas = {item.writer.path: _delta(item) for item in folded}
     rank = max(delta.a.shape[0] for delta in deltas.values())

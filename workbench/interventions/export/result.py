@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Exported:
     path: Path | None = None
     max_difference: float | None = None
     effect: float | None = None
-    hf: Any = None
+    hf: Any = field(default=None, repr=False)
     text: str | None = None
     notes: tuple[str, ...] = ()
 

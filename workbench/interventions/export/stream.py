@@ -125,7 +125,7 @@ def folded_writers(hf: nn.Module, sites: SiteMap, intervention: Intervention) ->
         for event in events[last : at[name] + 1]:
             _pass(stream, event)
         last = max(last, at[name] + 1)
-        fold = fold_of(edit, point.width or 0)
+        fold = fold_of(edit, point)
         if point.site.kind in RESIDUAL:
             stream.change_all(fold, edit)
         else:
@@ -213,7 +213,7 @@ def _check_module(writer: Writer, edit: Edit) -> None:
         raise refused(edit, f"{writer.path} is a {kind.__name__}; only Linear and Conv1D weights can be changed")
 
 
-def one_model(hf: nn.Module, active: Mapping[str, object] | tuple[object, ...], needs_fp32: bool) -> None:
+def require_copyable(hf: nn.Module, active: Mapping[str, object] | tuple[object, ...], needs_fp32: bool) -> None:
     """Raises NotExactlyExportable if the model can't be copied as it is now."""
     if active:
         raise NotExactlyExportable(

@@ -62,7 +62,7 @@ def _added_after(sites: SiteMap, edit: Edit) -> tuple[int, Tensor]:
         site = Site("resid_post", site.layer)
     if site.kind != "resid_post":
         raise refused(edit, "a control vector is added to the output of a block: resid_post, or mlp_out")
-    fold = fold_of(edit, sites[site].width or 0)
+    fold = fold_of(edit, sites[site])
     if not fold.is_constant:
         raise refused(edit, "a control vector is added, whatever the activation is; this edit reads the activation")
     assert site.layer is not None
@@ -205,7 +205,7 @@ def _at_outputs(hf: nn.Module, sites: SiteMap, intervention: Intervention) -> It
     """The edits in the order of a forward pass, each at the output of a module."""
     found = []
     for edit in intervention.edits:
-        fold = fold_of(edit, sites[edit.site].width or 0)
+        fold = fold_of(edit, sites[edit.site])
         site = _after(sites.resolve(edit.site))
         if site == Site("resid_pre", 0) and (fold.is_constant or not position_embeddings(hf)):
             site = Site("embed")

@@ -31,6 +31,8 @@ def export_weights(
         NotExactlyExportable: if there are no such weights, or if `out` is given and the family's config can't say that
             the copy has the biases that it needs.
     """
+    if out is not None:
+        _require_free(out)
     folded = folded_writers(hf, sites, intervention)
     probe = Probe(hf, sites, intervention, tolerance)
     changed = copy.deepcopy(hf)
@@ -46,7 +48,8 @@ def export_weights(
                 f"{added[0]} needs a bias, and no setting of {type(changed).__name__} gives it one, so the saved "
                 "model would be loaded without it. Leave out `out` for the copy in memory, or export another kind."
             )
-        _save(changed, out)
+        changed.config.architectures = [type(changed).__name__]  # type: ignore[union-attr]
+        changed.save_pretrained(out)  # type: ignore[operator]
     return Exported("weights", out, difference, probe.effect, changed, notes=tuple(filter(None, notes)))
 
 
@@ -114,8 +117,6 @@ def _declare_biases(hf: Any, added: Sequence[str]) -> bool:
     return False
 
 
-def _save(hf: Any, out: Path) -> None:
+def _require_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidInputError(f"{out} exists and is not an empty folder; name a new one for the changed model.")
-    hf.config.architectures = [type(hf).__name__]
-    hf.save_pretrained(out)
