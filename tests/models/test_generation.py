@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, n_hooks, tiny_model
-from workbench.errors import InvalidInputError
+from workbench.errors import EditError, InvalidInputError
 from workbench.interventions.gates import ProbeGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
-from workbench.interventions.scopes import After, All, Generated, Last, Mask, Prompt, Scope
+from workbench.interventions.scopes import After, All, Generated, Last, Mask, Pos, Prompt, Scope
 from workbench.models.decoding import Decoder
 from workbench.models.generation import Generation
 from workbench.models.model import Model
@@ -356,3 +356,16 @@ def test_an_outer_plan_sees_every_row() -> None:
     with model.plan(edit):
         _same(model.generate(["abcdef"] * 3, 8, temperature=0.0, stop=STOP), want)
     assert len(set(want.texts)) == 3
+
+
+def test_whether_an_edit_met_a_token_is_asked_of_all_batches_together() -> None:
+    model = tiny_model()
+    push = model.W_U[:, model.tokenizer.eos_token_id]
+    # The first row ends at its first token, so a batch of it alone has no generated token to edit.
+    ends = Intervention.at("final_norm", Add(torch.stack([push, VECTOR]), torch.tensor([100.0, 0.1])))
+    iv = ends + Intervention.at("resid_post.1", Add(VECTOR), Generated())
+    for batch_size in (1, 2):
+        out = model.generate(PROMPTS[:2], 4, intervention=iv, temperature=0.0, batch_size=batch_size)
+        assert out.report[1].tokens == len(out.ids[1]) - (out.ended[1] == "length")
+    with pytest.raises(EditError, match="no token was in scope"):
+        model.generate(PROMPTS, 4, intervention=Intervention.at("resid_post.1", Add(VECTOR), Pos(99)), batch_size=1)

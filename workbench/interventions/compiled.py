@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from jaxtyping import Bool, Float
@@ -148,18 +149,15 @@ class Compiled:
         """What is read at a point."""
         return self.gates.get(point, ())
 
+    @property
+    def unmet(self) -> list[Tally]:
+        """Edits that met no token, although their scope may hold some."""
+        return [tally for tally in self.tallies if tally.in_scope == 0 and not tally.edit.scope.is_empty]
+
     def prove(self) -> None:
-        """Raises EditError if an edit did not happen."""
+        """Raises EditError if an edit met tokens and did not change them as it had to."""
         for tally in self.tallies:
             done = tally.report()
-            if done.fired == 0:
-                raise EditError(
-                    f"{done.edit}: the hook never ran. Nothing was edited; was the model called inside the block?"
-                )
-            if tally.in_scope == 0 and not tally.edit.scope.is_empty:
-                raise EditError(
-                    f"{done.edit}: no token was in scope in {done.fired} forward passes, so nothing was edited."
-                )
             if done.tokens and done.mean_norm_applied == 0 and tally.edit.op.must_change:
                 why = (
                     f"the change of mean norm {done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. "
@@ -194,6 +192,13 @@ class Compiled:
             first = min(self.points, key=order).site
             lines.append(f"everything before {first} is as without the plan and need not be run again for another edit")
         return "\n".join(lines) or "no edits"
+
+
+def refuse_unmet(edit: Edit, fired: int) -> NoReturn:
+    """Raises EditError for an edit that met no token."""
+    if fired == 0:
+        raise EditError(f"{edit}: the hook never ran. Nothing was edited; was the model called inside the block?")
+    raise EditError(f"{edit}: no token was in scope in {fired} forward passes, so nothing was edited.")
 
 
 def _must_change(op: Op, row: int) -> bool:

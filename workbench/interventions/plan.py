@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from workbench.errors import EditError, ShapeError
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.sites import Point, Site, SiteMap
-from workbench.interventions.compiled import Compiled, GateState, compile_edits
+from workbench.interventions.compiled import Compiled, GateState, compile_edits, refuse_unmet
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Where
 from workbench.interventions.report import EditReport
@@ -32,6 +32,13 @@ def active_plans(hf: nn.Module) -> tuple[Plan, ...]:
         return tuple(_ACTIVE.get(hf, ()))
 
 
+def require_met(plans: Sequence[Plan]) -> None:
+    """Raises EditError for an edit that met no token in any of several plans of the same edits."""
+    for tallies in zip(*(plan._compiled.tallies for plan in plans), strict=True):
+        if all(tally in plan._compiled.unmet for tally, plan in zip(tallies, plans, strict=True)):
+            refuse_unmet(tallies[0].edit, sum(tally.fired for tally in tallies))
+
+
 class Plan:
     """An intervention bound to a model; a context manager in which every use of the model is edited.
 
@@ -41,7 +48,11 @@ class Plan:
 
     Attributes:
         report: one `EditReport` per edit, up to now.
+        proves_scope: whether leaving raises for an edit that met no token. Where one job is done in several blocks, as
+            a generation in batches, this is asked of all of them together, by `require_met`.
     """
+
+    proves_scope = True
 
     def __init__(self, hf: nn.Module, sites: SiteMap, intervention: Intervention) -> None:
         self._hf, self._intervention = hf, intervention
@@ -59,6 +70,7 @@ class Plan:
         self._roles: Tensor | None = None
         self._row: Tensor | None = None
         self._history: Tensor | None = None
+        self._ignored: Tensor | None = None
         self._selected: dict[tuple[Scope, int], tuple[Tensor, Tensor]] = {}
         self._gates: dict[tuple[int, Site], GateState] = {}
 
@@ -117,6 +129,9 @@ class Plan:
         self._stack = None
         self._forget()
         if kind is None:
+            if self.proves_scope:
+                for tally in self._compiled.unmet:
+                    refuse_unmet(tally.edit, tally.fired)
             self._compiled.prove()
 
     # What is known about the tokens of a forward pass.
@@ -136,6 +151,10 @@ class Plan:
                 setattr(self, name, value[index.to(value.device)])
         for gate in self._gates.values():
             gate.select(index)
+
+    def ignore_rows(self, ended: Bool[Tensor, " batch"]) -> None:
+        """States which rows of the batch only keep their place: they are not edited, and not counted."""
+        self._ignored = ended
 
     @property
     def points(self) -> Sequence[Point]:
@@ -192,7 +211,7 @@ class Plan:
     def _set_step(self, ids: Tensor | None, shape: tuple[int, ...], mask: Tensor, past: int) -> None:
         batch, width = shape
         if past == 0 and not self._continues(ids):
-            self._prompt_width, self._row = width, None
+            self._prompt_width, self._row, self._ignored = width, None, None
         elif self._prompt_width == 0:
             self._prompt_width = past + width
         self._last_ids = ids if past == 0 else None
@@ -208,9 +227,12 @@ class Plan:
         position = (mask.long().cumsum(1) - 1).clamp_min(0)
         # One more than the position of the last real prompt token.
         length = (position + 1).masked_fill(~(roles & mask[:, : past + width]), 0).amax(1)
+        real = mask[:, past : past + width]
+        if self._ignored is not None and len(self._ignored) == batch:
+            real = real & ~self._ignored[:, None]
         self._step = Step(
             ids, torch.arange(past, past + width, device=mask.device), position[:, past : past + width], length,
-            mask[:, past : past + width], roles[:, past:], self._row, self._history,
+            real, roles[:, past:], self._row, self._history,
             None if self._history is None else mask[:, : self._history.shape[1]],
         )  # fmt: skip
         self._selected.clear()

@@ -209,6 +209,7 @@ class Decoder:
         *,
         on_select: Callable[[Tensor], None] | None = None,
         on_step: Callable[[int], None] | None = None,
+        on_ended: Callable[[Tensor], None] | None = None,
     ) -> Rows:
         """New tokens of every row.
 
@@ -218,6 +219,7 @@ class Decoder:
             on_select: allows rows that have ended to leave the batch as soon as they are the greater part of it; told
                 which rows stay.
             on_step: called with the number of rows in the batch after each new token.
+            on_ended: told before each forward pass which rows of the batch have ended and only keep their place.
         """
         options, cache, mask, logits = self._options, start.cache, start.mask, start.logits
         n, device = options.max_new_tokens, mask.device
@@ -248,6 +250,8 @@ class Decoder:
                 chosen, draws, position, mask, done = (x[keep] for x in (chosen, draws, position, mask, done))
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             self._recorder.expect(live, mask.shape[1] - 1)
+            if on_ended is not None:
+                on_ended(done)
             logits = self._last_logits(cache, chosen[:, None], mask, position, padded)
             position = position + 1
         whole[live] = part

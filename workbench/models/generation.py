@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from workbench.hooks.sites import Site, SiteMap
 from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
-from workbench.interventions.plan import Plan
+from workbench.interventions.plan import Plan, require_met
 from workbench.interventions.report import EditReport
 from workbench.models.decoding import ENDED, Decoder, Recorder, Rows
 from workbench.models.sampling import Sampling
@@ -86,16 +86,19 @@ def generate(
     points = Recorder.points_of(parts.site_map, capture)
     stops = parts.stops(options)
     found: list[tuple[Rows, TokenBatch, Record]] = []
-    reports = []
+    plans: list[Plan] = []
     for rows in track(torch.arange(len(batch)).split(batch_size), description="generating", unit="batches"):
         # Untrimmed where a prompt is edited, so that the columns of a Mask stay those of the whole batch.
         part = batch[rows] if _spares_prompt(intervention) else TokenBatch(batch.ids[rows], batch.mask[rows])
         plan = None if intervention is None else parts.plan(intervention.take(rows))
+        if plan is not None:
+            plan.proves_scope = False
+            plans.append(plan)
         recorder = Recorder(points, len(rows), part.ids.shape[1] + options.max_new_tokens)
         new = _one_batch(Decoder(parts.hf, options, stops, recorder), part, rows, plan, recorder)
-        reports += [] if plan is None else [plan.report]
         found.append((new, part, {str(site): _per_row(x, part, new) for site, x in recorder.found.items()}))
-    return collected(parts.tokenizer, found, reports)
+    require_met(plans)
+    return collected(parts.tokenizer, found, [plan.report for plan in plans])
 
 
 def _spares_prompt(intervention: Intervention | None) -> bool:
@@ -126,7 +129,7 @@ def _one_batch(
             stack.enter_context(plan)
             plan.roles(torch.ones_like(start.mask))
         with recorder.reading():
-            return decoder.run(start, rows, on_select=on_select)
+            return decoder.run(start, rows, on_select=on_select, on_ended=plan.ignore_rows if plan else None)
 
 
 def _has_hooks(hf: nn.Module) -> bool:

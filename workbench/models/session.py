@@ -155,7 +155,12 @@ class Session:
     @contextlib.contextmanager
     def _editing(self) -> Any:
         try:
-            with contextlib.nullcontext() if self._is_entered or self._plan is None else self._plan:
+            if self._is_entered or self._plan is None:
+                yield
+                return
+            # A reply of one token feeds nothing back, so an edit of generated tokens may have to wait.
+            self._plan.proves_scope = self._plan.intervention.edits_prompt
+            with self._plan:
                 yield
         except BaseException:
             # The cache may hold half of a turn.
@@ -164,6 +169,7 @@ class Session:
 
     def __enter__(self) -> Session:
         if self._plan is not None:
+            self._plan.proves_scope = True
             self._plan.__enter__()
             self._is_entered = True
         return self

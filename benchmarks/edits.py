@@ -1,0 +1,191 @@
+"""Hooks and edits against what one would write or use instead, on the same model in the same run.
+
+usage: python benchmarks/edits.py [--model embedded] [--layer 15]
+
+1. Activations of one layer: `Model.capture`, a hand-written truncated Hugging Face forward in the same dtype, and
+   `TransformerBridge.run_with_cache` with a names filter and `stop_at_layer`.
+2. Steered generation against unsteered `transformers.generate`.
+3. 64 SAE features steered one at a time: rows of one resumed forward pass against 64 hooked forward passes.
+
+Each part first shows that both sides computed the same thing; without that no ratio is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+
+import workbench as wb
+from workbench.models.model import Model
+from workbench.tokens import TokenBatch
+
+TEXT = "The old lighthouse keeper wrote down the weather every evening, and nobody knew for whom he did it."
+
+
+def seconds(fn: Callable[[], object], repeats: int = 5) -> float:
+    """Shortest of some runs, after one that is not counted."""
+    fn()
+    laps = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fn()
+        laps.append(time.perf_counter() - start)
+    return min(laps)
+
+
+def same(name: str, a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
+    """Stops the benchmark unless the two agree, by the relative L2 distance of all values."""
+    a, b = a.float(), b.float()
+    distance = float((a - b).norm() / b.norm())
+    print(f"  {name}: relative distance {distance:.2g}")
+    if not distance <= tolerance:
+        raise SystemExit("  the two do not compute the same thing; no ratio is printed")
+
+
+def table(rows: dict[str, float], unit: str, ours: str, work: float = 1.0) -> None:
+    for name, value in rows.items():
+        print(f"  {name:58s} {work / value:10.1f} {unit}   ours is {value / rows[ours]:.2f}x")
+
+
+def reading(model: Model, layer: int, rows: int = 16, width: int = 128) -> None:
+    print(f"1. activations of resid_post.{layer}, {rows} x {width} tokens, {model.dtype}")
+    ids = torch.randint(0, model.d_vocab, (rows, width), generator=torch.Generator().manual_seed(0))
+    body = copy.copy(model.hf.model)
+    body._modules = dict(body._modules)
+    body.layers, body.norm = model.hf.model.layers[: layer + 1], torch.nn.Identity()
+    bridge = model.to_transformer_lens()
+    name = f"blocks.{layer}.hook_resid_post"
+    site = f"resid_post.{layer}"
+
+    def ours() -> torch.Tensor:
+        return model.capture(ids, [site])[site]
+
+    def by_hand() -> torch.Tensor:
+        with torch.no_grad():
+            return body(ids, use_cache=False).last_hidden_state
+
+    def by_bridge() -> torch.Tensor:
+        with torch.no_grad():
+            return bridge.run_with_cache(ids, names_filter=name, stop_at_layer=layer + 1)[1][name]
+
+    same("capture and the truncated forward", ours(), by_hand(), 1e-6)
+    same("capture and the bridge", ours(), by_bridge(), 2e-2)
+    laps = {
+        "capture": seconds(ours),
+        "truncated forward by hand": seconds(by_hand),
+        "TransformerBridge": seconds(by_bridge),
+    }
+    table(laps, "tokens/s", "capture", rows * width)
+
+
+def generating(model: Model, layer: int, batch: int = 128, new: int = 32) -> None:
+    print(f"2. generation, batch {batch}, {new} new tokens; ours is steered, theirs is not")
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    iv = wb.Intervention.at(f"resid_post.{layer}", wb.Add(vector, 2.0))
+    prompts = model.tokens([TEXT])
+    ids = prompts.ids.expand(batch, -1).contiguous()
+    hf = TokenBatch.of_rows(ids).hf()
+
+    def theirs(**options: object) -> torch.Tensor:
+        return model.hf.generate(**hf, max_new_tokens=new, min_new_tokens=new, eos_token_id=None, **options)
+
+    def steered(**options: object) -> torch.Tensor:
+        with model.plan(iv):
+            return model.sample(ids, new, **options)
+
+    with model.plan(iv):
+        want = theirs(do_sample=False)[:, ids.shape[1] :]
+    equal = float((steered(temperature=0.0) == want).float().mean())
+    print(f"  greedy steered tokens equal to those of transformers.generate under the same plan: {equal:.1%}")
+    if equal < 0.9:
+        raise SystemExit("  the two do not compute the same thing; no ratio is printed")
+    laps = {
+        "steered, ours": seconds(steered, 2),
+        "unsteered, transformers.generate": seconds(lambda: theirs(do_sample=True, top_k=0), 2),
+    }
+    table(laps, "tokens/s", "steered, ours", batch * new)
+
+
+def comparing(model: Model, layer: int, features: int = 64) -> None:
+    site = f"resid_post.{layer}"
+    sae = random_sae(model.d_model)
+    batch = model.tokens(TEXT)
+    for scope, last in ((wb.Last(), True), (wb.All(), False)):
+        print(f"3. {features} SAE features, one at a time, at {site} on {scope}, {batch.n_tokens} tokens")
+        ops = [wb.SAEAdd(sae, [f], 40.0) for f in range(features)]
+        single = [wb.Intervention.at(site, op, scope) for op in ops]
+        rows = wb.Intervention.at(site, wb.SAEAdd(sae, torch.arange(features)[:, None], 40.0), scope)
+        run = model.resume(batch, site, last=last)
+
+        @torch.no_grad()
+        def resumed(rows: wb.Intervention = rows, run: object = run) -> torch.Tensor:
+            with model.plan(rows) as plan:
+                return run.logits_of(run.hidden(plan, features), features)
+
+        def variants(single: list[wb.Intervention] = single) -> torch.Tensor:
+            return model.variants(batch, single).logits[:, 0]
+
+        def sequential(single: list[wb.Intervention] = single) -> torch.Tensor:
+            found = []
+            for iv in single:
+                with model.plan(iv):
+                    found.append(model.logits(batch))
+            return torch.cat(found)
+
+        def plain_hooks(scope: wb.All | wb.Last = scope) -> torch.Tensor:
+            found = []
+            for f in range(features):
+                vector = (40.0 * sae.W_dec[f]).to(model.dtype)
+
+                def hook(_m: object, _a: object, out: torch.Tensor, vector: torch.Tensor = vector) -> torch.Tensor:
+                    if isinstance(scope, wb.All):
+                        return out + vector
+                    out = out.clone()
+                    out[:, -1] += vector
+                    return out
+
+                handle = model.hf.model.layers[layer].register_forward_hook(hook)
+                with torch.no_grad():
+                    found.append(model.hf(batch.ids, use_cache=False, logits_to_keep=1).logits[:, -1].float())
+                handle.remove()
+            return torch.cat(found)
+
+        same("rows and single plans", resumed(), sequential(), 3e-2)
+        same("rows and plain hooks", resumed(), plain_hooks(), 3e-2)
+        laps = {
+            "one plan with rows, resumed": seconds(resumed),
+            "the same with everything that comes before (variants)": seconds(variants),
+            "one plan each": seconds(sequential, 1),
+            "one plain torch hook each": seconds(plain_hooks, 1),
+        }
+        table(laps, "features/s", "one plan with rows, resumed", features)
+
+
+def random_sae(d: int, d_sae: int = 4096) -> object:
+    from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKSAEConfig(d_in=d, d_sae=d_sae, k=32, apply_b_dec_to_input=True))
+    with torch.no_grad():
+        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+    return sae
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--layer", type=int, default=15)
+    options = parser.parse_args()
+    model = wb.load_model(options.model, check=False)
+    print(model)
+    reading(model, options.layer)
+    generating(model, options.layer)
+    comparing(model, options.layer)
+
+
+if __name__ == "__main__":
+    main()
