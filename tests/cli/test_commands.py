@@ -7,7 +7,9 @@ from pathlib import Path
 from string import ascii_letters
 
 import pytest
+import torch
 
+import workbench as wb
 from tests.tiny import tiny_hf, tiny_tokenizer
 from workbench.cli import main
 
@@ -30,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         "capture hello --model MODEL --sites resid_post.99",
         "generate hello --model MODEL --temperature -1",
         "generate hello --model MODEL --top-p 0",
+        "generate hello --model MODEL --intervention nowhere",
         "generate hello --model MODEL --dtype float61",
         "generate hello --model MODEL --no-such-option",
         "generate",
@@ -74,6 +77,9 @@ def test_the_model_commands_say_what_the_library_says(
     filters = ["--top-k", "90", "--top-p", "0.9", "--min-p", "0.001"]
     assert run(["generate", "ab", *model, *filters], capsys)["ended"] in ("length", "stop_token")
     assert run(["generate", "ab", *model, *filters, "--stop", *ascii_letters], capsys)["ended"] == "stop_string"
+    saved = wb.Intervention.at("resid_post.1", wb.Add(torch.ones(16), 9.0)).save(tmp_path / "iv")
+    steered = run(["generate", "ab", *model, "--intervention", str(saved), "--temperature", "0"], capsys)
+    assert steered["text"] != steered["unedited"] and steered["edits"][0]["tokens"] >= 2
     done = run(["capture", "abc", *model, "--sites", "resid_post.1", "embed", "--out", str(tmp_path)], capsys)
     assert done["sites"]["embed"]["shape"] == [1, 3, 16]
     assert Path(done["file"]).is_file()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from workbench.cli.base import Command
+from workbench.interventions.intervention import Intervention
+from workbench.models.generation import Generation
 from workbench.models.loading import load_model, load_tokenizer
 from workbench.models.model import Model
 
@@ -92,8 +95,6 @@ class Capture(ModelCommand):
 
     def run(self) -> None:
         """Writes `activations.safetensors` into `out` (default: the current folder) and prints shapes and norms."""
-        from pathlib import Path
-
         from safetensors.torch import save_file
 
         model = self.load()
@@ -134,15 +135,22 @@ class Generate(ModelCommand):
     """Sample among tokens with at least this share of the highest probability; 0 for all."""
     stop: tuple[str, ...] = ()
     """Strings that end the continuation."""
+    intervention: Path | None = None
+    """Folder of a saved intervention; the unedited continuation is shown beside the edited one."""
 
     def run(self) -> None:
         """Prints the continuation and its mean log-probability."""
+        edits = None if self.intervention is None else Intervention.load(self.intervention)
         model = self.load()
         prompt = model.tokens([{"role": "user", "content": self.text}] if self.chat else self.text)
-        out = model.generate(
-            prompt, self.max_new_tokens, seed=self.seed, temperature=self.temperature, stop=self.stop,
-            top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
-        )  # fmt: skip
+
+        def continued(intervention: Intervention | None) -> Generation:
+            return model.generate(
+                prompt, self.max_new_tokens, intervention=intervention, seed=self.seed, temperature=self.temperature,
+                stop=self.stop, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
+            )  # fmt: skip
+
+        out = continued(edits)
         logprobs = [round(float(x), 4) for x in out.logprobs[0]]
         mean = f"{sum(logprobs) / len(logprobs):.3f} nats" if logprobs else "no token was generated"
         summary = {
@@ -151,4 +159,9 @@ class Generate(ModelCommand):
         }  # fmt: skip
         ended = out.ended[0].replace("_", " ")
         said = f"[{len(logprobs)} tokens, ended by {ended}, mean log-probability {mean}; {prompt.note}]"
-        self.emit(summary, [out.texts[0], said])
+        lines = [out.texts[0], said]
+        if edits is not None:
+            summary["unedited"] = continued(None).texts[0]
+            summary["edits"] = out.report
+            lines += [f"[{report}]" for report in out.report] + ["", "Unedited:", summary["unedited"]]
+        self.emit(summary, lines)
