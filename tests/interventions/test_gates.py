@@ -111,9 +111,9 @@ def test_a_token_gate_follows_the_token_into_generation_and_with_logits_of_the_l
     bump[5] = 50.0
     open_ = (model.capture(IDS, ["resid_post.0"])["resid_post.0"] @ V) > 0
     assert open_[:, 0].tolist() != open_[:, -1].tolist()
-    clean = model.logits(IDS)
+    clean = model.hf(IDS, use_cache=False, logits_to_keep=1).logits[:, 0]
     with model.plan(Intervention.at("logits", When(gate, Add(bump)))):
-        found = model.logits(IDS)
+        found = model.hf(IDS, use_cache=False, logits_to_keep=1).logits[:, 0]
     torch.testing.assert_close(found, clean + open_[:, -1:].float() * bump)
 
 

@@ -141,6 +141,18 @@ def test_padding_on_either_side_changes_nothing_and_padding_tokens_inside_the_pr
             torch.testing.assert_close(found[i][batch.mask[i]], wanted, atol=FP32_LOGITS, rtol=1e-4)
 
 
+def test_a_marker_of_an_earlier_turn_of_a_conversation_is_still_seen_in_the_next_one() -> None:
+    model = tiny_model()
+    marker = After((0,))  # the BOS in front of the first turn
+    session = model.session(intervention=Intervention.at("resid_post.0", Add(V, 3.0), marker), max_new_tokens=3)
+    plain = model.session(intervention=Intervention.at("resid_post.0", Add(V, 3.0), NotPrefix(1)), max_new_tokens=3)
+    for text in ("ab", "cde", "f"):
+        session.turn(text, temperature=0.0)
+        plain.turn(text, temperature=0.0)
+    assert session.messages == plain.messages
+    assert session.report[0].tokens == plain.report[0].tokens
+
+
 # Beams and returned sequences.
 
 

@@ -136,12 +136,20 @@ class Plan:
 
     # What is known about the tokens of a forward pass.
 
-    def roles(self, is_prompt: Bool[Tensor, "batch columns"] | None) -> None:
+    def roles(
+        self, is_prompt: Bool[Tensor, "batch columns"] | None, ids: Int[Tensor, "batch columns"] | None = None
+    ) -> None:
         """States which columns of the whole sequence are prompt; those behind it are generated.
 
         Without it, everything in the first uncached call is prompt. None returns to that.
+
+        Args:
+            is_prompt: True at prompt tokens.
+            ids: the tokens, where some are cached already that this plan has not seen; `After` looks at them.
         """
         self._roles = is_prompt
+        if ids is not None and self._wants_history:
+            self._history = ids
 
     def select_rows(self, index: Int[Tensor, " kept"]) -> None:
         """From the next forward pass on, the batch consists of these rows of the present one."""

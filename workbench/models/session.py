@@ -149,7 +149,7 @@ class Session:
             self._cache, keep = new_cache(self._parts.hf.config, len(ids)), 0
         self._ids, self._is_generated = ids, self._is_generated[:known] + [False] * (len(ids) - known)
         if self._plan is not None:
-            self._plan.roles(~torch.tensor([self._is_generated], device=batch.ids.device))
+            self._plan.roles(~torch.tensor([self._is_generated], device=batch.ids.device), batch.ids)
         return batch, decoder.extend(self._cache, batch.ids, keep)
 
     @contextlib.contextmanager
