@@ -132,3 +132,42 @@ def test_block_input_given_by_keyword_or_position_is_read_and_written() -> None:
         for result in (block(torch.ones(1, 2)), block(hidden_states=torch.ones(1, 2))):
             assert isinstance(result, tuple) and result[1] == "cache"
             assert torch.equal(result[0], torch.full((1, 2), 30.0))  # (1 * 2 + 1) * 10
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "neox"])
+def test_an_edit_of_resid_mid_reaches_the_mlp_and_the_sum_behind_it(family: str) -> None:
+    """A replaced argument of the second norm would reach the MLP alone."""
+    from workbench.interventions.intervention import Intervention
+    from workbench.interventions.ops import Add
+
+    model = tiny_model(family)
+    ids = torch.arange(10, 22).view(2, 6)
+    names = ["resid_mid.1", "mlp_out.1", "resid_post.1"]
+    clean = model.capture(ids, names)
+    vector = 3 * torch.randn(16, generator=torch.Generator().manual_seed(0))
+    with model.plan(Intervention.at("resid_mid.1", Add(vector))):
+        edited = model.capture(ids, names)
+    torch.testing.assert_close(edited["resid_mid.1"] - clean["resid_mid.1"], vector.expand(2, 6, 16), atol=1e-5, rtol=0)
+    total = edited["resid_mid.1"] + edited["mlp_out.1"]
+    torch.testing.assert_close(edited["resid_post.1"], total, atol=1e-5, rtol=1e-5)
+    # The same as adding to what attention writes.
+    with model.plan(Intervention.at("attn_out.1", Add(vector))):
+        other = model.capture(ids, names)
+    torch.testing.assert_close(edited["resid_post.1"], other["resid_post.1"], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(edited["mlp_out.1"], clean["mlp_out.1"])
+
+
+def test_what_was_captured_of_resid_mid_is_not_changed_by_a_later_edit() -> None:
+    from workbench.interventions.intervention import Intervention
+    from workbench.interventions.ops import Add
+
+    model = tiny_model()
+    seen = []
+    point = model.site_map["resid_mid.1"]
+    clean = model.capture("abc", ["resid_mid.1"])["resid_mid.1"]
+    with (
+        attached([(point, lambda x: seen.append(x))]),
+        model.plan(Intervention.at("resid_mid.1", Add(torch.ones(16)))),
+    ):
+        model.logits("abc")
+    assert torch.equal(seen[0], clean)

@@ -54,6 +54,12 @@ def _first_input(point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _input_hook(point: Point, fn: Fn) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, name = _first_input(point, args, kwargs)
+        if point.is_kept:
+            # The block adds this very tensor to the MLP's output later; a replaced argument would not reach that sum.
+            after = _run(point, fn, x.clone())
+            if after is not None:
+                x.copy_(after)
+            return None
         after = _run(point, fn, x)
         if after is None:
             return None

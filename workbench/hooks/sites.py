@@ -130,6 +130,11 @@ class Point:
             return ("batch", "pos", last)
         return ("batch", "pos", self.heads, self.width // self.heads)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the block itself goes on with the tensor that its module is given: the residual stream inside it."""
+        return self.site.kind == "resid_mid"
+
     def at_head(self, head: int) -> Point:
         """The same point for one head.
 

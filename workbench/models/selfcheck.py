@@ -58,7 +58,8 @@ def self_check(hf: Any, sites: SiteMap) -> CheckReport:
     """Runs all checks on a batch of 2 x 8 tokens; costs about a dozen small forward passes.
 
     Checked on every layer: `resid_pre + attn_out == resid_mid`, `resid_mid + mlp_out == resid_post` (or the parallel
-    form), `resid_post == next resid_pre`; once: `unembed(final_norm(last resid_post)) == logits`; on the first,
+    form), `resid_post == next resid_pre`; once: `unembed(final_norm(last resid_post)) == logits`, and the sum again with
+    an edited resid_mid; on the first,
     middle and last layer: `pattern @ v == z`, that q and k make the pattern, that mlp_pre gates mlp_post; a
     perturbation at each kind of site changes the logits; gradients reach each kind of site. A site inside a block
     that breaks its identity is withdrawn.
@@ -72,6 +73,7 @@ def self_check(hf: Any, sites: SiteMap) -> CheckReport:
     inner, broken = sublayer_checks(hf, sites, inputs, tolerance)
     checks += inner
     withdrawn |= broken
+    withdrawn |= _stream_writes(hf, sites.without(withdrawn), inputs, tolerance)
     remaining = sites.without(withdrawn)
     checks += _perturbations(hf, remaining, inputs)
     checks.append(_gradients(hf, remaining, {"input_ids": ids[:1]}))
@@ -133,6 +135,23 @@ def _block_identity(sites: SiteMap, acts: Activations, layer: int, tolerance: fl
         if error_mid > tolerance:
             broken[mid] = f"resid_pre + attn_out differs from it by {error_mid:.2g} (relative)"
     return error, broken
+
+
+def _stream_writes(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], tolerance: float) -> dict[Site, str]:
+    """Withdraws resid_mid unless what is written there reaches both the MLP and the sum behind it."""
+    layer = sites.n_layers // 2
+    mid, names = Site("resid_mid", layer), [Site(kind, layer) for kind in ("resid_mid", "mlp_out", "resid_post")]
+    if any(site not in sites.points for site in names):
+        return {}
+    with attached([(sites[mid], lambda x: x * 2)]):
+        acts = capture(hf, sites, inputs, names)
+    error = relative_error(acts[names[0]] + acts[names[1]], acts[names[2]])
+    if error <= tolerance:
+        return {}
+    why = (
+        f"an edit of it does not reach the residual stream: resid_mid + mlp_out differs from resid_post by {error:.2g}"
+    )
+    return {site: why for site in sites.points if site.kind == "resid_mid"}
 
 
 def _representatives(sites: SiteMap) -> list[Point]:
