@@ -208,6 +208,16 @@ def test_a_projection_is_foldable_exactly_when_every_read_of_the_stream_is_free_
         model.export(at("resid_post.-1", ProjectOut(V)), "weights")
 
 
+def test_an_addition_between_attention_and_mlp_is_a_bias_of_attention() -> None:
+    model = tiny_model()
+    close(
+        logits(model.export(at("resid_mid.1", Add(V[0])), "weights").hf),
+        edited_logits(model, at("resid_mid.1", Add(V[0]))),
+    )
+    with pytest.raises(NotExactlyExportable, match="has read unedited"):
+        model.export(at("resid_mid.1", ProjectOut(V[0])), "weights")
+
+
 REFUSED = [
     ("resid_post.1", Add(V), All(), "2 batch rows"),
     ("resid_post.1", Add(V[0]), Last(), r"Last\(\)"),
@@ -223,7 +233,6 @@ REFUSED = [
     ("mlp_out.1", Map(torch.relu), All(), "affine"),
     ("mlp_out.1", Ablate("resample", V), All(), "affine"),
     ("mlp_out.1", Patch(torch.ones(2, 6, D_MODEL)), All(), "rows"),
-    ("resid_mid.1", Add(V[0]), All(), "not what the block carries on"),
     ("z.1", Add(V[0]), All(), "not on the residual stream"),
     ("final_norm", Add(V[0]), All(), "not on the residual stream"),
 ]

@@ -15,7 +15,7 @@ from workbench.interventions.compiled import order
 from workbench.interventions.export.folds import Fold, fold_of, refused
 from workbench.interventions.intervention import Edit, Intervention
 
-RESIDUAL = ("resid_pre", "resid_post")
+RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 _OUTPUT_PROJECTION = {"attn_out": "z", "mlp_out": "mlp_post"}
 """The site whose module computes what the sublayer adds."""
 
@@ -151,15 +151,13 @@ def _events(sites: SiteMap, has_positions: bool) -> list[str]:
     """
     found = (["position"] if has_positions else []) + ["embed"]
     for layer in range(sites.n_layers):
-        parts = ("resid_pre", "read", "attn_out", "read", "mlp_out", "resid_post")
+        parts = ("resid_pre", "read", "attn_out", "resid_mid", "read", "mlp_out", "resid_post")
         found += [part if part == "read" else f"{part}.{layer}" for part in parts]
     return found
 
 
 def _check_site(point: Point, edit: Edit) -> None:
     known = (*RESIDUAL, "attn_out", "mlp_out", "embed")
-    if point.site.kind == "resid_mid":
-        raise refused(edit, f"an edit there changes what {point.path} reads and not what the block carries on")
     if point.site.kind not in known:
         raise refused(edit, f"{point.site} is not on the residual stream; weights are folded at {', '.join(known)}")
 
