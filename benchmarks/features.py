@@ -13,8 +13,8 @@ import time
 import torch
 
 from workbench.features import OutputOptions, output_scores
-from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.intervention import Intervention
+from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import Last
 from workbench.models.loading import load_model
 from workbench.models.model import Model
