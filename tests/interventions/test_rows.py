@@ -69,6 +69,10 @@ def test_rows_whose_vector_is_zero_survive_being_taken_alone() -> None:
     clean = model.logits(IDS[1:2])
     with model.plan(Intervention.at("resid_post.1", Add(vectors, 3.0)).take(torch.tensor([1]))):
         assert torch.equal(model.logits(IDS[1:2]), clean)
+    with model.plan(
+        Intervention.at("resid_post.1", Add(vectors, 3.0))
+    ):  # nor does the zero row have to change anything
+        model.logits(IDS)
     with pytest.raises(DegenerateInputError, match="zero"):
         Add(torch.zeros(3, D_MODEL))
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, EditError, InvalidInputError, ShapeError
+from workbench.errors import EditError, InvalidInputError, ShapeError
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.gates import Gate, When
 from workbench.interventions.intervention import Edit, Intervention
@@ -168,7 +168,7 @@ class Compiled:
                 elif tally.together > 1:
                     why = f"the {tally.together} edits of this site cancel, or were lost in rounding to its dtype."
                 raise EditError(f"{done.edit}: {done.tokens} tokens met the edit, but {why}")
-            lost = [row for row in tally.unchanged_rows() if _must_change(tally.edit.op, row)]
+            lost = [row for row in tally.unchanged_rows() if tally.edit.op.take(torch.tensor([row])).must_change]
             if lost:
                 raise EditError(
                     f"{done.edit}: its parameters of row {', '.join(map(str, lost[:10]))} ({len(lost)} of "
@@ -199,14 +199,6 @@ def refuse_unmet(edit: Edit, fired: int) -> NoReturn:
     if fired == 0:
         raise EditError(f"{edit}: the hook never ran. Nothing was edited; was the model called inside the block?")
     raise EditError(f"{edit}: no token was in scope in {fired} forward passes, so nothing was edited.")
-
-
-def _must_change(op: Op, row: int) -> bool:
-    """Whether an edit with parameters per row has to change something in this row."""
-    try:
-        return op.take(torch.tensor([row])).must_change
-    except DegenerateInputError:
-        return False  # a zero vector, which is allowed beside others
 
 
 def order(point: Point) -> tuple[int, int]:
