@@ -56,7 +56,7 @@ def test_closed_rows_are_bit_identical_to_no_edit_and_open_rows_to_the_edit_with
     (done,) = plan.report
     n = int(batch.mask.sum())
     assert (done.gate_open, done.gate_decided, done.tokens) == (len(rows[1]), n, len(rows[1]))
-    assert f"gate open {len(rows[1])} of {n} times" in str(done)
+    assert f"gate open for {len(rows[1])} of {n} tokens" in str(done)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -26,8 +26,8 @@ class EditReport:
             edits of one site are rounded once, together; it is then that of their sum, on this edit's tokens.
         mean_norm_before: mean L2 norm of the hidden states that were edited.
         together: number of edits that were written at once at this site.
-        gate_open: decisions of the edit's gate that were open; None without a gate.
-        gate_decided: decisions of the edit's gate; None without a gate.
+        gate_open: tokens in scope for which the edit's gate was open; None without a gate.
+        gate_decided: tokens in scope for which it was asked; None without a gate.
     """
 
     edit: str
@@ -74,7 +74,7 @@ class EditReport:
         if self.together > 1:
             text += f", together with {self.together - 1} more; its own intended norm is {self.mean_norm_intended:.4g}"
         if self.gate_decided is not None:
-            text += f"; gate open {self.gate_open} of {self.gate_decided} times"
+            text += f"; gate open for {self.gate_open} of {self.gate_decided} tokens"
         return text
 
 
