@@ -110,57 +110,66 @@ def generating(model: Model, layer: int, batch: int = 128, new: int = 32) -> Non
     table(laps, "tokens/s", "steered, ours", batch * new)
 
 
-def comparing(model: Model, layer: int, features: int = 64) -> None:
-    site = f"resid_post.{layer}"
+class OneByOne:
+    """Adding each of some SAE features at one site, in four ways that give the same logits."""
+
+    def __init__(self, model: Model, sae: object, layer: int, scope: wb.Last | wb.All, features: int) -> None:
+        self.model, self.sae, self.layer, self.scope, self.features = model, sae, layer, scope, features
+        self.batch, self.site = model.tokens(TEXT), f"resid_post.{layer}"
+        self.single = [wb.Intervention.at(self.site, wb.SAEAdd(sae, [f], 40.0), scope) for f in range(features)]
+        self.rows = wb.Intervention.at(self.site, wb.SAEAdd(sae, torch.arange(features)[:, None], 40.0), scope)
+        self.run = model.resume(self.batch, self.site, last=isinstance(scope, wb.Last))
+
+    @torch.no_grad()
+    def resumed(self) -> torch.Tensor:
+        with self.model.plan(self.rows) as plan:
+            return self.run.logits_of(self.run.hidden(plan, self.features), self.features)
+
+    def variants(self) -> torch.Tensor:
+        return self.model.variants(self.batch, self.single).logits[:, 0]
+
+    def sequential(self) -> torch.Tensor:
+        found = []
+        for iv in self.single:
+            with self.model.plan(iv):
+                found.append(self.model.logits(self.batch))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def plain_hooks(self) -> torch.Tensor:
+        found = []
+        block = self.model.hf.model.layers[self.layer]
+        for f in range(self.features):
+            vector = (40.0 * self.sae.W_dec[f]).to(self.model.dtype)
+
+            def hook(_m: object, _a: object, out: torch.Tensor, vector: torch.Tensor = vector) -> torch.Tensor:
+                if isinstance(self.scope, wb.All):
+                    return out + vector
+                out = out.clone()
+                out[:, -1] += vector
+                return out
+
+            handle = block.register_forward_hook(hook)
+            found.append(self.model.hf(self.batch.ids, use_cache=False, logits_to_keep=1).logits[:, -1].float())
+            handle.remove()
+        return torch.cat(found)
+
+
+def comparing(model: Model, exact: Model, layer: int, features: int = 64) -> None:
     sae = random_sae(model.d_model)
-    batch = model.tokens(TEXT)
-    for scope, last in ((wb.Last(), True), (wb.All(), False)):
-        print(f"3. {features} SAE features, one at a time, at {site} on {scope}, {batch.n_tokens} tokens")
-        ops = [wb.SAEAdd(sae, [f], 40.0) for f in range(features)]
-        single = [wb.Intervention.at(site, op, scope) for op in ops]
-        rows = wb.Intervention.at(site, wb.SAEAdd(sae, torch.arange(features)[:, None], 40.0), scope)
-        run = model.resume(batch, site, last=last)
-
-        @torch.no_grad()
-        def resumed(rows: wb.Intervention = rows, run: object = run) -> torch.Tensor:
-            with model.plan(rows) as plan:
-                return run.logits_of(run.hidden(plan, features), features)
-
-        def variants(single: list[wb.Intervention] = single) -> torch.Tensor:
-            return model.variants(batch, single).logits[:, 0]
-
-        def sequential(single: list[wb.Intervention] = single) -> torch.Tensor:
-            found = []
-            for iv in single:
-                with model.plan(iv):
-                    found.append(model.logits(batch))
-            return torch.cat(found)
-
-        def plain_hooks(scope: wb.All | wb.Last = scope) -> torch.Tensor:
-            found = []
-            for f in range(features):
-                vector = (40.0 * sae.W_dec[f]).to(model.dtype)
-
-                def hook(_m: object, _a: object, out: torch.Tensor, vector: torch.Tensor = vector) -> torch.Tensor:
-                    if isinstance(scope, wb.All):
-                        return out + vector
-                    out = out.clone()
-                    out[:, -1] += vector
-                    return out
-
-                handle = model.hf.model.layers[layer].register_forward_hook(hook)
-                with torch.no_grad():
-                    found.append(model.hf(batch.ids, use_cache=False, logits_to_keep=1).logits[:, -1].float())
-                handle.remove()
-            return torch.cat(found)
-
-        same("rows and single plans", resumed(), sequential(), 3e-2)
-        same("rows and plain hooks", resumed(), plain_hooks(), 3e-2)
+    for scope in (wb.Last(), wb.All()):
+        print(f"3. {features} SAE features, one at a time, at resid_post.{layer} on {scope}")
+        checked = OneByOne(exact, sae, layer, scope, features)
+        want = checked.plain_hooks()
+        same("rows, resumed, and plain hooks, in float32", checked.resumed(), want, 1e-4)
+        same("variants and plain hooks, in float32", checked.variants(), want, 1e-4)
+        same("one plan each and plain hooks, in float32", checked.sequential(), want, 1e-4)
+        timed = OneByOne(model, sae, layer, scope, features)
         laps = {
-            "one plan with rows, resumed": seconds(resumed),
-            "the same with everything that comes before (variants)": seconds(variants),
-            "one plan each": seconds(sequential, 1),
-            "one plain torch hook each": seconds(plain_hooks, 1),
+            "one plan with rows, resumed": seconds(timed.resumed),
+            "the same with all that comes before it (variants)": seconds(timed.variants),
+            "one plan each": seconds(timed.sequential, 1),
+            "one plain torch hook each": seconds(timed.plain_hooks, 1),
         }
         table(laps, "features/s", "one plan with rows, resumed", features)
 
@@ -182,9 +191,10 @@ def main() -> None:
     options = parser.parse_args()
     model = wb.load_model(options.model, check=False)
     print(model)
-    reading(model, options.layer)
+    for rows, width in ((1, 16), (4, 64), (16, 128)):
+        reading(model, options.layer, rows, width)
     generating(model, options.layer)
-    comparing(model, options.layer)
+    comparing(model, wb.load_model(options.model, dtype="float32", check=False), options.layer)
 
 
 if __name__ == "__main__":

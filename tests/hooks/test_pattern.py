@@ -80,11 +80,13 @@ def test_a_pattern_written_back_unchanged_changes_nothing(model: Model) -> None:
 
 
 def test_gradients_flow_through_the_pattern(model: Model) -> None:
-    assert not model.capture(IDS, ["q.1", "pattern.1"], grad=True)["pattern.1"].requires_grad
-    model.hf.requires_grad_(True)
-    acts = model.capture(IDS, ["q.1", "pattern.1"], grad=True)
-    (slope,) = torch.autograd.grad(acts["pattern.1"].square().sum(), acts["q.1"])
-    assert slope.shape == acts["q.1"].shape and bool((slope != 0).any())
+    slopes = []
+    for frozen in (True, False):
+        model.hf.requires_grad_(not frozen)
+        acts = model.capture(IDS, ["q.1", "pattern.1"], grad=True)
+        slopes += torch.autograd.grad(acts["pattern.1"].square().sum(), acts["q.1"])
+    assert slopes[0].shape == acts["q.1"].shape and bool((slopes[0] != 0).any())
+    torch.testing.assert_close(*slopes)
 
 
 def test_a_cached_step_has_one_query_and_all_keys(model: Model) -> None:

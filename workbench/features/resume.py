@@ -33,7 +33,8 @@ class LastToken:
         self._run = model.resume(ids, site, last=True)
         self.x: Float[Tensor, " d_model"] = self._run.x[0, -1].float()
         self.logits: Float[Tensor, " d_vocab"] = self._run.logits[0]
-        self.skips_blocks = self._run.skips_blocks and site.kind in ("resid_pre", "resid_post")
+        at_stream = site.kind in ("resid_pre", "resid_post")
+        self.skips_blocks = self._run.skips_blocks and self._run.last and at_stream
         self.head = model.head
 
     @torch.no_grad()

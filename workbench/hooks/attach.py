@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,7 +53,11 @@ def _first_input(point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _input_hook(point: Point, fn: Fn) -> Callable[..., Any]:
+    thread = threading.get_ident()
+
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != thread:
+            return None  # another thread's use of the same model
         x, name = _first_input(point, args, kwargs)
         if point.is_kept:
             # The block adds this very tensor to the MLP's output later; a replaced argument would not reach that sum.
@@ -69,7 +74,11 @@ def _input_hook(point: Point, fn: Fn) -> Callable[..., Any]:
 
 
 def _output_hook(point: Point, fn: Fn) -> Callable[..., Any]:
+    thread = threading.get_ident()
+
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
         x = output if isinstance(output, Tensor) else output[0]
         after = _run(point, fn, x)
         if after is None:

@@ -78,7 +78,14 @@ class _Enough(Exception):
 
 
 def _kept(point: Point, x: Tensor, chosen: Tensor | None, grad: bool) -> tuple[Tensor, Tensor | None]:
-    """What is captured, and for gradients an equal tensor for the model that is computed from what is captured."""
+    """What is captured, and for gradients an equal tensor for the model that is computed from what is captured.
+
+    Where nothing before requires gradients, as in a model with frozen weights, what is captured begins the graph.
+    """
+    if grad and not x.requires_grad:
+        x = x.detach().requires_grad_(True)
+        if chosen is None:
+            return x, x
     if chosen is None:
         kept = x.view_as(x) if grad else x
         return kept, kept if grad else None
@@ -124,7 +131,7 @@ def capture(
 
     def read(point: Point) -> Fn:
         def fn(x: Tensor) -> Tensor | None:
-            kept, written = _kept(point, x, chosen, grad and x.requires_grad)
+            kept, written = _kept(point, x, chosen, grad)
             found[point.site] = kept if grad else kept.detach()
             if len(found) == len(points):
                 raise _Enough

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -95,10 +96,11 @@ class Group:
             )
         return ~decided if self.negated else decided
 
-    def count(self, n: int, chosen: Tensor | None) -> None:
+    def count(self, n: int, chosen: Tensor | None, step: Step) -> None:
         """Notes that the hook ran on `n` tokens in scope, and how many passed the gate."""
         for tally in self.tallies:
             tally.in_scope += n
+            tally.look_for(step)
             if self.negated:
                 continue
             tally.fired += 1
@@ -149,6 +151,11 @@ class Compiled:
         """What is read at a point."""
         return self.gates.get(point, ())
 
+    def reset(self) -> None:
+        """Begins to count anew."""
+        for tally in self.tallies:
+            tally.reset()
+
     @property
     def unmet(self) -> list[Tally]:
         """Edits that met no token, although their scope may hold some."""
@@ -158,6 +165,11 @@ class Compiled:
         """Raises EditError if an edit met tokens and did not change them as it had to."""
         for tally in self.tallies:
             done = tally.report()
+            if not math.isfinite(done.mean_norm_applied) or not math.isfinite(done.mean_norm_before):
+                raise EditError(
+                    f"{done.edit}: the activations there hold non-finite values, with or without the edit. Look for "
+                    "the first site at which they appear with model.capture."
+                )
             if done.tokens and done.mean_norm_applied == 0 and tally.edit.op.must_change:
                 why = (
                     f"the change of mean norm {done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. "
@@ -194,8 +206,19 @@ class Compiled:
         return "\n".join(lines) or "no edits"
 
 
+def refuse_missing(edit: Edit, missing: Sequence[Scope]) -> NoReturn:
+    """Raises EditError for positions that no row has."""
+    places = ", ".join(map(str, missing))
+    raise EditError(f"{edit}: no row has a token at {places}. Leave it out, or give longer prompts.")
+
+
 def refuse_unmet(edit: Edit, fired: int) -> NoReturn:
     """Raises EditError for an edit that met no token."""
+    if fired == 0 and not touches_prompt(edit.scope):
+        raise EditError(
+            f"{edit}: no generated token went through the model, so nothing was edited. A token is edited when it is "
+            "fed back: ask for at least 2 new tokens, and check that rows do not end at once."
+        )
     if fired == 0:
         raise EditError(f"{edit}: the hook never ran. Nothing was edited; was the model called inside the block?")
     raise EditError(f"{edit}: no token was in scope in {fired} forward passes, so nothing was edited.")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from workbench.errors import EditError, ShapeError
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.sites import Point, Site, SiteMap
-from workbench.interventions.compiled import Compiled, GateState, compile_edits, refuse_unmet
+from workbench.interventions.compiled import Compiled, GateState, compile_edits, refuse_missing, refuse_unmet
 from workbench.interventions.intervention import Intervention
+from workbench.interventions.jobs import Job, cached_columns, watching_generate
 from workbench.interventions.op import Where
 from workbench.interventions.report import EditReport
 from workbench.interventions.scopes import Scope, Step
@@ -33,10 +34,14 @@ def active_plans(hf: nn.Module) -> tuple[Plan, ...]:
 
 
 def require_met(plans: Sequence[Plan]) -> None:
-    """Raises EditError for an edit that met no token in any of several plans of the same edits."""
+    """Raises EditError for an edit, or a position asked for by name, that met no token in any of several plans."""
     for tallies in zip(*(plan._compiled.tallies for plan in plans), strict=True):
+        edit = tallies[0].edit
         if all(tally in plan._compiled.unmet for tally, plan in zip(tallies, plans, strict=True)):
-            refuse_unmet(tallies[0].edit, sum(tally.fired for tally in tallies))
+            refuse_unmet(edit, sum(tally.fired for tally in tallies))
+        missing = [part for part in tallies[0].missing if all(part in tally.missing for tally in tallies)]
+        if missing:
+            refuse_missing(edit, missing)
 
 
 class Plan:
@@ -50,9 +55,11 @@ class Plan:
         report: one `EditReport` per edit, up to now.
         proves_scope: whether leaving raises for an edit that met no token. Where one job is done in several blocks, as
             a generation in batches, this is asked of all of them together, by `require_met`.
+        keeps_counts: whether a second block goes on counting, as the turns of a session do, instead of beginning anew.
     """
 
     proves_scope = True
+    keeps_counts = False
 
     def __init__(self, hf: nn.Module, sites: SiteMap, intervention: Intervention) -> None:
         self._hf, self._intervention = hf, intervention
@@ -65,7 +72,7 @@ class Plan:
     def _forget(self) -> None:
         self._step: Step | None = None
         self._began: nn.Module | None = None
-        self._last_ids: Tensor | None = None
+        self.job: Job | None = None
         self._prompt_width = 0
         self._roles: Tensor | None = None
         self._row: Tensor | None = None
@@ -96,6 +103,13 @@ class Plan:
     def __enter__(self) -> Plan:
         if self._stack is not None:
             raise EditError("This plan is already active. Leave its block first, or make a second plan.")
+        if self._hf.training and any(getattr(m, "gradient_checkpointing", False) for m in self._hf.modules()):
+            raise EditError(
+                f"{self}: gradient checkpointing runs blocks again, outside of any forward pass that an edit could "
+                "know. Call hf.gradient_checkpointing_disable() first."
+            )
+        if not self.keeps_counts:
+            self._compiled.reset()
         self._thread = threading.get_ident()
         with contextlib.ExitStack() as stack:
             self._register(stack)
@@ -103,6 +117,7 @@ class Plan:
             for module in dict.fromkeys((self._hf, getattr(self._hf, "base_model", self._hf))):
                 stack.callback(module.register_forward_pre_hook(self._begin_step, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._end_step, always_call=True).remove)
+            stack.enter_context(watching_generate(self._hf, self))
             stack.enter_context(attached([(point, self.at(point)) for point in self._compiled.points]))
             self._stack = stack.pop_all()
         return self
@@ -130,8 +145,7 @@ class Plan:
         self._forget()
         if kind is None:
             if self.proves_scope:
-                for tally in self._compiled.unmet:
-                    refuse_unmet(tally.edit, tally.fired)
+                require_met([self])
             self._compiled.prove()
 
     # What is known about the tokens of a forward pass.
@@ -198,17 +212,21 @@ class Plan:
         source = ids if ids is not None else given.get("inputs_embeds")
         if source is None:
             raise EditError("The edited model was called without input_ids or inputs_embeds.")
-        cache = given.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = cached_columns(given)
         batch, width = source.shape[:2]
         mask = given.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(batch, past + width, dtype=torch.bool, device=source.device)
-        elif mask.ndim != 2:
-            raise EditError(
-                f"attention_mask has shape {tuple(mask.shape)}; edits need the (batch, pos) mask to know padding."
-            )
-        self._set_step(ids, (batch, width), mask.bool(), past)
+        plain = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if mask is not None and plain is None and self.job is None:
+            what = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+            raise EditError(f"attention_mask {what}; edits need the (batch, pos) mask to know padding.")
+        if self.job is not None:
+            prompt = self.job.prompt_mask(plain, batch, source.device)
+            if plain is None:
+                new = torch.ones(batch, max(0, past + width - self.job.width), dtype=torch.bool, device=source.device)
+                plain = torch.cat([prompt, new], 1)[:, : past + width]
+        elif plain is None:
+            plain = torch.ones(batch, past + width, dtype=torch.bool, device=source.device)
+        self._set_step(ids, (batch, width), plain, past)
         self._began = module
 
     def _end_step(self, module: nn.Module, *_: object) -> None:
@@ -218,11 +236,14 @@ class Plan:
 
     def _set_step(self, ids: Tensor | None, shape: tuple[int, ...], mask: Tensor, past: int) -> None:
         batch, width = shape
-        if past == 0 and not self._continues(ids):
-            self._prompt_width, self._row, self._ignored = width, None, None
+        mask = mask[:, : past + width]
+        job = self.job
+        if job.fresh if job is not None else past == 0:
+            self._prompt_width, self._row, self._ignored = width if job is None else job.width, None, None
+            if job is not None:
+                job.fresh, self._roles, self._history = False, None, None
         elif self._prompt_width == 0:
             self._prompt_width = past + width
-        self._last_ids = ids if past == 0 else None
         if self._row is None or len(self._row) != batch:
             self._row = self._rows_of(ids, batch, mask.device)
         if self._wants_history:
@@ -234,12 +255,14 @@ class Plan:
         roles = roles.expand(batch, -1)
         position = (mask.long().cumsum(1) - 1).clamp_min(0)
         # One more than the position of the last real prompt token.
-        length = (position + 1).masked_fill(~(roles & mask[:, : past + width]), 0).amax(1)
-        real = mask[:, past : past + width]
+        length = (position + 1).masked_fill(~(roles & mask), 0).amax(1)
+        if job is not None:
+            length = job.prompt_mask(mask, batch, mask.device).sum(1)
+        real = mask[:, past:]
         if self._ignored is not None and len(self._ignored) == batch:
             real = real & ~self._ignored[:, None]
         self._step = Step(
-            ids, torch.arange(past, past + width, device=mask.device), position[:, past : past + width], length,
+            ids, torch.arange(past, past + width, device=mask.device), position[:, past:], length,
             real, roles[:, past:], self._row, self._history,
             None if self._history is None else mask[:, : self._history.shape[1]],
         )  # fmt: skip
@@ -271,13 +294,6 @@ class Plan:
                     f"row repeated {repeats} times (as beams or returned sequences are). Give parameters for {batch}."
                 )
         return torch.arange(n, device=device).repeat_interleave(repeats)
-
-    def _continues(self, ids: Tensor | None) -> bool:
-        """Whether this uncached call is the previous one with one generated token appended; beams may change places."""
-        last, width = self._last_ids, self._prompt_width
-        if last is None or ids is None or ids.shape[0] != last.shape[0] or ids.shape[1] != last.shape[1] + 1:
-            return False
-        return torch.equal(ids[:, :width], last[:, :width])
 
     # Reading gates and writing edits.
 
@@ -325,7 +341,7 @@ class Plan:
         for group in groups:
             row, column = self._select(group.scope, step, flat.device)
             chosen = group.through_gate(self._gates, row, column, flat.shape[1])
-            group.count(len(row), chosen)
+            group.count(len(row), chosen, step)
             if chosen is not None:
                 row, column = row[chosen], column[chosen]
             if row.numel() == 0:

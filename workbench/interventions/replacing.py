@@ -152,12 +152,18 @@ class Patch(Op):
             same_width("Patch", source=self.source, directions=self.directions)
 
     @classmethod
-    def of_run(cls, acts: Float[Tensor, "rows pos *d"], batch: TokenBatch, directions: Tensor | None = None) -> Patch:
-        """From captured activations and the batch they were captured on; padding is shifted away.
+    def of_run(
+        cls,
+        acts: Float[Tensor, "rows pos *d"],
+        batch: TokenBatch | Int[Tensor, "rows pos"],
+        directions: Tensor | None = None,
+    ) -> Patch:
+        """From captured activations and the batch or ids they were captured on; padding is shifted away.
 
         Raises:
             ShapeError: if the two do not fit.
         """
+        batch = TokenBatch.of_rows(batch) if isinstance(batch, Tensor) else batch
         if acts.shape[:2] != batch.ids.shape:
             raise ShapeError(f"Patch.of_run: activations {tuple(acts.shape)}; the batch has {tuple(batch.ids.shape)}.")
         flat = acts.detach().flatten(2).float()

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.interventions.intervention import Edit
+from workbench.interventions.scopes import Scope, Step
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,14 @@ class Tally:
 
     def __init__(self, edit: Edit, *, gated: bool, n_rows: int | None = None) -> None:
         self.edit, self.gated, self.n_rows = edit, gated, n_rows
-        self.of_rows: Tensor | None = None
-        self.fired = self.tokens = 0
         self.together = 1
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins to count anew."""
+        self.of_rows: Tensor | None = None
+        self.missing: list[Scope] = list(self.edit.scope.parts)
+        self.fired = self.tokens = 0
         self.intended: Tensor | float = 0.0
         self.applied: Tensor | float = 0.0
         self.before: Tensor | float = 0.0
@@ -103,6 +109,11 @@ class Tally:
                 self.of_rows = torch.zeros(2, self.n_rows, device=applied.device)
             of_rows = self.of_rows.to(applied.device)
             self.of_rows = of_rows.index_add(1, rows, torch.stack([torch.ones_like(applied), applied]).float())
+
+    def look_for(self, step: Step) -> None:
+        """Notes which of the positions that were asked for by name are in this forward pass."""
+        if self.missing:
+            self.missing = [part for part in self.missing if not bool(part.mask(step).any())]
 
     def unchanged_rows(self) -> list[int]:
         """Rows of the parameters that met tokens and changed none of them."""

@@ -97,6 +97,11 @@ class Scope:
         return self.tokens(step) & step.is_real
 
     @property
+    def parts(self) -> tuple[Scope, ...]:
+        """Single positions that were asked for by name; each of them has to exist in some row."""
+        return ()
+
+    @property
     def is_empty(self) -> bool:
         """Whether this scope certainly holds no token, as where `take` chose other rows than it is about."""
         return False
@@ -166,6 +171,10 @@ class Pos(Scope):
             wanted = position if position >= 0 else step.prompt_length[:, None] + position
             hit |= step.position == wanted
         return hit
+
+    @property
+    def parts(self) -> tuple[Scope, ...]:
+        return tuple(Pos(position) for position in self.positions)
 
 
 @dataclass(frozen=True)

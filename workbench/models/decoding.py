@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +145,11 @@ class Decoder:
     def __init__(
         self, hf: Any, options: Sampling, stops: StopStrings | None = None, recorder: Recorder | None = None
     ) -> None:
+        if "past_key_values" not in inspect.signature(hf.forward).parameters:
+            raise InvalidInputError(
+                f"{type(hf).__name__} keeps a recurrent state instead of keys and values, which this generation does "
+                "not carry. Use model.hf.generate; without an intervention."
+            )
         self.hf, self._options, self._stops = hf, options, stops
         self._recorder = recorder or Recorder((), 0, 0)
         self._keep = 0 if self._recorder.wants_logits else 1

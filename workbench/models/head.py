@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.errors import InvalidInputError
 from workbench.interventions.plan import active_plans
@@ -31,8 +32,9 @@ class Head:
         return self._hf.get_output_embeddings()
 
     def all(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-        """The logits of every token."""
-        return self.finish(self._unembed(hidden).float())
+        """The logits of every token; hooks on the unembedding do not run."""
+        head = self._unembed
+        return self.finish(nn.functional.linear(hidden, head.weight, head.bias))
 
     def some(self, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """The logits of a few tokens, other ones for each row."""
@@ -47,8 +49,8 @@ class Head:
         return self.finish(z if head.bias is None else z + head.bias.detach()[ids].float())
 
     def finish(self, logits: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """What the model does to the output of its unembedding; monotone, token by token."""
-        logits = logits * self._scale if self._scale != 1.0 else logits
+        """What the model does to the output of its unembedding, in fp32; monotone, token by token."""
+        logits = logits.float() * self._scale if self._scale != 1.0 else logits.float()
         return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
 
     def require(self, hidden: Float[Tensor, "n d_model"], logits: Float[Tensor, "n d_vocab"]) -> None:
@@ -57,7 +59,7 @@ class Head:
         Raises:
             InvalidInputError: if the logits are not reproduced.
         """
-        if not agree(self.all(hidden), logits):
+        if not agree(self.all(hidden), logits, hidden.dtype):
             raise InvalidInputError(
                 f"{type(self._hf).__name__} does more between its unembedding and its logits than a soft cap or a "
                 "scale, so the logits of chosen tokens can't be computed alone. Ask for all of them (tokens=None)."
@@ -68,21 +70,27 @@ class Head:
         self, inputs: dict[str, Any], chosen: Bool[Tensor, "batch pos"] | None, ids: Int[Tensor, " k"] | None
     ) -> Float[Tensor, "*rows k"]:
         """Logits of a forward pass at the chosen positions, of some tokens or (`ids=None`) of all."""
-        hidden, logits = forward(self._hf, inputs, chosen, unembed=ids is None or not self._checked)
-        if ids is None:
+        edited = edits_logits(self._hf)
+        hidden, logits = forward(self._hf, inputs, chosen, unembed=edited or ids is None or not self._checked)
+        if edited or ids is None:
             assert logits is not None
-            return logits
+            return logits if ids is None else logits[..., ids]
         flat = hidden.flatten(0, -2)
         if logits is not None and not self._checked:
             self.require(flat[-1:], logits.flatten(0, -2)[-1:])
         return self.shared(flat, ids).unflatten(0, hidden.shape[:-1])
 
 
-def agree(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> bool:
+def edits_logits(hf: Any) -> bool:
+    """Whether an active plan edits the logits, which then have to be computed with batch and position."""
+    return any(edit.site.kind == "logits" for plan in active_plans(hf) for edit in plan.intervention.edits)
+
+
+def agree(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], computed_in: torch.dtype) -> bool:
     """Whether two results of the same computation differ by rounding only: each row by its relative L2 distance."""
     if a.shape != b.shape:
         return False
-    tolerance = 1e-3 if b.dtype == torch.float32 else 3e-2
+    tolerance = 3e-2 if computed_in in (torch.bfloat16, torch.float16) else 1e-3
     a, b = a.float(), b.float()
     distance = (a - b).norm(dim=1) / (b - b.mean(1, keepdim=True)).norm(dim=1).clamp_min(1e-12)
     return float(distance.max()) <= tolerance
@@ -114,9 +122,13 @@ def forward(
         with `chosen=None` at all positions, `(batch, pos, ...)`.
     """
     caught: list[Tensor] = []
-    edited = any(edit.site.kind == "logits" for plan in active_plans(hf) for edit in plan.intervention.edits)
+    edited = edits_logits(hf)
+
+    thread = threading.get_ident()
 
     def choose(_module: Any, args: tuple[Any, ...]) -> Any:
+        if threading.get_ident() != thread:
+            return None  # another thread's use of the same model
         # An edit of the logits needs them with their batch and position.
         caught.append(args[0] if chosen is None or edited else args[0][chosen.to(args[0].device)])
         if not unembed and not edited:

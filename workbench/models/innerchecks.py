@@ -64,7 +64,7 @@ def sublayer_checks(
     withdrawn: dict[Site, str] = {}
     checks = []
     for kinds, blamed, statement, measure in (
-        (("pattern", "v", "z"), ("pattern",), "pattern @ v == z", _values),
+        (("pattern", "v", "z"), ("pattern", "z"), "pattern @ v == z", _values),
         (("q", "k", "pattern"), ("q", "k"), "q = 0 and k = 0 give the same pattern", _scores),
         (("mlp_pre", "mlp_post"), ("mlp_pre",), f"mlp_pre = {_OFF:g} makes mlp_post 0", _gate),
     ):
@@ -76,7 +76,7 @@ def sublayer_checks(
             error = measure(hf, sites, inputs, layers)
             why = f"{statement} fails by {error:.2g} (relative)" if error > tolerance else ""
         except EditError as failure:
-            error, why = float("inf"), str(failure)
+            error, why, blamed = float("inf"), str(failure), blamed[:1]
         if why:
             withdrawn |= {site: why for site in there if site.kind in blamed}
         else:

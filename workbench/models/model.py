@@ -29,7 +29,7 @@ from workbench.models.sampling import Filters, Sampling
 from workbench.models.selfcheck import CheckReport, self_check
 from workbench.models.session import Session
 from workbench.models.sitetable import SiteTable
-from workbench.models.wrapped import Batch, Texts, Wrapped
+from workbench.models.wrapped import Batch, Wrapped
 from workbench.progress import task
 from workbench.tokens import Chat, TokenBatch
 
@@ -232,7 +232,7 @@ class Model(Wrapped):
 
     def generate(
         self,
-        prompts: TokenBatch | Texts,
+        prompts: Batch,
         max_new_tokens: int = 40,
         *,
         intervention: Intervention | None = None,
@@ -265,7 +265,8 @@ class Model(Wrapped):
             EditError: if an edit did not happen.
             InvalidInputError: for options that cannot be used, or a site that cannot be kept while generating.
         """
-        batch = prompts.to(self.device) if isinstance(prompts, TokenBatch) else self.tokens(prompts)
+        batch = self._batch(prompts)
+        self.require_room(int(batch.lengths.max()) + max_new_tokens)
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
         options = Sampling(max_new_tokens, temperature, seed, self.stop_ids, strings, **filters)
         return generate(self._parts, batch, options, intervention=intervention, capture=capture, batch_size=batch_size)

@@ -56,8 +56,10 @@ class Resume:
         self._expanded: tuple[int, Any, list[Any]] | None = None
         with torch.no_grad():
             self._prefix = self._prefill() if last else None
+            if self._prefix is not None and not _croppable(self._prefix, batch.ids.shape[1]):
+                self._prefix, self._last = None, False
             self._record()
-            self.skips_blocks = self._reproduces(1) and (len(batch) == 1 or self._reproduces(2))
+            self.skips_blocks = self._reproduces(1) and self._reproduces(2)
 
     def _prefill(self) -> Any:
         """Keys and values of every token but the last of each row."""
@@ -116,9 +118,12 @@ class Resume:
     def _reproduces(self, repeats: int) -> bool:
         if len(self._calls) != len(self._blocks) or self._point.site.kind == "embed":
             return False
-        end = self._through(self._start.repeat(repeats, 1, 1), repeats)
+        try:
+            end = self._through(self._start.repeat(repeats, 1, 1), repeats)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False  # arguments of its blocks that can't be repeated like a batch
         rows = torch.arange(len(end), device=end.device)
-        return agree(end[rows, self._ends().repeat(repeats)], self._hidden.repeat(repeats, 1))
+        return agree(end[rows, self._ends().repeat(repeats)], self._hidden.repeat(repeats, 1), end.dtype)
 
     # Running on.
 
@@ -196,6 +201,11 @@ class Resume:
         return _present(forward(self._hf, self._inputs(repeats, None), at_end.repeat(repeats, 1))[1])
 
     @property
+    def last(self) -> bool:
+        """Whether the last tokens are run alone; not where a cache can't take a token back."""
+        return self._last
+
+    @property
     def how(self) -> str:
         """What is run for each edit, in words."""
         if not self.skips_blocks:
@@ -260,6 +270,15 @@ def _first_block(point: Point, n_layers: int) -> int:
 def _reading(point: Point, seen: list[Tensor]) -> Iterator[None]:
     with attached([(point, lambda x: seen.append(x))]):
         yield
+
+
+def _croppable(cache: Any, width: int) -> bool:
+    """Whether the last of `width` tokens can be taken back: a full sliding window or a recurrent state can't."""
+    for layer in cache.layers:
+        window = getattr(layer, "sliding_window", None)
+        if not getattr(layer, "is_croppable", False) or (window is not None and width >= window):
+            return False
+    return bool(cache.layers)
 
 
 def _repeated_cache(cache: Any, batch: int, repeats: int) -> Any:

@@ -58,21 +58,23 @@ def self_check(hf: Any, sites: SiteMap) -> CheckReport:
     """Runs all checks on a batch of 2 x 8 tokens; costs about a dozen small forward passes.
 
     Checked on every layer: `resid_pre + attn_out == resid_mid`, `resid_mid + mlp_out == resid_post` (or the parallel
-    form), `resid_post == next resid_pre`; once: `unembed(final_norm(last resid_post)) == logits`, and the sum again with
-    an edited resid_mid; on the first,
-    middle and last layer: `pattern @ v == z`, that q and k make the pattern, that mlp_pre gates mlp_post; a
-    perturbation at each kind of site changes the logits; gradients reach each kind of site. A site inside a block
-    that breaks its identity is withdrawn.
+    form), `resid_post == next resid_pre`; once: `unembed(final_norm(last resid_post)) == logits`, and the sum again
+    with an edited resid_mid; on the first, middle and last layer: `pattern @ v == z`, that q and k make the pattern,
+    that mlp_pre gates mlp_post; a perturbation at each kind of site changes the logits; gradients reach each kind of
+    site. A site inside a block that breaks its identity is withdrawn.
     """
     ids = _probe_ids(hf)
     inputs = {"input_ids": ids}
     outer = sorted((s for s in sites.points if s.kind in _STREAM), key=lambda s: s.kind in MODEL_KINDS)
     acts = capture(hf, sites, inputs, outer)
     tolerance = 8 * torch.finfo(next(hf.parameters()).dtype).eps
-    checks, withdrawn = _identities(sites, acts, tolerance)
+    withdrawn = _misshapen(outer, acts, ids)
+    sites = sites.without(withdrawn)
+    checks, broken = _identities(sites, acts, tolerance)
+    withdrawn |= broken
     inner, broken = sublayer_checks(hf, sites, inputs, tolerance)
     checks += inner
-    withdrawn |= broken
+    withdrawn |= broken | _unreadable_pattern(hf, sites.without(broken), inputs)
     withdrawn |= _stream_writes(hf, sites.without(withdrawn), inputs, tolerance)
     remaining = sites.without(withdrawn)
     checks += _perturbations(hf, remaining, inputs)
@@ -81,6 +83,27 @@ def self_check(hf: Any, sites: SiteMap) -> CheckReport:
     if not torch.equal(again[outer[-1]], acts[outer[-1]]):
         checks.append(Check(f"{outer[-1]} is bit-equal after the hooks are gone", False, "it differs"))
     return CheckReport(tuple(checks), withdrawn)
+
+
+def _misshapen(outer: list[Site], acts: Activations, ids: Tensor) -> dict[Site, str]:
+    """Sites whose module joins batch and position, so that no token could be told from another."""
+    return {
+        site: f"its module is given {tuple(acts[site].shape)} for {tuple(ids.shape)} tokens, not (batch, pos, ...)"
+        for site in outer
+        if acts[site].shape[:2] != ids.shape
+    }
+
+
+def _unreadable_pattern(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor]) -> dict[Site, str]:
+    """Withdraws pattern where attention can't be followed and no other check has found it."""
+    patterns = [site for site in sites.points if site.kind == "pattern"]
+    if not patterns or any(site.kind == "v" for site in sites.points):
+        return {}
+    try:
+        capture(hf, sites, inputs, patterns[:1])
+    except EditError as failure:
+        return {site: str(failure) for site in patterns}
+    return {}
 
 
 def _identities(sites: SiteMap, acts: Activations, tolerance: float) -> tuple[list[Check], dict[Site, str]]:
@@ -119,9 +142,9 @@ def _identities(sites: SiteMap, acts: Activations, tolerance: float) -> tuple[li
 def _block_identity(sites: SiteMap, acts: Activations, layer: int, tolerance: float) -> tuple[float, dict[Site, str]]:
     """Relative error of the block's sum, and the sites that break it."""
     names = [Site(kind, layer) for kind in ("attn_out", "mlp_out")]
-    if any(site not in sites.points for site in names):
-        return 0.0, {}
     pre, post = acts[Site("resid_pre", layer)], acts[Site("resid_post", layer)]
+    if any(site not in sites.points for site in names):
+        return 0.0, _mid_alone(sites, acts, layer, tolerance)
     attn, mlp = (acts[site] for site in names)
     sums = ((pre + attn) + mlp, (attn + mlp) + pre, (mlp + attn) + pre)
     error = min(relative_error(total, post) for total in sums)
@@ -135,6 +158,20 @@ def _block_identity(sites: SiteMap, acts: Activations, layer: int, tolerance: fl
         if error_mid > tolerance:
             broken[mid] = f"resid_pre + attn_out differs from it by {error_mid:.2g} (relative)"
     return error, broken
+
+
+def _mid_alone(sites: SiteMap, acts: Activations, layer: int, tolerance: float) -> dict[Site, str]:
+    """resid_mid against the one sublayer that can be read, or withdrawn if none can."""
+    mid, attn, mlp = (Site(kind, layer) for kind in ("resid_mid", "attn_out", "mlp_out"))
+    if mid not in sites.points:
+        return {}
+    if attn in sites.points:
+        error = relative_error(acts[Site("resid_pre", layer)] + acts[attn], acts[mid])
+    elif mlp in sites.points:
+        error = relative_error(acts[mid] + acts[mlp], acts[Site("resid_post", layer)])
+    else:
+        return {mid: "neither attn_out nor mlp_out can be read, so what it is can't be verified"}
+    return {} if error <= tolerance else {mid: f"it breaks the sum of the block by {error:.2g} (relative)"}
 
 
 def _stream_writes(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], tolerance: float) -> dict[Site, str]:

@@ -54,6 +54,8 @@ class Session:
         self._messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self._start = len(self._messages)
         self._plan = None if intervention is None else parts.plan(intervention)
+        if self._plan is not None:
+            self._plan.keeps_counts = True
         self._is_entered = False
         self._n_taken = 0
         self.last: Generation | None = None

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from workbench.errors import ShapeError
+from workbench.errors import InvalidInputError, ShapeError
 from workbench.hooks.families import build_site_map
 from workbench.models.head import Head
 from workbench.models.identity import fingerprint
 from workbench.tokens import Bos, Chat, TokenBatch, encode
 
 Texts = str | Sequence[str] | Chat | Sequence[Chat]
-Batch = TokenBatch | str | Sequence[str] | Int[Tensor, "batch pos"]
+Batch = TokenBatch | Texts | Int[Tensor, "batch pos"]
 
 
 class Wrapped:
@@ -27,6 +27,7 @@ class Wrapped:
     def __init__(self, hf: Any, tokenizer: Any, name: str = "model") -> None:
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
         self.site_map = build_site_map(hf)
+        self._unembedding: tuple[tuple[int, int], Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,15 +71,29 @@ class Wrapped:
         return encode(self.tokenizer, value, bos).to(self.device)
 
     def _batch(self, batch: Batch) -> TokenBatch:
-        if isinstance(batch, TokenBatch):
-            return batch.to(self.device)
+        if isinstance(batch, Tensor) and (batch.ndim != 2 or batch.dtype != torch.long):
+            raise ShapeError(f"Token ids have shape {tuple(batch.shape)} and {batch.dtype}; give (batch, pos) int64.")
         if isinstance(batch, Tensor):
-            if batch.ndim != 2 or batch.dtype != torch.long:
-                raise ShapeError(
-                    f"Token ids have shape {tuple(batch.shape)} and {batch.dtype}; give (batch, pos) int64."
-                )
-            return TokenBatch.of_rows(batch.to(self.device))
-        return self.tokens(batch)
+            batch = TokenBatch.of_rows(batch)
+        tokens = batch.to(self.device) if isinstance(batch, TokenBatch) else self.tokens(batch)
+        low, high = (int(bound) for bound in tokens.ids.aminmax())
+        rows = self.hf.get_input_embeddings().weight.shape[0]
+        if low < 0 or high >= rows:
+            raise InvalidInputError(
+                f"Token id {low if low < 0 else high}: this model has embeddings for ids 0 to {rows - 1}. Does the "
+                "tokenizer belong to it, and was its embedding resized for added tokens?"
+            )
+        self.require_room(int(tokens.lengths.max()))
+        return tokens
+
+    def require_room(self, n_tokens: int) -> None:
+        """Raises InvalidInputError if a model with a table of positions has fewer of them."""
+        room = _positions(self.hf)
+        if room is not None and n_tokens > room:
+            raise InvalidInputError(
+                f"A row of {n_tokens} tokens, new ones included: this {type(self.hf).__name__} has embeddings for "
+                f"{room} positions. Give shorter texts, or fewer new tokens."
+            )
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -108,20 +123,34 @@ class Wrapped:
         hits = torch.isin(row, torch.tensor(self.stop_ids, device=row.device)).nonzero()
         return int(hits[0]) if hits.numel() else len(row)
 
-    @functools.cached_property
-    def _norm32(self) -> nn.Module:
-        return copy.deepcopy(self.site_map["final_norm"].module).float()
-
     def final_norm(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """The final normalisation, weight included, computed in fp32."""
+        # A copy at every call, which costs a vector: the weights may change between calls.
+        norm = copy.deepcopy(self.site_map["final_norm"].module).float()
         with torch.no_grad():
-            return self._norm32(x.float())
+            return norm(x.float())
 
-    @functools.cached_property
+    @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding in fp32; column t is the direction of token t."""
-        return self.hf.get_output_embeddings().weight.detach().float().T
+        weight = self.hf.get_output_embeddings().weight
+        # A conversion to fp32 is kept until the weights change.
+        key = (weight.data_ptr(), weight._version)
+        if self._unembedding is None or self._unembedding[0] != key:
+            self._unembedding = key, weight.detach().float().T
+        return self._unembedding[1]
 
     def lens(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Logit lens: unembedding of the final norm of `x`, fp32, without bias and soft cap."""
         return self.final_norm(x) @ self.W_U
+
+
+def _positions(hf: Any) -> int | None:
+    """How many positions a learned table has; None where positions are computed."""
+    tokens = hf.get_input_embeddings()
+    for name, module in hf.named_modules():
+        if name.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings") and module is not tokens:
+            weight, offset = getattr(module, "weight", None), getattr(module, "offset", 0)
+            if isinstance(weight, Tensor) and weight.ndim == 2:
+                return weight.shape[0] - (offset if isinstance(offset, int) else 0)
+    return None

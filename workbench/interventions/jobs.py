@@ -1,0 +1,102 @@
+"""What a plan has to know from outside a forward pass: the prompts of `hf.generate`, and how much a cache holds."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from workbench.errors import EditError
+
+
+@dataclass(eq=False)
+class Job:
+    """One call of `hf.generate`.
+
+    Attributes:
+        width: columns of the prompts.
+        mask: True at their real tokens; None until a forward pass tells.
+        fresh: no forward pass has been made yet.
+    """
+
+    width: int
+    mask: Bool[Tensor, "prompts width"] | None
+    fresh: bool = True
+
+    def prompt_mask(self, given: Tensor | None, batch: int, device: torch.device) -> Bool[Tensor, "batch width"]:
+        """The real prompt tokens of each row; beams and returned sequences repeat each prompt."""
+        if self.mask is None:
+            seen = given is not None and given.shape[1] >= self.width
+            self.mask = given[:, : self.width] if seen and given is not None else None
+        if self.mask is None or batch % len(self.mask):
+            return torch.ones(batch, self.width, dtype=torch.bool, device=device)
+        return self.mask.to(device).repeat_interleave(batch // len(self.mask), 0)
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """Told when a generation of Hugging Face begins and when it is over."""
+
+    job: Job | None
+
+
+@contextlib.contextmanager
+def watching_generate(hf: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Inside the block, `hf.generate` tells the watcher how wide its prompts are.
+
+    A forward pass can't know: the prompt may come in chunks, with candidate tokens behind it, or without a cache again
+    and again.
+    """
+    inner = getattr(hf, "generate", None)
+    if not callable(inner):
+        yield
+        return
+    own = "generate" in vars(hf)
+
+    @functools.wraps(inner)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        ids = next((kwargs[name] for name in ("inputs", "input_ids") if kwargs.get(name) is not None), None)
+        ids = args[0] if ids is None and args else ids
+        source = kwargs.get("inputs_embeds") if ids is None else ids
+        mask = kwargs.get("attention_mask")
+        watcher.job = None if source is None else Job(source.shape[1], None if mask is None else mask.bool())
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            watcher.job = None
+
+    vars(hf)["generate"] = generate
+    try:
+        yield
+    finally:
+        if own:
+            vars(hf)["generate"] = inner
+        else:
+            del vars(hf)["generate"]
+
+
+def cached_columns(given: Mapping[str, Any]) -> int:
+    """How many columns the cache among a model's arguments holds.
+
+    Raises:
+        EditError: for a recurrent state, or a cache that does not tell: positions can't be known then.
+    """
+    for name in ("cache_params", "state"):
+        if given.get(name) is not None:
+            raise EditError(
+                f"The edited model was called with a recurrent state ({name}), from which the position of a token "
+                "can't be told. Run the whole text at once, with use_cache=False."
+            )
+    cache = given.get("past_key_values")
+    if cache is None:
+        return 0
+    for part in (cache, *getattr(cache, "layers", ())):
+        with contextlib.suppress(ValueError, AttributeError, NotImplementedError):
+            return int(part.get_seq_length())
+    raise EditError(f"A {type(cache).__name__} does not say how many tokens it holds. Use use_cache=False.")
