@@ -426,6 +426,14 @@ def test_matched_features_are_near_in_frequency_and_never_the_chosen() -> None:
         matched_features(nothing, [0], 2)
 
 
+def test_a_set_of_matched_features_holds_each_feature_once() -> None:
+    contrast = FeatureContrast((), torch.full((8,), 0.1), torch.ones(8), torch.ones(8))
+    for drawn in matched_features(contrast, [0, 1, 2], 40, pool=2, seed=0):
+        assert len(set(drawn)) == 3 and not {0, 1, 2} & set(drawn)
+    with pytest.raises(DegenerateInputError, match="no control"):
+        matched_features(contrast, [0, 1, 2, 3, 4], 2)
+
+
 # ---- the real model
 
 

@@ -156,26 +156,30 @@ def matched_features(
 ) -> tuple[tuple[int, ...], ...]:
     """`draws` sets of random features, each matched to `chosen` on activation frequency and decoder norm.
 
-    For each chosen feature one of the `pool` nearest is drawn; no chosen feature and no strong candidate is among them.
+    For each chosen feature one of the `pool` nearest that are not in the set yet is drawn; no chosen feature and no
+    strong candidate is among them.
 
     Raises:
-        DegenerateInputError: if no other feature is ever active.
+        DegenerateInputError: if there are fewer other active features than chosen ones.
     """
     excluded = [*chosen, *(row.feature for row in contrast.candidates if row.auroc > 0.75)]
     eligible: Bool[Tensor, " d_sae"] = contrast.frequency > 0
     eligible[excluded] = False
     others = eligible.nonzero().flatten()
-    if not len(others):
+    if len(others) < max(1, len(chosen)):
         raise DegenerateInputError(
-            f"matched_features: none of {len(eligible)} features is active on the replies without being a "
-            f"refusal feature, "
-            "so there is no control. Use a larger SAE or more replies."
+            f"matched_features: {len(others)} of {len(eligible)} features are active on the replies without being "
+            f"refusal features; a control for {len(chosen)} needs as many, so there is no control. "
+            "Use a larger SAE or more replies."
         )
     generator = torch.Generator().manual_seed(seed)
     log_frequency, log_norm = contrast.frequency.clamp_min(1e-6).log(), contrast.decoder_norm.clamp_min(1e-6).log()
-    columns = []
+    found: list[list[int]] = [[] for _ in range(draws)]
     for feature in chosen:
         distance = (log_frequency[others] - log_frequency[feature]).abs() + (log_norm[others] - log_norm[feature]).abs()
-        near = others[distance.argsort()[:pool]]
-        columns.append(near[torch.randint(len(near), (draws,), generator=generator)].tolist())
-    return tuple(zip(*columns, strict=True))
+        nearest = others[distance.argsort()].tolist()
+        for drawn in found:
+            # A feature drawn twice would be clamped once, and the control would be smaller than what it controls.
+            near = [other for other in nearest if other not in drawn][:pool]
+            drawn.append(near[int(torch.randint(len(near), (1,), generator=generator))])
+    return tuple(map(tuple, found))
