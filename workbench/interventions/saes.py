@@ -131,6 +131,12 @@ class SAEClamp(_FeatureOp):
         error: "keep" what the SAE does not explain, or "drop" it and leave only the reconstruction.
         when: "always", or only where the feature is "active".
         mode: "set" a' = value; "min" a' = max(a, value), a floor; "max" a' = min(a, value), a ceiling.
+
+    >>> from types import SimpleNamespace
+    >>> d = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    >>> sae = SimpleNamespace(W_dec=d, encode=lambda x: (x @ d.T - 0.5).relu())  # activations of (2, 1): 1.5, 1.5
+    >>> SAEClamp(sae, [0], 5.0)(torch.tensor([[2.0, 1.0]]))  # x + (5 - 1.5) (1, 0)
+    tensor([[5.5000, 1.0000]])
     """
 
     sae: Any
@@ -167,6 +173,12 @@ class SAEScale(_FeatureOp):
         features: feature indices, `(f,)`, or other ones for each batch row, `(rows, f)`.
         factor: a number, one per feature, per row, or both, as `SAEClamp.value`.
         error: "keep" what the SAE does not explain, or "drop" it.
+
+    >>> from types import SimpleNamespace
+    >>> d = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    >>> sae = SimpleNamespace(W_dec=d, encode=lambda x: (x @ d.T - 0.5).relu())  # activations of (2, 1): 1.5, 1.5
+    >>> SAEScale(sae, [0], 2.0)(torch.tensor([[2.0, 1.0]]))  # x + 1.5 (1, 0)
+    tensor([[3.5000, 1.0000]])
     """
 
     sae: Any
@@ -193,6 +205,12 @@ class SAEAblate(_FeatureOp):
         sae: an SAE in the sae_lens form.
         features: feature indices, `(f,)`, or other ones for each batch row, `(rows, f)`.
         error: "keep" what the SAE does not explain, or "drop" it.
+
+    >>> from types import SimpleNamespace
+    >>> d = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    >>> sae = SimpleNamespace(W_dec=d, encode=lambda x: (x @ d.T - 0.5).relu())  # activations of (2, 1): 1.5, 1.5
+    >>> SAEAblate(sae, [0])(torch.tensor([[2.0, 1.0]]))  # x - 1.5 (1, 0)
+    tensor([[0.5000, 1.0000]])
     """
 
     sae: Any
@@ -216,6 +234,12 @@ class SAEAdd(_FeatureOp):
         features: feature indices, `(f,)`, or other ones for each batch row, `(rows, f)`.
         amount: in the SAE's units: a number, one per feature, per row, or both, as `SAEClamp.value`.
         error: "keep" what the SAE does not explain, or "drop" it.
+
+    >>> from types import SimpleNamespace
+    >>> d = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    >>> sae = SimpleNamespace(W_dec=d, encode=lambda x: (x @ d.T - 0.5).relu())  # activations of (2, 1): 1.5, 1.5
+    >>> SAEAdd(sae, [0], 3.0)(torch.tensor([[2.0, 1.0]]))  # x + 3 (1, 0)
+    tensor([[5., 1.]])
     """
 
     sae: Any
@@ -264,6 +288,12 @@ class SAEAddMax(_SAEOp):
         sae: an SAE in the sae_lens form.
         direction: what to add; one for all rows or one per batch row.
         strength: factor; a number or one per batch row.
+
+    >>> from types import SimpleNamespace
+    >>> d = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    >>> sae = SimpleNamespace(W_dec=d, encode=lambda x: (x @ d.T - 0.5).relu())  # activations of (2, 1): 1.5, 1.5
+    >>> SAEAddMax(sae, d[0], 2.0)(torch.tensor([[2.0, 1.0]]))  # x + 2 * 1.5 (1, 0)
+    tensor([[5., 1.]])
     """
 
     sae: Any
