@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, N_LAYERS, n_hooks, tiny_model
-from workbench.errors import EditError, UnknownSiteError
+from workbench.errors import DegenerateInputError, EditError, UnknownSiteError
 from workbench.hooks.attach import attached
 from workbench.hooks.sites import Point, Site
 
@@ -171,3 +171,39 @@ def test_what_was_captured_of_resid_mid_is_not_changed_by_a_later_edit() -> None
     ):
         model.logits("abc")
     assert torch.equal(seen[0], clean)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("blocks.1.hook_resid_pots", "Did you mean blocks.1.hook_resid_post"),
+        ("blocks.1.attn.hook_attn_scores", "pattern is"),
+        ("blocks.1.attn.hook_result", "z.1.h0"),
+        ("blocks.1.attn.hook_rot_q", "before the rotary"),
+    ],
+)
+def test_a_transformer_lens_name_without_a_site_says_what_is_close_or_why(asked: str, says: str) -> None:
+    with pytest.raises(UnknownSiteError, match=says):
+        Site.parse(asked)
+
+
+def test_more_forms_of_transformer_lens_are_read() -> None:
+    assert Site.parse("blocks.2.hook_in") == Site("resid_pre", 2)
+    assert Site.parse("blocks.2.hook_out") == Site("resid_post", 2)
+    assert Site.parse("blocks.2.attn.hook_z.h1") == Site("z", 2, 1)
+    with pytest.raises(UnknownSiteError, match="no heads"):
+        Site.parse("blocks.2.hook_resid_post.h1")
+
+
+def test_the_mean_is_that_of_all_real_tokens_in_any_batches() -> None:
+    from workbench.interventions.scopes import NotPrefix
+
+    model = tiny_model()
+    texts = ["abc", "defghij", "k"]
+    alone = torch.cat([model.capture(text, ["resid_post.1"])["resid_post.1"][0] for text in texts])
+    for batch_size in (1, 2, 3):
+        torch.testing.assert_close(model.mean(iter(texts), "resid_post.1", batch_size=batch_size), alone.mean(0))
+    rest = torch.cat([model.capture(text, ["z.1.h1"])["z.1.h1"][0, 1:] for text in texts[:2]])
+    torch.testing.assert_close(model.mean(texts[:2], "z.1.h1", positions=NotPrefix(1)), rest.mean(0))
+    with pytest.raises(DegenerateInputError):
+        model.mean([], "resid_post.1")

@@ -32,6 +32,16 @@ _TL_PATTERNS = {
 }  # fmt: skip
 
 
+_TL_ALIASES = {"resid_pre": "blocks.{}.hook_in", "resid_post": "blocks.{}.hook_out"}
+_TL_WITHOUT_SITE = {
+    "hook_attn_scores": "attention before the softmax is not offered; pattern is",
+    "hook_result": "what each head writes is not offered; z is, one head as z.{}.h0",
+    "hook_rot_q": "q is read before the rotary embedding", "hook_rot_k": "k is read before the rotary embedding",
+    "hook_scale": "the scale of a norm is not offered", "hook_normalized": "a norm without its weight is not offered",
+    "hook_mlp_in": "the input of the MLP is not offered; resid_mid is", "hook_attn_in": "use resid_pre",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, order=True)
 class Site:
     """One place in the network; text form `resid_post.10`, `z.10.h3` for one head, or `embed` outside the blocks.
@@ -77,10 +87,18 @@ class Site:
         """
         if isinstance(text, Site):
             return text
-        for kind, pattern in _TL_PATTERNS.items():
-            found = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), text)
+        for kind, pattern in (*_TL_PATTERNS.items(), *_TL_ALIASES.items()):
+            found = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"(?:\.h(\d+))?", text)
             if found:
-                return cls(kind, int(found[1]) if found.groups() else None)
+                numbers = [None if part is None else int(part) for part in found.groups()]
+                return cls(kind, *(numbers if len(numbers) == 2 else [None, *numbers]))
+        if text.startswith("blocks."):
+            layer, hook = (text.split(".") + ["", ""])[1], text.rpartition(".")[2]
+            why = _TL_WITHOUT_SITE.get(hook, "").format(layer)
+            known = [pattern.format(layer) for pattern in _TL_PATTERNS.values() if "{}" in pattern]
+            raise UnknownSiteError(
+                f"There is no site {text!r}" + (f": {why}." if why else f". {did_you_mean(text, known)}")
+            )
         if text == "ln_final.hook_normalized":
             raise UnknownSiteError(f"There is no site {text!r}: final_norm is the norm's output, weight included.")
         kind, _, place = text.partition(".")

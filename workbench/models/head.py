@@ -102,7 +102,10 @@ def vocabulary_ids(tokens: Sequence[int], d_vocab: int, device: torch.device) ->
     Raises:
         InvalidInputError: for none, or for one outside the vocabulary.
     """
-    ids = torch.as_tensor(tokens, dtype=torch.long, device=device)
+    try:
+        ids = torch.as_tensor(tokens, dtype=torch.long, device=device)
+    except (TypeError, ValueError):
+        ids = torch.empty(0)
     if ids.ndim != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
         raise InvalidInputError(f"tokens={tokens}: give a list of token ids from 0 to {d_vocab - 1}.")
     return ids

@@ -17,7 +17,7 @@ from workbench.interventions.export.api import export
 from workbench.interventions.export.result import TOLERANCE, Exported
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan, active_plans
-from workbench.interventions.scopes import Last, Scope
+from workbench.interventions.scopes import All, Last, Scope
 from workbench.models.choice import chosen_tokens, groups
 from workbench.models.compare import VariantLogits, compare
 from workbench.models.embedded import quiet_transformers
@@ -31,7 +31,7 @@ from workbench.models.session import Session
 from workbench.models.sitetable import SiteTable
 from workbench.models.wrapped import Batch, Wrapped
 from workbench.progress import task
-from workbench.tokens import Chat, TokenBatch
+from workbench.tokens import Bos, Chat, TokenBatch
 
 
 class Model(Wrapped):
@@ -110,6 +110,7 @@ class Model(Wrapped):
         *,
         batch_size: int = 8,
         positions: Scope | None = None,
+        bos: Bos = "auto",
     ) -> Iterator[tuple[TokenBatch, Activations]]:
         """Tokens and activations of any number of texts, `batch_size` at a time, holding one batch in memory.
 
@@ -118,6 +119,7 @@ class Model(Wrapped):
             sites: as for `capture`.
             batch_size: texts per forward pass.
             positions: as for `capture`.
+            bos: as for `tokens`.
 
         Raises:
             UnknownSiteError: for a site that this model does not have, before anything is read.
@@ -128,8 +130,33 @@ class Model(Wrapped):
         if batch_size < 1:
             raise InvalidInputError(f"stream(batch_size={batch_size}): it must be at least 1.")
         parts: Iterator[Any] = groups(texts, batch_size)
-        batches = map(self.tokens, parts)
+        batches = (self.tokens(part, bos) for part in parts)
         return ((batch, self.capture(batch, sites, positions=positions)) for batch in batches)
+
+    def mean(
+        self,
+        texts: Iterable[str] | Iterable[Chat],
+        site: str | Site,
+        *,
+        positions: Scope | None = None,
+        batch_size: int = 8,
+        bos: Bos = "auto",
+    ) -> Float[Tensor, " width"]:
+        """Mean activation at a site over all real tokens of the texts, or over those in a scope; fp32.
+
+        Summed in fp64, one batch in memory at a time; what `Ablate("mean", ...)` takes. `NotPrefix(1)` leaves out the
+        first token of each text, whose activation can be hundreds of times as large as the others.
+
+        Raises:
+            DegenerateInputError: if there is no text, or no token in the scope.
+        """
+        total, n = None, 0
+        for _, acts in self.stream(texts, [site], positions=positions or All(), batch_size=batch_size, bos=bos):
+            part = acts[site].double()
+            total, n = part.sum(0) if total is None else total + part.sum(0), n + len(part)
+        if total is None:
+            raise DegenerateInputError("mean: there is no text to take a mean over. Give at least one.")
+        return (total / n).float()
 
     def _refuse_unknown(self, caller: str, sites: Sequence[str | Site]) -> None:
         """Raises for a site that does not exist, before anything is computed."""
