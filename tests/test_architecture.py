@@ -21,7 +21,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("workbench", "circuits", "experiments")
 
 LAYERS = (
-    ("errors", "stats", "metrics", "records", "progress", "tokens", "codec", "blocks", "view", "report", "rundir", "runs"),
+    (
+        "errors",
+        "stats",
+        "metrics",
+        "records",
+        "progress",
+        "tokens",
+        "codec",
+        "blocks",
+        "view",
+        "report",
+        "rundir",
+        "runs",
+    ),
     ("hooks",),
     ("interventions",),
     ("models",),
