@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from tests.tiny import D_MODEL, FP32_LOGITS, tiny_hf, tiny_model
 from workbench.errors import EditError, InvalidInputError
@@ -171,3 +172,26 @@ def test_ids_without_an_embedding_and_texts_without_a_position_are_refused(ids: 
     with pytest.raises(InvalidInputError, match="128 positions"):
         model.generate("abcd", 125)
     assert tiny_model("llama").logits(torch.full((1, 129), 5)).shape == (1, 258)
+
+
+def test_edits_of_a_whole_site_and_of_its_heads_keep_their_order_or_are_refused() -> None:
+    model = tiny_model()
+    whole, head = Intervention.at("z.1", Map(lambda z: 2 * z)), Intervention.at("z.1.h0", Map(lambda z: z + 1))
+    clean = model.capture("abc", ["z.1"])["z.1"]
+    found = []
+    for iv in (whole + head, head + whole):
+        with model.plan(iv):
+            found.append(model.capture("abc", ["z.1"])["z.1"])
+    torch.testing.assert_close(found[0][:, :, 0], 2 * clean[:, :, 0] + 1)
+    torch.testing.assert_close(found[1][:, :, 0], 2 * (clean[:, :, 0] + 1))
+    torch.testing.assert_close(found[0][:, :, 1], 2 * clean[:, :, 1])
+    with pytest.raises(InvalidInputError, match="back and forth"):
+        model.plan(head + whole + head)
+
+
+def test_a_plan_needs_an_intervention_and_a_generation_a_batch() -> None:
+    model = tiny_model()
+    with pytest.raises((InvalidInputError, TypeCheckError), match="Intervention"):
+        model.plan(Add(VECTOR))  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="batch_size=0"):
+        model.generate("ab", 2, batch_size=0)

@@ -141,7 +141,7 @@ class Compiled:
     @property
     def points(self) -> list[Point]:
         """Every point that is read or written."""
-        return list(dict.fromkeys([*self.gates, *self.groups]))
+        return [*(point for point in self.gates if point not in self.groups), *self.groups]
 
     def groups_at(self, point: Point) -> Sequence[Group]:
         """What is written at a point."""
@@ -264,6 +264,7 @@ def compile_edits(sites: SiteMap, intervention: Intervention, device: torch.devi
             groups[-1].ops.append(op)
         else:
             groups.append(Group([tally], [op], edit.scope))
+    _check_order(compiled, [sites[edit.site] for edit in intervention.edits])
     for groups in compiled.groups.values():
         count = len({id(tally) for group in groups for tally in group.tallies})
         for group in groups:
@@ -286,6 +287,18 @@ def _forms(group: Group) -> Iterator[LowRankForm]:
         form = op.low_rank()
         if form is not None:
             yield form
+
+
+def _check_order(compiled: Compiled, points: Sequence[Point]) -> None:
+    """Refuses edits that go back and forth between a whole site and its heads: one hook makes all edits of a point."""
+    for point in compiled.groups:
+        same = [p for p in points if (p.site.kind, p.site.layer) == (point.site.kind, point.site.layer)]
+        turns = [p for i, p in enumerate(same) if i == 0 or same[i - 1] != p]
+        if len(turns) > len(set(turns)):
+            raise InvalidInputError(
+                f"The edits go back and forth between {', '.join(str(p.site) for p in turns)}. Keep the edits of each "
+                "of them together, or use nested plans."
+            )
 
 
 def _check_width(what: str, width: int | None, point: Point) -> None:

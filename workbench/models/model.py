@@ -246,6 +246,10 @@ class Model(Wrapped):
             ShapeError: for an op of the wrong width.
             MismatchError: for an intervention that was made for another model.
         """
+        if not isinstance(intervention, Intervention):
+            raise InvalidInputError(
+                f"plan({type(intervention).__name__}): give an Intervention, as Intervention.at('resid_post.3', op)."
+            )
         if intervention.made_for not in (None, self.fingerprint) and not any_model:
             raise MismatchError(
                 f"The intervention was made for the model {intervention.made_for}; this is {self.name} "
@@ -292,6 +296,8 @@ class Model(Wrapped):
             EditError: if an edit did not happen.
             InvalidInputError: for options that cannot be used, or a site that cannot be kept while generating.
         """
+        if batch_size < 1:
+            raise InvalidInputError(f"generate(batch_size={batch_size}): it must be at least 1.")
         batch = self._batch(prompts)
         self.require_room(int(batch.lengths.max()) + max_new_tokens)
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
