@@ -13,7 +13,7 @@ from workbench.errors import DegenerateInputError, ShapeError
 from workbench.interventions.intervention import Edit, Intervention
 from workbench.interventions.op import Op, changed
 from workbench.interventions.ops import PerRow
-from workbench.interventions.scopes import Rows
+from workbench.interventions.scopes import All, Rows
 
 
 def variants(interventions: Sequence[Intervention], batch: int) -> Intervention:
@@ -47,7 +47,8 @@ def variants(interventions: Sequence[Intervention], batch: int) -> Intervention:
         mine = Rows(row // batch == v)
         for edit in intervention.edits:
             # Also where nothing is per row: what is drawn at random is drawn by the number of the prompt.
-            edits.append(Edit(edit.site, edit.op.take(row % batch), edit.scope.take(row % batch) & mine))
+            scope = mine if isinstance(edit.scope, All) else edit.scope.take(row % batch) & mine
+            edits.append(Edit(edit.site, edit.op.take(row % batch), scope))
     return Intervention(tuple(edits), made_for)
 
 
