@@ -213,3 +213,31 @@ def test_rows_scope_edits_its_rows_only() -> None:
     with model.plan(Intervention.at("resid_post.1", Add(torch.ones(16)), Rows(torch.tensor([False, True])))):
         edited = model.capture(ids, ["resid_pre.2"])["resid_pre.2"]
     assert torch.equal(edited[0], clean[0]) and not torch.allclose(edited[1], clean[1])
+
+
+@pytest.mark.parametrize("family", ["bloom", "opt", "mpt"])
+def test_families_that_arrange_batch_and_heads_in_their_own_way_are_right_or_refused(family: str) -> None:
+    from transformers import AutoModelForCausalLM, BloomConfig, MptConfig, OPTConfig
+
+    size = {"vocab_size": 258, "hidden_size": 16}
+    config = {
+        "bloom": lambda: BloomConfig(**size, n_layer=3, n_head=2),
+        "opt": lambda: OPTConfig(
+            **size, num_hidden_layers=3, ffn_dim=24, num_attention_heads=2, max_position_embeddings=64,
+            word_embed_proj_dim=16,
+        ),
+        "mpt": lambda: MptConfig(vocab_size=258, d_model=16, n_heads=2, n_layers=3, max_seq_len=64),
+    }[family]()  # fmt: skip
+    torch.manual_seed(0)
+    model = Model(AutoModelForCausalLM.from_config(config).eval(), tiny_model().tokenizer)
+    report = model.self_check()
+    assert report.ok, str(report)
+    # OPT gives its second norm (batch * pos, d); Bloom computes its pattern in three axes.
+    refused = {"opt": "resid_mid", "bloom": "pattern"}.get(family)
+    assert refused is None or refused in {site.kind for site in report.withdrawn}
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    ivs = [Intervention.at("resid_post.1", Add(s * vector), Last()) for s in (1.0, 2.0)]
+    found = model.variants(TEXTS, ivs)
+    for got, iv in zip(found.logits, ivs, strict=True):
+        with model.plan(iv):
+            torch.testing.assert_close(got, model.logits(TEXTS), atol=FP32_LOGITS, rtol=1e-4)

@@ -112,8 +112,11 @@ class Resume:
         return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
 
     def _crop(self, cache: Any) -> None:
-        if cache is not None:
-            cache.crop(-1)
+        # Layer by layer, since a pass that failed half-way has reached some of them only.
+        for layer in () if cache is None else cache.layers:
+            excess = int(layer.get_seq_length()) - (self._batch.ids.shape[1] - 1)
+            if excess > 0:
+                layer.crop(-excess)
 
     def _reproduces(self, repeats: int) -> bool:
         if len(self._calls) != len(self._blocks) or self._point.site.kind == "embed":
@@ -160,10 +163,11 @@ class Resume:
             # The block that ends here does not run, so neither does its hook.
             written = plan.at(self._sites[Site("resid_post", self.first_block - 1)])(h)
             h = h if written is None else written
-        for block, (args, kwargs, positional) in zip(self._blocks, calls, strict=True):
-            out = block(h, *args, **kwargs) if positional else block(*args, **{**kwargs, "hidden_states": h})
-            h = out if isinstance(out, Tensor) else out[0]
-        if self._blocks:
+        try:
+            for block, (args, kwargs, positional) in zip(self._blocks, calls, strict=True):
+                out = block(h, *args, **kwargs) if positional else block(*args, **{**kwargs, "hidden_states": h})
+                h = out if isinstance(out, Tensor) else out[0]
+        finally:
             self._crop(cache)
         return self._norm(h)
 
