@@ -34,7 +34,6 @@ from workbench.interventions.scopes import (
     Rows,
     Scope,
     TokenIs,
-    touches_prompt,
 )
 from workbench.models.model import Model
 
@@ -236,7 +235,7 @@ def test_a_scope_holds_the_tokens_of_the_reference_and_never_padding_cached_or_n
         for end in range(width, width + n_new + 1):
             _forward(ids[:, :end], mask[:, :end], None, end, cached=False)
             assert op.drain() == reference(case, 0, end)
-    if not touches_prompt(case.scope):
+    if not case.scope.touches_prompt:
         assert reference(case, 0, width) == []
 
 

@@ -139,7 +139,9 @@ def test_variants_in_small_parts_are_the_same_and_each_edit_is_proven() -> None:
     batch = model.tokens(TEXTS)
     ivs = [Intervention.at("resid_post.1", Add(torch.full((16,), float(s)))) for s in range(1, 8)]
     whole = model.variants(batch, ivs)
-    parts = compare(model.hf, model.site_map, model.head, batch, ivs, model.plan, max_tokens=24)
+    parts = compare(
+        model.site_map, lambda site, last: model.resume(batch, site, last=last), batch, ivs, model.plan, max_tokens=24
+    )
     torch.testing.assert_close(parts.logits, whole.logits, atol=FP32_LOGITS, rtol=1e-4)
     assert sum(r.tokens for r in whole.report) == sum(r.tokens for r in parts.report) == 7 * batch.n_tokens
     with pytest.raises(EditError, match="no token"):

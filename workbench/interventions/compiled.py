@@ -18,7 +18,8 @@ from workbench.interventions.intervention import Edit, Intervention
 from workbench.interventions.merge import Merged
 from workbench.interventions.op import LowRankForm, Op, Where
 from workbench.interventions.report import Tally
-from workbench.interventions.scopes import Scope, Step, touches_prompt
+from workbench.interventions.scopes import Scope
+from workbench.interventions.step import Step
 
 # Order in which the kinds of site of one layer are computed.
 _ORDER = (
@@ -214,7 +215,7 @@ def refuse_missing(edit: Edit, missing: Sequence[Scope]) -> NoReturn:
 
 def refuse_unmet(edit: Edit, fired: int) -> NoReturn:
     """Raises EditError for an edit that met no token."""
-    if fired == 0 and not touches_prompt(edit.scope):
+    if fired == 0 and not edit.scope.touches_prompt:
         raise EditError(
             f"{edit}: no generated token went through the model, so nothing was edited. A token is edited when it is "
             "fed back: ask for at least 2 new tokens, and check that rows do not end at once."
@@ -294,7 +295,8 @@ def _check_order(compiled: Compiled, points: Sequence[Point]) -> None:
     for point in compiled.groups:
         same = [p for p in points if (p.site.kind, p.site.layer) == (point.site.kind, point.site.layer)]
         turns = [p for i, p in enumerate(same) if i == 0 or same[i - 1] != p]
-        if len(turns) > len(set(turns)):
+        # Heads alone don't overlap, so their order among each other makes no difference.
+        if len(turns) > len(set(turns)) and any(p.site.head is None for p in turns):
             raise InvalidInputError(
                 f"The edits go back and forth between {', '.join(str(p.site) for p in turns)}. Keep the edits of each "
                 "of them together, or use nested plans."
@@ -310,7 +312,7 @@ def _add_gate(compiled: Compiled, sites: SiteMap, edit: Edit, gate: Gate, point:
     read_at = point if gate.site is None else sites[gate.site]
     _check_width(f"{edit}, its gate", gate.width, read_at)
     late = order(read_at) > order(point)
-    if late and (gate.when == "token" or touches_prompt(edit.scope)):
+    if late and (gate.when == "token" or edit.scope.touches_prompt):
         raise InvalidInputError(
             f"{edit}: the gate reads {read_at.site}, which is computed after {point.site}. Read an earlier site, or "
             "decide on the prompt (when='prompt') and edit Generated() tokens only."

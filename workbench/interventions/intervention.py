@@ -13,7 +13,7 @@ from workbench.errors import CorruptFileError, InvalidInputError, MismatchError,
 from workbench.hooks.sites import Site
 from workbench.interventions.files import load, save
 from workbench.interventions.op import Op
-from workbench.interventions.scopes import All, Encode, Scope, touches_prompt
+from workbench.interventions.scopes import All, Encode, Scope
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Intervention:
     @property
     def edits_prompt(self) -> bool:
         """Whether an edit may touch prompt tokens; False is certain, True is not."""
-        return any(touches_prompt(edit.scope) for edit in self.edits)
+        return any(edit.scope.touches_prompt for edit in self.edits)
 
     def take(self, rows: Int[Tensor, " chosen"]) -> Intervention:
         """The same intervention for a choice of batch rows."""

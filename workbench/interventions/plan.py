@@ -21,7 +21,8 @@ from workbench.interventions.intervention import Intervention
 from workbench.interventions.jobs import Job, cached_columns, watching_generate
 from workbench.interventions.op import Where
 from workbench.interventions.report import EditReport
-from workbench.interventions.scopes import Scope, Step
+from workbench.interventions.scopes import Scope
+from workbench.interventions.step import Step
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Plan]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
@@ -65,7 +66,7 @@ class Plan:
         self._hf, self._intervention = hf, intervention
         self._n_rows = intervention.n_rows
         self._compiled: Compiled = compile_edits(sites, intervention, next(hf.parameters()).device)
-        self._wants_history = any(edit.scope.wants_history() for edit in intervention.edits)
+        self._wants_history = any(edit.scope.needs_history for edit in intervention.edits)
         self._stack: contextlib.ExitStack | None = None
         self._forget()
 

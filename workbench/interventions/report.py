@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.interventions.intervention import Edit
-from workbench.interventions.scopes import Scope, Step
+from workbench.interventions.scopes import Scope
+from workbench.interventions.step import Step
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,10 @@ class Tally:
         """Begins to count anew."""
         self.of_rows: Tensor | None = None
         self.missing: list[Scope] = list(self.edit.scope.parts)
-        self.fired = self.tokens = 0
+        self.fired = self.tokens = self.in_scope = 0
         self.intended: Tensor | float = 0.0
         self.applied: Tensor | float = 0.0
         self.before: Tensor | float = 0.0
-        self.in_scope: Tensor | int = 0
         self.gate_open: Tensor | int = 0
         self.gate_decided = 0
 

@@ -13,55 +13,35 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.interventions.step import Step
 
 Encode = Callable[[str], list[int]]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What is known about the tokens of one forward pass.
-
-    Attributes:
-        ids: token ids, or None when the model was given embeddings.
-        column: column of each token in the whole sequence, padding counted.
-        position: absolute position of each token in its row, padding not counted.
-        prompt_length: number of real prompt tokens per row.
-        is_real: False at padding.
-        is_prompt: True where the token belongs to the prompt, False where it was generated.
-        row: row of the intervention's parameters for each batch row.
-        history: ids of the whole sequence up to now, cached part included; None if not known.
-        history_real: False at padding of the history.
-    """
-
-    ids: Int[Tensor, "batch pos"] | None
-    column: Int[Tensor, " pos"]
-    position: Int[Tensor, "batch pos"]
-    prompt_length: Int[Tensor, " batch"]
-    is_real: Bool[Tensor, "batch pos"]
-    is_prompt: Bool[Tensor, "batch pos"]
-    row: Int[Tensor, " batch"]
-    history: Int[Tensor, "batch columns"] | None = None
-    history_real: Bool[Tensor, "batch columns"] | None = None
-
-    def tail(self, n: int) -> Step:
-        """The last `n` tokens of the pass."""
-        ids = None if self.ids is None else self.ids[:, -n:]
-        return dataclasses.replace(
-            self, ids=ids, column=self.column[-n:], position=self.position[:, -n:], is_real=self.is_real[:, -n:],
-            is_prompt=self.is_prompt[:, -n:],
-        )  # fmt: skip
 
 
 class Scope:
     """A set of tokens; combine with `&`, `|` and `~`. Padding is never part of it."""
 
     registry: ClassVar[dict[str, type[Scope]]] = {}
-    touches_prompt: ClassVar[bool] = True
-    needs_history: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        Scope.registry[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):
+            Scope.registry[cls.__name__] = cls
+
+    @property
+    def touches_prompt(self) -> bool:
+        """Whether this scope may hold prompt tokens; False is certain, True is not."""
+        return True
+
+    @property
+    def only_last(self) -> bool:
+        """Whether this scope certainly holds no prompt token but the last of each row."""
+        return False
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether this scope looks at the ids of the whole row."""
+        return any(inner.needs_history for inner in self.inner_scopes())
 
     @property
     def n_rows(self) -> int | None:
@@ -74,10 +54,6 @@ class Scope:
     def resolve(self, encode: Encode) -> Scope:
         """The same scope with texts replaced by token ids."""
         return self._mapped(lambda inner: inner.resolve(encode))
-
-    def wants_history(self) -> bool:
-        """Whether this scope needs the ids of the whole row."""
-        return self.needs_history or any(inner.wants_history() for inner in self.inner_scopes())
 
     def inner_scopes(self) -> list[Scope]:
         """The scopes that this one is made of."""
@@ -140,7 +116,9 @@ class Prompt(Scope):
 class Generated(Scope):
     """Every generated token, from the first one that is fed back into the model."""
 
-    touches_prompt: ClassVar[bool] = False
+    @property
+    def touches_prompt(self) -> bool:
+        return False
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         return ~step.is_prompt
@@ -149,6 +127,10 @@ class Generated(Scope):
 @dataclass(frozen=True)
 class Last(Scope):
     """The last prompt token of each row."""
+
+    @property
+    def only_last(self) -> bool:
+        return True
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         return step.is_prompt & (step.position == step.prompt_length[:, None] - 1)
@@ -171,6 +153,10 @@ class Pos(Scope):
             wanted = position if position >= 0 else step.prompt_length[:, None] + position
             hit |= step.position == wanted
         return hit
+
+    @property
+    def only_last(self) -> bool:
+        return set(self.positions) == {-1}
 
     @property
     def parts(self) -> tuple[Scope, ...]:
@@ -223,7 +209,6 @@ class After(Scope):
 
     marker: str | tuple[int, ...]
     occurrence: Literal["first", "last"] = "first"
-    needs_history: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.marker, list):
@@ -232,6 +217,10 @@ class After(Scope):
             raise DegenerateInputError("After: the marker is empty, so nothing would be edited.")
         if self.occurrence not in ("first", "last"):
             raise InvalidInputError(f"After(occurrence={self.occurrence!r}): use 'first' or 'last'.")
+
+    @property
+    def needs_history(self) -> bool:
+        return True
 
     def resolve(self, encode: Encode) -> Scope:
         return After(tuple(encode(self.marker)), self.occurrence) if isinstance(self.marker, str) else self
@@ -258,10 +247,35 @@ class After(Scope):
 
 
 @dataclass(frozen=True, eq=False)
-class Mask(Scope):
+class _Chosen(Scope):
+    """Shared by the scopes that are an explicit choice, one row of it per row of the intervention."""
+
+    chosen: Bool[Tensor, batch * pos]
+
+    @property
+    def n_rows(self) -> int | None:
+        return len(self.chosen)
+
+    @property
+    def is_empty(self) -> bool:
+        return not bool(self.chosen.any())
+
+    def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
+        # Copied, not made anew: that some of the rows hold no token is not what the user asked for.
+        out = copy.copy(self)
+        object.__setattr__(out, "chosen", self.chosen[rows.to(self.chosen.device)])
+        return out
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({int(self.chosen.sum())} of {self.chosen.numel()} {self.counted})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mask(_Chosen):
     """An explicit choice of prompt tokens: True where the batch column is to be edited."""
 
     chosen: Bool[Tensor, "batch pos"]
+    counted: ClassVar[str] = "columns"
 
     def __post_init__(self) -> None:
         if self.chosen.ndim != 2 or not bool(self.chosen.any()):
@@ -269,26 +283,12 @@ class Mask(Scope):
                 f"Mask of shape {tuple(self.chosen.shape)} chooses no token; nothing would be edited."
             )
 
-    @property
-    def n_rows(self) -> int | None:
-        return self.chosen.shape[0]
-
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         if bool((step.row >= self.chosen.shape[0]).any()):
             raise ShapeError(f"Mask has {self.chosen.shape[0]} rows; the batch has {step.is_real.shape[0]}.")
         chosen = self.chosen.to(step.column.device)[step.row]
         inside = step.column < chosen.shape[1]
         return chosen[:, step.column.clamp_max(chosen.shape[1] - 1)] & inside
-
-    @property
-    def is_empty(self) -> bool:
-        return not bool(self.chosen.any())
-
-    def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
-        return _with_rows(self, self.chosen[rows.to(self.chosen.device)])
-
-    def __repr__(self) -> str:
-        return f"Mask({int(self.chosen.sum())} of {self.chosen.numel()} columns)"
 
 
 @dataclass(frozen=True)
@@ -300,6 +300,14 @@ class Both(Scope):
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         return self.left.tokens(step) & self.right.tokens(step)
+
+    @property
+    def touches_prompt(self) -> bool:
+        return self.left.touches_prompt and self.right.touches_prompt
+
+    @property
+    def only_last(self) -> bool:
+        return self.left.only_last or self.right.only_last
 
     @property
     def is_empty(self) -> bool:
@@ -320,6 +328,14 @@ class Either(Scope):
         return self.left.tokens(step) | self.right.tokens(step)
 
     @property
+    def touches_prompt(self) -> bool:
+        return self.left.touches_prompt or self.right.touches_prompt
+
+    @property
+    def only_last(self) -> bool:
+        return self.left.only_last and self.right.only_last
+
+    @property
     def is_empty(self) -> bool:
         return self.left.is_empty and self.right.is_empty
 
@@ -336,54 +352,27 @@ class Not(Scope):
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         return ~self.inner.tokens(step)
 
+    @property
+    def touches_prompt(self) -> bool:
+        return not isinstance(self.inner, (Prompt, All))
+
     def __repr__(self) -> str:
         return f"~{self.inner}"
 
 
-@dataclass(frozen=True, eq=False)
-class Rows(Scope):
+@dataclass(frozen=True, eq=False, repr=False)
+class Rows(_Chosen):
     """Every token of some batch rows."""
 
     chosen: Bool[Tensor, " rows"]
+    counted: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:
         if self.chosen.ndim != 1 or not bool(self.chosen.any()):
             raise DegenerateInputError(f"Rows of shape {tuple(self.chosen.shape)} chooses no row.")
 
-    @property
-    def n_rows(self) -> int | None:
-        return len(self.chosen)
-
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         return self.chosen.to(step.row.device)[step.row][:, None].expand_as(step.is_real)
-
-    @property
-    def is_empty(self) -> bool:
-        return not bool(self.chosen.any())
-
-    def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
-        return _with_rows(self, self.chosen[rows.to(self.chosen.device)])
-
-    def __repr__(self) -> str:
-        return f"Rows({int(self.chosen.sum())} of {len(self.chosen)})"
-
-
-def _with_rows(scope: Mask | Rows, chosen: Tensor) -> Scope:
-    """The scope with other rows, which may hold no token: the check is for what a user asks for."""
-    out = copy.copy(scope)
-    object.__setattr__(out, "chosen", chosen)
-    return out
-
-
-def touches_prompt(scope: Scope) -> bool:
-    """Whether a scope may hold prompt tokens; False is certain, True is not."""
-    if isinstance(scope, Both):
-        return touches_prompt(scope.left) and touches_prompt(scope.right)
-    if isinstance(scope, Either):
-        return touches_prompt(scope.left) or touches_prompt(scope.right)
-    if isinstance(scope, Not):
-        return not isinstance(scope.inner, (Prompt, All))
-    return scope.touches_prompt
 
 
 def _numbers(scope: Scope, ids: str | tuple[int | str, ...]) -> list[int]:

@@ -11,7 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError
-from workbench.interventions.scopes import Scope, Step
+from workbench.interventions.scopes import Scope
+from workbench.interventions.step import Step
 from workbench.tokens import TokenBatch
 
 T = TypeVar("T")
@@ -36,6 +37,9 @@ def chosen_tokens(batch: TokenBatch, scope: Scope, encode: Callable[[str], list[
         history_real=batch.mask,
     )
     mask = scope.resolve(encode).mask(step)
+    missing = [part for part in scope.parts if not bool(part.mask(step).any())]
+    if len(missing) not in (0, len(scope.parts)):
+        raise DegenerateInputError(f"positions={scope}: no row has a token at {', '.join(map(str, missing))}.")
     if not bool(mask.any()):
         raise DegenerateInputError(
             f"positions={scope}: no token of this batch ({rows} rows, {batch.n_tokens} tokens) is in it."

@@ -10,13 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError
-from workbench.hooks.sites import SiteMap
+from workbench.hooks.sites import Site, SiteMap
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
 from workbench.interventions.report import EditReport
 from workbench.interventions.variants import variants
-from workbench.models.head import Head
-from workbench.models.resume import Resume, earliest, only_last
+from workbench.models.resume import Resume, earliest
 from workbench.progress import track
 from workbench.tokens import TokenBatch
 
@@ -40,16 +39,25 @@ class VariantLogits:
 
 @torch.no_grad()
 def compare(
-    hf: object,
     sites: SiteMap,
-    head: Head,
+    resume: Callable[[Site, bool], Resume],
     batch: TokenBatch,
     interventions: Sequence[Intervention],
     make_plan: Callable[[Intervention], Plan],
     tokens: Int[Tensor, " k"] | None = None,
     max_tokens: int = 4096,
 ) -> VariantLogits:
-    """Next-token logits under each intervention; see `Model.variants`."""
+    """Next-token logits under each intervention; see `Model.variants`.
+
+    Args:
+        sites: the model's site map.
+        resume: starts the prompts at a site, the last tokens alone or not.
+        batch: the prompts.
+        interventions: what to compare.
+        make_plan: binds an intervention to the model.
+        tokens: ids of the tokens whose logits are wanted; None for all.
+        max_tokens: tokens in one forward pass.
+    """
     if not interventions:
         raise DegenerateInputError("variants([]): there is no intervention to compare. Give at least one.")
     resolved = [make_plan(intervention).intervention for intervention in interventions]
@@ -58,9 +66,9 @@ def compare(
     if site is None:
         site = sites[f"resid_post.{sites.n_layers - 1}"].site
     ends_in_token = bool(batch.mask[:, -1].all())
-    last = ends_in_token and all(only_last(edit.scope) for edit in edits) and not any(e.op.gated for e in edits)
+    last = ends_in_token and all(edit.scope.only_last for edit in edits) and not any(e.op.gated for e in edits)
     whole = any(edit.site.kind == "logits" for edit in edits)
-    run = Resume(hf, sites, head, batch, sites["final_norm"].site if whole else site, last=last and not whole)
+    run = resume(sites["final_norm"].site if whole else site, last and not whole)
     clean = run.logits if tokens is None else run.logits[:, tokens]
     size = max(1, max_tokens // (len(batch) * (1 if last else batch.ids.shape[1])))
     found, reports = [], []

@@ -107,7 +107,7 @@ class Recorder:
         if isinstance(wanted, str):
             raise InvalidInputError(f"generate(capture={wanted!r}): give a list of sites, such as [{wanted!r}].")
         for site in wanted:
-            if Site.parse(site).kind in ("pattern", "attn_scores"):
+            if Site.parse(site).kind == "pattern":
                 raise InvalidInputError(
                     f"generate(capture=[{str(site)!r}]): its rows get longer with every token, so it is not kept while "
                     "generating. Capture it from the finished text with Model.capture."
@@ -148,7 +148,7 @@ class Decoder:
         if "past_key_values" not in inspect.signature(hf.forward).parameters:
             raise InvalidInputError(
                 f"{type(hf).__name__} keeps a recurrent state instead of keys and values, which this generation does "
-                "not carry. Use model.hf.generate; without an intervention."
+                "not carry. Use model.hf.generate, without an intervention."
             )
         self.hf, self._options, self._stops = hf, options, stops
         self._recorder = recorder or Recorder((), 0, 0)

@@ -106,7 +106,7 @@ def _spares_prompt(intervention: Intervention | None) -> bool:
     if intervention is None:
         return True
     decides = any(
-        edit.scope.wants_history() or any(isinstance(op, When) for op in edit.op.walk()) for edit in intervention.edits
+        edit.scope.needs_history or any(isinstance(op, When) for op in edit.op.walk()) for edit in intervention.edits
     )
     return not decides and not intervention.edits_prompt
 

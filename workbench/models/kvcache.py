@@ -76,11 +76,18 @@ def crop(cache: Any, length: int) -> bool:
     excess = int(cache.get_seq_length()) - length
     if excess <= 0:
         return excess == 0
-    for layer in cache.layers:
-        window = getattr(layer, "sliding_window", None)
-        full = window is not None and layer.get_seq_length() >= window
-        if full or not getattr(layer, "is_croppable", False):
-            return False
+    if not can_crop(cache, length + excess):
+        return False
     for layer in cache.layers:
         layer.crop(-excess)
     return True
+
+
+def can_crop(cache: Any, width: int) -> bool:
+    """Whether a cache that holds `width` columns can give some of them back.
+
+    A sliding window that has been full has lost what would come back in, and a recurrent state can't be taken back.
+    """
+    windows = (getattr(layer, "sliding_window", None) for layer in cache.layers)
+    croppable = all(getattr(layer, "is_croppable", False) for layer in cache.layers)
+    return bool(cache.layers) and croppable and all(window is None or width < window for window in windows)

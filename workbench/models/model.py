@@ -216,7 +216,12 @@ class Model(Wrapped):
             EditError: if an edit did not happen.
         """
         ids = None if tokens is None else vocabulary_ids(tokens, self.d_vocab, self.device)
-        return compare(self.hf, self.site_map, self.head, self._batch(batch), interventions, self.plan, ids)
+        tokens_of = self._batch(batch)
+
+        def start(site: Site, last: bool) -> Resume:
+            return self.resume(tokens_of, site, last=last)
+
+        return compare(self.site_map, start, tokens_of, interventions, self.plan, ids)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Float[Tensor, "batch targets"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from workbench.interventions.compiled import order
 from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
-from workbench.interventions.scopes import Both, Either, Last, Pos, Scope
-from workbench.models.head import Head, agree, forward
+from workbench.models.head import Head, agree, edits_logits, forward
+from workbench.models.kvcache import can_crop, select_rows
 from workbench.tokens import TokenBatch
 
 
@@ -46,6 +46,8 @@ class Resume:
             raise InvalidInputError(
                 "Resume(last=True): the batch must be left-padded, so that each row ends in a token."
             )
+        if edits_logits(hf):
+            raise InvalidInputError("A plan that edits the logits is active; make a Resume outside of its block.")
         self._hf, self._sites, self._batch, self._last = hf, sites, batch, last
         self._point = sites[site]
         self._head = head
@@ -56,7 +58,7 @@ class Resume:
         self._expanded: tuple[int, Any, list[Any]] | None = None
         with torch.no_grad():
             self._prefix = self._prefill() if last else None
-            if self._prefix is not None and not _croppable(self._prefix, batch.ids.shape[1]):
+            if self._prefix is not None and not can_crop(self._prefix, batch.ids.shape[1]):
                 self._prefix, self._last = None, False
             self._record()
             self.skips_blocks = self._reproduces(1) and self._reproduces(2)
@@ -95,7 +97,7 @@ class Resume:
             for block in self._blocks:
                 stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
             stack.callback(self._norm.register_forward_pre_hook(lambda _m, args: hidden.append(args[0])).remove)
-            stack.enter_context(_reading(self._point, seen))
+            stack.enter_context(attached([(self._point, seen.append)]))
             width = 1 if self._last else self._batch.ids.shape[1]
             at_end = torch.zeros(len(self._batch), width, dtype=torch.bool, device=self._batch.ids.device)
             at_end[torch.arange(len(self._batch)), self._ends()] = True
@@ -222,7 +224,7 @@ class Resume:
     def _require_behind(self, plan: Plan) -> None:
         before = [point for point in plan.points if order(point) < order(self._point)]
         edits = plan.intervention.edits
-        if self._last and not all(only_last(edit.scope) and not edit.op.gated for edit in edits):
+        if self._last and not all(edit.scope.only_last and not edit.op.gated for edit in edits):
             raise InvalidInputError(
                 "Resume(last=True) runs the last token of each row alone: every scope must be Last() or Pos(-1), "
                 f"without gates; the plan has {'; '.join(map(str, edits))}."
@@ -255,40 +257,16 @@ def earliest(sites: SiteMap, interventions: Sequence[Intervention]) -> Site | No
     return min(points, key=order).site if points else None
 
 
-def only_last(scope: Scope) -> bool:
-    """Whether a scope certainly holds no prompt token but the last of each row."""
-    if isinstance(scope, Both):
-        return only_last(scope.left) or only_last(scope.right)
-    if isinstance(scope, Either):
-        return only_last(scope.left) and only_last(scope.right)
-    return isinstance(scope, Last) or (isinstance(scope, Pos) and set(scope.positions) == {-1})
-
-
 def _first_block(point: Point, n_layers: int) -> int:
     if point.site.layer is None:
         return 0 if point.site.kind == "embed" else n_layers
     return point.site.layer + (point.site.kind == "resid_post")
 
 
-@contextlib.contextmanager
-def _reading(point: Point, seen: list[Tensor]) -> Iterator[None]:
-    with attached([(point, lambda x: seen.append(x))]):
-        yield
-
-
-def _croppable(cache: Any, width: int) -> bool:
-    """Whether the last of `width` tokens can be taken back: a full sliding window or a recurrent state can't."""
-    for layer in cache.layers:
-        window = getattr(layer, "sliding_window", None)
-        if not getattr(layer, "is_croppable", False) or (window is not None and width >= window):
-            return False
-    return bool(cache.layers)
-
-
 def _repeated_cache(cache: Any, batch: int, repeats: int) -> Any:
     repeated = copy.deepcopy(cache)
-    if repeated.layers and repeated.get_seq_length():
-        repeated.batch_select_indices(torch.arange(batch * repeats) % batch)
+    if repeated.get_seq_length():
+        select_rows(repeated, torch.arange(batch * repeats) % batch)
     return repeated
 
 

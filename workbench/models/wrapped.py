@@ -119,7 +119,8 @@ class Wrapped:
             dict.fromkeys([*found, *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])])
         )
 
-    def _length(self, row: Int[Tensor, " new"]) -> int:
+    def text_length(self, row: Int[Tensor, " new"]) -> int:
+        """Number of new tokens of a row before its first stop token."""
         hits = torch.isin(row, torch.tensor(self.stop_ids, device=row.device)).nonzero()
         return int(hits[0]) if hits.numel() else len(row)
 

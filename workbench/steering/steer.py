@@ -213,7 +213,7 @@ class _Bench:
                 with self.model.plan(intervention.take(rows)) as plan:
                     new, _ = sample(self.model.hf, batch, sampling, prompt_rows[rows])
                 edits += plan.report
-            kept = [row[: self.model._length(row)].cpu() for row in new]
+            kept = [row[: self.model.text_length(row)].cpu() for row in new]
             nll.append(continuation_nll(self.model, batch, kept))
             ids += kept
             progress.advance(len(rows))
