@@ -16,8 +16,9 @@ import warnings
 import torch
 
 from workbench.saes.io import sae_lens_module
-from workbench.saes.kernels import TopKWeights, topk_step
+from workbench.saes.kernels import topk_step
 from workbench.saes.train import adam_step
+from workbench.saes.weights import SAEWeights
 
 LR, CHECKED_STEPS, TOLERANCE = 3e-4, 6, {torch.float32: 1e-5, torch.bfloat16: 1e-4}
 
@@ -50,7 +51,7 @@ def peer(d_in: int, d_sae: int, k: int, batch: int):
 
 def ours(sae, k: int, dtype: torch.dtype):
     """Our step from the same weights."""
-    weights = TopKWeights(*(t.detach().clone().contiguous() for t in (sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec)))
+    weights = SAEWeights(*(t.detach().clone().contiguous() for t in (sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec)))
     optimiser = torch.optim.Adam(weights.tensors(), lr=LR, betas=(0.9, 0.999), fused=True)
 
     def step(x: torch.Tensor) -> float:

@@ -15,16 +15,15 @@ from workbench.errors import CorruptFileError, DegenerateInputError, InvalidInpu
 from workbench.models.model import Model
 from workbench.saes.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.io import (
-    Provenance,
     check_sae_fits,
     load_sae,
     sae_keep_rule,
     sae_lens_module,
     sae_site,
-    save_topk,
-    topk_weights,
 )
-from workbench.saes.kernels import TopKWeights, decode_sparse, encode_sparse
+from workbench.saes.kernels import decode_sparse, encode_sparse
+from workbench.saes.save import Provenance, save_topk
+from workbench.saes.weights import SAEWeights
 
 SITE = "resid_post.1"
 
@@ -45,9 +44,9 @@ def _origin(model: Model, site: str = SITE) -> Provenance:
     )  # fmt: skip
 
 
-def _weights(d_sae: int = 48, seed: int = 0) -> TopKWeights:
+def _weights(d_sae: int = 48, seed: int = 0) -> SAEWeights:
     g = torch.Generator().manual_seed(seed)
-    return TopKWeights(
+    return SAEWeights(
         torch.randn(d_sae, D_MODEL, generator=g), torch.randn(d_sae, generator=g),
         torch.randn(d_sae, D_MODEL, generator=g), torch.randn(D_MODEL, generator=g),
     )  # fmt: skip
@@ -56,7 +55,7 @@ def _weights(d_sae: int = 48, seed: int = 0) -> TopKWeights:
 def _identity_sae(model: Model, folder: Path) -> Path:
     """k = all features, half of them +e_i and half -e_i: reconstructs everything."""
     W = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])
-    weights = TopKWeights(W.clone(), torch.zeros(len(W)), W, torch.zeros(D_MODEL))
+    weights = SAEWeights(W.clone(), torch.zeros(len(W)), W, torch.zeros(D_MODEL))
     return save_topk(weights, len(W), folder, _origin(model))
 
 
@@ -69,7 +68,7 @@ def test_a_saved_sae_reads_raw_activations(model: Model, tmp_path: Path, scale: 
     torch.testing.assert_close(sae.decode(sae.encode(x)), expected, rtol=1e-4, atol=1e-4)
     acts = torch.zeros(20, 48).scatter(1, inside.indices, inside.values / scale)
     torch.testing.assert_close(sae.encode(x), acts, rtol=1e-4, atol=1e-4)
-    back = topk_weights(sae)
+    back = SAEWeights(sae.W_enc.T.contiguous(), sae.b_enc, sae.W_dec, sae.b_dec)
     torch.testing.assert_close(back.W_enc, weights.W_enc)
     assert sae_site(sae) == SITE
     assert sae_keep_rule(sae) == KeepRule(1e6, (0, 1))
@@ -110,7 +109,7 @@ def test_an_sae_of_another_model_or_width_is_refused(model: Model, tmp_path: Pat
     assert check_sae_fits(model, sae) == SITE
     with pytest.raises(MismatchError, match="trained on tiny-llama"):
         check_sae_fits(tiny_model(seed=3), sae)
-    narrow = TopKWeights(torch.ones(9, 4), torch.zeros(9), torch.ones(9, 4), torch.zeros(4))
+    narrow = SAEWeights(torch.ones(9, 4), torch.zeros(9), torch.ones(9, 4), torch.zeros(4))
     with pytest.raises(MismatchError, match="d_in=4"):
         check_sae_fits(model, load_sae(save_topk(narrow, 2, tmp_path / "b", _origin(model))))
 
@@ -167,7 +166,7 @@ def test_sinks_do_not_enter_the_headline(model: Model, tmp_path: Path) -> None:
     x = model.capture(_rows(), [SITE])[SITE]
     limit = 10 * float(x[:, 1:].norm(dim=-1).median())
     W = torch.full((2, D_MODEL), D_MODEL**-0.5)
-    weights = TopKWeights(W, torch.zeros(2), W.clone(), torch.zeros(D_MODEL))
+    weights = SAEWeights(W, torch.zeros(2), W.clone(), torch.zeros(D_MODEL))
     origin = _origin(model)
     folder = save_topk(weights, 1, tmp_path, Provenance(**{**origin.__dict__, "keep": KeepRule(limit, (0, 1))}))
     handle = hf_layer.register_forward_hook(sink)

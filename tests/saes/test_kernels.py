@@ -5,19 +5,20 @@ import torch
 from torch import Tensor
 
 from workbench.errors import InvalidInputError, ShapeError
-from workbench.saes.kernels import AuxTask, TopKWeights, encode_sparse, topk_indices, topk_step
+from workbench.saes.kernels import AuxTask, encode_sparse, topk_indices, topk_step
+from workbench.saes.weights import SAEWeights
 
 Gradients = list[Tensor]
 
 
-def _weights(d: int, m: int, bias: float = 0.0, seed: int = 0) -> TopKWeights:
+def _weights(d: int, m: int, bias: float = 0.0, seed: int = 0) -> SAEWeights:
     g = torch.Generator().manual_seed(seed)
     W_enc, W_dec = (torch.randn(m, d, generator=g) / d**0.5 for _ in range(2))
-    return TopKWeights(W_enc, bias + 0.3 * torch.randn(m, generator=g), W_dec, torch.randn(d, generator=g))
+    return SAEWeights(W_enc, bias + 0.3 * torch.randn(m, generator=g), W_dec, torch.randn(d, generator=g))
 
 
 def dense_oracle(
-    weights: TopKWeights, x: Tensor, indices: Tensor, aux: AuxTask | None = None
+    weights: SAEWeights, x: Tensor, indices: Tensor, aux: AuxTask | None = None
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses and gradients by dense autograd in fp64, for a given choice of features."""
     leaves = [t.detach().double().requires_grad_() for t in weights.tensors()]

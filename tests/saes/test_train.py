@@ -20,8 +20,9 @@ from workbench.metrics import mean_max_cosine
 from workbench.saes import train as train_module
 from workbench.saes.config import SAEConfig
 from workbench.saes.io import load_sae
-from workbench.saes.kernels import TopKWeights, topk_step
+from workbench.saes.kernels import topk_step
 from workbench.saes.train import adam_step, train_sae
+from workbench.saes.weights import SAEWeights
 
 CONFIG = SAEConfig(d_sae=64, k=4, tokens=4000, batch=100, dead_after=500, select="float32", buffer=300)
 
@@ -134,7 +135,7 @@ def test_held_out_tokens_are_not_trained_on(store: ActivationStore, tmp_path: Pa
     seen = []
     real = train_module.topk_step
 
-    def spying(weights: TopKWeights, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def spying(weights: SAEWeights, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.append(x.clone())
         return real(weights, x, *args, **kwargs)
 
@@ -185,7 +186,7 @@ def test_ground_truth_directions_are_found() -> None:
     random = torch.Generator().manual_seed(0)
     truth = torch.nn.functional.normalize(torch.randn(n_true, d, generator=random), dim=1)
     W = torch.nn.functional.normalize(torch.randn(n_true * 2, d, generator=random), dim=1)
-    weights = TopKWeights(W.clone(), torch.zeros(len(W)), W, torch.zeros(d))
+    weights = SAEWeights(W.clone(), torch.zeros(len(W)), W, torch.zeros(d))
     before = mean_max_cosine(truth, weights.W_dec)
     optimiser = torch.optim.Adam(weights.tensors(), lr=3e-3, fused=True)
     for step in range(1200):

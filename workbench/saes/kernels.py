@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,24 +17,11 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from workbench.errors import InvalidInputError, ShapeError
+from workbench.saes.weights import SAEWeights
 
 CHUNK_ROWS = 256
 GROUP_SIZE = 16
 MIN_GROUPED_FEATURES = 1024
-
-
-@dataclass
-class TopKWeights:
-    """The four tensors of a TopK SAE, or their gradients; mutable, because the optimiser writes them in place."""
-
-    W_enc: Float[Tensor, "d_sae d_in"]
-    b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors in the order of the fields."""
-        return [getattr(self, field.name) for field in fields(self)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class StepResult:
 
     loss: Float[Tensor, ""]
     aux_loss: Float[Tensor, ""]
-    gradients: TopKWeights
+    gradients: SAEWeights
     fired: Int[Tensor, " d_sae"]
 
 
@@ -80,7 +67,7 @@ class AuxTask:
 
 
 def select_topk(
-    weights: TopKWeights,
+    weights: SAEWeights,
     x: Float[Tensor, "rows d_in"],
     k: int,
     *,
@@ -153,7 +140,7 @@ def decode_sparse(acts: SparseActs, W_dec: Float[Tensor, "d_sae d_in"]) -> Float
 
 
 def encode_sparse(
-    weights: TopKWeights,
+    weights: SAEWeights,
     x: Float[Tensor, "rows d_in"],
     k: int,
     *,
@@ -176,7 +163,7 @@ def encode_sparse(
 
 
 def topk_step(
-    weights: TopKWeights,
+    weights: SAEWeights,
     x: Float[Tensor, "rows d_in"],
     k: int,
     *,
@@ -207,7 +194,7 @@ def topk_step(
     # A feature that was chosen with a value of zero got no gradient from the ReLU either.
     d_values = sampled_products(d_out, weights.W_dec, acts.indices).mul_(acts.values > 0)
     transpose = _Transpose.of(acts.indices, weights.b_enc.numel())
-    gradients = TopKWeights(
+    gradients = SAEWeights(
         W_enc=transpose.weighted_sum(d_values, centred),
         b_enc=transpose.sum(d_values),
         W_dec=transpose.weighted_sum(acts.values, d_out),
@@ -223,7 +210,7 @@ def topk_step(
 
 
 def _add_aux(
-    weights: TopKWeights, centred: Tensor, residual: Tensor, aux: AuxTask, gradients: TopKWeights
+    weights: SAEWeights, centred: Tensor, residual: Tensor, aux: AuxTask, gradients: SAEWeights
 ) -> Float[Tensor, ""]:
     """Adds the gradients of the auxiliary loss in place and returns the loss; the residual is a constant."""
     W_enc, W_dec = weights.W_enc[aux.dead], weights.W_dec[aux.dead]

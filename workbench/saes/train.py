@@ -24,16 +24,17 @@ from workbench.metrics import squared_error
 from workbench.progress import task
 from workbench.records import load_json, to_jsonable, write_atomic
 from workbench.saes.config import SAEConfig
-from workbench.saes.io import CONFIG_FILE, WEIGHTS_FILE, Provenance, save_topk
+from workbench.saes.io import CONFIG_FILE, WEIGHTS_FILE
 from workbench.saes.kernels import (
     AuxTask,
     StepResult,
-    TopKWeights,
     decode_sparse,
     encode_sparse,
     probe_select_dtype,
     topk_step,
 )
+from workbench.saes.save import Provenance, save_topk
+from workbench.saes.weights import SAEWeights
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"
@@ -250,12 +251,12 @@ def _names(prefix: str) -> list[str]:
     return [f"{prefix}.{name}" for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
 
 
-def _initial_weights(config: SAEConfig, centre: Tensor) -> TopKWeights:
+def _initial_weights(config: SAEConfig, centre: Tensor) -> SAEWeights:
     """Random unit decoder rows, the encoder their transpose, `b_dec` at the mean."""
     random = torch.Generator().manual_seed(config.seed)
     W = torch.randn(config.d_sae, len(centre), generator=random)
     W /= W.norm(dim=1, keepdim=True)
-    return TopKWeights(W.clone(), torch.zeros(config.d_sae), W, centre.clone())
+    return SAEWeights(W.clone(), torch.zeros(config.d_sae), W, centre.clone())
 
 
 def _training_acts(store: ActivationStore, config: SAEConfig, index: int) -> Iterator[Float[Tensor, "n d"]]:
