@@ -39,6 +39,13 @@ def test_chosen_tokens_are_those_of_the_whole_capture_in_row_order() -> None:
     assert acts["pattern.0"].shape == (6, 2 * 6) and whole.rows is None
 
 
+def test_a_named_position_that_no_row_has_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(DegenerateInputError, match=r"no row has a token at Pos\(positions=\(20"):
+        model.capture(model.tokens(TEXTS), SITES, positions=Pos(2, 20))
+    assert len(model.capture(model.tokens(TEXTS), SITES, positions=Pos(2, 5)).rows) == 3  # type: ignore[arg-type]
+
+
 def test_last_gives_one_line_per_row_also_without_padding_being_in_the_way() -> None:
     model = tiny_model()
     acts = model.capture(model.tokens(TEXTS), ["resid_post.-1"], positions=Last())

@@ -9,7 +9,7 @@ import torch
 
 from tests.interventions.builders import edited
 from tests.tiny import D_MODEL, tiny_model
-from workbench.errors import ShapeError
+from workbench.errors import InvalidInputError, ShapeError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.merge import Merged
 from workbench.interventions.op import Op, Where
@@ -131,3 +131,16 @@ def test_one_row_of_parameters_serves_a_batch_of_any_size() -> None:
     both = Intervention.at("resid_post.1", Add(v)) + Intervention.at("resid_post.1", Add(v[0], torch.tensor([2.0])))
     clean = model.capture(IDS, ["resid_post.1"])["resid_post.1"]
     torch.testing.assert_close(edited(model, IDS, both), clean + 3 * v[0], atol=1e-4, rtol=1e-4)
+
+
+def test_heads_may_take_turns_since_they_do_not_overlap_but_not_with_their_whole_site() -> None:
+    model = tiny_model()
+    d_head = model.width("z.1.h0")
+    zero = Ablate("zero")
+    heads = [Intervention.at(f"z.1.h{head}", zero) for head in (0, 1, 0)]
+    twice = heads[0] + heads[1] + heads[2]
+    torch.testing.assert_close(edited(model, IDS, twice), edited(model, IDS, heads[0] + heads[1]))
+    whole = Intervention.at("z.1", Add(torch.ones(model.width("z.1"))))
+    with pytest.raises(InvalidInputError, match="go back and forth"):
+        edited(model, IDS, heads[0] + whole + heads[0])
+    assert d_head < model.width("z.1")

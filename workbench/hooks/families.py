@@ -203,6 +203,23 @@ def _part(parent: Module, bridge: Any, name: str) -> Module | None:
     return _child(parent[1], bridge.submodules.get(name))
 
 
+def position_tables(hf: Any) -> list[Module]:
+    """Modules that add a learned or stored row per absolute position to the token embeddings."""
+    tokens = hf.get_input_embeddings()
+    names = ("wpe", "embed_positions", "position_embeddings")
+    return [
+        (path, module)
+        for path, module in hf.named_modules()
+        if module is not tokens
+        and getattr(getattr(module, "weight", getattr(module, "weights", None)), "ndim", 0) == 2
+        and (path.rpartition(".")[2] in names or _is_table(module, tokens))
+    ]
+
+
+def _is_table(module: nn.Module, tokens: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.embedding_dim == tokens.get_parameter("weight").shape[1]
+
+
 def build_site_map(hf: nn.Module) -> SiteMap:
     """Maps every site to a module of the model, by the TransformerLens adapter of its family.
 

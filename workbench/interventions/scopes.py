@@ -250,7 +250,8 @@ class After(Scope):
 class _Chosen(Scope):
     """Shared by the scopes that are an explicit choice, one row of it per row of the intervention."""
 
-    chosen: Bool[Tensor, batch * pos]
+    chosen: Bool[Tensor, "rows ..."]
+    counted: ClassVar[str]
 
     @property
     def n_rows(self) -> int | None:

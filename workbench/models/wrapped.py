@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InvalidInputError, ShapeError
-from workbench.hooks.families import build_site_map
+from workbench.hooks.families import build_site_map, position_tables
 from workbench.models.head import Head
 from workbench.models.identity import fingerprint
 from workbench.tokens import Bos, Chat, TokenBatch, encode
@@ -86,9 +86,18 @@ class Wrapped:
         self.require_room(int(tokens.lengths.max()))
         return tokens
 
+    @property
+    def n_positions(self) -> int | None:
+        """How many positions a stored table has; None where positions are computed."""
+        for _, module in position_tables(self.hf):
+            table, offset = getattr(module, "weight", getattr(module, "weights", None)), getattr(module, "offset", 0)
+            if isinstance(table, Tensor):
+                return table.shape[0] - (offset if isinstance(offset, int) else 0)
+        return None
+
     def require_room(self, n_tokens: int) -> None:
         """Raises InvalidInputError if a model with a table of positions has fewer of them."""
-        room = _positions(self.hf)
+        room = self.n_positions
         if room is not None and n_tokens > room:
             raise InvalidInputError(
                 f"A row of {n_tokens} tokens, new ones included: this {type(self.hf).__name__} has embeddings for "
@@ -144,14 +153,3 @@ class Wrapped:
     def lens(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Logit lens: unembedding of the final norm of `x`, fp32, without bias and soft cap."""
         return self.final_norm(x) @ self.W_U
-
-
-def _positions(hf: Any) -> int | None:
-    """How many positions a learned table has; None where positions are computed."""
-    tokens = hf.get_input_embeddings()
-    for name, module in hf.named_modules():
-        if name.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings") and module is not tokens:
-            weight, offset = getattr(module, "weight", None), getattr(module, "offset", 0)
-            if isinstance(weight, Tensor) and weight.ndim == 2:
-                return weight.shape[0] - (offset if isinstance(offset, int) else 0)
-    return None

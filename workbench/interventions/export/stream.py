@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.errors import NotExactlyExportable
+from workbench.hooks.families import position_tables
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.compiled import order
 from workbench.interventions.export.folds import Fold, fold_of, refused
@@ -116,7 +117,7 @@ def folded_writers(hf: nn.Module, sites: SiteMap, intervention: Intervention) ->
     for point, edit in edits:
         _check_site(point, edit)
     edits.sort(key=lambda item: order(item[0]))  # stable: edits at one site stay in list order
-    stream, positions = _Stream(), position_embeddings(hf)
+    stream, positions = _Stream(), position_tables(hf)
     events = _events(sites, bool(positions))
     at = {name: i for i, name in enumerate(events)}
     last = 0
@@ -160,16 +161,6 @@ def _check_site(point: Point, edit: Edit) -> None:
     known = (*RESIDUAL, "attn_out", "mlp_out", "embed")
     if point.site.kind not in known:
         raise refused(edit, f"{point.site} is not on the residual stream; weights are folded at {', '.join(known)}")
-
-
-def position_embeddings(hf: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Embeddings of absolute positions, which are added to those of the tokens."""
-    tokens = hf.get_input_embeddings()  # type: ignore[operator]
-    return [
-        (path, module)
-        for path, module in hf.named_modules()
-        if isinstance(module, nn.Embedding) and module is not tokens and module.embedding_dim == tokens.weight.shape[1]
-    ]
 
 
 def _writers(sites: SiteMap, name: str, positions: list[tuple[str, nn.Module]], edit: Edit) -> list[Writer]:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from workbench.errors import InvalidInputError
 from workbench.hooks.attach import attached
+from workbench.hooks.families import position_tables
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.compiled import order
 from workbench.interventions.export.folds import Fold, fold_of, refused
 from workbench.interventions.export.result import Exported, Probe
-from workbench.interventions.export.stream import position_embeddings
 from workbench.interventions.intervention import Edit, Intervention
 from workbench.records import write_atomic
 
@@ -207,7 +207,7 @@ def _at_outputs(hf: nn.Module, sites: SiteMap, intervention: Intervention) -> It
     for edit in intervention.edits:
         fold = fold_of(edit, sites[edit.site])
         site = _after(sites.resolve(edit.site))
-        if site == Site("resid_pre", 0) and (fold.is_constant or not position_embeddings(hf)):
+        if site == Site("resid_pre", 0) and (fold.is_constant or not position_tables(hf)):
             site = Site("embed")
         point = sites[site]
         if point.side != "out" or point.columns is not None or point.heads is not None:
