@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ def study(
     model: Model,
     sae: Any,
     store: ActivationStore | None = None,
-    prompt: str = "From my experience,",
+    prompt: str | Sequence[str] = "From my experience,",
     strength: float = 10.0,
     options: ScoreOptions | None = None,
 ) -> FeatureTable:
@@ -29,7 +29,7 @@ def study(
         model: the model that the SAE was trained on.
         sae: the SAE.
         store: activations to find contexts in; without one there are output scores only.
-        prompt: neutral text whose last token is steered.
+        prompt: neutral text whose last token is steered, or several.
         strength: factor on the largest activation there.
         options: details.
     """
@@ -45,8 +45,8 @@ class FeaturesScore(Command):
     """Folder of the SAE."""
     store: Path | None = None
     """Folder of stored activations, for input scores and contexts; without it there are output scores only."""
-    prompt: str = "From my experience,"
-    """Neutral text whose last token is steered."""
+    prompt: tuple[str, ...] = ("From my experience,",)
+    """Neutral texts whose last token is steered; of several the mean score is taken."""
     strength: float = 10.0
     """Factor on the largest feature activation at that token."""
     k: int = 20

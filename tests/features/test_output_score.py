@@ -11,6 +11,7 @@ from workbench.errors import DegenerateInputError, InvalidInputError, MismatchEr
 from workbench.features.lens import lens_tokens
 from workbench.features.output_score import (
     OutputOptions,
+    confidence,
     output_score,
     output_score_delta,
     output_scores,
@@ -190,3 +191,30 @@ def test_embedded_equals_hooked_forward(embedded: Model, layer: int) -> None:
         hooked(embedded, sae, f, f"resid_post.{layer}", scores.lens.ids[f], OutputOptions()) for f in range(0, 24, 4)
     ]
     assert scores.score[::4].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_several_prompts_give_the_mean_of_each_and_the_change_of_confidence_is_that_of_a_hooked_model() -> None:
+    model, site = tiny_model(), "resid_post.0"
+    sae = random_sae(D_MODEL, 12)
+    prompts = ("abc", "the quick")
+    alone = [output_scores(model, sae, site=site, options=OutputOptions(prompt, k=5)) for prompt in prompts]
+    both = output_scores(model, sae, site=site, options=OutputOptions(prompts, k=5))
+    assert both.by_prompt.shape == (2, 12)
+    assert torch.equal(both.by_prompt, torch.stack([one.score for one in alone]))
+    torch.testing.assert_close(both.score, (alone[0].score + alone[1].score) / 2)
+    torch.testing.assert_close(both.delta, (alone[0].delta + alone[1].delta) / 2)
+    assert not torch.allclose(alone[0].score, alone[1].score)
+    edit = Intervention.at(site, SAEAddMax(sae, sae.W_dec[3], 10.0), Last())
+    expected = []
+    for prompt in prompts:
+        plain = float(confidence(model.logits(prompt)))
+        with model.plan(edit):
+            expected.append(float(confidence(model.logits(prompt))) - plain)
+    assert float(both.confidence[3]) == pytest.approx(sum(expected) / 2, abs=1e-4)
+    assert abs(expected[0]) > 1e-3
+
+
+def test_no_prompt_or_an_empty_one_is_refused() -> None:
+    for wrong in ((), ("abc", "")):
+        with pytest.raises(InvalidInputError, match="at least one text"):
+            OutputOptions(wrong)

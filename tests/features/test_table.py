@@ -10,7 +10,14 @@ import pytest
 from tests.features.test_input_score import make_store
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
-from workbench.errors import CorruptFileError, DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
+from workbench.errors import (
+    CorruptFileError,
+    DegenerateInputError,
+    InvalidInputError,
+    MismatchError,
+    MissingFileError,
+    UnknownNameError,
+)
 from workbench.features import ContextOptions, FeatureTable, ScoreOptions, input_score, output_scores, score_features
 from workbench.features.output_score import OutputOptions
 from workbench.features.report import co_occurrence
@@ -141,3 +148,14 @@ def test_random_directions_have_the_norms_of_the_features() -> None:
     sae: Any = random_sae()
     norms = random_like(3 * sae.W_dec, OPTIONS).norm(dim=1)
     assert norms.tolist() == pytest.approx([3.0] * 12, rel=1e-5)
+
+
+def test_select_by_confidence_takes_the_largest_change_in_either_direction() -> None:
+    table = small_table([0.9, 0.5, 0.02, 0.001], [0.0, 0.1, 0.1, 0.1])
+    table.df["confidence_delta"] = [9.0, 0.1, -2.0, 1.0]
+    assert table.select(2, by="confidence_delta") == (2, 3)
+    with pytest.raises(UnknownNameError, match="output_score"):
+        table.select(by="output_scores")
+    table.df["confidence_delta"] = float("nan")
+    with pytest.raises(DegenerateInputError, match="no feature of this table"):
+        table.select(by="confidence_delta")

@@ -6,6 +6,7 @@ from workbench.features.lens import LensTokens, lens_tokens
 from workbench.features.output_score import (
     OutputOptions,
     OutputScores,
+    confidence,
     direction_scores,
     output_score,
     output_score_delta,
@@ -25,6 +26,7 @@ __all__ = [
     "OutputScores",
     "ScoreOptions",
     "TopContexts",
+    "confidence",
     "direction_scores",
     "input_score",
     "lens_tokens",

@@ -14,7 +14,7 @@ from workbench.features.lens import LensTokens, feature_ids, lens_tokens, slab_r
 from workbench.features.resume import LastToken, fp32_copy
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
-from workbench.progress import task
+from workbench.progress import Task, task
 
 
 @dataclass(frozen=True)
@@ -22,27 +22,41 @@ class OutputOptions:
     """How output scores are measured.
 
     Attributes:
-        prompt: neutral text whose last token is steered.
+        prompt: neutral text whose last token is steered, or several, over which scores are averaged.
         strength: factor s on `a_max`, the largest feature activation at that token.
         k: number of lens tokens per feature.
         rows: edits per forward pass.
         precision: "float32" scores a model of lower precision on a copy in fp32; "model" uses it as it is.
-        screen: features whose score is provably below this get an upper bound instead of a score; 0 scores all.
+        screen: features whose score is provably below this get an upper bound instead of a score; 0 scores all. With
+            several prompts a feature is scored on each prompt where its bound reaches this.
+        confidence_k: most probable tokens that the confidence is taken over.
     """
 
-    prompt: str = "From my experience,"
+    prompt: str | tuple[str, ...] = "From my experience,"
     strength: float = 10.0
     k: int = 20
     rows: int = 256
     precision: Literal["float32", "model"] = "float32"
     screen: float = 0.0
+    confidence_k: int = 1
 
     def __post_init__(self) -> None:
+        if not self.prompts or not all(self.prompts):
+            raise InvalidInputError(
+                f"OutputOptions(prompt={self.prompt!r}): give at least one text, none of them empty."
+            )
+        if self.confidence_k < 1:
+            raise InvalidInputError(f"OutputOptions(confidence_k={self.confidence_k}): take at least 1 token.")
         if self.strength <= 0 or self.rows < 1 or not 0 <= self.screen <= 1:
             raise InvalidInputError(
                 f"OutputOptions(strength={self.strength}, rows={self.rows}, screen={self.screen}): "
                 "strength must be positive, rows at least 1, screen between 0 and 1."
             )
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts."""
+        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,22 +64,43 @@ class OutputScores:
     """Output scores of some directions.
 
     Attributes:
-        score: `(1 - r/|V|) p(t*)` of the steered model; nan where screening stopped.
+        score: `(1 - r/|V|) p(t*)` of the steered model, mean over prompts; nan where screening stopped on any prompt.
         delta: the same minus the score of the unsteered model; nan where screening stopped.
+        confidence: confidence of the steered minus that of the unsteered model (`confidence`), mean over prompts; nan
+            where screening stopped.
         bound: an upper bound on `score`; the score itself where it was computed.
-        token: t*, the most probable lens token of the steered model (by the bound's partial logits where screened).
-        a_max: the activation that strengths multiply, in the SAE's units.
+        token: t* on the first prompt, the most probable lens token of the steered model (by the bound's partial logits
+            where screened).
+        a_max: the activation that strengths multiply, in the SAE's units; mean over prompts.
         lens: the lens tokens of each direction.
         skipped_blocks: whether the blocks before the site were computed once instead of per edit.
+        by_prompt: `score` on each prompt.
     """
 
     score: Float[Tensor, " directions"]
     delta: Float[Tensor, " directions"]
+    confidence: Float[Tensor, " directions"]
     bound: Float[Tensor, " directions"]
     token: Int[Tensor, " directions"]
     a_max: float
     lens: LensTokens
     skipped_blocks: bool
+    by_prompt: Float[Tensor, "prompts directions"]
+
+
+def confidence(logits: Float[Tensor, "rows d_vocab"], k: int = 1) -> Float[Tensor, " rows"]:
+    """`-(1/k) sum log p` over the k most probable tokens, in nats: 0 is certain, larger is less sure.
+
+    The change that a feature makes to it is a second way to choose features to steer with: those that change it most,
+    in either direction.
+
+    Source: Wang et al. 2025 (arXiv 2510.03659), who take k = 1.
+
+    >>> confidence(torch.zeros(1, 4)).item() == torch.tensor(4.0).log().item()  # p = 1/4
+    True
+    """
+    top = logits.topk(min(k, logits.shape[1]), dim=1).values
+    return logits.logsumexp(dim=1) - top.mean(dim=1)
 
 
 def rank_score(
@@ -105,7 +140,8 @@ def output_scores(
         MismatchError: if the SAE belongs to another model or site.
         DegenerateInputError: if no feature of the SAE is active at the prompt's last token.
 
-    Source: Arad, Mueller, Belinkov 2025 (arXiv 2505.20063): s = 10, k = 20, prompt "From my experience,".
+    Source: Arad, Mueller, Belinkov 2025 (arXiv 2505.20063): s = 10, k = 20, prompt "From my experience," (code) or
+    "In my experience," (text).
     """
     ids = feature_ids(sae, features)
     return direction_scores(model, sae, sae.W_dec.detach()[ids], site, options)
@@ -131,21 +167,60 @@ def direction_scores(
     """Output scores of any directions, each with its own lens tokens; the SAE only says how large `a_max` is."""
     options = options or OutputOptions()
     where = target_site(model, sae, site)
-    batch = model.tokens(options.prompt)
     scored = fp32_copy(model) if options.precision == "float32" else model
-    run = LastToken(scored, batch.ids, where, min(options.rows, len(directions)))
-    a_max = _largest_activation(sae, run.x, options.prompt)
     directions = directions.to(model.device).float()
     lens = lens_tokens(scored, directions, options.k)
-    base = torch.cat([rank_score(run.logits.expand(len(ids), -1), ids)[0] for ids in lens.ids.split(options.rows)])
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    with task(total=len(directions), description="output scores", unit="features") as progress:
-        for part, part_ids in zip(directions.split(options.rows), lens.ids.split(options.rows), strict=True):
-            found.append(_score_part(run, options.strength * a_max * part, part_ids, options))
-            progress.advance(len(part))
-    score, bound, token = (torch.cat(column).cpu() for column in zip(*found, strict=True))
-    lens = LensTokens(lens.ids.cpu(), lens.values.cpu())
-    return OutputScores(score, score - base.cpu(), bound, token, a_max, lens, run.skips_blocks)
+    with task(total=len(directions) * len(options.prompts), description="output scores", unit="features") as progress:
+        found = [
+            _score_prompt(scored, sae, _Wanted(prompt, where, directions, lens.ids), options, progress)
+            for prompt in options.prompts
+        ]
+    by_prompt = torch.stack([one.score for one in found])
+    return OutputScores(
+        score=by_prompt.mean(0), delta=torch.stack([one.score - one.base for one in found]).mean(0),
+        confidence=torch.stack([one.confidence for one in found]).mean(0),
+        bound=torch.stack([one.bound for one in found]).mean(0), token=found[0].token,
+        a_max=sum(one.a_max for one in found) / len(found), lens=LensTokens(lens.ids.cpu(), lens.values.cpu()),
+        skipped_blocks=all(one.skipped_blocks for one in found), by_prompt=by_prompt,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """What is scored on one prompt."""
+
+    prompt: str
+    site: Site
+    directions: Tensor
+    lens_ids: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _OnePrompt:
+    """Scores on one prompt, on the CPU; `base` is the score of the unsteered model."""
+
+    score: Tensor
+    base: Tensor
+    confidence: Tensor
+    bound: Tensor
+    token: Tensor
+    a_max: float
+    skipped_blocks: bool
+
+
+def _score_prompt(model: Model, sae: Any, wanted: _Wanted, options: OutputOptions, progress: Task) -> _OnePrompt:
+    directions, lens_ids = wanted.directions, wanted.lens_ids
+    ids = model.tokens(wanted.prompt).ids
+    run = LastToken(model, ids, wanted.site, min(options.rows, len(directions)))
+    a_max = _largest_activation(sae, run.x, wanted.prompt)
+    base = torch.cat([rank_score(run.logits.expand(len(part), -1), part)[0] for part in lens_ids.split(options.rows)])
+    found: list[tuple[Tensor, ...]] = []
+    for part, part_ids in zip(directions.split(options.rows), lens_ids.split(options.rows), strict=True):
+        found.append(_score_part(run, options.strength * a_max * part, part_ids, options))
+        progress.advance(len(part))
+    score, change, bound, token = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+    unsteered = float(confidence(run.logits[None], options.confidence_k))
+    return _OnePrompt(score, base.cpu(), change - unsteered, bound, token, a_max, run.skips_blocks)
 
 
 def _largest_activation(sae: Any, x: Tensor, prompt: str) -> float:
@@ -162,8 +237,8 @@ def _largest_activation(sae: Any, x: Tensor, prompt: str) -> float:
 
 def _score_part(
     run: LastToken, change: Tensor, lens_ids: Tensor, options: OutputOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, upper bound and best token of one batch of edits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score, confidence, upper bound and best token of one batch of edits."""
     hidden = run.hidden(change)
     if options.screen > 0:
         bound, token = _upper_bound(run, hidden, lens_ids)
@@ -172,10 +247,13 @@ def _score_part(
         bound, token = torch.ones(len(hidden), device=hidden.device), lens_ids[:, 0].clone()
         survivors = torch.arange(len(hidden), device=hidden.device)
     score = torch.full((len(hidden),), float("nan"), device=hidden.device)
+    sure = score.clone()
     for some in survivors.split(slab_rows(run.logits.shape[0])):
-        score[some], token[some] = rank_score(run.head.all(hidden[some]), lens_ids[some])
+        logits = run.head.all(hidden[some])
+        score[some], token[some] = rank_score(logits, lens_ids[some])
+        sure[some] = confidence(logits, options.confidence_k)
     bound[survivors] = score[survivors]
-    return score, bound, token
+    return score, sure, bound, token
 
 
 def _upper_bound(run: LastToken, hidden: Tensor, lens_ids: Tensor, likely: int = 2048) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ def score_features(
     site: str | Site | None = None,
     features: Sequence[int] | None = None,
     scores: Sequence[str] = SCORES,
-    prompt: str = "From my experience,",
+    prompt: str | Sequence[str] = "From my experience,",
     strength: float = 10.0,
     options: ScoreOptions | None = None,
 ) -> FeatureTable:
@@ -65,7 +65,7 @@ def score_features(
         site: where the SAE reads; its own site by default.
         features: which; all by default.
         scores: "input", "output" or both.
-        prompt: neutral text whose last token is steered for the output score.
+        prompt: neutral text whose last token is steered for the output score; of several the mean is taken.
         strength: factor on the largest activation at that token.
         options: details.
 
@@ -82,9 +82,12 @@ def score_features(
     if not scores or (store is None and "output" not in scores):
         raise InvalidInputError(f"scores={tuple(scores)!r}, store={store}: nothing to do. Input scores need a store.")
     where, ids = target_site(model, sae, site), feature_ids(sae, features)
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
     outputs = random = contexts = None
     if "output" in scores:
-        how = OutputOptions(prompt, strength, options.k, options.rows, options.precision)  # type: ignore[arg-type]
+        how = OutputOptions(
+            prompts[0] if len(prompts) == 1 else prompts, strength, options.k, options.rows, options.precision
+        )  # type: ignore[arg-type]
         outputs = direction_scores(model, sae, sae.W_dec.detach()[ids], where, how)
         if options.random_directions:
             random = direction_scores(model, sae, random_like(sae.W_dec.detach(), options), where, how)
@@ -92,7 +95,8 @@ def score_features(
         store.check_model(model)
         contexts = top_contexts(store, sae, model.tokenizer, ids, str(where), options.contexts)
     lens_ids = (outputs.lens if outputs else lens_tokens(model, sae.W_dec.detach()[ids], options.k)).ids.cpu()
-    meta = _meta(model, sae, where, options, prompt, strength) | {
+    meta = _meta(model, sae, where, options, strength) | {
+        "prompt": prompts[0] if len(prompts) == 1 else list(prompts),
         "a_max": outputs.a_max if outputs else None, "n_tokens": contexts.n_tokens if contexts else 0,
         "skipped_blocks": outputs.skipped_blocks if outputs else None, "scores": list(scores),
     }  # fmt: skip
@@ -110,12 +114,12 @@ def random_like(directions: Tensor, options: ScoreOptions) -> Tensor:
     return noise / noise.norm(dim=1, keepdim=True) * like[:, None].float()
 
 
-def _meta(model: Model, sae: Any, site: Site, options: ScoreOptions, prompt: str, strength: float) -> dict[str, Any]:
+def _meta(model: Model, sae: Any, site: Site, options: ScoreOptions, strength: float) -> dict[str, Any]:
     precision = "float32" if options.precision == "float32" else str(model.dtype).removeprefix("torch.")
     return {
         "model": model.name, "model_fingerprint": model.fingerprint, "site": str(site),
         "d_sae": int(sae.W_dec.shape[0]),
-        "prompt": prompt, "strength": strength, "k": options.k, "precision": precision,
+        "strength": strength, "k": options.k, "precision": precision,
         "min_contexts": options.contexts.min_contexts, "contexts": asdict(options.contexts), "seed": options.seed,
         "output_score": "steered model only (as in the paper's code); output_score_delta subtracts the unsteered model",
     }  # fmt: skip
@@ -153,6 +157,7 @@ def _frame(
         "input_score": inputs.tolist() if inputs is not None else nan,
         "output_score": outputs.score.tolist() if outputs else nan,
         "output_score_delta": outputs.delta.tolist() if outputs else nan,
+        "confidence_delta": outputs.confidence.tolist() if outputs else nan,
         "frequency": contexts.frequency.tolist() if contexts else nan,
         "max_act": contexts.max_act.tolist() if contexts else nan,
         "n_contexts": contexts.counts.tolist() if contexts else [0] * len(ids),

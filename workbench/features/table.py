@@ -11,15 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from workbench.errors import CorruptFileError, DegenerateInputError, InvalidInputError, MissingFileError, did_you_mean
+from workbench.errors import (
+    CorruptFileError,
+    DegenerateInputError,
+    InvalidInputError,
+    MissingFileError,
+    UnknownNameError,
+    did_you_mean,
+)
 from workbench.features.report import FeatureScoreReport, score_report
 from workbench.records import load_json, save_json, write_atomic
 
 TABLE_FILE = "features.parquet"
 META_FILE = "features.json"
 COLUMNS = (
-    "feature", "input_score", "output_score", "output_score_delta", "frequency", "max_act", "n_contexts", "best_token",
-    "top_tokens", "top_token_ids", "contexts", "context_token_ids",
+    "feature", "input_score", "output_score", "output_score_delta", "confidence_delta", "frequency", "max_act",
+    "n_contexts", "best_token", "top_tokens", "top_token_ids", "contexts", "context_token_ids",
 )  # fmt: skip
 
 
@@ -57,14 +64,24 @@ class FeatureTable:
         known = self.df["frequency"].notna()
         return self.df[(self.df["frequency"] > 0) | ~known]
 
-    def select(self, n: int | None = None, min_output_score: float = 0.01) -> tuple[int, ...]:
-        """Features to steer with: alive, output score of at least `min_output_score`, best first, at most n.
+    def select(self, n: int | None = None, min_output_score: float = 0.01, by: str = "output_score") -> tuple[int, ...]:
+        """Features to steer with: alive, best first, at most n.
+
+        Args:
+            n: how many; None takes all that qualify.
+            min_output_score: least output score; not used with `by="confidence_delta"`.
+            by: "output_score", or "confidence_delta" for those that change the model's confidence most, either way.
 
         Raises:
             DegenerateInputError: if no feature qualifies; says what the best score is.
+            UnknownNameError: for another `by`.
 
-        Source: Arad, Mueller, Belinkov 2025 recommend 0.01.
+        Source: Arad, Mueller, Belinkov 2025 recommend 0.01; Wang et al. 2025 (arXiv 2510.03659) the confidence.
         """
+        if by not in ("output_score", "confidence_delta"):
+            raise UnknownNameError(f"select(by={by!r}). {did_you_mean(by, ('output_score', 'confidence_delta'))}")
+        if by == "confidence_delta":
+            return self._most_changed(n)
         alive = self.alive().sort_values(["output_score", "feature"], ascending=[False, True])
         good = alive[alive["output_score"] >= min_output_score]
         if good.empty:
@@ -75,6 +92,15 @@ class FeatureTable:
                 f"{best:.3g}. Lower the threshold, or score at a later layer."
             )
         return tuple(int(f) for f in good["feature"][:n])
+
+    def _most_changed(self, n: int | None) -> tuple[int, ...]:
+        known = self.alive().dropna(subset=["confidence_delta"])
+        if known.empty:
+            raise DegenerateInputError(
+                "select(by='confidence_delta'): no feature of this table has a confidence. Score output scores first."
+            )
+        order = known["confidence_delta"].abs().sort_values(ascending=False, kind="stable").index
+        return tuple(int(f) for f in known.loc[order, "feature"][:n])
 
     def worst_matched(self, features: Sequence[int], share: float = 0.25) -> tuple[int, ...]:
         """For each given feature another one of like frequency from the `share` with the lowest output scores.
