@@ -5,16 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from workbench.activations import harvest as harvest_module
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.keep import KeepRule
+from workbench.activations.ring import RingBuffer
 from workbench.activations.sources import SelfText, TokenRows
 from workbench.activations.store import open_store
 from workbench.errors import (
@@ -23,7 +24,6 @@ from workbench.errors import (
     InvalidInputError,
     MismatchError,
     MissingFileError,
-    ResourceError,
     UnknownSiteError,
 )
 from workbench.models.model import Model
@@ -39,8 +39,14 @@ def model() -> Model:
 
 def _rows(n: int = 30, context: int = 10) -> torch.Tensor:
     ids = torch.randint(2, 200, (n, context), generator=torch.Generator().manual_seed(0))
-    ids[3, 4] = tiny_tokenizer().eos_token_id
+    ids[3, 4] = _eos()
     return ids
+
+
+def _eos() -> int:
+    end = tiny_tokenizer().eos_token_id
+    assert isinstance(end, int)
+    return end
 
 
 def _source(n: int = 30) -> TokenRows:
@@ -99,42 +105,79 @@ def test_splits_share_no_row_and_cover_all(model: Model, tmp_path: Path) -> None
     assert len(store.token_rows("train")) == 27
 
 
+def test_aligned_blocks_hold_the_same_tokens_at_every_site(model: Model, tmp_path: Path) -> None:
+    sites = [SITE, "mlp_out.0"]
+    store = harvest(model, _source(), sites, tmp_path / "s", options=SMALL)
+    for index in range(len(store.manifest.shards)):
+        for split in ("all", "train", "heldout"):
+            found = store.aligned_block(index, sites, split)
+            assert list(found) == sites
+            for site in sites:
+                assert torch.equal(found[site], store.block(index, site, split).acts)
+    with pytest.raises(UnknownSiteError, match="mlp_out.0"):
+        store.aligned_block(0, ["mlp_out.1"])
+
+
+def test_every_kept_token_is_served_once_per_epoch_from_the_store(model: Model, tmp_path: Path) -> None:
+    store = harvest(model, _source(), [SITE, "mlp_out.0"], tmp_path / "s", options=SMALL)
+
+    def epoch(number: int) -> Iterator[dict[str, torch.Tensor]]:
+        order = torch.randperm(len(store.manifest.shards), generator=torch.Generator().manual_seed(number))
+        for index in order.tolist():
+            yield store.aligned_block(index, [SITE, "mlp_out.0"], "train")
+
+    def hashes(x: torch.Tensor) -> list[bytes]:
+        return sorted(row.tobytes() for row in x.view(torch.int16).numpy())
+
+    ring = RingBuffer(epoch, 50, seed=1)
+    n = sum(len(block) for block in store.read(SITE, "train"))
+    for _ in range(2):
+        batch = ring.next(n)
+        for site, x in batch.items():
+            assert hashes(x) == hashes(torch.cat(list(store.read(site, "train"))))
+
+
 KILLED = """
 import sys
 from pathlib import Path
 from tests.activations.test_harvest import SITE, SMALL
 from tests.tiny import tiny_model
+from dataclasses import replace
 from workbench.activations import harvest as h
 from workbench.activations.sources import SelfText
-import os, signal, workbench.activations.harvest as module
-real, written = module.write_atomic, []
-def killing(path, content):
-    real(path, content)
-    written.append(path)
-    if len(written) == int(sys.argv[2]):
+import os, signal, workbench.activations.folder as module
+real, written, after = module.os.replace, [], float(sys.argv[2])
+def killing(partial, target):
+    written.append(target)
+    if len(written) > after:
         os.kill(os.getpid(), signal.SIGKILL)
-module.write_atomic = killing
-h.harvest(tiny_model(), SelfText(tokens=240, context=10, batch_size=4), [SITE], Path(sys.argv[1]), options=SMALL)
+    real(partial, target)
+    if len(written) == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+module.os.replace = killing
+options = replace(SMALL, dtype="int8")
+h.harvest(tiny_model(), SelfText(tokens=240, context=10, batch_size=4), [SITE], Path(sys.argv[1]), options=options)
 """
 
 
 def test_a_harvest_killed_twice_equals_an_uninterrupted_one_to_the_byte(tmp_path: Path) -> None:
-    def killed(after: int) -> int:
+    def killed(after: float) -> int:
         command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(after)]
         return subprocess.run(
             command, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}
         ).returncode
 
-    assert killed(1) == -signal.SIGKILL
-    assert killed(2) == -signal.SIGKILL
+    assert killed(1) == -signal.SIGKILL, "a shard, but not in the manifest"
+    assert killed(2.5) == -signal.SIGKILL, "in the middle of the second shard"
+    assert len(list((tmp_path / "killed").glob(".*.tmp"))) == 1
     with pytest.raises(DegenerateInputError, match="not finished"):
         open_store(tmp_path / "killed")
     before = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in ("shard-00000.safetensors",)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    source = SelfText(tokens=240, context=10, batch_size=4)
-    harvest(tiny_model(), source, [SITE], tmp_path / "killed", options=SMALL)
-    harvest(tiny_model(), source, [SITE], tmp_path / "whole", options=SMALL)
+    source, options = SelfText(tokens=240, context=10, batch_size=4), replace(SMALL, dtype="int8")
+    harvest(tiny_model(), source, [SITE], tmp_path / "killed", options=options)
+    harvest(tiny_model(), source, [SITE], tmp_path / "whole", options=options)
     torch.set_num_threads(threads)
     assert _hashes(tmp_path / "killed") == _hashes(tmp_path / "whole")
     after = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in before}
@@ -166,43 +209,6 @@ def test_wrong_sites_are_refused_before_anything_is_written(model: Model, tmp_pa
     with pytest.raises(InvalidInputError, match="list of sites"):
         harvest(model, _source(), SITE, tmp_path / "s")
     assert not (tmp_path / "s").exists()
-
-
-def test_a_full_disk_is_refused_with_the_estimate(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = namedtuple("usage", "free")(100)
-    monkeypatch.setattr(harvest_module.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ResourceError, match="300 tokens"):
-        harvest(model, _source(), [SITE], tmp_path / "s")
-
-
-def test_non_finite_activations_are_refused(tmp_path: Path) -> None:
-    model = tiny_model()
-    with torch.no_grad():
-        model.hf.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(InvalidInputError, match="not finite"):
-        harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_shard_is_named(model: Model, tmp_path: Path, damage: str) -> None:
-    harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
-    shard = tmp_path / "s" / "shard-00001.safetensors"
-    raw = bytearray(shard.read_bytes())
-    if damage == "truncated":
-        del raw[-10:]
-    else:
-        raw[-1] ^= 1
-    shard.write_bytes(raw)
-    store = open_store(tmp_path / "s")
-    with pytest.raises(CorruptFileError, match="shard-00001"):
-        store.verify()
-    with pytest.raises(CorruptFileError, match="shard-00001"):
-        list(store.read())
-    shard.unlink()
-    with pytest.raises(MissingFileError, match="shard-00001"):
-        store.verify()
 
 
 def test_manifests_can_not_name_files_elsewhere(model: Model, tmp_path: Path) -> None:

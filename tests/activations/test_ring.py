@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from workbench.activations.ring import RingBuffer
-from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 
 
 def _blocks(epoch: int) -> Iterator[Tensor]:
@@ -51,6 +51,52 @@ def test_batches_do_not_share_memory_with_the_buffer() -> None:
     kept = batch.clone()
     ring.next(100)
     assert torch.equal(batch, kept)
+
+
+def _streams(epoch: int) -> Iterator[dict[str, Tensor]]:
+    """The same rows at two sites of different width and dtype."""
+    for block in _blocks(epoch):
+        yield {"in": block, "out": (block * torch.tensor([2.0, 3.0])).double()}
+
+
+@pytest.mark.parametrize("capacity", [2, 10, 64, 500])
+def test_streams_that_belong_together_are_served_together(capacity: int) -> None:
+    ring, alone = RingBuffer(_streams, capacity, seed=2), RingBuffer(_blocks, capacity, seed=2)
+    served = []
+    for _ in range(25):
+        batch = ring.next(8)
+        assert torch.equal(batch["out"], (batch["in"] * torch.tensor([2.0, 3.0])).double())
+        assert torch.equal(batch["in"], alone.next(8)), "the order does not depend on how many streams there are"
+        served.append(batch["in"])
+    assert torch.equal(torch.cat(served).flatten()[:100].sort().values, torch.arange(100.0))
+    again = RingBuffer(_streams, capacity, seed=2)
+    again.load_state_dict(ring.state_dict())
+    for _ in range(10):
+        a, b = ring.next(7), again.next(7)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_buffer_restored_twice_goes_on_to_the_bit() -> None:
+    ring, state = RingBuffer(_blocks, 32, seed=3), {}
+    for n in (37, 21, 90):
+        expected = ring.next(n)
+        again = RingBuffer(_blocks, 32, seed=3)
+        if state:
+            again.load_state_dict(state)
+        assert torch.equal(again.next(n), expected)
+        state = again.state_dict()
+        assert state == ring.state_dict()
+
+
+def test_streams_must_fit_together() -> None:
+    with pytest.raises(ShapeError, match="equally many rows"):
+        RingBuffer(lambda epoch: [{"a": torch.zeros(3, 2), "b": torch.zeros(4, 2)}], 10)
+    blocks = [{"a": torch.zeros(3, 2)}, {"b": torch.zeros(3, 2)}]
+    with pytest.raises(InvalidInputError, match=r"\['b'\] after blocks of \['a'\]"):
+        RingBuffer(lambda epoch: blocks, 10)
+    ring = RingBuffer(_blocks, 10)
+    with pytest.raises(InvalidInputError, match="holds 100"):
+        ring.load_state_dict({"epoch": 0, "served": 101, "seed": 0, "capacity": 10})
 
 
 def test_wrong_use_is_refused() -> None:

@@ -2,58 +2,52 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from workbench.activations.finish import finish, join_parts
+from workbench.activations.folder import Folder, Part, open_folder
 from workbench.activations.keep import KeepRule
-from workbench.activations.sources import PackedRows, Source
-from workbench.activations.store import (
-    DROP_REASONS,
-    MANIFEST,
-    ActivationStore,
-    Manifest,
-    Shard,
-    SiteStats,
-    file_sha256,
-    load_manifest,
-    open_store,
+from workbench.activations.manifest import DROP_REASONS, MANIFEST, Manifest, Shard, load_manifest
+from workbench.activations.packing import PackedRows, Source
+from workbench.activations.plan import (
+    FirstLook,
+    HarvestOptions,
+    check_room,
+    check_same,
+    expected,
+    first_look,
+    joined,
+    make_plan,
+    resolved,
 )
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
+from workbench.activations.quant import Int8Code
+from workbench.activations.shardfile import safetensors_parts
+from workbench.activations.sources import SelfText, TokenRows
+from workbench.activations.store import SCALE, ActivationStore, first_not_finite, open_store
+from workbench.errors import CorruptFileError, InvalidInputError, MismatchError
 from workbench.progress import Task, task
-from workbench.records import to_jsonable, write_atomic
 
-BYTES_PER_TOKEN = 14  # token, row and document ids as int32, position as int16
-
-
-@dataclass(frozen=True, kw_only=True)
-class HarvestOptions:
-    """How a harvest is cut into pieces; the activations don't depend on it beyond bf16 rounding.
-
-    Attributes:
-        shard_tokens: tokens per shard, rounded up to whole batches of the source. A killed harvest loses at most one.
-        batch_tokens: tokens per forward pass, rounded up to whole rows.
-    """
-
-    shard_tokens: int = 16_384
-    batch_tokens: int = 2_048
-
-    def __post_init__(self) -> None:
-        if self.shard_tokens < 1 or self.batch_tokens < 1:
-            raise InvalidInputError(f"HarvestOptions: {self}; both must be at least 1.")
+STATISTICS_TOKENS = 100_000
+"""Kept tokens of the first shard from which the channels are standardised for int8, at most."""
 
 
 def harvest(
-    model: Any, source: Source, sites: Sequence[str], out: str | Path, *, options: HarvestOptions | None = None
+    model: Any,
+    source: Source,
+    sites: Sequence[str],
+    out: str | Path,
+    *,
+    options: HarvestOptions | None = None,
+    repair: bool = False,
 ) -> ActivationStore:
-    """Runs `source` through the model and stores bf16 activations at `sites`, without attention sinks.
+    """Runs `source` through the model and stores the activations at `sites`, without attention sinks.
 
     A token is kept if it is not the first of its row, not a special token, and its norm is at most ten times the
     median (of the first forward pass) at every site. Finished shards are kept when a killed harvest is started again,
@@ -63,116 +57,198 @@ def harvest(
         model: a `Model`.
         source: `SelfText`, `TextFiles`, `HubDataset` or `TokenRows`.
         sites: where to read.
-        out: folder of the store.
-        options: sizes of shards and batches.
+        out: folder of the store, or an address that fsspec knows, such as s3://bucket/acts.
+        options: sizes of shards and batches, stored dtype, share of this process.
+        repair: make damaged and missing shards again; each is the same to the byte or is refused.
+
+    Returns:
+        The store. Where several processes fill it, only the last one to finish gets the whole; the others get what they
+        wrote themselves.
 
     Raises:
         UnknownSiteError: for a site that the model does not have.
-        MismatchError: if `out` holds another harvest.
-        ResourceError: if the disk is too small for it.
+        MismatchError: if `out` holds another harvest, or a repaired shard would differ from before.
+        CorruptFileError: if a shard is damaged or missing and `repair` is not set.
+        ResourceError: if disk or memory are too small for it, or the disk fills up on the way.
         InvalidInputError: if an activation is not finite.
     """
-    if isinstance(sites, str) or not sites:
-        raise InvalidInputError(f"harvest(sites={sites!r}): give a list of sites, such as ['resid_post.10'].")
-    folder, options = Path(out), options or HarvestOptions()
-    names = tuple(str(model.resolve(site)) for site in sites)
-    plan = _plan(model, source, names, options)
-    if (folder / MANIFEST).is_file():
-        plan = _resumed(load_manifest(folder), plan, folder)
-    if plan.done:
-        return open_store(folder)
-    _check_disk(plan, source, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = source.n_rows()
-    total = None if rows is None else rows * source.context
-    with task(total=total, description=f"Harvesting {', '.join(names)}", unit="tokens") as running:
-        manifest = _Harvest(model, source, folder, options, running).run(plan)
-    _finish(folder, manifest)
+    options, folder = options or HarvestOptions(), open_folder(out)
+    plan = make_plan(model, source, resolved(model, sites), options)
+    manifest = _begun(folder, plan, options)
+    damaged = ActivationStore(folder, manifest).damaged()
+    if damaged and not repair:
+        names = ", ".join(manifest.shards[i].file for i in damaged)
+        raise CorruptFileError(
+            f"{folder.where}: {names} {'is' if len(damaged) == 1 else 'are'} missing or damaged. Run the same harvest "
+            "with repair=True (--repair), which makes only what is damaged again."
+        )
+    run = _Harvest(model, source, folder, options)
+    if not manifest.done:
+        return _finished(folder, run.go_on(manifest, damaged), options)
+    if damaged:
+        run.repair(manifest, damaged)
+    return open_store(folder) if folder.has(MANIFEST) else _finished(folder, manifest, options)
+
+
+def _begun(folder: Folder, plan: Manifest, options: HarvestOptions) -> Manifest:
+    """What this process, or a finished harvest, has left in the folder; else the plan."""
+    own = options.manifest_name
+    for name in dict.fromkeys((MANIFEST, own)):
+        if folder.has(name):
+            found = load_manifest(folder, name)
+            check_same(found, plan, folder)
+            if name != own and not found.done:
+                raise MismatchError(
+                    f"{folder.where} holds the unfinished harvest of one process. Finish it with world=1, or use "
+                    "another folder."
+                )
+            return found
+    return plan
+
+
+def _finished(folder: Folder, manifest: Manifest, options: HarvestOptions) -> ActivationStore:
+    """The whole store if this process was the last one, else what it wrote."""
+    _, world = options.place
+    if world > 1:
+        replace(manifest, done=True).save(folder, options.manifest_name)
+        names = [replace(options, rank=rank, world=world).manifest_name for rank in range(world)]
+        whole = join_parts(folder, names)
+        if whole is None:
+            n_tokens = sum(shard.n_rows for shard in manifest.shards) * manifest.context
+            kept = sum(shard.kept for shard in manifest.shards)
+            return ActivationStore(folder, replace(manifest, n_tokens=n_tokens, kept=kept, done=False))
+        manifest = whole
+        finish(folder, manifest)
+        for name in names:
+            folder.remove(name)
+    else:
+        finish(folder, manifest)
     return open_store(folder)
 
 
-def _plan(model: Any, source: Source, sites: tuple[str, ...], options: HarvestOptions) -> Manifest:
-    rows = -(-options.shard_tokens // source.context)
-    shard_rows = -(-rows // source.batch_rows) * source.batch_rows
-    return Manifest(
-        model_name=model.name,
-        model_fingerprint=model.fingerprint,
-        source=to_jsonable(source.describe()),
-        sites={site: SiteStats(d=model.width(site), max_norm=0.0) for site in sites},
-        context=source.context,
-        special_ids=tuple(sorted(int(i) for i in model.tokenizer.all_special_ids)),
-        shard_rows=shard_rows,
-        batch_rows=-(-options.batch_tokens // source.context),
-    )
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What one shard holds: bf16 activations of the kept tokens, and why each token was dropped."""
 
-
-def _resumed(found: Manifest, plan: Manifest, folder: Path) -> Manifest:
-    """The manifest on disk, if it belongs to the harvest that is asked for."""
-    for name in ("model_fingerprint", "source", "context", "special_ids", "shard_rows", "batch_rows"):
-        old, new = getattr(found, name), getattr(plan, name)
-        if old != new:
-            raise MismatchError(
-                f"{folder} holds another harvest: {name} is {old!r}, asked for {new!r}. Use another folder."
-            )
-    if tuple(found.sites) != tuple(plan.sites):
-        raise MismatchError(
-            f"{folder} holds the sites {tuple(found.sites)}, asked for {tuple(plan.sites)}. Use another folder."
-        )
-    for shard in found.shards:
-        path = folder / shard.file
-        if not path.is_file() or file_sha256(path) != shard.sha256:
-            raise MismatchError(f"{path} is missing or damaged. Delete {folder} and harvest again.")
-    return found
-
-
-def _check_disk(plan: Manifest, source: Source, folder: Path) -> None:
-    rows = source.n_rows()
-    if rows is None:
-        return
-    width = sum(stats.d for stats in plan.sites.values())
-    done = sum(shard.n_rows for shard in plan.shards)
-    needed = max(0, rows - done) * plan.context * (2 * width + BYTES_PER_TOKEN)
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ResourceError(
-            f"Harvesting {rows * plan.context:,} tokens at {len(plan.sites)} sites needs about {needed / 1e9:.1f} "
-            f"GB in {folder}; "
-            f"{free / 1e9:.1f} GB are free. Use fewer tokens or sites, or another disk."
-        )
+    acts: dict[str, Tensor]
+    reasons: Tensor
+    norm_sums: dict[str, tuple[float, float]]
 
 
 class _Harvest:
-    """One run of a harvest: the model, where it writes, and the rows that wait for their shard to fill."""
+    """One run of a harvest: the model, what it reads and where it writes."""
 
-    def __init__(self, model: Any, source: Source, folder: Path, options: HarvestOptions, running: Task) -> None:
-        self.model, self.source, self.folder, self.running = model, source, folder, running
-        self.options = options
+    def __init__(self, model: Any, source: Source, folder: Folder, options: HarvestOptions) -> None:
+        self.model, self.source, self.folder, self.options = model, source, folder, options
+        self._running = Task(None, None)
+        self._buffers: dict[str, Tensor] = {}
+        self._first: _Kept | None = None
 
-    def run(self, manifest: Manifest) -> Manifest:
-        done = sum(shard.n_rows for shard in manifest.shards)
-        self.running.advance(done * manifest.context)
-        for first_row, rows in _shards(self.source.batches(self.model, done), manifest.shard_rows, done):
-            if not manifest.shards:
-                manifest = self._with_limits(manifest, rows)
-            manifest = self._write(manifest, first_row, rows)
-        if not manifest.shards:
-            raise DegenerateInputError(f"The source gave no rows: {manifest.source}. Give it more text.")
+    def go_on(self, manifest: Manifest, damaged: tuple[int, ...]) -> Manifest:
+        """Makes the shards of this process that are missing or damaged."""
+        rank, world = self.options.place
+        look = None if manifest.shards else first_look(self.model, self.source, manifest)
+        estimate = expected(manifest, self.source, self.folder, look.tokens_per_second if look else None)
+        check_room(estimate, manifest, self.folder)
+        whole = {shard.first_row // manifest.shard_rows for shard in manifest.shards}
+        lost = {manifest.shards[i].first_row // manifest.shard_rows for i in damaged}
+        todo = (i for i in itertools.count() if i % world == rank and (i not in whole or i in lost))
+        total = None if estimate.tokens is None else estimate.tokens // world
+        with task(total=total, description=f"Harvesting {', '.join(manifest.sites)}: {estimate}", unit="tokens") as bar:
+            self._running = bar
+            if look is not None:
+                manifest = self._measured(manifest, look)
+            for index, rows in self._shards(manifest.shard_rows, todo, look):
+                if index in lost:
+                    self._remake(manifest, index, rows)
+                else:
+                    manifest = self._add(manifest, index, rows)
         return manifest
 
-    def _with_limits(self, manifest: Manifest, rows: PackedRows) -> Manifest:
-        """The sink limit of each site, from the first forward pass alone, so that it never depends on a resume."""
-        ids = rows.ids[: manifest.batch_rows]
-        acts = self.model.capture(ids, list(manifest.sites))
-        rules = {site: KeepRule.estimate(acts.flat(site).cpu(), ids, manifest.special_ids) for site in manifest.sites}
-        sites = {site: replace(stats, max_norm=rules[site].max_norm) for site, stats in manifest.sites.items()}
+    def repair(self, manifest: Manifest, damaged: tuple[int, ...]) -> None:
+        """Makes the damaged shards of a finished store again; the manifest stays as it is."""
+        rank, world = self.options.place
+        todo = [i for i in damaged if i % world == rank]
+        total = sum(manifest.shards[i].n_rows for i in todo) * manifest.context
+        with task(total=total, description=f"Making {len(todo)} shards again", unit="tokens") as bar:
+            self._running = bar
+            for index, rows in self._shards(manifest.shard_rows, iter(todo)):
+                self._remake(manifest, index, rows)
+
+    def _shards(
+        self, shard_rows: int, todo: Iterator[int], look: FirstLook | None = None
+    ) -> Iterator[tuple[int, PackedRows]]:
+        """The rows of the shards in `todo`, which rises, up to the end of the source."""
+        if isinstance(self.source, SelfText | TokenRows):  # any row can be had without those before it
+            for index in todo:
+                rows = next(joined(self._batches(index * shard_rows, look), shard_rows), None)
+                if rows is None:
+                    return
+                yield index, rows
+            return
+        wanted = next(todo, None)
+        if wanted is None:
+            return
+        shards = joined(self._batches(wanted * shard_rows, look), shard_rows)
+        for index, rows in enumerate(shards, start=wanted):
+            if index == wanted:
+                yield index, rows
+                wanted = next(todo, None)
+                if wanted is None:
+                    return
+
+    def _batches(self, start_row: int, look: FirstLook | None) -> Iterator[PackedRows]:
+        if start_row or look is None:
+            return self.source.batches(self.model, start_row)
+        # the first batch is already there; writing text of one's own takes long
+        return itertools.chain([look.rows], self.source.batches(self.model, len(look.rows.ids)))
+
+    def _measured(self, manifest: Manifest, look: FirstLook) -> Manifest:
+        """Sink limits, and for int8 the statistics of channels, from the start of the source alone."""
+        sites = {site: replace(stats, max_norm=look.max_norms[site]) for site, stats in manifest.sites.items()}
+        manifest = replace(manifest, sites=sites)
+        if manifest.dtype != "int8":
+            return manifest
+        _, rows = next(self._shards(manifest.shard_rows, iter([0]), look))
+        kept = self._run_model(manifest, rows.ids, 0)
+        for site, x in kept.acts.items():
+            sample = x[:STATISTICS_TOKENS]
+            code = Int8Code.estimate(sample)
+            mean, std = tuple(code.mean.tolist()), tuple(code.std.tolist())
+            fvu = code.fvu(sample)
+            sites[site] = replace(sites[site], channel_mean=mean, channel_std=std, int8_fvu=fvu)
+        self._first = kept if self.options.place[0] == 0 else None
         return replace(manifest, sites=sites)
 
-    def _write(self, manifest: Manifest, first_row: int, rows: PackedRows) -> Manifest:
-        acts, reasons = self._run_model(manifest, rows.ids)
-        keep = reasons == 0
+    def _add(self, manifest: Manifest, index: int, rows: PackedRows) -> Manifest:
+        import xxhash
+
+        tensors, shard = self._made(manifest, index, rows)
+        quick = xxhash.xxh3_128()
+        parts = (_seen(part, quick) for part in safetensors_parts(tensors))
+        sha256 = self.folder.write(shard.file, parts)
+        shard = replace(shard, sha256=str(sha256), xxh3=quick.hexdigest())
+        manifest = replace(manifest, shards=(*manifest.shards, shard))
+        manifest.save(self.folder, self.options.manifest_name)
+        return manifest
+
+    def _remake(self, manifest: Manifest, index: int, rows: PackedRows) -> None:
+        tensors, made = self._made(manifest, index, rows)
+        shard = next(shard for shard in manifest.shards if shard.first_row == made.first_row)
+        if self.folder.write(shard.file, safetensors_parts(tensors), shard.sha256) is None:
+            raise MismatchError(
+                f"{self.folder.where}/{shard.file} was made again and differs from what the manifest says, as happens "
+                "on another machine, number of threads or library version. It was left as it is. Repair it where it "
+                "was made, or harvest into another folder."
+            )
+
+    def _made(self, manifest: Manifest, index: int, rows: PackedRows) -> tuple[dict[str, Tensor], Shard]:
+        """The content of a shard, and its entry in the manifest but for the checksum."""
+        first_row = index * manifest.shard_rows
+        kept, self._first = self._first or self._run_model(manifest, rows.ids, first_row), None
+        keep = kept.reasons == 0
         row, position = keep.nonzero(as_tuple=True)
-        tensors = {site: x for site, x in acts.items()} | {
+        tensors = {
             "token": rows.ids[keep].int(),
             "position": position.short(),
             "row": (row + first_row).int(),
@@ -180,74 +256,55 @@ class _Harvest:
             "token_rows": rows.ids.int(),
             "document_rows": rows.documents.int(),
         }
-        raw = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
-        dropped = {DROP_REASONS[i]: int((reasons == i).sum()) for i in range(1, len(DROP_REASONS))}
-        file = f"shard-{len(manifest.shards):05d}.safetensors"
-        write_atomic(self.folder / file, raw)
-        shard = Shard(file, hashlib.sha256(raw).hexdigest(), first_row, len(rows.ids), int(keep.sum()), dropped)
-        manifest = replace(manifest, shards=(*manifest.shards, shard))
-        manifest.save(self.folder)
-        return manifest
+        for site, x in kept.acts.items():
+            if manifest.dtype == "int8":
+                tensors[site], tensors[site + SCALE] = manifest.sites[site].code().encode(x)
+            else:
+                tensors[site] = x
+        dropped = {DROP_REASONS[i]: int((kept.reasons == i).sum()) for i in range(1, len(DROP_REASONS))}
+        file = f"shard-{index:05d}.safetensors"
+        return tensors, Shard(file, "", first_row, len(rows.ids), int(keep.sum()), dropped, kept.norm_sums)
 
-    def _run_model(self, manifest: Manifest, ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Kept activations per site, and why each token was dropped."""
-        kept: dict[str, list[Tensor]] = {site: [] for site in manifest.sites}
-        reasons = []
-        for part in ids.split(manifest.batch_rows):
+    def _run_model(self, manifest: Manifest, ids: Tensor, first_row: int) -> _Kept:
+        """Runs a shard through the model; the activations lie in buffers that the next shard uses again."""
+        if not self._buffers:
+            size = manifest.shard_rows * manifest.context
+            self._buffers = {s: torch.empty(size, t.d, dtype=torch.bfloat16) for s, t in manifest.sites.items()}
+        sums = dict.fromkeys(manifest.sites, (0.0, 0.0))
+        reasons, n = [], 0
+        for start in range(0, len(ids), manifest.batch_rows):
+            part = ids[start : start + manifest.batch_rows]
             acts = self.model.capture(part, list(manifest.sites))
             on_cpu = {site: acts.flat(site).cpu() for site in manifest.sites}
             reason = torch.zeros_like(part)
             for site, x in on_cpu.items():
-                _check_finite(x, site)
+                _check_finite(x, site, part, first_row + start)
                 rule = KeepRule(manifest.sites[site].max_norm, manifest.special_ids)
                 reason = torch.where(reason == 0, rule.reasons(x, part), reason)
+            keep = reason == 0
+            size = int(keep.sum())
             for site, x in on_cpu.items():
-                kept[site].append(x[reason == 0].to(torch.bfloat16))
+                kept = self._buffers[site][n : n + size].copy_(x[keep])
+                norms = kept.float().norm(dim=1).double()
+                total, square = sums[site]
+                sums[site] = (total + float(norms.sum()), square + float(norms.square().sum()))
+            n += size
             reasons.append(reason)
-            self.running.advance(part.numel())
-        return {site: torch.cat(parts) for site, parts in kept.items()}, torch.cat(reasons)
+            self._running.advance(part.numel())
+        return _Kept({site: x[:n] for site, x in self._buffers.items()}, torch.cat(reasons), sums)
 
 
-def _check_finite(x: Tensor, site: str) -> None:
-    if not torch.isfinite(x).all():
-        bad = (~torch.isfinite(x).all(dim=-1)).sum()
+def _seen(part: Part, digest: Any) -> Part:
+    digest.update(part)
+    return part
+
+
+def _check_finite(x: Tensor, site: str, ids: Tensor, first_row: int) -> None:
+    bad = first_not_finite(x.flatten(0, 1))
+    if bad is not None:
+        row, position = divmod(bad, ids.shape[1])
         raise InvalidInputError(
-            f"{int(bad)} tokens have activations at {site} that are not finite. Load the model in float32."
+            f"The activations at {site} are not finite, first in row {first_row + row} at position {position} (token "
+            f"{int(ids[row, position])}). Shards written before are kept. Load the model in float32, or leave this "
+            "text out."
         )
-
-
-def _shards(batches: Iterator[PackedRows], shard_rows: int, first_row: int) -> Iterator[tuple[int, PackedRows]]:
-    """Batches joined to shards of `shard_rows` rows; the last one may be shorter."""
-    waiting: list[PackedRows] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(len(b.ids) for b in waiting) >= shard_rows:
-            joined = _join(waiting)
-            yield first_row, joined
-            first_row += len(joined.ids)
-            waiting = []
-    if waiting:
-        yield first_row, _join(waiting)
-
-
-def _join(parts: list[PackedRows]) -> PackedRows:
-    return PackedRows(torch.cat([p.ids for p in parts]), torch.cat([p.documents for p in parts]))
-
-
-def _finish(folder: Path, manifest: Manifest) -> None:
-    """Adds the totals and norms of the kept tokens, and marks the store as done."""
-    store = ActivationStore(folder, manifest)
-    sites = {}
-    for site, stats in manifest.sites.items():
-        norms = torch.cat([block.float().norm(dim=1) for block in store.read(site)]).double()
-        if norms.numel() < 2:
-            raise DegenerateInputError(f"Only {norms.numel()} tokens of {site} are kept; there is nothing to train on.")
-        sites[site] = replace(
-            stats, mean_norm=float(norms.mean()), median_norm=float(norms.median()), std_norm=float(norms.std())
-        )
-    n_tokens = sum(shard.n_rows for shard in manifest.shards) * manifest.context
-    kept = sum(shard.kept for shard in manifest.shards)
-    dropped = {reason: sum(s.dropped[reason] for s in manifest.shards) for reason in DROP_REASONS[1:]}
-    replace(
-        manifest, sites=sites, n_tokens=n_tokens, kept=kept, kept_share=kept / n_tokens, dropped=dropped, done=True
-    ).save(folder)

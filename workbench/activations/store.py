@@ -1,20 +1,25 @@
-"""Stored activations: a folder of checksummed safetensors shards with a manifest that says what they are."""
+"""Stored activations: checksummed safetensors shards with a manifest that says what they are."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
-from jaxtyping import Float, Int
-from safetensors import SafetensorError
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from workbench.activations.folder import Folder, open_folder
 from workbench.activations.keep import KeepRule
+from workbench.activations.manifest import DROP_REASONS as DROP_REASONS
+from workbench.activations.manifest import MANIFEST, Manifest, Shard, load_manifest
+from workbench.activations.manifest import SiteStats as SiteStats
+from workbench.activations.shardfile import read_tensor
 from workbench.errors import (
     CorruptFileError,
     DegenerateInputError,
@@ -23,70 +28,11 @@ from workbench.errors import (
     UnknownSiteError,
     did_you_mean,
 )
-from workbench.records import from_jsonable, load_json, save_json
-
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-HELD_OUT_EVERY = 10
-DROP_REASONS = ("kept", "first of its row", "special token", "norm beyond the sink limit")
 
 Split = Literal["all", "train", "heldout"]
 
-
-@dataclass(frozen=True)
-class SiteStats:
-    """Width of a site and norms of its kept tokens."""
-
-    d: int
-    max_norm: float
-    mean_norm: float | None = None
-    median_norm: float | None = None
-    std_norm: float | None = None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file: packed rows `first_row` to `first_row + n_rows`, of which `kept` tokens are stored."""
-
-    file: str
-    sha256: str
-    first_row: int
-    n_rows: int
-    kept: int
-    dropped: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a store holds.
-
-    Attributes:
-        source: what the tokens depend on.
-        n_tokens: tokens that were run through the model, kept or not.
-        held_out_every: packed row r is held out from training if `r % held_out_every == held_out_every - 1`.
-    """
-
-    model_name: str
-    model_fingerprint: str
-    source: dict[str, Any]
-    sites: dict[str, SiteStats]
-    context: int
-    special_ids: tuple[int, ...]
-    shard_rows: int
-    batch_rows: int
-    dtype: str = "bfloat16"
-    held_out_every: int = HELD_OUT_EVERY
-    n_tokens: int = 0
-    kept: int = 0
-    kept_share: float = 0.0
-    dropped: dict[str, int] = field(default_factory=dict)
-    shards: tuple[Shard, ...] = ()
-    done: bool = False
-    version: int = FORMAT_VERSION
-
-    def save(self, folder: Path) -> None:
-        """Writes the manifest of a store."""
-        save_json(folder / MANIFEST, self)
+SCALE = "/scale"
+"""Follows the name of a site in the name of its int8 scales."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +40,7 @@ class Block:
     """Kept tokens of one shard at one site: activations, and where each comes from.
 
     Attributes:
-        acts: activations in the stored dtype.
+        acts: activations in bfloat16, whatever the stored dtype.
         tokens: token ids.
         positions: position in the packed row.
         rows: packed row in the whole store.
@@ -112,11 +58,17 @@ class Block:
 
 
 class ActivationStore:
-    """Activations on disk, read as a stream; open one with `open_store`."""
+    """Stored activations, read as a stream; open one with `open_store`."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: str | Path | Folder, manifest: Manifest) -> None:
+        self.folder, self.manifest = open_folder(path), manifest
         self._verified: set[str] = set()
+        self._finite: set[tuple[str, str]] = set()
+
+    @property
+    def path(self) -> Path | str:
+        """Folder of the store, or its address if it is not on this machine."""
+        return self.folder.where
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -162,8 +114,7 @@ class ActivationStore:
         if model.fingerprint != self.manifest.model_fingerprint:
             raise MismatchError(
                 f"{self.path} was harvested from {self.manifest.model_name} ({self.manifest.model_fingerprint}), "
-                "not from "
-                f"{model.name} ({model.fingerprint}). Load that model, or harvest again."
+                f"not from {model.name} ({model.fingerprint}). Load that model, or harvest again."
             )
 
     def blocks(self, site: str | None = None, split: Split = "all") -> Iterator[Block]:
@@ -174,8 +125,9 @@ class ActivationStore:
 
     def read(self, site: str | None = None, split: Split = "all") -> Iterator[Float[Tensor, "n d"]]:
         """The activations alone, shard by shard."""
-        for block in self.blocks(site, split):
-            yield block.acts
+        name = self.site(site)
+        for index in range(len(self.manifest.shards)):
+            yield self.aligned_block(index, [name], split)[name]
 
     def block(self, index: int, site: str | None = None, split: Split = "all") -> Block:
         """The kept tokens of one shard.
@@ -184,18 +136,24 @@ class ActivationStore:
             CorruptFileError: if the shard is not what was written, or holds values that are not finite.
         """
         name, shard = self.site(site), self.manifest.shards[index]
-        data = self._load(shard)
-        where = (data[key].long() for key in ("token", "position", "row", "document"))
-        block = Block(data[name], *where)
-        if not torch.isfinite(block.acts).all():
-            raise CorruptFileError(
-                f"{self.path / shard.file}: {name} holds values that are not finite. Harvest it again."
-            )
-        return block if split == "all" else block[self._in_split(block.rows, split)]
+        where = [self._tensor(shard, key).long() for key in ("token", "position", "row", "document")]
+        if split == "all":
+            return Block(self._acts(shard, name), *where)
+        chosen = self._in_split(where[2], split).nonzero().squeeze(1)
+        return Block(self._acts(shard, name).index_select(0, chosen), *(t[chosen] for t in where))
+
+    def aligned_block(self, index: int, sites: Sequence[str], split: Split = "all") -> dict[str, Float[Tensor, "n _"]]:
+        """The activations of one shard at several sites; row i is the same token at each."""
+        shard = self.manifest.shards[index]
+        acts = {self.site(site): self._acts(shard, self.site(site)) for site in sites}
+        if split == "all":
+            return acts
+        chosen = self._in_split(self._tensor(shard, "row"), split).nonzero().squeeze(1)
+        return {site: x.index_select(0, chosen) for site, x in acts.items()}
 
     def token_rows(self, split: Split = "heldout") -> Int[Tensor, "rows context"]:
         """The packed rows of tokens, dropped tokens included, for runs of the model."""
-        rows = torch.cat([self._load(shard)["token_rows"].long() for shard in self.manifest.shards])
+        rows = torch.cat([self._tensor(shard, "token_rows").long() for shard in self.manifest.shards])
         return rows if split == "all" else rows[self._in_split(torch.arange(len(rows)), split)]
 
     def verify(self) -> None:
@@ -206,81 +164,138 @@ class ActivationStore:
         """
         self._verified.clear()
         for shard in self.manifest.shards:
-            self._load(shard)
+            self._file(shard, thorough=True)
 
-    def _in_split(self, rows: Tensor, split: Split) -> Tensor:
+    def damaged(self) -> tuple[int, ...]:
+        """Which shards are missing or are not what was written; each is compared with its checksum."""
+        wrong = []
+        self._verified.clear()
+        for index, shard in enumerate(self.manifest.shards):
+            # a copy in the cache says nothing about what is in the folder
+            self.folder.discard(shard.sha256)
+            try:
+                self._file(shard, thorough=True)
+            except (CorruptFileError, MissingFileError):
+                wrong.append(index)
+        return tuple(wrong)
+
+    def unique_rows(self) -> int:
+        """Number of packed rows without exact repetitions, by a 64-bit hash of each."""
+        seen: set[bytes] = set()
+        for shard in self.manifest.shards:
+            rows = read_tensor(self.folder, shard.file, "token_rows").numpy()
+            seen.update(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+        return len(seen)
+
+    def _in_split(self, rows: Int[Tensor, " n"], split: Split) -> Bool[Tensor, " n"]:
         every = self.manifest.held_out_every
         held_out = rows % every == every - 1
         return held_out if split == "heldout" else ~held_out
 
-    def _load(self, shard: Shard) -> dict[str, Tensor]:
-        path = self.path / shard.file
-        if not path.is_file():
-            raise MissingFileError(f"Shard {path} is in the manifest but not on disk. Restore it, or harvest again.")
-        if shard.file not in self._verified:
-            found = file_sha256(path)
-            if found != shard.sha256:
+    def _acts(self, shard: Shard, site: str) -> Tensor:
+        x = self._tensor(shard, site)
+        if self.manifest.dtype == "int8":
+            x = self.manifest.sites[site].code().decode(x, self._tensor(shard, site + SCALE))
+        if (shard.file, site) not in self._finite:
+            bad = first_not_finite(x)
+            if bad is not None:
+                row, position = (int(self._tensor(shard, key)[bad]) for key in ("row", "position"))
                 raise CorruptFileError(
-                    f"Shard {path} ({path.stat().st_size} bytes) has sha256 {found[:12]}…, the manifest says "
-                    f"{shard.sha256[:12]}…: it is damaged or truncated. Restore it, or delete the folder and "
-                    "harvest again."
+                    f"{self._name(shard)}: {site} holds values that are not finite, first in row {row} at position "
+                    f"{position}. Harvest it again."
+                )
+            self._finite.add((shard.file, site))
+        return x
+
+    def _tensor(self, shard: Shard, key: str) -> Tensor:
+        path = self._file(shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(f"Shard {self._name(shard)}: {key} can't be read ({error}). {_REMAKE}") from None
+
+    def _file(self, shard: Shard, thorough: bool = False) -> Path:
+        """The shard on this machine, once its content is what the manifest says."""
+        path = self.folder.local(shard.file, shard.sha256)
+        if not path.is_file():
+            raise MissingFileError(f"Shard {self._name(shard)} is in the manifest but not on disk. {_REMAKE}")
+        if shard.file not in self._verified:
+            quick = bool(shard.xxh3) and not thorough
+            kind, wanted = ("xxh3", shard.xxh3) if quick else ("sha256", shard.sha256)
+            found, size = file_xxh3(path) if quick else file_sha256(path), path.stat().st_size
+            if found != wanted:
+                self.folder.discard(shard.sha256)
+                raise CorruptFileError(
+                    f"Shard {self._name(shard)} ({size} bytes) has {kind} {found[:12]}…, the manifest says "
+                    f"{wanted[:12]}…: it is damaged or truncated. {_REMAKE}"
                 )
             self._verified.add(shard.file)
-        try:
-            return safetensors.torch.load_file(path)
-        except SafetensorError as error:
-            raise CorruptFileError(f"Shard {path} is not a safetensors file ({error}). Harvest again.") from None
+        return path
+
+    def _name(self, shard: Shard) -> str:
+        return f"{self.path}/{shard.file}"
 
     def __repr__(self) -> str:
         m = self.manifest
         return (
             f"ActivationStore({self.path}: {m.kept} kept of {m.n_tokens} tokens ({m.kept_share:.1%}), "
-            f"sites {', '.join(self.sites)}, {m.model_name})"
+            f"sites {', '.join(self.sites)}, {m.dtype}, {m.model_name})"
         )
 
 
-def open_store(path: str | Path | ActivationStore) -> ActivationStore:
-    """The store in a folder. Shards are checked against their checksums when they are first read.
+_REMAKE = "Restore it, or run the same harvest with repair=True (--repair), which makes only what is damaged again."
+
+
+def open_store(path: str | Path | Folder | ActivationStore) -> ActivationStore:
+    """The store in a folder, or at an address such as s3://bucket/acts.
+
+    Shards are checked against their checksums when they are first read; those of another machine are read through
+    copies in the cache of this one.
 
     Raises:
         MissingFileError: if there is no store.
         CorruptFileError: if the manifest can't be used.
         DegenerateInputError: if its harvest has not finished.
+        InvalidInputError: for an address that can't be opened.
     """
     if isinstance(path, ActivationStore):
         return path
-    folder = Path(path)
-    if not (folder / MANIFEST).is_file():
+    folder = open_folder(path)
+    if not folder.has(MANIFEST):
         raise MissingFileError(
-            f"No activation store in {folder}: it has no {MANIFEST}. Make one with `workbench harvest`."
+            f"No activation store in {folder.where}: it has no {MANIFEST}. Make one with `workbench harvest`."
         )
     manifest = load_manifest(folder)
     if not manifest.done:
         raise DegenerateInputError(
-            f"The harvest in {folder} has not finished ({len(manifest.shards)} shards). Run the same harvest "
+            f"The harvest in {folder.where} has not finished ({len(manifest.shards)} shards). Run the same harvest "
             "again to go on."
         )
     return ActivationStore(folder, manifest)
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Reads and checks a manifest; shard names can't point outside the folder."""
-    raw = load_json(folder / MANIFEST)
-    if not isinstance(raw, dict) or raw.get("version") != FORMAT_VERSION:
-        found = raw.get("version") if isinstance(raw, dict) else type(raw).__name__
-        raise CorruptFileError(
-            f"{folder / MANIFEST} has format version {found!r}; this version reads {FORMAT_VERSION}."
-        )
-    manifest = from_jsonable(Manifest, raw)
-    for shard in manifest.shards:
-        if Path(shard.file).name != shard.file:
-            raise CorruptFileError(
-                f"{folder / MANIFEST} names {shard.file!r}, which is not a plain file name. Don't use it."
-            )
-    return manifest
+def first_not_finite(x: Float[Tensor, "n d"]) -> int | None:
+    """The first row that holds NaN or infinity."""
+    # the sum of a row is finite only if all its values are, save for overflow, which the exact look settles
+    rows = (~torch.isfinite(x.sum(dim=1))).nonzero().squeeze(1)
+    for row in rows.tolist():
+        if not torch.isfinite(x[row]).all():
+            return row
+    return None
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_xxh3(path: Path) -> str:
+    """XXH3 of a file, 128 bits in hex."""
+    import xxhash
+
+    if not path.stat().st_size:
+        return xxhash.xxh3_128_hexdigest(b"")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return xxhash.xxh3_128_hexdigest(content)

@@ -1,110 +1,144 @@
-"""Commands on the way from text to an SAE: harvest, sae train, sae eval."""
+"""Commands on the way from activations to an SAE: sae train, sae eval."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from workbench.activations.sources import HubDataset, SelfText, Source, TextFiles
 from workbench.cli.base import BaseCommand, Command, read_passages
 from workbench.errors import InvalidInputError
-from workbench.saes.config import SAEConfig
+from workbench.saes.config import ALIASES, OPTIONS, Kernel, SAEConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class Harvest(Command):
-    """Store activations: from the model's own text, from text files or from a data set."""
-
-    sites: tuple[str, ...] = ()
-    """Where to read; by default the residual stream after the middle layer."""
-    tokens: int = 81_920
-    """How many tokens."""
-    context: int = 64
-    """Tokens per row."""
-    files: tuple[Path, ...] = ()
-    """Text files (.txt, .jsonl) instead of the model's own text."""
-    dataset: str | None = None
-    """Hugging Face data set (id or folder) instead of the model's own text."""
-    split: str = "train"
-    """Split of the data set."""
-    column: str = "text"
-    """Name of the text in the data set or in .jsonl lines."""
-
-    def source(self) -> Source:
-        """Where the tokens come from."""
-        if self.files and self.dataset:
-            raise InvalidInputError("harvest: --files and --dataset were both given. Choose one.")
-        if self.files:
-            return TextFiles(self.files, tokens=self.tokens, context=self.context, column=self.column)
-        if self.dataset:
-            return HubDataset(self.dataset, self.split, self.column, self.tokens, self.context)
-        return SelfText(tokens=self.tokens, context=self.context, seed=self.seed)
-
-    def run(self) -> None:
-        """Harvests into the store, going on where an interrupted harvest stopped."""
-        from workbench.activations.harvest import harvest
-        from workbench.models.loading import load_model
-
-        source, out = self.source(), self.out or Path("acts")
-        model = load_model(self.model)
-        store = harvest(model, source, self.sites or (f"resid_post.{model.n_layers // 2}",), out)
-        m = store.manifest
-        dropped = ", ".join(f"{n} {reason}" for reason, n in m.dropped.items())
-        summary = {
-            "store": store.path, "sites": store.sites, "tokens": m.n_tokens, "kept": m.kept, "dropped": m.dropped,
-        }  # fmt: skip
-        self.emit(
-            summary,
-            [f"Kept {m.kept} of {m.n_tokens} tokens ({m.kept_share:.1%}); dropped: {dropped}.", f"Store: {store.path}"],
-        )
+if TYPE_CHECKING:
+    from workbench.activations.store import ActivationStore
+    from workbench.saes.train import SAERun
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaeTrain(BaseCommand):
-    """Train a TopK SAE on stored activations; an interrupted run goes on where it stopped."""
+    """Train SAEs or transcoders on stored activations, several in one pass; what was interrupted goes on."""
 
     store: tyro.conf.Positional[Path]
     """Folder of stored activations, from `workbench harvest`."""
     out: Path = Path("sae")
-    """Folder of the SAE."""
-    d_sae: int | None = None
-    """Number of features; by default eight times the width of the site."""
-    k: int = 32
-    """Features that may be active on one token."""
+    """Folder of the SAE; of several, the folder of their folders."""
+    architecture: tuple[str, ...] = ("topk",)
+    """Kinds: topk, batchtopk, matryoshka, relu, jumprelu, gated."""
+    d_sae: tuple[int, ...] = ()
+    """Numbers of features; by default eight times the width of the site."""
+    k: tuple[int, ...] = ()
+    """Features that may be active on one token (topk, batchtopk, matryoshka); by default 32."""
+    l1: tuple[float, ...] = ()
+    """Weights of the sum of activations (relu, gated); by default 5."""
+    l0: tuple[float, ...] = ()
+    """Weights of the number of active features (jumprelu); by default 1."""
+    widths: tuple[int, ...] = ()
+    """Prefixes of a matryoshka SAE; by default 1/16, 1/8, 1/4 and 1/2 of d_sae."""
     tokens: int = 600_000
     """Token-steps: tokens that are trained on, counted again in each epoch."""
     batch: int = 2048
     """Tokens per step."""
-    lr: float | None = None
-    """Peak learning rate; by default 1e-3 / sqrt(d_sae / 16384)."""
-    site: str | None = None
-    """Site to train on; by default the only one in the store."""
-    architecture: str = "topk"
-    """Kind of SAE. Only "topk" so far."""
-    seed: int = 0
-    """Seed of the initial weights and of the order of tokens."""
+    lr: tuple[float, ...] = ()
+    """Peak learning rates; by default 1e-3 / sqrt(d_sae / 16384)."""
+    site: tuple[str, ...] = ()
+    """Sites to train on; by default the only one in the store."""
+    target_site: tuple[str, ...] = ()
+    """For transcoders: what is reconstructed, one for each site."""
+    seed: tuple[int, ...] = (0,)
+    """Seeds of the initial weights; the first is also that of the order of tokens, which all share."""
+    kernel: Kernel = "auto"
+    """How a step is computed; by default the fastest here."""
+    device: str = "auto"
+    """cpu or cuda; by default a GPU if there is one."""
+    wandb: bool = False
+    """Also send the curves to W&B, offline unless WANDB_MODE says otherwise."""
+
+    def configs(self, store: ActivationStore) -> list[SAEConfig]:
+        """One configuration for each combination of what was given.
+
+        Raises:
+            InvalidInputError: if sites and targets don't pair up, or no architecture has an option that was given.
+        """
+        sites = [store.site(site) for site in self.site] or [store.site()]
+        if len(self.target_site) not in (0, len(sites)):
+            raise InvalidInputError(
+                f"sae train: {len(self.target_site)} target sites for {len(sites)} sites. Give one for each, in order."
+            )
+        targets = self.target_site or (None,) * len(sites)
+        configs = []
+        for (site, target), kind, seed in itertools.product(
+            zip(sites, targets, strict=True), self.architecture, self.seed
+        ):
+            kind = ALIASES.get(kind, kind)
+            d_saes = self.d_sae or (8 * store.manifest.sites[site].d,)
+            for values in itertools.product(d_saes, self.lr or (None,), *self._options(kind).values()):
+                options: dict[str, Any] = dict(zip(("d_sae", "lr", *self._options(kind)), values, strict=True))
+                configs.append(
+                    SAEConfig(
+                        architecture=kind,
+                        site=site,
+                        target_site=target,
+                        seed=seed,
+                        data_seed=self.seed[0],
+                        tokens=self.tokens,
+                        batch=self.batch,
+                        kernel=self.kernel,
+                        device=self.device,
+                        **options,
+                    )  # fmt: skip
+                )
+        return configs
+
+    def _options(self, kind: str) -> dict[str, tuple[Any, ...]]:
+        """What was given of the options that only some architectures have, for one of them."""
+        given: dict[str, tuple[Any, ...]] = {
+            "k": self.k, "l1_coefficient": self.l1, "l0_coefficient": self.l0,
+            "widths": (self.widths,) if self.widths else (),
+        }  # fmt: skip
+        kinds = {ALIASES.get(name, name) for name in self.architecture}
+        for name, values in given.items():
+            owners = [owner for owner, names in OPTIONS.items() if name in names]
+            if values and not kinds & set(owners):
+                raise InvalidInputError(
+                    f"sae train: {name.split('_')[0]} {values} has no effect on {', '.join(self.architecture)}. Leave "
+                    f"it out, or choose an architecture that has it: {', '.join(owners)}."
+                )
+        return {name: values for name, values in given.items() if values and name in OPTIONS.get(kind, ())}
 
     def run(self) -> None:
         """Trains, saves, and prints the held-out numbers."""
         from workbench.activations.store import open_store
-        from workbench.saes.train import train_sae
+        from workbench.rundir.live import WandbLog
+        from workbench.saes.train import sweep_names, train_sae, train_saes
 
         store = open_store(self.store)
-        site = store.site(self.site)
-        config = SAEConfig(
-            architecture=self.architecture, d_sae=self.d_sae or 8 * store.manifest.sites[site].d, k=self.k,
-            tokens=self.tokens, batch=self.batch, lr=self.lr, seed=self.seed, site=site,
-        )  # fmt: skip
-        run = train_sae(store, config, self.out)
-        m = run.metrics
-        line = (
-            f"Held-out FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}, {m['dead']:.1%} of the features silent for "
-            f"{config.dead_after} tokens; {m['steps']:.0f} steps in {m['seconds']:.0f} s."
-        )
-        self.emit({"sae": run.path, "metrics": m}, [line, f"SAE: {run.path}"])
+        configs = self.configs(store)
+        names = [self.out.name] if len(configs) == 1 else sweep_names(configs)
+        log = WandbLog(self.out, dict(zip(names, configs, strict=True))) if self.wandb else None
+        with log or contextlib.nullcontext():
+            if len(configs) == 1:
+                runs = [train_sae(store, configs[0], self.out, log=log)]
+            else:
+                runs = train_saes(store, configs, self.out, log=log)
+        lines = [line for run, config in zip(runs, configs, strict=True) for line in _summary(run, config)]
+        if log is not None and log.problem is not None:
+            lines.append(f"W&B: {log.problem}. All metrics are in metrics.jsonl.")
+        saes = [{"sae": run.path, "metrics": run.metrics} for run in runs]
+        self.emit(saes[0] if len(saes) == 1 else {"saes": saes}, lines)
+
+
+def _summary(run: SAERun, config: SAEConfig) -> list[str]:
+    m = run.metrics
+    line = (
+        f"Held-out FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}, {m['dead']:.1%} of the features silent for "
+        f"{config.dead_after} tokens; {m['steps']:.0f} steps in {m['seconds']:.0f} s."
+    )
+    return [line, f"{'SAE' if config.target_site is None else 'Transcoder'}: {run.path}"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tests.tiny import D_MODEL, tiny_model
+from workbench.activations.store import open_store
+from workbench.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = tiny_model()
+    model.hf.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_parquet_int8_estimate_and_repair_from_the_command_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [" ".join(f"{i} times {j}" for j in range(50)) for i in range(30)]
+    pyarrow.parquet.write_table(pyarrow.table({"body": texts}), folder / "a.parquet")
+    words = [
+        "harvest", "--model", str(folder / "model"), "--files", str(folder / "*.parquet"), "--column", "body",
+        "--tokens", "1600", "--context", "16", "--dtype", "int8", "--out", str(folder / "acts"),
+    ]  # fmt: skip
+    assert main([*words, "--estimate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["disk_bytes"] == 1600 * (D_MODEL + 2 + 14)
+    assert found["seconds"] > 0 and not (folder / "acts").exists()
+    assert main([*words, "--estimate"]) == 0
+    assert "1,600 tokens" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "Kept" in capsys.readouterr().out
+    shard = folder / "acts" / "shard-00000.safetensors"
+    before = shard.read_bytes()
+    shard.unlink()
+    assert main(words) == 2
+    assert "--repair" in capsys.readouterr().err
+    assert main([*words, "--repair", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["dtype"], summary["tokens"], summary["unique_share"]) == ("int8", 1600, 1.0)
+    assert shard.read_bytes() == before
+    assert open_store(folder / "acts").sites == ("resid_post.1",)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+from tests.activations.test_harvest import SITE, SMALL, _hashes, _source
+from tests.tiny import tiny_model
+from workbench.activations import folder as folder_module
+from workbench.activations.folder import LocalFolder, RemoteFolder, open_folder
+from workbench.activations.harvest import harvest
+from workbench.activations.store import open_store
+from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, ResourceError
+from workbench.models.model import Model
+
+
+class _Renaming(MemoryFileSystem):
+    """A file system on which an upload can be seen half done, as over SFTP."""
+
+    protocol = "renaming"
+    store: dict[str, Any] = {}
+    pseudo_dirs = [""]
+    moved: list[str] = []
+    broken = False
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return MemoryFileSystem._strip_protocol(str(path).removeprefix("renaming://"))
+
+    def put_file(self, lpath: Any, rpath: Any, *args: Any, **kwargs: Any) -> None:
+        super().put_file(lpath, rpath, *args, **kwargs)
+        if self.broken:
+            raise OSError("connection lost")
+
+    def mv(self, path1: str, path2: str, *args: Any, **kwargs: Any) -> None:
+        self.moved.append(path2)
+        super().mv(path1, path2, *args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    fsspec.register_implementation("renaming", _Renaming, clobber=True)
+    for system in (MemoryFileSystem, _Renaming):
+        system.store.clear()
+        system.pseudo_dirs[:] = [""]
+    _Renaming.moved.clear()
+    yield
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny_model()
+
+
+def _copies(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "shards").iterdir())
+
+
+@pytest.mark.parametrize("protocol", ["memory", "renaming"])
+def test_a_store_at_an_address_equals_one_on_disk(model: Model, tmp_path: Path, protocol: str) -> None:
+    url = f"{protocol}://bucket/acts"
+    store = harvest(model, _source(), [SITE], url, options=SMALL)
+    assert store.path == url and url in repr(store)
+    harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+    system = fsspec.filesystem(protocol)
+    there = {name.rsplit("/", 1)[-1]: system.cat_file(name) for name in system.ls("/bucket/acts", detail=False)}
+    assert {name: hashlib.sha256(raw).hexdigest() for name, raw in there.items()} == _hashes(tmp_path / "s")
+    found = open_store(url)
+    assert torch.equal(torch.cat(list(found.read())), torch.cat(list(open_store(tmp_path / "s").read())))
+    assert torch.equal(found.token_rows("all"), store.token_rows("all"))
+
+
+def test_only_where_a_half_upload_could_be_seen_is_it_renamed(model: Model) -> None:
+    harvest(model, _source(), [SITE], "renaming://bucket/acts", options=SMALL)
+    assert _Renaming.moved[0].endswith("shard-00000.safetensors") and _Renaming.moved[-1].endswith("manifest.json")
+    folder = open_folder("renaming://bucket/acts")
+    _Renaming.broken = True
+    try:
+        with pytest.raises(OSError, match="connection lost"):
+            folder.write("manifest.json", [b"new"])
+    finally:
+        _Renaming.broken = False
+    assert folder.read("manifest.json") != b"new"
+    assert not [name for name in folder.names() if name.endswith(".tmp")]
+
+
+def test_shards_are_fetched_once_and_a_damaged_copy_is_not_kept(model: Model, tmp_path: Path) -> None:
+    url = "memory://bucket/acts"
+    harvest(model, _source(), [SITE], url, options=SMALL)
+    assert len(_copies(tmp_path)) == len(open_store(url).manifest.shards), "what was written need not be fetched"
+    for copy in _copies(tmp_path):
+        copy.unlink()
+    store = open_store(url)
+    next(store.read())
+    assert len(_copies(tmp_path)) == 1
+    fsspec.filesystem("memory").rm_file("/bucket/acts/shard-00000.safetensors")
+    next(open_store(url).read())
+    _copies(tmp_path)[0].write_bytes(b"rotten")
+    with pytest.raises(CorruptFileError, match=r"memory://bucket/acts/shard-00000"):
+        next(open_store(url).read())
+    with pytest.raises(MissingFileError, match=r"memory://bucket/acts/shard-00000.*repair=True"):
+        next(open_store(url).read())
+    store = harvest(model, _source(), [SITE], url, options=SMALL, repair=True)
+    store.verify()
+
+
+def test_a_repair_looks_at_what_is_there_and_not_at_the_copies(model: Model) -> None:
+    url = "memory://bucket/acts"
+    harvest(model, _source(), [SITE], url, options=SMALL)
+    fsspec.filesystem("memory").pipe_file("/bucket/acts/shard-00001.safetensors", b"rotten")
+    with pytest.raises(CorruptFileError, match="shard-00001"):
+        harvest(model, _source(), [SITE], url, options=SMALL)
+    harvest(model, _source(), [SITE], url, options=SMALL, repair=True)
+    assert len(fsspec.filesystem("memory").cat_file("/bucket/acts/shard-00001.safetensors")) > 100
+
+
+def test_the_cache_forgets_what_was_not_used_for_longest(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = harvest(model, _source(), [SITE], "memory://bucket/acts", options=SMALL)
+    size = max(copy.stat().st_size for copy in _copies(tmp_path))
+    for copy in _copies(tmp_path):
+        copy.unlink()
+    monkeypatch.setenv("WORKBENCH_SHARD_CACHE_GB", str(2.5 * size / 1e9))
+    blocks = list(store.read())
+    assert {copy.stem for copy in _copies(tmp_path)} == {shard.sha256 for shard in store.manifest.shards[-2:]}
+    assert all(torch.isfinite(block).all() for block in blocks), "what was read stays readable"
+
+
+def test_addresses_paths_and_what_is_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_folder(f"file://{tmp_path}/a%20b").where == tmp_path / "a b"
+    assert isinstance(open_folder("acts/x"), LocalFolder)
+    assert isinstance(open_folder("odd:/name"), LocalFolder)
+    lost = open_folder(Path("memory://bucket/acts"))
+    assert isinstance(lost, RemoteFolder) and lost.where == "memory://bucket/acts"
+    with pytest.raises(InvalidInputError, match=r"memroy://x.*memory"):
+        open_folder("memroy://x")
+    with pytest.raises(MissingFileError, match=r"memory://nothing"):
+        open_store("memory://nothing")
+
+
+def test_file_addresses_are_folders(model: Model, tmp_path: Path) -> None:
+    store = harvest(model, _source(), [SITE], f"file://{tmp_path}/s", options=SMALL)
+    assert store.path == tmp_path / "s"
+    assert open_store(str(tmp_path / "s")).rows == open_store(f"file://{tmp_path}/s").rows == store.rows
+
+
+def test_a_full_disk_while_uploading_names_the_address(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, parts: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder_module, "_write_parts", full)
+    with pytest.raises(ResourceError, match=r"memory://bucket/acts/shard-00000"):
+        harvest(model, _source(), [SITE], "memory://bucket/acts", options=SMALL)
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_folder_reads_writes_and_lists(tmp_path: Path, kind: str) -> None:
+    folder = open_folder(tmp_path / "f" if kind == "local" else "memory://f")
+    assert folder.names() == [] and not folder.has("a")
+    assert folder.write("a", [b"01", memoryview(b"2345")]) == hashlib.sha256(b"012345").hexdigest()
+    assert folder.read("a") == b"012345"
+    assert folder.read("a", 2, 4) == b"23"
+    assert folder.read("a", 4) == b"45"
+    assert folder.write("a", [b"other"], expected="0" * 64) is None
+    assert folder.read("a") == b"012345"
+    folder.write("a", [b"new"])
+    assert folder.read("a") == b"new" and folder.names() == ["a"]
+    folder.remove("a")
+    folder.remove("a")
+    assert not folder.has("a")
+    with pytest.raises(MissingFileError, match="a"):
+        folder.read("a")

@@ -1,0 +1,166 @@
+"""What a store says about itself: model, source, sites, rules, and the checksum of each shard."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from workbench.activations.folder import Folder
+from workbench.activations.keep import SINK_FACTOR
+from workbench.activations.quant import Int8Code
+from workbench.errors import CorruptFileError, InvalidInputError
+from workbench.records import from_jsonable, to_jsonable
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+HELD_OUT_EVERY = 10
+DROP_REASONS = ("kept", "first of its row", "special token", "norm beyond the sink limit")
+
+Dtype = Literal["bfloat16", "int8"]
+
+
+@dataclass(frozen=True)
+class SiteStats:
+    """Width of a site, norms of its kept tokens, and how int8 values turn into activations.
+
+    Attributes:
+        d: width.
+        max_norm: sink limit; tokens beyond it are dropped.
+        mean_norm: over all kept tokens.
+        median_norm: over the kept tokens of the first shard.
+        std_norm: over all kept tokens.
+        mean_square_norm: over all kept tokens.
+        channel_mean: of each channel over the first 100,000 kept tokens of the first shard; for int8 only.
+        channel_std: likewise.
+        int8_fvu: variance lost by int8 on those tokens, as a share.
+    """
+
+    d: int
+    max_norm: float
+    mean_norm: float | None = None
+    median_norm: float | None = None
+    std_norm: float | None = None
+    mean_square_norm: float | None = None
+    channel_mean: tuple[float, ...] = ()
+    channel_std: tuple[float, ...] = ()
+    int8_fvu: float | None = None
+
+    def code(self) -> Int8Code:
+        """How int8 values of this site turn into activations."""
+        return Int8Code(torch.tensor(self.channel_mean), torch.tensor(self.channel_std))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: packed rows `first_row` to `first_row + n_rows`, of which `kept` tokens are stored.
+
+    Attributes:
+        sha256: of the file; what a resumed or repaired harvest and `verify` go by.
+        xxh3: of the file, 128 bits; ten times as fast, for reading. Stores of version 1 have none.
+        norm_sums: for each site, the sum of the norms of the kept tokens and of their squares.
+    """
+
+    file: str
+    sha256: str
+    first_row: int
+    n_rows: int
+    kept: int
+    dropped: dict[str, int]
+    norm_sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    xxh3: str = ""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How text became rows of tokens.
+
+    Attributes:
+        row_start: what the first token of a row is.
+        separator: what stands between two documents.
+        crosses_documents: whether attention reaches from one document of a row into another.
+        padding: never any.
+    """
+
+    row_start: str
+    separator: str
+    crosses_documents: bool
+    padding: str = "none"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds.
+
+    Attributes:
+        source: what the tokens depend on.
+        tokenizer_sha256: of its vocabulary.
+        packing: how text became rows.
+        sink_factor: the sink limit of a site is this many times the median norm of the first forward pass.
+        n_tokens: tokens that were run through the model, kept or not.
+        unique_rows: packed rows without their exact repetitions, by a 64-bit hash.
+        held_out_every: packed row r is held out from training if `r % held_out_every == held_out_every - 1`.
+    """
+
+    model_name: str
+    model_fingerprint: str
+    source: dict[str, Any]
+    sites: dict[str, SiteStats]
+    context: int
+    special_ids: tuple[int, ...]
+    shard_rows: int
+    batch_rows: int
+    dtype: Dtype = "bfloat16"
+    tokenizer_sha256: str | None = None
+    packing: Packing | None = None
+    sink_factor: float = SINK_FACTOR
+    held_out_every: int = HELD_OUT_EVERY
+    n_tokens: int = 0
+    kept: int = 0
+    kept_share: float = 0.0
+    dropped: dict[str, int] = field(default_factory=dict)
+    unique_rows: int | None = None
+    shards: tuple[Shard, ...] = ()
+    done: bool = False
+    version: int = FORMAT_VERSION
+
+    @property
+    def unique_share(self) -> float | None:
+        """Share of the packed rows that are left when exact repetitions are taken out."""
+        return None if self.unique_rows is None else self.unique_rows * self.context / self.n_tokens
+
+    def save(self, folder: Folder, name: str = MANIFEST) -> None:
+        """Writes the manifest of a store."""
+        text = json.dumps(to_jsonable(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        folder.write(name, [text.encode(errors="backslashreplace")])
+
+
+def load_manifest(folder: Folder, name: str = MANIFEST) -> Manifest:
+    """Reads and checks a manifest; shard names can't point outside the folder.
+
+    Raises:
+        CorruptFileError: if it is not one, or of a version that is not known here.
+    """
+    where = f"{folder.where}/{name}"
+    try:
+        raw = json.loads(folder.read(name))
+    except ValueError as error:
+        raise CorruptFileError(f"{where} is not JSON ({error}). Delete it and run the same harvest again.") from None
+    version = raw.get("version") if isinstance(raw, dict) else type(raw).__name__
+    if version not in READABLE_VERSIONS:
+        raise CorruptFileError(
+            f"{where} has format version {version!r}; this version reads {READABLE_VERSIONS}. Update the workbench, or "
+            "harvest again."
+        )
+    try:
+        manifest = from_jsonable(Manifest, raw)
+    except InvalidInputError as error:
+        raise CorruptFileError(f"{where} is not a manifest: {error} Delete it and harvest again.") from None
+    for shard in manifest.shards:
+        if Path(shard.file).name != shard.file:
+            raise CorruptFileError(f"{where} names {shard.file!r}, which is not a plain file name. Don't use it.")
+    return manifest

@@ -1,0 +1,164 @@
+"""Documents packed into full rows of tokens, and the rule by which that is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench.activations.manifest import Packing
+from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.tokens import adds_bos
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Rows of tokens without padding, and the document that each token belongs to."""
+
+    ids: Int[Tensor, "rows context"]
+    documents: Int[Tensor, "rows context"]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Packed rows of tokens; the same source gives the same rows in the same batches, from any row on."""
+
+    @property
+    def context(self) -> int:
+        """Tokens per row."""
+        ...
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows per batch; a harvest starts again only at a multiple of it."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the rows depend on, in JSON types; two equal descriptions mean the same rows."""
+        ...
+
+    def n_rows(self) -> int | None:
+        """About how many rows, if that is known before reading."""
+        ...
+
+    def batches(self, model: Any, start_row: int = 0) -> Iterator[PackedRows]:
+        """The rows from `start_row` on."""
+        ...
+
+
+@runtime_checkable
+class SaysPacking(Protocol):
+    """A source that can say how its rows came about."""
+
+    def packing(self, tokenizer: Any) -> Packing:
+        """What starts a row, what stands between documents."""
+        ...
+
+
+def packing_of(source: Source, tokenizer: Any) -> Packing:
+    """How the rows of a source came about, as far as it says."""
+    if isinstance(source, SaysPacking):
+        return source.packing(tokenizer)
+    return Packing(row_start="as the source gives it", separator="as the source gives it", crosses_documents=True)
+
+
+def packing_of_text(tokenizer: Any) -> Packing:
+    """The rule of `packed` with this tokenizer."""
+    end = _end(tokenizer)
+    return Packing(
+        row_start=f"BOS (id {tokenizer.bos_token_id})" if adds_bos(tokenizer) else "no BOS; the text goes on",
+        separator=f"end token (id {end[0]})" if end else "nothing: the tokenizer has no end token",
+        crosses_documents=True,
+    )
+
+
+def packed(
+    texts: Iterable[str], tokenizer: Any, *, context: int, batch_rows: int, tokens: int | None, start_row: int = 0
+) -> Iterator[PackedRows]:
+    """Documents as full rows of tokens: an end token after each document, no padding, batch by batch.
+
+    A row starts with BOS where the tokenizer adds one by itself, because such models are trained with it, and with the
+    next token of the text where it adds none. Less than one row is lost at the end.
+
+    Args:
+        texts: the documents.
+        tokenizer: of the model.
+        context: tokens per row, BOS included.
+        batch_rows: rows per batch.
+        tokens: stop after so many, rounded up to whole rows; None takes all.
+        start_row: rows to skip; their text is read again.
+
+    Raises:
+        DegenerateInputError: if the text does not fill one row.
+    """
+    bos = (int(tokenizer.bos_token_id),) if adds_bos(tokenizer) else ()
+    width = context - len(bos)
+    limit = None if tokens is None else -(-tokens // context)
+    rows = _Rows(width, bos)
+    done = 0
+    for document, text in enumerate(texts):
+        rows.add([*tokenizer(text, add_special_tokens=False)["input_ids"], *_end(tokenizer)], document)
+        while rows.full >= batch_rows or (limit is not None and rows.full >= limit - done):
+            n = batch_rows if limit is None else min(batch_rows, limit - done)
+            batch = rows.take(n)
+            if done >= start_row:
+                yield batch
+            done += n
+            if done == limit:
+                return
+    if done + rows.full == 0:
+        raise DegenerateInputError(
+            f"The text holds {rows.waiting} tokens; one row needs {width}. Give more or lower context=."
+        )
+    if rows.full and done >= start_row:
+        yield rows.take(rows.full)
+
+
+class _Rows:
+    """Tokens that wait for their row; joined only when rows are taken, so that a long document costs no more."""
+
+    def __init__(self, width: int, bos: tuple[int, ...]) -> None:
+        self.width, self.bos, self.waiting = width, bos, 0
+        self._ids: list[Tensor] = []
+        self._documents: list[Tensor] = []
+
+    @property
+    def full(self) -> int:
+        """Rows that can be taken."""
+        return self.waiting // self.width
+
+    def add(self, ids: list[int], document: int) -> None:
+        """Adds the tokens of a document."""
+        self._ids.append(torch.tensor(ids, dtype=torch.long))
+        self._documents.append(torch.full((len(ids),), document))
+        self.waiting += len(ids)
+
+    def take(self, n: int) -> PackedRows:
+        """The next `n` rows."""
+        size = n * self.width
+        ids, documents = torch.cat(self._ids), torch.cat(self._documents)
+        self._ids, self._documents, self.waiting = [ids[size:]], [documents[size:]], self.waiting - size
+        ids, documents = ids[:size].view(n, self.width), documents[:size].view(n, self.width)
+        if self.bos:
+            ids = torch.cat([torch.full((n, 1), self.bos[0]), ids], dim=1)
+            documents = torch.cat([documents[:, :1], documents], dim=1)
+        return PackedRows(ids.contiguous(), documents.contiguous())
+
+
+def check_sizes(tokens: int, context: int) -> None:
+    """Refuses sizes that give no row.
+
+    Raises:
+        InvalidInputError: if there is not one token, or a row has no second one.
+    """
+    if tokens < 1 or context < 2:
+        raise InvalidInputError(f"tokens={tokens}, context={context}: they must be >= 1 and >= 2.")
+
+
+def _end(tokenizer: Any) -> list[int]:
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    return [] if end is None else [end]

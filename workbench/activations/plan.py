@@ -1,0 +1,283 @@
+"""What a harvest will be: its options, the manifest it starts from, and what it will cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from workbench.activations.folder import Folder, open_folder
+from workbench.activations.keep import KeepRule
+from workbench.activations.manifest import MANIFEST, Dtype, Manifest, SiteStats
+from workbench.activations.packing import PackedRows, Source, packing_of
+from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
+from workbench.progress import clock
+from workbench.records import to_jsonable
+
+BYTES_PER_TOKEN = 14
+"""Token, row and document ids as int32, position as int16."""
+
+WORKING_WIDTHS = 64
+"""Memory of a forward pass, in fp32 values per token and unit of width, generously."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestOptions:
+    """How a harvest is cut into pieces and stored; the activations don't depend on it beyond rounding.
+
+    Attributes:
+        shard_tokens: tokens per shard, rounded up to whole batches of the source. A killed harvest loses at most one.
+        batch_tokens: tokens per forward pass, rounded up to whole rows.
+        dtype: "bfloat16", or "int8" for half the size: channels standardised, then one scale per token.
+        rank: number of this process among those that fill the store together; by default the variable RANK, else 0.
+        world: how many processes they are; by default the variable WORLD_SIZE, else 1. Process `rank` makes every
+            `world`-th shard, and the last one to finish joins them.
+    """
+
+    shard_tokens: int = 16_384
+    batch_tokens: int = 2_048
+    dtype: str = "bfloat16"
+    rank: int | None = None
+    world: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_tokens < 1 or self.batch_tokens < 1:
+            raise InvalidInputError(f"HarvestOptions: {self}; shard_tokens and batch_tokens must be at least 1.")
+        if self.dtype not in ("bfloat16", "int8"):
+            raise InvalidInputError(f"HarvestOptions(dtype={self.dtype!r}): choose 'bfloat16' or 'int8'.")
+        rank, world = self.place
+        if not 0 <= rank < world:
+            raise InvalidInputError(f"HarvestOptions: rank {rank} of {world} processes; ranks go from 0 to world - 1.")
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and number of processes."""
+        world = int(os.environ.get("WORLD_SIZE", 1)) if self.world is None else self.world
+        rank = int(os.environ.get("RANK", 0)) if self.rank is None else self.rank
+        return rank, world
+
+    @property
+    def manifest_name(self) -> str:
+        """Where this process notes its shards: a file of its own while there are several."""
+        rank, world = self.place
+        return MANIFEST if world == 1 else f"manifest-{rank:05d}-of-{world:05d}.json"
+
+
+@dataclass(frozen=True)
+class HarvestEstimate:
+    """What a harvest will take; sizes as if every token were kept.
+
+    Attributes:
+        tokens: to run through the model; None if the source can't say.
+        disk_bytes: size of the store.
+        free_disk_bytes: None where it can't be known.
+        memory_bytes: working memory beside the model.
+        free_memory_bytes: what the machine has left.
+        tokens_per_second: measured on the first batch, making the text included.
+    """
+
+    tokens: int | None
+    disk_bytes: int | None
+    free_disk_bytes: int | None
+    memory_bytes: int
+    free_memory_bytes: int
+    tokens_per_second: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it will take on this machine."""
+        if self.tokens is None or self.tokens_per_second is None:
+            return None
+        return self.tokens / self.tokens_per_second
+
+    def __str__(self) -> str:
+        """One line.
+
+        >>> str(HarvestEstimate(2_000_000, 3 * 10**9, None, 10**8, 10**10, 1000.0))
+        '2,000,000 tokens, 3.00 GB on disk, 0.10 GB of memory, about 33 min 20 s at 1,000 tokens/s'
+        """
+        parts = ["tokens unknown" if self.tokens is None else f"{self.tokens:,} tokens"]
+        if self.disk_bytes is not None:
+            parts.append(f"{self.disk_bytes / 1e9:.2f} GB on disk")
+        parts.append(f"{self.memory_bytes / 1e9:.2f} GB of memory")
+        if self.seconds is not None:
+            parts.append(f"about {clock(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class FirstLook:
+    """The first batch of a source, and what one forward pass over its start says.
+
+    Attributes:
+        rows: the batch.
+        max_norms: sink limit of each site.
+        tokens_per_second: of making the rows and reading the activations together.
+    """
+
+    rows: PackedRows
+    max_norms: dict[str, float]
+    tokens_per_second: float
+
+
+def resolved(model: Any, sites: Sequence[str]) -> tuple[str, ...]:
+    """The sites by their full names.
+
+    Raises:
+        UnknownSiteError: for a site that the model does not have.
+        InvalidInputError: if there are none, or one is named twice.
+    """
+    if isinstance(sites, str) or not sites:
+        raise InvalidInputError(f"harvest(sites={sites!r}): give a list of sites, such as ['resid_post.10'].")
+    names = tuple(str(model.resolve(site)) for site in sites)
+    if len(set(names)) < len(names):
+        raise InvalidInputError(f"harvest(sites={list(sites)}): these are {names}. Name each site once.")
+    return names
+
+
+def make_plan(model: Any, source: Source, sites: tuple[str, ...], options: HarvestOptions) -> Manifest:
+    """The manifest that a harvest starts from."""
+    rows = -(-options.shard_tokens // source.context)
+    vocabulary = json.dumps(sorted(model.tokenizer.get_vocab().items()))
+    return Manifest(
+        model_name=model.name,
+        model_fingerprint=model.fingerprint,
+        source=to_jsonable(source.describe()),
+        sites={site: SiteStats(d=model.width(site), max_norm=0.0) for site in sites},
+        context=source.context,
+        special_ids=tuple(sorted(int(i) for i in model.tokenizer.all_special_ids)),
+        shard_rows=-(-rows // source.batch_rows) * source.batch_rows,
+        batch_rows=-(-options.batch_tokens // source.context),
+        dtype=cast(Dtype, options.dtype),
+        tokenizer_sha256=hashlib.sha256(vocabulary.encode(errors="backslashreplace")).hexdigest(),
+        packing=packing_of(source, model.tokenizer),
+    )
+
+
+def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:
+    """Refuses to go on with another harvest.
+
+    Raises:
+        MismatchError: naming what differs.
+    """
+    for name in ("model_fingerprint", "source", "context", "special_ids", "shard_rows", "batch_rows", "dtype"):
+        old, new = getattr(found, name), getattr(plan, name)
+        if old != new:
+            raise MismatchError(
+                f"{folder.where} holds another harvest: {name} is {old!r}, asked for {new!r}. Use another folder."
+            )
+    if tuple(found.sites) != tuple(plan.sites):
+        raise MismatchError(
+            f"{folder.where} holds the sites {tuple(found.sites)}, asked for {tuple(plan.sites)}. Use another folder."
+        )
+    if found.version != plan.version and not found.done:
+        raise MismatchError(
+            f"The unfinished harvest in {folder.where} has format version {found.version}; this version writes "
+            f"{plan.version}. Use another folder, or delete it."
+        )
+
+
+def estimate_harvest(
+    model: Any, source: Source, sites: Sequence[str], out: str | Path = ".", *, options: HarvestOptions | None = None
+) -> HarvestEstimate:
+    """What a harvest would take in disk, memory and time; its first batch is made and run, and nothing is written.
+
+    Args:
+        model: a `Model`.
+        source: where the tokens come from.
+        sites: where to read.
+        out: folder or address of the store.
+        options: as for `harvest`.
+
+    Raises:
+        UnknownSiteError: for a site that the model does not have.
+        DegenerateInputError: if the source gives no rows.
+    """
+    plan = make_plan(model, source, resolved(model, sites), options or HarvestOptions())
+    speed = first_look(model, source, plan).tokens_per_second
+    return expected(plan, source, open_folder(out), speed)
+
+
+def first_look(model: Any, source: Source, plan: Manifest) -> FirstLook:
+    """Makes the first batch and runs its start through the model.
+
+    Raises:
+        DegenerateInputError: if there is none.
+    """
+    start = time.perf_counter()
+    rows = next(source.batches(model, 0), None)
+    if rows is None or not len(rows.ids):
+        raise DegenerateInputError(f"The source gave no rows: {plan.source}. Give it more text.")
+    made = time.perf_counter()
+    # the sink limit must not depend on where a harvest was resumed, so it is that of the first forward pass alone
+    ids = rows.ids[: plan.batch_rows]
+    acts = model.capture(ids, list(plan.sites))
+    on_cpu = {site: acts.flat(site).cpu() for site in plan.sites}
+    per_token = (made - start) / rows.ids.numel() + (time.perf_counter() - made) / ids.numel()
+    rules = {site: KeepRule.estimate(x, ids, plan.special_ids) for site, x in on_cpu.items()}
+    return FirstLook(rows, {site: rule.max_norm for site, rule in rules.items()}, 1 / per_token)
+
+
+def expected(plan: Manifest, source: Source, folder: Folder, speed: float | None = None) -> HarvestEstimate:
+    """Disk and memory for what is left of a harvest."""
+    import psutil
+
+    rows = source.n_rows()
+    left = None if rows is None else max(0, rows - sum(shard.n_rows for shard in plan.shards)) * plan.context
+    width = sum(stats.d for stats in plan.sites.values())
+    stored = BYTES_PER_TOKEN + (2 * width if plan.dtype == "bfloat16" else width + 2 * len(plan.sites))
+    buffered = BYTES_PER_TOKEN + (2 * width if plan.dtype == "bfloat16" else 3 * width)
+    widest = max(stats.d for stats in plan.sites.values())
+    forward = plan.batch_rows * plan.context * 4 * (width + WORKING_WIDTHS * widest)
+    return HarvestEstimate(
+        tokens=left,
+        disk_bytes=None if left is None else left * stored,
+        free_disk_bytes=folder.free_bytes(),
+        memory_bytes=plan.shard_rows * plan.context * buffered + forward,
+        free_memory_bytes=psutil.virtual_memory().available,
+        tokens_per_second=speed,
+    )
+
+
+def check_room(estimate: HarvestEstimate, plan: Manifest, folder: Folder) -> None:
+    """Refuses a harvest that can't be finished here.
+
+    Raises:
+        ResourceError: if disk or memory do not suffice.
+    """
+    asked = f"Harvesting {estimate} at {len(plan.sites)} sites in {folder.where}"
+    need, free = estimate.disk_bytes, estimate.free_disk_bytes
+    if need is not None and free is not None and need > free:
+        smaller = ", dtype='int8'" if plan.dtype == "bfloat16" else ""
+        raise ResourceError(
+            f"{asked} needs {need / 1e9:.2f} GB of disk; {free / 1e9:.2f} GB are free. Use fewer tokens or "
+            f"sites{smaller}, or another disk."
+        )
+    if estimate.memory_bytes > estimate.free_memory_bytes:
+        raise ResourceError(
+            f"{asked} needs {estimate.memory_bytes / 1e9:.2f} GB of memory; {estimate.free_memory_bytes / 1e9:.2f} GB "
+            "are free. Lower shard_tokens and batch_tokens, or read fewer sites at once."
+        )
+
+
+def joined(batches: Iterator[PackedRows], shard_rows: int) -> Iterator[PackedRows]:
+    """Batches joined to shards of `shard_rows` rows; the last one may be shorter."""
+    waiting: list[PackedRows] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(b.ids) for b in waiting) >= shard_rows:
+            yield _join(waiting)
+            waiting = []
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(parts: list[PackedRows]) -> PackedRows:
+    return PackedRows(torch.cat([p.ids for p in parts]), torch.cat([p.documents for p in parts]))
