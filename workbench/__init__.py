@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench import errors, glitch, progress, records, stats
     from workbench.activations.harvest import harvest
+    from workbench.activations.plan import HarvestEstimate, HarvestOptions, estimate_harvest
     from workbench.activations.sources import HubDataset, SelfText, TextFiles, TokenRows
     from workbench.activations.store import ActivationStore, open_store
     from workbench.errors import WorkbenchError
@@ -39,9 +40,17 @@ if TYPE_CHECKING:
     from workbench.report import Report, Section
     from workbench.runs import RunDir
     from workbench.saes.config import SAEConfig
-    from workbench.saes.evaluate import SAEReport, evaluate_sae
+    from workbench.saes.corpus import check_corpus
+    from workbench.saes.evaluate import EvalOptions, evaluate_sae
+    from workbench.saes.faithful import fake_features
+    from workbench.saes.fit import FitReport, check_sae
     from workbench.saes.io import load_sae
-    from workbench.saes.train import train_sae
+    from workbench.saes.lens import register_with_sae_lens
+    from workbench.saes.matching import match_by_activations, shared_features
+    from workbench.saes.quality import SAEReport
+    from workbench.saes.suite import run_suite
+    from workbench.saes.synthetic import evaluate_on_synthetic
+    from workbench.saes.train import train_sae, train_saes
     from workbench.stats import Estimate
     from workbench.steering import SteeringReport, steer
     from workbench.tokens import TokenBatch
@@ -61,11 +70,15 @@ _HOMES = {
     "CosineGate": "workbench.interventions.gates",
     "EditReport": "workbench.interventions.report",
     "Estimate": "workbench.stats",
+    "EvalOptions": "workbench.saes.evaluate",
     "Exported": "workbench.interventions.export.result",
     "FeatureTable": "workbench.features",
+    "FitReport": "workbench.saes.fit",
     "FnGate": "workbench.interventions.gates",
     "Generated": "workbench.interventions.scopes",
     "Generation": "workbench.models.generation",
+    "HarvestEstimate": "workbench.activations.plan",
+    "HarvestOptions": "workbench.activations.plan",
     "HubDataset": "workbench.activations.sources",
     "Intervention": "workbench.interventions.intervention",
     "Last": "workbench.interventions.scopes",
@@ -92,7 +105,7 @@ _HOMES = {
     "SAEClamp": "workbench.interventions.saes",
     "SAEConfig": "workbench.saes.config",
     "SAEGate": "workbench.interventions.gates",
-    "SAEReport": "workbench.saes.evaluate",
+    "SAEReport": "workbench.saes.quality",
     "SAEScale": "workbench.interventions.saes",
     "Section": "workbench.report",
     "SelfText": "workbench.activations.sources",
@@ -107,15 +120,25 @@ _HOMES = {
     "When": "workbench.interventions.gates",
     "WorkbenchError": "workbench.errors",
     "ablate_everywhere": "workbench.interventions.everywhere",
+    "check_corpus": "workbench.saes.corpus",
+    "check_sae": "workbench.saes.fit",
+    "estimate_harvest": "workbench.activations.plan",
+    "evaluate_on_synthetic": "workbench.saes.synthetic",
     "evaluate_sae": "workbench.saes.evaluate",
+    "fake_features": "workbench.saes.faithful",
     "harvest": "workbench.activations.harvest",
     "load_model": "workbench.models.loading",
     "load_sae": "workbench.saes.io",
+    "match_by_activations": "workbench.saes.matching",
     "merge_lora": "workbench.interventions.export.lora",
     "open_store": "workbench.activations.store",
+    "register_with_sae_lens": "workbench.saes.lens",
+    "run_suite": "workbench.saes.suite",
     "score_features": "workbench.features",
+    "shared_features": "workbench.saes.matching",
     "steer": "workbench.steering",
     "train_sae": "workbench.saes.train",
+    "train_saes": "workbench.saes.train",
 }
 
 _MODULES = ("errors", "glitch", "progress", "records", "stats")
@@ -135,11 +158,15 @@ __all__ = [
     "CosineGate",
     "EditReport",
     "Estimate",
+    "EvalOptions",
     "Exported",
     "FeatureTable",
+    "FitReport",
     "FnGate",
     "Generated",
     "Generation",
+    "HarvestEstimate",
+    "HarvestOptions",
     "HubDataset",
     "Intervention",
     "Last",
@@ -181,20 +208,30 @@ __all__ = [
     "When",
     "WorkbenchError",
     "ablate_everywhere",
+    "check_corpus",
+    "check_sae",
     "errors",
+    "estimate_harvest",
+    "evaluate_on_synthetic",
     "evaluate_sae",
+    "fake_features",
     "glitch",
     "harvest",
     "load_model",
     "load_sae",
+    "match_by_activations",
     "merge_lora",
     "open_store",
     "progress",
     "records",
+    "register_with_sae_lens",
+    "run_suite",
     "score_features",
+    "shared_features",
     "stats",
     "steer",
     "train_sae",
+    "train_saes",
 ]
 
 

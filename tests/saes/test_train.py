@@ -1,47 +1,61 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
-from tests.tiny import tiny_model
-from workbench.activations.harvest import HarvestOptions, harvest
-from workbench.activations.sources import TokenRows
+from tests.saes.stores import SITE, assert_same_tensors, before_step, ctrl_c, small_store, tensors
 from workbench.activations.store import ActivationStore
-from workbench.errors import CorruptFileError, DegenerateInputError, InvalidInputError, MismatchError, UnknownNameError
-from workbench.metrics import mean_max_cosine
-from workbench.saes import train as train_module
+from workbench.errors import (
+    CorruptFileError,
+    DegenerateInputError,
+    InvalidInputError,
+    MismatchError,
+    UnknownNameError,
+    UnknownSiteError,
+)
+from workbench.saes.batches import Batches, OrderKey
+from workbench.saes.checkpoint import read_checkpoint
 from workbench.saes.config import SAEConfig
 from workbench.saes.io import load_sae
-from workbench.saes.kernels import topk_step
+from workbench.saes.member import Member
 from workbench.saes.train import adam_step, train_sae
-from workbench.saes.weights import SAEWeights
 
-CONFIG = SAEConfig(d_sae=64, k=4, tokens=4000, batch=100, dead_after=500, select="float32", buffer=300)
+CONFIG = SAEConfig(d_sae=64, k=4, tokens=4000, batch=100, dead_after=500, kernel="csr", buffer=300)
+EACH = {
+    "topk": CONFIG,
+    "batchtopk": replace(CONFIG, architecture="batchtopk"),
+    "matryoshka": replace(CONFIG, architecture="matryoshka"),
+    "topk_free": replace(CONFIG, decoder_norm="free"),
+    "relu": replace(CONFIG, architecture="relu", k=None),
+    "jumprelu": replace(CONFIG, architecture="jumprelu", k=None),
+    "gated": replace(CONFIG, architecture="gated", k=None),
+}
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    ids = torch.randint(2, 200, (80, 12), generator=torch.Generator().manual_seed(0))
-    folder = tmp_path_factory.mktemp("store")
-    options = HarvestOptions(shard_tokens=200, batch_tokens=200)
-    return harvest(tiny_model(), TokenRows(ids, batch_rows=8), ["resid_post.1"], folder, options=options)
+    return small_store(tmp_path_factory.mktemp("store"))
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "sae_weights.safetensors")
+def _without_time(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name != "seconds"}
 
 
 def test_training_explains_held_out_tokens_and_says_so(store: ActivationStore, tmp_path: Path) -> None:
-    run = train_sae(store, CONFIG, tmp_path / "sae")
+    said: list[tuple[str, dict[str, float]]] = []
+    run = train_sae(store, CONFIG, tmp_path / "sae", log=lambda name, line: said.append((name, line)))
     lines = [json.loads(line) for line in (tmp_path / "sae" / "metrics.jsonl").read_text().splitlines()]
+    assert said == [("sae", line) for line in lines]
     assert lines[-1]["step"] == CONFIG.steps
     assert run.metrics["fvu"] == pytest.approx(lines[-1]["fvu"])
     assert run.metrics["fvu"] < 0.7 * lines[0]["fvu"] or run.metrics["fvu"] < 0.3
@@ -54,118 +68,205 @@ def test_training_explains_held_out_tokens_and_says_so(store: ActivationStore, t
     assert float((sae.encode(x) > 0).sum(1).double().mean()) == pytest.approx(run.metrics["l0"])
 
 
-class _Stop(Exception):
-    pass
-
-
-def _interrupt_at(step: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train_module._Trainer._train_step
-
-    def stopping(self: Any) -> Any:
-        if self.step == step:
-            raise error
-        return real(self)
-
-    monkeypatch.setattr(train_module._Trainer, "_train_step", stopping)
-
-
-def test_a_run_stopped_by_ctrl_c_goes_on_to_the_bit(
-    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", EACH)
+def test_stopped_and_continued_is_the_same_to_the_bit(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    whole = train_sae(store, CONFIG, tmp_path / "whole")
-    for step in (7, 23):
-        with monkeypatch.context() as patch:
-            _interrupt_at(step, KeyboardInterrupt, patch)
-            with pytest.raises(KeyboardInterrupt):
-                train_sae(store, CONFIG, tmp_path / "cut")
+    config = EACH[kind]
+    for folder, stops in (("whole", (27,)), ("cut", (9, 16, 27))):
+        for step in stops:
+            with monkeypatch.context() as patch:
+                before_step(step, ctrl_c, patch)
+                with pytest.raises(KeyboardInterrupt) as stopped:
+                    train_sae(store, config, tmp_path / folder)
+            assert f"step {step + 1} in" in stopped.value.__notes__[0]
+    assert_same_tensors(tmp_path / "whole", tmp_path / "cut", CHECKPOINT)
+    whole, cut = (read_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    assert whole is not None and cut is not None
+    assert {"exp_avg.W_enc", "exp_avg_sq.b_dec", "step.W_dec", "since_fired", "dead", "threshold"} <= whole[0].keys()
+    assert int(whole[0]["since_fired"].max()) > 0
+    streams = []
+    for _, state in (whole, cut):
+        batches = Batches(store, (SITE,), OrderKey.of(config))
+        batches.restore(state["stream"])
+        streams.append(torch.cat([batches.next()[SITE] for _ in range(10)]))
+    assert torch.equal(*streams)
     assert not (tmp_path / "cut" / "cfg.json").exists()
-    cut = train_sae(store, CONFIG, tmp_path / "cut")
-    assert all(torch.equal(a, _tensors(whole.path)[name]) for name, a in _tensors(cut.path).items())
-    assert (cut.path / "metrics.jsonl").read_text() == (whole.path / "metrics.jsonl").read_text()
-    assert {k: v for k, v in cut.metrics.items() if k != "seconds"} == {
-        k: v for k, v in whole.metrics.items() if k != "seconds"
-    }
-    assert not (cut.path / "checkpoint.safetensors").exists()
+    straight = train_sae(store, config, tmp_path / "straight")
+    run = train_sae(store, config, tmp_path / "cut")
+    assert_same_tensors(straight.path, run.path)
+    assert (straight.path / "metrics.jsonl").read_text() == (run.path / "metrics.jsonl").read_text()
+    assert _without_time(straight.metrics) == _without_time(run.metrics)
+    assert not (run.path / CHECKPOINT).exists()
 
 
-def test_a_run_killed_after_a_checkpoint_goes_on_to_the_bit(
-    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(CONFIG, checkpoint_seconds=0.0)
-    whole = train_sae(store, config, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        _interrupt_at(17, _Stop, patch)
-        with pytest.raises(_Stop):
-            train_sae(store, config, tmp_path / "cut")
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from tests.saes.test_train import CONFIG
+from workbench.saes import checkpoint, group
+from workbench.saes.train import train_sae
+real, count = os.replace, 0
+def dying(*args):
+    global count
+    count += str(args[1]).endswith("checkpoint.safetensors")
+    if count == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*args)
+checkpoint.os.replace = dying
+group.SAVING_SHARE = 1e9
+train_sae(sys.argv[1], replace(CONFIG, checkpoint_seconds=0.0), Path(sys.argv[2]))
+"""
+
+
+def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(store: ActivationStore, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", KILLED, str(store.path), str(tmp_path / "cut")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list((tmp_path / "cut").glob(f".{CHECKPOINT}.*.tmp"))) == 1, "killed while it was writing"
+    found = read_checkpoint(tmp_path / "cut")
+    assert found is not None and found[1]["step"] == 2
+    assert not list((tmp_path / "cut").glob(".*.tmp"))
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 999, "half a li')
-    cut = train_sae(store, config, tmp_path / "cut")
-    assert all(torch.equal(a, _tensors(whole.path)[name]) for name, a in _tensors(cut.path).items())
-    assert (cut.path / "metrics.jsonl").read_text() == (whole.path / "metrics.jsonl").read_text()
+    run, straight = (train_sae(store, CONFIG, tmp_path / name) for name in ("cut", "straight"))
+    assert_same_tensors(run.path, straight.path)
+    assert (straight.path / "metrics.jsonl").read_text() == (run.path / "metrics.jsonl").read_text()
+
+
+def test_a_second_ctrl_c_stops_at_once(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        ctrl_c()
+        ctrl_c()
+
+    before_step(5, twice, monkeypatch)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(store, CONFIG, tmp_path / "sae")
+    assert not (tmp_path / "sae" / CHECKPOINT).exists()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_it_trains_in_a_thread_too(store: ActivationStore, tmp_path: Path) -> None:
+    found: list[Any] = []
+    config = replace(CONFIG, tokens=300)
+    thread = threading.Thread(target=lambda: found.append(train_sae(store, config, tmp_path / "thread")))
+    thread.start()
+    thread.join()
+    assert_same_tensors(found[0].path, train_sae(store, config, tmp_path / "main").path)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        before_step(10, ctrl_c, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_sae(store, CONFIG, tmp_path)
+    kept = (tmp_path / CHECKPOINT).read_bytes()
+    members: list[Member] = []
+    with monkeypatch.context() as patch:
+        real = Member.restore
+
+        def remembering(self: Member) -> Any:
+            members.append(self)
+            return real(self)
+
+        patch.setattr(Member, "restore", remembering)
+        before_step(20, lambda: members[0].weights.W_enc.fill_(float("nan")), patch)
+        patch.setattr("workbench.saes.group.SAVING_SHARE", 1e9)
+        with pytest.raises(InvalidInputError, match=r"the loss is nan at step 21 .* is kept\. Lower lr"):
+            train_sae(store, CONFIG, tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == kept
+    assert train_sae(store, CONFIG, tmp_path).metrics["fvu"] < 1
 
 
 def test_a_finished_run_is_returned_and_another_is_refused(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train_sae(store, CONFIG, tmp_path / "sae")
-    _interrupt_at(0, _Stop, monkeypatch)
+    before_step(0, lambda: pytest.fail("trained again"), monkeypatch)
     assert train_sae(store, CONFIG, tmp_path / "sae").metrics == run.metrics
+    assert train_sae(store, replace(CONFIG, checkpoint_seconds=3.0), tmp_path / "sae").metrics == run.metrics
     with pytest.raises(MismatchError, match=r"k=4 \(asked for 5\)"):
         train_sae(store, replace(CONFIG, k=5), tmp_path / "sae")
+    (tmp_path / "sae" / "cfg.json").write_text("{}")
+    with pytest.raises(MismatchError, match="not trained here"):
+        train_sae(store, CONFIG, tmp_path / "sae")
 
 
 def test_a_broken_checkpoint_is_named(store: ActivationStore, tmp_path: Path) -> None:
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(CorruptFileError, match="checkpoint.safetensors"):
+    (tmp_path / CHECKPOINT).write_bytes(b"not safetensors")
+    with pytest.raises(CorruptFileError, match=CHECKPOINT):
         train_sae(store, CONFIG, tmp_path)
 
 
 def test_seed_and_data_decide_the_result(store: ActivationStore, tmp_path: Path) -> None:
-    runs = [
-        train_sae(store, replace(CONFIG, seed=s, tokens=500), tmp_path / n) for s, n in ((0, "a"), (0, "b"), (1, "c"))
-    ]
-    first, again, other = (_tensors(run.path)["W_dec"] for run in runs)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    part = train_sae(store, replace(CONFIG, tokens=500, distinct_tokens=240), tmp_path / "part")
-    assert not torch.equal(_tensors(part.path)["W_dec"], first)
+    short = replace(CONFIG, tokens=500)
+    settings = {"a": short, "b": short, "seed": replace(short, seed=1), "order": replace(short, data_seed=1)}
+    settings["part"] = replace(short, distinct_tokens=240)
+    found = {name: tensors(train_sae(store, c, tmp_path / name).path)["W_dec"] for name, c in settings.items()}
+    assert torch.equal(found["a"], found["b"])
+    assert not any(torch.equal(found["a"], found[name]) for name in ("seed", "order", "part"))
+    both = train_sae(store, replace(short, seed=1, data_seed=0), tmp_path / "both")
+    assert not torch.equal(tensors(both.path)["W_dec"], found["seed"])
 
 
-def test_held_out_tokens_are_not_trained_on(store: ActivationStore, tmp_path: Path) -> None:
-    seen = []
-    real = train_module.topk_step
-
-    def spying(weights: SAEWeights, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(x.clone())
-        return real(weights, x, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "topk_step", spying)
-        train_sae(store, CONFIG, tmp_path / "sae")
-    held_out = torch.cat([acts.float() for acts in store.read(split="heldout")])
-    train = torch.cat([acts.float() for acts in store.read(split="train")])
-    scale = float(torch.cat(seen).norm(dim=1).max() / train.norm(dim=1).max())
-    distances = torch.cdist(torch.cat(seen) / scale, held_out)
-    assert float(distances.min()) > 1e-2
-    assert float(torch.cdist(torch.cat(seen)[:200] / scale, train).min(dim=1).values.max()) < 1e-2
+def test_only_training_tokens_are_served_and_each_once_per_epoch(store: ActivationStore) -> None:
+    train = torch.cat(list(store.read(split="train")))
+    batches = Batches(store, (SITE,), OrderKey(seed=3, batch=len(train), buffer=300, distinct_tokens=None))
+    served = batches.next()[SITE]
+    assert not torch.equal(served, train)
+    assert sorted(map(tuple, served.tolist())) == sorted(map(tuple, train.tolist()))
+    held_out = batches.held_out()[SITE]
+    assert torch.equal(held_out, torch.cat([acts.float() for acts in store.read(split="heldout")]))
+    first = [block for block in store.blocks(split="train")]
+    inside = torch.cat([block.acts[block.rows < 20] for block in first])
+    part = Batches(store, (SITE,), OrderKey(3, len(inside), 300, 240)).next()[SITE]
+    assert sorted(map(tuple, part.tolist())) == sorted(map(tuple, inside.tolist())), "20 rows of 12 tokens"
 
 
-def test_too_little_data_and_bad_settings_are_refused(store: ActivationStore, tmp_path: Path) -> None:
+def test_too_little_data_and_the_wrong_site_are_refused(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(DegenerateInputError, match="one batch needs 2000"):
         train_sae(store, replace(CONFIG, batch=2000), tmp_path)
+    with pytest.raises(UnknownSiteError, match="resid_post.7"):
+        train_sae(store, replace(CONFIG, site="resid_post.7"), tmp_path)
+    with pytest.raises(UnknownSiteError, match="mlp_out.1"):
+        train_sae(store, replace(CONFIG, architecture="batchtopk", target_site="mlp_out.1"), tmp_path)
+    with pytest.raises(InvalidInputError, match="device='nowhere'"):
+        train_sae(store, replace(CONFIG, device="nowhere"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"k": 0}, "choose 1 <= k <= d_sae"), ({"k": 65}, "k=65, d_sae=64"), ({"batch": 0}, "batch=0"),
+        ({"tokens": 1}, "at least one batch"), ({"lr": -1.0}, "lr=-1.0"), ({"lr": float("nan")}, "lr=nan"),
+        ({"warmup": 2.0}, "warmup=2.0"), ({"distinct_tokens": 0}, "distinct_tokens=0"), ({"buffer": 1}, "buffer=1"),
+        ({"betas": (0.9, 1.0)}, "betas"), ({"aux_k": 0}, "aux_k=0"), ({"dead_after": 0}, "dead_after=0"),
+        ({"l1_coefficient": 1.0}, "no effect on architecture 'topk', which has k"), ({"widths": (4,)}, "matryoshka"),
+        ({"architecture": "relu"}, r"k=4 has no effect on architecture 'relu'.*one of: topk, batchtopk, matryoshka"),
+        ({"architecture": "relu", "k": None, "l1_coefficient": -1.0}, "rewards density"),
+        ({"architecture": "jumprelu", "k": None, "bandwidth": 0.0}, "no gradient"),
+        ({"architecture": "jumprelu", "k": None, "initial_threshold": -0.1}, "not negative"),
+        ({"architecture": "matryoshka", "widths": (8, 8)}, "must increase"),
+        ({"architecture": "matryoshka", "widths": (8, 65)}, "at most d_sae"),
+        ({"architecture": "topk", "target_site": "mlp_out.1"}, "Use 'batchtopk'"),
+        ({"architecture": "gated", "k": None, "target_site": "mlp_out.1"}, "Use 'jumprelu'"),
+    ],
+)  # fmt: skip
+def test_settings_that_can_not_be_used_are_refused(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        replace(CONFIG, **wrong)
+
+
+def test_names_of_architectures() -> None:
     with pytest.raises(UnknownNameError, match="topk"):
         SAEConfig(architecture="top-k")
-    for wrong in (
-        {"k": 0},
-        {"k": 65},
-        {"batch": 0},
-        {"tokens": 1},
-        {"lr": -1.0},
-        {"warmup": 2.0},
-        {"distinct_tokens": 0},
-    ):
-        with pytest.raises(InvalidInputError):
-            replace(CONFIG, **wrong)
+    assert SAEConfig(architecture="standard") == SAEConfig(architecture="relu")
+    assert SAEConfig(architecture="matryoshka_batchtopk", d_sae=64, widths=(8,)).prefixes == (8, 64)
+    assert SAEConfig(architecture="matryoshka", d_sae=4, k=2).prefixes == (1, 2, 4)
 
 
 def test_clipping_bounds_the_step_that_adam_sees() -> None:
@@ -179,50 +280,3 @@ def test_clipping_bounds_the_step_that_adam_sees() -> None:
     first = clipped.state[parameters[0]]["exp_avg"]
     torch.testing.assert_close(first, 0.1 * torch.tensor([0.6, 0.8, 0.0]))
     torch.testing.assert_close(plain.state[parameters[1]]["exp_avg"], 0.1 * torch.tensor([3.0, 4.0, 0.0]))
-
-
-def test_ground_truth_directions_are_found() -> None:
-    d, n_true, k = 24, 48, 3
-    random = torch.Generator().manual_seed(0)
-    truth = torch.nn.functional.normalize(torch.randn(n_true, d, generator=random), dim=1)
-    W = torch.nn.functional.normalize(torch.randn(n_true * 2, d, generator=random), dim=1)
-    weights = SAEWeights(W.clone(), torch.zeros(len(W)), W, torch.zeros(d))
-    before = mean_max_cosine(truth, weights.W_dec)
-    optimiser = torch.optim.Adam(weights.tensors(), lr=3e-3, fused=True)
-    for step in range(1200):
-        active = torch.rand(512, n_true, generator=random).topk(k, dim=1).indices
-        size = 0.5 + torch.rand(512, k, generator=random)
-        x = torch.zeros(512, n_true).scatter(1, active, size) @ truth
-        gradients = topk_step(weights, x, k).gradients
-        for parameter, gradient in zip(weights.tensors(), gradients.tensors(), strict=True):
-            parameter.grad = gradient
-        adam_step(optimiser, 3e-3 * min(1.0, (1200 - step) / 240), clip=1.0)
-        weights.W_dec.div_(weights.W_dec.norm(dim=1, keepdim=True))
-    assert before < 0.7
-    assert mean_max_cosine(truth, weights.W_dec) > 0.95
-
-
-PLAIN_SAE_LENS = """
-import sys, torch, safetensors.torch
-from sae_lens import SAE
-sae = SAE.load_from_disk(sys.argv[1])
-data = safetensors.torch.load_file(sys.argv[2])
-assert not any(name.split(".")[0] == "workbench" for name in sys.modules)
-assert type(sae).__name__ == "TopKSAE" and sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
-acts = sae.encode(data["x"])
-print(float((acts - data["acts"]).abs().max()), float((sae.decode(acts) - data["x_hat"]).abs().max()))
-"""
-
-
-def test_the_folder_loads_in_plain_sae_lens_with_the_same_output(store: ActivationStore, tmp_path: Path) -> None:
-    run = train_sae(store, replace(CONFIG, tokens=1000), tmp_path / "sae")
-    sae = load_sae(run.path)
-    assert float(sae.b_enc.abs().max()) > 0
-    x = next(store.read()).float()
-    acts = sae.encode(x)
-    file = tmp_path / "x.safetensors"
-    safetensors.torch.save_file({"x": x, "acts": acts, "x_hat": sae.decode(acts)}, file)
-    command = [sys.executable, "-c", PLAIN_SAE_LENS, str(run.path), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert all(float(difference) <= 1e-5 for difference in done.stdout.split()[-2:])

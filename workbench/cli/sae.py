@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from workbench.cli.base import BaseCommand, Command, read_passages
+from workbench.cli.base import BaseCommand
 from workbench.errors import InvalidInputError
 from workbench.saes.config import ALIASES, OPTIONS, Kernel, SAEConfig
 
@@ -139,42 +139,3 @@ def _summary(run: SAERun, config: SAEConfig) -> list[str]:
         f"{config.dead_after} tokens; {m['steps']:.0f} steps in {m['seconds']:.0f} s."
     )
     return [line, f"{'SAE' if config.target_site is None else 'Transcoder'}: {run.path}"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaeEval(Command):
-    """Evaluate an SAE: FVU, L0, loss recovered when it is spliced in, beside controls."""
-
-    sae: tyro.conf.Positional[Path]
-    """Folder of the SAE."""
-    store: Path | None = None
-    """Store whose held-out rows are used."""
-    texts: Path | None = None
-    """Text file, one passage per line, instead of a store."""
-    rows: int = 64
-    """Rows that are run through the model, at most."""
-
-    def run(self) -> None:
-        """Evaluates, writes the run folder, and says what was found."""
-        from workbench.models.loading import load_model
-        from workbench.saes.evaluate import EvalOptions, evaluate_sae
-        from workbench.saes.io import load_sae
-
-        rows, sae = self._rows(), load_sae(self.sae)
-        model = load_model(self.model)
-        with self.start("sae-eval") as run:
-            run.note_model(model)
-            report = evaluate_sae(model, sae, rows, options=EvalOptions(max_rows=self.rows, seed=self.seed))
-            run.save_step("sae", report.section())
-            html = run.finish(f"Evaluation of {self.sae}")
-        lines = [*(f"- {finding}" for finding in report.findings()), f"Report: {html}"]
-        self.emit({"run": run.path, "report": html, "metrics": report.section().metrics}, lines)
-
-    def _rows(self) -> Any:
-        from workbench.activations.store import open_store
-
-        if (self.store is None) == (self.texts is None):
-            raise InvalidInputError("sae eval: give --store FOLDER or --texts FILE, one of them.")
-        if self.store is not None:
-            return open_store(self.store)
-        return read_passages(self.texts)

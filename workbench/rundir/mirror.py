@@ -27,15 +27,9 @@ def mirror(folder: Path, config: Any, curves: list[dict[str, Any]], result: dict
     The mode is WANDB_MODE, or offline; online without stored credentials becomes offline. A failure is part of the
     answer, never an error: everything that W&B would hold is in the run folder already.
     """
-    mode = os.environ.get("WANDB_MODE", "offline").strip().lower() or "offline"
-    if mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
-        return {"status": "disabled", "reason": "WANDB_MODE or WANDB_DISABLED says so"}
-    notes = {}
-    if mode not in _MODES:
-        mode, notes = "offline", {"reason": f"WANDB_MODE={mode} is unknown"}
-    elif mode != "offline" and mode != "dryrun" and not _has_credentials():
-        mode, notes = "offline", {"reason": f"WANDB_MODE={mode}, but no W&B credentials are stored"}
-    mode = "offline" if mode == "dryrun" else mode
+    mode, notes = wandb_mode()
+    if mode == "disabled":
+        return {"status": "disabled"} | notes
     shutil.rmtree(folder / "wandb", ignore_errors=True)
     was_loaded = "wandb" in sys.modules
     try:
@@ -50,6 +44,21 @@ def mirror(folder: Path, config: Any, curves: list[dict[str, Any]], result: dict
     except (wandb.Error, OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         return {"status": "failed", "mode": mode, "reason": f"{type(error).__name__}: {error}"} | notes
     return {"status": "mirrored", "mode": mode, "folder": inside} | notes
+
+
+def wandb_mode() -> tuple[str, dict[str, str]]:
+    """The mode for W&B, and why it is not the one that was asked for.
+
+    It is WANDB_MODE, or offline; online without stored credentials becomes offline.
+    """
+    mode = os.environ.get("WANDB_MODE", "offline").strip().lower() or "offline"
+    if mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return "disabled", {"reason": "WANDB_MODE or WANDB_DISABLED says so"}
+    if mode not in _MODES:
+        return "offline", {"reason": f"WANDB_MODE={mode} is unknown"}
+    if mode not in ("offline", "dryrun") and not _has_credentials():
+        return "offline", {"reason": f"WANDB_MODE={mode}, but no W&B credentials are stored"}
+    return ("offline" if mode == "dryrun" else mode), {}
 
 
 def _send(folder: Path, config: Any, curves: list[dict[str, Any]], result: dict[str, Any], mode: str) -> str:

@@ -1,59 +1,101 @@
-"""SAE folders in the format of sae_lens: what is saved here loads there without this package, and the reverse."""
+"""Loads SAEs of this package and of others, each as a sae_lens SAE whose conventions are folded into its weights."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import safetensors
+import torch
 
 from workbench.activations.keep import KeepRule
-from workbench.errors import CorruptFileError, MismatchError, MissingFileError
-from workbench.hooks.sites import Site
+from workbench.errors import (
+    CorruptFileError,
+    InvalidInputError,
+    MismatchError,
+    MissingFileError,
+    UnknownSiteError,
+    WorkbenchError,
+    did_you_mean,
+)
 from workbench.records import from_jsonable, load_json
+from workbench.saes.fit import check_sae
+from workbench.saes.formats import releases
+from workbench.saes.formats.build import build, placed, register_own_classes, unbuilt
+from workbench.saes.formats.files import read_config, read_tensors
+from workbench.saes.formats.known import READERS, SAE_LENS, SAE_LENS_FILES, located, recognise, require_format
+from workbench.saes.formats.lensmodule import sae_lens_module
+from workbench.saes.formats.names import named_site, named_target, site_metadata
+from workbench.saes.formats.overrides import Overrides
+from workbench.saes.formats.raw import RawSAE
+from workbench.saes.formats.tensors import bare
 
-CONFIG_FILE = "cfg.json"
-WEIGHTS_FILE = "sae_weights.safetensors"
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_sae_fits", "load_sae", "sae_keep_rule", "sae_lens_module", "sae_site"]
+
+CONFIG_FILE, WEIGHTS_FILE = SAE_LENS_FILES
+_SCALER_FILE = "activation_scaler.json"
 
 
-def sae_lens_module() -> ModuleType:
-    """sae_lens, imported here because it takes seconds; its own use of a deprecated module is kept quiet."""
-    with warnings.catch_warnings():
-        # sae_lens 6.54 imports transformer_lens.utils, which 3.9 deprecates.
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        import sae_lens
-    return sae_lens
+class Reading(TypedDict, total=False):
+    """What the caller knows about an SAE that its files do not say: where to find it, and the fields of `Overrides`."""
+
+    format: str | None
+    release: str | None
+    site: str | None
+    site_out: str | None
+    k: int | None
+    threshold: float | None
+    scale: float | None
+    activation: str | None
+    subtracts_b_dec: bool | None
 
 
-def load_sae(path: str | Path, device: str = "cpu") -> Any:
-    """The SAE in a folder, as a sae_lens `SAE`; folders that sae_lens wrote load as well.
+def load_sae(
+    where: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    *,
+    model: Any = None,
+    check: bool = True,
+    **reading: Unpack[Reading],
+) -> Any:
+    """An SAE as a sae_lens `SAE` that reads raw activations: scales, means and decoder norms are in its weights.
+
+    Args:
+        where: a folder of sae_lens (also of this package), sparsify, dictionary_learning or Gemma Scope; a file of
+            tensors; or `release/sae_id` of sae_lens.
+        device: where to put it.
+        dtype: of its weights; None takes that of the file for sae_lens, fp32 for others. Thresholds stay in fp32.
+        model: a `Model`; the SAE is then run on real activations, and refused if it does not belong where it says.
+        check: False loads it even if it does not fit `model`.
+        **reading: `format` instead of guessing it; `release` if `where` is the id alone; `site` and `site_out` for an
+            SAE that names none, or the wrong one; `k`, `threshold`, `scale`, `activation`, `subtracts_b_dec` for what
+            its files do not say.
 
     Raises:
-        MissingFileError: if the folder holds no SAE.
+        MissingFileError: if there is no SAE of a known format.
         CorruptFileError: if its files can't be used.
+        MismatchError: if it is not an SAE of `model`, or its files leave something open.
+        ModelUnavailableError: if a release can't be fetched.
     """
-    folder = Path(path)
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-    if missing:
-        what = "an unfinished training run" if (folder / "checkpoint.safetensors").is_file() else "no SAE"
-        raise MissingFileError(
-            f"{folder} holds {what}: {', '.join(missing)} not found. Train one with `workbench sae train`."
-        )
-    config = load_json(folder / CONFIG_FILE)
-    if not isinstance(config, dict) or not {"d_in", "d_sae", "architecture"} <= set(config):
-        raise CorruptFileError(
-            f"{folder / CONFIG_FILE} does not describe an SAE: it needs d_in, d_sae and architecture."
-        )
-    try:
-        with warnings.catch_warnings():
-            # sae_lens warns about SAEs that have no model name; here the metadata decides.
-            warnings.simplefilter("ignore")
-            sae = sae_lens_module().SAE.load_from_disk(folder, device=device)
-    except (RuntimeError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise CorruptFileError(f"sae_lens can't load {folder}: {type(error).__name__}: {error}.") from error
-    return sae.eval().requires_grad_(False)
+    if unknown := sorted(set(reading) - set(Reading.__annotations__)):
+        raise InvalidInputError(f"load_sae({unknown[0]}=...): {did_you_mean(unknown[0], Reading.__annotations__)}")
+    name, release = reading.get("format"), reading.get("release")
+    known: dict[str, Any] = {key: value for key, value in reading.items() if key not in ("format", "release")}
+    overrides = Overrides(**known)
+    place, kind = str(device), _dtype(dtype)
+    path = located(Path(where)) if name is None else Path(where)
+    if release is None and (path.exists() or name is not None):
+        sae = _load_path(path, require_format(name) if name else recognise(path), overrides, place, kind)
+    else:
+        sae = _load_release(str(where), release, overrides, place, kind)
+    sae.cfg.metadata.__dict__.update(site_metadata(overrides.site, overrides.site_out))
+    _translate_names(sae)
+    if model is not None and check:
+        check_sae_fits(model, sae)
+        check_sae(model, sae).require()
+    return sae
 
 
 def sae_site(sae: Any) -> str:
@@ -61,11 +103,9 @@ def sae_site(sae: Any) -> str:
 
     Raises:
         MismatchError: if the metadata names none.
+        UnknownSiteError: if it names something that is no site.
     """
-    name = sae.cfg.metadata.get("hook_name")
-    if not name:
-        raise MismatchError("This SAE does not say which site it reads (metadata.hook_name). Name the site yourself.")
-    return str(Site.parse(name))
+    return str(named_site(sae))
 
 
 def sae_keep_rule(sae: Any) -> KeepRule | None:
@@ -96,3 +136,102 @@ def check_sae_fits(model: Any, sae: Any) -> str:
             f"This SAE reads d_in={sae.cfg.d_in}; {site} of {model.name} has width {model.width(site)}."
         )
     return site
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise InvalidInputError(f"dtype={dtype!r}: {did_you_mean(dtype, ('float32', 'bfloat16', 'float16'))}")
+    return found
+
+
+def _load_path(path: Path, name: str, overrides: Overrides, device: str, dtype: torch.dtype | None) -> Any:
+    if name != SAE_LENS:
+        return build(READERS[name](path, overrides), device, dtype)
+    missing = [part for part in SAE_LENS_FILES if not (path / part).is_file()]
+    if missing:
+        raise MissingFileError(f"{path} is no folder of sae_lens: {', '.join(missing)} not found. Check format=.")
+    config = read_config(path / CONFIG_FILE)
+    if not {"d_in", "d_sae"} <= set(config):
+        raise CorruptFileError(f"{path / CONFIG_FILE} does not describe an SAE: it needs d_in, d_sae and architecture.")
+    if config.get("architecture") in ("batchtopk", "matryoshka_batchtopk"):
+        return build(_checkpoint(path, config, overrides), device, dtype)
+    register_own_classes()
+    try:
+        with warnings.catch_warnings():
+            # sae_lens warns about SAEs that have no model name; here the metadata decides.
+            warnings.simplefilter("ignore")
+            sae = sae_lens_module().SAE.load_from_disk(path, device="cpu")
+    except (RuntimeError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        if isinstance(error, WorkbenchError):
+            raise
+        raise CorruptFileError(f"sae_lens can't load {path}: {type(error).__name__}: {error}.") from error
+    return _folded(sae, overrides, _scale_beside(path, overrides), device, dtype)
+
+
+def _load_release(where: str, release: str | None, overrides: Overrides, device: str, dtype: torch.dtype | None) -> Any:
+    found = (release, where) if release is not None else releases.split(where)
+    if found is None:
+        raise MissingFileError(
+            f"There is no folder or file {where!r}, and it is no release/sae_id of sae_lens. {releases.matching(where)}"
+        )
+    return _folded(releases.fetch(*found), overrides, overrides.scale, device, dtype)
+
+
+def _folded(sae: Any, overrides: Overrides, scale: float | None, device: str, dtype: torch.dtype | None) -> Any:
+    """An SAE that sae_lens loaded, its own conventions folded; as it is where nothing is left to fold."""
+    if overrides.k is not None or overrides.threshold is not None:
+        raise InvalidInputError(
+            f"k={overrides.k}, threshold={overrides.threshold}: an SAE in the format of sae_lens has its own "
+            f"({sae.cfg.architecture()}). Leave them out."
+        )
+    raw = unbuilt(sae, scale)
+    return placed(sae, device, dtype) if raw is None else build(raw, device, dtype)
+
+
+def _scale_beside(path: Path, overrides: Overrides) -> float | None:
+    """The factor that a checkpoint of sae_lens keeps beside weights that still need it."""
+    file = path / _SCALER_FILE
+    if overrides.scale is not None or not file.is_file():
+        return overrides.scale
+    factor = load_json(file).get("scaling_factor")
+    return float(factor) if isinstance(factor, int | float) else None
+
+
+def _checkpoint(path: Path, config: dict[str, Any], overrides: Overrides) -> RawSAE:
+    """A training checkpoint of BatchTopK, whose running threshold is not yet what inference needs."""
+    if overrides.threshold is None and overrides.k is None:
+        raise MismatchError(
+            f"{path} is a training checkpoint ({config['architecture']}): its running threshold starts at zero and is "
+            "too low after a short run. Load what save_inference_model wrote, or pass threshold= or k=."
+        )
+    tensors = read_tensors(path / WEIGHTS_FILE)
+    raw = bare(tensors, path / WEIGHTS_FILE, overrides)
+    extra = {
+        "rescales": bool(config.get("rescale_acts_by_decoder_norm", True)),
+        "scale": _scale_beside(path, overrides) or 1.0,
+    }
+    if raw.threshold is not None:
+        # the threshold is one of activations, in units of the decoder norm
+        norms = raw.W_dec.norm(dim=1).clamp_min(1e-30) if extra["rescales"] else torch.ones(raw.W_dec.shape[0])
+        extra["threshold"] = raw.threshold / norms
+    metadata = {**config.get("metadata", {}), **raw.metadata}
+    parts = {name: value for name, value in vars(raw).items() if name not in (*extra, "metadata")}
+    return RawSAE(**parts, **extra, metadata=metadata)
+
+
+def _translate_names(sae: Any) -> None:
+    """Names of other libraries become those of TransformerLens, which every user of sae_lens understands."""
+    metadata = sae.cfg.metadata
+    for key, find in (("hook_name", named_site), ("hook_name_out", named_target)):
+        name = metadata.get(key)
+        if name:
+            try:
+                site = find(sae)
+            except UnknownSiteError:
+                # kept as it is: whoever asks for the site is told what is wrong with it
+                continue
+            if site is not None:
+                metadata[key] = site.tl_name

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.saes.sparse import SparseActs
+from workbench.saes.sparse import Products, SparseActs, SparseProducts
 from workbench.saes.weights import SAEWeights
 
 
@@ -39,12 +39,14 @@ class StepOptions:
         aux: the auxiliary task of dead features, if any; only architectures with `revives` use it.
         sparsity: coefficient of the sparsity penalty at this step, warm-up applied.
         threshold: smallest activation that was kept lately; BatchTopK begins its search there. No effect on the result.
+        products: how the sparse products are computed.
     """
 
     dtype: torch.dtype = torch.float32
     aux: AuxTask | None = None
     sparsity: float = 0.0
     threshold: float | None = None
+    products: Products = SparseProducts()
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,14 @@ class StepResult:
     """What one training step computed; tensors stay on the device.
 
     Attributes:
-        loss: mean over tokens of the squared reconstruction error, summed over `d_out`; Matryoshka: summed over prefixes.
+        loss: mean over tokens of the squared reconstruction error, summed over `d_out`; of Matryoshka summed over
+            prefixes.
         aux_loss: every other reconstruction loss, coefficient applied (AuxK, the gate of a gated SAE).
         sparsity_loss: the penalty, coefficient applied.
         gradients: of `loss + aux_loss + sparsity_loss`.
         fired: number of tokens on which each feature was positive.
-        threshold: smallest positive activation that was kept; NaN if none was.
+        threshold: smallest positive activation that was kept, times its decoder norm if features are ranked so; NaN if
+            none was positive.
     """
 
     loss: Float[Tensor, ""]
@@ -70,8 +74,10 @@ class StepResult:
 
 @runtime_checkable
 class Architecture(Protocol):
-    """One kind of SAE. `target` is None for an SAE, which then reads `x - b_dec` and reconstructs `x`; a transcoder
-    reads `x` as it is and reconstructs `target`.
+    """One kind of SAE or transcoder.
+
+    `target` is None for an SAE, which then reads `x - b_dec` and reconstructs `x`; a transcoder reads `x` as it is and
+    reconstructs `target`.
     """
 
     @property

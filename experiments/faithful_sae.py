@@ -1,0 +1,243 @@
+"""Is an SAE better, more stable or less fooled if it is trained on the model's own text instead of other text?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.faithful_report import CORPUS, OWN, FaithfulReport, Pair, Trained
+from experiments.local_text import Labelled, library_topics, read_labelled, write_corpus
+from workbench.activations.harvest import harvest
+from workbench.activations.sources import SelfText, TextFiles
+from workbench.activations.store import ActivationStore
+from workbench.cli.base import Command
+from workbench.errors import InvalidInputError
+from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool, readable_tokens, sink_norm
+from workbench.progress import track
+from workbench.saes.config import SAEConfig
+from workbench.saes.corpus import CorpusOptions, check_corpus
+from workbench.saes.evaluate import EvalOptions
+from workbench.saes.faithful import FakeFeatureOptions, fake_features, quality
+from workbench.saes.io import load_sae
+from workbench.saes.matching import MatchOptions, match_by_activations, shared_features
+from workbench.saes.train import train_sae
+from workbench.stats import Estimate
+from workbench.tokens import TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Sizes of the study.
+
+    Attributes:
+        tokens: of each text.
+        context: tokens per row.
+        seeds: SAEs per text.
+        seed: of the texts and the first SAE.
+        sae: the SAEs and their training.
+        evaluation: rows and batches of the evaluation.
+        fake: constants of the fake feature ratio.
+        match: constants of the matching by activations.
+        corpus: constants of the checks of both texts.
+        probe_batch: labelled texts per forward pass.
+        probe_tokens: tokens of a labelled text that are read.
+    """
+
+    tokens: int = 81_920
+    context: int = 64
+    seeds: int = 3
+    seed: int = 0
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    evaluation: EvalOptions = field(default_factory=lambda: EvalOptions(max_rows=24))
+    fake: FakeFeatureOptions = field(default_factory=FakeFeatureOptions)
+    match: MatchOptions = field(default_factory=MatchOptions)
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    probe_batch: int = 16
+    probe_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise InvalidInputError(f"seeds={self.seeds}: comparing two texts takes at least two seeds of each.")
+
+
+def study(
+    model: Any,
+    site: str,
+    folder: Path,
+    *,
+    corpus: Path | None = None,
+    labelled: Labelled | None = None,
+    options: Options | None = None,
+) -> FaithfulReport:
+    """Both texts to stores to SAEs to measurements; stores and SAEs in `folder` are resumed or used again.
+
+    Args:
+        model: a loaded `Model`.
+        site: where to read.
+        folder: gets `own`, `corpus` and a folder per SAE.
+        corpus: text to compare with; None takes the documentation strings of Python's standard library.
+        labelled: texts of two classes for the probes; None takes documentation strings of two topics.
+        options: sizes.
+
+    Raises:
+        InvalidInputError: if the corpus is shorter than the own text.
+    """
+    options, folder = options or Options(), Path(folder)
+    texts = labelled or library_topics(seed=options.seed)
+    said = str(corpus.name) if corpus else "documentation strings of Python's standard library"
+    stores = _stores(model, site, folder, corpus or write_corpus(folder / "corpus.jsonl", options.seed), options)
+    saes = _trained(stores, site, folder, options)
+    heldout = {data: store.token_rows("heldout") for data, store in stores.items()}
+    alike = torch.cat([rows[: options.evaluation.max_rows] for rows in heldout.values()])
+    fake = fake_features(model, {_name(key): sae for key, sae in saes.items()}, alike, options=options.fake)
+    pooled = _pooled(model, {site: None, **{_name(key): sae for key, sae in saes.items()}}, site, texts, options)
+    probes = {name: _probe(x, texts, site, options) for name, x in pooled.items()}
+    trained = []
+    for (data, seed), sae in track(saes.items(), description="Evaluating the SAEs", unit="SAEs"):
+        name = _name((data, seed))
+        on = {kind: quality(model, sae, rows, options=options.evaluation) for kind, rows in heldout.items()}
+        trained.append(Trained(data, seed, on, fake[name], *probes[name]))
+    return FaithfulReport(
+        site=site, tokens=stores[OWN].manifest.n_tokens, corpus=said, saes=tuple(trained),
+        pairs=tuple(_pairs(saes, stores, options)),
+        texts={kind: check_corpus(model, store.token_rows("all"), options=options.corpus)
+               for kind, store in stores.items()},
+        classes=texts.names, raw_probe=probes[site][0], raw_shuffled=probes[site][1],
+    )  # fmt: skip
+
+
+def _name(key: tuple[str, int]) -> str:
+    return f"{key[0]}-{key[1]}"
+
+
+def _stores(model: Any, site: str, folder: Path, corpus: Path, options: Options) -> dict[str, ActivationStore]:
+    own = harvest(
+        model, SelfText(tokens=options.tokens, context=options.context, seed=options.seed), [site], folder / OWN
+    )
+    other = harvest(model, TextFiles([corpus], tokens=options.tokens, context=options.context), [site], folder / CORPUS)
+    if other.manifest.n_tokens != own.manifest.n_tokens:
+        raise InvalidInputError(
+            f"{corpus} gives {other.manifest.n_tokens} tokens and the model wrote {own.manifest.n_tokens}; the "
+            "comparison needs as many of both. Give a longer corpus, or fewer --tokens."
+        )
+    return {OWN: own, CORPUS: other}
+
+
+def _trained(
+    stores: dict[str, ActivationStore], site: str, folder: Path, options: Options
+) -> dict[tuple[str, int], Any]:
+    saes = {}
+    for data, store in stores.items():
+        for seed in range(options.seed, options.seed + options.seeds):
+            config = replace(options.sae, seed=seed, site=site)
+            saes[data, seed] = load_sae(train_sae(store, config, folder / "saes" / _name((data, seed))).path)
+    return saes
+
+
+def _pairs(saes: dict[tuple[str, int], Any], stores: dict[str, ActivationStore], options: Options) -> Iterator[Pair]:
+    share = max(2, options.match.max_tokens // len(stores))
+    acts = [part for store in stores.values() for part in _first(store, share)]
+    every = list(itertools.combinations(saes, 2))
+    for a, b in track(every, description="Matching features", unit="pairs"):
+        directions = shared_features(saes[a], saes[b], draws=1, seed=options.seed)
+        activations = match_by_activations(saes[a], saes[b], acts, options=options.match)
+        yield Pair((a[0], b[0]), (_name(a), _name(b)), directions, activations)
+
+
+def _first(store: ActivationStore, limit: int) -> Iterator[Tensor]:
+    for block in store.read(split="heldout"):
+        yield block[:limit]
+        limit -= len(block)
+        if limit <= 0:
+            return
+
+
+@torch.no_grad()
+def _pooled(model: Any, saes: dict[str, Any], site: str, texts: Labelled, options: Options) -> dict[str, Tensor]:
+    """Mean activations per text, of the model (`None`) and of each SAE; sinks and first tokens left out."""
+    pooled: dict[str, list[Tensor]] = {name: [] for name in saes}
+    parts = [texts.texts[i : i + options.probe_batch] for i in range(0, len(texts.texts), options.probe_batch)]
+    limit: float | None = None
+    for part in track(parts, description="Reading labelled texts", unit="batches"):
+        batch = _cut(model.tokens(list(part)), options.probe_tokens)
+        x = model.capture(batch, [site]).flat(site).float()
+        limit = sink_norm(batch, x) if limit is None else limit
+        keep = readable_tokens(batch, x, limit)
+        for name, sae in saes.items():
+            acts = x if sae is None else torch.stack([sae.encode(row).float() for row in x])
+            pooled[name].append(mean_pool(acts, keep).cpu())
+    return {name: torch.cat(parts) for name, parts in pooled.items()}
+
+
+def _cut(batch: TokenBatch, tokens: int) -> TokenBatch:
+    """The first tokens of each row; padding stays on the left."""
+    rows = [row[:tokens].tolist() for row in batch.rows()]
+    return TokenBatch.pad(rows, 0).to(batch.ids.device)
+
+
+def _probe(x: Tensor, texts: Labelled, site: str, options: Options) -> tuple[Estimate, Estimate]:
+    probe = fit_probe(x, torch.tensor(texts.labels), site, options=ProbeOptions(seed=options.seed))
+    assert probe.accuracy is not None and probe.shuffled is not None
+    return probe.accuracy, probe.shuffled
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaithfulSAE(Command):
+    """Compare SAEs on the model's own text with SAEs on other text: quality, stability, fake features, probes."""
+
+    site: str | None = None
+    """Where to read; by default the residual stream after the middle layer."""
+    corpus: Path | None = None
+    """Text to compare with (.txt or .jsonl); by default the documentation strings of Python's standard library."""
+    labelled: Path | None = None
+    """JSON lines with text and label, two labels, for the probes; by default documentation strings of two topics."""
+    tokens: int = 81_920
+    """Tokens of each text."""
+    context: int = 64
+    """Tokens per row."""
+    seeds: int = 3
+    """SAEs per text."""
+    expansion: int = 8
+    """Features, as a multiple of the width of the site."""
+    k: int = 32
+    """Features that may be active on one token."""
+    training_tokens: int = 600_000
+    """Token-steps of training of each SAE."""
+    rows: int = 24
+    """Held-out rows of each text that the evaluation runs through the model."""
+    random_tokens: int = 100_000
+    """Random tokens of each of the three sets that the fake feature ratio is measured on."""
+
+    def run(self) -> None:
+        """The study, its run folder and its findings."""
+        from workbench.models.loading import load_model
+
+        labelled = None if self.labelled is None else read_labelled(self.labelled)
+        model = load_model(self.model)
+        site = str(model.resolve(self.site or f"resid_post.{model.n_layers // 2}"))
+        config = SAEConfig(d_sae=self.expansion * model.width(site), k=self.k, tokens=self.training_tokens)
+        options = Options(
+            tokens=self.tokens, context=self.context, seeds=self.seeds, seed=self.seed, sae=config,
+            evaluation=EvalOptions(max_rows=self.rows, seed=self.seed),
+            fake=FakeFeatureOptions(tokens=self.random_tokens, context=self.context, seed=self.seed),
+        )  # fmt: skip
+        with self.start("faithful-sae") as run:
+            run.note_model(model)
+            report = study(model, site, run.artifacts, corpus=self.corpus, labelled=labelled, options=options)
+            section = report.section()
+            run.save_step("faithful", section)
+            html = run.finish(f"SAEs on own text and on a corpus, {site}")
+        summary = {"run": run.path, "report": html, "findings": section.findings, "metrics": section.metrics}
+        self.emit(summary, (*(f"- {finding}" for finding in section.findings), f"Report: {html}"))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(FaithfulSAE).run()

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import D_MODEL, tiny_model
+from workbench.activations.keep import KeepRule
+from workbench.errors import CorruptFileError, MismatchError, MissingFileError
+from workbench.models.model import Model
+from workbench.saes.architectures import TopK
+from workbench.saes.io import (
+    check_sae_fits,
+    load_sae,
+    sae_keep_rule,
+    sae_lens_module,
+    sae_site,
+)
+from workbench.saes.save import Provenance, save_topk
+from workbench.saes.weights import SAEWeights
+
+SITE = "resid_post.1"
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny_model()
+
+
+def _rows(n: int = 12) -> torch.Tensor:
+    return torch.randint(2, 200, (n, 10), generator=torch.Generator().manual_seed(0))
+
+
+def _origin(model: Model, site: str = SITE) -> Provenance:
+    return Provenance(
+        model_name=model.name, model_fingerprint=model.fingerprint, site=site, context=10,
+        keep=KeepRule(1e6, (0, 1)), training={"metrics": {}},
+    )  # fmt: skip
+
+
+def _weights(d_sae: int = 48, seed: int = 0) -> SAEWeights:
+    g = torch.Generator().manual_seed(seed)
+    return SAEWeights(
+        torch.randn(d_sae, D_MODEL, generator=g), torch.randn(d_sae, generator=g),
+        torch.randn(d_sae, D_MODEL, generator=g), torch.randn(D_MODEL, generator=g),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_a_saved_sae_reads_raw_activations(model: Model, tmp_path: Path, scale: float) -> None:
+    weights, x = _weights(), 3 * torch.randn(20, D_MODEL, generator=torch.Generator().manual_seed(1))
+    sae = load_sae(save_topk(weights, 5, tmp_path, _origin(model), scale))
+    inside = TopK(5).encode(weights, x * scale)
+    expected = (inside.decode(weights.W_dec) + weights.b_dec) / scale
+    torch.testing.assert_close(sae.decode(sae.encode(x)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae.encode(x), inside.dense() / scale, rtol=1e-4, atol=1e-4)
+    back = SAEWeights(sae.W_enc.T.contiguous(), sae.b_enc, sae.W_dec, sae.b_dec)
+    torch.testing.assert_close(back.W_enc, weights.W_enc)
+    assert sae_site(sae) == SITE
+    assert sae_keep_rule(sae) == KeepRule(1e6, (0, 1))
+
+
+def test_a_folder_of_sae_lens_loads(tmp_path: Path) -> None:
+    lens = sae_lens_module()
+    sae = lens.StandardSAE(lens.StandardSAEConfig(d_in=8, d_sae=16))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.randn(8, 16))
+    sae.save_model(tmp_path)
+    loaded = load_sae(tmp_path)
+    x = torch.randn(3, 8)
+    assert torch.equal(loaded.encode(x), sae.encode(x))
+    assert sae_keep_rule(loaded) is None
+    with pytest.raises(MismatchError, match="which site"):
+        sae_site(loaded)
+
+
+def test_folders_that_hold_no_sae_are_refused(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="no SAE: cfg.json"):
+        load_sae(tmp_path)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(MissingFileError, match="unfinished"):
+        load_sae(tmp_path)
+    folder = save_topk(_weights(), 5, tmp_path / "sae", _origin(model))
+    raw = (folder / "sae_weights.safetensors").read_bytes()
+    (folder / "sae_weights.safetensors").write_bytes(raw[:100])
+    with pytest.raises(CorruptFileError, match="sae_lens can't load"):
+        load_sae(folder)
+    (folder / "cfg.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CorruptFileError, match="does not describe an SAE"):
+        load_sae(folder)
+
+
+def test_an_sae_of_another_model_or_width_is_refused(model: Model, tmp_path: Path) -> None:
+    sae = load_sae(save_topk(_weights(), 5, tmp_path / "a", _origin(model)))
+    assert check_sae_fits(model, sae) == SITE
+    with pytest.raises(MismatchError, match="trained on tiny-llama"):
+        check_sae_fits(tiny_model(seed=3), sae)
+    narrow = SAEWeights(torch.ones(9, 4), torch.zeros(9), torch.ones(9, 4), torch.zeros(4))
+    with pytest.raises(MismatchError, match="d_in=4"):
+        check_sae_fits(model, load_sae(save_topk(narrow, 2, tmp_path / "b", _origin(model))))

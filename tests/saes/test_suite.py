@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.sae_suite import SaeSuite
+from tests.tiny import D_MODEL, n_hooks, tiny_model
+from workbench.errors import InvalidInputError
+from workbench.saes.evaluate import EvalOptions
+from workbench.saes.io import sae_lens_module
+from workbench.saes.labelled import LabelledTexts
+from workbench.saes.sparse_probing import ProbingOptions
+from workbench.saes.suite import SuiteOptions, run_suite
+
+TEXTS = [f"{i} Some words, and more; then {i * 7} of them.\nEnd of Passage {i}" for i in range(24)]
+
+
+def _sae(model: object) -> object:
+    torch.manual_seed(0)
+    lens = sae_lens_module()
+    sae = lens.TopKSAE(lens.TopKSAEConfig(d_in=D_MODEL, d_sae=40, k=6))
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    return sae
+
+
+def test_the_suite_measures_what_was_asked_and_says_what_it_could_not() -> None:
+    model = tiny_model()
+    texts = tuple(("UPPER" if i % 2 else "lower") + f" text {i}" for i in range(160))
+    labelled = LabelledTexts(
+        "upper or lower", texts, tuple(i % 2 for i in range(160)), tuple(str(i // 2) for i in range(160))
+    )
+    options = SuiteOptions(
+        evaluation=EvalOptions(max_rows=24, batch_rows=7), probing=ProbingOptions(ks=(1,), reseeds=2, per_class=60),
+        absorption=None,
+    )  # fmt: skip
+    report = run_suite(model, _sae(model), TEXTS, texts=(labelled,), options=options)
+    assert report.absorption is None
+    assert report.probing is not None
+    scores = {(s.task, s.reads): s.accuracy.value for s in report.probing.scores}
+    assert scores["upper or lower", "full residual"] > 0.9
+    assert scores["second half of the row", "full residual"] > 0.6
+    assert "begins a word" in report.skipped, "tokens of the tiny tokenizer are single bytes"
+    assert set(report.parts) == {"core", "probing"}
+    section = report.section()
+    assert {"core.fvu", "probing.SAE_k1", "probing.random_SAE_k1"} <= section.metrics.keys()
+    assert "Too few examples" in section.findings[-1]
+    json.dumps(report.to_json())
+    assert n_hooks(model.hf) == 0
+
+
+def test_the_command_writes_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model()
+    model.hf.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    _sae(model).save_model(tmp_path / "sae")  # type: ignore[attr-defined]
+    (tmp_path / "text.txt").write_text("\n".join(t.replace("\n", " ") for t in TEXTS), encoding="utf-8")
+    SaeSuite(
+        sae=tmp_path / "sae", texts=tmp_path / "text.txt", model=str(tmp_path / "model"), out=tmp_path / "runs",
+        rows=12, text_sets=False, words=0, json=True,
+    ).run()  # fmt: skip
+    out = json.loads(capsys.readouterr().out)
+    assert Path(out["report"]).is_file()
+    assert out["metrics"]["core.n_tokens"] > 0
+    with pytest.raises(InvalidInputError, match="one of them"):
+        SaeSuite(sae=tmp_path / "sae").run()

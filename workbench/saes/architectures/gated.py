@@ -1,0 +1,101 @@
+"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): one path opens features, another gives their size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.saes.architectures.base import StepOptions, StepResult
+from workbench.saes.architectures.elementwise import Backward, Forward, Spread, elementwise_encode, elementwise_step
+from workbench.saes.architectures.reconstruction import Batch
+from workbench.saes.sparse import SparseActs
+from workbench.saes.weights import SAEWeights
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A feature is on where its gate `read @ W_enc + b_enc` is positive; its size is that of the magnitude path.
+
+    The magnitude path shares the encoder: `relu((read @ W_enc) * exp(r_mag) + b_mag)`. The penalty is L1 of the
+    positive part of the gate times the decoder norm; a second reconstruction, from the gate, is added to the loss.
+
+    Attributes:
+        frozen_decoder: the second reconstruction does not train the decoder, as in the paper. Off by default, as in
+            sae_lens.
+    """
+
+    frozen_decoder: bool = False
+
+    @property
+    def revives(self) -> bool:
+        """AuxK is not used."""
+        return False
+
+    @property
+    def trains_decoder(self) -> tuple[bool, ...]:
+        """The main reconstruction does, that of the gate as chosen."""
+        return (True, not self.frozen_decoder)
+
+    def start(self, weights: SAEWeights) -> SAEWeights:
+        """Adds the magnitude path, at first equal to the gate."""
+        return replace(weights, r_mag=torch.zeros_like(weights.b_enc), b_mag=torch.zeros_like(weights.b_enc))
+
+    def step(
+        self,
+        weights: SAEWeights,
+        x: Float[Tensor, "rows d_in"],
+        target: Float[Tensor, "rows d_out"] | None = None,
+        options: StepOptions = StepOptions(),  # noqa: B008 - frozen
+    ) -> StepResult:
+        """Loss and gradients of one batch; `aux_loss` is the reconstruction from the gate."""
+        return elementwise_step(self, weights, Batch.of(weights, x, target), options)
+
+    def encode(
+        self,
+        weights: SAEWeights,
+        x: Float[Tensor, "rows d_in"],
+        *,
+        centred: bool = True,
+        dtype: torch.dtype = torch.float32,
+        threshold: float | None = None,
+    ) -> SparseActs:
+        """Magnitudes of the features that are on; `dtype` and `threshold` are not used."""
+        del dtype, threshold
+        return elementwise_encode(self, weights, x - weights.b_dec if centred else x)
+
+    def after_step(self, weights: SAEWeights) -> None:
+        """Nothing is bounded."""
+
+    def cut(self, weights: SAEWeights) -> Float[Tensor, " d_sae"]:
+        """Where the gate closes."""
+        return torch.zeros_like(weights.b_enc)
+
+    def forward(self, weights: SAEWeights, pre: Tensor, norms: Tensor, at: Spread) -> Forward:
+        """Activations and the open gates."""
+        gate = pre.clamp_min(0)
+        return Forward([self._magnitude(weights, pre, at).clamp_min(0) * (pre > 0), gate], gate * norms)
+
+    def backward(
+        self, weights: SAEWeights, pre: Tensor, norms: Tensor, at: Spread, d_paths: Sequence[Tensor], d_penalty: float
+    ) -> Backward:
+        """The step of the gate has no gradient; the gate learns from its own reconstruction and the penalty."""
+        r_mag, _ = _own(weights)
+        is_open = pre > 0
+        d_magnitude = d_paths[0] * (is_open & (self._magnitude(weights, pre, at) > 0))
+        growth = at(r_mag).exp()
+        d_gate = (d_paths[1] + d_penalty * norms) * is_open
+        own = {"r_mag": d_magnitude * (pre - at(weights.b_enc)) * growth, "b_mag": d_magnitude}
+        return Backward(d_magnitude * growth + d_gate, d_penalty * pre.clamp_min(0), own, d_gate)
+
+    def _magnitude(self, weights: SAEWeights, pre: Tensor, at: Spread) -> Tensor:
+        r_mag, b_mag = _own(weights)
+        return (pre - at(weights.b_enc)) * at(r_mag).exp() + at(b_mag)
+
+
+def _own(weights: SAEWeights) -> tuple[Tensor, Tensor]:
+    assert weights.r_mag is not None and weights.b_mag is not None, "weights of a gated SAE come from Gated.start"
+    return weights.r_mag, weights.b_mag

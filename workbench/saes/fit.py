@@ -1,0 +1,287 @@
+"""Whether an SAE belongs where it says: it is run on real activations, there and at the places it is mistaken for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.activations.keep import SINK_FACTOR
+from workbench.activations.store import ActivationStore
+from workbench.errors import DegenerateInputError, MismatchError
+from workbench.hooks.sites import Site
+from workbench.metrics import fvu
+from workbench.report import Report, Section, Table
+from workbench.saes.coder import Coder
+from workbench.saes.formats.names import named_site, named_target
+from workbench.tokens import TokenBatch
+
+FVU_LIMIT = 1.0
+"""Above this an SAE is refused: the mean of the tokens would reconstruct them better."""
+SUSPICIOUS = 0.1
+"""Below this FVU nothing else is considered; the SAE does what it should."""
+MUCH_LOWER = 0.5
+"""Another place is named if the FVU there is at most this share of the FVU at the place claimed."""
+CONVINCING = 0.7
+"""And at most this: a place with a higher FVU is no explanation."""
+TOKENS_ELSEWHERE = 256
+"""Tokens on which other places and scales are tried."""
+
+_SCALES = tuple(2.0**power for power in range(-12, 13) if power)
+_NEIGHBOURS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+TEXTS = (
+    "The ferry leaves the harbour at seven in the morning and returns before dark, unless the wind turns north.",
+    "To solve the equation, subtract three from both sides and divide by two; the answer is x = 4.",
+    "def area(width, height):\n    return width * height\n\nprint(area(3, 5))",
+    "My grandmother kept bees behind the house. Every August she gave each neighbour a jar of honey.",
+    "In 1869 a chemist arranged the known elements by weight and left gaps for those that had not been found.",
+    "Dear Sir or Madam, I am writing to complain about the heating in flat 12, which has been off since Monday.",
+    "The committee rejected the proposal by nine votes to four, citing the cost of maintenance and the lack of data.",
+    "First wash the rice until the water runs clear. Then add salt, cover the pot and wait for twenty minutes.",
+    "She opened the letter, read it twice, and put it in the drawer without saying a word to anyone.",
+    "Rivers carry sediment to the sea, where it settles in layers that turn to stone over millions of years.",
+    "Error: connection refused. Check that the server is running and that port 8080 is not in use.",
+    "The goalkeeper dived to the left, but the ball had already crossed the line; the crowd fell silent.",
+)
+"""What is run through the model if no text is given."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well an SAE reconstructs at one place.
+
+    Attributes:
+        site: where it was made to read.
+        how: what was done to the activations first, in words; empty for nothing.
+        fvu: unexplained over total variance of the kept tokens; infinite if the reconstruction is.
+        l0: active features per token.
+        n_tokens: kept tokens.
+    """
+
+    site: str
+    how: str
+    fvu: float
+    l0: float
+    n_tokens: int
+
+    @property
+    def place(self) -> str:
+        """Site and treatment, as `resid_pre.15` or `resid_post.15 at scale 0.05`."""
+        return f"{self.site} {self.how}".strip()
+
+
+@dataclass(frozen=True, repr=False)
+class FitReport(Report):
+    """An SAE at the site it claims and at those it may have been mistaken for.
+
+    The first token of each text, special tokens and those with a norm above ten medians are left out.
+
+    Attributes:
+        claimed: at its own site, on activations as they are.
+        others: elsewhere, or on treated activations.
+        looks_like: the one of `others` that the SAE was probably made for, if one is much better than `claimed`.
+    """
+
+    claimed: Fit
+    others: tuple[Fit, ...]
+    looks_like: Fit | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the SAE may be used where it says."""
+        return self.looks_like is None and self.claimed.fvu <= FVU_LIMIT
+
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in one sentence."""
+        here = f"FVU {_number(self.claimed.fvu)} at {self.claimed.place}"
+        about = f"({self.claimed.n_tokens} tokens, {self.claimed.l0:.1f} active features per token)"
+        if self.looks_like is not None:
+            other = self.looks_like
+            at = f"at {other.place if other.site != self.claimed.site else other.how}"
+            at = at.replace("at at ", "at ")
+            return (f"{here}; {at} it is {_number(other.fvu)}: this looks like {other.place} {about}.",)
+        if self.ok:
+            lower = min((fit for fit in self.others if not fit.how), key=lambda fit: fit.fvu, default=self.claimed)
+            if lower.fvu >= self.claimed.fvu:
+                return (f"{here} {about}: it fits.",)
+            return (
+                f"{here} {about}: usable, but at {lower.site} it is {_number(lower.fvu)}; if that layer is meant, pass "
+                f"site={lower.site!r}.",
+            )
+        best = min((other.fvu for other in self.others), default=math.inf)
+        return (
+            f"{here}, worse than the mean of the tokens, and no better than {_number(best)} at any of the "
+            f"{len(self.others)} neighbouring sites and scales {about}: this is no SAE of this model, or its "
+            "activations were treated in another way.",
+        )
+
+    def section(self) -> Section:
+        """The finding with one row per place that was tried."""
+        rows = tuple((fit.place, fit.fvu, fit.l0, fit.n_tokens) for fit in (self.claimed, *self.others))
+        table = Table(("place", "FVU", "L0", "tokens"), rows, "The first row is the site that the SAE claims.")
+        metrics = {"fvu": self.claimed.fvu, "l0": self.claimed.l0, "n_tokens": self.claimed.n_tokens}
+        return Section(f"Does the SAE fit {self.claimed.site}?", (table,), self.findings(), metrics)
+
+    def require(self) -> FitReport:
+        """Itself, if the SAE fits.
+
+        Raises:
+            MismatchError: if it does not.
+        """
+        if self.ok:
+            return self
+        named = self.looks_like
+        advice = "Pass check=False to use it nevertheless."
+        if named is not None and not named.how:
+            advice = f"Pass site={named.site!r}, or check=False to use it where it says."
+        elif named is not None and named.how.startswith("at scale"):
+            advice = f"Pass scale={named.how.removeprefix('at scale ')}, or check=False to use it as it is."
+        raise MismatchError(f"The SAE does not fit: {self.findings()[0]} {advice}")
+
+    def __repr__(self) -> str:
+        return f"FitReport({'ok' if self.ok else 'does not fit'}: {self.findings()[0]})"
+
+
+Batch = Sequence[str] | Int[Tensor, "rows pos"] | TokenBatch | ActivationStore
+
+
+def check_sae(model: Any, sae: Any, batch: Batch | None = None) -> FitReport:
+    """Runs an SAE on real activations at its site, and where that fails at neighbouring sites and other scales.
+
+    Args:
+        model: a `Model`.
+        sae: an SAE or transcoder from `load_sae`.
+        batch: texts, token ids, tokens or a store, whose held-out rows are taken; None takes a dozen built-in
+            sentences.
+
+    Raises:
+        MismatchError: if the SAE names no site.
+        UnknownSiteError: if the model does not have its site.
+        DegenerateInputError: if fewer than two tokens are kept.
+    """
+    site = model.resolve(str(named_site(sae)))
+    named = named_target(sae)
+    target = None if named is None else model.resolve(str(named))
+    tokens = _tokens(model, batch)
+    coder = Coder.of(sae)
+    claimed = _Trial(model, coder, tokens, (site,), target).at(site)
+    others: tuple[Fit, ...] = ()
+    if not claimed.fvu <= SUSPICIOUS:
+        sites = tuple(_neighbours(model, site))
+        trial = _Trial(model, coder, tokens[: _rows_for(tokens)], (site, *sites), target)
+        others = tuple(trial.at(other) for other in sites) + tuple(trial.treated(site))
+    return FitReport(claimed, others, _looks_like(claimed, others))
+
+
+def _looks_like(claimed: Fit, others: Sequence[Fit]) -> Fit | None:
+    """The best of the others, if it is so much better that it explains what is wrong."""
+    best = min(others, key=lambda fit: fit.fvu, default=None)
+    if best is None or not best.fvu <= min(CONVINCING, MUCH_LOWER * claimed.fvu):
+        return None
+    return best
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "infinite"
+
+
+def _tokens(model: Any, batch: Batch | None) -> TokenBatch:
+    if isinstance(batch, TokenBatch):
+        return batch.to(model.device)
+    if isinstance(batch, ActivationStore):
+        batch = batch.token_rows("heldout")[: len(TEXTS)]
+    if isinstance(batch, Tensor):
+        return TokenBatch.of_rows(batch).to(model.device)
+    return model.tokens(list(TEXTS if batch is None else batch)).to(model.device)
+
+
+def _rows_for(tokens: TokenBatch) -> int:
+    total = tokens.lengths.cumsum(0)
+    return max(1, int((total <= TOKENS_ELSEWHERE).sum()))
+
+
+def _neighbours(model: Any, site: Site) -> Iterator[Site]:
+    """Sites of the same width in this layer and those beside it; the same place is not given twice."""
+    if site.layer is None:
+        return
+    seen, width = {_same(site)}, model.width(str(site))
+    for layer in (site.layer, site.layer - 1, site.layer + 1):
+        for kind in _NEIGHBOURS:
+            other = Site(kind, layer)
+            if _same(other) not in seen and other in model.site_map.points and model.width(str(other)) == width:
+                seen.add(_same(other))
+                yield other
+
+
+def _same(site: Site) -> Site:
+    """`resid_pre` of a block is `resid_post` of the one before."""
+    if site.kind == "resid_pre" and site.layer:
+        return Site("resid_post", site.layer - 1)
+    return site
+
+
+class _Trial:
+    """The SAE on the same tokens at any site."""
+
+    def __init__(
+        self, model: Any, coder: Coder, tokens: TokenBatch, sites: tuple[Site, ...], target: Site | None
+    ) -> None:
+        self.coder, self.tokens, self.target = coder, tokens, target
+        special = torch.tensor(sorted(model.tokenizer.all_special_ids), device=tokens.ids.device)
+        self.ordinary = tokens.mask & (tokens.positions > 0) & ~torch.isin(tokens.ids, special)
+        names = dict.fromkeys(map(str, sites if target is None else (*sites, target)))
+        with torch.no_grad():
+            self.acts = model.capture(tokens, list(names))
+
+    def at(self, site: Site) -> Fit:
+        """At a site, on activations as they are."""
+        x, y = self._read(site)
+        return self._fit(str(site), "", x, y)
+
+    def treated(self, site: Site) -> Iterator[Fit]:
+        """At a site, on activations that are treated in the ways that SAEs are trained with."""
+        x, y = self._read(site)
+        yield self._fit(str(site), "with layer-normed input", _layer_normed(x), _layer_normed(x) if y is None else y)
+        unit = x * math.sqrt(x.shape[1]) / x.norm(dim=1, keepdim=True)
+        yield self._fit(str(site), "with every token at norm sqrt(d_in)", unit, unit if y is None else y)
+        usual = math.sqrt(x.shape[1]) / float(x.norm(dim=1).mean())
+        for scale in (usual, *_SCALES):
+            fit = self._fit(str(site), f"at scale {scale:.4g}", x * scale, None if y is None else y * scale)
+            yield fit
+            if y is not None:
+                yield self._fit(str(site), f"with its input alone at scale {scale:.4g}", x * scale, y)
+
+    def _read(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        x = self.acts.flat(str(site)).float()
+        norms = x.norm(dim=-1)
+        keep = self.ordinary.clone()
+        if bool(keep.any()):
+            keep &= norms <= SINK_FACTOR * norms[keep].median()
+        if int(keep.sum()) < 2:
+            raise DegenerateInputError(
+                f"check_sae: fewer than two of {self.tokens.n_tokens} tokens are neither first, special nor sinks. "
+                "Give longer texts."
+            )
+        target = None if self.target is None else self.acts.flat(str(self.target)).float()[keep]
+        return x[keep], target
+
+    def _fit(self, site: str, how: str, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"] | None) -> Fit:
+        device = self.coder.W_dec.device
+        x, y = x.to(device), None if y is None else y.to(device)
+        active, parts = 0.0, []
+        for rows, acts in self.coder.chunks(x):
+            active += float((acts > 0).sum())
+            parts.append(self.coder.decode(acts, x[rows]))
+        unexplained = fvu(x if y is None else y, torch.cat(parts))
+        return Fit(site, how, unexplained if math.isfinite(unexplained) else math.inf, active / len(x), len(x))
+
+
+def _layer_normed(x: Tensor) -> Tensor:
+    centred = x - x.mean(1, keepdim=True)
+    return centred / centred.std(1, keepdim=True)

@@ -1,0 +1,15 @@
+"""sae_lens, imported late and quietly."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+
+def sae_lens_module() -> ModuleType:
+    """sae_lens, imported here because it takes seconds; its own use of a deprecated module is kept quiet."""
+    with warnings.catch_warnings():
+        # sae_lens 6.54 imports transformer_lens.utils, which 3.9 deprecates.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        import sae_lens
+    return sae_lens

@@ -1,0 +1,168 @@
+"""Many SAEs in one pass over the data: each gets the same batches as it would alone, and ends the same to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench.activations.store import ActivationStore
+from workbench.progress import task
+from workbench.saes.batches import Batches, OrderKey, Scaled
+from workbench.saes.build import build, find_device, kernel_for
+from workbench.saes.checkpoint import checkpoint_state
+from workbench.saes.config import SAEConfig
+from workbench.saes.member import Log, Member, Setting
+from workbench.saes.normalise import Normaliser
+
+SAVING_SHARE = 0.05
+"""Of the time of a run, at most this goes into checkpoints."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a group: final metrics by folder, and what went wrong in the other members."""
+
+    metrics: dict[Path, dict[str, float]]
+    problems: list[str]
+
+
+class Group:
+    """SAEs with the same order of tokens.
+
+    Args:
+        store: the activations.
+        members: configuration and folder of each; all with the same `OrderKey` and their sites filled in.
+        log: gets every line of metrics.
+    """
+
+    def __init__(
+        self, store: ActivationStore, members: Sequence[tuple[SAEConfig, Path]], log: Log | None = None
+    ) -> None:
+        sites = [site for config, _ in members for site in (config.site, config.target_site) if site]
+        self.batches = Batches(store, sites, OrderKey.of(members[0][0]))
+        scales, held_out = self.batches.scales(), self.batches.held_out()
+        self.members: list[Member] = []
+        self._scaled: dict[torch.device, Scaled] = {}
+        self.position = 0
+        self._pause = min(config.checkpoint_seconds for config, _ in members)
+        for config, folder in members:
+            site, target = str(config.site), config.target_site
+            folder.mkdir(parents=True, exist_ok=True)
+            device = find_device(config.device)
+            state = checkpoint_state(folder)
+            known = None if state is None else state["kernel"]
+            kernel = kernel_for(config, scales[site].mean.numel(), device, known)
+            setting = Setting(
+                store, config, build(config, kernel.name),
+                Normaliser(scales[site], None if target is None else scales[target]),
+                (held_out[site], None if target is None else held_out[target]), device, kernel,
+            )  # fmt: skip
+            self.members.append(Member(setting, folder, log))
+            self._scaled.setdefault(device, Scaled(device))
+
+    def run(self) -> Outcome:
+        """Trains all members; those that are done are saved while the others go on.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, when all are saved.
+        """
+        first = self._restore()
+        done: dict[Path, dict[str, float]] = {}
+        last = max(member.config.steps for member in self.members)
+        size = self.batches.key.batch
+        with task(total=last * size, description=self._title(), unit="tokens") as running, _held_interrupt() as stop:
+            running.advance(first * size)
+            saved = time.monotonic()
+            self.position = first
+            while self.position < last:
+                self._finish_those_done(done)
+                if all(member.is_done for member in self.members):
+                    break
+                self._one_batch()
+                running.advance(size)
+                if stop.is_set() or time.monotonic() - saved > self._pause:
+                    self._save()
+                    saved = time.monotonic()
+                if stop.is_set():
+                    raise _interrupted([member for member in self.members if member.folder not in done])
+        self._finish_those_done(done)
+        return Outcome(done, [member.problem for member in self.members if member.problem is not None])
+
+    def _title(self) -> str:
+        return "Training the SAE" if len(self.members) == 1 else f"Training {len(self.members)} SAEs"
+
+    def _restore(self) -> int:
+        """Takes up all checkpoints; returns the step from which the first member goes on."""
+        streams = [(member.restore(), member) for member in self.members]
+        behind, member = min(streams, key=lambda found: found[1].step)
+        if behind is not None:
+            self.batches.restore(behind)
+        return member.step
+
+    def _one_batch(self) -> None:
+        started = time.perf_counter()
+        raw = self.batches.next()
+        for scaled in self._scaled.values():
+            scaled.begin(raw)
+        reading = time.perf_counter() - started
+        for member in self.members:
+            # A member that was saved later than the others waits for them.
+            if member.step == self.position and not member.is_done:
+                config, setting = member.config, member.setting
+                pair = self._scaled[setting.device].pair(str(config.site), config.target_site, setting.normaliser)
+                member.train_step(pair)
+                member.seconds += reading
+        self.position += 1
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        state = self.batches.state()
+        for member in self.members:
+            if not member.is_done and member.step == self.position:
+                member.save(state)
+        took = time.monotonic() - started
+        self._pause = max(self._pause, took / SAVING_SHARE)
+
+    def _finish_those_done(self, done: dict[Path, dict[str, float]]) -> None:
+        for member in self.members:
+            if member.folder not in done and member.is_done and member.problem is None:
+                calibration = self.batches.calibration(str(member.config.site)) if member.keeps_threshold else None
+                metrics = member.finish(calibration)
+                if metrics is not None:
+                    done[member.folder] = metrics
+
+
+@contextlib.contextmanager
+def _held_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of stopping a step half way; a second one stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def hold(number: int, frame: Any) -> None:
+        del number, frame
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupted(members: Sequence[Member]) -> KeyboardInterrupt:
+    error = KeyboardInterrupt()
+    places = ", ".join(f"step {member.step} in {member.folder}" for member in members)
+    error.add_note(f"Training was saved: {places}. The same command goes on from there.")
+    return error
