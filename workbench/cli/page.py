@@ -10,7 +10,7 @@ from workbench.cli.commands import commands, members
 GROUPS = (
     ("Start here", ("demo", "check")),
     ("Look inside a model", ("sites", "tokens", "capture", "generate")),
-    ("Sparse autoencoders (SAEs)", ("harvest", "sae train", "sae eval")),
+    ("Sparse autoencoders (SAEs)", ("harvest", "sae train", "sae eval", "sae suite", "sae faithful", "geometry")),
     ("Features", ("features score", "features show")),
     ("Interventions", ("steer", "shift", "refusal", "probe", "circuit")),
     ("Tokenizer", ("glitch scan", "glitch lint")),
