@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check format lint type bench notebooks docs clean
+.PHONY: help setup demo test test-slow test-browser test-gpu check format lint type bench notebooks docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,10 +33,13 @@ demo: $(VENV)/.installed  ## the main job on the embedded model, end to end
 
 test: $(VENV)/.developer  ## the test suite
 	$(BIN)/python -c "from workbench.models.embedded import embedded_folder; embedded_folder()"
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu and not browser"
 
 test-slow: $(VENV)/.developer  ## tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+test-browser: $(VENV)/.developer  ## tests that need Chromium
+	$(BIN)/python -m pytest -q -m browser
 
 test-gpu: $(VENV)/.developer  ## tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu

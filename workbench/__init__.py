@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workbench.activations.sources import HubDataset, SelfText, TextFiles, TokenRows
     from workbench.activations.store import ActivationStore, open_store
     from workbench.errors import WorkbenchError
-    from workbench.features import FeatureTable, score_features
+    from workbench.features import CardSet, FeatureTable, feature_cards, score_features
     from workbench.hooks.sites import Site
     from workbench.interventions.everywhere import ablate_everywhere
     from workbench.interventions.export.lora import MergedLora, merge_lora
@@ -65,6 +65,7 @@ _HOMES = {
     "All": "workbench.interventions.scopes",
     "CASTGate": "workbench.interventions.gates",
     "Cap": "workbench.interventions.shapes",
+    "CardSet": "workbench.features",
     "CheckReport": "workbench.models.selfcheck",
     "ClampProjection": "workbench.interventions.shapes",
     "CosineGate": "workbench.interventions.gates",
@@ -126,6 +127,7 @@ _HOMES = {
     "evaluate_on_synthetic": "workbench.saes.synthetic",
     "evaluate_sae": "workbench.saes.evaluate",
     "fake_features": "workbench.saes.faithful",
+    "feature_cards": "workbench.features",
     "harvest": "workbench.activations.harvest",
     "load_model": "workbench.models.loading",
     "load_sae": "workbench.saes.io",
@@ -153,6 +155,7 @@ __all__ = [
     "All",
     "CASTGate",
     "Cap",
+    "CardSet",
     "CheckReport",
     "ClampProjection",
     "CosineGate",
@@ -215,6 +218,7 @@ __all__ = [
     "evaluate_on_synthetic",
     "evaluate_sae",
     "fake_features",
+    "feature_cards",
     "glitch",
     "harvest",
     "load_model",

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.activations.store import ActivationStore, Block
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.progress import task
-
-MISSING = -1
-_CHUNK = 2048
+from workbench.activations.store import ActivationStore
+from workbench.errors import InvalidInputError
+from workbench.features.passes import SAEFeatures
+from workbench.features.sampling import MISSING as MISSING
+from workbench.features.windows import FeatureWindows, WindowOptions, collect_windows
 
 
 @dataclass(frozen=True)
@@ -72,55 +70,6 @@ class TopContexts:
         return (self.tokens != MISSING).sum(1)
 
 
-class _Running:
-    """The strongest contexts so far; one packed row competes with its strongest token."""
-
-    def __init__(self, features: Tensor, d_sae: int, keep: int) -> None:
-        self.features, self.d_sae = features, d_sae
-        self.acts = torch.zeros(keep, len(features))
-        self.where = torch.full((3, keep, len(features)), MISSING)
-        self.active = torch.zeros(len(features), dtype=torch.long)
-        self.n_tokens = 0
-
-    def add(self, sae: Any, block: Block) -> None:
-        """Reads the kept tokens of some whole packed rows."""
-        first_row = int(block.rows[0])
-        n_rows = int(block.rows[-1]) - first_row + 1
-        best = torch.zeros(n_rows, len(self.features))
-        token = torch.full((n_rows, len(self.features)), len(block.acts))
-        for start in range(0, len(block.acts), _CHUNK):
-            part = block.acts[start : start + _CHUNK]
-            acts = _encode(sae, part)
-            if len(self.features) < self.d_sae:
-                acts = acts[:, self.features]
-            at, feature = acts.nonzero(as_tuple=True)
-            values, row = acts[at, feature], block.rows[start + at] - first_row
-            self.active += torch.bincount(feature[values > 0], minlength=len(self.features))
-            before = best.clone()
-            flat = row * len(self.features) + feature
-            best.view(-1).scatter_reduce_(0, flat, values, "amax")
-            token[best > before] = len(block.acts)
-            won = values == best.view(-1)[flat]
-            # Of equal activations in a row the first token counts.
-            token.view(-1).scatter_reduce_(0, flat[won], start + at[won], "amin")
-        self._merge(best, token, block)
-        self.n_tokens += len(block.acts)
-
-    def _merge(self, best: Tensor, token: Tensor, block: Block) -> None:
-        found = best > 0
-        index = token.clamp_max(len(block.acts) - 1)
-        where = torch.stack([x[index] for x in (block.tokens, block.rows, block.positions)])
-        where = torch.where(found, where, MISSING)
-        acts, order = torch.cat([self.acts, best]).topk(len(self.acts), dim=0)
-        self.where = torch.cat([self.where, where], dim=1).gather(1, order.expand(3, -1, -1))
-        self.acts = acts
-
-
-def _encode(sae: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return sae.encode(x.to(sae.W_dec)).float().cpu()
-
-
 def top_contexts(
     store: ActivationStore,
     sae: Any,
@@ -138,49 +87,23 @@ def top_contexts(
         UnknownSiteError: if the site is not stored.
     """
     options = options or ContextOptions()
-    running = _Running(features, int(sae.W_dec.shape[0]), options.per_feature)
-    limit = min(store.rows, options.max_tokens or store.rows)
-    with task(total=limit, description="top contexts", unit="tokens") as progress:
-        for block in store.blocks(site):
-            if running.n_tokens + len(block.acts) > limit:
-                block = _whole_rows(block, limit - running.n_tokens, at_least_one=running.n_tokens == 0)
-            if len(block.acts):
-                running.add(sae, block)
-                progress.advance(len(block.acts))
-            if running.n_tokens >= limit or not len(block.acts):
-                break
-    if running.n_tokens == 0:
-        raise DegenerateInputError(
-            f"{store} gave no token to read (max_tokens={options.max_tokens}). Allow at least one row."
-        )
-    tokens, rows, positions = (part.T.contiguous() for part in running.where)
-    acts = running.acts.T.contiguous()
-    texts = _texts(store, tokenizer, rows[:, : options.shown], positions[:, : options.shown], options)
-    frequency = running.active.double() / running.n_tokens
-    return TopContexts(acts, tokens, rows, positions, frequency.float(), acts[:, 0], running.n_tokens, texts)
-
-
-def _whole_rows(block: Block, n: int, at_least_one: bool) -> Block:
-    """The first rows of a block that together hold at most n tokens, n being less than the block has."""
-    # The row of token n is not whole: token n is the first that is too many.
-    cut = block.rows[max(n, 0)]
-    inside = block.rows < cut
-    return block[block.rows == cut] if at_least_one and not bool(inside.any()) else block[inside]
+    only_peaks = WindowOptions(
+        top=options.per_feature, sample=0, before=0, after=0, background=0, co_entries=0, max_tokens=options.max_tokens
+    )
+    found = collect_windows(store, site, SAEFeatures(sae, features), only_peaks)
+    tokens, rows, positions = (x.long() for x in (found.top.token, found.top.row, found.top.position))
+    texts = _texts(found, tokenizer, rows[:, : options.shown], positions[:, : options.shown], options)
+    return TopContexts(found.top.peaks, tokens, rows, positions, found.frequency, found.max_act, found.n_tokens, texts)
 
 
 def _texts(
-    store: ActivationStore, tokenizer: Any, rows: Tensor, positions: Tensor, options: ContextOptions
+    found: FeatureWindows, tokenizer: Any, rows: Tensor, positions: Tensor, options: ContextOptions
 ) -> tuple[tuple[str, ...], ...]:
-    """The shown contexts as text; token rows are read shard by shard."""
-    texts: list[list[str]] = [[""] * rows.shape[1] for _ in range(len(rows))]
-    for shard in store.manifest.shards:
-        inside = (rows >= shard.first_row) & (rows < shard.first_row + shard.n_rows)
-        if not bool(inside.any()):
-            continue
-        ids = store._load(shard)["token_rows"].long()
-        for feature, rank in inside.nonzero().tolist():
-            row, at = ids[int(rows[feature, rank]) - shard.first_row], int(positions[feature, rank])
-            before = tokenizer.decode(row[max(0, at - options.before) : at])
-            after = tokenizer.decode(row[at + 1 : at + 1 + options.after])
-            texts[feature][rank] = f"{before}«{tokenizer.decode(row[at : at + 1])}»{after}"
-    return tuple(tuple(text for text in feature if text) for feature in texts)
+    """The shown contexts as text."""
+    texts: list[list[str]] = [[] for _ in range(len(rows))]
+    for feature, rank in (rows != MISSING).nonzero().tolist():
+        row, at = found.ids(int(rows[feature, rank])), int(positions[feature, rank])
+        before = tokenizer.decode(row[max(0, at - options.before) : at])
+        after = tokenizer.decode(row[at + 1 : at + 1 + options.after])
+        texts[feature].append(f"{before}«{tokenizer.decode(row[at : at + 1])}»{after}")
+    return tuple(tuple(feature) for feature in texts)

@@ -30,7 +30,14 @@ def slab_rows(d_vocab: int) -> int:
     return max(1, _SLAB_VALUES // d_vocab)
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class LensEnds:
+    """Both ends of the logit lens: what some directions promote, and what they suppress, strongest first."""
+
+    promoted: LensTokens
+    suppressed: LensTokens
+
+
 def lens_tokens(model: Model, directions: Float[Tensor, "directions d_model"], k: int = 20) -> LensTokens:
     """The k tokens with the largest `W_U^T . final_norm(direction)`, norm weight included, `b_dec` not added.
 
@@ -42,6 +49,22 @@ def lens_tokens(model: Model, directions: Float[Tensor, "directions d_model"], k
 
     Source: Arad, Mueller, Belinkov 2025 (arXiv 2505.20063), logit lens of decoder rows.
     """
+    (promoted,) = _lens(model, directions, k, (True,))
+    return promoted
+
+
+def lens_ends(model: Model, directions: Float[Tensor, "directions d_model"], k: int = 20) -> LensEnds:
+    """The k tokens with the largest and the k with the smallest logits of `lens_tokens`, in one product.
+
+    Raises:
+        InvalidInputError: if k is not between 1 and the vocabulary size.
+        DegenerateInputError: for a direction that is zero or not finite.
+    """
+    return LensEnds(*_lens(model, directions, k, (True, False)))
+
+
+@torch.no_grad()
+def _lens(model: Model, directions: Tensor, k: int, ends: tuple[bool, ...]) -> list[LensTokens]:
     if not 1 <= k <= model.d_vocab:
         raise InvalidInputError(
             f"lens_tokens(k={k}): the vocabulary has {model.d_vocab} tokens. Choose 1 <= k <= that."
@@ -55,8 +78,13 @@ def lens_tokens(model: Model, directions: Float[Tensor, "directions d_model"], k
             f"{int(bad[0])}). "
             "Leave them out."
         )
-    tops = [model.lens(part).topk(k, dim=1) for part in directions.split(slab_rows(model.d_vocab))]
-    return LensTokens(torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops]))
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ends]
+    for part in directions.split(slab_rows(model.d_vocab)):
+        logits = model.lens(part)
+        for tops, largest in zip(found, ends, strict=True):
+            top = logits.topk(k, dim=1, largest=largest)
+            tops.append((top.indices, top.values))
+    return [LensTokens(*(torch.cat(column) for column in zip(*tops, strict=True))) for tops in found]
 
 
 def target_site(model: Model, sae: Any, site: str | Site | None = None) -> Site:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class ScoreOptions:
 
     k: int = 20
     rows: int = 256
-    precision: str = "float32"
+    precision: Literal["float32", "model"] = "float32"
     contexts: ContextOptions = field(default_factory=ContextOptions)
     random_directions: int = 256
     seed: int = 0
@@ -87,7 +87,7 @@ def score_features(
     if "output" in scores:
         how = OutputOptions(
             prompts[0] if len(prompts) == 1 else prompts, strength, options.k, options.rows, options.precision
-        )  # type: ignore[arg-type]
+        )
         outputs = direction_scores(model, sae, sae.W_dec.detach()[ids], where, how)
         if options.random_directions:
             random = direction_scores(model, sae, random_like(sae.W_dec.detach(), options), where, how)

@@ -1,0 +1,88 @@
+"""The command that writes the feature browser: features show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from workbench.cli.base import BaseCommand
+from workbench.errors import MissingFileError
+
+if TYPE_CHECKING:
+    from workbench.features.cards import FeatureCard
+    from workbench.features.table import FeatureTable
+
+_MUCH = 60_000_000
+"""Bytes of a page from which on some viewers are slow to open it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesShow(BaseCommand):
+    """Write the feature browser: one HTML file with a table and a card of every feature, offline."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of feature cards or of a feature table, or the SAE folder that holds one."""
+    table: Path | None = None
+    """Folder of a feature table, from `workbench features score`, whose scores are added."""
+    out: Path = Path("features.html")
+    """File to write."""
+    title: str | None = None
+    """Heading of the page; by default the name of the folder."""
+    windows: int = 20
+    """Contexts per feature; fewer make the file smaller."""
+
+    def run(self) -> None:
+        """Writes the page, and says how large it is."""
+        from workbench.features.tablecards import complete_cards
+        from workbench.records import to_jsonable, write_atomic
+        from workbench.view.features import PackOptions, feature_page
+
+        cards, table, meta = _load(self.folder, self.table)
+        if table is not None:
+            cards = complete_cards(cards, table)
+        page = feature_page(
+            map(to_jsonable, cards),
+            self.title or f"Features of {self.folder.resolve().name}",
+            _subtitle(meta),
+            PackOptions(windows=self.windows),
+        )
+        file = write_atomic(self.out, page.html)
+        size = file.stat().st_size
+        line = (
+            f"{page.n_features:,} features in {file}: {size / 1e6:.1f} MB, of which {page.index_bytes / 1e6:.1f} MB "
+            f"table and {page.card_bytes / 1e6:.1f} MB cards."
+        )
+        hint = [f"Large for some viewers; --windows {max(1, self.windows // 2)} makes it smaller."] * (size > _MUCH)
+        summary = {
+            "file": file, "features": page.n_features, "bytes": size, "index_bytes": page.index_bytes,
+            "card_bytes": page.card_bytes,
+        }  # fmt: skip
+        self.emit(summary, [line, *hint, "Open it in a browser; it needs no network."])
+
+
+def _load(folder: Path, table: Path | None) -> tuple[Iterable[FeatureCard], FeatureTable | None, dict[str, Any]]:
+    """The cards of a folder, the table that completes them, and how they were made; cards or table may be missing."""
+    from workbench.features.cardset import CARDS_FILE, CardSet
+    from workbench.features.table import TABLE_FILE, FeatureTable
+
+    places = (folder, folder / "cards", folder / "features")
+    cards = next((CardSet.load(place) for place in places if (place / CARDS_FILE).is_file()), None)
+    scored = table or next((place for place in places if (place / TABLE_FILE).is_file()), None)
+    if cards is None and scored is None:
+        raise MissingFileError(
+            f"features show: neither {folder} nor its folders cards/ and features/ hold feature cards or a feature "
+            "table. Make a table with `workbench features score`, or name its folder with --table."
+        )
+    found = None if scored is None else FeatureTable.load(scored)
+    if cards is None:
+        return (), found, {} if found is None else found.meta
+    return cards, found, cards.meta
+
+
+def _subtitle(meta: dict[str, Any]) -> str:
+    where = " of ".join(str(meta[key]) for key in ("site", "model") if meta.get(key))
+    return where + (f", {meta['n_tokens']:,} tokens read" if meta.get("n_tokens") else "")

@@ -1,0 +1,237 @@
+"""Three judges: the log-probabilities of a local model, an OpenAI-compatible server, and files for anyone."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import CorruptFileError, InvalidInputError, ModelUnavailableError
+from workbench.features.judge import parse_reply
+from workbench.models.model import Model
+from workbench.progress import track
+
+PROMPTS_FILE = "export-prompts.jsonl"
+REPLIES_FILE = "import-replies.jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class LogProbJudge:
+    """A local model, read by P("1") / (P("0") + P("1")) and never by the text it writes.
+
+    Attributes:
+        model: who judges.
+        batch: prompts per forward pass.
+    """
+
+    model: Model
+    batch: int = 16
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return f"log-probabilities of {self.model.name}"
+
+    def answer(self, prompts: Sequence[str]) -> list[float | None]:
+        """The probability of "1" among the two digits, as the next token.
+
+        Raises:
+            InvalidInputError: if the digits are not single tokens.
+        """
+        shared, digits = self._digits()
+        found: list[float | None] = []
+        for start in range(0, len(prompts), self.batch):
+            texts = [prompt + shared for prompt in prompts[start : start + self.batch]]
+            found += self.model.logits(texts, tokens=digits).softmax(-1)[:, 1].tolist()
+        return found
+
+    def _digits(self) -> tuple[str, list[int]]:
+        """What stands between a prompt and the digit, and the ids of "0" and "1"."""
+        zero, one = (self.model.tokenizer(f" {d}", add_special_tokens=False)["input_ids"] for d in "01")
+        if zero[:-1] != one[:-1] or zero[-1] == one[-1]:
+            raise InvalidInputError(
+                f"The tokenizer of {self.model.name} writes ' 0' and ' 1' as {zero} and {one}, which do not differ in "
+                "their last token alone. Use another judge."
+            )
+        return self.model.tokenizer.decode(zero[:-1]) if len(zero) > 1 else "", [zero[-1], one[-1]]
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another server."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:  # noqa: D102
+        del req, fp, code, msg, headers, newurl
+
+
+@dataclass(frozen=True)
+class HTTPJudge:
+    """A model behind an OpenAI-compatible server; nothing is sent before `answer` is called.
+
+    Attributes:
+        url: of the API, such as "https://example.org/v1".
+        model: name of the model there.
+        key_variable: environment variable that holds the key; the key itself is never kept or shown.
+        timeout: seconds that one reply may take.
+        retries: further attempts after a failure that may pass (no connection, 408, 409, 429, 5xx).
+        wait: seconds before the first further attempt; doubled each time.
+        logprobs: ask for log-probabilities, which give graded answers where the server has them.
+    """
+
+    url: str
+    model: str
+    key_variable: str = "OPENAI_API_KEY"
+    timeout: float = 60.0
+    retries: int = 3
+    wait: float = 1.0
+    logprobs: bool = True
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise InvalidInputError(
+                "HTTPJudge: the address must look like https://host/v1, without user, password or query. Put the key "
+                "into an environment variable."
+            )
+        if self.timeout <= 0 or self.retries < 0 or self.wait < 0:
+            raise InvalidInputError(f"{self}: timeout must be positive, retries and wait not negative.")
+
+    @property
+    def name(self) -> str:
+        """Model and host."""
+        return f"{self.model} at {urllib.parse.urlsplit(self.url).hostname}"
+
+    def answer(self, prompts: Sequence[str]) -> list[float | None]:
+        """One request per prompt, at temperature 0.
+
+        Raises:
+            ModelUnavailableError: if the server refuses, or fails after all attempts.
+        """
+        return [self._read(self._post(prompt)) for prompt in track(prompts, description=self.name, unit="replies")]
+
+    def _read(self, reply: Any) -> float | None:
+        try:
+            choice = reply["choices"][0]
+            text = choice["message"]["content"]
+            tops = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
+            p = {str(top["token"]).strip(): math.exp(top["logprob"]) for top in reversed(tops)}
+        except (KeyError, IndexError, TypeError, AttributeError):
+            return None
+        digits = [p.get(digit, 0.0) for digit in "01"]
+        if sum(digits) > 0:
+            return digits[1] / sum(digits)
+        return parse_reply(text) if isinstance(text, str) else None
+
+    def _post(self, prompt: str) -> Any:
+        body: dict[str, Any] = {
+            "model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 4,
+        }  # fmt: skip
+        if self.logprobs:
+            body |= {"logprobs": True, "top_logprobs": 5}
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")
+        problem: str | None = None
+        for attempt in range(self.retries + 1):
+            problem, passing, reply = self._attempt(request)
+            if problem is None:
+                return reply
+            if not passing:
+                break
+            if attempt < self.retries:
+                time.sleep(self.wait * 2**attempt)
+        raise ModelUnavailableError(
+            f"{self.name} gave no reply ({problem}). Check the address, the model's name and the variable "
+            f"{self.key_variable}, or use FileJudge."
+        )
+
+    def _attempt(self, request: urllib.request.Request) -> tuple[str | None, bool, Any]:
+        """What went wrong, whether it may pass, and the reply."""
+        opener = urllib.request.build_opener(_NoRedirect)
+        try:
+            with opener.open(request, timeout=self.timeout) as response:
+                return None, False, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return f"status {error.code}", error.code in (408, 409, 429) or error.code >= 500, None
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+            return f"no connection: {type(error).__name__}", True, None
+        except ValueError:
+            return "the reply is not JSON", True, None
+
+
+@dataclass(frozen=True)
+class FileJudge:
+    """Anyone who reads files: prompts are written to one file, replies are read from another.
+
+    `answer` appends the prompts that have no reply yet to `export-prompts.jsonl` ({"id", "prompt"} per line) and gives
+    None for them. Write {"id", "reply"} per line, the reply "1" or "0", to `import-replies.jsonl` in the same folder,
+    and run the same work again.
+
+    Attributes:
+        folder: of both files.
+        who: what stands beside the scores.
+    """
+
+    folder: str | Path
+    who: str = "replies from a file"
+
+    @property
+    def name(self) -> str:
+        """Who judges."""
+        return self.who
+
+    def answer(self, prompts: Sequence[str]) -> list[float | None]:
+        """The replies that there are; None, and a line in the prompts file, for the others.
+
+        Raises:
+            CorruptFileError: if a line of either file is not what it should be.
+        """
+        replies = _lines(Path(self.folder) / REPLIES_FILE, "reply")
+        asked = _lines(Path(self.folder) / PROMPTS_FILE, "prompt")
+        new = {prompt_id(p): p for p in prompts if prompt_id(p) not in replies and prompt_id(p) not in asked}
+        if new:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            with open(Path(self.folder) / PROMPTS_FILE, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"id": i, "prompt": p}) + "\n" for i, p in new.items())
+        found = [replies.get(prompt_id(prompt)) for prompt in prompts]
+        return [None if reply is None else parse_reply(reply) for reply in found]
+
+    def open_prompts(self) -> int:
+        """How many exported prompts have no reply."""
+        replies = _lines(Path(self.folder) / REPLIES_FILE, "reply")
+        return sum(i not in replies for i in _lines(Path(self.folder) / PROMPTS_FILE, "prompt"))
+
+
+def prompt_id(prompt: str) -> str:
+    """By which a reply finds its prompt: the start of its SHA-256."""
+    return hashlib.sha256(prompt.encode("utf-8", errors="backslashreplace")).hexdigest()[:16]
+
+
+def _lines(path: Path, key: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if not path.is_file():
+        return found
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            found[str(entry["id"])] = str(entry[key])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFileError(
+                f'{path}, line {number}: {line[:60]!r} is not {{"id": ..., "{key}": ...}} ({type(error).__name__}). '
+                "Mend or remove that line."
+            ) from None
+    return found
