@@ -40,12 +40,26 @@ class Trained:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two SAEs, by name, and what they share by direction and by activation."""
+    """Two SAEs, by name, and what they share by direction and by activation.
+
+    Attributes:
+        data: what each was trained on.
+        names: of both.
+        seeds: of both. Equal seeds mean equal initial weights, which alone makes features alike.
+        directions: shared by direction.
+        activations: shared by activation.
+    """
 
     data: tuple[str, str]
     names: tuple[str, str]
+    seeds: tuple[int, int]
     directions: SharedFeatures
     activations: ActivationMatch
+
+    @property
+    def same_start(self) -> bool:
+        """Whether both began with the same weights."""
+        return self.seeds[0] == self.seeds[1]
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,7 @@ class FaithfulReport(Report):
 
     def _shared_finding(self) -> str:
         own, corpus, across = (self.of(group) for group in GROUPS)
+        other, same = ([pair for pair in across if pair.same_start is start] for start in (False, True))
         ratios = [[pair.directions.ratio for pair in group] for group in (own, corpus)]
         word = (
             "more" if min(r.low for r in ratios[0]) > max(r.high for r in ratios[1])
@@ -120,7 +135,8 @@ class FaithfulReport(Report):
         )  # fmt: skip
         return (
             f"Two seeds on own text share {word} features than two seeds on the corpus: {_range(own)} against "
-            f"{_range(corpus)} by decoder direction; across the two texts {_range(across)}."
+            f"{_range(corpus)} by decoder direction; across the two texts {_range(other)} with other seeds, "
+            f"{_range(same)} from the same initial weights."
         )
 
     def _probe_finding(self) -> str:
@@ -143,7 +159,8 @@ class FaithfulReport(Report):
         differences = Table(
             ("measure", "own text minus corpus", "reading"),
             tuple((name, value, verdict(value)) for name, value in self.differences().items()),
-            "Means over seeds; Welch t intervals over seeds.",
+            f"Means over seeds; Welch t intervals over seeds. {len(self.differences())} comparisons at 95 % each: one "
+            "in twenty excludes 0 by chance.",
         )
         blocks: list[Block] = [intro, self._quality(), differences, self._shared(), self._fake(), self._probes()]
         metrics: dict[str, Metric] = {f"difference.{_key(n)}": value for n, value in self.differences().items()}
@@ -181,7 +198,8 @@ class FaithfulReport(Report):
 
     def _shared(self) -> Table:
         rows = tuple(
-            (" and ".join(pair.names), pair.directions.ratio, pair.directions.top1,
+            (" and ".join(pair.names) + " (same initial weights)" * pair.same_start,
+             pair.directions.ratio, pair.directions.top1,
              max(d.above.value for draws in pair.directions.overlap.nulls.values() for d in draws),
              pair.directions.overlap.observed.mean_max, pair.activations.shared, pair.activations.correlation,
              pair.activations.null.value)

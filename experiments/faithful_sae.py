@@ -147,7 +147,7 @@ def _pairs(saes: dict[tuple[str, int], Any], stores: dict[str, ActivationStore],
     for a, b in track(every, description="Matching features", unit="pairs"):
         directions = shared_features(saes[a], saes[b], draws=1, seed=options.seed)
         activations = match_by_activations(saes[a], saes[b], acts, options=options.match)
-        yield Pair((a[0], b[0]), (_name(a), _name(b)), directions, activations)
+        yield Pair((a[0], b[0]), (_name(a), _name(b)), (a[1], b[1]), directions, activations)
 
 
 def _first(store: ActivationStore, limit: int) -> Iterator[Tensor]:

@@ -1,21 +1,29 @@
-"""Do features with a high output score steer what the model writes, and at what price?"""
+"""Do features with a high output score steer what the model writes, at what price, and does selecting them matter?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
+from workbench.activations.harvest import harvest
+from workbench.activations.sources import SelfText
 from workbench.cli.base import Command
 from workbench.errors import InvalidInputError
-from workbench.features import FeatureTable
+from workbench.features import FeatureTable, ScoreOptions, score_features
 from workbench.models.model import Model
+from workbench.saes.config import SAEConfig
+from workbench.saes.train import train_saes
 from workbench.steering import NEUTRAL_PROMPTS, SteeringReport, SteerOptions, steer
+from workbench.steering.study import Depth, StudyOptions, selection_study
+from workbench.steering.study_report import SelectionReport
 
 STRENGTHS = (1.5, 3.0)
+DEPTHS = (1 / 6, 1 / 2, 5 / 6)
+"""Where the study reads by default, as shares of the blocks."""
 
 
 def study(
@@ -39,7 +47,54 @@ def study(
         options: details.
     """
     features = table.select(n_features)
-    return steer(model, sae, features, strengths, prompts, table.worst_matched(features), options=options)
+    options = replace(options or SteerOptions(), table=table)
+    return steer(model, sae, features, strengths, prompts, table.worst_matched(features), options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of the study that trains its own SAEs.
+
+    Attributes:
+        layers: where the SAEs read; () takes three depths.
+        tokens: tokens that the model writes.
+        context: tokens per row of its text.
+        sae: the SAEs and their training; the site is set per layer.
+        scores: details of the feature scores.
+        study: groups, strengths and prompts.
+    """
+
+    layers: tuple[int, ...] = ()
+    tokens: int = 81_920
+    context: int = 64
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    scores: ScoreOptions = field(default_factory=ScoreOptions)
+    study: StudyOptions = field(default_factory=StudyOptions)
+
+
+def selection(model: Model, folder: Path, sizes: Sizes | None = None) -> SelectionReport:
+    """Own text, SAEs at several depths in one pass, their scores, and the study of selection; resumed in its folder.
+
+    Args:
+        model: the model.
+        folder: gets the store, the SAEs and the feature tables.
+        sizes: how much of everything.
+    """
+    from workbench.saes.io import load_sae
+
+    sizes = sizes or Sizes()
+    layers = sizes.layers or tuple(dict.fromkeys(int(depth * model.n_layers) for depth in DEPTHS))
+    sites = [str(model.resolve(f"resid_post.{layer}")) for layer in layers]
+    source = SelfText(tokens=sizes.tokens, context=sizes.context, seed=sizes.study.seed)
+    store = harvest(model, source, sites, folder / "store")
+    runs = train_saes(store, [replace(sizes.sae, site=site) for site in sites], folder / "saes")
+    depths = []
+    for run in runs:
+        sae, place = load_sae(run.path), folder / "features" / run.path.name
+        if not (place / "features.parquet").is_file():
+            score_features(model, sae, store, options=sizes.scores).save(place)
+        depths.append(Depth(sae, FeatureTable.load(place)))
+    return selection_study(model, depths, sizes.study)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +124,10 @@ class Steer(Command):
     """Sampling temperature."""
     scope: Literal["last+generated", "all"] = "last+generated"
     """Steer the last prompt token and what is generated, or every token."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a continuation, such as "."."""
+    a_max: Literal["token", "dataset"] = "token"
+    """What strengths multiply: the largest activation at each token, or each feature's own largest in the table."""
 
     def run(self) -> None:
         """Steer, save the run folder, and say what was found."""
@@ -79,8 +138,9 @@ class Steer(Command):
             raise InvalidInputError("steer: no features to steer with. Give --table FOLDER, or --features 12 34.")
         sae, table = load_sae(self.sae), None if self.table is None else FeatureTable.load(self.table)
         options = SteerOptions(
-            new_tokens=self.new_tokens, seed=self.seed, temperature=self.temperature, scope=self.scope
-        )
+            new_tokens=self.new_tokens, seed=self.seed, temperature=self.temperature, scope=self.scope, stop=self.stop,
+            a_max=self.a_max, table=table,
+        )  # fmt: skip
         prompts = self.prompts or NEUTRAL_PROMPTS[: self.n_prompts]
         model = load_model(self.model)
         with self.start("steer") as run:
@@ -91,6 +151,7 @@ class Steer(Command):
             else:
                 report = study(model, sae, table, self.n_features, self.strengths, prompts, options)
             run.save_step("steering", report.section())
+            report.frame().to_parquet(run.artifacts / "texts.parquet", index=False)
             html = run.finish(f"Steering with features of {self.sae.name}")
         self.emit(report.to_json() | {"run": run.path, "report": html}, self._lines(report, html))
 
@@ -102,5 +163,76 @@ class Steer(Command):
         yield f"Report: {html}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SteeringStudy(Command):
+    """Test on SAEs at several depths whether output features lie deep, and whether selecting them makes steering work.
+
+    The model writes text, SAEs are trained on it in one pass, all features are scored, and groups of features selected
+    in different ways are steered with. Three published claims get a verdict each, with intervals and controls.
+    """
+
+    saes: tuple[Path, ...] = ()
+    """Folders of SAEs at different layers, instead of training some; each needs a table."""
+    tables: tuple[Path, ...] = ()
+    """Folders of their feature tables, in the same order, from `workbench features score`."""
+    layers: tuple[int, ...] = ()
+    """Layers of the SAEs that are trained; by default at a sixth, a half and five sixths of the depth."""
+    tokens: int = 81_920
+    """Tokens of its own text that the model writes."""
+    expansion: int = 8
+    """Features of each SAE, as a multiple of the model's width."""
+    k: int = 32
+    """Features that may be active on one token."""
+    training_tokens: int = 600_000
+    """Token-steps of training."""
+    max_tokens: int = 60_000
+    """Stored tokens that are read for contexts."""
+    n_features: int = 10
+    """Features per group and layer."""
+    strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """Factors on the largest feature activation at each token."""
+    n_prompts: int = 12
+    """How many of the built-in neutral prompts; half of them choose the strengths."""
+    new_tokens: int = 20
+    """Tokens to write."""
+    threshold: float = 0.01
+    """Output score from which a feature counts as an output feature."""
+
+    def options(self) -> StudyOptions:
+        """What the library is called with."""
+        steering = SteerOptions(new_tokens=self.new_tokens, seed=self.seed, plain_texts=())
+        return StudyOptions(
+            n_features=self.n_features, strengths=self.strengths, threshold=self.threshold,
+            prompts=NEUTRAL_PROMPTS[: self.n_prompts], steering=steering, seed=self.seed,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """The study, its run folder and its findings."""
+        from workbench.features import ContextOptions
+        from workbench.models.loading import load_model
+        from workbench.saes.io import load_sae
+
+        if len(self.saes) != len(self.tables):
+            raise InvalidInputError(
+                f"{len(self.saes)} SAEs and {len(self.tables)} tables: give each SAE of --saes its table in --tables."
+            )
+        model = load_model(self.model)
+        sae = SAEConfig(d_sae=self.expansion * model.d_model, k=self.k, tokens=self.training_tokens, seed=self.seed)
+        scores = ScoreOptions(contexts=ContextOptions(max_tokens=self.max_tokens), seed=self.seed)
+        with self.start("steering-study") as run:
+            run.note_model(model)
+            if self.saes:
+                pairs = zip(self.saes, self.tables, strict=True)
+                depths = [Depth(load_sae(folder), FeatureTable.load(table)) for folder, table in pairs]
+                report = selection_study(model, depths, self.options())
+            else:
+                sizes = Sizes(layers=self.layers, tokens=self.tokens, sae=sae, scores=scores, study=self.options())
+                report = selection(model, run.artifacts, sizes)
+            run.save_step("selection", report.section())
+            html = run.finish("Which features steer")
+        lines = (*(f"- {finding}" for finding in report.findings()), f"Report: {html}")
+        self.emit(report.to_json() | {"run": run.path, "report": html}, iter(lines))
+
+
 if __name__ == "__main__":
-    tyro.cli(Steer).run()
+    tyro.extras.subcommand_cli_from_dict({"steer": Steer, "study": SteeringStudy}).run()

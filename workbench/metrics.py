@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError, ShapeError
+from workbench.similarity import assign, cosines, max_cosines
 
 
 def squared_error(x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows_hat d_hat"]) -> Float[Tensor, " rows"]:
@@ -95,14 +96,14 @@ def kl_divergence(
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+@torch.no_grad()
 def mean_max_cosine(directions: Float[Tensor, "n_true d_in"], dictionary: Float[Tensor, "d_sae d_in"]) -> float:
     """Mean over the true directions of the largest signed cosine with a dictionary row (MMCS); 1 is full recovery.
 
     >>> mean_max_cosine(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, -1.0]]))  # (1 + 0) / 2
     0.5
     """
-    unit = torch.nn.functional.normalize
-    return float((unit(directions, dim=-1) @ unit(dictionary, dim=-1).T).amax(1).mean())
+    return float(max_cosines(directions, dictionary).values.mean())
 
 
 def decoder_norm_summary(W_dec: Float[Tensor, "d_sae d_out"]) -> dict[str, float]:
@@ -115,6 +116,7 @@ def decoder_norm_summary(W_dec: Float[Tensor, "d_sae d_out"]) -> dict[str, float
     return {"min": float(norms.min()), "median": float(norms.median()), "max": float(norms.max())}
 
 
+@torch.no_grad()
 def matched_cosine(directions: Float[Tensor, "n_true d_in"], dictionary: Float[Tensor, "d_sae d_in"]) -> float:
     """Mean signed cosine under the best one-to-one matching of true directions and dictionary rows (MCC).
 
@@ -125,24 +127,4 @@ def matched_cosine(directions: Float[Tensor, "n_true d_in"], dictionary: Float[T
     >>> round(matched_cosine(two, torch.tensor([[1.0, 0.0], [-1.0, 0.0]])), 4)  # (1 - 0.6) / 2; MMCS is (1 + 0.6) / 2
     0.2
     """
-    pairs, cosines = best_matching(directions, dictionary)
-    return float(cosines[pairs[0], pairs[1]].sum()) / len(directions)
-
-
-def best_matching(
-    directions: Float[Tensor, "n_true d_in"], dictionary: Float[Tensor, "d_sae d_in"]
-) -> tuple[tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]], Float[Tensor, "n_true d_sae"]]:
-    """The one-to-one matching with the largest sum of signed cosines (Hungarian algorithm), and all cosines.
-
-    Cubic in the number of rows: seconds for a thousand, minutes for ten thousand.
-
-    >>> (true, found), _ = best_matching(torch.eye(2), torch.tensor([[0.0, 3.0], [1.0, 0.0]]))
-    >>> true.tolist(), found.tolist()
-    ([0, 1], [1, 0])
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    unit = torch.nn.functional.normalize
-    cosines = (unit(directions.detach().double(), dim=-1) @ unit(dictionary.detach().double(), dim=-1).T).nan_to_num()
-    true, found = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
-    return (torch.as_tensor(true), torch.as_tensor(found)), cosines.float().cpu()
+    return assign(cosines(directions, dictionary)).total / len(directions)

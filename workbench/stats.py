@@ -61,7 +61,8 @@ def _resamples(n: int, resamples: int, seed: int) -> np.ndarray:
 
 def _percentile(point: float, draws: np.ndarray, n: int, unit: str, method: str, level: float) -> Estimate:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(point), float(low), float(high), n, method, unit, level)
+    # Plus zero: a negative zero would be shown as -0.
+    return Estimate(float(point) + 0.0, float(low) + 0.0, float(high) + 0.0, n, method, unit, level)
 
 
 def bootstrap_mean(

@@ -17,6 +17,7 @@ import torch
 from tests.activations.test_harvest import SITE, SMALL, _hashes, _rows, _source
 from tests.tiny import tiny_model
 from workbench.activations import folder as folder_module
+from workbench.activations.folder import in_use
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.plan import estimate_harvest
 from workbench.activations.sources import HubDataset, SelfText, Source, TextFiles, TokenRows
@@ -237,3 +238,47 @@ def test_stores_of_version_1_are_read_and_not_gone_on_with(model: Model, tmp_pat
     file.write_text(json.dumps(old | {"done": False}), "utf-8")
     with pytest.raises(MismatchError, match="version 1"):
         harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("kept", 10**15),
+        ("n_tokens", 0),
+        ("held_out_every", 0),
+        ("context", 0),
+        ("shards", "twice"),
+        ("first_row", 10**9),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(
+    model: Model, tmp_path: Path, field: str, value: int | str
+) -> None:
+    harvest(model, _source(), [SITE], tmp_path, options=SMALL)
+    raw = json.loads((tmp_path / "manifest.json").read_text())
+    if field == "shards":
+        raw["shards"].append(raw["shards"][0])
+    elif field == "first_row":
+        raw["shards"][0]["first_row"] = value
+    else:
+        raw[field] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(CorruptFileError, match="contradicts itself"):
+        open_store(tmp_path)
+
+
+def test_a_harvest_that_another_process_is_making_is_refused(model: Model, tmp_path: Path) -> None:
+    with in_use(tmp_path), pytest.raises(InvalidInputError, match="Another process"):
+        harvest(model, _source(), [SITE], tmp_path, options=SMALL)
+    harvest(model, _source(), [SITE], tmp_path, options=SMALL)
+
+
+def test_a_batch_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    for make in (
+        lambda: TokenRows(_rows(), batch_rows=0),
+        lambda: TextFiles(tmp_path / "a.txt", batch_rows=0),
+        lambda: HubDataset("any", batch_rows=0),
+    ):
+        with pytest.raises(InvalidInputError, match="batch_rows=0"):
+            make()

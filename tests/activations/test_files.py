@@ -160,3 +160,18 @@ def test_repeated_rows_are_counted(model: Model, tmp_path: Path) -> None:
     store = harvest(model, TokenRows(ids, batch_rows=4), [SITE], tmp_path / "s", options=SMALL)
     assert store.manifest.unique_rows == 15
     assert store.manifest.unique_share == pytest.approx(15 / 20)
+
+
+def test_home_and_byte_order_marks_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfplain")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "line"}\r\n')
+    found = text_files(["~/a.txt", "~/b.jsonl"])
+    assert found == (tmp_path / "a.txt", tmp_path / "b.jsonl")
+    assert [text for file in found for text in documents(file, "text")] == ["plain", "line"]
+
+
+def test_a_line_that_is_no_object_is_told_from_a_missing_key(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("null\n", encoding="utf-8")
+    with pytest.raises(InvalidInputError, match="line 1 holds a NoneType"):
+        list(documents(tmp_path / "a.jsonl", "text"))

@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.activations.test_harvest import SITE, SMALL, _hashes, _source
 from tests.tiny import tiny_model
 from workbench.activations import folder as folder_module
-from workbench.activations.folder import LocalFolder, RemoteFolder, open_folder
+from workbench.activations.folder import LocalFolder, RemoteFolder, check_writable, in_use, open_folder
 from workbench.activations.harvest import harvest
 from workbench.activations.store import open_store
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, ResourceError
@@ -179,3 +179,28 @@ def test_a_folder_reads_writes_and_lists(tmp_path: Path, kind: str) -> None:
     assert not folder.has("a")
     with pytest.raises(MissingFileError, match="a"):
         folder.read("a")
+
+
+def test_what_is_in_the_way_of_a_folder_is_named_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InvalidInputError, match=r"file is a file\. Name another folder"):
+            check_writable(open_folder(place))
+    check_writable(open_folder(tmp_path / "new" / "below"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_home_is_not_a_folder_called_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_folder("~/acts").where == tmp_path / "acts"
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    with in_use(tmp_path / "a"):
+        for shared in (False, True):
+            with pytest.raises(InvalidInputError, match="Another process is writing"), in_use(tmp_path / "a", shared):
+                pass
+        with in_use(tmp_path / "b", shared=True), in_use(tmp_path / "b", shared=True):
+            pass
+    with in_use(tmp_path / "a"):
+        assert list((tmp_path / "a").iterdir()) == []

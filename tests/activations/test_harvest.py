@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -227,3 +228,12 @@ def test_the_store_names_what_it_has(model: Model, tmp_path: Path) -> None:
         store.site("mlp_out.1")
     with pytest.raises(UnknownSiteError, match="No site was named"):
         store.site()
+
+
+def test_positions_of_very_long_rows_do_not_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.activations.harvest.MOST_INT16", 8)
+    model, ids = tiny_model(), torch.arange(2, 42).view(2, 20)
+    store = harvest(model, TokenRows(ids), ["resid_post.1"], tmp_path / "s")
+    assert store.block(0).positions.max() == 19
+    raw = safetensors.torch.load_file(tmp_path / "s" / store.manifest.shards[0].file)
+    assert raw["position"].dtype == torch.int32

@@ -88,3 +88,9 @@ def _as_text(file: Path, folder: Path) -> Path:
     copy = folder / "text.txt"
     copy.write_text(file.read_text("utf-8"), "utf-8")
     return copy
+
+
+def test_activations_that_never_vary_are_stored_without_loss() -> None:
+    x = torch.full((5, 3), 2.0)
+    code = Int8Code.estimate(x)
+    assert code.fvu(x) == 0.0 and torch.equal(code.decode(*code.encode(x)).float(), x)

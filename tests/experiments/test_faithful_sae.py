@@ -78,6 +78,22 @@ def test_the_report_says_only_what_intervals_decide(report: FaithfulReport) -> N
     )
 
 
+def test_pairs_from_the_same_initial_weights_are_not_counted_as_sharing_across_texts(report: FaithfulReport) -> None:
+    across = report.of((OWN, CORPUS))
+    assert [pair.names for pair in across if pair.same_start] == [("own-0", "corpus-0"), ("own-1", "corpus-1")]
+    assert not any(pair.same_start for group in (OWN, CORPUS) for pair in report.of((group, group)))
+    alike = Estimate(0.9, 0.8, 1.0, 48, "")
+    pairs = tuple(
+        replace(
+            pair, directions=replace(pair.directions, ratio=alike if pair.same_start else replace(alike, value=0.1))
+        )
+        for pair in report.pairs
+    )
+    said = replace(report, pairs=pairs).findings()[0]
+    assert "0.1 to 0.1 (n=48 features, 2 pairs) with other seeds" in said
+    assert "0.9 to 0.9 (n=48 features, 2 pairs) from the same initial weights" in said
+
+
 def test_stores_and_saes_are_used_again(report: FaithfulReport, folder: Path) -> None:
     before = {f: f.stat().st_mtime_ns for f in (folder / "run").rglob("*.safetensors")}
     again = study(

@@ -103,7 +103,7 @@ def check_step(name: str, case: str, d_out: int | None = None) -> None:
     kind = kinds(m, k)[name]
     weights, x = start(kind, m, bias, d_out), make_x(n, 16)
     target = 3 * make_x(n, d_out) if d_out else None
-    for aux in (None, AuxTask(torch.arange(0, m, 3), 5, 1.0)) if kind.revives and n > 1 else (None,):
+    for aux in (None, AuxTask(torch.arange(0, m, 3), 5, 1.0)) if kind.revives else (None,):
         options = StepOptions(F64, aux, sparsity=0.7)
         found, expected = kind.step(weights, x, target, options), reference_step(kind, weights, x, target, options)
         assert difference(found, expected) < 1e-10
@@ -296,3 +296,15 @@ def test_options_that_can_not_be_used_are_refused() -> None:
         Matryoshka(2, (4, 8)).step(start(TopK(1), 48), make_x(3, 16))
     with pytest.raises(InvalidInputError, match="bandwidth=0.0"):
         JumpReLU(bandwidth=0.0)
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
+def test_residuals_without_variance_give_no_auxiliary_loss(name: str) -> None:
+    kind = kinds(64, 4)[name]
+    task = AuxTask(torch.arange(0, 64, 3), 5, 1.0)
+    for x in (make_x(1, 16), make_x(1, 16).expand(8, 16).contiguous()):
+        found = kind.step(start(kind, 64), x, options=StepOptions(aux=task))
+        assert float(found.aux_loss) == 0.0
+        plain = kind.step(start(kind, 64), x)
+        for mine, other in zip(found.gradients.tensors(), plain.gradients.tensors(), strict=True):
+            assert torch.equal(mine, other)

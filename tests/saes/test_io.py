@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.keep import KeepRule
@@ -100,3 +101,74 @@ def test_an_sae_of_another_model_or_width_is_refused(model: Model, tmp_path: Pat
     narrow = SAEWeights(torch.ones(9, 4), torch.zeros(9), torch.ones(9, 4), torch.zeros(4))
     with pytest.raises(MismatchError, match="d_in=4"):
         check_sae_fits(model, load_sae(save_topk(narrow, 2, tmp_path / "b", _origin(model))))
+
+
+def _edited(folder: Path, **changes: object) -> Path:
+    """A stock folder with some entries of its config changed; those of `metadata` are merged."""
+    lens = sae_lens_module()
+    lens.TopKSAE(lens.TopKSAEConfig(d_in=8, d_sae=16, k=3)).save_model(folder)
+    config = json.loads((folder / "cfg.json").read_text())
+    meta = changes.get("metadata")
+    config |= changes | ({"metadata": config["metadata"] | meta} if isinstance(meta, dict) else {})
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("k", [0, 17, 2.5, "3", True])
+def test_a_k_that_no_token_can_have_is_refused_when_loading(tmp_path: Path, k: object) -> None:
+    with pytest.raises(CorruptFileError, match="1 <= k <= 16"):
+        load_sae(_edited(tmp_path, k=k))
+
+
+@pytest.mark.parametrize("metadata", [None, [1], "x", {"hook_name": 5}, {"hook_name_out": ["a"]}])
+def test_metadata_of_another_kind_are_refused(tmp_path: Path, metadata: object) -> None:
+    with pytest.raises(CorruptFileError, match=r"cfg.json: (metadata|hook_name)"):
+        load_sae(_edited(tmp_path, metadata=metadata))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_stock_folders_with_nan_or_infinity_are_refused(tmp_path: Path, value: float) -> None:
+    tensors = load_file(_edited(tmp_path) / "sae_weights.safetensors")
+    tensors["W_dec"][3, 2] = value
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(CorruptFileError, match="W_dec holds NaN"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("ours", ["x", {"site": "resid_post.1"}])
+def test_a_lost_keep_rule_is_named(tmp_path: Path, ours: object) -> None:
+    sae = load_sae(_edited(tmp_path, metadata={"workbench": ours}))
+    with pytest.raises(CorruptFileError, match="no keep rule"):
+        sae_keep_rule(sae)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"scaling_factor": 0}', '{"scaling_factor": NaN}', '{"scaling_factor": "2"}'])
+def test_a_scale_that_is_no_number_is_refused(tmp_path: Path, text: str) -> None:
+    folder = _edited(tmp_path, normalize_activations="expected_average_only_in")
+    (folder / "activation_scaler.json").write_text(text)
+    with pytest.raises(CorruptFileError, match="activation_scaler"):
+        load_sae(folder)
+
+
+def test_a_config_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (_edited(tmp_path) / "cfg.json").write_text("[" * 100_000)
+    with pytest.raises(CorruptFileError, match="nested"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["complex", "sparse"])
+def test_tensors_that_are_no_plain_real_numbers_are_refused(tmp_path: Path, kind: str) -> None:
+    tensors = {"W_enc": torch.randn(8, 16), "b_enc": torch.zeros(16), "W_dec": torch.randn(16, 8)}
+    odd = torch.ones(8, dtype=torch.complex64) if kind == "complex" else torch.ones(8).to_sparse()
+    torch.save({**tensors, "b_dec": odd}, tmp_path / "sae.pt")
+    with pytest.raises(CorruptFileError, match=f"b_dec.*{kind}"):
+        load_sae(tmp_path / "sae.pt", k=3)
+
+
+@pytest.mark.parametrize("change", [{"k": True}, {"num_latents": None, "expansion_factor": None}])
+def test_a_config_of_sparsify_that_says_nothing_usable_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    tensors = {"encoder.weight": torch.randn(16, 8), "encoder.bias": torch.zeros(16), "W_dec": torch.randn(16, 8)}
+    save_file({**tensors, "b_dec": torch.zeros(8)}, tmp_path / "sae.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps({"d_in": 8, "num_latents": 16, "k": 3} | change))
+    with pytest.raises(CorruptFileError, match=r"cfg.json"):
+        load_sae(tmp_path)

@@ -11,7 +11,10 @@ import safetensors.torch
 import torch
 
 from tests.saes.stores import READ, SITE, WRITTEN, small_store, tensors
+from tests.tiny import tiny_model
+from workbench.activations.harvest import harvest
 from workbench.activations.keep import KeepRule
+from workbench.activations.sources import TextFiles, TokenRows
 from workbench.activations.store import ActivationStore
 from workbench.errors import InvalidInputError
 from workbench.saes import threshold as threshold_module
@@ -247,3 +250,16 @@ def test_norms_that_are_free_change_in_training_and_are_folded(
     x_hat = sae.decode(sae.encode(x))
     fvu = float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
     assert fvu == pytest.approx(run.metrics["fvu"], rel=1e-3)
+
+
+def test_the_head_and_the_start_of_rows_are_named_for_sae_lens(tmp_path: Path) -> None:
+    ids = torch.randint(2, 200, (40, 8), generator=torch.Generator().manual_seed(0))
+    text = tmp_path / "a.txt"
+    text.write_text("some text " * 100, encoding="utf-8")
+    config = SAEConfig(d_sae=8, k=2, tokens=40, batch=20)
+    for name, source, starts in (("rows", TokenRows(ids), True), ("text", TextFiles(text, context=8), False)):
+        store = harvest(tiny_model(), source, ["z.1.h1"], tmp_path / f"store-{name}")
+        train_sae(store, config, tmp_path / name)
+        found = json.loads((tmp_path / name / "cfg.json").read_text())["metadata"]
+        assert (found["hook_name"], found["hook_head_index"]) == ("blocks.1.attn.hook_z", 1)
+        assert found["prepend_bos"] is starts

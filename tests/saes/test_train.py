@@ -13,6 +13,10 @@ import pytest
 import torch
 
 from tests.saes.stores import SITE, assert_same_tensors, before_step, ctrl_c, small_store, tensors
+from tests.tiny import tiny_model
+from workbench.activations.folder import in_use
+from workbench.activations.harvest import harvest
+from workbench.activations.sources import TokenRows
 from workbench.activations.store import ActivationStore
 from workbench.errors import (
     CorruptFileError,
@@ -280,3 +284,44 @@ def test_clipping_bounds_the_step_that_adam_sees() -> None:
     first = clipped.state[parameters[0]]["exp_avg"]
     torch.testing.assert_close(first, 0.1 * torch.tensor([0.6, 0.8, 0.0]))
     torch.testing.assert_close(plain.state[parameters[1]]["exp_avg"], 0.1 * torch.tensor([3.0, 4.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"k": 2.5}, {"betas": (0.9,)}, {"decoder_norm": "none"}, {"seed": 2**70}, {"data_seed": 2**70}],
+)
+def test_values_that_no_training_can_use_are_refused_at_once(change: dict[str, Any]) -> None:
+    config = replace(CONFIG)
+    for name, value in change.items():  # as a caller without type checks could
+        object.__setattr__(config, name, value)
+    with pytest.raises(InvalidInputError, match=next(iter(change)).removeprefix("data_")):
+        config.__post_init__()
+    with pytest.raises(InvalidInputError, match="l1_coefficient=nan"):
+        SAEConfig(architecture="relu", l1_coefficient=float("nan"))
+
+
+def test_any_seed_of_64_bits_can_be_used(store: ActivationStore, tmp_path: Path) -> None:
+    assert train_sae(store, replace(CONFIG, seed=2**62, tokens=300), tmp_path).metrics["steps"] == 3
+
+
+def test_held_out_tokens_that_are_all_the_same_are_refused_before_training(tmp_path: Path) -> None:
+    ids = torch.randint(2, 200, (100, 2), generator=torch.Generator().manual_seed(0))
+    ids[9::10] = 7
+    store = harvest(tiny_model(), TokenRows(ids), [SITE], tmp_path / "store")
+    with pytest.raises(DegenerateInputError, match="no FVU"):
+        train_sae(store, replace(CONFIG, batch=10), tmp_path / "sae")
+
+
+def test_a_site_goes_by_its_transformer_lens_name_too(store: ActivationStore) -> None:
+    assert store.site("blocks.1.hook_resid_post") == SITE
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    with in_use(tmp_path), pytest.raises(InvalidInputError, match="Another process"):
+        train_sae(store, CONFIG, tmp_path)
+
+
+def test_the_l1_penalty_grows_with_the_root_of_the_width() -> None:
+    config = SAEConfig(architecture="gated")
+    assert config.sparsity(3600) == pytest.approx(5.0) and config.sparsity(576) == pytest.approx(2.0)
+    assert replace(config, l1_coefficient=3.0).sparsity(576) == 3.0

@@ -22,7 +22,7 @@ def text_files(paths: Iterable[str | Path]) -> tuple[Path, ...]:
         MissingFileError: for a path that does not exist, or stands for no file.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         if path.is_file():
             found.append(path)
             continue
@@ -66,13 +66,13 @@ def about_tokens(path: Path, column: str) -> int:
 
 def _whole(path: Path) -> Iterator[str]:
     try:
-        yield path.read_text(encoding="utf-8")
+        yield path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8", newline="\n") as lines:
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
         number = 0
         while True:
             number += 1
@@ -91,9 +91,10 @@ def _text_of_line(line: str, column: str, where: str) -> str:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise CorruptFileError(f"{where} is not JSON ({error}). Mend or remove the line.") from None
-    if not isinstance(value, dict) or not isinstance(value.get(column), str):
-        keys = list(value) if isinstance(value, dict) else []
-        raise InvalidInputError(f"{where} has no text in {column!r}. {did_you_mean(column, keys)} Set column=.")
+    if not isinstance(value, dict):
+        raise InvalidInputError(f"{where} holds a {type(value).__name__}, not an object with the key {column!r}.")
+    if not isinstance(value.get(column), str):
+        raise InvalidInputError(f"{where} has no text in {column!r}. {did_you_mean(column, list(value))} Set column=.")
     return value[column]
 
 

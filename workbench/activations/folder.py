@@ -85,7 +85,7 @@ def open_folder(where: str | Path | Folder) -> Folder:
     # a Path has no double slash, so an address that went through one has lost it
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)(?:::|:/{1,2})(.*)", text, re.DOTALL)
     if found is None or not ("://" in text or "::" in text or _is_protocol(found[1])):
-        return LocalFolder(Path(where))
+        return LocalFolder(Path(where).expanduser())
     if found[1] in ("file", "local"):
         return LocalFolder(Path("/" + unquote(found[2]).lstrip("/")))
     return RemoteFolder(text if "::" in text else f"{found[1]}://{found[2].lstrip('/')}")
@@ -95,6 +95,56 @@ def _is_protocol(name: str) -> bool:
     import fsspec
 
     return name in fsspec.available_protocols()
+
+
+def check_writable(folder: Folder) -> None:
+    """Refuses a folder of this machine that can't be made or written to, before any work is done for it.
+
+    Raises:
+        InvalidInputError: naming the place that is in the way.
+    """
+    if not isinstance(folder, LocalFolder):
+        return
+    existing = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InvalidInputError(f"{folder.where} can't be written: {existing} is a file. Name another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InvalidInputError(
+            f"{folder.where} can't be written: {existing} is read-only for you. Name another folder, or change its "
+            "permissions."
+        )
+
+
+@contextlib.contextmanager
+def in_use(path: Path, shared: bool = False) -> Iterator[None]:
+    """Makes a folder and keeps other processes from writing to it, until the block ends or the process dies.
+
+    Args:
+        path: the folder.
+        shared: let in others that share it too.
+
+    Raises:
+        InvalidInputError: if another process is at work there.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInputError(
+                f"Another process is writing to {path}. Wait until it has ended, or name another folder."
+            ) from None
+        except OSError:  # some network disks have no locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 class LocalFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from workbench.activations.finish import finish, join_parts
-from workbench.activations.folder import Folder, Part, open_folder
+from workbench.activations.folder import Folder, LocalFolder, Part, check_writable, in_use, open_folder
 from workbench.activations.keep import KeepRule
 from workbench.activations.manifest import DROP_REASONS, MANIFEST, Manifest, Shard, load_manifest
 from workbench.activations.packing import PackedRows, Source
 from workbench.activations.plan import (
+    MOST_INT16,
     FirstLook,
     HarvestOptions,
     check_room,
@@ -70,7 +72,7 @@ def harvest(
         MismatchError: if `out` holds another harvest, or a repaired shard would differ from before.
         CorruptFileError: if a shard is damaged or missing and `repair` is not set.
         ResourceError: if disk or memory are too small for it, or the disk fills up on the way.
-        InvalidInputError: if an activation is not finite.
+        InvalidInputError: if an activation is not finite, or `out` can't be written.
     """
     options, folder = options or HarvestOptions(), open_folder(out)
     plan = make_plan(model, source, resolved(model, sites), options)
@@ -82,9 +84,15 @@ def harvest(
             f"{folder.where}: {names} {'is' if len(damaged) == 1 else 'are'} missing or damaged. Run the same harvest "
             "with repair=True (--repair), which makes only what is damaged again."
         )
+    if damaged or not manifest.done:
+        check_writable(folder)
     run = _Harvest(model, source, folder, options)
     if not manifest.done:
-        return _finished(folder, run.go_on(manifest, damaged), options)
+        try:
+            return _finished(folder, run.go_on(manifest, damaged), options)
+        except KeyboardInterrupt as error:
+            error.add_note(f"Finished shards are kept in {folder.where}. The same command goes on from there.")
+            raise
     if damaged:
         run.repair(manifest, damaged)
     return open_store(folder) if folder.has(MANIFEST) else _finished(folder, manifest, options)
@@ -154,7 +162,8 @@ class _Harvest:
         lost = {manifest.shards[i].first_row // manifest.shard_rows for i in damaged}
         todo = (i for i in itertools.count() if i % world == rank and (i not in whole or i in lost))
         total = None if estimate.tokens is None else estimate.tokens // world
-        with task(total=total, description=f"Harvesting {', '.join(manifest.sites)}: {estimate}", unit="tokens") as bar:
+        title = f"Harvesting {', '.join(manifest.sites)}: {estimate}"
+        with _alone(self.folder, world), task(total=total, description=title, unit="tokens") as bar:
             self._running = bar
             if look is not None:
                 manifest = self._measured(manifest, look)
@@ -250,7 +259,7 @@ class _Harvest:
         row, position = keep.nonzero(as_tuple=True)
         tensors = {
             "token": rows.ids[keep].int(),
-            "position": position.short(),
+            "position": position.short() if manifest.context <= MOST_INT16 else position.int(),
             "row": (row + first_row).int(),
             "document": rows.documents[keep].int(),
             "token_rows": rows.ids.int(),
@@ -292,6 +301,11 @@ class _Harvest:
             reasons.append(reason)
             self._running.advance(part.numel())
         return _Kept({site: x[:n] for site, x in self._buffers.items()}, torch.cat(reasons), sums)
+
+
+def _alone(folder: Folder, world: int) -> AbstractContextManager[None]:
+    """Two processes at the same shards would delete each other's half-written files."""
+    return in_use(folder.path, shared=world > 1) if isinstance(folder, LocalFolder) else nullcontext()
 
 
 def _seen(part: Part, digest: Any) -> Part:

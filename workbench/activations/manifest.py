@@ -84,12 +84,14 @@ class Packing:
         separator: what stands between two documents.
         crosses_documents: whether attention reaches from one document of a row into another.
         padding: never any.
+        starts_with_bos: whether every row opens with BOS, or what stands for it; None where that is not known.
     """
 
     row_start: str
     separator: str
     crosses_documents: bool
     padding: str = "none"
+    starts_with_bos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,28 @@ def load_manifest(folder: Folder, name: str = MANIFEST) -> Manifest:
     except InvalidInputError as error:
         raise CorruptFileError(f"{where} is not a manifest: {error} Delete it and harvest again.") from None
     for shard in manifest.shards:
-        if Path(shard.file).name != shard.file:
+        if Path(shard.file).name != shard.file or shard.file in ("", ".."):
             raise CorruptFileError(f"{where} names {shard.file!r}, which is not a plain file name. Don't use it.")
+    wrong = _contradiction(manifest)
+    if wrong:
+        raise CorruptFileError(f"{where} contradicts itself: {wrong}. Restore it, or delete it and harvest again.")
     return manifest
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """What can't be so in a manifest that a harvest has written; None if nothing is found."""
+    shards, last = manifest.shards, 0
+    if manifest.context < 2 or manifest.held_out_every < 2 or manifest.shard_rows < 1 or manifest.batch_rows < 1:
+        return "context, held_out_every, shard_rows or batch_rows is too small"
+    if len({shard.file for shard in shards}) < len(shards):
+        return "a shard is named twice"
+    for shard in shards:
+        if shard.first_row < last or not 0 <= shard.kept <= shard.n_rows * manifest.context:
+            return f"{shard.file} starts at row {shard.first_row} and keeps {shard.kept} tokens of {shard.n_rows} rows"
+        last = shard.first_row + shard.n_rows
+    if not manifest.done or not manifest.kept:  # one of several processes has no totals
+        return None
+    kept, n_tokens = sum(shard.kept for shard in shards), last * manifest.context
+    if (manifest.kept, manifest.n_tokens) != (kept, n_tokens):
+        return f"kept={manifest.kept} of n_tokens={manifest.n_tokens}, but the shards hold {kept} of {n_tokens}"
+    return None

@@ -73,6 +73,7 @@ def packing_of_text(tokenizer: Any) -> Packing:
         row_start=f"BOS (id {tokenizer.bos_token_id})" if adds_bos(tokenizer) else "no BOS; the text goes on",
         separator=f"end token (id {end[0]})" if end else "nothing: the tokenizer has no end token",
         crosses_documents=True,
+        starts_with_bos=adds_bos(tokenizer),
     )
 
 
@@ -149,12 +150,14 @@ class _Rows:
         return PackedRows(ids.contiguous(), documents.contiguous())
 
 
-def check_sizes(tokens: int, context: int) -> None:
+def check_sizes(tokens: int, context: int, batch_rows: int = 1) -> None:
     """Refuses sizes that give no row.
 
     Raises:
-        InvalidInputError: if there is not one token, or a row has no second one.
+        InvalidInputError: if there is not one token, a row has no second one, or a batch has no row.
     """
+    if batch_rows < 1:
+        raise InvalidInputError(f"batch_rows={batch_rows}: a batch has at least one row.")
     if tokens < 1 or context < 2:
         raise InvalidInputError(f"tokens={tokens}, context={context}: they must be >= 1 and >= 2.")
 

@@ -22,7 +22,8 @@ from workbench.progress import clock
 from workbench.records import to_jsonable
 
 BYTES_PER_TOKEN = 14
-"""Token, row and document ids as int32, position as int16."""
+"""Token, row and document ids as int32, position as int16 (int32 in rows of more than `MOST_INT16` tokens)."""
+MOST_INT16 = 2**15
 
 WORKING_WIDTHS = 64
 """Memory of a forward pass, in fp32 values per token and unit of width, generously."""

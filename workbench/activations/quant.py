@@ -73,9 +73,9 @@ class Int8Code:
         return x
 
     def fvu(self, x: Float[Tensor, "n d"]) -> float:
-        """Variance of `x` that is lost, as a share: error / variance, both summed over all rows."""
+        """Variance of `x` that is lost, as a share: error / variance over all rows, or 0 if nothing varies."""
         mean, error, variance = x.mean(dim=0, dtype=torch.float32), 0.0, 0.0
         for part in x.split(ROWS):
             error += float((self.decode(*self.encode(part)).float() - part.float()).square().sum())
             variance += float((part.float() - mean).square().sum())
-        return error / variance
+        return error / variance if variance else 0.0

@@ -82,7 +82,7 @@ class RingBuffer(Generic[Rows]):
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch, self._served, self._cursor = epoch, 0, 0
-        self._random = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        self._random = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
         self._stream: Iterator[Rows] = iter(self._epoch_blocks(epoch))
         self._tail: dict[str, Tensor] | None = None
         self._order = self._fill(torch.arange(self._capacity))

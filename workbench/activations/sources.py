@@ -60,6 +60,7 @@ class SelfText:
             row_start=f"start token (id {_start(tokenizer)}), as prompt",
             separator="none added: a row is one text, with what the model writes after its own end token",
             crosses_documents=False,
+            starts_with_bos=True,
         )
 
     def n_rows(self) -> int:
@@ -99,6 +100,7 @@ class TokenRows:
                 f"TokenRows: ids have shape {tuple(self.ids.shape)} and {self.ids.dtype}; give int64 (rows, "
                 "context >= 2)."
             )
+        check_sizes(1, self.context, self.batch_rows)
 
     @property
     def context(self) -> int:
@@ -157,7 +159,7 @@ class TextFiles:
         listed = (paths,) if isinstance(paths, str | Path) else tuple(paths)
         if not listed:
             raise DegenerateInputError("TextFiles: there are no paths. Name a .txt, .jsonl or .parquet file.")
-        check_sizes(context if tokens is None else tokens, context)
+        check_sizes(context if tokens is None else tokens, context, batch_rows)
         for name, value in (
             ("paths", text_files(listed)),
             ("tokens", tokens),
@@ -222,7 +224,7 @@ class HubDataset:
     batch_rows: int = 256
 
     def __post_init__(self) -> None:
-        check_sizes(self.tokens, self.context)
+        check_sizes(self.tokens, self.context, self.batch_rows)
 
     def describe(self) -> dict[str, Any]:
         """The fields, with the kind of source."""

@@ -28,6 +28,7 @@ from workbench.errors import (
     UnknownSiteError,
     did_you_mean,
 )
+from workbench.hooks.sites import Site
 
 Split = Literal["all", "train", "heldout"]
 
@@ -96,10 +97,12 @@ class ActivationStore:
         """
         if site is None and len(self.sites) == 1:
             return self.sites[0]
-        if site is None or str(site) not in self.sites:
-            asked = "No site was named" if site is None else f"Site {site} is not stored"
-            raise UnknownSiteError(f"{asked} in {self.path}. {did_you_mean(str(site), self.sites)}")
-        return str(site)
+        if site is None:
+            raise UnknownSiteError(f"No site was named in {self.path}. Known: {', '.join(self.sites)}.")
+        name = str(site) if str(site) in self.sites else str(Site.parse(site))
+        if name not in self.sites:
+            raise UnknownSiteError(f"Site {site} is not stored in {self.path}. {did_you_mean(str(site), self.sites)}")
+        return name
 
     def keep_rule(self, site: str | None = None) -> KeepRule:
         """The rule by which tokens were kept at this site."""

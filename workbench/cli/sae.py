@@ -34,7 +34,7 @@ class SaeTrain(BaseCommand):
     k: tuple[int, ...] = ()
     """Features that may be active on one token (topk, batchtopk, matryoshka); by default 32."""
     l1: tuple[float, ...] = ()
-    """Weights of the sum of activations (relu, gated); by default 5."""
+    """Weights of the sum of activations (relu, gated); by default sqrt(width) / 12."""
     l0: tuple[float, ...] = ()
     """Weights of the number of active features (jumprelu); by default 1."""
     widths: tuple[int, ...] = ()

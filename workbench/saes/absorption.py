@@ -203,7 +203,7 @@ def absorption(
         x: activations at each word.
         letters: first letter of each word.
         test: the words that are held out.
-        options: the constants; `gate_letters` is lowered to the number of letters there are.
+        options: the constants. With fewer letters than `gate_letters` the gate fails.
 
     Raises:
         ShapeError: if words and letters don't pair up.

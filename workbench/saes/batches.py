@@ -100,6 +100,12 @@ class Batches:
                 f"{self.store.path} has {self.store.manifest.n_tokens // self.store.context} packed rows, too few to "
                 "hold one in ten out. Harvest more."
             )
+        same = next((site for site, x in joined.items() if bool((x == x[0]).all())), None)
+        if same is not None:
+            raise DegenerateInputError(
+                f"All {len(joined[same])} held-out activations of {same} in {self.store.path} are the same, so that no "
+                "FVU can be measured. Harvest more text."
+            )
         return joined
 
     def calibration(self, site: str) -> Tensor:
@@ -121,7 +127,7 @@ class Batches:
 
     def _epoch(self, epoch: int) -> Iterator[dict[str, Tensor]]:
         """Training tokens of the shards, in an order of their own per epoch."""
-        random = torch.Generator().manual_seed(self.key.seed * 7919 + epoch)
+        random = torch.Generator().manual_seed((self.key.seed * 7919 + epoch) % 2**63)
         for index in torch.randperm(len(self.store.manifest.shards), generator=random).tolist():
             yield from self._training(index, self.sites)
 

@@ -13,7 +13,8 @@ ALIASES = {"standard": "relu", "matryoshka_batchtopk": "matryoshka", "batch_topk
 LR_AT_16K_FEATURES = 1e-3
 
 DEFAULT_K = 32
-DEFAULT_L1 = 5.0
+DEFAULT_L1_PER_ROOT = 1 / 12
+"""Times the square root of the width, with which activations grow: 2 at 576 dimensions, 5 at 3,600."""
 DEFAULT_L0 = 1.0
 DEFAULT_BANDWIDTH = 0.05
 DEFAULT_THRESHOLD = 0.01
@@ -51,7 +52,7 @@ class SAEConfig:
     k: int | None = None
     """Features that may be active on one token, in batchtopk and matryoshka on average; None takes 32."""
     l1_coefficient: float | None = None
-    """Weight of the sum of activations in relu and gated; None takes 5."""
+    """Weight of the sum of activations in relu and gated; None takes sqrt(width) / 12, of what is reconstructed."""
     l0_coefficient: float | None = None
     """Weight of the number of active features in jumprelu; None takes 1."""
     sparsity_warmup: float = 0.1
@@ -123,6 +124,9 @@ class SAEConfig:
                     f"{name}={getattr(self, name)} has no effect on architecture {self.architecture!r}, which has "
                     f"{', '.join(mine)}. Leave it out, or choose one of: {owners}."
                 )
+        for name in ("d_sae", "k", "tokens", "batch"):
+            if not isinstance(getattr(self, name), int | None):
+                raise InvalidInputError(f"{name}={getattr(self, name)!r}: give a whole number.")
         if not 1 <= self.active <= self.d_sae and "k" in mine:
             raise InvalidInputError(f"k={self.active}, d_sae={self.d_sae}: choose 1 <= k <= d_sae.")
         if self.d_sae < 1:
@@ -133,8 +137,8 @@ class SAEConfig:
                 f"widths={self.widths}, d_sae={self.d_sae}: prefixes must increase, from at least 1 to at most d_sae."
             )
         for name in ("l1_coefficient", "l0_coefficient"):
-            if (getattr(self, name) or 0) < 0:
-                raise InvalidInputError(f"{name}={getattr(self, name)} rewards density. Give 0 or more.")
+            if not (getattr(self, name) or 0) >= 0:
+                raise InvalidInputError(f"{name}={getattr(self, name)} can't be used. Give 0 or more.")
         if self.bandwidth is not None and self.bandwidth <= 0:
             raise InvalidInputError(f"bandwidth={self.bandwidth}: thresholds would get no gradient. Give more than 0.")
         if self.initial_threshold is not None and self.initial_threshold < 0:
@@ -148,8 +152,13 @@ class SAEConfig:
         for name in ("warmup", "decay", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInputError(f"{name}={getattr(self, name)} is a share of the steps: between 0 and 1.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise InvalidInputError(f"betas={self.betas}: both must be at least 0 and less than 1.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InvalidInputError(f"betas={self.betas}: two numbers, at least 0 and less than 1.")
+        if self.decoder_norm not in ("unit", "free"):
+            raise InvalidInputError(f'decoder_norm={self.decoder_norm!r}: choose "unit" or "free".')
+        for name in ("seed", "order_seed"):
+            if not -(2**63) <= getattr(self, name) < 2**63:
+                raise InvalidInputError(f"{name}={getattr(self, name)} has more than 64 bits. Give a smaller seed.")
         if not (self.clip > 0 and (self.lr is None or self.lr > 0)):
             raise InvalidInputError(f"clip={self.clip}, lr={self.lr}: both must be positive.")
         if not (self.aux_coefficient >= 0 and self.dead_after >= 1 and (self.aux_k is None or self.aux_k >= 1)):
@@ -209,11 +218,14 @@ class SAEConfig:
         """
         return self.lr if self.lr is not None else LR_AT_16K_FEATURES / math.sqrt(self.d_sae / 2**14)
 
-    @property
-    def sparsity(self) -> float:
-        """Weight of the sparsity penalty after its warm-up; 0 for architectures without one."""
+    def sparsity(self, width: int) -> float:
+        """Weight of the sparsity penalty after its warm-up; 0 for architectures without one.
+
+        >>> SAEConfig(architecture="relu").sparsity(576)  # sqrt(576) / 12
+        2.0
+        """
         if "l1_coefficient" in OPTIONS[self.architecture]:
-            return DEFAULT_L1 if self.l1_coefficient is None else self.l1_coefficient
+            return DEFAULT_L1_PER_ROOT * math.sqrt(width) if self.l1_coefficient is None else self.l1_coefficient
         if "l0_coefficient" in OPTIONS[self.architecture]:
             return DEFAULT_L0 if self.l0_coefficient is None else self.l0_coefficient
         return 0.0
@@ -228,11 +240,11 @@ class SAEConfig:
         down = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.peak_lr * min(1.0, up, down)
 
-    def sparsity_at(self, step: int) -> float:
-        """Weight of the sparsity penalty at a step, counted from 0.
+    def sparsity_at(self, step: int, width: int) -> float:
+        """Weight of the sparsity penalty at a step, counted from 0, where `width` dimensions are reconstructed.
 
         >>> config = SAEConfig(architecture="relu", l1_coefficient=4.0, tokens=100, batch=1, sparsity_warmup=0.2)
-        >>> config.sparsity_at(4), config.sparsity_at(50)  # 5 of 20 warm-up steps
+        >>> config.sparsity_at(4, 16), config.sparsity_at(50, 16)  # 5 of 20 warm-up steps
         (1.0, 4.0)
         """
-        return self.sparsity * min(1.0, (step + 1) / max(1.0, self.sparsity_warmup * self.steps))
+        return self.sparsity(width) * min(1.0, (step + 1) / max(1.0, self.sparsity_warmup * self.steps))

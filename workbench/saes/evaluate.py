@@ -75,9 +75,20 @@ def token_batches(model: Any, rows: Rows, options: EvalOptions) -> list[TokenBat
     """The rows to evaluate on, in batches.
 
     Raises:
-        InvalidInputError: for a single text.
+        InvalidInputError: for a single text, and for a row of one token.
         MismatchError: for a store of another model.
     """
+    batches = _batches(model, rows, options)
+    short = [i for i, n in enumerate(n for batch in batches for n in batch.lengths.tolist()) if n < 2]
+    if short:
+        raise InvalidInputError(
+            f"evaluate_sae: row {short[0]} is one token long ({len(short)} such rows); a next-token loss takes two. "
+            "Remove these rows."
+        )
+    return batches
+
+
+def _batches(model: Any, rows: Rows, options: EvalOptions) -> list[TokenBatch]:
     if isinstance(rows, ActivationStore):
         rows.check_model(model)
         rows = rows.token_rows("heldout")
@@ -164,7 +175,19 @@ class _Evaluation:
         def mean(values: np.ndarray) -> Estimate:
             return bootstrap_mean(values, seed=seed)
 
+        if not kept["total"].sum():
+            raise DegenerateInputError(
+                f"evaluate_sae: all {first.n_kept} kept tokens are the same at {self.reader.sites.write}; there is no "
+                "variance to explain. Give other text."
+            )
+
         def recovered(name: str, baseline: str) -> Estimate:
+            if losses[baseline].sum() == losses["clean"].sum():
+                raise DegenerateInputError(
+                    f"evaluate_sae: {baseline} ablation at {self.reader.sites.write} does not change the loss of these "
+                    f"{n_rows} rows, so there is nothing to recover. Give longer, more varied rows: only tokens behind "
+                    "an edit notice it."
+                )
             return ratio(losses[baseline] - losses[name], losses[baseline] - losses["clean"])
 
         density = first.fired.double() / first.n_kept
@@ -194,6 +217,7 @@ class _Evaluation:
                 name: ratio(kept[f"error_{name}"], kept["total"]) for name in ("mean", "random", "identity")
             },
             kl=mean(losses["kl"]),
+            ahead_of_random=mean(losses["random"] - losses["sae"]),
         )  # fmt: skip
 
 

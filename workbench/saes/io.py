@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -19,7 +20,7 @@ from workbench.errors import (
     WorkbenchError,
     did_you_mean,
 )
-from workbench.records import from_jsonable, load_json
+from workbench.records import from_jsonable
 from workbench.saes.fit import check_sae
 from workbench.saes.formats import releases
 from workbench.saes.formats.build import build, placed, register_own_classes, unbuilt
@@ -109,9 +110,20 @@ def sae_site(sae: Any) -> str:
 
 
 def sae_keep_rule(sae: Any) -> KeepRule | None:
-    """The rule by which its training tokens were kept; None for SAEs from elsewhere."""
+    """The rule by which its training tokens were kept; None for SAEs from elsewhere.
+
+    Raises:
+        CorruptFileError: if this package saved it and the rule is gone.
+    """
     ours = sae.cfg.metadata.get("workbench")
-    return from_jsonable(KeepRule, ours["keep"]) if ours else None
+    if not ours:
+        return None
+    if not isinstance(ours, dict) or "keep" not in ours:
+        raise CorruptFileError(
+            "This SAE's metadata.workbench names no keep rule (keep), so nobody knows which tokens it was trained on. "
+            "Delete the entry to have the rule estimated, or train the SAE again."
+        )
+    return from_jsonable(KeepRule, ours["keep"])
 
 
 def check_sae_fits(model: Any, sae: Any) -> str:
@@ -156,6 +168,7 @@ def _load_path(path: Path, name: str, overrides: Overrides, device: str, dtype: 
     config = read_config(path / CONFIG_FILE)
     if not {"d_in", "d_sae"} <= set(config):
         raise CorruptFileError(f"{path / CONFIG_FILE} does not describe an SAE: it needs d_in, d_sae and architecture.")
+    _require_metadata(path, config.get("metadata", {}))
     if config.get("architecture") in ("batchtopk", "matryoshka_batchtopk"):
         return build(_checkpoint(path, config, overrides), device, dtype)
     register_own_classes()
@@ -187,8 +200,30 @@ def _folded(sae: Any, overrides: Overrides, scale: float | None, device: str, dt
             f"k={overrides.k}, threshold={overrides.threshold}: an SAE in the format of sae_lens has its own "
             f"({sae.cfg.architecture()}). Leave them out."
         )
+    _require_values(sae)
     raw = unbuilt(sae, scale)
     return placed(sae, device, dtype) if raw is None else build(raw, device, dtype)
+
+
+def _require_metadata(path: Path, metadata: Any) -> None:
+    wrong = {"metadata": metadata} if not isinstance(metadata, dict) else {
+        name: metadata[name] for name in ("hook_name", "hook_name_out")
+        if not isinstance(metadata.get(name), str | None)
+    }  # fmt: skip
+    for name, value in wrong.items():
+        raise CorruptFileError(
+            f"{path / CONFIG_FILE}: {name}={value!r:.100} can't be used ({type(value).__name__}). Mend it."
+        )
+
+
+def _require_values(sae: Any) -> None:
+    """What sae_lens does not look at: NaN stays unseen until everything is NaN, and a k until the first token."""
+    for name, tensor in sae.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CorruptFileError(f"{name} holds NaN or infinite values. Fetch the file again.")
+    k, d_sae = getattr(sae.cfg, "k", None), int(sae.cfg.d_sae)
+    if k is not None and not (type(k) is int and 1 <= k <= d_sae):
+        raise CorruptFileError(f"k={k!r} of an SAE with {d_sae} features: its config should say 1 <= k <= {d_sae}.")
 
 
 def _scale_beside(path: Path, overrides: Overrides) -> float | None:
@@ -196,8 +231,10 @@ def _scale_beside(path: Path, overrides: Overrides) -> float | None:
     file = path / _SCALER_FILE
     if overrides.scale is not None or not file.is_file():
         return overrides.scale
-    factor = load_json(file).get("scaling_factor")
-    return float(factor) if isinstance(factor, int | float) else None
+    factor = read_config(file).get("scaling_factor")
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise CorruptFileError(f"{file}: scaling_factor={factor!r} is no positive number. Pass scale= instead.")
+    return float(factor)
 
 
 def _checkpoint(path: Path, config: dict[str, Any], overrides: Overrides) -> RawSAE:

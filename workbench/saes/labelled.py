@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,16 +87,14 @@ def local_text_sets(per_class: int = 200, words: int = 40) -> tuple[LabelledText
     pools: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         name: ([], []) for name in ("code or docstring", "loop or no loop", "method or function")
     }
-    for module, tree in _modules():
-        for node, parent in _functions(tree):
-            doc, code = ast.get_docstring(node), _code(node)
-            if doc and len(doc.split()) >= 12:
-                pools["code or docstring"][0].append((module, _cut(doc, words)))
-                pools["code or docstring"][1].append((module, _cut(code, words)))
-            loops = any(isinstance(inner, ast.For | ast.While) for inner in ast.walk(node))
-            if 12 <= len(code.split()) <= words:
-                pools["loop or no loop"][loops].append((module, code))
-                pools["method or function"][isinstance(parent, ast.Module)].append((module, code))
+    for found in _library_functions():
+        module, doc, code = found.module, found.doc, found.code
+        if len(doc.split()) >= 12:
+            pools["code or docstring"][0].append((module, _cut(doc, words)))
+            pools["code or docstring"][1].append((module, _cut(code, words)))
+        if 12 <= len(code.split()) <= words:
+            pools["loop or no loop"][found.loops].append((module, code))
+            pools["method or function"][found.top_level].append((module, code))
     return tuple(_balanced(name, *pool, per_class) for name, pool in pools.items())
 
 
@@ -117,6 +116,27 @@ def _balanced(
     return LabelledTexts(
         name, tuple(text for _, _, text in rows), tuple(label for label, _, _ in rows),
         tuple(module for _, module, _ in rows),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Function:
+    module: str
+    doc: str
+    code: str
+    loops: bool
+    top_level: bool
+
+
+@functools.cache
+def _library_functions() -> tuple[_Function, ...]:
+    """Functions and methods of the standard library; parsing it takes seconds, and it does not change."""
+    return tuple(
+        _Function(
+            module, ast.get_docstring(node) or "", _code(node),
+            any(isinstance(inner, ast.For | ast.While) for inner in ast.walk(node)), isinstance(parent, ast.Module),
+        )
+        for module, tree in _modules() for node, parent in _functions(tree)
     )  # fmt: skip
 
 

@@ -161,7 +161,9 @@ class Member:
             d_out = self.weights.b_dec.numel()
             aux = AuxTask(self.dead, config.aux_k or max(1, d_out // 2), config.aux_coefficient * d_out)
         recent = self.recent if self.device.type != "cpu" or not self.keeps_threshold else self.threshold.value()
-        return StepOptions(aux=aux, sparsity=config.sparsity_at(self.step), threshold=recent)
+        return StepOptions(
+            aux=aux, sparsity=config.sparsity_at(self.step, self.weights.b_dec.numel()), threshold=recent
+        )
 
     def _is_due(self) -> bool:
         every = max(1, self.config.steps // EVALUATIONS)
@@ -276,6 +278,7 @@ class Member:
         return Provenance(
             model_name=manifest.model_name, model_fingerprint=manifest.model_fingerprint, site=site,
             target_site=config.target_site, context=manifest.context, keep=store.keep_rule(site),
+            starts_with_bos=manifest.packing is None or manifest.packing.starts_with_bos is not False,
             training={
                 "config": config, "store": store_id(store), "metrics": metrics, "kernel": self.setting.kernel,
                 "kept_share": manifest.kept_share,

@@ -32,6 +32,8 @@ class SAEReport(Report):
         recovered_controls: the headline number for the controls "sae_sinks", "mean", "random" and "identity".
         fvu_controls: FVU of "mean" (1 by definition), "random" and "identity".
         kl: KL divergence of the next-token distribution, clean to spliced, in nats.
+        ahead_of_random: loss with the random SAE minus loss with this one, row by row on the same rows; above 0 this
+            one is better.
         dense: share of the features that are active on more than 1 % ("1%") and 10 % ("10%") of the kept tokens.
         mse: squared error of a kept token, summed over the dimensions, mean over tokens.
         cosine: mean cosine of a kept token and its reconstruction; a large common mean raises it.
@@ -57,6 +59,7 @@ class SAEReport(Report):
     recovered_controls: dict[str, Estimate]
     fvu_controls: dict[str, Estimate]
     kl: Estimate
+    ahead_of_random: Estimate
     target_site: str
     dense: dict[str, float]
     mse: Estimate
@@ -74,13 +77,17 @@ class SAEReport(Report):
     def findings(self) -> tuple[str, ...]:
         """The headline numbers and whether they beat the controls."""
         random, headline = self.recovered_controls["random"], self.recovered["zero"]
-        beats = "beats" if headline.low > random.high else "does not beat"
+        ahead = self.ahead_of_random
+        beats = (
+            "is better than" if ahead.low > 0 else "is worse than" if ahead.high < 0 else "is not clearly better than"
+        )
         return (
             f"The SAE leaves {self.fvu} of the variance at {self.target_site} unexplained, with {self.l0.value:.1f} "
             f"features per token, over {self.n_tokens} kept tokens ({self.kept_share:.1%} of all; the rest are "
             "first, special or sink tokens).",
             f"Spliced into the model it recovers {headline} of the loss that zero ablation costs (sinks kept) and adds "
-            f"{self.ce_difference['sae']} nats; it {beats} a random SAE of the same shape ({random}).",
+            f"{self.ce_difference['sae']} nats; it {beats} a random SAE of the same shape "
+            f"({random}, with a loss {ahead} nats above that of this SAE on the same rows).",
             f"{self.dead:.1%} of the features were silent on these {self.n_tokens} tokens, {self.dense['10%']:.1%} "
             "active on more than a tenth of them.",
             f"With attention sinks reconstructed as well, {self.recovered_controls['sae_sinks']} is recovered.",
@@ -119,6 +126,7 @@ class SAEReport(Report):
             **{name: value for name, value in self._shape().items() if value is not None},
             "fvu": self.fvu, "l0": self.l0, "dead": self.dead, "kept_share": self.kept_share, "n_tokens": self.n_tokens,
             "ce_clean": self.ce_clean, "ce_difference": self.ce_difference["sae"], "kl": self.kl,
+            "ahead_of_random": self.ahead_of_random,
             **{f"recovered_{key}": value for key, value in self.recovered.items()},
             **{f"recovered_zero_{key}": value for key, value in self.recovered_controls.items()},
         }  # fmt: skip

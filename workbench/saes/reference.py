@@ -22,6 +22,7 @@ from workbench.saes.architectures import (
     StepResult,
     TopK,
 )
+from workbench.saes.architectures.base import NO_VARIANCE
 from workbench.saes.weights import SAEWeights
 
 
@@ -119,6 +120,8 @@ def _aux(w: SAEWeights, pre: Tensor, residual: Tensor, aux: AuxTask) -> Tensor:
     if aux.k < len(aux.dead):
         dead = torch.zeros_like(dead).scatter(1, dead.topk(aux.k).indices, dead.topk(aux.k).values)
     variance = (residual - residual.mean(0)).square().sum()
+    if variance <= NO_VARIANCE * residual.square().sum():
+        return variance.new_zeros(())
     return aux.coefficient * (dead.relu() @ w.W_dec[aux.dead] - residual).square().sum() / variance
 
 

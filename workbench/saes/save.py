@@ -49,6 +49,7 @@ class Provenance:
         keep: which tokens it was trained on.
         training: configuration and final metrics, in JSON types.
         target_site: where a transcoder writes; None for an SAE.
+        starts_with_bos: whether the rows that it was trained on opened with BOS.
     """
 
     model_name: str
@@ -58,6 +59,7 @@ class Provenance:
     keep: KeepRule
     training: dict[str, Any]
     target_site: str | None = None
+    starts_with_bos: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,12 @@ def _config(stock: str, weights: SAEWeights, encoder: Encoder, origin: Provenanc
 
 def _metadata(encoder: Encoder, origin: Provenance) -> dict[str, Any]:
     version = importlib.metadata.version("sae-lens")
-    out = {} if origin.target_site is None else {"hook_name_out": Site.parse(origin.target_site).tl_name}
+    site = Site.parse(origin.site)
+    places: dict[str, Any] = {} if site.head is None else {"hook_head_index": site.head}
+    if origin.target_site is not None:
+        target = Site.parse(origin.target_site)
+        places |= {"hook_name_out": target.tl_name}
+        places |= {} if target.head is None else {"hook_head_index_out": target.head}
     ours = {
         "version": importlib.metadata.version("interp-workbench") if _installed() else "source",
         "site": origin.site, "target_site": origin.target_site, "keep": origin.keep,
@@ -156,8 +163,8 @@ def _metadata(encoder: Encoder, origin: Provenance) -> dict[str, Any]:
         # Without sae_lens_version the loader takes the folder for one of before version 6 and converts it.
         "sae_lens_version": version, "sae_lens_training_version": version,
         "training_architecture": encoder.architecture, "model_name": origin.model_name,
-        "model_fingerprint": origin.model_fingerprint, "hook_name": Site.parse(origin.site).tl_name, **out,
-        "context_size": origin.context, "prepend_bos": True, "workbench": to_jsonable(ours),
+        "model_fingerprint": origin.model_fingerprint, "hook_name": site.tl_name, **places,
+        "context_size": origin.context, "prepend_bos": origin.starts_with_bos, "workbench": to_jsonable(ours),
     }  # fmt: skip
 
 

@@ -36,10 +36,15 @@ class SpliceSites:
         """From the metadata of an SAE that belongs to this model.
 
         Raises:
-            MismatchError: if it does not, or if the output of a transcoder has another width than its site.
+            MismatchError: if it does not, or if a transcoder names no output or one of another width.
         """
         read = check_sae_fits(model, sae)
         out = sae.cfg.metadata.get("hook_name_out")
+        if not out and "transcoder" in sae.cfg.architecture():
+            raise MismatchError(
+                f"This {sae.cfg.architecture()} reads {read} and does not say what it reconstructs. Set "
+                "metadata.hook_name_out, as load_sae(..., site_out='mlp_out.5')."
+            )
         write = read if not out else str(model.resolve(out))
         width = int(sae.W_dec.shape[1])
         if width != model.width(write):

@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.errors import InvalidInputError, ShapeError
-from workbench.metrics import best_matching, fvu, mean_max_cosine
+from workbench.metrics import fvu, mean_max_cosine
 from workbench.report import Report, Section, Table
 from workbench.saes.coder import Coder
+from workbench.similarity import assign_directions
 from workbench.stats import Estimate, bootstrap_mean
 
 
@@ -183,7 +184,9 @@ def evaluate_on_synthetic(sae: Any, truth: SyntheticTruth, *, n_tokens: int = 20
 def _scores(
     coder: Coder, x: Float[Tensor, "n d"], present: Bool[Tensor, "n n_true"], truth: SyntheticTruth
 ) -> SyntheticScores:
-    (true, found), cosines = best_matching(truth.directions, coder.W_dec.cpu())
+    pairs = assign_directions(truth.directions, coder.W_dec.cpu())
+    true = (pairs.columns >= 0).nonzero().flatten()
+    found = pairs.columns[true]
     n_true = len(truth.directions)
     hits, fires = np.zeros(n_true), np.zeros(n_true)
     fired, active = torch.zeros(coder.d_sae, dtype=torch.bool), 0
@@ -195,14 +198,12 @@ def _scores(
         fired |= on.any(0)
         active += int(on.sum())
     there = present.sum(0).numpy()
-    pair_cosines = np.zeros(n_true)
-    pair_cosines[true] = cosines[true, found].numpy()
     x_hat = coder.reconstruct(x).cpu()
     norms = x.norm(dim=1)
     filled = norms > 0
     return SyntheticScores(
         mmcs=mean_max_cosine(truth.directions, coder.W_dec.cpu()),
-        mcc=_over_features(pair_cosines),
+        mcc=_over_features(pairs.scores.numpy()),
         precision=_over_features(hits / np.maximum(fires, 1)),
         recall=_over_features((hits / np.maximum(there, 1))[there > 0]),
         f1=_over_features((2 * hits / np.maximum(fires + there, 1))[there > 0]),

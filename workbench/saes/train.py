@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from workbench.activations.folder import in_use
 from workbench.activations.store import ActivationStore, open_store
 from workbench.errors import InvalidInputError
 from workbench.saes.batches import OrderKey
@@ -48,10 +50,11 @@ def train_sae(
     Raises:
         MismatchError: if `out` holds an SAE or a checkpoint of another configuration or store.
         DegenerateInputError: if there are too few tokens.
-        InvalidInputError: if the loss is not finite; the last checkpoint before is kept.
+        InvalidInputError: if the loss is not finite (the last checkpoint before is kept), or another process is
+            training in `out`.
     """
     opened = open_store(store)
-    return _train(opened, [(_with_sites(opened, config), Path(out))], log)[0]
+    return _train(opened, [(_with_sites(opened, config), Path(out).expanduser())], log)[0]
 
 
 def train_saes(
@@ -83,7 +86,8 @@ def train_saes(
     """
     opened = open_store(store)
     full = [_with_sites(opened, config) for config in configs]
-    return _train(opened, [(c, Path(out) / name) for c, name in zip(full, sweep_names(full), strict=True)], log)
+    folder = Path(out).expanduser()
+    return _train(opened, [(c, folder / name) for c, name in zip(full, sweep_names(full), strict=True)], log)
 
 
 def sweep_names(configs: Sequence[SAEConfig]) -> list[str]:
@@ -142,7 +146,10 @@ def _train(store: ActivationStore, members: Sequence[tuple[SAEConfig, Path]], lo
             waiting.setdefault(OrderKey.of(config), []).append((config, folder))
     problems: list[str] = []
     for together in waiting.values():
-        outcome = Group(store, together, log).run()
+        with contextlib.ExitStack() as folders:
+            for _, folder in together:
+                folders.enter_context(in_use(folder))
+            outcome = Group(store, together, log).run()
         runs |= {folder: SAERun(folder, metrics) for folder, metrics in outcome.metrics.items()}
         problems += outcome.problems
     if problems:

@@ -12,6 +12,9 @@ from torch import Tensor
 from workbench.saes.sparse import Products, SparseActs, SparseProducts
 from workbench.saes.weights import SAEWeights
 
+NO_VARIANCE = 1e-10
+"""Variance of the residuals, as a share of their squared norm, up to which there is no auxiliary loss."""
+
 
 @dataclass(frozen=True)
 class AuxTask:
@@ -20,7 +23,8 @@ class AuxTask:
     Attributes:
         dead: indices of the features that count as dead.
         k: how many of them reconstruct the residual of each token.
-        coefficient: weight of the loss, which is normalised by the variance of the residual.
+        coefficient: weight of the loss, which is normalised by the variance of the residual; where that is nothing, as
+            in a batch of one row, the loss is 0.
 
     Source: Gao et al. 2024 (arXiv 2406.04093) A.2. The activations go through a ReLU, as there.
     """

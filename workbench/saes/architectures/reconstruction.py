@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import ShapeError
-from workbench.saes.architectures.base import AuxTask, StepOptions, StepResult
+from workbench.saes.architectures.base import NO_VARIANCE, AuxTask, StepOptions, StepResult
 from workbench.saes.select import topk_indices
 from workbench.saes.sparse import SparseActs
 from workbench.saes.weights import SAEWeights
@@ -161,7 +161,9 @@ def _aux_gradients(weights: SAEWeights, read: Tensor, error: Tensor, aux: AuxTas
     g_enc, g_bias, g_dec = (torch.zeros_like(t) for t in (W_enc, b_enc, W_dec))
     mean, starts = error.mean(0), range(0, len(error), AUX_ROWS)
     variance = sum((squared_norm(error[i : i + AUX_ROWS] - mean) for i in starts), start=error.new_zeros(()))
-    weight = aux.coefficient / variance.clamp_min(1e-12)
+    # A batch of one row, or of equal rows, has no variance that the loss could be relative to.
+    has_some = variance > NO_VARIANCE * squared_norm(error)
+    weight = torch.where(has_some, aux.coefficient / variance.where(has_some, 1.0), 0.0)
     total = error.new_zeros(())
     for i in starts:
         x = read[i : i + AUX_ROWS]

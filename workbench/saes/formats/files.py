@@ -27,7 +27,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CorruptFileError: if it is not an object.
     """
-    config = load_json(path)
+    try:
+        config = load_json(path)
+    except RecursionError as error:
+        raise CorruptFileError(f"{path} does not describe an SAE: its JSON is nested too deeply.") from error
     if not isinstance(config, dict):
         raise CorruptFileError(f"{path} does not describe an SAE: it holds a {type(config).__name__}, not an object.")
     return config
@@ -82,6 +85,9 @@ def _plain(path: Path, loaded: Any) -> dict[str, Tensor]:
     if isinstance(loaded, Mapping):
         inner = next((loaded[name] for name in _NESTED if isinstance(loaded.get(name), Mapping)), loaded)
         tensors = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                raise CorruptFileError(f"{path}: {name} is no plain tensor ({value.layout}, {value.dtype}).")
         tensors |= {str(n): torch.tensor(v) for n, v in inner.items() if isinstance(v, int | float)}
         if tensors:
             return tensors

@@ -81,8 +81,8 @@ class RawSAE:
         if needs is not None and getattr(self, needs) is None:
             raise InvalidInputError(f"A {self.activation} SAE needs {needs}; its file names none. Pass {needs}=.")
         d_sae = self.W_dec.shape[0]
-        if self.k is not None and not 1 <= self.k <= d_sae:
-            raise InvalidInputError(f"k={self.k} of an SAE with {d_sae} features: choose 1 <= k <= {d_sae}.")
+        if self.k is not None and not (type(self.k) is int and 1 <= self.k <= d_sae):
+            raise InvalidInputError(f"k={self.k!r} of an SAE with {d_sae} features: choose 1 <= k <= {d_sae}.")
         if self.activation == "groupmax" and d_sae % (self.k or 1):
             raise InvalidInputError(f"{d_sae} features don't divide into k={self.k} groups of equal size.")
         if self.transcodes and self.subtracts_b_dec:

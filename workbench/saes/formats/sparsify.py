@@ -49,8 +49,8 @@ def read(folder: Path, overrides: Overrides) -> RawSAE:
 
 def _check(folder: Path, config: dict[str, Any], shape: tuple[int, ...]) -> None:
     d_in, activation = config.get("d_in"), config.get("activation", "topk")
-    d_sae = config.get("num_latents") or (d_in or 0) * config.get("expansion_factor", 0)
-    if not isinstance(config.get("k"), int) or activation not in ("topk", "groupmax"):
+    d_sae = config.get("num_latents") or (d_in or 0) * (config.get("expansion_factor") or 0)
+    if type(config.get("k")) is not int or activation not in ("topk", "groupmax"):
         raise CorruptFileError(f"{folder}/cfg.json: k={config.get('k')!r}, activation={activation!r} can't be used.")
     if shape != (d_sae, d_in):
         raise CorruptFileError(f"{folder}: cfg.json says {d_sae} features of width {d_in}; encoder.weight is {shape}.")

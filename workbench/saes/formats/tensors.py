@@ -27,8 +27,14 @@ _NAMES = {
 
 
 def find(tensors: dict[str, Tensor], name: str) -> Tensor | None:
-    """A tensor under any of its known names, in fp32."""
+    """A tensor under any of its known names, in fp32.
+
+    Raises:
+        CorruptFileError: if its numbers are complex.
+    """
     found = next((tensors[alias] for alias in _NAMES[name] if alias in tensors), None)
+    if found is not None and found.is_complex():
+        raise CorruptFileError(f"{name} holds complex numbers ({found.dtype}); an SAE has real weights.")
     return None if found is None else found.float()
 
 
