@@ -1,6 +1,6 @@
 """Our training steps beside those of sae_lens and of sparsify: same data, initial weights and optimiser, one process.
 
-    python benchmarks/sae.py [--d-sae 4608 9216] [--threads 1 2] [--batch 4096] [--repeats 5] [--kinds topk matryoshka]
+    python benchmarks/sae.py [--d-sae 4608 9216] [--threads 1] [--batch 4096] [--repeats 3] [--kinds topk matryoshka]
 
 Prints milliseconds per step (the fastest of the repeats, taken in turns), tokens per second, the ratio to each peer,
 and the peak of memory beside parameters, gradients and optimiser. Losses of the first steps are compared first; exits
@@ -235,10 +235,10 @@ def compare(kind: str, shape: Shape, threads: int, repeats: int) -> bool:
 def main() -> int:
     """Runs the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("d-in", 576), ("k", 32), ("batch", 4096), ("repeats", 5)):
+    for name, value in (("d-in", 576), ("k", 32), ("batch", 4096), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--d-sae", type=int, nargs="+", default=[4608, 9216])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -1,25 +1,33 @@
+"""Steering runs: rows, controls, strengths, reports."""
+
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from tests.features.toys import random_sae
-from tests.tiny import n_hooks, tiny_model
+from tests.tiny import FP32_LOGITS, n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.features.table import COLUMNS, FeatureTable
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.interventions.saes import SAEAddMax
-from workbench.interventions.scopes import Generated, Last
-from workbench.steering import SteerOptions, best_strength, continuation_nll, distinct_2, generation_success, steer
-from workbench.steering.measures import TextMeasures, measure
-from workbench.steering.report import Arm, build_report
+from workbench.interventions.scopes import Generated, Last, NotPrefix
+from workbench.progress import task
+from workbench.steering import SteerOptions, kl_divergence, steer
+from workbench.steering.arms import Arm
+from workbench.steering.build import build_report
+from workbench.steering.steer import matched_features
+from workbench.steering.sweep import Harm, Pushes, Sweep
 
 PROMPTS = ("one day", "the", "for now, I", "he said", "two", "what a")
-OPTIONS = SteerOptions(new_tokens=6, k=5, temperature=1.0)
+OPTIONS = SteerOptions(new_tokens=6, k=5, temperature=1.0, plain_texts=("a plain text", "another one"))
+ARMS = ["feature", "negated", "random", "matched", "control", "prompt", "unsteered"]
 
 
 @pytest.fixture(scope="module")
@@ -27,98 +35,91 @@ def report() -> Any:
     return steer(tiny_model(), random_sae(), [3, 8], (1.0, 3.0), PROMPTS, [20, 21], options=OPTIONS)
 
 
-def measures(count: list[int], nll: list[float]) -> TextMeasures:
-    return TextMeasures(tuple(count), tuple(c / 20 for c in count), tuple(nll), tuple(1.0 for _ in count))
+def table_of(d_sae: int = 40) -> FeatureTable:
+    """Frequency of feature f is (f + 1) / 100, its largest activation f + 1."""
+    rows: dict[str, Any] = {name: [float("nan")] * d_sae for name in COLUMNS}
+    rows |= {
+        "feature": list(range(d_sae)),
+        "frequency": [(f + 1) / 100 for f in range(d_sae)],
+        "max_act": [f + 1.0 for f in range(d_sae)],
+    }
+    return FeatureTable(pd.DataFrame(rows), {}, {})
 
 
-def test_generation_success_counts_occurrences_in_the_continuation() -> None:
-    texts = [torch.tensor(t) for t in ([7, 7, 3], [9], [3])]
-    assert generation_success(texts, torch.tensor([7, 9])) == 1.0
-    m = measure(texts, torch.tensor([7, 9]), torch.zeros(3))
-    assert m.count == (2, 1, 0)
-    assert m.share == pytest.approx((2 / 3, 1.0, 0.0))
-
-
-def test_repetition_lowers_distinct_2() -> None:
-    assert distinct_2(torch.tensor([5] * 11)) == 0.1
-    assert math.isnan(distinct_2(torch.tensor([5])))
-
-
-def test_nll_is_that_of_the_continuation_alone() -> None:
-    model = tiny_model()
-    batch = model.tokens(["ab", "abcde"])
-    new = [torch.tensor([40, 50, 60]), torch.tensor([70])]
-    found = continuation_nll(model, batch, new)
-    for i, prompt in enumerate(("ab", "abcde")):
-        ids = torch.cat([model.tokens(prompt).ids[0], new[i]])[None]
-        alone = model.loss(ids)[0, -len(new[i]) :].mean()
-        assert float(found[i]) == pytest.approx(float(alone), abs=1e-4)
-    assert continuation_nll(model, batch, [torch.tensor([], dtype=torch.long), new[1]])[0].isnan()
-
-
-def test_best_strength_weighs_success_against_perplexity() -> None:
-    weak, good, odd = measures([0, 1], [1.0, 1.0]), measures([2, 2], [1.1, 1.1]), measures([3, 3], [5.0, 5.0])
-    assert best_strength([weak, good, odd], [0, 1]) == (1, False)
-
-
-def test_best_strength_drops_repetition() -> None:
-    good, repeats = measures([1, 1], [2.0, 2.0]), measures([9, 9], [0.5, 0.5])
-    assert best_strength([good, repeats], [0, 1]) == (0, False)
-    assert best_strength([repeats, repeats], [0, 1]) == (0, True)
-
-
-def arm(name: str, per_strength: list[TextMeasures], texts: int = 6) -> Arm:
-    return Arm(
-        name, (3,), (1.0, 2.0)[: len(per_strength)], (tuple(per_strength),), (("x",) * texts,) * len(per_strength), ()
-    )
+def planted(name: str, counts: list[list[float]], nll: float = 2.0) -> Arm:
+    """An arm of one feature with these counts by strength and prompt, of 20 tokens each."""
+    count = np.array([counts])
+    even = {key: np.ones_like(count) for key in ("distinct1", "distinct2", "repeated", "kl", "log_odds")}
+    values = {"success@20": count, "share": count / 20, "nll": np.full_like(count, nll), **even}
+    return Arm(name, (3,), (1.0, 2.0)[: len(counts)], values, ((("x",) * 6,) * len(counts),))
 
 
 SETTINGS = {
-    "site": "s",
-    "model": "m",
-    "scope": "Last",
-    "new_tokens": 20,
-    "temperature": 1.0,
-    "seed": 0,
-    "strengths": [1.0, 2.0],
-}
+    "site": "s", "model": "m", "scope": "Last", "new_tokens": 20, "temperature": 1.0, "seed": 0, "k": 20,
+    "strengths": [1.0, 2.0], "a_max": "token", "matched_on_frequency": True,
+}  # fmt: skip
 
 
-def built(steered: list[TextMeasures]) -> Any:
-    zero = measures([0] * 6, [2.0] * 6)
-    return build_report(
-        SETTINGS, PROMPTS, ("w",), [arm("feature", steered), arm("random", [zero, zero])], [arm("unsteered", [zero])]
-    )
+def built(counts: list[list[float]]) -> Any:
+    zero = [[0.0] * 6] * 2
+    arms = [planted("feature", counts), planted("random", zero), planted("negated", zero)]
+    return build_report(SETTINGS, PROMPTS, ("w",), arms, {"feature": planted("unsteered", [[0.0] * 6])})
 
 
 def test_evaluation_prompts_have_no_say_in_the_strength() -> None:
-    first = measures([2, 0, 2, 0, 2, 0], [2.0] * 6)
-    second = measures([1, 3, 1, 3, 1, 3], [2.0] * 6)
-    report = built([first, second])
+    first = [2.0, 0, 2, 0, 2, 0]
+    report = built([first, [1.0, 3, 1, 3, 1, 3]])
     assert report.features[0].strength == 1.0, "even prompts prefer the first strength"
-    assert report.arms[0].count.value == 0.0, "odd prompts measure it"
-    swapped = built([first, measures([1, 0, 1, 0, 1, 0], [2.0] * 6)])
-    assert swapped.features[0].strength == 1.0
+    assert report.arm("feature").success.value == 0.0, "odd prompts measure it"
+    assert built([first, [1.0, 0, 1, 0, 1, 0]]).features[0].strength == 1.0
 
 
-def test_prompts_are_the_units() -> None:
-    report = built([measures([0, 1, 0, 2, 0, 3], [2.0] * 6)] * 2)
-    for estimate in (*report.differences.values(), report.arms[0].share):
-        assert (estimate.n, estimate.unit) == (3, "prompts")
+def test_the_papers_rule_stands_beside_and_says_where_it_was_measured() -> None:
+    report = built([[2.0, 0, 2, 0, 2, 0], [1.0, 3, 1, 3, 1, 3]])
+    held_out, paper = report.rules
+    assert report.features[0].paper_strength == 2.0, "over all prompts the second strength has more tokens"
+    assert (held_out.rule, held_out.success.value) == ("held-out rule", 0.0)
+    assert (paper.rule, paper.success.value, paper.success.n) == ("paper's rule", 2.0, 6)
+
+
+def test_prompts_and_features_are_the_units() -> None:
+    report = built([[0.0, 1, 0, 2, 0, 3]] * 2)
+    for estimate in (*report.differences.values(), report.arm("feature").share):
+        assert (estimate.n, estimate.unit) == (3, "prompts x 1 feature")
     assert report.differences["unsteered"].value == pytest.approx(0.1)  # (1 + 2 + 3) / 3 of 20 tokens
 
 
+def test_the_front_is_marked_among_all_arms() -> None:
+    report = built([[0.0, 1, 0, 1, 0, 1], [0.0, 2, 0, 2, 0, 2]])
+    best = [(p.arm, p.strength) for p in report.points if p.on_front]
+    assert best == [("feature", 2.0)], "no other point has more effect at no more cost"
+
+
 def test_report_has_every_control(report: Any) -> None:
-    assert [a.name for a in report.arms] == ["feature", "random", "control", "unsteered"]
-    assert list(report.differences) == ["unsteered", "random directions", "control features, both above unsteered"]
+    assert [a.name for a in report.arms] == ARMS
+    assert list(report.differences) == [
+        "unsteered", "random directions", "the features subtracted", "an instruction in the prompt",
+        "random features, both above unsteered", "control features, both above unsteered",
+    ]  # fmt: skip
+    assert list(report.concept) == list(report.differences)
     assert report.n_selection == report.n_evaluation == 3
     assert report.settings["scope"] == "(Last() | Generated())"
     for edits in report.edits.values():
         assert [e.strength for e in edits] == [1.0, 3.0]
         # two features on six prompts; the last prompt token and the new ones that are fed back
         assert all(12 <= e.tokens <= 12 * OPTIONS.new_tokens and e.mean_norm > 0 for e in edits)
-    assert len(report.findings()) >= 4
-    assert set(report.edits) == {"feature", "random", "control"}
+    assert set(report.edits) == set(ARMS) - {"prompt", "unsteered"}
+    assert report.arm("prompt").harm is None and report.arm("feature").harm is not None
+    assert report.arm("unsteered").kl.value == report.arm("unsteered").log_odds.value == 0.0
+    assert len(report.findings()) >= 6
+
+
+def test_every_text_is_kept_with_its_measures_but_not_in_the_json(report: Any) -> None:
+    frame = report.frame()
+    # five edited arms and three unsteered ones of two features, and the instructions
+    assert len(frame) == 6 * 2 * (5 * 2 + 3 + 1)
+    assert {"success@1", "success@5", "share", "log_odds", "nll", "distinct1", "kl", "text"} <= set(frame.columns)
+    assert report.to_json()["written"] == []
 
 
 def test_random_directions_add_the_same_norm(report: Any) -> None:
@@ -130,22 +131,86 @@ def test_same_seed_same_report_whatever_the_batch(report: Any) -> None:
     model = tiny_model()
     other = replace(OPTIONS, batch_size=5)
     again = steer(model, random_sae(), [3, 8], (1.0, 3.0), PROMPTS, [20, 21], options=other)
-    for one, other_ in zip(again.features, report.features, strict=True):
-        assert one.perplexity == pytest.approx(other_.perplexity, rel=1e-4)
-        assert replace(one, perplexity=0.0) == replace(other_, perplexity=0.0)
+    ours, theirs = again.frame(), report.frame()
+    assert list(ours.text) == list(theirs.text)
+    assert np.allclose(ours.nll, theirs.nll, rtol=1e-4, equal_nan=True)
+    assert np.allclose(ours[["kl", "log_odds"]], theirs[["kl", "log_odds"]], atol=1e-4)
     assert again.examples == report.examples
     assert n_hooks(model.hf) == 0
 
 
-def test_texts_are_those_of_a_plain_steered_generation(report: Any) -> None:
+@pytest.mark.parametrize("scope", ["last+generated", "all"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_texts_are_those_of_a_plain_steered_generation(family: Any, scope: Any) -> None:
     """Row i of the job is prompt i, so `generate` on the prompts alone draws the same numbers."""
+    model, sae = tiny_model(family), random_sae()
+    options = replace(OPTIONS, scope=scope)
+    sweep = Sweep(model, sae, model.resolve("resid_post.1"), model.tokens(list(PROMPTS)), options)
+    assert sweep.shares_prefix == (scope == "last+generated" and "the" in PROMPTS)
+    pushes = Pushes(sae.W_dec.detach()[[3, 8]], 2.0)
+    lens = torch.tensor([[70, 71], [90, 91]])
+    with task(total=1, description="x", unit="texts") as progress:
+        written, base = sweep.write(pushes, lens, progress), sweep.unsteered(progress)
+    for i, feature in enumerate((3, 8)):
+        where = Last() | Generated() if scope == "last+generated" else None
+        edit = Intervention.at("resid_post.1", SAEAddMax(sae, sae.W_dec[feature], 2.0), where)
+        plain = model.generate(list(PROMPTS), 6, intervention=edit, seed=0, temperature=1.0)
+        assert written.texts[i * 6 : i * 6 + 6] == plain.texts
+        with model.plan(edit if where is None else Intervention.at("resid_post.1", edit.edits[0].op, Last())):
+            logits = model.logits(list(PROMPTS))
+        expected = kl_divergence(model.logits(list(PROMPTS)), logits)
+        assert torch.allclose(written.kl[i * 6 : i * 6 + 6], expected, atol=1e-3)
+    assert base.texts == model.generate(list(PROMPTS), 6, seed=0, temperature=1.0).texts
+
+
+def test_fluency_is_that_of_the_unsteered_model_after_the_plain_prompt() -> None:
     model, sae = tiny_model(), random_sae()
-    best = next(f for f in report.features if report.example_title.startswith(f"Feature {f.feature} ("))
-    edit = Intervention.at("resid_post.1", SAEAddMax(sae, sae.W_dec[best.feature], best.strength), Last() | Generated())
-    steered = model.generate(list(PROMPTS), 6, intervention=edit, seed=0, temperature=1.0)
-    unsteered = model.generate(list(PROMPTS), 6, seed=0, temperature=1.0)
-    assert [e[2] for e in report.examples] == [steered.texts[i] for i in (1, 3, 5)]
-    assert [e[1] for e in report.examples] == [unsteered.texts[i] for i in (1, 3, 5)]
+    sweep = Sweep(model, sae, model.resolve("resid_post.1"), model.tokens(list(PROMPTS)), OPTIONS)
+    with task(total=1, description="x", unit="texts") as progress:
+        written = sweep.write(Pushes(sae.W_dec.detach()[[3]], 2.0), torch.tensor([[70]]), progress)
+    for prompt, ids, nll in zip(PROMPTS, written.ids, written.nll.tolist(), strict=True):
+        whole = torch.cat([model.tokens(prompt).ids[0], ids])[None]
+        assert nll == pytest.approx(float(model.loss(whole)[0, -len(ids) :].mean()), abs=FP32_LOGITS)
+
+
+def test_a_prompt_of_one_token_is_steered_as_well() -> None:
+    model, sae = tiny_model(), random_sae()
+    prompts = model.tokens(["a", "bcd"])
+    sweep = Sweep(model, sae, model.resolve("resid_post.1"), prompts, OPTIONS)
+    with task(total=1, description="x", unit="texts") as progress:
+        written = sweep.write(Pushes(sae.W_dec.detach()[[3]], 2.0), torch.tensor([[70]]), progress)
+    edit = Intervention.at("resid_post.1", SAEAddMax(sae, sae.W_dec[3], 2.0), Last() | Generated())
+    assert written.texts == model.generate(["a", "bcd"], 6, intervention=edit, seed=0, temperature=1.0).texts
+
+
+def test_harm_is_the_change_of_the_loss_on_plain_text() -> None:
+    model, sae = tiny_model(), random_sae()
+    texts = model.tokens(["a plain text", "another"])
+    found = Harm(model, sae, model.resolve("resid_post.1"), texts).of(Pushes(sae.W_dec.detach()[[3, 8]], 4.0))
+    for i, feature in enumerate((3, 8)):
+        op = SAEAddMax(sae, sae.W_dec[feature], 4.0)
+        with model.plan(Intervention.at("resid_post.1", op, NotPrefix(1))):
+            edited = model.loss(texts).nanmean(1)
+        assert np.allclose(found[i], (edited - model.loss(texts).nanmean(1)).numpy(), atol=1e-3)
+        assert abs(found[i]).min() > 1e-3
+
+
+def test_random_features_are_of_like_frequency() -> None:
+    sae = random_sae()
+    found, known = matched_features(sae, [10, 30], [11, 31], replace(OPTIONS, table=table_of()))
+    assert known and len(set(found)) == 2
+    assert not set(found) & {10, 11, 30, 31}
+    assert abs(found[0] - 10) <= 3 and abs(found[1] - 30) <= 3, "frequency rises with the feature"
+    assert matched_features(sae, [10], [], OPTIONS)[1] is False
+
+
+def test_strengths_can_multiply_the_largest_activation_in_the_data() -> None:
+    model, sae = tiny_model(), random_sae()
+    options = replace(OPTIONS, a_max="dataset", table=table_of())
+    found = steer(model, sae, [3], (0.5,), PROMPTS, options=options)
+    assert found.edits["feature"][0].mean_norm == pytest.approx(0.5 * 4.0, rel=1e-3)  # max_act of 3 is 4, W_dec unit
+    with pytest.raises(InvalidInputError, match="table"):
+        SteerOptions(a_max="dataset")
 
 
 def test_a_direction_that_writes_its_token_is_found_to_do_so() -> None:
@@ -157,6 +222,8 @@ def test_a_direction_that_writes_its_token_is_found_to_do_so() -> None:
     found = steer(model, sae, [3], (30.0,), PROMPTS, options=replace(OPTIONS, new_tokens=3))
     assert found.differences["unsteered"].low > 0
     assert "more than unsteered" in found.findings()[1]
+    assert min(value.low for name, value in found.concept.items() if "both" not in name) > 0
+    assert found.arm("negated").log_odds.value < 0 < found.arm("feature").log_odds.value
 
 
 def test_wrong_input_is_refused() -> None:

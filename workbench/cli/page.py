@@ -11,7 +11,7 @@ GROUPS = (
     ("Start here", ("demo", "check")),
     ("Look inside a model", ("sites", "tokens", "capture", "generate")),
     ("Sparse autoencoders (SAEs)", ("harvest", "sae train", "sae eval", "sae suite", "sae faithful", "geometry")),
-    ("Features", ("features score", "features show")),
+    ("Features", ("features score", "features show", "features study")),
     ("Interventions", ("steer", "shift", "refusal", "probe", "circuit")),
     ("Tokenizer", ("glitch scan", "glitch lint")),
     ("Results", ("runs", "report")),

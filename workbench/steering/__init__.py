@@ -1,29 +1,66 @@
 """Steering: features and directions added to the residual stream, beside their controls."""
 
+from workbench.steering.baselines import METHODS, Concept, DirectionOptions, concept_directions
+from workbench.steering.choose import best_strength, paper_strength, pareto_front
+from workbench.steering.concepts import ConceptReport, steer_concepts
 from workbench.steering.directions import TwoByTwo, difference_of_means, directions_by_position, random_directions
-from workbench.steering.measures import TextMeasures, continuation_nll, distinct_2, generation_success, lens_count
-from workbench.steering.prompts import NEUTRAL_PROMPTS
+from workbench.steering.intervals import two_level
+from workbench.steering.measures import (
+    continuation_nll,
+    distinct_2,
+    distinct_n,
+    generation_success,
+    kl_divergence,
+    lens_count,
+    lens_log_odds,
+    repeated,
+)
+from workbench.steering.options import SteerOptions
+from workbench.steering.prompts import NEUTRAL_PROMPTS, PLAIN_TEXTS
+from workbench.steering.ratings import harmonic_of_means, mean_of_harmonics, parse_rating
 from workbench.steering.refusal import RefusalOptions, refusal_study
 from workbench.steering.refusal_report import RefusalReport
-from workbench.steering.report import SteeringReport, best_strength
-from workbench.steering.steer import SteerOptions, steer
+from workbench.steering.report import SteeringReport
+from workbench.steering.steer import steer
+from workbench.steering.study import Depth, StudyOptions, selection_study
+from workbench.steering.study_report import SelectionReport
 
 __all__ = [
+    "METHODS",
     "NEUTRAL_PROMPTS",
+    "PLAIN_TEXTS",
+    "Concept",
+    "ConceptReport",
+    "Depth",
+    "DirectionOptions",
     "RefusalOptions",
     "RefusalReport",
+    "SelectionReport",
     "SteerOptions",
     "SteeringReport",
-    "TextMeasures",
+    "StudyOptions",
     "TwoByTwo",
     "best_strength",
+    "concept_directions",
     "continuation_nll",
     "difference_of_means",
     "directions_by_position",
     "distinct_2",
+    "distinct_n",
     "generation_success",
+    "harmonic_of_means",
+    "kl_divergence",
     "lens_count",
+    "lens_log_odds",
+    "mean_of_harmonics",
+    "paper_strength",
+    "pareto_front",
+    "parse_rating",
     "random_directions",
     "refusal_study",
+    "repeated",
+    "selection_study",
     "steer",
+    "steer_concepts",
+    "two_level",
 ]

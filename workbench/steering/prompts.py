@@ -28,3 +28,18 @@ NEUTRAL_PROMPTS = (
     "Nobody in the room expected",
     "I was asked to write about",
 )
+
+PLAIN_TEXTS = (
+    "The ferry leaves the harbour twice a day, once before breakfast and once in the late afternoon. Most of the "
+    "passengers know each other by name, and the crew knows who will want help with a bicycle or a heavy bag.",
+    "To repair a dripping tap, first close the valve under the sink and open the tap until no water comes. Unscrew the "
+    "handle, lift out the old washer, and press a new one of the same size into its place.",
+    "A small committee met in March to decide where the new library should stand. Three sites were considered, and "
+    "each had its friends; in the end the old market hall was chosen, because two bus lines already stop there.",
+    "Bread rises because yeast feeds on the sugars in the flour and gives off gas, which the dough holds in many small "
+    "bubbles. In a cold kitchen this takes longer, but slow dough often tastes better than dough that was hurried.",
+)
+"""Ordinary prose on nothing in particular, on which the harm of an edit is measured."""
+
+INSTRUCTION = "The following text uses these words again and again: {words}.\n\n"
+"""What stands before a prompt when words alone are to do what steering does."""

@@ -1,59 +1,33 @@
-"""Steering with SAE features, beside the unsteered model, random directions and features that should not steer."""
+"""Steering with SAE features, beside everything else that might have done the same."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.features.lens import feature_ids, lens_tokens, target_site
+from workbench.features.table import FeatureTable
 from workbench.hooks.sites import Site
-from workbench.interventions.intervention import Intervention
-from workbench.interventions.report import EditReport
-from workbench.interventions.saes import SAEAddMax
-from workbench.interventions.scopes import All, Generated, Last, Scope
-from workbench.models.generation import Sampling, sample
 from workbench.models.model import Model
 from workbench.progress import Task, task
-from workbench.steering.measures import TextMeasures, continuation_nll, measure
-from workbench.steering.prompts import NEUTRAL_PROMPTS
-from workbench.steering.report import Arm, EditSummary, SteeringReport, build_report
+from workbench.steering.arms import Arm, EditSummary
+from workbench.steering.build import build_report
+from workbench.steering.options import SCOPES, SteerOptions
+from workbench.steering.prompts import INSTRUCTION, NEUTRAL_PROMPTS
+from workbench.steering.report import SteeringReport
+from workbench.steering.sweep import Harm, Pushes, Sweep, Written
 from workbench.tokens import TokenBatch
 
-ScopeName = Literal["last+generated", "all"]
-SCOPES: dict[str, Scope] = {"last+generated": Last() | Generated(), "all": All()}
-
-
-@dataclass(frozen=True)
-class SteerOptions:
-    """Details of a steering run.
-
-    Attributes:
-        new_tokens: longest continuation.
-        seed: of sampling and of the random directions. Rows of the same prompt share their random numbers in all arms.
-        temperature: of sampling.
-        scope: "last+generated" steers the last prompt token and every generated one, "all" the whole prompt as well.
-        k: logit-lens tokens that count as the feature's.
-        batch_size: rows per forward pass.
-    """
-
-    new_tokens: int = 20
-    seed: int = 0
-    temperature: float = 0.7
-    scope: ScopeName = "last+generated"
-    k: int = 20
-    batch_size: int = 128
-
-    def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise InvalidInputError(f"SteerOptions(scope={self.scope!r}): choose {' or '.join(map(repr, SCOPES))}.")
-        if self.new_tokens < 2 or self.batch_size < 1:
-            raise InvalidInputError(f"{self}: new_tokens must be at least 2 and batch_size at least 1.")
+PLAIN_LENGTH = 64
+INSTRUCTION_WORDS = 6
 
 
 def steer(
@@ -63,15 +37,15 @@ def steer(
     strengths: Sequence[float] = (1.5, 3.0),
     prompts: Sequence[str] = NEUTRAL_PROMPTS,
     control_features: Sequence[int] = (),
-    site: str | Site | None = None,
     options: SteerOptions | None = None,
 ) -> SteeringReport:
     """Continues every prompt with every feature at every strength and with the controls, under the same randomness.
 
-    The edit is `x + strength * a_max * W_dec[f]`, a_max being the largest feature activation at the token. Controls:
-    the unsteered model; for each feature a random direction of the norm of `W_dec[f]` at the same strengths; and
+    The edit is `x + strength * a_max * W_dec[f]`, a_max being the largest feature activation at the token. Controls,
+    always: the unsteered model; for each feature a random direction of the norm of `W_dec[f]`, the same feature
+    subtracted, and its lens tokens asked for in words; random features of like frequency; and, if given,
     `control_features`, such as those with the lowest output scores. Each feature's strength is chosen on every other
-    prompt, and the results are from the prompts that had no say in it.
+    prompt, and the results are from the prompts that had no say in it; beside it stands what the paper's rule chooses.
 
     Args:
         model: the model that the SAE was trained on.
@@ -80,8 +54,7 @@ def steer(
         strengths: factors on a_max.
         prompts: neutral texts.
         control_features: features that are expected not to steer.
-        site: where to steer; the SAE's own site by default.
-        options: details.
+        options: details, such as a feature table that says how frequent the features are.
 
     Raises:
         InvalidInputError: for unknown features, fewer than four prompts, or strengths that are not positive.
@@ -91,43 +64,39 @@ def steer(
     """
     options = options or SteerOptions()
     _check(features, strengths, prompts, control_features)
-    where, chosen = target_site(model, sae, site), feature_ids(sae, features)
+    chosen = feature_ids(sae, features)
+    matched, by_frequency = matched_features(sae, chosen.tolist(), control_features, options)
+    sets = {"feature": chosen}
+    sets |= {"matched": torch.tensor(matched)} if matched else {}
+    sets |= {"control": feature_ids(sae, control_features)} if len(control_features) else {}
+    bench = Bench(model, sae, target_site(model, sae, options.site), prompts, options)
     directions = sae.W_dec.detach()[chosen].float()
-    planned = [("feature", chosen, directions), ("random", chosen, _random_like(directions, options.seed))]
-    if len(control_features):
-        weak = feature_ids(sae, control_features)
-        planned.append(("control", weak, sae.W_dec.detach()[weak].float()))
-    bench = _Bench(model, sae, where, model.tokens(list(prompts)), options)
-    rows = len(prompts) * (1 + len(strengths) * sum(len(ids) for _, ids, _ in planned))
-    with task(total=rows, description="steering", unit="texts") as progress:
-        base = bench.unsteered(progress)
-        arms = [bench.arm(name, ids, vectors, strengths, progress) for name, ids, vectors in planned]
-    # What the unsteered model writes, measured with the tokens of each feature.
-    base_arms = [
-        bench.judge("unsteered", ids, [0.0], [base] * len(ids)) for name, ids, _ in planned if name != "random"
-    ]
+    planned = [("feature", chosen, directions), ("negated", chosen, -directions)]
+    planned.append(("random", chosen, random_like(directions, options.seed)))
+    planned += [(name, ids, sae.W_dec.detach()[ids].float()) for name, ids in sets.items() if name != "feature"]
+    edits = len(strengths) * sum(len(ids) for _, ids, _ in planned)
+    with task(total=len(prompts) * (1 + edits + len(chosen)), description="steering", unit="texts") as progress:
+        base = bench.sweep.unsteered(progress)
+        arms = [
+            bench.arm(name, PushSet(ids, vectors, sizes_of(ids, options)), strengths, progress)
+            for name, ids, vectors in planned
+        ]
+        arms.append(bench.prompted(chosen, progress))
+    bases = {name: bench.unsteered(ids, base) for name, ids in sets.items()}
     settings = {
-        "model": model.name, "site": str(where), "scope": str(SCOPES[options.scope]), "strengths": list(strengths),
-        "new_tokens": options.new_tokens, "temperature": options.temperature, "seed": options.seed, "k": options.k,
+        "model": model.name, "site": str(bench.sweep.site), "scope": str(SCOPES[options.scope]),
+        "strengths": list(strengths), "new_tokens": options.new_tokens, "temperature": options.temperature,
+        "seed": options.seed, "k": options.k, "a_max": options.a_max, "stop": list(options.stop),
         "features": chosen.tolist(), "control_features": [int(f) for f in control_features],
+        "matched_features": matched, "matched_on_frequency": by_frequency, "shared_prefix": bench.sweep.shares_prefix,
     }  # fmt: skip
-    words = _words(model, bench.lens_of(chosen))
-    return build_report(settings, tuple(prompts), words, arms, base_arms)
+    return build_report(settings, tuple(prompts), bench.words(chosen), arms, bases)
 
 
 def _check(
     features: Sequence[int], strengths: Sequence[float], prompts: Sequence[str], control_features: Sequence[int]
 ) -> None:
-    if isinstance(prompts, str) or len(prompts) < 4 or len(set(prompts)) != len(prompts):
-        raise InvalidInputError(
-            f"steer: got {1 if isinstance(prompts, str) else len(prompts)} prompts. Give at least four different "
-            "ones: half of "
-            "them choose the strength, the others measure."
-        )
-    if not strengths or min(strengths) <= 0:
-        raise InvalidInputError(
-            f"steer(strengths={list(strengths)}): give positive factors; the unsteered model always runs."
-        )
+    check_prompts(prompts, strengths, "steer")
     both = set(map(int, features)) & set(map(int, control_features))
     if both:
         raise DegenerateInputError(
@@ -135,92 +104,183 @@ def _check(
         )
 
 
-def _random_like(directions: Float[Tensor, "features d"], seed: int) -> Float[Tensor, "features d"]:
+def check_prompts(prompts: Sequence[str], strengths: Sequence[float], caller: str) -> None:
+    """Raises InvalidInputError for prompts or strengths that a strength can't be chosen with."""
+    if isinstance(prompts, str) or len(prompts) < 4 or len(set(prompts)) != len(prompts):
+        raise InvalidInputError(
+            f"{caller}: got {1 if isinstance(prompts, str) else len(prompts)} prompts. Give at least four different "
+            "ones: half of them choose the strength, the others measure."
+        )
+    if not strengths or min(strengths) <= 0:
+        raise InvalidInputError(
+            f"{caller}(strengths={list(strengths)}): give positive factors; the unsteered model always runs."
+        )
+
+
+def matched_features(
+    sae: Any, features: Sequence[int], control_features: Sequence[int], options: SteerOptions
+) -> tuple[list[int], bool]:
+    """For each feature another one drawn at random among the nearest in frequency, and whether frequencies were known.
+
+    Without frequencies it is drawn from all. Features that are steered, or controls, are not drawn; where too few
+    others are there, there are as many as can be had.
+    """
+    taken = {int(f) for f in (*features, *control_features)}
+    frequency = frequencies(options.table, int(sae.W_dec.shape[0]))
+    known = bool(np.isfinite(frequency).any())
+    pool = [f for f in range(len(frequency)) if f not in taken and (not known or frequency[f] > 0)]
+    random = np.random.default_rng(options.seed)
+    found: list[int] = []
+    for feature in features:
+        if not pool:
+            break
+        target = frequency[int(feature)]
+        if known and np.isfinite(target):
+            far = np.abs(np.log(frequency[pool] + 1e-12) - np.log(target + 1e-12))
+            near = [pool[i] for i in np.argsort(far, kind="stable")[: max(1, len(pool) // 20)]]
+        else:
+            near = pool
+        found.append(int(random.choice(near)))
+        pool.remove(found[-1])
+    return found, known
+
+
+def frequencies(table: FeatureTable | None, d_sae: int) -> Float[np.ndarray, " d_sae"]:
+    """How often each feature is active, from a table; nan where it does not say."""
+    found = np.full(d_sae, np.nan)
+    if table is not None:
+        found[table.df["feature"].to_numpy()] = table.df["frequency"].to_numpy(dtype=float)
+    return found
+
+
+def sizes_of(features: Int[Tensor, " features"], options: SteerOptions) -> Float[Tensor, " features"] | None:
+    """What the strength of each feature multiplies, or None for the largest activation at each token.
+
+    Raises:
+        DegenerateInputError: if the table does not know the largest activation of a feature.
+    """
+    if options.a_max == "token" or options.table is None:
+        return None
+    sizes = [float(options.table.row(f)["max_act"]) for f in features.tolist()]
+    unknown = [f for f, size in zip(features.tolist(), sizes, strict=True) if not size > 0]
+    if unknown:
+        raise DegenerateInputError(
+            f"SteerOptions(a_max='dataset'): the table has no largest activation of features {unknown[:5]}. Score them "
+            "with a store in which they are active, or use a_max='token'."
+        )
+    return torch.tensor(sizes)
+
+
+def random_like(directions: Float[Tensor, "features d"], seed: int) -> Float[Tensor, "features d"]:
+    """Random directions with the norms of these."""
     noise = torch.randn(directions.shape, generator=torch.Generator().manual_seed(seed)).to(directions.device)
     return noise / noise.norm(dim=1, keepdim=True) * directions.norm(dim=1, keepdim=True)
 
 
-def _words(model: Model, ids: Tensor) -> tuple[str, ...]:
-    return tuple(" · ".join(repr(model.tokenizer.decode([t]))[1:-1] for t in row[:6]) for row in ids.tolist())
-
-
 @dataclass(frozen=True, eq=False)
-class _Texts:
-    """Continuations of every prompt, and what the unsteered model makes of them."""
+class PushSet:
+    """Directions of one arm.
 
-    ids: tuple[Int[Tensor, " _"], ...]
-    texts: tuple[str, ...]
-    nll: Float[Tensor, " rows"]
-    edits: tuple[EditReport, ...] = ()
+    Attributes:
+        owners: the feature whose lens tokens are counted under each.
+        vectors: the directions.
+        sizes: factor of each; None takes the largest feature activation at each token.
+    """
+
+    owners: Int[Tensor, " features"]
+    vectors: Float[Tensor, "features d"]
+    sizes: Float[Tensor, " features"] | None = None
 
 
-class _Bench:
-    """Writes and measures continuations of one set of prompts; rows of one prompt share their random numbers."""
+class Bench:
+    """Turns directions into arms: texts, their measures and the harm done to plain text."""
 
-    def __init__(self, model: Model, sae: Any, site: Site, prompts: TokenBatch, options: SteerOptions) -> None:
-        self.model, self.sae, self.site, self.prompts, self.options = model, sae, site, prompts, options
-        self._lens: dict[int, Tensor] = {}
+    def __init__(self, model: Model, sae: Any, site: Site, prompts: Sequence[str], options: SteerOptions) -> None:
+        self.model, self.sae, self.prompts, self.options = model, sae, tuple(prompts), options
+        self.sweep = Sweep(model, sae, site, model.tokens(list(prompts)), options)
+        self.harm = Harm(model, sae, site, plain_batch(model, options)) if options.plain_texts else None
 
-    def lens_of(self, features: Tensor) -> Int[Tensor, "features k"]:
+    def lens_of(self, features: Int[Tensor, " features"]) -> Int[Tensor, "features k"]:
         """Lens tokens of features."""
-        ids = lens_tokens(self.model, self.sae.W_dec.detach()[features], self.options.k).ids
-        return ids.cpu()
+        return lens_tokens(self.model, self.sae.W_dec.detach()[features], self.options.k).ids.cpu()
 
-    def unsteered(self, progress: Task) -> _Texts:
-        """Continuations without any edit."""
-        return self._write(torch.arange(len(self.prompts)), None, progress)
+    def words(self, features: Int[Tensor, " features"]) -> tuple[str, ...]:
+        """The first lens tokens of each feature, as text."""
+        decode = self.model.tokenizer.decode
+        return tuple(" · ".join(repr(decode([t]))[1:-1] for t in row[:6]) for row in self.lens_of(features).tolist())
 
-    def arm(self, name: str, features: Tensor, directions: Tensor, strengths: Sequence[float], progress: Task) -> Arm:
+    def arm(self, name: str, pushes: PushSet, strengths: Sequence[float], progress: Task) -> Arm:
         """Continuations of all prompts with each direction at each strength."""
-        n = len(self.prompts)
-        prompt_rows = torch.arange(n).repeat(len(features))
-        written = []
-        for strength in strengths:
-            op = SAEAddMax(self.sae, directions.repeat_interleave(n, dim=0), float(strength))
-            edit = Intervention.at(self.site, op, SCOPES[self.options.scope])
-            texts = self._write(prompt_rows, edit, progress)
-            written += [_part(texts, slice(i * n, (i + 1) * n)) for i in range(len(features))]
-        # written is by strength, then feature; an arm is by feature, then strength
-        ordered = [written[s * len(features) + f] for f in range(len(features)) for s in range(len(strengths))]
-        return self.judge(name, features, strengths, ordered)
-
-    def judge(self, name: str, features: Tensor, strengths: Sequence[float], written: list[_Texts]) -> Arm:
-        """Measures texts (by feature, then strength) with the lens tokens of the features."""
-        lens = self.lens_of(features)
-        measures: list[tuple[TextMeasures, ...]] = []
-        for i in range(len(features)):
-            per_strength = written[i * len(strengths) : (i + 1) * len(strengths)]
-            measures.append(tuple(measure(t.ids, lens[i], t.nll) for t in per_strength))
-        texts = tuple(t.texts for t in written)
-        edits = tuple(
-            EditSummary.of(float(s), [e for t in written[j :: len(strengths)] for e in t.edits])
-            for j, s in enumerate(strengths)
-            if written[j].edits
+        lens = self.lens_of(pushes.owners)
+        return self.arm_of(
+            name, tuple(pushes.owners.tolist()), lens, (pushes.vectors, pushes.sizes), strengths, progress
         )
-        return Arm(name, tuple(features.tolist()), tuple(float(s) for s in strengths), tuple(measures), texts, edits)
 
-    def _write(self, prompt_rows: Tensor, intervention: Intervention | None, progress: Task) -> _Texts:
-        """Continues prompt `prompt_rows[i]` in row i; its random numbers are those of the prompt."""
-        options, stop = self.options, self.model.stop_ids
-        sampling = Sampling(options.new_tokens, options.temperature, options.seed, stop)
-        ids: list[Tensor] = []
-        nll, edits = [], []
-        for rows in torch.arange(len(prompt_rows)).split(options.batch_size):
-            batch = self.prompts[prompt_rows[rows]]
-            if intervention is None:
-                new, _ = sample(self.model.hf, batch, sampling, prompt_rows[rows])
-            else:
-                with self.model.plan(intervention.take(rows)) as plan:
-                    new, _ = sample(self.model.hf, batch, sampling, prompt_rows[rows])
-                edits += plan.report
-            kept = [row[: self.model.text_length(row)].cpu() for row in new]
-            nll.append(continuation_nll(self.model, batch, kept))
-            ids += kept
-            progress.advance(len(rows))
-        texts = tuple(self.model.tokenizer.decode(row, skip_special_tokens=True) for row in ids)
-        return _Texts(tuple(ids), texts, torch.cat(nll), tuple(edits))
+    def arm_of(
+        self,
+        name: str,
+        owners: tuple[int | str, ...],
+        tokens: Int[Tensor, "features k"],
+        pushed: tuple[Float[Tensor, "features d"], Float[Tensor, " features"] | None],
+        strengths: Sequence[float],
+        progress: Task,
+    ) -> Arm:
+        """The arm of some directions (with their sizes), each with the tokens that are counted under it."""
+        vectors, sizes = pushed
+        vectors = vectors.to(self.model.device)
+        each = [Pushes(vectors, float(strength), sizes) for strength in strengths]
+        written = [self.sweep.write(pushes, tokens, progress) for pushes in each]
+        harm = None if self.harm is None else np.stack([self.harm.of(pushes) for pushes in each], axis=1)
+        edits = tuple(EditSummary.of(p.strength, w.edits) for p, w in zip(each, written, strict=True))
+        return self._arm(name, owners, tuple(map(float, strengths)), tokens, written, (harm, edits))
+
+    def unsteered(self, features: Int[Tensor, " features"], base: Written) -> Arm:
+        """The unsteered texts, measured with the lens tokens of each feature."""
+        return self.unsteered_of(tuple(features.tolist()), self.lens_of(features), base)
+
+    def unsteered_of(self, owners: tuple[int | str, ...], tokens: Int[Tensor, "features k"], base: Written) -> Arm:
+        """The unsteered texts, measured with some tokens."""
+        n = len(owners)
+        whole = Written(
+            base.ids * n, base.texts * n, base.nll.repeat(n), base.log_odds.repeat(n) * 0, base.kl.repeat(n) * 0
+        )
+        return self._arm("unsteered", owners, (0.0,), tokens, [whole], (None, ()))
+
+    def prompted(self, features: Int[Tensor, " features"], progress: Task) -> Arm:
+        """Continuations of every prompt after an instruction to use the feature's lens tokens, without an edit."""
+        lens = self.lens_of(features)
+        return self.prompted_of(tuple(features.tolist()), lens, progress)
+
+    def prompted_of(self, owners: tuple[int | str, ...], tokens: Int[Tensor, "features k"], progress: Task) -> Arm:
+        """Continuations of every prompt after an instruction to use some tokens, without an edit."""
+        texts = [self.instruction(row) + prompt for row in tokens.tolist() for prompt in self.prompts]
+        written = self.sweep.instructed(self.model.tokens(texts), tokens, progress)
+        return self._arm("prompt", owners, (0.0,), tokens, [written], (None, ()))
+
+    def instruction(self, tokens: Sequence[int]) -> str:
+        """A sentence that asks for words; those with letters where there are any."""
+        words = dict.fromkeys(self.model.tokenizer.decode([t]).strip() for t in tokens)
+        spelt = [word for word in words if re.search(r"[^\W\d_]{2}", word)] or [word for word in words if word]
+        return INSTRUCTION.format(words=", ".join(spelt[:INSTRUCTION_WORDS]) or "…")
+
+    def _arm(
+        self,
+        name: str,
+        owners: tuple[int | str, ...],
+        strengths: tuple[float, ...],
+        tokens: Tensor,
+        written: Sequence[Written],
+        done: tuple[np.ndarray | None, tuple[EditSummary, ...]],
+    ) -> Arm:
+        by_strength = [w.values(tokens, self.options.ks) for w in written]
+        values = {key: np.stack([v[key] for v in by_strength], axis=1) for key in by_strength[0]}
+        n = len(self.prompts)
+        texts = tuple(tuple(w.texts[f * n : (f + 1) * n] for w in written) for f in range(len(owners)))
+        return Arm(name, owners, strengths, values, texts, *done)
 
 
-def _part(texts: _Texts, rows: slice) -> _Texts:
-    # The edit reports are of whole batches; the first part of a strength carries them.
-    return _Texts(texts.ids[rows], texts.texts[rows], texts.nll[rows], texts.edits if rows.start == 0 else ())
+def plain_batch(model: Model, options: SteerOptions) -> TokenBatch:
+    """The plain texts as rows, cut to the same modest length."""
+    batch = model.tokens(list(options.plain_texts))
+    rows = [row[:PLAIN_LENGTH].tolist() for row in batch.rows()]
+    return TokenBatch.pad(rows, model.tokenizer.pad_token_id or 0).to(model.device)
