@@ -15,6 +15,8 @@ from workbench.interventions.scopes import After, All, Generated, Last, Mask, Po
 from workbench.models.decoding import Decoder
 from workbench.models.generation import Generation
 from workbench.models.model import Model
+from workbench.models.sampling import Sampling
+from workbench.tokens import TokenBatch
 
 PROMPTS = ["abcdef", "xy", "qrs"]
 VECTOR = torch.linspace(-1, 1, D_MODEL)
@@ -369,3 +371,13 @@ def test_whether_an_edit_met_a_token_is_asked_of_all_batches_together() -> None:
         assert out.report[1].tokens == len(out.ids[1]) - (out.ended[1] == "length")
     with pytest.raises(EditError, match="no token was in scope"):
         model.generate(PROMPTS, 4, intervention=Intervention.at("resid_post.1", Add(VECTOR), Pos(99)), batch_size=1)
+
+
+def test_prompts_with_padding_that_no_row_fills_are_not_mixed_up() -> None:
+    model = tiny_model()
+    batch = model.tokens([HEAD + "abc", HEAD + "abcdefg", HEAD + "xyz"])
+    pad = torch.nn.functional.pad
+    wide = TokenBatch(pad(batch.ids, (5, 0)), pad(batch.mask, (5, 0)))
+    decoder = Decoder(model.hf, Sampling(max_new_tokens=2))
+    together = decoder.prefill(wide, share=True).logits
+    torch.testing.assert_close(together, decoder.prefill(wide).logits, atol=FP32_LOGITS, rtol=1e-4)

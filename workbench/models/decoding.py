@@ -293,6 +293,9 @@ def _shared_columns(ids: Tensor, mask: Tensor) -> int:
     """How many leading columns hold only padding and a prefix that all rows have in common; 0 if too few to matter."""
     width = ids.shape[1]
     padding = (~mask).sum(1, keepdim=True)
+    if bool(padding.min() > 0):
+        # The row without padding holds every shared column; where there is none, nothing is shared.
+        return 0
     place = torch.arange(width, device=ids.device) + padding
     aligned = ids.gather(1, place.clamp_max(width - 1))
     agree = (aligned == aligned[padding.argmin()]) & (place < width)
