@@ -144,3 +144,11 @@ def test_wandb_that_is_switched_off_is_not_touched(monkeypatch: pytest.MonkeyPat
     with WandbLog(tmp_path / "x") as log:
         log("a", {"step": 1, "loss": 1.0})
     assert "WANDB_MODE" in (log.problem or "") and not (tmp_path / "x").exists()
+
+
+def test_features_are_not_called_alive_on_too_few_tokens(
+    store: ActivationStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sae", "train", str(store.path), "--out", str(tmp_path), *SHORT, "--site", SITE, "--k", "4"]
+    assert main(words) == 0
+    assert "too few tokens to call a feature dead" in capsys.readouterr().out

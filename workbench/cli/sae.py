@@ -134,8 +134,9 @@ class SaeTrain(BaseCommand):
 
 def _summary(run: SAERun, config: SAEConfig) -> list[str]:
     m = run.metrics
-    line = (
-        f"Held-out FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}, {m['dead']:.1%} of the features silent for "
-        f"{config.dead_after} tokens; {m['steps']:.0f} steps in {m['seconds']:.0f} s."
-    )
+    if config.tokens < config.dead_after:
+        dead = f"too few tokens to call a feature dead (dead_after={config.dead_after})"
+    else:
+        dead = f"{m['dead']:.1%} of the features silent for {config.dead_after} tokens"
+    line = f"Held-out FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}, {dead}; {m['steps']:.0f} steps in {m['seconds']:.0f} s."
     return [line, f"{'SAE' if config.target_site is None else 'Transcoder'}: {run.path}"]
