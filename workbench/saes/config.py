@@ -138,7 +138,9 @@ class SAEConfig:
             )
         for name in ("l1_coefficient", "l0_coefficient"):
             if not (getattr(self, name) or 0) >= 0:
-                raise InvalidInputError(f"{name}={getattr(self, name)} can't be used. Give 0 or more.")
+                raise InvalidInputError(
+                    f"{name}={getattr(self, name)} can't be used: less than 0 rewards density. Give 0 or more."
+                )
         if self.bandwidth is not None and self.bandwidth <= 0:
             raise InvalidInputError(f"bandwidth={self.bandwidth}: thresholds would get no gradient. Give more than 0.")
         if self.initial_threshold is not None and self.initial_threshold < 0:
