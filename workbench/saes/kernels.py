@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import UnknownNameError, did_you_mean
 from workbench.saes.architectures import Architecture, StepOptions, StepResult, TopK
+from workbench.saes.architectures.base import Batch
 from workbench.saes.reference import reference_step
 from workbench.saes.sparse import DenseProducts, Products, SparseActs, SparseProducts
 from workbench.saes.triton_kernels import TritonProducts, has_triton
@@ -64,7 +64,7 @@ def with_kernel(architecture: Architecture, kernel: str) -> Architecture:
 
 
 @dataclass(frozen=True)
-class _WithKernel:
+class _WithKernel(Architecture):
     architecture: Architecture
     kernel: str
 
@@ -75,31 +75,26 @@ class _WithKernel:
     def start(self, weights: SAEWeights) -> SAEWeights:
         return self.architecture.start(weights)
 
+    def after_step(self, weights: SAEWeights) -> None:
+        self.architecture.after_step(weights)
+
     def step(
         self,
         weights: SAEWeights,
-        x: Float[Tensor, "rows d_in"],
-        target: Float[Tensor, "rows d_out"] | None = None,
+        x: Tensor,
+        target: Tensor | None = None,
         options: StepOptions = StepOptions(),  # noqa: B008 - frozen
     ) -> StepResult:
         if self.kernel == "reference":
             return reference_step(self.architecture, weights, x, target, options)
+        return super().step(weights, x, target, options)
+
+    def _step(self, weights: SAEWeights, batch: Batch, options: StepOptions) -> StepResult:
         ranked = replace(options, dtype=torch.bfloat16, products=_products(self.kernel))
-        return self.architecture.step(weights, x, target, ranked)
+        return self.architecture._step(weights, batch, ranked)
 
-    def encode(
-        self,
-        weights: SAEWeights,
-        x: Float[Tensor, "rows d_in"],
-        *,
-        centred: bool = True,
-        dtype: torch.dtype = torch.float32,
-        threshold: float | None = None,
-    ) -> SparseActs:
-        return self.architecture.encode(weights, x, centred=centred, dtype=dtype, threshold=threshold)
-
-    def after_step(self, weights: SAEWeights) -> None:
-        self.architecture.after_step(weights)
+    def _encode(self, weights: SAEWeights, read: Tensor, dtype: torch.dtype, threshold: float | None) -> SparseActs:
+        return self.architecture._encode(weights, read, dtype, threshold)
 
 
 def _products(kernel: str) -> Products:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.errors import ShapeError
 from workbench.saes.sparse import Products, SparseActs, SparseProducts
 from workbench.saes.weights import SAEWeights
 
@@ -76,22 +77,72 @@ class StepResult:
     threshold: Float[Tensor, ""]
 
 
-@runtime_checkable
-class Architecture(Protocol):
-    """One kind of SAE or transcoder.
+@dataclass(frozen=True)
+class Batch:
+    """One batch as the step sees it.
 
-    `target` is None for an SAE, which then reads `x - b_dec` and reconstructs `x`; a transcoder reads `x` as it is and
-    reconstructs `target`.
+    Attributes:
+        read: what the encoder reads: `x - b_dec`, or `x` in a transcoder.
+        target: what is reconstructed, if it is not `x`.
+    """
+
+    read: Float[Tensor, "rows d_in"]
+    target: Float[Tensor, "rows d_out"] | None
+
+    @classmethod
+    def of(cls, weights: SAEWeights, x: Tensor, target: Tensor | None) -> Batch:
+        """Checks the shapes.
+
+        Raises:
+            ShapeError: if `x` or `target` has another width than the SAE, or another number of rows than the other.
+        """
+        d_in, d_out = weights.W_enc.shape[1], weights.W_dec.shape[1]
+        if x.ndim != 2 or x.shape[1] != d_in:
+            raise ShapeError(f"step: x has shape {tuple(x.shape)}; this SAE reads d_in={d_in}. Give (rows, {d_in}).")
+        if target is None:
+            if d_in != d_out:
+                raise ShapeError(f"step: this SAE reads d_in={d_in} and writes d_out={d_out}. Give a target.")
+            return cls(x - weights.b_dec, None)
+        if target.shape != (len(x), d_out):
+            raise ShapeError(
+                f"step: the target has shape {tuple(target.shape)}; x has {len(x)} rows and this transcoder writes "
+                f"d_out={d_out}. Give ({len(x)}, {d_out})."
+            )
+        return cls(x, target)
+
+    def error(self, weights: SAEWeights, decoded: Float[Tensor, "rows d_out"]) -> Float[Tensor, "rows d_out"]:
+        """Reconstruction minus what it should be, written into `decoded`, which lacks the decoder bias."""
+        if self.target is None:
+            return decoded.sub_(self.read)
+        return decoded.add_(weights.b_dec).sub_(self.target)
+
+    def add_input_gradient(self, weights: SAEWeights, gradients: SAEWeights, d_read: Float[Tensor, " d_sae"]) -> None:
+        """Adds to `b_dec` what it gets through the input `x - b_dec`: one matrix-vector product for the batch.
+
+        Args:
+            weights: the SAE.
+            gradients: changed in place.
+            d_read: gradient of the encoder's products, summed over the rows.
+        """
+        if self.target is None:
+            gradients.b_dec.sub_(d_read @ weights.W_enc)
+
+
+class Architecture(abc.ABC):
+    """One kind of SAE: its first weights, a training step, its activations, and bounds after a step.
+
+    A kind gives `_step` and `_encode`; the rest has defaults. `target` is None for an SAE, which reads `x - b_dec` and
+    reconstructs `x`; a transcoder reads `x` as it is and reconstructs `target`.
     """
 
     @property
     def revives(self) -> bool:
         """Whether AuxK revives its dead features."""
-        ...
+        return False
 
     def start(self, weights: SAEWeights) -> SAEWeights:
         """Adds the parameters that only this architecture has, at their initial values."""
-        ...
+        return weights
 
     def step(
         self,
@@ -100,8 +151,12 @@ class Architecture(Protocol):
         target: Float[Tensor, "rows d_out"] | None = None,
         options: StepOptions = StepOptions(),  # noqa: B008 - frozen
     ) -> StepResult:
-        """Loss and gradients of one batch, equal to dense autograd up to rounding; `weights` are not changed."""
-        ...
+        """Loss and gradients of one batch, equal to dense autograd up to rounding; `weights` are not changed.
+
+        Raises:
+            ShapeError: if `x` or `target` does not fit the weights.
+        """
+        return self._step(weights, Batch.of(weights, x, target), options)
 
     def encode(
         self,
@@ -118,11 +173,17 @@ class Architecture(Protocol):
             weights: the SAE.
             x: activations.
             centred: subtract `b_dec` first; False for a transcoder.
-            dtype: precision of the selection.
+            dtype: precision of the selection, where features are ranked.
             threshold: of BatchTopK and Matryoshka, which keep what is larger at inference; others ignore it.
         """
-        ...
+        return self._encode(weights, x - weights.b_dec if centred else x, dtype, threshold)
 
     def after_step(self, weights: SAEWeights) -> None:
-        """Puts parameters back into their bounds, in place (thresholds are not negative)."""
-        ...
+        """Puts parameters back into their bounds, in place; by default there are none."""
+        del weights
+
+    @abc.abstractmethod
+    def _step(self, weights: SAEWeights, batch: Batch, options: StepOptions) -> StepResult: ...
+
+    @abc.abstractmethod
+    def _encode(self, weights: SAEWeights, read: Tensor, dtype: torch.dtype, threshold: float | None) -> SparseActs: ...

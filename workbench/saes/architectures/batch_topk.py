@@ -6,18 +6,17 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import InvalidInputError
-from workbench.saes.architectures.base import StepOptions, StepResult
-from workbench.saes.architectures.reconstruction import Batch, reconstruction_step, smallest_positive
+from workbench.saes.architectures.base import Architecture, Batch, StepOptions, StepResult
+from workbench.saes.architectures.reconstruction import reconstruction_step, smallest_positive
 from workbench.saes.select import Encoder, Ranking, check_k, select_above, select_batch_topk
 from workbench.saes.sparse import SparseActs
 from workbench.saes.weights import SAEWeights
 
 
-class _OverTheBatch:
+class _OverTheBatch(Architecture):
     """What BatchTopK and Matryoshka share."""
 
     k: float | int
@@ -28,37 +27,23 @@ class _OverTheBatch:
         """AuxK revives dead features."""
         return True
 
-    def start(self, weights: SAEWeights) -> SAEWeights:
-        """No parameters of its own."""
-        return weights
-
-    def encode(
-        self,
-        weights: SAEWeights,
-        x: Float[Tensor, "rows d_in"],
-        *,
-        centred: bool = True,
-        dtype: torch.dtype = torch.float32,
-        threshold: float | None = None,
-    ) -> SparseActs:
+    def _encode(self, weights: SAEWeights, read: Tensor, dtype: torch.dtype, threshold: float | None) -> SparseActs:
         """Activations above the threshold; without one, the largest of this batch, as in training."""
-        read = x - weights.b_dec if centred else x
         if threshold is None:
             return self._select(weights, read, Ranking(dtype, self.by_decoder_norm), None)
         # Which activations exceed the threshold is part of the result, so the precision is that of x.
-        encoder = Encoder(weights, read, Ranking(x.dtype, self.by_decoder_norm))
+        encoder = Encoder(weights, read, Ranking(read.dtype, self.by_decoder_norm))
         acts = select_above(encoder, torch.full_like(weights.b_enc, max(threshold, 0.0)))
         assert acts is not None
         return acts.with_values(encoder.values(acts))
-
-    def after_step(self, weights: SAEWeights) -> None:
-        """Nothing is bounded."""
 
     def _select(self, weights: SAEWeights, read: Tensor, ranking: Ranking, start: float | None) -> SparseActs:
         check_k(self.k, weights.b_enc.numel())
         return select_batch_topk(weights, read, math.floor(self.k * len(read)), ranking, start)
 
-    def _step(self, weights: SAEWeights, batch: Batch, options: StepOptions, widths: tuple[int, ...]) -> StepResult:
+    def _nested_step(
+        self, weights: SAEWeights, batch: Batch, options: StepOptions, widths: tuple[int, ...]
+    ) -> StepResult:
         acts = self._select(weights, batch.read, Ranking(options.dtype, self.by_decoder_norm), options.threshold)
         result = reconstruction_step(weights, batch, acts, options, widths)
         if not self.by_decoder_norm:
@@ -80,15 +65,8 @@ class BatchTopK(_OverTheBatch):
     k: float | int
     by_decoder_norm: bool = False
 
-    def step(
-        self,
-        weights: SAEWeights,
-        x: Float[Tensor, "rows d_in"],
-        target: Float[Tensor, "rows d_out"] | None = None,
-        options: StepOptions = StepOptions(),  # noqa: B008 - frozen
-    ) -> StepResult:
-        """Loss and gradients of one batch."""
-        return self._step(weights, Batch.of(weights, x, target), options, (weights.b_enc.numel(),))
+    def _step(self, weights: SAEWeights, batch: Batch, options: StepOptions) -> StepResult:
+        return self._nested_step(weights, batch, options, (weights.b_enc.numel(),))
 
 
 @dataclass(frozen=True)
@@ -112,21 +90,10 @@ class Matryoshka(_OverTheBatch):
                 "such as (512, 2048, 4608)."
             )
 
-    def step(
-        self,
-        weights: SAEWeights,
-        x: Float[Tensor, "rows d_in"],
-        target: Float[Tensor, "rows d_out"] | None = None,
-        options: StepOptions = StepOptions(),  # noqa: B008 - frozen
-    ) -> StepResult:
-        """Loss and gradients of one batch.
-
-        Raises:
-            InvalidInputError: if the last width is not `d_sae`.
-        """
+    def _step(self, weights: SAEWeights, batch: Batch, options: StepOptions) -> StepResult:
         d_sae = weights.b_enc.numel()
         if self.widths[-1] != d_sae:
             raise InvalidInputError(
                 f"Matryoshka widths end at {self.widths[-1]}; the SAE has d_sae={d_sae}. End there."
             )
-        return self._step(weights, Batch.of(weights, x, target), options, self.widths)
+        return self._nested_step(weights, batch, options, self.widths)

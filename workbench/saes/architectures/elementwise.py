@@ -6,6 +6,7 @@ are computed with. Neither form makes a tensor of shape `[rows, d_sae]`.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -14,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.saes.architectures.base import StepOptions, StepResult
-from workbench.saes.architectures.reconstruction import Batch, smallest_positive, squared_norm
+from workbench.saes.architectures.base import Architecture, Batch, StepOptions, StepResult
+from workbench.saes.architectures.reconstruction import smallest_positive, squared_norm
 from workbench.saes.select import Encoder, Ranking, select_above
 from workbench.saes.sparse import FeatureLists, Products, SparseActs
 from workbench.saes.weights import SAEWeights
@@ -55,30 +56,6 @@ class Backward:
     norm: Tensor
     own: dict[str, Tensor] = field(default_factory=dict)
     bias: Tensor | None = None
-
-
-@runtime_checkable
-class Rule(Protocol):
-    """An architecture as functions of single entries; `at` spreads a parameter of the features over the entries."""
-
-    @property
-    def trains_decoder(self) -> tuple[bool, ...]:
-        """Whether the reconstruction of each path trains the decoder and its bias."""
-        ...
-
-    def cut(self, weights: SAEWeights) -> Float[Tensor, " d_sae"]:
-        """Pre-activations up to here contribute nothing, and get no gradient."""
-        ...
-
-    def forward(self, weights: SAEWeights, pre: Tensor, norms: Tensor, at: Spread) -> Forward:
-        """Activations and penalty."""
-        ...
-
-    def backward(
-        self, weights: SAEWeights, pre: Tensor, norms: Tensor, at: Spread, d_paths: Sequence[Tensor], d_penalty: float
-    ) -> Backward:
-        """Gradients, from those of the activations of each path and of the penalty."""
-        ...
 
 
 @runtime_checkable
@@ -150,40 +127,11 @@ class _Totals:
         self.least = weights.b_dec.new_full((), float("nan"))
 
 
-def elementwise_step(rule: Rule, weights: SAEWeights, batch: Batch, options: StepOptions) -> StepResult:
-    """Loss and gradients of one batch; the pattern depends on values, so `options.dtype` has no effect on it."""
-    encoder = Encoder(weights, batch.read, Ranking(batch.read.dtype))
-    norms, totals = weights.W_dec.norm(dim=1), _Totals(weights)
-    limit = max(1, int(SPARSE_BELOW * norms.numel()))
-    entries = select_above(encoder, rule.cut(weights), limit)
-    part = _Part(rule, weights, norms, options.sparsity, len(batch.read))
-    if entries is not None:
-        part.add(_SparseView(entries, entries.by_feature(), options.products), batch, totals)
-    else:
-        for start, pre in encoder.chunks():
-            rows = slice(start, start + len(pre))
-            target = None if batch.target is None else batch.target[rows]
-            part.add(_DenseView(pre), Batch(batch.read[rows], target), totals)
-    batch.add_input_gradient(weights, totals.gradients, totals.read)
-    return StepResult(totals.loss, totals.aux, totals.penalty, totals.gradients, totals.fired.long(), totals.least)
-
-
-def elementwise_encode(rule: Rule, weights: SAEWeights, read: Float[Tensor, "rows d_in"]) -> SparseActs:
-    """The activations above zero."""
-    entries = select_above(Encoder(weights, read, Ranking(read.dtype)), rule.cut(weights))
-    assert entries is not None
-    norms = weights.W_dec.norm(dim=1)[entries.indices]
-    values = rule.forward(weights, entries.values, norms, lambda p: p[entries.indices]).paths[0]
-    kept = values > 0
-    before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
-    return SparseActs(before[entries.offsets], entries.indices[kept], values[kept], entries.d_sae)
-
-
 @dataclass(frozen=True)
 class _Part:
     """Adds some rows of a batch of `rows` to the totals."""
 
-    rule: Rule
+    rule: Elementwise
     weights: SAEWeights
     norms: Tensor
     sparsity: float
@@ -221,3 +169,54 @@ class _Part:
             if trained:
                 gradients.W_dec += view.weighted_sums([(values, error)])[0]
                 gradients.b_dec += error.sum(0)
+
+
+class Elementwise(Architecture):
+    """An architecture as functions of single entries; `at` spreads a parameter of the features over the entries."""
+
+    @property
+    def trains_decoder(self) -> tuple[bool, ...]:
+        """Whether the reconstruction of each path trains the decoder and its bias."""
+        return (True,)
+
+    def cut(self, weights: SAEWeights) -> Float[Tensor, " d_sae"]:
+        """Pre-activations up to here contribute nothing, and get no gradient."""
+        return torch.zeros_like(weights.b_enc)
+
+    @abc.abstractmethod
+    def forward(self, weights: SAEWeights, pre: Tensor, norms: Tensor, at: Spread) -> Forward:
+        """Activations and penalty."""
+
+    @abc.abstractmethod
+    def backward(
+        self, weights: SAEWeights, pre: Tensor, norms: Tensor, at: Spread, d_paths: Sequence[Tensor], d_penalty: float
+    ) -> Backward:
+        """Gradients, from those of the activations of each path and of the penalty."""
+
+    def _step(self, weights: SAEWeights, batch: Batch, options: StepOptions) -> StepResult:
+        """The pattern depends on values, so `options.dtype` has no effect on it."""
+        encoder = Encoder(weights, batch.read, Ranking(batch.read.dtype))
+        norms, totals = weights.W_dec.norm(dim=1), _Totals(weights)
+        limit = max(1, int(SPARSE_BELOW * norms.numel()))
+        entries = select_above(encoder, self.cut(weights), limit)
+        part = _Part(self, weights, norms, options.sparsity, len(batch.read))
+        if entries is not None:
+            part.add(_SparseView(entries, entries.by_feature(), options.products), batch, totals)
+        else:
+            for start, pre in encoder.chunks():
+                rows = slice(start, start + len(pre))
+                target = None if batch.target is None else batch.target[rows]
+                part.add(_DenseView(pre), Batch(batch.read[rows], target), totals)
+        batch.add_input_gradient(weights, totals.gradients, totals.read)
+        return StepResult(totals.loss, totals.aux, totals.penalty, totals.gradients, totals.fired.long(), totals.least)
+
+    def _encode(self, weights: SAEWeights, read: Tensor, dtype: torch.dtype, threshold: float | None) -> SparseActs:
+        """The activations above zero."""
+        del dtype, threshold
+        entries = select_above(Encoder(weights, read, Ranking(read.dtype)), self.cut(weights))
+        assert entries is not None
+        norms = weights.W_dec.norm(dim=1)[entries.indices]
+        values = self.forward(weights, entries.values, norms, lambda p: p[entries.indices]).paths[0]
+        kept = values > 0
+        before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
+        return SparseActs(before[entries.offsets], entries.indices[kept], values[kept], entries.d_sae)

@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from workbench.saes.architectures.base import StepOptions, StepResult
-from workbench.saes.architectures.elementwise import Backward, Forward, Spread, elementwise_encode, elementwise_step
-from workbench.saes.architectures.reconstruction import Batch
-from workbench.saes.sparse import SparseActs
+from workbench.saes.architectures.elementwise import Backward, Elementwise, Forward, Spread
 from workbench.saes.weights import SAEWeights
 
 
 @dataclass(frozen=True)
-class Gated:
+class Gated(Elementwise):
     """A feature is on where its gate `read @ W_enc + b_enc` is positive; its size is that of the magnitude path.
 
     The magnitude path shares the encoder: `relu((read @ W_enc) * exp(r_mag) + b_mag)`. The penalty is L1 of the
@@ -31,11 +27,6 @@ class Gated:
     frozen_decoder: bool = False
 
     @property
-    def revives(self) -> bool:
-        """AuxK is not used."""
-        return False
-
-    @property
     def trains_decoder(self) -> tuple[bool, ...]:
         """The main reconstruction does, that of the gate as chosen."""
         return (True, not self.frozen_decoder)
@@ -43,36 +34,6 @@ class Gated:
     def start(self, weights: SAEWeights) -> SAEWeights:
         """Adds the magnitude path, at first equal to the gate."""
         return replace(weights, r_mag=torch.zeros_like(weights.b_enc), b_mag=torch.zeros_like(weights.b_enc))
-
-    def step(
-        self,
-        weights: SAEWeights,
-        x: Float[Tensor, "rows d_in"],
-        target: Float[Tensor, "rows d_out"] | None = None,
-        options: StepOptions = StepOptions(),  # noqa: B008 - frozen
-    ) -> StepResult:
-        """Loss and gradients of one batch; `aux_loss` is the reconstruction from the gate."""
-        return elementwise_step(self, weights, Batch.of(weights, x, target), options)
-
-    def encode(
-        self,
-        weights: SAEWeights,
-        x: Float[Tensor, "rows d_in"],
-        *,
-        centred: bool = True,
-        dtype: torch.dtype = torch.float32,
-        threshold: float | None = None,
-    ) -> SparseActs:
-        """Magnitudes of the features that are on; `dtype` and `threshold` are not used."""
-        del dtype, threshold
-        return elementwise_encode(self, weights, x - weights.b_dec if centred else x)
-
-    def after_step(self, weights: SAEWeights) -> None:
-        """Nothing is bounded."""
-
-    def cut(self, weights: SAEWeights) -> Float[Tensor, " d_sae"]:
-        """Where the gate closes."""
-        return torch.zeros_like(weights.b_enc)
 
     def forward(self, weights: SAEWeights, pre: Tensor, norms: Tensor, at: Spread) -> Forward:
         """Activations and the open gates."""

@@ -11,15 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import InvalidInputError
-from workbench.saes.architectures.base import StepOptions, StepResult
-from workbench.saes.architectures.elementwise import Backward, Forward, Spread, elementwise_encode, elementwise_step
-from workbench.saes.architectures.reconstruction import Batch
-from workbench.saes.sparse import SparseActs
+from workbench.saes.architectures.elementwise import Backward, Elementwise, Forward, Spread
 from workbench.saes.weights import SAEWeights
 
 
 @dataclass(frozen=True)
-class JumpReLU:
+class JumpReLU(Elementwise):
     """Pre-activations above the threshold of their feature.
 
     The threshold itself is the parameter, as in sae_lens; the paper trains its logarithm, which Adam moves too slowly
@@ -46,42 +43,9 @@ class JumpReLU:
         if self.penalty not in ("step", "tanh"):
             raise InvalidInputError(f'JumpReLU: penalty={self.penalty!r}. Choose "step" or "tanh".')
 
-    @property
-    def revives(self) -> bool:
-        """AuxK is not used."""
-        return False
-
-    @property
-    def trains_decoder(self) -> tuple[bool, ...]:
-        """There is one reconstruction, and it does."""
-        return (True,)
-
     def start(self, weights: SAEWeights) -> SAEWeights:
         """Adds the thresholds."""
         return replace(weights, threshold=torch.full_like(weights.b_enc, self.initial_threshold))
-
-    def step(
-        self,
-        weights: SAEWeights,
-        x: Float[Tensor, "rows d_in"],
-        target: Float[Tensor, "rows d_out"] | None = None,
-        options: StepOptions = StepOptions(),  # noqa: B008 - frozen
-    ) -> StepResult:
-        """Loss and gradients of one batch; `options.sparsity` is the coefficient of L0."""
-        return elementwise_step(self, weights, Batch.of(weights, x, target), options)
-
-    def encode(
-        self,
-        weights: SAEWeights,
-        x: Float[Tensor, "rows d_in"],
-        *,
-        centred: bool = True,
-        dtype: torch.dtype = torch.float32,
-        threshold: float | None = None,
-    ) -> SparseActs:
-        """The pre-activations above their thresholds; `dtype` and `threshold` are not used."""
-        del dtype, threshold
-        return elementwise_encode(self, weights, x - weights.b_dec if centred else x)
 
     def after_step(self, weights: SAEWeights) -> None:
         """Below zero a threshold would let negative pre-activations through."""

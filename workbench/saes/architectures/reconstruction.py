@@ -8,64 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import ShapeError
-from workbench.saes.architectures.base import NO_VARIANCE, AuxTask, StepOptions, StepResult
+from workbench.saes.architectures.base import NO_VARIANCE, AuxTask, Batch, StepOptions, StepResult
 from workbench.saes.select import topk_indices
 from workbench.saes.sparse import SparseActs
 from workbench.saes.weights import SAEWeights
 
 AUX_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch as the step sees it.
-
-    Attributes:
-        read: what the encoder reads: `x - b_dec`, or `x` in a transcoder.
-        target: what is reconstructed, if it is not `x`.
-    """
-
-    read: Float[Tensor, "rows d_in"]
-    target: Float[Tensor, "rows d_out"] | None
-
-    @classmethod
-    def of(cls, weights: SAEWeights, x: Tensor, target: Tensor | None) -> Batch:
-        """Checks the shapes.
-
-        Raises:
-            ShapeError: if `x` or `target` has another width than the SAE, or another number of rows than the other.
-        """
-        d_in, d_out = weights.W_enc.shape[1], weights.W_dec.shape[1]
-        if x.ndim != 2 or x.shape[1] != d_in:
-            raise ShapeError(f"step: x has shape {tuple(x.shape)}; this SAE reads d_in={d_in}. Give (rows, {d_in}).")
-        if target is None:
-            if d_in != d_out:
-                raise ShapeError(f"step: this SAE reads d_in={d_in} and writes d_out={d_out}. Give a target.")
-            return cls(x - weights.b_dec, None)
-        if target.shape != (len(x), d_out):
-            raise ShapeError(
-                f"step: the target has shape {tuple(target.shape)}; x has {len(x)} rows and this transcoder writes "
-                f"d_out={d_out}. Give ({len(x)}, {d_out})."
-            )
-        return cls(x, target)
-
-    def error(self, weights: SAEWeights, decoded: Float[Tensor, "rows d_out"]) -> Float[Tensor, "rows d_out"]:
-        """Reconstruction minus what it should be, written into `decoded`, which lacks the decoder bias."""
-        if self.target is None:
-            return decoded.sub_(self.read)
-        return decoded.add_(weights.b_dec).sub_(self.target)
-
-    def add_input_gradient(self, weights: SAEWeights, gradients: SAEWeights, d_read: Float[Tensor, " d_sae"]) -> None:
-        """Adds to `b_dec` what it gets through the input `x - b_dec`: one matrix-vector product for the batch.
-
-        Args:
-            weights: the SAE.
-            gradients: changed in place.
-            d_read: gradient of the encoder's products, summed over the rows.
-        """
-        if self.target is None:
-            gradients.b_dec.sub_(d_read @ weights.W_enc)
 
 
 @dataclass(frozen=True)
