@@ -1,6 +1,6 @@
 """Contexts of all features in one sparse pass, beside the way of dashboards: dense activations, a few features at once.
 
-    python -m benchmarks.contexts --tokens 20000 --d-sae 4608 --architecture topk
+    python benchmarks/contexts.py --tokens 20000 --d-sae 4608 --architecture topk
 
 The dashboards' way (SAEDashboard, sae_vis) is written out here: for each batch of features it reads the cached
 activations again, encodes them (all features for TopK, where features compete; else the columns of the batch), holds
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from features import random_sae
 
-from benchmarks.features import random_sae
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TextFiles
 from workbench.activations.store import ActivationStore

@@ -57,3 +57,10 @@ def test_mean_max_cosine_is_signed() -> None:
     eye = torch.eye(3)
     assert metrics.mean_max_cosine(eye, 5 * eye[[2, 0, 1]]) == pytest.approx(1)
     assert metrics.mean_max_cosine(eye, -eye) == pytest.approx(0)
+
+
+def test_auroc_counts_ties_half_and_has_a_direction() -> None:
+    scores = torch.tensor([[3.0, 0.0, 1.0], [2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [0.0, 3.0, 1.0]])
+    assert metrics.auroc(scores, torch.tensor([True, True, False, False])).tolist() == [1.0, 0.0, 0.5]
+    with pytest.raises(DegenerateInputError):
+        metrics.auroc(scores, torch.ones(4, dtype=torch.bool))

@@ -30,7 +30,6 @@ from workbench.steering.refusal_features import (
     matched_features,
 )
 from workbench.steering.refusal_metrics import (
-    auroc,
     first_token_kl,
     is_refusal,
     refusal_log_odds,
@@ -91,13 +90,6 @@ def test_refusal_tokens_are_first_tokens_that_compliance_does_not_share() -> Non
     assert [model.tokenizer.decode([t]) for t in tokens] == ["N", "I"]
     with pytest.raises(DegenerateInputError, match="begin differently"):
         refusal_token_ids(model, ["Yes, no"], ["Yes"])
-
-
-def test_auroc_counts_ties_half_and_has_a_direction() -> None:
-    scores = torch.tensor([[3.0, 0.0, 1.0], [2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [0.0, 3.0, 1.0]])
-    assert auroc(scores, torch.tensor([True, True, False, False])).tolist() == [1.0, 0.0, 0.5]
-    with pytest.raises(DegenerateInputError):
-        auroc(scores, torch.ones(4, dtype=torch.bool))
 
 
 def test_wilson_at_the_edge() -> None:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from workbench import metrics
 from workbench.errors import DegenerateInputError, ShapeError
 from workbench.features.examples import Examples, Windows, joined
 from workbench.stats import Estimate
@@ -100,7 +102,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray, documents: np.ndarray, seed: i
     """
     _check(labels, scores, documents)
     draws = _area_draws(labels, scores, _weights(documents, seed))
-    return _estimate(area(labels, scores), draws, len(np.unique(documents)))
+    return _estimate(_area(labels, scores), draws, len(np.unique(documents)))
 
 
 def auroc_difference(
@@ -115,7 +117,11 @@ def auroc_difference(
     _check(labels, scores, documents)
     weights = _weights(documents, seed)
     draws = _area_draws(labels, scores, weights) - _area_draws(labels, others, weights)
-    return _estimate(area(labels, scores) - area(labels, others), draws, len(np.unique(documents)))
+    return _estimate(_area(labels, scores) - _area(labels, others), draws, len(np.unique(documents)))
+
+
+def _area(labels: np.ndarray, scores: np.ndarray) -> float:
+    return float(metrics.auroc(torch.from_numpy(scores)[:, None], torch.from_numpy(labels)))
 
 
 def _area_draws(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -125,16 +131,6 @@ def _area_draws(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> 
     total = yes.sum(1) * no.sum(1)
     won = ((yes @ wins) * no).sum(1)
     return np.divide(won, total, out=np.full(len(total), np.nan), where=total > 0)
-
-
-def area(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The area under the ROC curve alone.
-
-    >>> area(np.array([True, False]), np.array([1.0, 1.0]))
-    0.5
-    """
-    yes, no = scores[labels], scores[~labels]
-    return float(((yes[:, None] > no) + 0.5 * (yes[:, None] == no)).mean())
 
 
 def frequency_weighted(f1: Sequence[float], counts: Sequence[int]) -> float:

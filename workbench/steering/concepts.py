@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.probes.linear import readable_tokens, sink_norm
 from workbench.progress import task
-from workbench.records import to_jsonable
-from workbench.report import Bars, Block, Metric, Report, Section, Text
+from workbench.report import Bars, Block, Metric, Section, Text
 from workbench.stats import Estimate
 from workbench.steering.arms import Arm
 from workbench.steering.baselines import Concept, DirectionOptions, concept_directions, concept_tokens
@@ -28,8 +27,8 @@ from workbench.steering.options import SCOPES, SteerOptions
 from workbench.steering.prompts import NEUTRAL_PROMPTS
 from workbench.steering.report import (
     MEASURES,
-    ArmResult,
     Point,
+    TextsReport,
     arm_table,
     curve_lines,
     edit_table,
@@ -44,42 +43,22 @@ SAE_ARM = "best SAE feature"
 
 
 @dataclass(frozen=True)
-class ConceptReport(Report):
+class ConceptReport(TextsReport):
     """How well each kind of direction steers, at equal norm.
 
     Attributes:
         settings: model, site, strengths, concepts and their tokens.
         n_evaluation: prompts that measured; the others chose the strengths.
-        arms: results per method and control.
         differences: share of concept tokens, each method minus the unsteered model and minus random directions.
         curves: per arm and strength the mean share.
         points: effect and cost of every arm and strength.
-        prompts: all prompts.
-        written: every text with every measure; not part of the JSON.
     """
 
     settings: dict[str, Any]
     n_evaluation: int
-    arms: tuple[ArmResult, ...]
     differences: dict[str, Estimate]
     curves: dict[str, tuple[Estimate | None, ...]]
     points: tuple[Point, ...]
-    prompts: tuple[str, ...] = ()
-    written: tuple[Arm, ...] = field(default=(), repr=False, compare=False)
-
-    def arm(self, name: str) -> ArmResult:
-        """The results of one arm."""
-        return next(arm for arm in self.arms if arm.name == name)
-
-    def to_json(self) -> dict[str, Any]:
-        """The result in JSON types, without the single texts; `frame` has those."""
-        return to_jsonable(replace(self, written=()))
-
-    def frame(self) -> Any:
-        """A pandas table with one row per text: arm, concept, strength, prompt, text and every measure."""
-        import pandas as pd
-
-        return pd.DataFrame([row for arm in self.written for row in arm.rows(self.prompts)])
 
     def findings(self) -> tuple[str, ...]:
         """Each method against its controls."""
@@ -221,6 +200,7 @@ def _report(settings: dict[str, Any], prompts: tuple[str, ...], arms: Sequence[A
                     differences[f"{name} against {words}"] = value
     points = [p for arm in arms for p in points_of(arm, base, evaluation)]
     return ConceptReport(
-        settings, len(evaluation), tuple(arm_result(arm, chosen[arm.name], key, evaluation) for arm in arms),
-        differences, {arm.name: curve(arm, evaluation) for arm in arms}, with_front(points), prompts, tuple(arms),
+        settings, len(evaluation), differences, {arm.name: curve(arm, evaluation) for arm in arms}, with_front(points),
+        arms=tuple(arm_result(arm, chosen[arm.name], key, evaluation) for arm in arms),
+        prompts=prompts, written=tuple(arms),
     )  # fmt: skip

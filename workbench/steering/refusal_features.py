@@ -14,9 +14,10 @@ from workbench.errors import DegenerateInputError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.saes import SAEClamp
 from workbench.interventions.scopes import All, Pos
+from workbench.metrics import auroc
 from workbench.steering.directions import cosine
 from workbench.steering.refusal_data import Exchange
-from workbench.steering.refusal_metrics import auroc, refusal_log_odds
+from workbench.steering.refusal_metrics import refusal_log_odds
 from workbench.tokens import TokenBatch
 
 ROWS_PER_PASS = 32

@@ -104,42 +104,17 @@ class Point:
     on_front: bool
 
 
-@dataclass(frozen=True)
-class SteeringReport(Report):
-    """Effects of steering beside their controls.
+@dataclass(frozen=True, kw_only=True)
+class TextsReport(Report):
+    """What reports of steered texts share.
 
     Attributes:
-        settings: model, site, scope, strengths, sampling.
-        n_selection: prompts on which strengths were chosen; `n_evaluation` others measured.
-        arms: results per arm.
-        differences: share of lens tokens, features minus each control, paired over prompts and features.
-        concept: the same of the log-odds of the lens tokens.
-        features: results per feature.
-        curves: per arm and strength the mean share and its interval on the evaluation prompts.
-        points: effect and cost of every arm and strength.
-        rules: the features at the strengths of each rule.
-        edits: per arm and strength what was added.
-        all_degenerate: features for which every strength gave repetition; they keep the smallest.
-        examples: prompt, unsteered and steered text of the feature that did best on the selection prompts.
-        example_title: which feature that is.
+        arms: results per arm, method and control.
         prompts: all prompts.
         written: every text with every measure; not part of the JSON.
     """
 
-    settings: dict[str, Any]
-    n_selection: int
-    n_evaluation: int
     arms: tuple[ArmResult, ...]
-    differences: dict[str, Estimate]
-    concept: dict[str, Estimate]
-    features: tuple[FeatureResult, ...]
-    curves: dict[str, tuple[Estimate | None, ...]]
-    points: tuple[Point, ...]
-    rules: tuple[RuleResult, ...]
-    edits: dict[str, tuple[EditSummary, ...]]
-    all_degenerate: tuple[int | str, ...]
-    examples: tuple[tuple[str, str, str], ...]
-    example_title: str
     prompts: tuple[str, ...] = ()
     written: tuple[Arm, ...] = field(default=(), repr=False, compare=False)
 
@@ -152,10 +127,44 @@ class SteeringReport(Report):
         return to_jsonable(replace(self, written=()))
 
     def frame(self) -> Any:
-        """A pandas table with one row per text: arm, feature, strength, prompt, text and every measure."""
+        """A pandas table with one row per text: arm, feature or concept, strength, prompt, text and every measure."""
         import pandas as pd
 
         return pd.DataFrame([row for arm in self.written for row in arm.rows(self.prompts)])
+
+
+@dataclass(frozen=True)
+class SteeringReport(TextsReport):
+    """Effects of steering beside their controls.
+
+    Attributes:
+        settings: model, site, scope, strengths, sampling.
+        n_selection: prompts on which strengths were chosen; `n_evaluation` others measured.
+        differences: share of lens tokens, features minus each control, paired over prompts and features.
+        concept: the same of the log-odds of the lens tokens.
+        features: results per feature.
+        curves: per arm and strength the mean share and its interval on the evaluation prompts.
+        points: effect and cost of every arm and strength.
+        rules: the features at the strengths of each rule.
+        edits: per arm and strength what was added.
+        all_degenerate: features for which every strength gave repetition; they keep the smallest.
+        examples: prompt, unsteered and steered text of the feature that did best on the selection prompts.
+        example_title: which feature that is.
+    """
+
+    settings: dict[str, Any]
+    n_selection: int
+    n_evaluation: int
+    differences: dict[str, Estimate]
+    concept: dict[str, Estimate]
+    features: tuple[FeatureResult, ...]
+    curves: dict[str, tuple[Estimate | None, ...]]
+    points: tuple[Point, ...]
+    rules: tuple[RuleResult, ...]
+    edits: dict[str, tuple[EditSummary, ...]]
+    all_degenerate: tuple[int | str, ...]
+    examples: tuple[tuple[str, str, str], ...]
+    example_title: str
 
     def findings(self) -> tuple[str, ...]:
         """Effects beside their controls, and the price in perplexity, repetition and plain text."""
