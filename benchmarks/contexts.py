@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from features import random_sae
 
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TextFiles
@@ -35,22 +34,24 @@ TEXTS = sorted(str(path) for path in (Path(__file__).parents[1] / "docs").glob("
 TOLERANCE = 1e-4
 
 
-def relu_sae(d_in: int, d_sae: int, site: str) -> Any:
-    """A ReLU SAE with random unit directions and a bias that leaves about one activation in a hundred."""
-    topk = random_sae(d_in, d_sae, site)
-    sae_lens = sae_lens_module()
-    sae = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=d_in, d_sae=d_sae))
+def random_sae(d_in: int, d_sae: int, architecture: str) -> Any:
+    """An SAE with random unit directions: the cost does not depend on what features mean."""
+    lens = sae_lens_module()
+    if architecture == "topk":
+        sae = lens.TopKSAE(lens.TopKSAEConfig(d_in=d_in, d_sae=d_sae, k=32))
+    else:
+        sae = lens.StandardSAE(lens.StandardSAEConfig(d_in=d_in, d_sae=d_sae))
+    rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        sae.W_dec.copy_(topk.W_dec)  # type: ignore[attr-defined]
-        sae.W_enc.copy_(topk.W_enc)  # type: ignore[attr-defined]
-        sae.b_dec.zero_()
+        sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+        sae.W_enc.copy_(sae.W_dec.T)
         sae.b_enc.zero_()
     return sae
 
 
 @torch.no_grad()
 def centred(sae: Any, store: ActivationStore, share: float = 0.01) -> None:
-    """Puts `b_dec` at the mean of the first shard and, for ReLU, the bias at a quantile of the pre-activations."""
+    """Puts `b_dec` at the mean of the first shard; a ReLU bias leaves `share` of the activations."""
     x = store.block(0).acts.float()
     sae.b_dec.copy_(x.mean(0))
     if sae.cfg.architecture() == "standard":
@@ -115,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = TextFiles(TEXTS, tokens=options.tokens)
         store = harvest(model, source, [site], Path(folder) / "acts")
-        sae = (random_sae if options.architecture == "topk" else relu_sae)(model.d_model, options.d_sae, site)
+        sae = random_sae(model.d_model, options.d_sae, options.architecture)
         centred(sae, store)
         collect = WindowOptions(top=20)
         ids = torch.arange(options.d_sae)
