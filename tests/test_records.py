@@ -82,6 +82,14 @@ def test_a_union_keeps_the_type_of_a_number(value: object) -> None:
     assert type(back.mixed) is type(value)  # 1 == 1.0, so equality would not see it
 
 
+def test_long_lists_of_plain_values_are_as_strict_as_short_ones() -> None:
+    assert from_jsonable(tuple[float | None, ...], [0.5, None]) == (0.5, None)
+    assert [type(x) for x in from_jsonable(list[float], [1, 2.0])] == [float, float]
+    for kind, data in ((tuple[int, ...], [1, True]), (tuple[str, ...], ["a", 1]), (tuple[float | None, ...], ["a"])):
+        with pytest.raises(InvalidInputError):
+            from_jsonable(kind, data)
+
+
 def test_what_is_not_finite_survives() -> None:
     assert math.isnan(_round_trip(Inner, Inner(float("nan"))).rate)
     assert _round_trip(Inner, Inner(float("-inf"))).rate == -math.inf

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from workbench.errors import WorkbenchError
     from workbench.features import CardSet, FeatureTable, feature_cards, score_features
     from workbench.hooks.sites import Site
+    from workbench.interventions.bytoken import MixEntries, ReplaceTokens
     from workbench.interventions.everywhere import ablate_everywhere
     from workbench.interventions.export.lora import MergedLora, merge_lora
     from workbench.interventions.export.result import Exported
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from workbench.interventions.report import EditReport
     from workbench.interventions.saes import SAEAblate, SAEAdd, SAEAddMax, SAEClamp, SAEScale
     from workbench.interventions.scopes import After, All, Generated, Last, Mask, NotPrefix, Pos, Prompt, TokenIs
-    from workbench.interventions.shapes import Cap, ClampProjection, NormPreserve, Rotate, Threshold
+    from workbench.interventions.shapes import Cap, ClampProjection, EqualNorm, NormPreserve, Rotate, Threshold
     from workbench.models.generation import Generation
     from workbench.models.loading import load_model
     from workbench.models.model import Model
@@ -70,6 +71,7 @@ _HOMES = {
     "ClampProjection": "workbench.interventions.shapes",
     "CosineGate": "workbench.interventions.gates",
     "EditReport": "workbench.interventions.report",
+    "EqualNorm": "workbench.interventions.shapes",
     "Estimate": "workbench.stats",
     "EvalOptions": "workbench.saes.evaluate",
     "Exported": "workbench.interventions.export.result",
@@ -87,6 +89,7 @@ _HOMES = {
     "Map": "workbench.interventions.ops",
     "Mask": "workbench.interventions.scopes",
     "MergedLora": "workbench.interventions.export.lora",
+    "MixEntries": "workbench.interventions.bytoken",
     "Model": "workbench.models.model",
     "NormPreserve": "workbench.interventions.shapes",
     "NotPrefix": "workbench.interventions.scopes",
@@ -97,6 +100,7 @@ _HOMES = {
     "ProjectOut": "workbench.interventions.ops",
     "Prompt": "workbench.interventions.scopes",
     "Replace": "workbench.interventions.replacing",
+    "ReplaceTokens": "workbench.interventions.bytoken",
     "Report": "workbench.report",
     "Rotate": "workbench.interventions.shapes",
     "RunDir": "workbench.runs",
@@ -160,6 +164,7 @@ __all__ = [
     "ClampProjection",
     "CosineGate",
     "EditReport",
+    "EqualNorm",
     "Estimate",
     "EvalOptions",
     "Exported",
@@ -177,6 +182,7 @@ __all__ = [
     "Map",
     "Mask",
     "MergedLora",
+    "MixEntries",
     "Model",
     "NormPreserve",
     "NotPrefix",
@@ -187,6 +193,7 @@ __all__ = [
     "ProjectOut",
     "Prompt",
     "Replace",
+    "ReplaceTokens",
     "Report",
     "Rotate",
     "RunDir",

@@ -129,7 +129,11 @@ def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:
     A leading space is part of the token (`▁the` and `Ġthe` are both `b" the"`), half a character is its bytes, and a
     special token is the text that it is shown as.
     """
-    codec = codec_of(tokenizer)
+    return bytes_of(codec_of(tokenizer))
+
+
+def bytes_of(codec: Codec) -> tuple[bytes, ...]:
+    """The same from a codec."""
     found: list[bytes | None] = [_written_bytes(raw, codec.style) for raw in codec.raw]
     open_ids = [i for i, known in enumerate(found) if known is None]
     # Alone, a sentencepiece token would lose its space, so every token is read behind the same text.

@@ -241,7 +241,16 @@ def _decode_container(kind: Any, args: tuple[Any, ...], data: Any, where: str) -
             raise _wrong(where, f"a list of {len(args)}", data)
         return tuple(_decode(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(zip(args, data, strict=True)))
     item_type = args[0] if args else Any
+    if set(map(type, data)) <= _as_they_are(item_type):
+        return kind(data)
     return kind(_decode(item_type, item, f"{where}[{i}]") for i, item in enumerate(data))
+
+
+@functools.cache
+def _as_they_are(cls: Any) -> frozenset[type]:
+    """Types of values that decode to themselves: long lists of them need no look at each."""
+    options = typing.get_args(cls) if typing.get_origin(cls) in (typing.Union, types.UnionType) else (cls,)
+    return frozenset(options) if set(options) <= {str, int, float, bool, type(None)} else frozenset()
 
 
 def _decode_union(options: tuple[Any, ...], data: Any, where: str) -> Any:

@@ -24,6 +24,7 @@ from workbench.errors import (
 )
 from workbench.hooks.sites import Site
 from workbench.interventions import gates, saes
+from workbench.interventions.bytoken import MixEntries, ReplaceTokens
 from workbench.interventions.gates import CASTGate, CosineGate, FnGate, Gate, ProbeGate, SAEGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op, Where
@@ -46,14 +47,14 @@ from workbench.interventions.scopes import (
     Scope,
     TokenIs,
 )
-from workbench.interventions.shapes import Cap, ClampProjection, NormPreserve, Rotate, Threshold
+from workbench.interventions.shapes import Cap, ClampProjection, EqualNorm, NormPreserve, Rotate, Threshold
 
 GENERATOR = torch.Generator().manual_seed(5)
 V = torch.randn(3, D_MODEL, generator=GENERATOR)
 H = torch.randn(4, D_MODEL, generator=GENERATOR)
 ROW_VALUES = torch.tensor([1.0, -2.0])
 SAE = sae_lens_sae("jumprelu")
-WHERE = Where(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]))
+WHERE = Where(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]), torch.tensor([7, 8, 9, 7]))
 
 OPS: tuple[Op, ...] = (
     Add(V[0], 2.5),
@@ -76,12 +77,15 @@ OPS: tuple[Op, ...] = (
     Replace(V[:2]),
     Patch(torch.randn(2, 3, D_MODEL, generator=GENERATOR)),
     Patch(torch.randn(2, 3, D_MODEL, generator=GENERATOR), torch.tensor([[True, True, False]] * 2), V[:2]),
+    ReplaceTokens(torch.tensor([9, 7]), V[:2]),
+    MixEntries(torch.tensor([3, 1]), torch.tensor([[0, 2], [4, 0]]), V[:2, :2], V[0, :2], V[1, :2]),
     ClampProjection(V[0], 3.0),
     ClampProjection(V[:2], ROW_VALUES, "min"),
     Cap(V[0], 0.5),
     Cap(V[0], math.inf),
     Threshold(V[0], -math.inf, 2.0),
     Threshold(V[0], 1.0, 2.0),
+    EqualNorm((Add(V[0]), ClampProjection(V[1], 0.5)), V[2]),
     Rotate(V[0], 0.3),
     Rotate(None, 0.3, plane=V[:2]),
     NormPreserve(Add(V[0])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import secrets
@@ -124,7 +125,7 @@ class _Stored:
         self._first = [sum(sizes[:i]) for i in range(len(sizes))]
 
     def card(self, place: int) -> FeatureCard:
-        group = max(i for i, first in enumerate(self._first) if first <= place)
+        group = bisect.bisect_right(self._first, place) - 1
         if group != self._group:
             self._cards = self._file.read_row_group(group, columns=["card"])["card"].to_pylist()
             self._group = group

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
@@ -22,15 +22,21 @@ class Where:
     Attributes:
         rows: the row of the intervention's per-row parameters, one per token.
         positions: absolute position of the token in its row, padding not counted.
+        ids: the token's id, or None where the model was given embeddings.
     """
 
     rows: Int[Tensor, " n"]
     positions: Int[Tensor, " n"]
+    ids: Int[Tensor, " n"] | None = None
 
     @classmethod
     def of(cls, h: Tensor) -> Where:
         """Every hidden state is position 0 of a row of its own."""
         return cls(torch.arange(len(h), device=h.device), torch.zeros(len(h), dtype=torch.long, device=h.device))
+
+    def of_tokens(self, chosen: Bool[Tensor, " n"]) -> Where:
+        """The same for some of the tokens."""
+        return Where(self.rows[chosen], self.positions[chosen], None if self.ids is None else self.ids[chosen])
 
 
 @dataclass(frozen=True, eq=False)

@@ -242,7 +242,7 @@ class PerRow(Op):
         for i in owner.unique().tolist():
             if i >= 0:
                 mine = owner == i
-                edited[mine] = self.ops[i](h[mine], Where(where.rows[mine], where.positions[mine]))
+                edited[mine] = self.ops[i](h[mine], where.of_tokens(mine))
         return edited
 
     @property

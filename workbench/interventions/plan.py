@@ -351,7 +351,8 @@ class Plan:
             whole = row.numel() == flat.shape[0] * flat.shape[1]
             before = source.reshape(-1, flat.shape[2]) if whole else source[row, column]
             before = _exact(before)
-            where = Where(step.row.to(row.device)[row], step.position.to(row.device)[row, column])
+            ids = None if step.ids is None else step.ids.to(row.device)[row, column]
+            where = Where(step.row.to(row.device)[row], step.position.to(row.device)[row, column], ids)
             wanted = group.apply(before, where)
             if len(groups) == 1:
                 written = wanted.to(flat.dtype)

@@ -214,3 +214,41 @@ class NormPreserve(Op):
     @property
     def name(self) -> str:
         return f"NormPreserve({self.op.name})"
+
+
+@dataclass(frozen=True, eq=False)
+class EqualNorm(Op):
+    """The control of other edits: the norm of their change at each token, along one random direction.
+
+    Attributes:
+        ops: the edits, made one after the other to find the norm of their change.
+        direction: where the change goes; only its direction counts.
+
+    >>> from workbench.interventions.ops import Add
+    >>> control = EqualNorm((Add(torch.tensor([3.0, 0.0])), Add(torch.tensor([0.0, 4.0]))), torch.tensor([0.0, -2.0]))
+    >>> control(torch.tensor([[1.0, 1.0]]))  # the change (3, 4) has norm 5
+    tensor([[ 1., -4.]])
+    """
+
+    ops: tuple[Op, ...]
+    direction: Float[Tensor, " d"]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", unit(self.direction, "EqualNorm"))
+
+    def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
+        """The hidden states with a change of equal norm along the direction."""
+        where, edited = where or Where.of(h), h
+        for op in self.ops:
+            edited = op(edited, where)
+        return h + (edited - h).norm(dim=1, keepdim=True) * self.direction.to(h)
+
+    @property
+    def width(self) -> int | None:
+        """Size of the hidden states that this edit fits."""
+        return len(self.direction)
+
+    @property
+    def must_change(self) -> bool:
+        """Whether an edit that changes nothing is an error."""
+        return any(op.must_change for op in self.ops)

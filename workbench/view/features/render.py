@@ -64,7 +64,7 @@ def card_html(card: Card) -> str:
         " border-radius: 6px; font-family: system-ui, sans-serif; }\n"
         f"@media (prefers-color-scheme: dark) {{ .wb-card {{ {colour_css(DARK)} }} }}\n"
     )
-    style = Markup(colours + _read("card.css"))
+    style = Markup(colours + asset("card.css"))
     return str(Markup('<article class="wb-card"><style>{}</style>{}</article>').format(style, card_body(card)))
 
 
@@ -81,37 +81,43 @@ def safe_json(value: Any) -> str:
 
 
 def _render(packed: Packed, index: str, title: str, subtitle: str) -> str:
-    colours = (
-        f":root {{ {colour_css(LIGHT)} color-scheme: light dark; }}\n"
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {colour_css(DARK)} }} }}\n"
-    )
-    style = colours + _read("page.css") + _read("card.css")
-    script = _read("logic.js") + _read("page.js")
+    style = theme() + asset("page.css") + asset("card.css")
+    script = asset("logic.js") + asset("dom.js") + asset("page.js")
     policy = (
-        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "
+        f"default-src 'none'; script-src {inline_source(script)}; style-src {inline_source(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    return _template().render(
+    return page_template(asset("page.html.jinja")).render(
         title=title, subtitle=subtitle, policy=policy, style=Markup(style), script=Markup(script), index=Markup(index),
         chunks=[Markup(safe_json(chunk)) for chunk in packed.chunks], text_fields=_TEXT_FIELDS,
         names=list(packed.index["values"]),
     )  # fmt: skip
 
 
-def _source(text: str) -> str:
+def inline_source(text: str) -> str:
     """The hash by which a content security policy allows one inline script or style, and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def theme() -> str:
+    """The colours of a page, light or dark as the reader's system has it."""
+    return (
+        f":root {{ {colour_css(LIGHT)} color-scheme: light dark; }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {colour_css(DARK)} }} }}\n"
+    )
+
+
 @functools.cache
-def _read(name: str) -> str:
+def asset(name: str) -> str:
+    """A script, style or template of this folder."""
     return (_FOLDER / name).read_text(encoding="utf-8")
 
 
 @functools.cache
-def _template() -> Any:
+def page_template(source: str) -> Any:
+    """A template that escapes everything and refuses unknown names; `visible` shows what could hide or reorder text."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["visible"] = lambda text: escape(visible(str(text)))
-    return environment.from_string(_read("page.html.jinja"))
+    return environment.from_string(source)

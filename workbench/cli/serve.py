@@ -1,0 +1,147 @@
+"""The command serve: the playground on this machine."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.cli.features_show import load_cards
+from workbench.cli.model import ModelCommand
+from workbench.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from workbench.features.cards import FeatureCard
+    from workbench.serve.playground import Playground
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(ModelCommand):
+    """Open the playground: write with SAE features edited, beside unedited and control, in the browser."""
+
+    sae: str | None = None
+    """Folder of an SAE of the model, or release/sae_id of sae_lens; without it texts and log-probabilities only."""
+    features: Path | None = None
+    """Folder of feature cards or of a feature table, to search; by default what is in the SAE's folder."""
+    host: str = "127.0.0.1"
+    """Address to listen at; one that other machines reach needs --allow-network."""
+    port: int = 0
+    """Port to listen at; 0 takes a free one."""
+    allow_network: bool = False
+    """Let other machines reach the server; whoever has the token can use it, and what is sent is not encrypted."""
+
+    def run(self) -> None:
+        """Serves until Ctrl-C."""
+        from workbench.serve.playground import Playground
+
+        listener = listen(self.host, self.port, self.allow_network)
+        with listener:
+            model = self.load()
+            playground = Playground(model, self._sae(model))
+            self._serve(playground, self._index(playground), listener)
+
+    def _sae(self, model: Any) -> Any:
+        from workbench.saes.io import load_sae
+
+        return None if self.sae is None else load_sae(self.sae, device=model.device, model=model)
+
+    def _index(self, playground: Playground) -> dict[str, Any] | None:
+        from workbench.serve.index import feature_index
+
+        cards = self._cards() if playground.sae is not None else None
+        return None if playground.sae is None else feature_index(playground, cards)
+
+    def _cards(self) -> Iterable[FeatureCard] | None:
+        from workbench.errors import MissingFileError
+        from workbench.features.tablecards import complete_cards
+
+        folder = self.features or Path(self.sae or "")
+        try:
+            cards, table, _ = load_cards(folder)
+        except MissingFileError:
+            if self.features is not None:
+                raise
+            return None
+        return cards if table is None else complete_cards(cards, table)
+
+    def _serve(self, playground: Playground, index: dict[str, Any] | None, listener: socket.socket) -> None:
+        import uvicorn
+
+        from workbench.serve.app import playground_app
+        from workbench.serve.desk import Desk
+        from workbench.serve.guard import Guard, is_loopback
+
+        host, port = listener.getsockname()[:2]
+        guard = Guard(secrets.token_urlsafe(32), port, open=not is_loopback(host))
+        desk = Desk()
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: Any) -> None:
+                # First of all, because the server waits for the answers that are being given.
+                desk.stop_all()
+                super().handle_exit(sig, frame)
+
+        config = uvicorn.Config(
+            playground_app(playground, guard, desk, index), log_level="warning", access_log=False, ws="none",
+            server_header=False, timeout_graceful_shutdown=10,
+        )  # fmt: skip
+        self._greet(playground, address(host, port, guard.token), guard.open)
+        try:
+            Server(config).run(sockets=[listener])
+        except KeyboardInterrupt:
+            # With --json the address was the one object that is printed.
+            if not self.json:
+                self.emit({}, ["Stopped."])
+
+    def _greet(self, playground: Playground, url: str, is_open: bool) -> None:
+        about = playground.about
+        warning = [
+            "Other machines can reach this. Whoever has the address below can use the model; nothing is encrypted."
+        ]
+        lines = [f"Playground of {about['model']}" + (f", SAE at {about['site']}." if about["site"] else "."), url]
+        said = {"url": url, "model": about["model"], "site": about["site"], "open": is_open}
+        self.emit(said, [*warning * is_open, *lines, "Ctrl-C stops it."])
+
+
+def listen(host: str, port: int, allow_network: bool) -> socket.socket:
+    """A socket that listens, found before anything is loaded.
+
+    Raises:
+        InvalidInputError: for an address that other machines reach without leave, or one that can't be had.
+    """
+    from workbench.serve.guard import is_loopback
+
+    if not is_loopback(host) and not allow_network:
+        raise InvalidInputError(
+            f"--host {host}: other machines could reach this server and, with the token, use the model. Leave --host "
+            "out and use a tunnel (ssh -L), or add --allow-network if that is meant."
+        )
+    if not 0 <= port <= 65535:
+        raise InvalidInputError(f"--port {port}: ports are 0 to 65535; 0 takes a free one.")
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(place)
+        except OSError:
+            found.close()
+            raise
+    except OSError as error:
+        raise InvalidInputError(
+            f"--host {host} --port {port}: {error.strerror or error}. Choose another port; 0 takes a free one."
+        ) from error
+    return found
+
+
+def address(host: str, port: int, token: str) -> str:
+    """Where the page is, with the token.
+
+    >>> address("::1", 8000, "t").split("//")[1]
+    '[::1]:8000/?token=t'
+    """
+    name = f"[{host}]" if ":" in host else socket.gethostname() if host in ("0.0.0.0", "::") else host
+    return f"http://{name}:{port}/?token={token}"

@@ -1,0 +1,5 @@
+"""The playground: a page on this machine that writes with and without edits of SAE features, beside the control."""
+
+from workbench.serve.playground import Playground
+
+__all__ = ["Playground"]

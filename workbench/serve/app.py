@@ -1,0 +1,110 @@
+"""The application: the page, what it is about, runs that answer line by line, and stopping them."""
+# Annotations are not postponed here: FastAPI reads them when the application is made, in functions that import it.
+
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from workbench.errors import WorkbenchError
+from workbench.records import to_jsonable
+from workbench.serve.ask import Ask
+from workbench.serve.desk import Desk
+from workbench.serve.guard import Gate, Guard
+from workbench.serve.page import playground_page
+from workbench.serve.playground import Playground
+
+MAX_NAME = 64
+
+
+def playground_app(playground: Playground, guard: Guard, desk: Desk, index: dict[str, Any] | None = None) -> Any:
+    """An ASGI application for one playground; only requests that the guard lets through reach it.
+
+    Args:
+        playground: the model and the SAE.
+        guard: who may use it.
+        desk: makes the runs; closed when the application ends.
+        index: the features that can be searched, as the feature page packs them; None where nothing is known of them.
+    """
+    from fastapi import FastAPI
+
+    @contextlib.asynccontextmanager
+    async def life(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        desk.close()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
+    _add_page(app, playground, guard, index)
+    _add_runs(app, playground, desk)
+    return Gate(app, guard)
+
+
+def _add_page(app: Any, playground: Playground, guard: Guard, index: dict[str, Any] | None) -> None:
+    from fastapi import Response
+
+    page = playground_page(playground.model.name)
+    setup = _json({"about": playground.about, "index": index})
+
+    @app.get("/")
+    def show(token: str | None = None) -> Response:
+        answer = Response(page.html, media_type="text/html")
+        answer.headers["Content-Security-Policy"] = page.policy
+        if token is not None:
+            # The guard let it through, so the token is right or the cookie was there already.
+            answer.set_cookie(guard.cookie, guard.token, httponly=True, samesite="strict", path="/")
+        return answer
+
+    @app.get("/api/setup")
+    def about() -> Response:
+        return Response(setup, media_type="application/json")
+
+
+def _add_runs(app: Any, playground: Playground, desk: Desk) -> None:
+    from fastapi import Request, Response
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, StreamingResponse
+    from starlette.exceptions import HTTPException
+
+    @app.exception_handler(WorkbenchError)
+    def refuse(_request: Request, error: WorkbenchError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 400)
+
+    @app.exception_handler(RequestValidationError)
+    def refuse_form(_request: Request, error: RequestValidationError) -> JSONResponse:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return JSONResponse({"error": f"{wrong}. Send a JSON object as the page does."}, 400)
+
+    @app.exception_handler(HTTPException)
+    def refuse_request(_request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": f"{error.detail}. Send what the page sends."}, error.status_code)
+
+    @app.get("/api/feature")
+    async def feature(number: int) -> Response:
+        return Response(_json(await desk.call(lambda: playground.lens(number))), media_type="application/json")
+
+    @app.post("/api/run")
+    async def run(asked: dict[str, Any], name: str) -> StreamingResponse:
+        ask = Ask.read(asked)
+        playground.check(ask)
+        events = desk.events(name[:MAX_NAME], lambda say, stopped: playground.run(ask, say, stopped))
+        # The first event is asked for here, so that a run that can't begin is refused with a status.
+        first = await anext(events)
+
+        async def lines() -> AsyncIterator[str]:
+            try:
+                yield _json(first) + "\n"
+                async for event in events:
+                    yield _json(event) + "\n"
+            finally:
+                await events.aclose()
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    @app.post("/api/stop")
+    def stop(name: str) -> dict[str, bool]:
+        return {"stopped": desk.stop(name[:MAX_NAME])}
+
+
+def _json(value: Any) -> str:
+    """Strict JSON in ASCII, so that no half of a character can stop it."""
+    return json.dumps(to_jsonable(value), allow_nan=False)

@@ -1,0 +1,100 @@
+"""What the page may ask for, checked before anything is run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from workbench.errors import InvalidInputError
+from workbench.records import from_jsonable
+from workbench.steering.options import ScopeName
+
+Mode = Literal["steer", "clamp", "scale", "ablate"]
+
+MAX_NEW_TOKENS = 2000
+"""Longest continuation; every token of it is measured under every model and drawn."""
+_NOTHING: dict[str, tuple[float, str]] = {
+    "steer": (0.0, "adds nothing"),
+    "scale": (1.0, "leaves the activation as it is"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureEdit:
+    """One feature and what is done with it.
+
+    Attributes:
+        feature: its index.
+        mode: "steer" adds `strength * a_max * W_dec[f]`, a_max being the largest feature activation at the token;
+            "clamp" sets the activation to `strength`; "scale" multiplies it by `strength`; "ablate" sets it to 0.
+        strength: see `mode`; "ablate" has none.
+    """
+
+    feature: int
+    mode: Mode = "steer"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise InvalidInputError(f"Feature {self.feature}: strength {self.strength} is no finite number. Give one.")
+        useless, why = _NOTHING.get(self.mode, (math.nan, ""))
+        if self.strength == useless:
+            raise InvalidInputError(
+                f"Feature {self.feature}: {self.mode} with strength {self.strength:g} {why}. Give another strength, or "
+                "remove the feature; the unsteered text is always there."
+            )
+
+    def __str__(self) -> str:
+        amount = {"steer": f" {self.strength:g} × a_max", "clamp": f" at {self.strength:g}"}
+        return f"{self.mode} #{self.feature}" + amount.get(self.mode, f" × {self.strength:g}" * (self.mode == "scale"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One run of the playground.
+
+    Attributes:
+        prompt: what is continued.
+        chat: the prompt is a user message and goes through the chat template.
+        max_new_tokens: longest continuation, in tokens.
+        temperature: 0 takes the most probable token at every step.
+        seed: of sampling, the same for all texts, and of the random direction.
+        scope: which tokens are edited: "last+generated" or "all".
+        control: whether a random direction of equal norm is run as well.
+        edits: the features; none leaves the unsteered text alone.
+    """
+
+    prompt: str
+    chat: bool = False
+    max_new_tokens: int = 40
+    temperature: float = 0.7
+    seed: int = 0
+    scope: ScopeName = "last+generated"
+    control: bool = True
+    edits: tuple[FeatureEdit, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise InvalidInputError("The prompt is empty. Write something to be continued.")
+        if any(0xD800 <= ord(char) <= 0xDFFF for char in self.prompt):
+            raise InvalidInputError("The prompt holds half a character (a lone surrogate). Remove it.")
+        if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
+            raise InvalidInputError(
+                f"{self.max_new_tokens} new tokens: the playground writes 1 to {MAX_NEW_TOKENS}. Choose one of these."
+            )
+        if not 0 <= self.temperature < math.inf:
+            raise InvalidInputError(f"Temperature {self.temperature}: give 0 (most probable token) or more.")
+        twice = {edit.feature for edit in self.edits if sum(edit.feature == e.feature for e in self.edits) > 1}
+        if twice:
+            raise InvalidInputError(f"Feature {min(twice)} is there twice. Give each feature one mode and strength.")
+
+    @classmethod
+    def read(cls, data: Any) -> Ask:
+        """The run that JSON asks for.
+
+        Raises:
+            InvalidInputError: for a value that can't be used.
+            UnknownConfigKeyError: for a name that there is not.
+        """
+        return from_jsonable(cls, data)

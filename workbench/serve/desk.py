@@ -1,0 +1,113 @@
+"""One worker for one model: runs wait in line, say how far they are, and can be stopped between tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from workbench.errors import InvalidInputError, WorkbenchError
+from workbench.serve.playground import Event, Say, Stopped
+
+_LOG = logging.getLogger(__name__)
+
+LAST = ("done", "stopped", "error")
+"""Kinds of event after which a run says nothing more."""
+
+Work = Callable[[Say, Callable[[], bool]], dict[str, Any]]
+
+
+class Desk:
+    """Takes runs from any number of pages and makes them one after the other, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="playground")
+        self._lock = threading.Lock()
+        self._stops: dict[str, threading.Event] = {}
+
+    async def call(self, work: Callable[[], Any]) -> Any:
+        """The result of something short, made when its turn comes."""
+        return await asyncio.wrap_future(self._worker.submit(work))
+
+    async def events(self, name: str, work: Work) -> AsyncGenerator[Event, None]:
+        """Runs something under a name and yields what it says, to the last event: done, stopped or error.
+
+        Whoever stops listening stops the run.
+
+        Raises:
+            InvalidInputError: if a run of this name is there already.
+        """
+        stop, ahead = self._enter(name)
+        loop, said = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def say(event: Event) -> None:
+            # The loop is gone when the server has been told twice to end.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(said.put_nowait, event)
+
+        try:
+            future = self._worker.submit(_make, work, say, stop.is_set)
+            future.add_done_callback(lambda done: self._leave(name, done, say))
+            yield {"kind": "waiting", "ahead": ahead}
+            while True:
+                event = await said.get()
+                yield event
+                if event["kind"] in LAST:
+                    break
+        finally:
+            stop.set()
+
+    def stop(self, name: str) -> bool:
+        """Stops a run at its next token; False if there is none of this name."""
+        with self._lock:
+            stop = self._stops.get(name)
+        if stop is not None:
+            stop.set()
+        return stop is not None
+
+    def stop_all(self) -> None:
+        """Stops every run, those that wait included."""
+        with self._lock:
+            for stop in self._stops.values():
+                stop.set()
+
+    def close(self) -> None:
+        """Stops every run and ends the worker."""
+        self.stop_all()
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _enter(self, name: str) -> tuple[threading.Event, int]:
+        with self._lock:
+            if name in self._stops:
+                raise InvalidInputError(f"A run named {name!r} is there already. Stop it, or use another name.")
+            stop, ahead = threading.Event(), len(self._stops)
+            self._stops[name] = stop
+            return stop, ahead
+
+    def _leave(self, name: str, done: Future[None], say: Say) -> None:
+        with self._lock:
+            del self._stops[name]
+        if done.cancelled():
+            say({"kind": "stopped"})
+        elif (error := done.exception()) is not None:
+            _LOG.error("a run of the playground failed", exc_info=error)
+
+
+def _make(work: Work, say: Say, stopped: Callable[[], bool]) -> None:
+    """Does the work and says how it ended; what nobody expected is said and raised."""
+    try:
+        if stopped():
+            raise Stopped
+        say({"kind": "done", "result": work(say, stopped)})
+    except Stopped:
+        say({"kind": "stopped"})
+    except WorkbenchError as error:
+        say({"kind": "error", "message": str(error)})
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        say({"kind": "error", "message": f"{what}. This was not expected; the terminal shows where it happened."})
+        raise

@@ -1,0 +1,59 @@
+"""The edits that the page asks for as interventions, and their control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from workbench.hooks.sites import Site
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.op import Op
+from workbench.interventions.saecode import decoder_rows
+from workbench.interventions.saes import SAEAblate, SAEAddMax, SAEClamp, SAEScale, features_of
+from workbench.interventions.scopes import Scope
+from workbench.interventions.shapes import EqualNorm
+from workbench.serve.ask import FeatureEdit
+from workbench.steering.steer import random_like
+
+
+def steered(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope) -> Intervention:
+    """The edits: first what is added, so that a_max is that of the unedited token, last what is held at a value."""
+    found = Intervention()
+    for op in _ops(sae, edits):
+        found += Intervention.at(site, op, scope)
+    return found
+
+
+def control(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope, seed: int) -> Intervention:
+    """A random direction with, at every token, the norm that the edits would have changed it by."""
+    direction = random_like(sae.W_dec.detach()[:1].float(), seed % 2**63)[0]
+    return Intervention.at(site, EqualNorm(tuple(_ops(sae, edits)), direction), scope)
+
+
+def words(edits: Sequence[FeatureEdit]) -> tuple[str, ...]:
+    """What each edit of `steered` does, in words."""
+    return tuple(", ".join(map(str, group)) for _, group in _groups(edits))
+
+
+def _groups(edits: Sequence[FeatureEdit]) -> list[tuple[str, list[FeatureEdit]]]:
+    groups = [(mode, [edit for edit in edits if edit.mode == mode]) for mode in ("steer", "scale", "clamp", "ablate")]
+    return [(mode, group) for mode, group in groups if group]
+
+
+def _ops(sae: Any, edits: Sequence[FeatureEdit]) -> list[Op]:
+    ops: list[Op] = []
+    for mode, group in _groups(edits):
+        features = [edit.feature for edit in group]
+        amounts = torch.tensor([edit.strength for edit in group])
+        if mode == "steer":
+            rows = decoder_rows(sae, features_of(sae, features)).float()
+            ops.append(SAEAddMax(sae, amounts.to(rows) @ rows))
+        elif mode == "scale":
+            ops.append(SAEScale(sae, features, amounts))
+        elif mode == "clamp":
+            ops.append(SAEClamp(sae, features, amounts))
+        else:
+            ops.append(SAEAblate(sae, features))
+    return ops

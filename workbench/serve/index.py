@@ -1,0 +1,59 @@
+"""The features that the page can search: those of cards or a table, or every feature by its lens tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from workbench.features.cards import FeatureCard, LensToken
+from workbench.features.lens import LensTokens, lens_ends, slab_rows
+from workbench.features.vocab import Vocabulary
+from workbench.progress import track
+from workbench.records import to_jsonable
+from workbench.serve.playground import Playground
+from workbench.view.features import PackOptions
+from workbench.view.features.encode import pack_cards
+
+MAX_PRODUCTS = 2**40
+"""Multiplications of the logit lens of all features that are worth waiting for at the start: seconds to a minute."""
+N_TOKENS = 10
+
+
+def feature_index(playground: Playground, cards: Iterable[FeatureCard] | None = None) -> dict[str, Any] | None:
+    """What the page searches; None where there are neither cards nor an SAE that is small enough to be read through."""
+    if cards is None:
+        if not can_read_all(playground):
+            return None
+        cards = lens_cards(playground)
+    return pack_cards(map(to_jsonable, cards), PackOptions(windows=0)).index
+
+
+def can_read_all(playground: Playground) -> bool:
+    """Whether the lens tokens of all features are computed at the start."""
+    if playground.sae is None:
+        return False
+    return playground.sae.W_dec.shape[0] * playground.model.d_model * playground.model.d_vocab <= MAX_PRODUCTS
+
+
+def lens_cards(playground: Playground) -> Iterator[FeatureCard]:
+    """A card of every feature with what its decoder row promotes and suppresses, and nothing else."""
+    model, rows = playground.model, playground.sae.W_dec.detach().float()
+    vocabulary, alive = Vocabulary.of(model.tokenizer), rows.norm(dim=1) > 0
+    features = alive.nonzero().flatten()
+    parts = features.split(slab_rows(model.d_vocab))
+
+    def tokens(found: LensTokens, row: int) -> tuple[LensToken, ...]:
+        both = zip(found.ids[row].tolist(), found.values[row].tolist(), strict=True)
+        # A model may have more rows in its unembedding than the tokenizer has tokens.
+        return tuple(LensToken(vocabulary.text(i), i, value) for i, value in both if i < len(vocabulary))
+
+    for part in track(parts, description="reading features", unit="parts"):
+        ends = lens_ends(model, rows[part], min(N_TOKENS, model.d_vocab))
+        for row, feature in enumerate(part.tolist()):
+            yield FeatureCard(
+                feature, math.nan, math.nan, 0, promoted=tokens(ends.promoted, row),
+                suppressed=tokens(ends.suppressed, row),
+            )  # fmt: skip
+    for feature in (~alive).nonzero().flatten().tolist():
+        yield FeatureCard(feature, math.nan, math.nan, 0, flags=("dead: its decoder row is zero",))

@@ -1,0 +1,274 @@
+"""Writes one prompt with and without the edits, and measures every text under every model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from workbench.errors import InvalidInputError, MismatchError
+from workbench.features.lens import lens_ends, lens_tokens, slab_rows, target_site
+from workbench.features.vocab import Vocabulary
+from workbench.hooks.sites import Site
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.saes import features_of
+from workbench.models.generation import Generation
+from workbench.models.head import forward
+from workbench.models.model import Model
+from workbench.saes.formats.names import named_target
+from workbench.serve.ask import MAX_NEW_TOKENS, Ask
+from workbench.serve.edits import control, steered, words
+from workbench.steering.measures import kl_divergence
+from workbench.steering.options import SCOPES
+from workbench.tokens import TokenBatch
+from workbench.view.features.encode import clip
+from workbench.view.text import visible
+
+K = 20
+"""Lens tokens of each edited feature that are marked in the texts."""
+UNSTEERED, STEERED, CONTROL = "unsteered", "steered", "control"
+
+Event = Mapping[str, Any]
+Say = Callable[[Event], None]
+
+
+class Stopped(Exception):
+    """The run was stopped by whoever asked for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One text under every model.
+
+    Attributes:
+        logprobs: log-probability (nats) of each token, by model.
+        kl: divergence (nats) of each edited model's next-token distribution from the unsteered one at each token, by
+            model.
+    """
+
+    logprobs: dict[str, Float[Tensor, " new"]]
+    kl: dict[str, Float[Tensor, " new"]]
+
+
+class Playground:
+    """A model, and an SAE whose features are edited.
+
+    Attributes:
+        model: the model.
+        sae: an SAE of it, or None to write without edits only.
+        site: where the SAE reads and the edits are made.
+
+    Raises:
+        MismatchError: for an SAE of another model, or a transcoder, which does not write where it reads.
+        InvalidInputError: for a model whose logits can't be computed for chosen positions alone.
+    """
+
+    def __init__(self, model: Model, sae: Any = None) -> None:
+        self.model, self.sae = model, sae
+        self.site: Site | None = None if sae is None else target_site(model, sae)
+        target = None if sae is None else named_target(sae)
+        if target is not None and target != self.site:
+            raise MismatchError(
+                f"This is a transcoder: it reads {self.site} and writes {target}, so its features can't be edited "
+                "where they are read. Give an SAE."
+            )
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        with torch.no_grad():
+            hidden, logits = forward(model.hf, {"input_ids": ids}, None)
+        assert logits is not None
+        model.head.require(hidden.flatten(0, 1), logits.flatten(0, 1))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the page says about the model and the SAE, and what may be asked for."""
+        model = self.model
+        return {
+            "model": visible(model.name), "layers": model.n_layers, "d_model": model.d_model,
+            "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
+            "chat": bool(getattr(model.tokenizer, "chat_template", None)),
+            "site": None if self.site is None else str(self.site),
+            "d_sae": None if self.sae is None else int(self.sae.W_dec.shape[0]),
+            "max_new_tokens": MAX_NEW_TOKENS, "k": K,
+        }  # fmt: skip
+
+    def check(self, ask: Ask) -> None:
+        """Refuses edits without an SAE, or of features that it lacks, and a chat without a template.
+
+        The prompt's length is known only when it is encoded, which is left to the thread that runs the model.
+
+        Raises:
+            InvalidInputError: for any of these.
+        """
+        if ask.edits and self.sae is None:
+            raise InvalidInputError(
+                f"{len(ask.edits)} edits were asked for, but no SAE was given. Start again with --sae FOLDER."
+            )
+        if ask.edits:
+            features_of(self.sae, [edit.feature for edit in ask.edits])
+        if ask.chat and not self.about["chat"]:
+            raise InvalidInputError(f"{self.model.name} has no chat template. Give the prompt as plain text.")
+
+    def lens(self, feature: int) -> dict[str, Any]:
+        """What a feature promotes and suppresses, through the final norm.
+
+        Raises:
+            InvalidInputError: if there is no such feature.
+        """
+        if self.sae is None:
+            raise InvalidInputError(f"Feature {feature}: no SAE was given. Start again with --sae FOLDER.")
+        row = self.sae.W_dec.detach()[features_of(self.sae, [feature])]
+        ends = lens_ends(self.model, row.float(), min(10, self.model.d_vocab))
+        sides = {name: getattr(ends, name).ids[0].tolist() for name in ("promoted", "suppressed")}
+        return {"feature": feature} | {name: [self._shown(i) for i in ids] for name, ids in sides.items()}
+
+    def run(self, ask: Ask, say: Say, stopped: Callable[[], bool]) -> dict[str, Any]:
+        """Writes and measures everything that was asked for; the texts are those of `Model.generate`.
+
+        Args:
+            ask: what was asked for.
+            say: told how far it is, and each token that is written.
+            stopped: asked between tokens.
+
+        Raises:
+            Stopped: if `stopped` says so.
+            EditError: if an edit did not happen.
+        """
+        self.check(ask)
+        batch = self.model.tokens([{"role": "user", "content": ask.prompt}] if ask.chat else ask.prompt)
+        self.model.require_room(batch.n_tokens + ask.max_new_tokens)
+        edits = self._interventions(ask)
+        texts: dict[str, Generation] = {}
+        for place, (arm, intervention) in enumerate(edits.items()):
+            say({"kind": "writing", "arm": arm, "place": place, "of": len(edits)})
+            texts[arm] = self._write(arm, batch, ask, intervention, (say, stopped))
+        say({"kind": "measuring"})
+        lens = self._lens_ids(ask)
+        rows = []
+        for arm, text in texts.items():
+            if stopped():
+                raise Stopped
+            rows.append(self._row(arm, text, self.measure(batch, text.ids[0], edits), lens))
+        says = {STEERED: words(ask.edits), CONTROL: ("random direction, equal norm at each token",)}
+        reports = [
+            _report(arm, says[arm][i], report)
+            for arm, text in texts.items() for i, report in enumerate(text.report)
+        ]  # fmt: skip
+        return {"note": batch.note, "prompt_tokens": batch.n_tokens, "rows": rows, "edits": reports}
+
+    def _interventions(self, ask: Ask) -> dict[str, Intervention | None]:
+        found: dict[str, Intervention | None] = {UNSTEERED: None}
+        if ask.edits and self.site is not None:
+            scope = SCOPES[ask.scope]
+            found[STEERED] = steered(self.sae, self.site, ask.edits, scope)
+            if ask.control:
+                found[CONTROL] = control(self.sae, self.site, ask.edits, scope, ask.seed)
+        return found
+
+    def _write(
+        self, arm: str, batch: TokenBatch, ask: Ask, intervention: Intervention | None,
+        caller: tuple[Say, Callable[[], bool]],
+    ) -> Generation:  # fmt: skip
+        say, stopped = caller
+
+        def fed(ids: Tensor) -> None:
+            if stopped():
+                raise Stopped
+            if ids.shape[1] == 1 and written:
+                say({"kind": "token", "arm": arm, "text": self._shown(int(ids[0, 0]))})
+            written.append(True)
+
+        written: list[bool] = []
+        with watched(self.model.hf, fed):
+            return self.model.generate(
+                batch, ask.max_new_tokens, intervention=intervention, seed=ask.seed, temperature=ask.temperature
+            )
+
+    @torch.no_grad()
+    def measure(
+        self, prompt: TokenBatch, new: Int[Tensor, " new"], edits: Mapping[str, Intervention | None]
+    ) -> Measured:
+        """One continuation of a prompt under each model, read in one pass, a few positions unembedded at a time."""
+        ids = torch.cat([prompt.ids[0], new.to(prompt.ids)])[None, :-1]
+        if not len(new):
+            return Measured(
+                {arm: torch.zeros(0) for arm in edits}, {arm: torch.zeros(0) for arm in edits if edits[arm]}
+            )
+        first = prompt.n_tokens - 1
+        chosen = torch.zeros_like(ids, dtype=torch.bool)
+        chosen[:, first:] = True
+        hidden = {arm: self._hidden(ids, chosen, first, edit) for arm, edit in edits.items()}
+        logprobs: dict[str, list[Tensor]] = {arm: [] for arm in edits}
+        kl: dict[str, list[Tensor]] = {arm: [] for arm, edit in edits.items() if edit is not None}
+        for some in torch.arange(len(new)).split(max(1, slab_rows(self.model.d_vocab) // 4)):
+            target = new[some].to(ids)[:, None]
+            logits = {arm: self.model.head.all(h[some.to(h.device)]) for arm, h in hidden.items()}
+            for arm, z in logits.items():
+                logprobs[arm].append(z.log_softmax(1).gather(1, target.to(z.device)).squeeze(1).cpu())
+                if arm in kl:
+                    # Rounding may put a divergence of nothing below zero.
+                    kl[arm].append(kl_divergence(logits[UNSTEERED], z).clamp_min(0).cpu())
+        return Measured(*({arm: torch.cat(parts) for arm, parts in found.items()} for found in (logprobs, kl)))
+
+    def _hidden(
+        self, ids: Int[Tensor, "1 pos"], chosen: Tensor, last: int, edit: Intervention | None
+    ) -> Float[Tensor, "new d_model"]:
+        """The unembedding's input where new tokens are predicted; the prompt ends at position `last`."""
+        # The whole row at once is all prompt to a plan that is not told otherwise.
+        inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
+        if edit is None:
+            return forward(self.model.hf, inputs, chosen, unembed=False)[0]
+        with self.model.plan(edit) as plan:
+            plan.roles((torch.arange(ids.shape[1], device=ids.device) <= last)[None])
+            return forward(self.model.hf, inputs, chosen, unembed=False)[0]
+
+    def _lens_ids(self, ask: Ask) -> set[int]:
+        if not ask.edits:
+            return set()
+        rows = self.sae.W_dec.detach()[[edit.feature for edit in ask.edits]].float()
+        rows = rows[rows.norm(dim=1) > 0]
+        k = min(K, self.model.d_vocab)
+        return set(lens_tokens(self.model, rows, k).ids.flatten().tolist()) if len(rows) else set()
+
+    def _row(self, arm: str, text: Generation, measured: Measured, lens: set[int]) -> dict[str, Any]:
+        ids = text.ids[0].tolist()
+        return {
+            "arm": arm, "ended": text.ended[0].replace("_", " "),
+            "tokens": [self._shown(i) for i in ids], "lens": [i in lens for i in ids],
+            "logprobs": {name: _short(values) for name, values in measured.logprobs.items()},
+            "kl": {name: _short(values) for name, values in measured.kl.items()},
+        }  # fmt: skip
+
+    def _shown(self, token: int) -> str:
+        vocabulary = Vocabulary.of(self.model.tokenizer)
+        return clip(vocabulary.text(token)) if token < len(vocabulary) else f"⟨{token}⟩"
+
+
+def _short(values: Float[Tensor, " new"]) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+def _report(arm: str, what: str, report: Any) -> dict[str, Any]:
+    return {
+        "arm": arm, "what": what, "edit": report.edit, "site": report.site, "passes": report.fired,
+        "tokens": report.tokens, "norm": report.mean_norm_applied, "intended": report.mean_norm_intended,
+        "share": report.share, "together": report.together,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def watched(hf: nn.Module, fed: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside the block, `fed` is told the ids of each forward pass before it is made; what it raises ends the pass."""
+
+    def tell(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        fed(kwargs["input_ids"])
+
+    handle = hf.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
