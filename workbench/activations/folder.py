@@ -315,14 +315,16 @@ class RemoteFolder:
 
 def _write_parts(path: Path, parts: Iterable[Part]) -> str:
     digest = hashlib.sha256()
-    # hashing takes as long as writing, and both leave the interpreter free
+    # hashing takes as long as writing and waiting for the disk, and all leave the interpreter free
     with path.open("wb") as file, ThreadPoolExecutor(1) as other:
+        hashed = []
         for part in parts:
-            hashed = other.submit(digest.update, part)
+            hashed.append(other.submit(digest.update, part))
             file.write(part)
-            hashed.result()
         file.flush()
         os.fsync(file.fileno())
+        for done in hashed:
+            done.result()
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from workbench.activations.quant import Int8Code
 from workbench.activations.shardfile import safetensors_parts
 from workbench.activations.sources import SelfText, TokenRows
 from workbench.activations.store import SCALE, ActivationStore, first_not_finite, open_store
+from workbench.activations.write_behind import write_behind
 from workbench.errors import CorruptFileError, InvalidInputError, MismatchError
 from workbench.progress import Task, task
 
@@ -75,15 +76,8 @@ def harvest(
         InvalidInputError: if an activation is not finite, or `out` can't be written.
     """
     options, folder = options or HarvestOptions(), open_folder(out)
-    plan = make_plan(model, source, resolved(model, sites), options)
-    manifest = _begun(folder, plan, options)
-    damaged = ActivationStore(folder, manifest).damaged()
-    if damaged and not repair:
-        names = ", ".join(manifest.shards[i].file for i in damaged)
-        raise CorruptFileError(
-            f"{folder.where}: {names} {'is' if len(damaged) == 1 else 'are'} missing or damaged. Run the same harvest "
-            "with repair=True (--repair), which makes only what is damaged again."
-        )
+    manifest = _begun(folder, make_plan(model, source, resolved(model, sites), options), options)
+    damaged = _damaged(folder, manifest, repair)
     if damaged or not manifest.done:
         check_writable(folder)
     run = _Harvest(model, source, folder, options)
@@ -112,6 +106,18 @@ def _begun(folder: Folder, plan: Manifest, options: HarvestOptions) -> Manifest:
                 )
             return found
     return plan
+
+
+def _damaged(folder: Folder, manifest: Manifest, repair: bool) -> tuple[int, ...]:
+    """The shards that are not what was written, which only a repair may make again."""
+    damaged = ActivationStore(folder, manifest).damaged()
+    if damaged and not repair:
+        names = ", ".join(manifest.shards[i].file for i in damaged)
+        raise CorruptFileError(
+            f"{folder.where}: {names} {'is' if len(damaged) == 1 else 'are'} missing or damaged. Run the same harvest "
+            "with repair=True (--repair), which makes only what is damaged again."
+        )
+    return damaged
 
 
 def _finished(folder: Folder, manifest: Manifest, options: HarvestOptions) -> ActivationStore:
@@ -143,13 +149,20 @@ class _Kept:
     norm_sums: dict[str, tuple[float, float]]
 
 
+class _Made(NamedTuple):
+    """A shard in memory, before it is written; `entry` lacks the checksums."""
+
+    tensors: dict[str, Tensor]
+    entry: Shard
+
+
 class _Harvest:
     """One run of a harvest: the model, what it reads and where it writes."""
 
     def __init__(self, model: Any, source: Source, folder: Folder, options: HarvestOptions) -> None:
         self.model, self.source, self.folder, self.options = model, source, folder, options
         self._running = Task(None, None)
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: Iterator[dict[str, Tensor]] | None = None
         self._first: _Kept | None = None
 
     def go_on(self, manifest: Manifest, damaged: tuple[int, ...]) -> Manifest:
@@ -158,21 +171,16 @@ class _Harvest:
         look = None if manifest.shards else first_look(self.model, self.source, manifest)
         estimate = expected(manifest, self.source, self.folder, look.tokens_per_second if look else None)
         check_room(estimate, manifest, self.folder)
-        whole = {shard.first_row // manifest.shard_rows for shard in manifest.shards}
         lost = {manifest.shards[i].first_row // manifest.shard_rows for i in damaged}
-        todo = (i for i in itertools.count() if i % world == rank and (i not in whole or i in lost))
+        whole = {shard.first_row // manifest.shard_rows for shard in manifest.shards} - lost
+        todo = (i for i in itertools.count() if i % world == rank and i not in whole)
         total = None if estimate.tokens is None else estimate.tokens // world
         title = f"Harvesting {', '.join(manifest.sites)}: {estimate}"
         with _alone(self.folder, world), task(total=total, description=title, unit="tokens") as bar:
             self._running = bar
             if look is not None:
                 manifest = self._measured(manifest, look)
-            for index, rows in self._shards(manifest.shard_rows, todo, look):
-                if index in lost:
-                    self._remake(manifest, index, rows)
-                else:
-                    manifest = self._add(manifest, index, rows)
-        return manifest
+            return write_behind(self._all_made(manifest, todo, look), self._write, manifest)
 
     def repair(self, manifest: Manifest, damaged: tuple[int, ...]) -> None:
         """Makes the damaged shards of a finished store again; the manifest stays as it is."""
@@ -181,8 +189,7 @@ class _Harvest:
         total = sum(manifest.shards[i].n_rows for i in todo) * manifest.context
         with task(total=total, description=f"Making {len(todo)} shards again", unit="tokens") as bar:
             self._running = bar
-            for index, rows in self._shards(manifest.shard_rows, iter(todo)):
-                self._remake(manifest, index, rows)
+            write_behind(self._all_made(manifest, iter(todo)), self._write, manifest)
 
     def _shards(
         self, shard_rows: int, todo: Iterator[int], look: FirstLook | None = None
@@ -229,21 +236,23 @@ class _Harvest:
         self._first = kept if self.options.place[0] == 0 else None
         return replace(manifest, sites=sites)
 
-    def _add(self, manifest: Manifest, index: int, rows: PackedRows) -> Manifest:
+    def _write(self, manifest: Manifest, made: _Made) -> Manifest:
+        """Writes a shard, then the manifest that names it; a shard that is there already must come out the same."""
+        tensors, entry = made
+        before = next((shard for shard in manifest.shards if shard.first_row == entry.first_row), None)
+        if before is not None:
+            self._rewrite(before, tensors)
+            return manifest
         import xxhash
 
-        tensors, shard = self._made(manifest, index, rows)
         quick = xxhash.xxh3_128()
-        parts = (_seen(part, quick) for part in safetensors_parts(tensors))
-        sha256 = self.folder.write(shard.file, parts)
-        shard = replace(shard, sha256=str(sha256), xxh3=quick.hexdigest())
-        manifest = replace(manifest, shards=(*manifest.shards, shard))
+        sha256 = self.folder.write(entry.file, (_seen(part, quick) for part in safetensors_parts(tensors)))
+        entry = replace(entry, sha256=str(sha256), xxh3=quick.hexdigest())
+        manifest = replace(manifest, shards=(*manifest.shards, entry))
         manifest.save(self.folder, self.options.manifest_name)
         return manifest
 
-    def _remake(self, manifest: Manifest, index: int, rows: PackedRows) -> None:
-        tensors, made = self._made(manifest, index, rows)
-        shard = next(shard for shard in manifest.shards if shard.first_row == made.first_row)
+    def _rewrite(self, shard: Shard, tensors: dict[str, Tensor]) -> None:
         if self.folder.write(shard.file, safetensors_parts(tensors), shard.sha256) is None:
             raise MismatchError(
                 f"{self.folder.where}/{shard.file} was made again and differs from what the manifest says, as happens "
@@ -251,8 +260,11 @@ class _Harvest:
                 "was made, or harvest into another folder."
             )
 
-    def _made(self, manifest: Manifest, index: int, rows: PackedRows) -> tuple[dict[str, Tensor], Shard]:
-        """The content of a shard, and its entry in the manifest but for the checksum."""
+    def _all_made(self, manifest: Manifest, todo: Iterator[int], look: FirstLook | None = None) -> Iterator[_Made]:
+        for index, rows in self._shards(manifest.shard_rows, todo, look):
+            yield self._made(manifest, index, rows)
+
+    def _made(self, manifest: Manifest, index: int, rows: PackedRows) -> _Made:
         first_row = index * manifest.shard_rows
         kept, self._first = self._first or self._run_model(manifest, rows.ids, first_row), None
         keep = kept.reasons == 0
@@ -272,13 +284,11 @@ class _Harvest:
                 tensors[site] = x
         dropped = {DROP_REASONS[i]: int((kept.reasons == i).sum()) for i in range(1, len(DROP_REASONS))}
         file = f"shard-{index:05d}.safetensors"
-        return tensors, Shard(file, "", first_row, len(rows.ids), int(keep.sum()), dropped, kept.norm_sums)
+        return _Made(tensors, Shard(file, "", first_row, len(rows.ids), int(keep.sum()), dropped, kept.norm_sums))
 
     def _run_model(self, manifest: Manifest, ids: Tensor, first_row: int) -> _Kept:
-        """Runs a shard through the model; the activations lie in buffers that the next shard uses again."""
-        if not self._buffers:
-            size = manifest.shard_rows * manifest.context
-            self._buffers = {s: torch.empty(size, t.d, dtype=torch.bfloat16) for s, t in manifest.sites.items()}
+        """Runs a shard through the model; the activations lie in buffers that the next shard but one uses again."""
+        buffers = self._next_buffers(manifest)
         sums = dict.fromkeys(manifest.sites, (0.0, 0.0))
         reasons, n = [], 0
         for start in range(0, len(ids), manifest.batch_rows):
@@ -287,20 +297,30 @@ class _Harvest:
             on_cpu = {site: acts.flat(site).cpu() for site in manifest.sites}
             reason = torch.zeros_like(part)
             for site, x in on_cpu.items():
-                _check_finite(x, site, part, first_row + start)
+                norms = x.float().norm(dim=-1)
+                _check_finite(x, norms, site, part, first_row + start)
                 rule = KeepRule(manifest.sites[site].max_norm, manifest.special_ids)
-                reason = torch.where(reason == 0, rule.reasons(x, part), reason)
-            keep = reason == 0
-            size = int(keep.sum())
+                reason = torch.where(reason == 0, rule.reasons_by_norm(norms, part), reason)
+            chosen = (reason == 0).flatten().nonzero().squeeze(1)
             for site, x in on_cpu.items():
-                kept = self._buffers[site][n : n + size].copy_(x[keep])
+                kept = buffers[site][n : n + len(chosen)]
+                torch.index_select(x.flatten(0, 1).bfloat16(), 0, chosen, out=kept)
                 norms = kept.float().norm(dim=1).double()
                 total, square = sums[site]
                 sums[site] = (total + float(norms.sum()), square + float(norms.square().sum()))
-            n += size
+            n += len(chosen)
             reasons.append(reason)
             self._running.advance(part.numel())
-        return _Kept({site: x[:n] for site, x in self._buffers.items()}, torch.cat(reasons), sums)
+        return _Kept({site: x[:n] for site, x in buffers.items()}, torch.cat(reasons), sums)
+
+    def _next_buffers(self, manifest: Manifest) -> dict[str, Tensor]:
+        """Two sets in turn, one being filled while the other is written."""
+        if self._buffers is None:
+            size = manifest.shard_rows * manifest.context
+            widths = {site: stats.d for site, stats in manifest.sites.items()}
+            sets = [{s: torch.empty(size, d, dtype=torch.bfloat16) for s, d in widths.items()} for _ in range(2)]
+            self._buffers = itertools.cycle(sets)
+        return next(self._buffers)
 
 
 def _alone(folder: Folder, world: int) -> AbstractContextManager[None]:
@@ -313,8 +333,9 @@ def _seen(part: Part, digest: Any) -> Part:
     return part
 
 
-def _check_finite(x: Tensor, site: str, ids: Tensor, first_row: int) -> None:
-    bad = first_not_finite(x.flatten(0, 1))
+def _check_finite(x: Tensor, norms: Tensor, site: str, ids: Tensor, first_row: int) -> None:
+    # a norm is finite only if all values are, save for overflow, which the exact look settles
+    bad = None if bool(torch.isfinite(norms).all()) else first_not_finite(x.flatten(0, 1))
     if bad is not None:
         row, position = divmod(bad, ids.shape[1])
         raise InvalidInputError(

@@ -56,8 +56,14 @@ class KeepRule:
 
     def reasons(self, x: Float[Tensor, "rows pos d"], ids: Int[Tensor, "rows pos"]) -> Int[Tensor, "rows pos"]:
         """Why each token is dropped: 0 kept, 1 first of its row, 2 special token, 3 norm; the first that applies."""
+        return self.reasons_by_norm(x.float().norm(dim=-1), ids)
+
+    def reasons_by_norm(
+        self, norms: Float[Tensor, "rows pos"], ids: Int[Tensor, "rows pos"]
+    ) -> Int[Tensor, "rows pos"]:
+        """The same from the norms alone."""
         reason = torch.zeros_like(ids)
-        reason[x.float().norm(dim=-1) > self.max_norm] = 3
+        reason[norms > self.max_norm] = 3
         reason[_special(ids, self.special_ids)] = 2
         reason[:, 0] = 1
         return reason

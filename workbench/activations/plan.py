@@ -34,7 +34,8 @@ class HarvestOptions:
     """How a harvest is cut into pieces and stored; the activations don't depend on it beyond rounding.
 
     Attributes:
-        shard_tokens: tokens per shard, rounded up to whole batches of the source. A killed harvest loses at most one.
+        shard_tokens: tokens per shard, rounded up to whole batches of the source. A killed harvest loses at
+            most two, the one being made and the one being written.
         batch_tokens: tokens per forward pass, rounded up to whole rows.
         dtype: "bfloat16", or "int8" for half the size: channels standardised, then one scale per token.
         rank: number of this process among those that fill the store together; by default the variable RANK, else 0.
@@ -241,7 +242,7 @@ def expected(plan: Manifest, source: Source, folder: Folder, speed: float | None
         tokens=left,
         disk_bytes=None if left is None else left * stored,
         free_disk_bytes=folder.free_bytes(),
-        memory_bytes=plan.shard_rows * plan.context * buffered + forward,
+        memory_bytes=2 * plan.shard_rows * plan.context * buffered + forward,  # one made while one is written
         free_memory_bytes=psutil.virtual_memory().available,
         tokens_per_second=speed,
     )
