@@ -7,16 +7,14 @@ import functools
 import inspect
 import json
 import random
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from workbench.errors import CorruptFileError, DegenerateInputError, MissingFileError
 from workbench.records import write_atomic
+from workbench.saes.library import library_files, library_root, parsed
 
-LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "site-packages", "__pycache__")
-"""Folders of the library whose strings are tests or tables."""
 WEB = ("http", "urllib", "email", "ftplib", "smtplib", "imaplib", "poplib", "xmlrpc", "socketserver", "ssl", "mailbox")
 NUMBERS = (
     "decimal", "_pydecimal", "fractions", "statistics", "random", "datetime", "_pydatetime", "calendar", "numbers",
@@ -42,23 +40,13 @@ class Labelled:
 
 
 def docstrings(file: Path) -> Iterator[str]:
-    """The documentation strings of a source file, in order; the file is parsed and never run."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return
-    for node in ast.walk(tree):
+    """The documentation strings of a source file, in order."""
+    tree = parsed(file)
+    for node in () if tree is None else ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text and len(text) >= MIN_CHARACTERS:
                 yield inspect.cleandoc(text)
-
-
-def library_files() -> list[Path]:
-    """The source files of the standard library that are read, by name."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = (f for f in root.rglob("*.py") if not set(f.relative_to(root).parts) & set(LEFT_OUT))
-    return sorted(files, key=lambda f: f.relative_to(root).as_posix())
 
 
 @functools.cache
@@ -68,8 +56,7 @@ def _library() -> tuple[tuple[Path, tuple[str, ...]], ...]:
 
 
 def _topic(file: Path) -> str | None:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    name = file.relative_to(root).parts[0].removesuffix(".py")
+    name = file.relative_to(library_root()).parts[0].removesuffix(".py")
     return next((topic for topic, names in TOPICS.items() if name in names), None)
 
 

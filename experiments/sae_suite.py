@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import tyro
 
-from workbench.cli.base import Command, read_passages
-from workbench.errors import InvalidInputError
+from workbench.cli.sae_eval import SaeMeasurement
 from workbench.saes.absorption import AbsorptionOptions
-from workbench.saes.evaluate import EvalOptions
 from workbench.saes.sparse_probing import ProbingOptions
 from workbench.saes.suite import SuiteOptions
+from workbench.saes.synthetic_training import SyntheticTraining
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaeSuite(Command):
-    """Measure an SAE: core metrics, k-sparse probing, absorption; each beside its controls."""
+class SaeSuite(SaeMeasurement):
+    """Measure an SAE: core metrics, k-sparse probing, absorption, its training on known features; with controls."""
 
-    sae: tyro.conf.Positional[Path]
-    """Folder of the SAE."""
-    store: Path | None = None
-    """Store whose held-out rows are used."""
-    texts: Path | None = None
-    """Text file, one passage per line, instead of a store."""
-    rows: int = 64
-    """Rows that are run through the model, at most."""
-    batch_rows: int = 16
-    """Rows per forward pass; less memory, same numbers."""
     text_sets: bool = True
     """Also probe texts: code and docstrings of the standard library of this Python."""
     per_class: int = 200
     """Texts or tokens of each class in a labelled set, at most."""
     words: int = 2000
     """Words of the vocabulary for absorption; 0 leaves it out."""
+    synthetic_steps: int = 1200
+    """Steps of training an SAE of the same architecture where the true features are known; 0 leaves it out."""
 
     def run(self) -> None:
         """Measures, writes the run folder, and says what was found."""
@@ -44,7 +33,7 @@ class SaeSuite(Command):
         from workbench.saes.labelled import local_text_sets
         from workbench.saes.suite import run_suite
 
-        rows, sae = self._rows(), load_sae(self.sae)
+        rows, sae = self.read_rows(), load_sae(self.sae)
         model = load_model(self.model)
         sets = local_text_sets(self.per_class) if self.text_sets else ()
         with self.start("sae-suite") as run:
@@ -59,20 +48,13 @@ class SaeSuite(Command):
 
     def options(self) -> SuiteOptions:
         """What is measured."""
+        steps, seed = self.synthetic_steps, self.seed
         return SuiteOptions(
-            evaluation=EvalOptions(max_rows=self.rows, batch_rows=self.batch_rows, seed=self.seed),
-            probing=ProbingOptions(per_class=self.per_class, seed=self.seed),
-            absorption=AbsorptionOptions(max_words=self.words, seed=self.seed) if self.words else None,
+            evaluation=self.evaluation(),
+            probing=ProbingOptions(per_class=self.per_class, seed=seed),
+            absorption=AbsorptionOptions(max_words=self.words, seed=seed) if self.words else None,
+            synthetic=SyntheticTraining(steps=steps, seed=seed) if steps else None,
         )
-
-    def _rows(self) -> Any:
-        from workbench.activations.store import open_store
-
-        if (self.store is None) == (self.texts is None):
-            raise InvalidInputError("sae suite: give --store FOLDER or --texts FILE, one of them.")
-        if self.store is not None:
-            return open_store(self.store)
-        return read_passages(self.texts)
 
 
 if __name__ == "__main__":

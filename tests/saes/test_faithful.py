@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
 from workbench.activations.keep import KeepRule
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.models.model import Model
+from workbench.records import to_jsonable
 from workbench.saes.evaluate import EvalOptions
 from workbench.saes.faithful import (
     FakeFeatureOptions,
@@ -159,5 +161,9 @@ def test_differences_over_seeds_are_welch_intervals() -> None:
     assert verdict(seed_difference([0.31, 0.32, 0.30], [0.11, 0.12, 0.13])) == "more"
     assert verdict(seed_difference([0.11, 0.12, 0.13], [0.31, 0.32, 0.30])) == "less"
     assert verdict(seed_difference([1.0, 1.0], [1.0, 1.0])) == "not clearly different"
+    saturated = seed_difference([1.0, 1.0, 1.0], [0.998, 0.998, 0.998])
+    assert verdict(saturated) == "not clearly different", "three equal seeds don't show that a fourth is equal"
+    assert saturated.value == pytest.approx(0.002) and saturated.high == math.inf
+    assert "inf" in json.dumps(to_jsonable(saturated))
     with pytest.raises(DegenerateInputError, match="1 and 3 seeds"):
         seed_difference([1.0], b)

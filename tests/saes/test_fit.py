@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.tiny import D_MODEL, n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, MismatchError, UnknownSiteError
 from workbench.models.model import Model
-from workbench.saes.fit import FVU_LIMIT, Fit, FitReport, _looks_like, check_sae
+from workbench.saes.fit import FVU_LIMIT, Fit, FitReport, _clearly_better, _looks_like, check_sae
 from workbench.saes.formats.build import build
 from workbench.saes.formats.raw import RawSAE
 from workbench.saes.io import load_sae
@@ -96,6 +96,7 @@ def test_a_lower_place_is_mentioned() -> None:
     assert "usable, but at resid_post.16 it is 0.3" in FitReport(here, (there,), None).findings()[0]
     assert FitReport(there, (here,), None).findings()[0].endswith("it fits.")
     assert _looks_like(here, (there,)) is None, "not much lower"
+    assert _looks_like(_told("resid_post.9", 0.53, 0.88), (_told("resid_post.7", 0.24, 1.1),)) is None
     assert _looks_like(Fit("resid_post.15", "", 0.61, 32.0, 262), (there,)) is there
 
 
@@ -212,6 +213,55 @@ def test_the_report_shows_itself(model: Model) -> None:
     report = check_sae(model, _principal(model, "resid_post.1", rank=3))
     assert "resid_post.1" in repr(report) and "<table" in report._repr_html_()
     assert report.section().metrics["fvu"] == report.claimed.fvu
+
+
+def _told(site: str, fvu: float, standardised: float, how: str = "", spread: float = 0.1, texts: int = 12) -> Fit:
+    """A fit whose texts differ from each other by `spread`, in the same way in every fit."""
+    shape = [1 + spread * (-1) ** i for i in range(texts)]
+    parts = [tuple(value * s / texts for s in shape) for value in (fvu, standardised)]
+    return Fit(site, how, fvu, 32.0, 260, *parts)
+
+
+def test_a_site_that_is_clearly_better_by_both_measures_is_named_and_by_one_it_is_not() -> None:
+    here = _told("resid_post.14", 0.38, 0.68)
+    right = _told("resid_post.15", 0.31, 0.53)
+    assert _clearly_better(here, (right, _told("resid_post.16", 0.37, 0.66))) is right
+    assert _clearly_better(right, (here,)) is None
+    outliers, blind = _told("resid_post.8", 0.20, 0.90), _told("resid_post.16", 0.40, 0.50)
+    assert _clearly_better(here, (outliers, blind)) is None, "one dimension outweighs the others; too much in most"
+    assert _clearly_better(_told("resid_post.3", 0.5, 1.9), (_told("resid_post.4", 0.4, 1.2),)) is None, "untrained"
+    assert _clearly_better(here, (_told("resid_post.14", 0.31, 0.53, "at scale 2"),)) is None
+    uneven = Fit("x.1", "", 0.31, 32.0, 260, (0.0, 0.14) * 6, (0.0, 0.2) * 6)
+    assert _clearly_better(here, (uneven,)) is None, "lower on average, and higher on half of the texts"
+    few = _told("resid_post.14", 0.38, 0.68, texts=4)
+    assert _clearly_better(few, (_told("resid_post.15", 0.31, 0.53, texts=4),)) is None
+    report = FitReport(here, (right,), right)
+    assert not report.ok
+    with pytest.raises(MismatchError, match=r"this looks like resid_post.15.*site='resid_post.15'"):
+        report.require()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_standardised_measure_is_the_mean_over_dimensions(family: str) -> None:
+    model = tiny_model(family)
+    sae = _principal(model, "resid_post.1", rank=3)
+    found = check_sae(model, sae).claimed
+    x = _kept(model, "resid_post.1")
+    error, variance = (x - sae.decode(sae.encode(x))).square().sum(0), (x - x.mean(0)).square().sum(0)
+    assert found.standardised == pytest.approx(float((error / variance).mean()), rel=1e-4)
+    assert sum(found.by_text) == pytest.approx(found.fvu, rel=1e-4)
+    assert found.standardised != pytest.approx(found.fvu, rel=1e-2)
+
+
+@pytest.mark.embedded
+def test_on_a_real_model_no_right_site_is_refused_and_one_layer_off_is(embedded: Model) -> None:
+    """Layer 9 has no outlier dimensions and layer 8 has: its FVU alone is lower there."""
+    for layer, rank in ((9, 5), (9, 200), (15, 5), (15, 50), (26, 50)):
+        report = check_sae(embedded, _principal(embedded, f"resid_post.{layer}", rank=rank))
+        assert report.ok, report
+    moved = check_sae(embedded, _principal(embedded, "resid_post.15", rank=50, claims="resid_post.14"))
+    assert not moved.ok and moved.looks_like is not None
+    assert moved.looks_like.site == "resid_post.15"
 
 
 @pytest.mark.embedded

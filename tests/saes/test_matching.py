@@ -129,6 +129,14 @@ def test_features_that_fired_once_together_are_not_called_the_same() -> None:
         match_by_activations(first, first, [])
 
 
+def test_saes_of_another_width_are_named() -> None:
+    right, wrong, x = ToySAE(_random(12, 6)), ToySAE(_random(12, 5)), _random(40, 6)
+    with pytest.raises(ShapeError, match=r"b reads d_in=5, and the activations have shape \(40, 6\)"):
+        match_by_activations(right, wrong, [x])
+    with pytest.raises(ShapeError, match="a reads d_in=6"):
+        match_by_activations(right, right, [x[:, :3]])
+
+
 def test_no_more_tokens_are_read_than_asked_for() -> None:
     W = _random(8, 4)
     blocks = [_random(700, 4, i) for i in range(4)]

@@ -8,7 +8,16 @@ from scipy.sparse import csr_matrix
 from tests.tiny import tiny_model
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.saes.labelled import local_text_sets, token_labels
-from workbench.saes.sparse_probing import Examples, ProbingOptions, probe_sets, split_by_document
+from workbench.saes.sparse_probing import (
+    Examples,
+    ProbeScore,
+    ProbingOptions,
+    ProbingReport,
+    probe_sets,
+    split_by_document,
+    t_mean,
+)
+from workbench.stats import Estimate
 from workbench.tokens import TokenBatch
 
 
@@ -26,18 +35,41 @@ def _planted(seed: int = 0, n: int = 400) -> Examples:
 
 def test_a_planted_feature_is_found_and_every_control_stands_where_it_must() -> None:
     report = probe_sets([_planted()], ProbingOptions(per_class=150))
-    assert report.mean("SAE", 1) == 1
-    assert report.mean("random SAE", 1) < 0.65
-    assert report.mean("SAE, shuffled labels", 5) < 0.65
-    assert 0.52 < report.mean("residual channels", 1) < 0.8
-    assert report.mean("residual channels", 1) < report.mean("residual channels", 5) < report.mean("full residual", 0)
-    assert report.mean("full residual", 0) > 0.85
+    mean = {(s.reads, s.k): report.mean(s.reads, s.k).value for s in report.scores}
+    assert mean["SAE", 1] == 1
+    assert mean["random SAE", 1] < 0.65
+    assert mean["SAE, shuffled labels", 5] < 0.65
+    assert 0.52 < mean["residual channels", 1] < 0.8
+    assert mean["residual channels", 1] < mean["residual channels", 5] < mean["full residual", 0]
+    assert mean["full residual", 0] > 0.85
     one = next(s for s in report.scores if s.reads == "residual channels" and s.k == 1)
     assert one.sd > 0
     assert one.accuracy.low < one.accuracy.value < one.accuracy.high
     assert one.accuracy.n == 5
     assert len(report.findings()) == 4
-    assert report.section().metrics["SAE_k1"] == 1
+    found = report.section().metrics["SAE_k1"]
+    assert isinstance(found, Estimate) and found.value == 1 and found.unit == "reseeds"
+
+
+def test_over_several_sets_the_difference_is_taken_set_by_set() -> None:
+    """Sets differ far more than SAE and control do; only the pairs show who is ahead."""
+
+    def score(task: str, reads: str, k: int, *accuracies: float) -> ProbeScore:
+        return ProbeScore(task, reads, k, t_mean(accuracies), t_mean(accuracies), accuracies)
+
+    scores = []
+    for i, easy in enumerate((0.55, 0.7, 0.95)):
+        scores += [score(f"{i}", "SAE", 1, easy + 0.02, easy + 0.03), score(f"{i}", "random SAE", 1, easy, easy)]
+        scores += [score(f"{i}", "residual channels", 1, easy + 0.06 - 0.03 * i, easy + 0.05 - 0.03 * i)]
+        scores += [score(f"{i}", "SAE, shuffled labels", 1, 0.5, 0.5), score(f"{i}", "full residual", 0, 1.0, 1.0)]
+    report = ProbingReport(tuple(scores))
+    mean, ahead = report.mean("SAE", 1), report.ahead("SAE", 1, "random SAE")
+    assert (mean.n, mean.unit) == (3, "sets")
+    assert ahead.value == pytest.approx(0.025) and ahead.high - ahead.low < 1e-9
+    assert mean.high - mean.low > 0.5
+    (line, _) = report.findings()
+    assert "a random SAE: worse (the SAE is ahead by 0.025 [0.025, 0.025] (n=3 sets))" in line
+    assert "1 residual channel: not clearly different (the SAE is ahead by" in line
 
 
 def test_test_documents_are_never_trained_on_and_classes_are_balanced() -> None:
@@ -56,7 +88,7 @@ def test_a_label_that_only_names_the_document_is_not_learned() -> None:
     labels = random.integers(0, 2, 40)[documents]
     acts = csr_matrix(np.eye(40)[documents])
     examples = Examples("leak", np.eye(40)[documents], {"SAE": acts, "random SAE": acts}, labels, documents)
-    assert probe_sets([examples]).mean("full residual", 0) < 0.65
+    assert probe_sets([examples]).mean("full residual", 0).value < 0.65
 
 
 def test_wrong_input_is_refused() -> None:

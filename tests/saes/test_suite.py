@@ -14,6 +14,8 @@ from workbench.saes.io import sae_lens_module
 from workbench.saes.labelled import LabelledTexts
 from workbench.saes.sparse_probing import ProbingOptions
 from workbench.saes.suite import SuiteOptions, run_suite
+from workbench.saes.synthetic import SyntheticOptions
+from workbench.saes.synthetic_training import SyntheticTraining
 
 TEXTS = [f"{i} Some words, and more; then {i * 7} of them.\nEnd of Passage {i}" for i in range(24)]
 
@@ -34,7 +36,7 @@ def test_the_suite_measures_what_was_asked_and_says_what_it_could_not() -> None:
     )
     options = SuiteOptions(
         evaluation=EvalOptions(max_rows=24, batch_rows=7), probing=ProbingOptions(ks=(1,), reseeds=2, per_class=60),
-        absorption=None,
+        absorption=None, synthetic=SyntheticTraining(world=SyntheticOptions(n_features=12, d_in=16), steps=4, batch=64),
     )  # fmt: skip
     report = run_suite(model, _sae(model), TEXTS, texts=(labelled,), options=options)
     assert report.absorption is None
@@ -43,9 +45,10 @@ def test_the_suite_measures_what_was_asked_and_says_what_it_could_not() -> None:
     assert scores["upper or lower", "full residual"] > 0.9
     assert scores["second half of the row", "full residual"] > 0.6
     assert "begins a word" in report.skipped, "tokens of the tiny tokenizer are single bytes"
-    assert set(report.parts) == {"core", "probing"}
+    assert set(report.parts) == {"core", "probing", "synthetic"}
+    assert report.synthetic is not None and report.synthetic.trained == "topk", "as the SAE under study"
     section = report.section()
-    assert {"core.fvu", "probing.SAE_k1", "probing.random_SAE_k1"} <= section.metrics.keys()
+    assert {"core.fvu", "probing.SAE_k1", "probing.random_SAE_k1", "synthetic.mmcs"} <= section.metrics.keys()
     assert "Too few examples" in section.findings[-1]
     json.dumps(report.to_json())
     assert n_hooks(model.hf) == 0
@@ -59,7 +62,7 @@ def test_the_command_writes_a_run_folder(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "text.txt").write_text("\n".join(t.replace("\n", " ") for t in TEXTS), encoding="utf-8")
     SaeSuite(
         sae=tmp_path / "sae", texts=tmp_path / "text.txt", model=str(tmp_path / "model"), out=tmp_path / "runs",
-        rows=12, text_sets=False, words=0, json=True,
+        rows=12, text_sets=False, words=0, synthetic_steps=0, json=True,
     ).run()  # fmt: skip
     out = json.loads(capsys.readouterr().out)
     assert Path(out["report"]).is_file()

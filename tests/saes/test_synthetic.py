@@ -30,12 +30,12 @@ def test_mcc_and_mmcs_equal_brute_force(seed: int) -> None:
 def test_the_oracle_is_perfect_where_features_do_not_overlap_and_the_random_sae_is_not() -> None:
     report = evaluate_on_synthetic(EASY.oracle(), EASY, n_tokens=3000)
     s, random = report.scores, report.controls["random SAE"]
-    assert (s.mmcs, s.mcc.value, s.f1.value) == pytest.approx((1, 1, 1), abs=1e-5)
+    assert (s.mmcs.value, s.mcc.value, s.f1.value) == pytest.approx((1, 1, 1), abs=1e-5)
     assert s.fvu < 1e-8
     assert s.shrinkage == pytest.approx(1, abs=1e-4)
     assert s.l0 == pytest.approx(2, abs=0.2)
     assert s.dead == 0
-    assert random.mmcs < 0.7 and random.mcc.value < s.mcc.value - 0.3
+    assert random.mmcs.value < 0.7 and random.mcc.value < s.mcc.value - 0.3
     assert random.f1.value < 0.7
     assert "a random one" in report.findings()[0]
     assert len(report.section().blocks[0].rows) == 9  # type: ignore[union-attr]
@@ -75,7 +75,7 @@ def test_codes_are_reproducible_positive_and_as_sparse_as_asked() -> None:
 def test_any_sae_of_sae_lens_is_accepted_and_another_width_refused() -> None:
     lens = sae_lens_module()
     sae = lens.StandardSAE(lens.StandardSAEConfig(d_in=16, d_sae=20))
-    assert evaluate_on_synthetic(sae, EASY, n_tokens=500).scores.mmcs < 0.9
+    assert evaluate_on_synthetic(sae, EASY, n_tokens=500).scores.mmcs.value < 0.9
     with pytest.raises(ShapeError, match="width 16"):
         evaluate_on_synthetic(sae, SyntheticTruth.make(), n_tokens=100)
     with pytest.raises(InvalidInputError):

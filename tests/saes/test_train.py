@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.saes.stores import SITE, assert_same_tensors, before_step, ctrl_c, small_store, tensors
-from tests.tiny import tiny_model
+from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.folder import in_use
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TokenRows
@@ -31,7 +31,7 @@ from workbench.saes.checkpoint import read_checkpoint
 from workbench.saes.config import SAEConfig
 from workbench.saes.io import load_sae
 from workbench.saes.member import Member
-from workbench.saes.train import adam_step, train_sae
+from workbench.saes.train import adam_step, train_sae, train_saes
 
 CONFIG = SAEConfig(d_sae=64, k=4, tokens=4000, batch=100, dead_after=500, kernel="csr", buffer=300)
 EACH = {
@@ -275,6 +275,20 @@ def test_names_of_architectures() -> None:
     assert SAEConfig(architecture="standard") == SAEConfig(architecture="relu")
     assert SAEConfig(architecture="matryoshka_batchtopk", d_sae=64, widths=(8,)).prefixes == (8, 64)
     assert SAEConfig(architecture="matryoshka", d_sae=4, k=2).prefixes == (1, 2, 4)
+
+
+def test_a_short_jumprelu_run_with_default_settings_is_sparse(store: ActivationStore, tmp_path: Path) -> None:
+    """Thresholds that start near zero can't come up in so few steps."""
+    config = SAEConfig(architecture="jumprelu", d_sae=128, tokens=60 * 128, batch=128, kernel="csr")
+    runs = train_saes(store, [config, replace(config, initial_threshold=0.01)], tmp_path)
+    default, from_zero = (run.metrics for run in runs)
+
+    def objective(metrics: dict[str, float]) -> float:
+        return D_MODEL * metrics["fvu"] + metrics["l0"]
+
+    assert objective(default) < objective(from_zero)
+    assert default["l0"] < 0.6 * from_zero["l0"]
+    assert default["fvu"] < 0.9
 
 
 def test_clipping_bounds_the_step_that_adam_sees() -> None:

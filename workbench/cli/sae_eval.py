@@ -1,20 +1,23 @@
-"""The command sae eval: the numbers of an SAE beside their controls."""
+"""The command sae eval: the numbers of an SAE beside their controls; and what it shares with other measurements."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from workbench.cli.base import Command, read_passages
 from workbench.errors import InvalidInputError
 
+if TYPE_CHECKING:
+    from workbench.saes.evaluate import EvalOptions
+
 
 @dataclass(frozen=True, kw_only=True)
-class SaeEval(Command):
-    """Evaluate an SAE: FVU, L0, loss recovered when it is spliced in, beside controls."""
+class SaeMeasurement(Command):
+    """A measurement of one SAE on rows of a store or of a text file."""
 
     sae: tyro.conf.Positional[Path]
     """Folder of the SAE."""
@@ -27,28 +30,44 @@ class SaeEval(Command):
     batch_rows: int = 16
     """Rows per forward pass; less memory, same numbers."""
 
+    def read_rows(self) -> Any:
+        """The store, or the passages of the text file.
+
+        Raises:
+            InvalidInputError: unless exactly one of them was given.
+        """
+        from workbench.activations.store import open_store
+
+        if (self.store is None) == (self.texts is None):
+            given = "neither" if self.store is None else "both"
+            raise InvalidInputError(
+                f"The rows to measure on: {given} given. Give --store FOLDER or --texts FILE, one of them."
+            )
+        return open_store(self.store) if self.store is not None else read_passages(self.texts)
+
+    def evaluation(self) -> EvalOptions:
+        """How many rows, in which batches."""
+        from workbench.saes.evaluate import EvalOptions
+
+        return EvalOptions(max_rows=self.rows, batch_rows=self.batch_rows, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeEval(SaeMeasurement):
+    """Evaluate an SAE: FVU, L0, loss recovered when it is spliced in, beside controls."""
+
     def run(self) -> None:
         """Evaluates, writes the run folder, and says what was found."""
         from workbench.models.loading import load_model
-        from workbench.saes.evaluate import EvalOptions, evaluate_sae
+        from workbench.saes.evaluate import evaluate_sae
         from workbench.saes.io import load_sae
 
-        rows, sae = self._rows(), load_sae(self.sae)
+        rows, sae = self.read_rows(), load_sae(self.sae)
         model = load_model(self.model)
-        options = EvalOptions(max_rows=self.rows, batch_rows=self.batch_rows, seed=self.seed)
         with self.start("sae-eval") as run:
             run.note_model(model)
-            report = evaluate_sae(model, sae, rows, options=options)
+            report = evaluate_sae(model, sae, rows, options=self.evaluation())
             run.save_step("sae", report.section())
             html = run.finish(f"Evaluation of {self.sae}")
         lines = [*(f"- {finding}" for finding in report.findings()), f"Report: {html}"]
         self.emit({"run": run.path, "report": html, "metrics": report.section().metrics}, lines)
-
-    def _rows(self) -> Any:
-        from workbench.activations.store import open_store
-
-        if (self.store is None) == (self.texts is None):
-            raise InvalidInputError("sae eval: give --store FOLDER or --texts FILE, one of them.")
-        if self.store is not None:
-            return open_store(self.store)
-        return read_passages(self.texts)

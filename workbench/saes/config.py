@@ -17,7 +17,9 @@ DEFAULT_L1_PER_ROOT = 1 / 12
 """Times the square root of the width, with which activations grow: 2 at 576 dimensions, 5 at 3,600."""
 DEFAULT_L0 = 1.0
 DEFAULT_BANDWIDTH = 0.05
-DEFAULT_THRESHOLD = 0.01
+DEFAULT_THRESHOLD = 1.0
+"""One standard deviation of what a unit encoder row reads at first. From near zero half of the features are active, and
+thresholds, which Adam moves by no more than the learning rate, need thousands of steps to come up."""
 
 OPTIONS = {
     "topk": ("k",),
@@ -60,7 +62,7 @@ class SAEConfig:
     bandwidth: float | None = None
     """Width of the window in which jumprelu thresholds get a gradient; None takes 0.05."""
     initial_threshold: float | None = None
-    """Threshold that jumprelu starts from; None takes 0.01."""
+    """Threshold that jumprelu starts from; None takes 1."""
     widths: tuple[int, ...] | None = None
     """Prefixes of a matryoshka SAE that reconstruct by themselves; None takes 1/16, 1/8, 1/4, 1/2 of d_sae and all."""
     decoder_norm: Literal["unit", "free"] = "unit"

@@ -308,7 +308,9 @@ def quality(model: Any, sae: Any, rows: Int[Tensor, "rows context"], *, options:
 def seed_difference(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Estimate:
     """Mean of `a` minus mean of `b` over independent seeds, with Welch's t interval; n counts both sides.
 
-    Three seeds a side make wide intervals, which is what three seeds are worth.
+    Three seeds a side make wide intervals, which is what three seeds are worth. Where no seed differs from another of
+    its side (shares that are all 0, say) there is nothing to say how far the next one would be: the interval is then
+    without ends, and excludes nothing.
 
     Raises:
         DegenerateInputError: with fewer than two seeds on a side.
@@ -326,8 +328,8 @@ def seed_difference(a: Sequence[float], b: Sequence[float], *, level: float = 0.
         raise InvalidInputError(f"seed_difference: {list(a)} and {list(b)}: all values must be finite.")
     parts = np.array([x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)])
     value = float(x.mean() - y.mean())
-    if parts.sum() == 0:
-        return Estimate(value, value, value, len(x) + len(y), "Welch t over seeds", "seeds", level)
+    if np.ptp(x) == np.ptp(y) == 0:
+        return Estimate(value, -math.inf, math.inf, len(x) + len(y), "none: the seeds are all alike", "seeds", level)
     freedom = parts.sum() ** 2 / (parts**2 / np.array([len(x) - 1, len(y) - 1])).sum()
     reach = float(t.ppf((1 + level) / 2, freedom)) * math.sqrt(parts.sum())
     return Estimate(value, value - reach, value + reach, len(x) + len(y), "Welch t over seeds", "seeds", level)

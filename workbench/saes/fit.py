@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from workbench.activations.keep import SINK_FACTOR
@@ -19,6 +20,7 @@ from workbench.metrics import fvu
 from workbench.report import Report, Section, Table
 from workbench.saes.coder import Coder
 from workbench.saes.formats.names import named_site, named_target
+from workbench.stats import paired_difference
 from workbench.tokens import TokenBatch
 
 FVU_LIMIT = 1.0
@@ -30,7 +32,9 @@ MUCH_LOWER = 0.5
 CONVINCING = 0.7
 """And at most this: a place with a higher FVU is no explanation."""
 TOKENS_ELSEWHERE = 256
-"""Tokens on which other places and scales are tried."""
+"""Tokens on which other places and scales are tried, as many of each text."""
+FEWEST_TEXTS = 8
+"""With fewer texts there is no interval by which one place could be clearly better than another."""
 
 _SCALES = tuple(2.0**power for power in range(-12, 13) if power)
 _NEIGHBOURS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -62,6 +66,9 @@ class Fit:
         fvu: unexplained over total variance of the kept tokens; infinite if the reconstruction is.
         l0: active features per token.
         n_tokens: kept tokens.
+        by_text: what each text adds to `fvu`.
+        standardised_by_text: what each text adds to the mean over dimensions of the FVU of each dimension alone. A
+            layer in which one dimension outweighs all others has a low FVU whatever the SAE; here it is one of many.
     """
 
     site: str
@@ -69,11 +76,23 @@ class Fit:
     fvu: float
     l0: float
     n_tokens: int
+    by_text: tuple[float, ...] = ()
+    standardised_by_text: tuple[float, ...] = ()
 
     @property
     def place(self) -> str:
         """Site and treatment, as `resid_pre.15` or `resid_post.15 at scale 0.05`."""
         return f"{self.site} {self.how}".strip()
+
+    @property
+    def standardised(self) -> float:
+        """Mean over dimensions of the FVU of each dimension alone."""
+        return sum(self.standardised_by_text) if self.standardised_by_text else math.nan
+
+    def clearly_below(self, other: Fit) -> bool:
+        """Whether less is left unexplained here, by both measures and text by text on the same texts."""
+        pairs = ((self.by_text, other.by_text), (self.standardised_by_text, other.standardised_by_text))
+        return all(_clearly_less(mine, theirs) for mine, theirs in pairs)
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,7 +104,8 @@ class FitReport(Report):
     Attributes:
         claimed: at its own site, on activations as they are.
         others: elsewhere, or on treated activations.
-        looks_like: the one of `others` that the SAE was probably made for, if one is much better than `claimed`.
+        looks_like: the one of `others` that the SAE was probably made for: one that is much better than `claimed`, or a
+            site that is clearly better by both measures, as where a layer was counted from another number.
     """
 
     claimed: Fit
@@ -174,17 +194,37 @@ def check_sae(model: Any, sae: Any, batch: Batch | None = None) -> FitReport:
     others: tuple[Fit, ...] = ()
     if not claimed.fvu <= SUSPICIOUS:
         sites = tuple(_neighbours(model, site))
-        trial = _Trial(model, coder, tokens[: _rows_for(tokens)], (site, *sites), target)
+        trial = _Trial(model, coder, _beginnings(tokens), (site, *sites), target)
+        here = trial.at(site)
         others = tuple(trial.at(other) for other in sites) + tuple(trial.treated(site))
-    return FitReport(claimed, others, _looks_like(claimed, others))
+        return FitReport(claimed, others, _looks_like(claimed, others) or _clearly_better(here, others))
+    return FitReport(claimed, others, None)
 
 
 def _looks_like(claimed: Fit, others: Sequence[Fit]) -> Fit | None:
     """The best of the others, if it is so much better that it explains what is wrong."""
+    # a place whose dimensions are explained less well is no better, however low its FVU
+    others = [fit for fit in others if not fit.standardised >= claimed.standardised]
     best = min(others, key=lambda fit: fit.fvu, default=None)
     if best is None or not best.fvu <= min(CONVINCING, MUCH_LOWER * claimed.fvu):
         return None
     return best
+
+
+def _clearly_better(here: Fit, others: Sequence[Fit]) -> Fit | None:
+    """The site at which most is explained, if that is clearly more than here; `here` was run on the same tokens.
+
+    Neither measure decides alone: an SAE of a layer without outlier dimensions has a lower FVU in a layer with them,
+    and an SAE that has hardly been trained is off by more than the variance in most dimensions.
+    """
+    better = (fit for fit in others if not fit.how and fit.standardised < 1 and fit.clearly_below(here))
+    return min(better, key=lambda fit: fit.standardised, default=None)
+
+
+def _clearly_less(mine: Sequence[float], theirs: Sequence[float]) -> bool:
+    if len(mine) < FEWEST_TEXTS or not np.isfinite([*mine, *theirs]).all():
+        return False
+    return paired_difference(mine, theirs, unit="texts").high < 0
 
 
 def _number(value: float) -> str:
@@ -201,9 +241,11 @@ def _tokens(model: Any, batch: Batch | None) -> TokenBatch:
     return model.tokens(list(TEXTS if batch is None else batch)).to(model.device)
 
 
-def _rows_for(tokens: TokenBatch) -> int:
-    total = tokens.lengths.cumsum(0)
-    return max(1, int((total <= TOKENS_ELSEWHERE).sum()))
+def _beginnings(tokens: TokenBatch) -> TokenBatch:
+    """The first tokens of some rows: more texts say more than longer ones."""
+    rows = tokens.rows()[: 2 * FEWEST_TEXTS]
+    size = max(2, TOKENS_ELSEWHERE // max(1, len(rows)))
+    return TokenBatch.pad([row[:size].tolist() for row in rows], 0).to(tokens.ids.device)
 
 
 def _neighbours(model: Any, site: Site) -> Iterator[Site]:
@@ -226,6 +268,9 @@ def _same(site: Site) -> Site:
     return site
 
 
+Read = tuple[Tensor, Tensor | None, Tensor]
+
+
 class _Trial:
     """The SAE on the same tokens at any site."""
 
@@ -241,23 +286,25 @@ class _Trial:
 
     def at(self, site: Site) -> Fit:
         """At a site, on activations as they are."""
-        x, y = self._read(site)
-        return self._fit(str(site), "", x, y)
+        x, y, texts = self._read(site)
+        return self._fit(str(site), "", (x, y, texts))
 
     def treated(self, site: Site) -> Iterator[Fit]:
         """At a site, on activations that are treated in the ways that SAEs are trained with."""
-        x, y = self._read(site)
-        yield self._fit(str(site), "with layer-normed input", _layer_normed(x), _layer_normed(x) if y is None else y)
+        x, y, texts = self._read(site)
+        normed = _layer_normed(x)
+        yield self._fit(str(site), "with layer-normed input", (normed, normed if y is None else y, texts))
         unit = x * math.sqrt(x.shape[1]) / x.norm(dim=1, keepdim=True)
-        yield self._fit(str(site), "with every token at norm sqrt(d_in)", unit, unit if y is None else y)
+        yield self._fit(str(site), "with every token at norm sqrt(d_in)", (unit, unit if y is None else y, texts))
         usual = math.sqrt(x.shape[1]) / float(x.norm(dim=1).mean())
         for scale in (usual, *_SCALES):
-            fit = self._fit(str(site), f"at scale {scale:.4g}", x * scale, None if y is None else y * scale)
-            yield fit
+            scaled = None if y is None else y * scale
+            yield self._fit(str(site), f"at scale {scale:.4g}", (x * scale, scaled, texts))
             if y is not None:
-                yield self._fit(str(site), f"with its input alone at scale {scale:.4g}", x * scale, y)
+                yield self._fit(str(site), f"with its input alone at scale {scale:.4g}", (x * scale, y, texts))
 
-    def _read(self, site: Site) -> tuple[Tensor, Tensor | None]:
+    def _read(self, site: Site) -> Read:
+        """What the SAE reads, what it should give if that is something else, and the text of each token."""
         x = self.acts.flat(str(site)).float()
         norms = x.norm(dim=-1)
         keep = self.ordinary.clone()
@@ -269,17 +316,23 @@ class _Trial:
                 "Give longer texts."
             )
         target = None if self.target is None else self.acts.flat(str(self.target)).float()[keep]
-        return x[keep], target
+        return x[keep], target, keep.nonzero()[:, 0]
 
-    def _fit(self, site: str, how: str, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"] | None) -> Fit:
-        device = self.coder.W_dec.device
-        x, y = x.to(device), None if y is None else y.to(device)
+    def _fit(self, site: str, how: str, read: Read) -> Fit:
+        x, y, texts = (None if part is None else part.to(self.coder.W_dec.device) for part in read)
+        assert x is not None and texts is not None
         active, parts = 0.0, []
         for rows, acts in self.coder.chunks(x):
             active += float((acts > 0).sum())
             parts.append(self.coder.decode(acts, x[rows]))
-        unexplained = fvu(x if y is None else y, torch.cat(parts))
-        return Fit(site, how, unexplained if math.isfinite(unexplained) else math.inf, active / len(x), len(x))
+        target, x_hat = x if y is None else y, torch.cat(parts)
+        unexplained = fvu(target, x_hat)
+        unexplained = unexplained if math.isfinite(unexplained) else math.inf
+        error, variance = (target - x_hat).square().double(), (target - target.mean(0)).square().double()
+        varies = variance.sum(0) > 0
+        shares = (error.sum(1) / variance.sum(), (error / variance.sum(0))[:, varies].mean(1))
+        by_text = (torch.zeros(len(self.tokens)).to(share).index_add_(0, texts, share).tolist() for share in shares)
+        return Fit(site, how, unexplained, active / len(x), len(x), *map(tuple, by_text))
 
 
 def _layer_normed(x: Tensor) -> Tensor:

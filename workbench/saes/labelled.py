@@ -5,16 +5,15 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError
+from workbench.saes.library import library_files, library_root, parsed
 from workbench.tokens import TokenBatch
 
 UNLABELLED = -1
@@ -141,9 +140,11 @@ def _library_functions() -> tuple[_Function, ...]:
 
 
 def _modules() -> Iterator[tuple[str, ast.Module]]:
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(folder.glob("*.py")):
-        yield path.stem, ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+    """The modules that are one file of the library, without its packages."""
+    for path in library_files():
+        tree = parsed(path) if path.parent == library_root() else None
+        if tree is not None:
+            yield path.stem, tree
 
 
 def _functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, ast.AST]]:

@@ -305,6 +305,7 @@ def match_by_activations(
         options: how much is read and what counts.
 
     Raises:
+        ShapeError: if an SAE reads another width than the activations have.
         DegenerateInputError: if no feature of A fires often enough.
     """
     options = options or MatchOptions()
@@ -312,6 +313,8 @@ def match_by_activations(
     shuffled: CoActivation | None = None
     random = torch.Generator().manual_seed(options.seed)
     for x in _chunks(acts, options.max_tokens):
+        for name, sae in (("a", a), ("b", b)):
+            _check_width(name, sae, x)
         mine, theirs = a.encode(x), b.encode(x)
         if same is None or shuffled is None:
             same, shuffled = (CoActivation(mine.shape[1], theirs.shape[1]) for _ in range(2))
@@ -320,6 +323,17 @@ def match_by_activations(
     if same is None or shuffled is None:
         raise DegenerateInputError("match_by_activations: there are no activations. Give a store or blocks of them.")
     return _matched(same.result(), shuffled.result(), options)
+
+
+def _check_width(name: str, sae: Any, x: Tensor) -> None:
+    width = getattr(getattr(sae, "cfg", None), "d_in", None)
+    if width is None:  # anything with `encode` may stand for an SAE
+        width = sae.W_enc.shape[0] if hasattr(sae, "W_enc") else x.shape[-1]
+    if x.ndim != 2 or width != x.shape[1]:
+        raise ShapeError(
+            f"match_by_activations: {name} reads d_in={width}, and the activations have shape {tuple(x.shape)}. Give "
+            "(tokens, d_in) of the site that both SAEs read."
+        )
 
 
 def _chunks(acts: ActivationStore | Iterable[Tensor], limit: int) -> Iterable[Tensor]:

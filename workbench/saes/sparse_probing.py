@@ -70,7 +70,7 @@ class ProbeScore:
         k: inputs of the probe; 0 for all.
         accuracy: share right; classes are balanced, so that chance is 0.5.
         f1: of class 1.
-        sd: standard deviation of the accuracy over reseeds.
+        by_reseed: the accuracy of each reseed; all probes of a set have the same splits.
     """
 
     task: str
@@ -78,7 +78,12 @@ class ProbeScore:
     k: int
     accuracy: Estimate
     f1: Estimate
-    sd: float
+    by_reseed: tuple[float, ...]
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation of the accuracy over reseeds."""
+        return float(np.std(self.by_reseed, ddof=1))
 
 
 @dataclass(frozen=True)
@@ -87,22 +92,31 @@ class ProbingReport(Report):
 
     scores: tuple[ProbeScore, ...]
 
-    def mean(self, reads: str, k: int) -> float:
-        """Mean accuracy over the sets."""
-        return float(np.mean([s.accuracy.value for s in self.scores if (s.reads, s.k) == (reads, k)]))
+    def mean(self, reads: str, k: int) -> Estimate:
+        """Mean accuracy over the sets, with a t interval over them; of one set, over its reseeds."""
+        return _over_sets(self._by_reseed(reads, k))
+
+    def ahead(self, reads: str, k: int, other: str) -> Estimate:
+        """Mean over the sets of the accuracy of one probe minus that of another with as many inputs, set by set."""
+        pairs = zip(self._by_reseed(reads, k), self._by_reseed(other, k), strict=True)
+        return _over_sets([np.subtract(mine, theirs) for mine, theirs in pairs])
+
+    def _by_reseed(self, reads: str, k: int) -> list[np.ndarray]:
+        return [np.array(s.by_reseed) for s in self.scores if (s.reads, s.k) == (reads, k)]
 
     def findings(self) -> tuple[str, ...]:
-        """Mean accuracies per k beside the controls."""
-        ks = sorted({s.k for s in self.scores if s.reads == "SAE"})
-        n = len({s.task for s in self.scores})
-        lines = [
-            f"With {k} feature{'s' * (k > 1)} the SAE reaches accuracy {self.mean('SAE', k):.3f} on average over {n} "
-            f"sets; {k} residual channel{'s' * (k > 1)} {self.mean('residual channels', k):.3f}, a random SAE "
-            f"{self.mean('random SAE', k):.3f}."
-            for k in ks
-        ]
-        full, shuffled = self.mean("full residual", 0), self.mean("SAE, shuffled labels", ks[-1])
-        return (*lines, f"A probe of the whole residual reaches {full:.3f}; with shuffled labels it is {shuffled:.3f}.")
+        """Mean accuracies per k, and how far they are ahead of the controls."""
+        lines = []
+        for k in sorted({s.k for s in self.scores if s.reads == "SAE"}):
+            ahead = {other: self.ahead("SAE", k, other) for other in ("residual channels", "random SAE")}
+            channels, random = (f"{_compared(by)} (the SAE is ahead by {by})" for by in ahead.values())
+            lines.append(
+                f"With {k} feature{'s' * (k > 1)} the SAE reaches accuracy {self.mean('SAE', k)}; {k} residual "
+                f"channel{'s' * (k > 1)}: {channels}; a random SAE: {random}."
+            )
+        largest = max(s.k for s in self.scores)
+        full, shuffled = self.mean("full residual", 0), self.mean("SAE, shuffled labels", largest)
+        return (*lines, f"A probe of the whole residual reaches {full}; with shuffled labels it is {shuffled}.")
 
     def section(self) -> Section:
         """One row per probe."""
@@ -147,8 +161,8 @@ def _probe(examples: Examples, options: ProbingOptions) -> list[ProbeScore]:
         found.setdefault(("full residual", 0), []).append(_fit(examples.x, examples.labels, train, test, 0))
     return [
         ProbeScore(
-            examples.name, reads, k, over_reseeds([a for a, _ in pairs]), over_reseeds([f for _, f in pairs]),
-            float(np.std([a for a, _ in pairs], ddof=1)),
+            examples.name, reads, k, t_mean([a for a, _ in pairs]), t_mean([f for _, f in pairs]),
+            tuple(a for a, _ in pairs),
         )
         for (reads, k), pairs in found.items()
     ]  # fmt: skip
@@ -229,15 +243,26 @@ def f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     return float(2 * hits / total) if total else 0.0
 
 
-def over_reseeds(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """Mean with a t interval over reseeds; the same text in each, so that it says nothing about other text.
+def _compared(difference: Estimate) -> str:
+    if not difference.excludes(0.0):
+        return "not clearly different"
+    return "worse" if difference.value > 0 else "better"
 
-    >>> over_reseeds([0.5, 0.5]).high
-    0.5
+
+def _over_sets(by_reseed: Sequence[np.ndarray]) -> Estimate:
+    """Over the means of the sets; over the reseeds of a set that stands alone."""
+    return t_mean(by_reseed[0]) if len(by_reseed) == 1 else t_mean([x.mean() for x in by_reseed], unit="sets")
+
+
+def t_mean(values: Sequence[float] | np.ndarray, level: float = 0.95, unit: str = "reseeds") -> Estimate:
+    """Mean with a t interval. Over reseeds the text is the same, so that it says nothing about other text.
+
+    >>> round(t_mean([0.0, 1.0]).high, 3)  # 0.5 + 12.706 * sqrt(0.5 / 2)
+    6.853
     """
     from scipy.stats import t
 
     x = np.asarray(values, dtype=np.float64)
     half = float(t.ppf((1 + level) / 2, len(x) - 1)) * float(x.std(ddof=1)) / len(x) ** 0.5
     mean = float(x.mean())
-    return Estimate(mean, mean - half, mean + half, len(x), "t interval over reseeds", "reseeds", level)
+    return Estimate(mean, mean - half, mean + half, len(x), f"t interval over {unit}", unit, level)

@@ -1,4 +1,4 @@
-"""All measurements of one SAE of a model, each beside its controls: core, k-sparse probing, absorption."""
+"""All measurements of one SAE of a model, each beside its controls: core, k-sparse probing, absorption, method."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from workbench.saes.labelled import UNLABELLED, LabelledTexts, token_labels
 from workbench.saes.quality import SAEReport
 from workbench.saes.sparse_probing import Examples, ProbingOptions, ProbingReport, probe_sets
 from workbench.saes.splice import SpliceReader
+from workbench.saes.synthetic import SyntheticReport
+from workbench.saes.synthetic_training import SyntheticTraining, train_on_synthetic, trained_as
 from workbench.tokens import TokenBatch
 
 
@@ -29,33 +31,39 @@ class SuiteOptions:
         evaluation: rows and batches of the core metrics and of the token labels.
         probing: probes; None leaves them out.
         absorption: the first-letter task; None leaves it out.
+        synthetic: an SAE of the same architecture, trained where the true features are known; None leaves it out.
     """
 
     evaluation: EvalOptions = field(default_factory=EvalOptions)
     probing: ProbingOptions | None = field(default_factory=ProbingOptions)
     absorption: AbsorptionOptions | None = field(default_factory=AbsorptionOptions)
+    synthetic: SyntheticTraining | None = field(default_factory=SyntheticTraining)
 
 
 @dataclass(frozen=True)
 class SuiteReport(Report):
-    """One SAE: core metrics, probes and absorption; None for what was left out.
+    """One SAE: core metrics, probes, absorption, and how it was trained; None for what was left out.
 
     Attributes:
         quality: reconstruction and splices.
         probing: k-sparse probes.
         absorption: the first-letter task.
+        synthetic: another SAE of the same architecture, on data of known features.
         skipped: labelled sets that this text has too few examples of.
     """
 
     quality: SAEReport
     probing: ProbingReport | None
     absorption: AbsorptionReport | None
+    synthetic: SyntheticReport | None = None
     skipped: tuple[str, ...] = ()
 
     @property
     def parts(self) -> dict[str, Report]:
         """What was measured, by name."""
-        found = {"core": self.quality, "probing": self.probing, "absorption": self.absorption}
+        found = {
+            "core": self.quality, "probing": self.probing, "absorption": self.absorption, "synthetic": self.synthetic,
+        }  # fmt: skip
         return {name: part for name, part in found.items() if part is not None}
 
     def findings(self) -> tuple[str, ...]:
@@ -96,7 +104,10 @@ def run_suite(
         skipped = tuple(s.name for s in sets if not _enough(s, options.probing))
         probing = probe_sets(usable, options.probing) if usable else None
     absorption = None if options.absorption is None else first_letter_absorption(model, sae, options.absorption)
-    return SuiteReport(quality, probing, absorption, skipped)
+    architecture, synthetic = trained_as(sae), None
+    if options.synthetic is not None and architecture is not None:
+        synthetic = train_on_synthetic(architecture, options.synthetic)
+    return SuiteReport(quality, probing, absorption, synthetic, skipped)
 
 
 @torch.no_grad()

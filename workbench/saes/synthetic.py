@@ -11,11 +11,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.errors import InvalidInputError, ShapeError
-from workbench.metrics import fvu, mean_max_cosine
+from workbench.metrics import fvu
 from workbench.report import Report, Section, Table
 from workbench.saes.coder import Coder
-from workbench.similarity import assign_directions
+from workbench.similarity import assign_directions, max_cosines
 from workbench.stats import Estimate, bootstrap_mean
+
+FIRST_SEED = 2**32
+"""Of the directions: an SAE of the same shape that is initialised from seed 0 must not begin at the truth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ class SyntheticTruth:
     def make(cls, options: SyntheticOptions | None = None) -> SyntheticTruth:
         """Random directions, uniform on the sphere."""
         options = options or SyntheticOptions()
-        random = torch.Generator().manual_seed(options.seed)
+        random = torch.Generator().manual_seed(FIRST_SEED + options.seed)
         directions = torch.randn(options.n_features, options.d_in, generator=random)
         return cls(directions / directions.norm(dim=1, keepdim=True), options)
 
@@ -108,7 +111,7 @@ class SyntheticScores:
         dead: share of SAE features that never fired.
     """
 
-    mmcs: float
+    mmcs: Estimate
     mcc: Estimate
     precision: Estimate
     recall: Estimate
@@ -128,19 +131,22 @@ class SyntheticReport(Report):
         controls: "random SAE" of the same shape and L0.
         n_true: number of true features.
         n_tokens: tokens they were judged on.
+        trained: architecture of an SAE that was trained for this; empty for one that was given.
     """
 
     scores: SyntheticScores
     controls: dict[str, SyntheticScores]
     n_true: int
     n_tokens: int
+    trained: str = ""
 
     def findings(self) -> tuple[str, ...]:
         """What was found, beside the control."""
         s, random = self.scores, self.controls["random SAE"]
+        who = f"A {self.trained} SAE, trained for this on data of known features, reaches " if self.trained else ""
         return (
-            f"MMCS {s.mmcs:.3f} and MCC {s.mcc} over {self.n_true} true features; a random one of the same shape "
-            f"reaches {random.mmcs:.3f} and {random.mcc.value:.3f}.",
+            f"{who}MMCS {s.mmcs} and MCC {s.mcc} over the true features; a random one of the same shape reaches "
+            f"{random.mmcs} and {random.mcc}.",
             f"As detectors of their true features, matched SAE features have F1 {s.f1} on {self.n_tokens} tokens.",
         )
 
@@ -202,7 +208,7 @@ def _scores(
     norms = x.norm(dim=1)
     filled = norms > 0
     return SyntheticScores(
-        mmcs=mean_max_cosine(truth.directions, coder.W_dec.cpu()),
+        mmcs=_over_features(max_cosines(truth.directions, coder.W_dec.cpu()).values.numpy()),
         mcc=_over_features(pairs.scores.numpy()),
         precision=_over_features(hits / np.maximum(fires, 1)),
         recall=_over_features((hits / np.maximum(there, 1))[there > 0]),
