@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import SelfText
 from workbench.cli.base import Command
 from workbench.errors import InvalidInputError
-from workbench.features import FeatureTable, ScoreOptions, score_features
+from workbench.features import ContextOptions, FeatureTable, ScoreOptions, score_features
 from workbench.models.model import Model
+from workbench.progress import clock
 from workbench.saes.config import SAEConfig
 from workbench.saes.train import train_saes
 from workbench.steering import NEUTRAL_PROMPTS, SteeringReport, SteerOptions, steer
-from workbench.steering.study import Depth, StudyOptions, selection_study
+from workbench.steering.study import selection_study
+from workbench.steering.study_groups import GROUPS, Depth, StudyOptions
 from workbench.steering.study_report import SelectionReport
 
 STRENGTHS = (1.5, 3.0)
 DEPTHS = (1 / 6, 1 / 2, 5 / 6)
 """Where the study reads by default, as shares of the blocks."""
+TRAINING_COST = 4.0
+"""A training step of a TopK SAE beside the encoder's matrix product alone."""
 
 
 def study(
@@ -65,11 +71,69 @@ class Sizes:
     """
 
     layers: tuple[int, ...] = ()
-    tokens: int = 81_920
+    tokens: int = 65_536
     context: int = 64
     sae: SAEConfig = field(default_factory=SAEConfig)
     scores: ScoreOptions = field(default_factory=ScoreOptions)
     study: StudyOptions = field(default_factory=StudyOptions)
+
+    def layers_of(self, model: Model) -> tuple[int, ...]:
+        """Where the SAEs read in this model."""
+        return self.layers or tuple(dict.fromkeys(int(depth * model.n_layers) for depth in DEPTHS))
+
+
+@dataclass(frozen=True)
+class StudyTime:
+    """About how long the study takes from nothing, in seconds per part.
+
+    Attributes:
+        writing: the text and its activations.
+        training: all SAEs.
+        scoring: all features.
+        steering: all groups, at most.
+        texts: steered texts, at most.
+    """
+
+    writing: float
+    training: float
+    scoring: float
+    steering: float
+    texts: int
+
+    def __str__(self) -> str:
+        """One line.
+
+        >>> str(StudyTime(60.0, 60.0, 60.0, 120.0, 1000))
+        'about 5 min 00 s: writing 1 min 00 s, training 1 min 00 s, scoring 1 min 00 s, 1,000 texts 2 min 00 s'
+        """
+        parts = {"writing": self.writing, "training": self.training, "scoring": self.scoring,
+                 f"{self.texts:,} texts": self.steering}  # fmt: skip
+        each = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items())
+        return f"about {clock(sum(parts.values()))}: {each}"
+
+
+@torch.no_grad()
+def study_time(model: Model, sizes: Sizes) -> StudyTime:
+    """Measures the speed of generation and of an encoder for a few seconds, and multiplies."""
+    depths, study = len(sizes.layers_of(model)), sizes.study
+    rows = [study.prompts[i % 4] for i in range(study.steering.batch_size)]
+    start = time.perf_counter()
+    model.generate(rows, 8, seed=study.seed, batch_size=len(rows))
+    per_token = (time.perf_counter() - start) / (8 * len(rows))
+    x, encoder = torch.zeros(sizes.sae.batch, model.d_model), torch.zeros(model.d_model, sizes.sae.d_sae)
+    products = []
+    for _ in range(4):  # the first one is slower; of the others the least disturbed counts
+        start = time.perf_counter()
+        torch.mm(x, encoder)
+        products.append(time.perf_counter() - start)
+    per_step = TRAINING_COST * min(products)
+    features = len(GROUPS) * study.n_features * depths
+    texts = len(study.prompts) * (depths + 2 * features * len(study.strengths))
+    return StudyTime(
+        writing=sizes.tokens * per_token, training=depths * sizes.sae.tokens / sizes.sae.batch * per_step,
+        scoring=depths * sizes.sae.d_sae * per_token, steering=texts * study.steering.new_tokens * per_token,
+        texts=texts,
+    )  # fmt: skip
 
 
 def selection(model: Model, folder: Path, sizes: Sizes | None = None) -> SelectionReport:
@@ -83,8 +147,7 @@ def selection(model: Model, folder: Path, sizes: Sizes | None = None) -> Selecti
     from workbench.saes.io import load_sae
 
     sizes = sizes or Sizes()
-    layers = sizes.layers or tuple(dict.fromkeys(int(depth * model.n_layers) for depth in DEPTHS))
-    sites = [str(model.resolve(f"resid_post.{layer}")) for layer in layers]
+    sites = [str(model.resolve(f"resid_post.{layer}")) for layer in sizes.layers_of(model)]
     source = SelfText(tokens=sizes.tokens, context=sizes.context, seed=sizes.study.seed)
     store = harvest(model, source, sites, folder / "store")
     runs = train_saes(store, [replace(sizes.sae, site=site) for site in sites], folder / "saes")
@@ -94,7 +157,7 @@ def selection(model: Model, folder: Path, sizes: Sizes | None = None) -> Selecti
         if not (place / "features.parquet").is_file():
             score_features(model, sae, store, options=sizes.scores).save(place)
         depths.append(Depth(sae, FeatureTable.load(place)))
-    return selection_study(model, depths, sizes.study)
+    return selection_study(model, depths, sizes.study, folder / "texts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +240,7 @@ class SteeringStudy(Command):
     """Folders of their feature tables, in the same order, from `workbench features score`."""
     layers: tuple[int, ...] = ()
     """Layers of the SAEs that are trained; by default at a sixth, a half and five sixths of the depth."""
-    tokens: int = 81_920
+    tokens: int = 65_536
     """Tokens of its own text that the model writes."""
     expansion: int = 8
     """Features of each SAE, as a multiple of the model's width."""
@@ -185,9 +248,9 @@ class SteeringStudy(Command):
     """Features that may be active on one token."""
     training_tokens: int = 600_000
     """Token-steps of training."""
-    max_tokens: int = 60_000
+    max_tokens: int = 65_536
     """Stored tokens that are read for contexts."""
-    n_features: int = 10
+    n_features: int = 20
     """Features per group and layer."""
     strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Factors on the largest feature activation at each token."""
@@ -197,6 +260,8 @@ class SteeringStudy(Command):
     """Tokens to write."""
     threshold: float = 0.01
     """Output score from which a feature counts as an output feature."""
+    estimate: bool = field(default=False, metadata={"config": False})
+    """Say how long the study takes here, and do nothing."""
 
     def options(self) -> StudyOptions:
         """What the library is called with."""
@@ -206,9 +271,14 @@ class SteeringStudy(Command):
             prompts=NEUTRAL_PROMPTS[: self.n_prompts], steering=steering, seed=self.seed,
         )  # fmt: skip
 
+    def sizes(self, model: Model) -> Sizes:
+        """The same for a study that trains its own SAEs."""
+        sae = SAEConfig(d_sae=self.expansion * model.d_model, k=self.k, tokens=self.training_tokens, seed=self.seed)
+        scores = ScoreOptions(contexts=ContextOptions(max_tokens=self.max_tokens), seed=self.seed)
+        return Sizes(layers=self.layers, tokens=self.tokens, sae=sae, scores=scores, study=self.options())
+
     def run(self) -> None:
         """The study, its run folder and its findings."""
-        from workbench.features import ContextOptions
         from workbench.models.loading import load_model
         from workbench.saes.io import load_sae
 
@@ -217,16 +287,22 @@ class SteeringStudy(Command):
                 f"{len(self.saes)} SAEs and {len(self.tables)} tables: give each SAE of --saes its table in --tables."
             )
         model = load_model(self.model)
-        sae = SAEConfig(d_sae=self.expansion * model.d_model, k=self.k, tokens=self.training_tokens, seed=self.seed)
-        scores = ScoreOptions(contexts=ContextOptions(max_tokens=self.max_tokens), seed=self.seed)
+        sizes = self.sizes(model)
+        expected = None if self.saes else study_time(model, sizes)
+        if self.estimate:
+            if expected is None:
+                raise InvalidInputError("--estimate is for the whole study. Leave out --saes and --tables.")
+            self.emit({"seconds": expected}, [f"{expected}."])
+            return
+        if expected is not None and not self.json:
+            self.emit({}, [f"From nothing {expected}. It can be stopped at any time; the same command goes on."])
         with self.start("steering-study") as run:
             run.note_model(model)
             if self.saes:
                 pairs = zip(self.saes, self.tables, strict=True)
                 depths = [Depth(load_sae(folder), FeatureTable.load(table)) for folder, table in pairs]
-                report = selection_study(model, depths, self.options())
+                report = selection_study(model, depths, self.options(), run.artifacts / "texts")
             else:
-                sizes = Sizes(layers=self.layers, tokens=self.tokens, sae=sae, scores=scores, study=self.options())
                 report = selection(model, run.artifacts, sizes)
             run.save_step("selection", report.section())
             html = run.finish("Which features steer")

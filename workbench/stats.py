@@ -150,6 +150,30 @@ def clopper_pearson(successes: int, n: int, *, unit: str = "rows", level: float 
     return Estimate(successes / n, low, high, n, "Clopper-Pearson", unit, level)
 
 
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value for paired yes/no outcomes: are two conditions met equally often?
+
+    Only the discordant pairs count: under the null each is as likely to favour the first as the second. 1.0 where no
+    pair differs.
+
+    Args:
+        only_first: pairs in which the first condition alone was met.
+        only_second: pairs in which the second condition alone was met.
+
+    Source: McNemar 1947, in its exact (binomial) form.
+
+    >>> mcnemar(0, 5), mcnemar(3, 3)  # 2 * 0.5 ** 5, and min(1, more than 1)
+    (0.0625, 1.0)
+    """
+    from scipy.stats import binom
+
+    n = only_first + only_second
+    if n == 0:
+        return 1.0
+    _check_counts(only_first, n)
+    return min(1.0, 2 * float(binom.cdf(min(only_first, only_second), n, 0.5)))
+
+
 def _check_counts(successes: int, n: int) -> None:
     if n <= 0:
         raise DegenerateInputError(f"A proportion of n={n} rows has no value; measure at least one row.")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.steering_features import Sizes, selection
+from experiments.steering_features import Sizes, selection, study_time
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
 from workbench.errors import InvalidInputError
@@ -18,21 +18,17 @@ from workbench.features import ContextOptions, ScoreOptions
 from workbench.features.table import COLUMNS, FeatureTable
 from workbench.saes.config import SAEConfig
 from workbench.steering.options import SteerOptions
-from workbench.steering.study import (
-    FILTERED,
-    SECOND,
-    UNFILTERED,
-    Depth,
-    StudyOptions,
+from workbench.steering.steer import Bench
+from workbench.steering.study import selection_study
+from workbench.steering.study_claims import (
     cooccurrence_claim,
     depth_claim,
     difference_of_shares,
     filter_claim,
-    groups_of,
     observed_over_expected,
-    selection_study,
 )
-from workbench.steering.study import _Steered as Steered
+from workbench.steering.study_groups import FILTERED, MATCHED, SECOND, UNFILTERED, Depth, StudyOptions, groups_of
+from workbench.steering.study_steer import Measured, Steered
 
 PROMPTS = ("one day", "the", "for now, I", "he said")
 STEERING = SteerOptions(new_tokens=3, k=5, plain_texts=())
@@ -59,13 +55,18 @@ HIGH, LOW = np.full(100, 0.5), np.zeros(100)
 def test_groups_are_what_their_names_say() -> None:
     output = np.where(np.arange(40) < 12, 0.02, 0.001)
     output[7] = 0.9
-    found = groups_of(table(output, np.arange(40) / 40), OPTIONS)
+    scored = table(output, np.arange(40) / 40)
+    scored.df["frequency"] = np.where(np.arange(40) % 2, 0.5, 0.001)
+    found = groups_of(Depth(random_sae(), scored), OPTIONS)
     assert len(found[UNFILTERED]) == len(found[SECOND]) == 3
     assert not set(found[UNFILTERED]) & set(found[SECOND])
     assert all(f < 12 for f in found[FILTERED])
     assert found["best output scores"][0] == found["largest change of confidence"][0] == 7
     assert found["best input scores"] == [39, 38, 37]
-    assert FILTERED not in groups_of(table(LOW), OPTIONS)
+    assert not set(found[MATCHED]) & set(found[FILTERED])
+    assert sorted(f % 2 for f in found[MATCHED]) == sorted(f % 2 for f in found[FILTERED]), "as frequent"
+    without = groups_of(Depth(random_sae(), table(LOW[:40])), OPTIONS)
+    assert FILTERED not in without and MATCHED not in without
 
 
 def test_deep_output_features_are_found_and_noise_is_taken_off() -> None:
@@ -103,10 +104,15 @@ def test_no_cooccurrence_where_none_was_to_be_expected_proves_nothing() -> None:
     assert cooccurrence_claim([depth(rare, rare[::-1].copy())], OPTIONS).verdict == "not clear"
 
 
-def success(filtered: float, unfiltered: float, n: int = 8) -> Steered:
-    noise = np.random.default_rng(0).random((n, 6)) * 0.1
-    values = {FILTERED: noise + filtered, UNFILTERED: noise + unfiltered, SECOND: noise[::-1] + unfiltered}
-    return Steered(values, {name: np.ones((n, 6)) for name in values})
+def success(filtered: float, unfiltered: float, n: int = 8, noise: float = 0.0) -> Steered:
+    draws = np.random.default_rng(0).random((n, 6)) * 0.1
+    values = {FILTERED: draws + filtered, UNFILTERED: draws + unfiltered, SECOND: draws[::-1] + unfiltered}
+
+    def measured(of: dict[str, np.ndarray]) -> dict[str, Measured]:
+        return {name: Measured(value, np.ones((n, 6)), value) for name, value in of.items()}
+
+    random = {name: draws[:, ::-1] + (noise if name == FILTERED else 0.0) for name in values}
+    return Steered(measured(values), measured(random), measured({name: draws * 0 for name in values}))
 
 
 def test_filtering_is_a_ratio_beside_a_second_draw() -> None:
@@ -117,10 +123,18 @@ def test_filtering_is_a_ratio_beside_a_second_draw() -> None:
     assert filter_claim([success(0.5, 0.5)]).verdict == "not clear"
 
 
+def test_tokens_that_any_push_writes_are_no_success_of_the_feature() -> None:
+    """Four times the tokens, but as many under random directions: 2 - 1.5 is what the unfiltered ones gain as well."""
+    claim = filter_claim([success(2.0, 0.5, noise=1.5)])
+    assert claim.value.low > 1 and claim.verdict == "not clear"
+
+
 def test_a_depth_with_few_filtered_features_counts_as_little_for_the_unfiltered() -> None:
     """Success is 10 at one depth and 1 at the other, filtered or not: no ratio may come from depth alone."""
     deep, shallow = success(10.0, 10.0), success(1.0, 1.0)
-    few = Steered({**shallow.success, FILTERED: shallow.success[FILTERED][:1]}, shallow.nll)
+    one = {**shallow.feature, FILTERED: shallow.feature[FILTERED].of([0])}
+    random = {**shallow.random, FILTERED: shallow.random[FILTERED].of([0])}
+    few = Steered(one, random, shallow.unsteered)
     assert filter_claim([few, deep]).value.value == pytest.approx(1.0, abs=0.05)
 
 
@@ -132,19 +146,44 @@ def test_one_depth_is_refused() -> None:
         replace(OPTIONS, threshold=0.0)
 
 
-def test_the_whole_study_on_a_tiny_model(tmp_path: Path) -> None:
+SIZES = Sizes(
+    layers=(0, 2), tokens=2048, context=32, study=OPTIONS, sae=SAEConfig(d_sae=48, k=4, tokens=4096, batch=256),
+    scores=ScoreOptions(random_directions=16, contexts=ContextOptions(max_tokens=1024)),
+)  # fmt: skip
+
+
+def test_the_whole_study_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    sizes = Sizes(
-        layers=(0, 2), tokens=2048, context=32, study=OPTIONS,
-        sae=SAEConfig(d_sae=48, k=4, tokens=4096, batch=256),
-        scores=ScoreOptions(random_directions=16, contexts=ContextOptions(max_tokens=1024)),
-    )  # fmt: skip
-    report = selection(model, tmp_path, sizes)
+    report = selection(model, tmp_path, SIZES)
     assert [p.layer for p in report.profile] == [0, 2]
     assert len(report.claims) == 3
     assert {c.verdict for c in report.claims} <= {"holds", "does not hold", "not clear"}
-    pooled = {g.group: g.n for g in report.groups if g.layer is None}
-    assert pooled[UNFILTERED] == 6 and "best input scores" in pooled
+    pooled = {g.group: g for g in report.groups if g.layer is None}
+    assert pooled[UNFILTERED].n == 6 and "best input scores" in pooled
+    for group in pooled.values():
+        assert group.gain.value == pytest.approx(group.success.value - group.random.value)
     assert report._repr_html_() and report.to_json()
-    again = selection(model, tmp_path, sizes)
-    assert again.to_json() == report.to_json(), "resumed from its folder"
+    texts = pd.concat(map(pd.read_parquet, tmp_path.glob("texts/*/*.parquet")))
+    assert set(texts["arm"]) == {"feature", "random", "unsteered"}
+    assert set(texts["prompt"]) == set(PROMPTS)
+    monkeypatch.setattr(Bench, "__init__", lambda *_: pytest.fail("a finished study is not steered again"))
+    assert selection(model, tmp_path, SIZES).to_json() == report.to_json(), "resumed from its folder"
+
+
+def test_an_interrupted_study_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    model = tiny_model()
+    whole = selection(model, tmp_path, SIZES).to_json()
+    files = sorted((tmp_path / "texts").glob("*/*.parquet"))
+    assert len(files) > 2, "more than one block of features"
+    files[1].unlink()
+    assert selection(model, tmp_path, SIZES).to_json() == whole
+    other = replace(SIZES, study=replace(OPTIONS, strengths=(2.0,)))
+    assert selection(model, tmp_path, other).to_json() != whole, "texts of other settings are not taken"
+
+
+def test_the_time_grows_with_the_work() -> None:
+    model = tiny_model()
+    small, large = (study_time(model, replace(SIZES, tokens=n)) for n in (2048, 2**30))
+    assert large.writing > small.writing > 0 and str(small).startswith("about ")
+    groups, depths = 7, 2
+    assert small.texts == len(PROMPTS) * depths * (1 + 2 * groups * OPTIONS.n_features)  # one strength

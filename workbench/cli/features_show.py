@@ -41,7 +41,7 @@ class FeaturesShow(BaseCommand):
         from workbench.records import to_jsonable, write_atomic
         from workbench.view.features import PackOptions, feature_page
 
-        cards, table, meta = _load(self.folder, self.table)
+        cards, table, meta = load_cards(self.folder, self.table)
         if table is not None:
             cards = complete_cards(cards, table)
         page = feature_page(
@@ -64,18 +64,25 @@ class FeaturesShow(BaseCommand):
         self.emit(summary, [line, *hint, "Open it in a browser; it needs no network."])
 
 
-def _load(folder: Path, table: Path | None) -> tuple[Iterable[FeatureCard], FeatureTable | None, dict[str, Any]]:
-    """The cards of a folder, the table that completes them, and how they were made; cards or table may be missing."""
+def load_cards(
+    folder: Path, table: Path | None = None
+) -> tuple[Iterable[FeatureCard], FeatureTable | None, dict[str, Any]]:
+    """The cards of a folder, the table that completes them, and how they were made; cards or table may be missing.
+
+    Raises:
+        MissingFileError: if there are neither.
+    """
     from workbench.features.cardset import CARDS_FILE, CardSet
     from workbench.features.table import TABLE_FILE, FeatureTable
 
-    places = (folder, folder / "cards", folder / "features")
+    inner = (folder, folder / "artifacts")
+    places = tuple(place / name for place in inner for name in ("", "cards", "features"))
     cards = next((CardSet.load(place) for place in places if (place / CARDS_FILE).is_file()), None)
     scored = table or next((place for place in places if (place / TABLE_FILE).is_file()), None)
     if cards is None and scored is None:
         raise MissingFileError(
-            f"features show: neither {folder} nor its folders cards/ and features/ hold feature cards or a feature "
-            "table. Make a table with `workbench features score`, or name its folder with --table."
+            f"Neither {folder} nor its folders cards/, features/ and artifacts/ hold feature cards or a feature table."
+            " Make a table with `workbench features score`, or name its folder with --table."
         )
     found = None if scored is None else FeatureTable.load(scored)
     if cards is None:

@@ -12,8 +12,9 @@ GROUPS = (
     ("Look inside a model", ("sites", "tokens", "capture", "generate")),
     ("Sparse autoencoders (SAEs)", ("harvest", "sae train", "sae eval", "sae suite", "sae faithful", "geometry")),
     ("Features", ("features score", "features show", "features study")),
-    ("Interventions", ("steer", "shift", "refusal", "probe", "circuit")),
-    ("Tokenizer", ("glitch scan", "glitch lint")),
+    ("Interventions", ("steer", "serve", "shift", "refusal", "probe", "circuit")),
+    ("Glitch tokens", ("glitch scan", "glitch census", "glitch search", "glitch repair", "glitch features")),
+    ("Use of a glitch scan", ("glitch lint", "glitch diff", "glitch export", "glitch sanitize", "glitch adt")),
     ("Results", ("runs", "report")),
 )
 """What a newcomer wants, in this order; commands that are not named here come last."""

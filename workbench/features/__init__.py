@@ -22,8 +22,10 @@ from workbench.features.output_score import (
     rank_score,
 )
 from workbench.features.passes import SAEFeatures
+from workbench.features.profile import DepthScores, depth_scores
 from workbench.features.report import FeatureScoreReport
 from workbench.features.scores import ScoreOptions, score_features
+from workbench.features.similar import IntruderScore, intruder_score
 from workbench.features.table import FeatureTable
 from workbench.features.windows import FeatureWindows, WindowOptions, collect_windows
 
@@ -31,6 +33,7 @@ __all__ = [
     "CardOptions",
     "CardSet",
     "ContextOptions",
+    "DepthScores",
     "ExampleOptions",
     "Explanation",
     "FeatureCard",
@@ -41,6 +44,7 @@ __all__ = [
     "Gate",
     "GateOptions",
     "HTTPJudge",
+    "IntruderScore",
     "Judge",
     "LensEnds",
     "LensToken",
@@ -60,11 +64,13 @@ __all__ = [
     "collect_windows",
     "confidence",
     "decoder_neighbours",
+    "depth_scores",
     "direction_scores",
     "examples_of",
     "explain_by_rules",
     "feature_cards",
     "input_score",
+    "intruder_score",
     "judge_explanations",
     "judge_gate",
     "lens_ends",

@@ -95,6 +95,7 @@ class Examples:
         tested: other windows with the feature, drawn evenly from the rows in which it is active.
         tested_silent: as many windows without it.
         top_tokens: ids of the tokens that the strongest shown windows peak on, most frequent first.
+        held_silent: all windows without it that no explanation is made from; `tested_silent` are the first of them.
     """
 
     feature: int
@@ -103,6 +104,7 @@ class Examples:
     tested: Windows
     tested_silent: Windows
     top_tokens: tuple[int, ...]
+    held_silent: Windows
 
     def data(self) -> RuleData:
         """The tokens to choose a rule from: those of known activation."""
@@ -146,8 +148,9 @@ def examples_of(found: FeatureWindows, slot: int, feature: int, options: Example
     tokens, counts = np.unique(peaks, return_counts=True)
     order = np.lexsort((tokens, -counts))[:10]
     made = Examples(
-        feature, shown, silent[~held][: options.silent], tested, tested_silent, tuple(tokens[order].tolist())
-    )
+        feature, shown, silent[~held][: options.silent], tested, tested_silent, tuple(tokens[order].tolist()),
+        silent[held],
+    )  # fmt: skip
     explained = {*shown.documents.tolist(), *made.shown_silent.documents.tolist()}
     assert explained.isdisjoint({*tested.documents.tolist(), *tested_silent.documents.tolist()})
     return made

@@ -15,6 +15,7 @@ from workbench.features.cards import Explanation
 from workbench.features.examples import ExampleOptions, Examples, examples_of
 from workbench.features.rulefit import FittedRule, fit_rule
 from workbench.features.rules import Never, Rule, TokenIn
+from workbench.features.similar import hard_items
 from workbench.features.testing import Items, answer_scores, detection_items, fuzzing_items
 from workbench.features.vocab import Vocabulary
 from workbench.features.windows import FeatureWindows
@@ -22,24 +23,35 @@ from workbench.progress import track
 from workbench.stats import Estimate
 
 DETECTION = {"balanced_accuracy": "detection", "precision": "precision", "recall": "recall", "f1": "f1"}
-"""What the ratios of a detection test are called in an explanation; fuzzing shows its balanced accuracy alone."""
+"""What the ratios of a detection test are called in an explanation; the other tests show balanced accuracy alone."""
+COMPARED = ("detection", "hard detection", "fuzzing")
+"""Scores that are shown of the controls as well."""
 
 
 @dataclass(frozen=True, eq=False)
 class RuleExplanation:
-    """A rule for one feature, with the windows it is tested on.
+    """A rule for one feature.
 
     Attributes:
         feature: its number.
         fitted: the rule with its score on the windows it was made from; None where there were too few windows.
         lacking: why there is none; "" otherwise.
-        examples: the windows.
+        found: the pass over a store that its windows are from.
+        slot: place of the feature in it.
+        options: how windows are divided.
     """
 
     feature: int
     fitted: FittedRule | None
     lacking: str
-    examples: Examples = field(repr=False)
+    found: FeatureWindows = field(repr=False)
+    slot: int
+    options: ExampleOptions
+
+    @property
+    def examples(self) -> Examples:
+        """The windows it was made from and is tested on; looked up anew, for those of a whole SAE are gigabytes."""
+        return examples_of(self.found, self.slot, self.feature, self.options)
 
 
 def explain_by_rules(
@@ -52,12 +64,12 @@ def explain_by_rules(
         examples = examples_of(found, slot, feature, options)
         lacking = examples.lacking(options.fewest)
         fitted = None if lacking else fit_rule(examples.data(), vocabulary)
-        made.append(RuleExplanation(feature, fitted, lacking, examples))
+        made.append(RuleExplanation(feature, fitted, lacking, found, slot, options))
     return tuple(made)
 
 
 def score_rules(explained: Sequence[RuleExplanation], tokenizer: Any, *, seed: int = 0) -> dict[int, Explanation]:
-    """Each rule's detection and fuzzing scores on held-out documents, beside those of its controls.
+    """Each rule's scores in detection, hard detection and fuzzing on held-out documents, beside those of its controls.
 
     Controls: "shuffled", the rule of another feature (if there is another); "empty", a rule that never fires; "top
     tokens", the list of the tokens that the strongest windows peak on. Features without a rule say why in their text.
@@ -70,10 +82,11 @@ def score_rules(explained: Sequence[RuleExplanation], tokenizer: Any, *, seed: i
         if entry.fitted is None:
             results[entry.feature] = Explanation(f"no explanation: {entry.lacking}", "rule", {}, {}, 0)
             continue
-        rules: dict[str, Rule] = {"empty": Never(), "top tokens": TokenIn(tuple(sorted(entry.examples.top_tokens)))}
+        examples = entry.examples
+        rules: dict[str, Rule] = {"empty": Never(), "top tokens": TokenIn(tuple(sorted(examples.top_tokens)))}
         if entry.feature in others:
             rules["shuffled"] = others[entry.feature]
-        results[entry.feature] = _tested(entry, rules, vocabulary, seed)
+        results[entry.feature] = _tested(entry.fitted.rule, rules, examples, vocabulary, seed)
     return results
 
 
@@ -86,34 +99,45 @@ def _others(with_rule: Sequence[RuleExplanation], seed: int) -> dict[int, Rule]:
     return {a.feature: b.fitted.rule for a, b in zip(with_rule, rolled, strict=True) if b.fitted is not None}
 
 
-def _tested(entry: RuleExplanation, others: dict[str, Rule], vocabulary: Vocabulary, seed: int) -> Explanation:
-    assert entry.fitted is not None
-    detection, fuzzing = detection_items(entry.examples), fuzzing_items(entry.examples, seed)
-    scores = rule_scores(entry.fitted.rule, detection, fuzzing, vocabulary, seed)
+def _tested(rule: Rule, others: dict[str, Rule], examples: Examples, vocabulary: Vocabulary, seed: int) -> Explanation:
+    tests = RuleTests(detection_items(examples), hard_items(examples), fuzzing_items(examples, seed))
+    scores = rule_scores(rule, tests, vocabulary, seed)
     controls = {}
-    for name, rule in others.items():
-        for score, value in rule_scores(rule, detection, fuzzing, vocabulary, seed).items():
-            if score in ("detection", "fuzzing"):
+    for name, other in others.items():
+        for score, value in rule_scores(other, tests, vocabulary, seed).items():
+            if score in COMPARED:
                 controls[f"{name}: {score}"] = value
-    text = entry.fitted.rule.text(vocabulary) or "no rule describes it better than none"
-    return Explanation(text, "rule", scores, controls, len(detection))
+    text = rule.text(vocabulary) or "no rule describes it better than none"
+    return Explanation(text, "rule", scores, controls, len(tests.detection))
 
 
-def rule_scores(
-    rule: Rule, detection: Items, fuzzing: Items, vocabulary: Vocabulary, seed: int = 0
-) -> dict[str, Estimate]:
+@dataclass(frozen=True, eq=False)
+class RuleTests:
+    """The windows of the three tests of one feature."""
+
+    detection: Items
+    hard: Items
+    fuzzing: Items
+
+
+def rule_scores(rule: Rule, tests: RuleTests, vocabulary: Vocabulary, seed: int = 0) -> dict[str, Estimate]:
     """What a rule scores when it is executed.
 
     Detection says yes where the rule fires anywhere in the window, fuzzing where it fires on at least half of the
     marks. Fuzzing is left out if no window gives both right and wrong marks.
     """
-    fires = rule.fires(detection.windows.view, vocabulary) & detection.windows.inside
-    ratios = answer_scores(detection.labels, np.asarray(fires.any(1)), detection.windows.documents, seed)
+    ratios = _detected(rule, tests.detection, vocabulary, seed)
     scores = {DETECTION[name]: value for name, value in ratios.items()}
-    if len(fuzzing):
-        assert fuzzing.marks is not None
-        fires = rule.fires(fuzzing.windows.view, vocabulary)
-        yes = (fires & fuzzing.marks).sum(1) >= 0.5 * fuzzing.marks.sum(1)
-        ratios = answer_scores(fuzzing.labels, np.asarray(yes), fuzzing.windows.documents, seed)
+    scores["hard detection"] = _detected(rule, tests.hard, vocabulary, seed)["balanced_accuracy"]
+    if len(tests.fuzzing):
+        assert tests.fuzzing.marks is not None
+        fires = rule.fires(tests.fuzzing.windows.view, vocabulary)
+        yes = (fires & tests.fuzzing.marks).sum(1) >= 0.5 * tests.fuzzing.marks.sum(1)
+        ratios = answer_scores(tests.fuzzing.labels, np.asarray(yes), tests.fuzzing.windows.documents, seed)
         scores["fuzzing"] = ratios["balanced_accuracy"]
     return scores
+
+
+def _detected(rule: Rule, items: Items, vocabulary: Vocabulary, seed: int) -> dict[str, Estimate]:
+    fires = rule.fires(items.windows.view, vocabulary) & items.windows.inside
+    return answer_scores(items.labels, np.asarray(fires.any(1)), items.windows.documents, seed)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from workbench import metrics
 from workbench.errors import DegenerateInputError, ShapeError
 from workbench.features.examples import Examples, Windows, joined
+from workbench.metrics import auroc as tied_auroc
 from workbench.stats import Estimate
 
 MARK_SHARE = 0.3
@@ -121,7 +121,7 @@ def auroc_difference(
 
 
 def _area(labels: np.ndarray, scores: np.ndarray) -> float:
-    return float(metrics.auroc(torch.from_numpy(scores)[:, None], torch.from_numpy(labels)))
+    return float(tied_auroc(torch.from_numpy(scores)[:, None], torch.from_numpy(labels)))
 
 
 def _area_draws(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -22,7 +22,8 @@ from workbench.steering.refusal import RefusalOptions, refusal_study
 from workbench.steering.refusal_report import RefusalReport
 from workbench.steering.report import SteeringReport
 from workbench.steering.steer import steer
-from workbench.steering.study import Depth, StudyOptions, selection_study
+from workbench.steering.study import selection_study
+from workbench.steering.study_groups import Depth, StudyOptions
 from workbench.steering.study_report import SelectionReport
 
 __all__ = [

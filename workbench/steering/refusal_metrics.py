@@ -84,6 +84,7 @@ def refusal_log_odds(logits: Float[Tensor, "*rows d_vocab"], refusal_tokens: Seq
     Raises:
         InvalidInputError: if there is no token, or one outside the vocabulary.
 
+    >>> import torch
     >>> round(refusal_log_odds(torch.tensor([2.0, 0.0, 0.0, 1.0]), [0, 3]).item(), 5)  # P_R = .83483
     1.62011
     """
@@ -101,6 +102,7 @@ def first_token_kl(
 ) -> Float[Tensor, "*rows"]:
     """KL of the steered next-token distribution from the base one, in nats; `sum p (log(p + 1e-6) - log(q + 1e-6))`.
 
+    >>> import torch
     >>> round(first_token_kl(torch.tensor([2.0, 0.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0, 1.0])).item(), 5)
     0.24817
     """

@@ -41,7 +41,9 @@ class DepthProfile:
         depth: share of the blocks up to and with it.
         n: alive features.
         output: mean output score.
+        random_output: the same of random directions.
         input: mean input score.
+        shuffled_input: the same of each feature's contexts against another feature's tokens.
         share: share with an output score above the threshold.
         random_share: the same of random directions.
         confidence: mean size of the change of confidence.
@@ -52,7 +54,9 @@ class DepthProfile:
     depth: float
     n: int
     output: float
+    random_output: float
     input: float
+    shuffled_input: float
     share: float
     random_share: float
     confidence: float
@@ -61,13 +65,31 @@ class DepthProfile:
 
 @dataclass(frozen=True)
 class GroupResult:
-    """Success of one group of features at one layer, or over all layers (`layer` None)."""
+    """One group of features at one layer, or over all layers (`layer` None).
+
+    Attributes:
+        group: how its features were selected.
+        layer: of the SAE.
+        n: features.
+        success: lens tokens per text, on the prompts that did not choose the strength.
+        unsteered: the same tokens in unsteered texts.
+        random: the same tokens under random directions of the features' norms, at strengths of their own.
+        gain: success less that of the random directions, by feature and prompt.
+        by_paper: success under the paper's rule, which chooses and measures on the same prompts.
+        perplexity: of the steered texts under the unsteered model.
+        unsteered_perplexity: of the unsteered texts.
+    """
 
     group: str
     layer: int | None
     n: int
     success: Estimate | None
+    unsteered: Estimate | None
+    random: Estimate | None
+    gain: Estimate | None
+    by_paper: Estimate | None
     perplexity: Estimate | None
+    unsteered_perplexity: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +125,10 @@ class SelectionReport(Report):
         """Claims, groups and the profile over depth."""
         metrics: dict[str, Metric] = {f"claim{i}.value": c.value for i, c in enumerate(self.claims, 1) if c.value}
         metrics |= {f"claim{i}.verdict": c.verdict for i, c in enumerate(self.claims, 1)}
-        metrics |= {f"ratio.{name.replace(' ', '_').replace(',', '')}": r for name, r in self.ratios.items()}
+        metrics |= {f"ratio.{_key(name)}": r for name, r in self.ratios.items()}
+        for g in self.groups:
+            known = {"success": g.success, "gain": g.gain} if g.layer is None else {}
+            metrics |= {f"{name}.{_key(g.group)}": value for name, value in known.items() if value is not None}
         for p in self.profile:
             metrics |= {f"layer{p.layer}.output_share": p.share, f"layer{p.layer}.input_mean": p.input}
         return Section("Which features steer", tuple(self._blocks()), self.findings(), metrics)
@@ -111,10 +136,34 @@ class SelectionReport(Report):
     def _blocks(self) -> list[Block]:
         claims = tuple((c.claim, c.verdict, c.measured, c.value, c.control, c.note) for c in self.claims)
         groups = tuple(
-            (g.group, "all" if g.layer is None else g.layer, g.n, g.success, g.perplexity) for g in self.groups
+            (
+                g.group,
+                "all" if g.layer is None else g.layer,
+                g.n,
+                g.success,
+                g.unsteered,
+                g.random,
+                g.gain,
+                g.by_paper,
+                g.perplexity,
+                g.unsteered_perplexity,
+            )
+            for g in self.groups
         )
         profile = tuple(
-            (p.layer, p.depth, p.n, p.input, p.output, p.share, p.random_share, p.confidence, p.both)
+            (
+                p.layer,
+                p.depth,
+                p.n,
+                p.input,
+                p.shuffled_input,
+                p.output,
+                p.random_output,
+                p.share,
+                p.random_share,
+                p.confidence,
+                p.both,
+            )
             for p in self.profile
         )
         depth = tuple(p.depth for p in self.profile)
@@ -131,11 +180,16 @@ class SelectionReport(Report):
                 "Success relative to unfiltered features", tuple(self.ratios), tuple(self.ratios.values()),
                 y_label="ratio", reference=1.0,
             ),
-            Table(("features", "layer", "n", "lens tokens per text", "perplexity"), groups, "Ways to select features"),
+            Table(
+                ("features", "layer", "n", "lens tokens per text", "unsteered", "random directions",
+                 "above random directions", "by the paper's rule", "perplexity", "unsteered perplexity"),
+                groups, "Ways to select features",
+            ),
             Lines("Scores over depth", lines, x_label="share of the blocks", y_label="score"),
             Table(
-                ("layer", "depth", "alive", "input score", "output score", "output features", "random directions",
-                 "change of confidence", "high in both"),
+                ("layer", "depth", "alive", "input score", "contexts of other features", "output score",
+                 "of random directions", "output features", "among random directions", "change of confidence",
+                 "high in both"),
                 profile, "Means over all alive features",
             ),
         ]  # fmt: skip
@@ -145,8 +199,14 @@ class SelectionReport(Report):
         return (
             f"SAEs after layers {s['layers']} of {s['model']}; {s['n_features']} features per group and layer, "
             f"strengths {s['strengths']}, {s['prompts']} prompts, {s['new_tokens']} tokens at temperature "
-            f"{s['temperature']}, seed {s['seed']}. Success is the number of the feature's {s['k']} lens tokens per "
-            "text; each feature's strength was chosen on half of the prompts and success measured on the other half. "
-            "Ratios compare a group with as many unfiltered features of each layer. Intervals are over prompts and "
-            "features, those of shares over features. 'Holds' and 'does not hold' need the whole interval on one side."
+            f"{s['temperature']}, seed {s['seed']}; {s['texts']:,} texts. Success is the number of the feature's "
+            f"{s['k']} lens tokens per text; each feature's strength was chosen on half of the prompts and success "
+            "measured on the other half. Beside it stand the same tokens in unsteered texts and under random "
+            "directions of the features' norms. Ratios compare a group with as many unfiltered features of each layer. "
+            "Intervals are over prompts and features, those of shares over features. 'Holds' and 'does not hold' need "
+            "the whole interval on one side."
         )
+
+
+def _key(group: str) -> str:
+    return group.replace(" ", "_").replace(",", "")
