@@ -139,7 +139,7 @@ def _check(study: _Study) -> Section:
 def _glitch(study: _Study) -> Section:
     untested = ()
     try:
-        report = glitch_tokens.study(study.model, "top")
+        report = glitch_tokens.study(study.model, "top", options=glitch_tokens.brief(study.run.artifacts))
     except InvalidInputError as error:
         # Without unused rows to compare with there is no ranking to test; the list says so, and so does the finding.
         report, untested = glitch_tokens.study(study.model), (f"No token was tested: {error}",)

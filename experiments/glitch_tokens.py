@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import tyro
 
 from workbench.cli.base import Command
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, scan
+from workbench.glitch.scoring import VERIFIED
 
 
 def study(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
@@ -24,11 +26,17 @@ def study(model: Any, verify: Literal["top"] | None = None, *, options: ScanOpti
     return scan(model, verify, options=options)
 
 
+def brief(folder: Path) -> ScanOptions:
+    """Options of a scan that is one part of a longer run: few tokens, each until it is said; goes on in `folder`."""
+    return ScanOptions(top=24, journal=folder / "glitch_tested.jsonl", verification=VerifyOptions(stop_at=VERIFIED))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GlitchScan(Command):
     """Find tokens that the model was probably never trained on.
 
-    The list comes from the weights alone; --verify top tests the first of it beside random tokens.
+    The list comes from the weights alone; --verify top tests the first of it beside random tokens. The run folder gets
+    the report as HTML, the facts as JSON and a table of all tokens as CSV. An interrupted test goes on where it was.
     """
 
     model: Annotated[str, tyro.conf.Positional] = "embedded"
@@ -39,23 +47,34 @@ class GlitchScan(Command):
     """How many candidates to test."""
     controls: int | None = None
     """How many random ordinary tokens to test beside them; by default as many."""
-    percentile: float = 2.0
-    """Percent of the ordinary tokens that become candidates."""
+    percentile: float | None = None
+    """Percent of the ordinary tokens that become candidates; by default those that the bulk does not explain."""
     reference: tuple[int, ...] = ()
     """Ids known to be unused; by default they are found."""
     indicator: str | None = None
     """I_in, I_cos, I_centred or I_l2; by default the one that separates best."""
     prompts: Path | None = None
-    """JSON file with other prompts: a list of {name, preamble, shown, answer, shots}."""
-    exact: bool = False
-    """Run every prompt and step for every token, also after it was said once."""
+    """JSON file with other prompts: a list of {name, preamble, shown, answer, shots, request, reply}."""
+    forms: Literal["auto", "raw", "chat", "both"] = "auto"
+    """Prompts as raw text, through the chat template, or both; auto is both where the model has a template."""
+    quick: bool = False
+    """Stop testing a token once it was said: the same verdicts, but p of rejected tokens is a lower bound."""
+    spliced: int = 16
+    """How many suspicious tokens that no text gives to test by their ids, in a table of their own."""
+    sides: bool = True
+    """Also find out whether each tested token can be read, and whether it can be written."""
+    symptoms: bool = False
+    """Also ask the model to repeat, spell and measure each tested token, and name what goes wrong."""
+    batch_size: int = 32
+    """Prompts per forward pass."""
 
     def options(self) -> ScanOptions:
         """What the library is called with."""
         return ScanOptions(
             top=self.top, controls=self.controls, percentile=self.percentile, reference=self.reference or None,
-            indicator=self.indicator, prompts=self.prompts, seed=self.seed,
-            verification=VerifyOptions(stop_at=None) if self.exact else VerifyOptions(),
+            indicator=self.indicator, prompts=self.prompts, seed=self.seed, forms=self.forms, spliced=self.spliced,
+            sides=self.sides, symptoms=self.symptoms,
+            verification=VerifyOptions(batch_size=self.batch_size, stop_at=VERIFIED if self.quick else None),
         )  # fmt: skip
 
     def run(self) -> None:
@@ -68,8 +87,9 @@ class GlitchScan(Command):
         with self.start("glitch-scan") as run:
             if self.verify == "top":
                 run.note_model(model)
+                # In the run folder, so that the same command, given again after an interruption, goes on from it.
+                options = dataclasses.replace(options, journal=run.artifacts / "tested.jsonl")
             report = study(model, "top" if self.verify == "top" else None, options=options)
-            run.artifacts.mkdir(parents=True, exist_ok=True)
             report.to_csv(run.artifacts / "tokens.csv")
             save_json(run.artifacts / "glitch.json", report.to_json())
             run.save_step("glitch", report.section())
@@ -83,7 +103,8 @@ class GlitchScan(Command):
             row = report.row(i)
             p = "" if row["max_prob"] is None else f"  p = {row['max_prob']:.4f}"
             yield f"{i:>8}  {row['indicator']:.4f}{p}  {row['verdict']:<16}  {row['token']!r}"
-        yield f"All tokens: {folder / 'artifacts' / 'tokens.csv'}; report: {folder / 'report.html'}"
+        files = folder / "artifacts"
+        yield f"Report: {folder / 'report.html'}; all tokens: {files / 'tokens.csv'}; as JSON: {files / 'glitch.json'}"
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ LAYERS = (
     ("models",),
     ("activations", "saes"),
     ("features", "steering", "probes", "glitch"),
+    ("serve",),
     ("cli",),
 )
 """A part imports its own layer and those above it in this list."""

@@ -130,3 +130,30 @@ def test_the_indicator_is_the_simplest_that_none_clearly_beats() -> None:
     assert chosen == "I_cos" and "NOT CONFIRMED" in why
     with pytest.raises(UnknownNameError, match="I_in"):
         indicators.pick(_auc(I_cos=1.0), asked="I_in")
+
+
+@pytest.mark.parametrize("block", [16, 1000])
+def test_without_the_first_component_equals_removing_it_from_every_row(block: int) -> None:
+    rows = matrix(N, UNUSED) + 3 * torch.randn(N, 1, generator=torch.Generator().manual_seed(7)) * torch.ones(24)
+    matrices = _tied(rows)
+    outer = indicators.read_rows(matrices.E_out, block, component=True)
+    values = indicators.measure(matrices, outer, outer, UNUSED, block)["I_1pc"]
+    wide = rows.double()
+    c = torch.linalg.svd(wide - wide.mean(0)).Vh[0]
+    without = wide - (wide @ c)[:, None] * c
+    expected = 1 - torch.nn.functional.cosine_similarity(without, without[UNUSED].mean(0)[None])
+    assert np.abs(values - expected.numpy()).max() < 1e-5
+    held = indicators.held_out_values("I_1pc", matrices, outer, values, UNUSED)
+    rest = without[UNUSED[1:]].mean(0)
+    assert held[0] == pytest.approx(1 - float(torch.nn.functional.cosine_similarity(without[4], rest, dim=0)), abs=1e-5)
+    assert "I_1pc" not in indicators.measure(matrices, indicators.read_rows(matrices.E_out, block), outer.__class__(
+        outer.norm, outer.finite, outer.mean, outer.classes), UNUSED, block)  # fmt: skip
+
+
+def test_equal_rows_are_told_from_rows_that_agree_in_the_sampled_columns() -> None:
+    rows = matrix(200, [], width=64)
+    rows[150] = rows[20]
+    rows[151] = rows[20]
+    rows[151, 1] += 1.0
+    rows[170], rows[171] = rows[30], rows[30]
+    assert indicators.read_rows(_wrap(rows), 64).classes == ((20, 150), (30, 170, 171))

@@ -23,7 +23,11 @@ def _choose(rows: torch.Tensor) -> reference.Reference:
     usable = np.asarray(torch.isfinite(rows).all(1) & (rows.norm(dim=1) > 0))
     ordinary = rows[np.flatnonzero(VOCABULARY.is_category("ok") & ~VOCABULARY.reserved)]
     return reference.choose(
-        [reference.judge(name, why, ids, E_out, usable, ordinary) for name, (why, ids) in proposed.items()], E_out
+        [
+            reference.judge(name, why, ids, E_out, usable, ordinary, rows[usable].mean(0))
+            for name, (why, ids) in proposed.items()
+        ],
+        E_out,
     )
 
 
@@ -91,3 +95,33 @@ def test_a_given_reference_must_have_rows() -> None:
     for ids in ([1], [3], [-1], []):
         with pytest.raises(InvalidInputError, match="reference="):
             reference.given(ids, usable)
+
+
+def test_rows_that_resizing_added_are_no_reference() -> None:
+    rows = matrix(N + 5, [*RESERVED, *IMPOSSIBLE])
+    generator = torch.Generator().manual_seed(3)
+    rows[PADDING] = rows[:N].mean(0) * (1 + 1e-3 * torch.randn(5, 24, generator=generator))
+    chosen = _choose(rows)
+    judged = {group.name: group for group in chosen.groups}
+    assert not judged["padding rows"].trusted and "mean of all rows" in judged["padding rows"].verdict
+    assert chosen.name in ("reserved names", "unused bytes") and "point elsewhere" not in chosen.why
+    rows[[*RESERVED, *IMPOSSIBLE]] = matrix(N + 5, [], seed=4)[[*RESERVED, *IMPOSSIBLE]]
+    rows[PADDING] = rows[:N].mean(0)
+    assert _choose(rows).name is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reserved"),
+    [
+        ("<|vision_reserved_special_token_7|>", True), ("<madeupword3>", True), (">>UNUSED_22<<", True),
+        ("<｜place▁holder▁no▁0｜>", True), ("[PAD151936]", True), ("<|extra_id_3|>", True), ("<|placeholder1|>", True),
+        ("<pad>", False), ("<|im_start|>", False), ("<0x41>", False), ("[toxicity=0]", False), ("<special>", False),
+    ],
+)  # fmt: skip
+def test_reserved_names_of_known_families(name: str, reserved: bool) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken(name, special=False)])
+    vocabulary = analyse(FastCodec.of(tokenizer))
+    assert vocabulary.reserved[tokenizer.token_to_id(name)] == reserved

@@ -1,23 +1,34 @@
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from tests.glitch.tiny_vocab import EMBED, HEAD, WORDS, byte_level, folder, matrix
 from tests.tiny import tiny_model
+from workbench.codec import codec_of
 from workbench.errors import (
     DegenerateInputError,
     InvalidInputError,
+    MismatchError,
     MissingFileError,
     ModelUnavailableError,
     UnknownNameError,
 )
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, scan
+from workbench.glitch.chat import PromptSet, prompt_set
+from workbench.glitch.prompts import Probe, Template, probes_from
+from workbench.glitch.result import cell_text, shown
+from workbench.glitch.tokenizer import analyse
+from workbench.glitch.verify import verify
 from workbench.models.model import Model
 from workbench.report import Report
 
@@ -195,8 +206,8 @@ def test_it_says_what_it_does_not_know_and_shows_itself(tmp_path: Path) -> None:
 
 
 def test_what_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="verify='census' does not exist"):
-        scan(tmp_path, "census")
+    with pytest.raises(UnknownNameError, match="verify='all' does not exist"):
+        scan(tmp_path, "all")  # pyright: ignore[reportArgumentType, reportCallIssue]
     with pytest.raises(MissingFileError, match="not a model folder"):
         scan(tmp_path / "absent")
     with pytest.raises(ModelUnavailableError, match="local Hugging Face cache"):
@@ -215,7 +226,7 @@ def test_a_loaded_model_is_tested_beside_controls(monkeypatch: pytest.MonkeyPatc
     report = scan(model, options=ScanOptions(reference=(5, 6, 7), percentile=10.0))
     assert report.verification is None and report.model == model.name
     options = ScanOptions(reference=(5, 6, 7), percentile=10.0, top=3, controls=500)
-    monkeypatch.setattr("workbench.glitch.scanner._templates", lambda *_: _short_templates())
+    monkeypatch.setattr("workbench.glitch.scanner._prompts", lambda *_: _short_templates())
     tested = scan(model, "top", options=options)
     assert tested.verification is not None
     assert [t.token_id for t in tested.verification.candidates] == tested.candidates()[:3]
@@ -225,14 +236,16 @@ def test_a_loaded_model_is_tested_beside_controls(monkeypatch: pytest.MonkeyPatc
     again = scan(model, "top", options=options)
     assert again.verification == tested.verification
     df = tested.df.set_index("token_id")
-    assert (df.role != "").sum() == 3 + len(controls) and df.max_prob.notna().sum() == 3 + len(controls)
+    assert (df.role == "candidate").sum() == 3 and (df.role == "control").sum() == len(controls)
+    assert df.max_prob.notna().sum() == (df.role != "").sum()
     assert any("Expected" in finding and "false among the 3 tested" in finding for finding in tested.findings())
 
 
-def _short_templates() -> tuple[object, ...]:
-    from workbench.glitch.prompts import Probe, Template
-
-    return (Template(Probe("p", "", "{token}", "{token}"), torch.tensor([3, 7, 9]), torch.tensor([1])),)
+def _short_templates() -> PromptSet:
+    probe, slot = Probe("p", "", "{token}", "{token}"), torch.tensor([1])
+    return PromptSet((
+        Template(probe, torch.tensor([3, 7, 9]), slot), Template(probe, torch.tensor([4, 7, 8, 9]), slot, "chat"),
+    ))  # fmt: skip
 
 
 @pytest.fixture
@@ -314,3 +327,67 @@ def test_the_embedded_model_cannot_say_the_first_candidates(embedded: Model, tmp
     assert {t.verdict for t in report.verification.candidates} == {"strong_verified"}
     assert report.verification.control_failures is not None and report.verification.control_failures.value == 0.0
     assert all(t.max_prob > 0.05 for t in report.verification.controls)
+
+
+def test_tokens_that_no_text_gives_are_tested_in_a_table_of_their_own(tmp_path: Path) -> None:
+    halves = [AT("Ã"), AT("â")]
+    report = scan(_tied(tmp_path, matrix(N + 5, [*UNUSED, *halves])), options=ScanOptions(percentile=10.0))
+    left = [i for i in report.unwritable() if report.table.category[i] == "partial_utf8"]
+    assert set(halves) <= set(left) and not set(left) & {*report.candidates(), *report.reference.members}
+    assert report.row(halves[0])["kind"] == "byte"
+
+
+def test_every_part_of_a_test_is_in_the_report_and_in_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr("workbench.glitch.scanner._prompts", lambda *_: _short_templates())
+    options = ScanOptions(reference=(5, 6, 7), percentile=40.0, top=4, controls=6, symptoms=True, spliced=3)
+    journal = tmp_path / "tested.jsonl"
+    report = scan(model, "top", options=replace(options, journal=journal))
+    verification = report.verification
+    assert verification is not None and report.sides is not None and report.symptoms is not None
+    assert verification.forms == ("raw", "chat") and set(verification.failures_by_form) == {"raw", "chat"}
+    assert len(verification.candidates) == 4 and 0 < len(verification.spliced) <= 3
+    assert {t.token_id for t in verification.spliced} <= set(report.unwritable())
+    facts = report.to_json()
+    assert facts["verification"]["model_hash"] == model.fingerprint and facts["seed"] == 0
+    assert facts["verification"]["dtype"] == "float32" and len(facts["verification"]["prompt_hash"]) == 12
+    first = facts["candidates"][0]
+    assert {"kind", "script", "part_of", "broken", "symptoms", "form", "p_value"} <= first.keys()
+    json.dumps(facts, allow_nan=False)
+    findings = " ".join(report.findings())
+    assert "NO VERDICT" in findings and "Symptoms (chat form" in findings and "raw alone" in findings
+    before = journal.read_bytes()
+    again = scan(model, "top", options=replace(options, journal=journal))
+    assert again.verification == verification and journal.read_bytes() == before
+    with pytest.raises(MismatchError, match="steps"):
+        scan(model, "top", options=replace(options, journal=journal, verification=VerifyOptions(steps=1)))
+
+
+def test_the_table_survives_a_spreadsheet_and_any_token(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    nasty = ["=1+1", "+cmd", "-2", "@sum", "'=", 'a"b', "a,b", "a;b", "x\ny", "'s", "\u2028", "é=", "\x00="]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in nasty])
+    n = tokenizer.get_vocab_size()
+    made = folder(tmp_path, tokenizer, {EMBED: matrix(n, UNUSED[: len(RESERVED)])})
+    report = scan(made)
+    raw = report.to_csv(tmp_path / "t.csv").read_bytes()
+    rows = list(csv.DictReader(io.StringIO(raw.decode("utf-8"), newline="")))
+    assert len(rows) == n == raw.count(b"\n") - 1
+    for row in rows:
+        assert row["token"].lstrip()[:1] not in tuple("=+-@") or len(row["token"]) == 1
+        assert cell_text(row["token"]) == shown(report.table.token[int(row["token_id"])])
+    assert {"'=1+1", "'+cmd", "''=", "'s"} <= {row["token"] for row in rows}
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_fails_in_both_forms_and_on_both_sides(embedded: Model, tmp_path: Path) -> None:
+    short = {"name": "short", "preamble": "Out repeats In.", "shown": "\nIn: «{token}»\nOut:", "answer": " «{token}»"}
+    (tmp_path / "short.json").write_text(json.dumps([short | {"shots": 2}]))
+    made = prompt_set(embedded, analyse(codec_of(embedded.tokenizer)), probes_from(tmp_path / "short.json"))
+    assert made.forms == ("raw", "chat")
+    codec = codec_of(embedded.tokenizer)
+    done = verify(embedded, codec, made.templates, [36743, 43858, 34047], [27556, 31940, 39978], VerifyOptions(steps=1))
+    assert all(t.verdict == "strong_verified" and t.p_value == 1 / 4 for t in done.candidates)
+    assert min(t.best_in("raw") or 0 for t in done.controls) > 0.05

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tests.glitch.tiny_vocab import N_UNUSED, SPECIAL, WORDS, byte_level, sentencepiece
 from workbench.codec import FastCodec, codec_in, codec_of
@@ -71,6 +72,90 @@ def test_a_token_that_only_another_context_gives_is_reachable() -> None:
     vocabulary = analyse(FastCodec.of(tokenizer))
     assert not vocabulary.adds_space
     assert {vocabulary.category[tokenizer.token_to_id(f"Ġ{word}")] for word in WORDS} == {"ok"}
+
+
+def test_pieces_of_words_are_reachable_inside_words() -> None:
+    words = [
+        "[UNK]",
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
+        "the",
+        "##ing",
+        "##ние",
+    ]
+    words += [*"ние", "##н", "##и", "##е", "Upper"]
+    tokenizer = Tokenizer(models.WordPiece(vocab={w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    vocabulary = analyse(FastCodec.of(tokenizer))
+    at = words.index
+    assert (vocabulary.text[at("##ing")], vocabulary.text[at("the")]) == ("ing", "the")
+    reached = {w for i, w in enumerate(words) if vocabulary.category[i] == "ok"}
+    assert set(words) - reached - {"[UNK]"} == {"Upper"}
+
+
+def test_pieces_that_only_begin_a_word_are_reachable_before_the_rest_of_it() -> None:
+    vocab = {c: i for i, c in enumerate([*"abcq", *(f"{c}</w>" for c in "abcq"), "ab", "ab</w>"])}
+    model = models.BPE(vocab=vocab, merges=[("a", "b"), ("a", "b</w>")], end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder(suffix="</w>")
+    assert set(analyse(FastCodec.of(tokenizer)).category) == {"ok"}
+
+
+def test_unigram_with_a_space_in_front_of_every_text() -> None:
+    pieces = [
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        ("▁the", -1.0),
+        ("the", -3.0),
+        ("ing", -2.0),
+        *((c, -5.0) for c in "thein"),
+        ("th", -99.0),
+    ]
+    tokenizer = Tokenizer(models.Unigram([*pieces, ("g", -5.0), ("«", -5.0)], unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.normalizer = normalizers.Strip()
+    vocabulary = analyse(FastCodec.of(tokenizer))
+    at = tokenizer.token_to_id
+    assert vocabulary.adds_space
+    assert {vocabulary.category[at(t)] for t in ("▁the", "the", "ing", "t", "▁")} == {"ok"}
+    assert vocabulary.category[at("th")] == "unreachable_multi"  # two letters are always cheaper
+
+
+def test_what_the_normaliser_rewrites_is_unreachable_and_not_lossy() -> None:
+    tokenizer = byte_level()
+    decomposed = "e\u0301"
+    tokenizer.add_tokens([AddedToken(decomposed, normalized=False), AddedToken("Ω", normalized=True)])
+    written = "".join(
+        chr_ for chr_ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\u2126")[0][0]
+    )
+    settings = json.loads(tokenizer.to_str())
+    settings["model"]["vocab"][written] = 5000
+    tokenizer = Tokenizer.from_str(json.dumps(settings))
+    tokenizer.normalizer = normalizers.NFC()
+    vocabulary = analyse(FastCodec.of(tokenizer))
+    assert vocabulary.category[tokenizer.token_to_id(written)] == "unreachable_single"  # ohm sign becomes Omega
+    assert vocabulary.category[tokenizer.token_to_id(decomposed)] == "ok"  # matched before normalisation
+    assert vocabulary.lossy == ()
+
+
+@pytest.mark.parametrize("options", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}])
+def test_added_tokens_are_reachable_however_they_match(options: dict[str, bool]) -> None:
+    for tokenizer in (byte_level(), sentencepiece()):
+        tokenizer.add_tokens([AddedToken("<tool>", **options), AddedToken("zzqqzz", **options)])
+        tokenizer.add_special_tokens([AddedToken("<mark>", special=True, **options)])
+        vocabulary = analyse(FastCodec.of(tokenizer))
+        found = [vocabulary.category[tokenizer.token_to_id(text)] for text in ("<tool>", "zzqqzz", "<mark>")]
+        assert found == ["ok", "ok", "special"], options
+
+
+def test_a_space_in_front_of_the_first_word_only() -> None:
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    vocabulary = analyse(FastCodec.of(tokenizer))
+    assert vocabulary.adds_space
+    words = {tokenizer.token_to_id(mark + word) for word in WORDS for mark in ("", "Ġ")}
+    assert {vocabulary.category[i] for i in words} == {"ok"}
 
 
 def test_ids_without_a_token_are_gaps() -> None:

@@ -83,9 +83,7 @@ def _dispatch(words: list[str]) -> int:
         sys.stdout.write(page.group_page(words[0]))
         return 0
     command = parse(entry.load(), rest, f"workbench {entry.words}")
-    if command is not None:
-        run(command)
-    return 0
+    return 0 if command is None else run(command)
 
 
 def parse(cls: Any, arguments: list[str], prog: str) -> Any:
@@ -113,13 +111,13 @@ def parse(cls: Any, arguments: list[str], prog: str) -> Any:
         raise UsageError(f"{line} See `{prog} --help`.") from None
 
 
-def run(command: Any) -> None:
-    """Run a parsed command with progress on stderr; with `json` only its result reaches stdout."""
+def run(command: Any) -> int:
+    """Run a parsed command, progress on stderr; with `json` only its result reaches stdout. Returns the exit code."""
     from workbench import progress
     from workbench.cli.base import only_results_on_stdout
 
     with only_results_on_stdout() if command.json else contextlib.nullcontext(), progress.shown():
-        command.run()
+        return command.run() or 0
 
 
 def _one_line(box: str) -> str:

@@ -36,8 +36,8 @@ class BaseCommand:
     json: bool = dataclasses.field(default=False, metadata={"config": False})
     """Print one JSON object on stdout and nothing else there, for scripts."""
 
-    def run(self) -> None:
-        """Do what the command is for."""
+    def run(self) -> int | None:
+        """Do what the command is for; returns the exit code where success is not enough to say."""
         raise NotImplementedError(f"{type(self).__name__} has no run(). Define it.")
 
     def emit(self, summary: Mapping[str, Any], lines: Iterable[Any] = ()) -> None:

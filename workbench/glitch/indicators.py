@@ -19,10 +19,11 @@ INDICATORS: dict[str, str] = {
     "I_cos": "cosine distance of the output row to the mean of the reference rows",
     "I_centred": "the same after the mean row is taken off every row",
     "I_l2": "distance of the output row to the mean of the reference rows",
+    "I_1pc": "cosine distance after the first principal component of all rows is projected out; only when asked for",
 }
 """Every indicator with its meaning; earlier ones win ties."""
 
-EPS = 1e-6
+_TINY = 1e-30
 ENOUGH = 0.9
 """AUC below which no indicator is used."""
 CLEARLY = 0.02
@@ -39,12 +40,14 @@ class RowFacts:
         finite: rows without NaN or infinity.
         mean: mean of the finite rows, summed in fp64.
         classes: ids of each set of two or more bit-identical rows, zero rows left out.
+        component: the first principal component of the finite rows, of length 1, or None if it was not asked for.
     """
 
     norm: np.ndarray
     finite: np.ndarray
     mean: Tensor
     classes: tuple[tuple[int, ...], ...]
+    component: Tensor | None = None
 
     @property
     def usable(self) -> np.ndarray:
@@ -52,32 +55,60 @@ class RowFacts:
         return self.finite & (np.nan_to_num(self.norm) > 0)
 
 
-def read_rows(matrix: Matrix, block_rows: int, bias: Tensor | None = None, identical: bool = True) -> RowFacts:
-    """Norms, mean, bad and bit-identical rows of a matrix in one pass; with `bias`, equal rows need equal biases."""
+def read_rows(
+    matrix: Matrix, block_rows: int, bias: Tensor | None = None, identical: bool = True, component: bool = False
+) -> RowFacts:
+    """Norms, mean, bad and bit-identical rows of a matrix in one pass; with `bias`, equal rows need equal biases.
+
+    With `component` also the first principal component, which costs rows x d_model x d_model.
+    """
     norm, total = np.empty(matrix.n_rows), torch.zeros(matrix.width, dtype=torch.float64)
-    seen: dict[bytes, list[int]] = {}
-    finite = np.empty(matrix.n_rows, dtype=bool)
+    finite, key = np.empty(matrix.n_rows, dtype=bool), np.empty(matrix.n_rows, dtype=np.uint64)
+    gram = torch.zeros(matrix.width, matrix.width, dtype=torch.float64) if component else None
     blocks = -(-matrix.n_rows // block_rows)
     for start, block in track(
         matrix.blocks(block_rows), total=blocks, description=f"read {matrix.name}", unit="blocks"
     ):
-        good = torch.isfinite(block).all(1)
-        norm[start : start + len(block)] = torch.linalg.vector_norm(block, dim=1).numpy()
-        finite[start : start + len(block)] = good.numpy()
-        total += (block if bool(good.all()) else block[good]).sum(0, dtype=torch.float64)
-        if identical:
-            extra = None if bias is None else bias[start : start + len(block)]
-            _note_rows(seen, block, extra, start)
+        part = slice(start, start + len(block))
+        norm[part] = torch.linalg.vector_norm(block, dim=1).numpy()
+        # a sum is finite unless the row holds NaN or infinity, or overflows; only such rows are looked at one by one
+        good = np.isfinite(norm[part])
+        good[~good] = torch.isfinite(block[torch.from_numpy(~good)]).all(1).numpy()
+        finite[part], key[part] = good, _sample_key(block)
+        block = block if good.all() else block[torch.from_numpy(good)]
+        total += block.sum(0, dtype=torch.float64)
+        if gram is not None:
+            gram += block.T @ block
     norm[~finite] = np.nan
-    classes = tuple(tuple(ids) for ids in seen.values() if len(ids) > 1 and finite[ids[0]] and norm[ids[0]] > 0)
-    return RowFacts(norm, finite, (total / max(1, int(finite.sum()))).float(), classes)
+    n = max(1, int(finite.sum()))
+    mean = total / n
+    first = None if gram is None else torch.linalg.eigh(gram / n - torch.outer(mean, mean)).eigenvectors[:, -1].float()
+    usable = np.flatnonzero(finite & (np.nan_to_num(norm) > 0))
+    classes = _equal_rows(matrix, bias, usable, key[usable], block_rows) if identical else ()
+    return RowFacts(norm, finite, mean.float(), classes, first)
 
 
-def _note_rows(seen: dict[bytes, list[int]], block: Tensor, bias: Tensor | None, start: int) -> None:
+def _sample_key(block: Tensor) -> np.ndarray:
+    """A number per row that is equal for equal rows, from at most 16 of its columns."""
     # adding 0.0 turns -0.0 into 0.0: both give the same logits
-    rows = (block if bias is None else torch.cat([block, bias[:, None]], 1)).add(0.0).contiguous().numpy()
-    for k, row in enumerate(rows):
-        seen.setdefault(hashlib.blake2b(row, digest_size=16).digest(), []).append(start + k)
+    some = block[:, :: -(-block.shape[1] // 16)].add(0.0).contiguous().numpy().view(np.uint32).astype(np.uint64)
+    return (some * np.random.default_rng(0).integers(1, 2**63, some.shape[1], dtype=np.uint64)).sum(1, dtype=np.uint64)
+
+
+def _equal_rows(
+    matrix: Matrix, bias: Tensor | None, ids: np.ndarray, key: np.ndarray, block_rows: int
+) -> tuple[tuple[int, ...], ...]:
+    """Sets of rows that agree in every bit (and in the bias), looked for among those that agree in the key."""
+    _, which, count = np.unique(key, return_inverse=True, return_counts=True)
+    ids = ids[count[which] > 1]
+    seen: dict[bytes, list[int]] = {}
+    for start in range(0, len(ids), block_rows):
+        part = ids[start : start + block_rows]
+        rows = matrix.rows(part.tolist())
+        rows = rows if bias is None else torch.cat([rows, bias[torch.from_numpy(part)][:, None]], 1)
+        for i, row in zip(part.tolist(), rows.add(0.0).contiguous().numpy(), strict=True):
+            seen.setdefault(hashlib.blake2b(row, digest_size=16).digest(), []).append(i)
+    return tuple(tuple(same) for same in seen.values() if len(same) > 1)
 
 
 def measure(
@@ -85,10 +116,12 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """The indicators of every row; nan where a row is not finite. Without a reference only `I_in`, and only if untied.
 
-    `I_cos = 1 - e.u / max(|e| |u|, 1e-6)` and `I_l2 = |e - u|` with `u` the mean of the reference rows;
-    `I_centred` is `I_cos` of `e - mean` and `u - mean`; `I_in = |e_in|`.
+    `I_cos = 1 - e.u / (|e| |u|)` and `I_l2 = |e - u|` with `u` the mean of the reference rows;
+    `I_centred` is `I_cos` of `e - mean` and `u - mean`; `I_1pc` of `e - (e.c) c` and `u - (u.c) c` with `c` the first
+    component; `I_in = |e_in|`.
     A row that is exactly zero has `I_cos = 1`: it has no direction, and is reported apart.
-    Source: Land and Bartolo 2024, section 2.2. `I_in` is never given for tied matrices, where it says nothing.
+    Source: Land and Bartolo 2024, section 2.2; without their lower limit of 1e-6 on `|e| |u|`, which calls rows that
+    weight decay has shrunk orthogonal to the reference. `I_in` is never given for tied matrices, where it says nothing.
     """
     n = matrices.E_out.n_rows
     result: dict[str, np.ndarray] = {}
@@ -100,15 +133,29 @@ def measure(
         return result
     u = matrices.E_out.rows(reference).double().mean(0).float()
     result |= {name: np.empty(n) for name in ("I_cos", "I_centred", "I_l2")}
+    if outer.component is not None:
+        result["I_1pc"] = np.empty(n)
     blocks = matrices.E_out.blocks(block_rows)
     for start, block in track(blocks, total=-(-n // block_rows), description="indicators", unit="blocks"):
         rows = slice(start, start + len(block))
-        result["I_cos"][rows] = cosine_distance(block, u).numpy()
-        result["I_centred"][rows] = cosine_distance(block - outer.mean, u - outer.mean).numpy()
-        result["I_l2"][rows] = torch.linalg.vector_norm(block - u, dim=1).numpy()
+        for name in result.keys() - {"I_in"}:
+            result[name][rows] = _distance(name, block, u[None], outer).numpy()
     for values in result.values():
         values[~outer.finite] = np.nan
     return result
+
+
+def _distance(indicator: str, rows: Tensor, means: Tensor, outer: RowFacts) -> Tensor:
+    """The output-side indicator of rows, each against its own mean or all against one."""
+    if indicator == "I_l2":
+        return torch.linalg.vector_norm(rows - means, dim=1)
+    if indicator == "I_centred":
+        rows, means = rows - outer.mean, means - outer.mean
+    if indicator == "I_1pc" and (c := outer.component) is not None:
+        rows, means = rows - (rows @ c)[:, None] * c, means - (means @ c)[:, None] * c
+    if len(means) == 1:
+        return cosine_distance(rows, means[0])
+    return torch.stack([cosine_distance(row[None], mean)[0] for row, mean in zip(rows, means, strict=True)])
 
 
 def cosine_distance(rows: Tensor, u: Tensor) -> Tensor:
@@ -117,8 +164,9 @@ def cosine_distance(rows: Tensor, u: Tensor) -> Tensor:
     >>> cosine_distance(torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0]))
     tensor([0., 1., 1.])
     """
-    scale = torch.linalg.vector_norm(rows, dim=1) * torch.linalg.vector_norm(u)
-    return 1 - (rows @ u) / scale.clamp_min(EPS)
+    # fp64, since nearly equal rows differ in the last digits of fp32, which depend on where a row lies in memory
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) * torch.linalg.vector_norm(u, dtype=torch.float64)
+    return (1 - (rows.double() @ u.double()) / norm.clamp_min(_TINY)).to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -173,11 +221,7 @@ def held_out_values(
     total = matrices.E_out.rows(ids).double().sum(0)
     rows = matrices.E_out.rows(ids[:: -(-len(ids) // _MAX_HELD_OUT)])
     means = ((total - rows.double()) / (len(ids) - 1)).float()
-    if indicator == "I_l2":
-        return torch.linalg.vector_norm(rows - means, dim=1).numpy()
-    shift = outer.mean if indicator == "I_centred" else torch.zeros_like(outer.mean)
-    pairs = zip(rows - shift, means - shift, strict=True)
-    return np.array([float(cosine_distance(row[None], mean)[0]) for row, mean in pairs])
+    return _distance(indicator, rows, means, outer).numpy()
 
 
 def pick(measured: Sequence[Separation], asked: str | None = None, insist: bool = False) -> tuple[str | None, str]:

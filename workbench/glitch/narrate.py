@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from workbench.glitch.narrate_tests import kinds_table, say_tests, test_blocks, tests_table
 from workbench.glitch.result import ScanResult, shown
 from workbench.glitch.tokenizer import CATEGORIES, IMPOSSIBLE_BYTES
-from workbench.glitch.verify import VERDICTS, VERIFIED, Tested
-from workbench.report import Block, Cell, Histogram, Table, Text
+from workbench.report import Block, Cell, Histogram, Table
 from workbench.stats import Estimate
 
 TOP_ROWS = 40
@@ -16,9 +16,7 @@ TOP_ROWS = 40
 def say(report: ScanResult) -> tuple[str, ...]:
     """The report's sentences."""
     said = [_tokenizer(report), *_lossy(report), _reference(report), _ranking(report), *_oddities(report)]
-    if report.verification is not None:
-        said += _verified(report)
-    return (*said, _recall(report))
+    return (*said, *say_tests(report), _recall(report))
 
 
 def _tokenizer(report: ScanResult) -> str:
@@ -57,8 +55,7 @@ def _ranking(report: ScanResult) -> str:
     n, plain = len(report.candidates()), int(report.table.ordinary.sum())
     return (
         f"Ranked by {report.indicator_why}. Candidates: {n:,} of {plain:,} ordinary tokens lie at or below "
-        f"{report.threshold:.4f}, the {report.percentile:g}% percentile. That is a list to test, not a count of glitch "
-        "tokens."
+        f"{report.threshold:.4f} ({report.threshold_why}). That is a list to test, not a count of glitch tokens."
     )
 
 
@@ -88,29 +85,8 @@ def _ids(ids: tuple[int, ...], limit: int = 8) -> str:
     return ", ".join(map(str, ids[:limit])) + (", …" if len(ids) > limit else "")
 
 
-def _verified(report: ScanResult) -> list[str]:
-    verification = report.verification
-    assert verification is not None
-    tested, controls = verification.candidates, verification.controls
-    bad = [t for t in tested if t.verified]
-    names = ", ".join(repr(report.table.token[t.token_id]) for t in bad[:8]) + (", …" if len(bad) > 8 else "")
-    said = [
-        f"Verified as under-trained (p < {VERIFIED} in every prompt and step): {len(bad)} of the {len(tested)} most "
-        f"suspicious tokens{': ' + names if bad else ''}. p depends on the prompts and on {verification.dtype}."
-    ]
-    rate, false = verification.control_failures, verification.expected_false
-    if rate is None or false is None:
-        return [*said, "No controls were run, so the test's own error rate is not known."]
-    failed = sum(t.verified for t in controls)
-    return [
-        *said,
-        f"Controls: {failed} of {len(controls)} random ordinary tokens fail the same test, a rate of {rate}. Expected "
-        f"false among the {len(tested)} tested: {false[0]:.1f}, at most {false[1]:.1f}.",
-    ]
-
-
 def _recall(report: ScanResult) -> str:
-    run = len(report.verification.tested) if report.verification else 0
+    run = len(report.verification.candidates) + len(report.verification.controls) if report.verification else 0
     untested = int(report.table.ordinary.sum()) - run
     return (
         f"Recall is not known: {untested:,} ordinary tokens were not run; under-trained tokens among them are missed. "
@@ -134,6 +110,18 @@ def summarise(report: ScanResult) -> dict[str, Estimate | float | int | str]:
         found["n_verified"] = sum(t.verified for t in report.verification.candidates)
         if report.verification.control_failures is not None:
             found["control_failure_rate"] = report.verification.control_failures
+        if report.verification.expected_false is not None:
+            found["expected_false"] = report.verification.expected_false
+        found |= {f"control_failure_rate.{form}": rate for form, rate in report.verification.failures_by_form.items()}
+        found |= {f"control_p.{name}": p for name, p in report.verification.control_quantiles.items()}
+        found["n_cleared_by_chat"] = sum(t.cleared_by_chat for t in report.verification.candidates)
+        found["n_spliced_verified"] = sum(t.verified for t in report.verification.spliced)
+    if report.sides is not None:
+        found |= {f"n_broken.{name}": report.sides.count(name) for name in ("both", "input", "output", "neither")}
+        found |= {"auc.read": report.sides.read_auc, "auc.write": report.sides.write_auc}
+    if report.symptoms is not None:
+        found |= {f"symptom.{task}": rate for task, rate in report.symptoms.candidate_failures.items()}
+        found |= {f"symptom_control.{task}": rate for task, rate in report.symptoms.failures.items()}
     return found
 
 
@@ -143,12 +131,8 @@ def describe(report: ScanResult) -> tuple[Block, ...]:
     if report.separations:
         made.append(_separations(report))
     if report.indicator is not None:
-        made += [_top(report), _histogram(report)]
-    if report.verification is not None and report.verification.controls:
-        made.append(_tests(report, report.verification.controls, "Controls: random ordinary tokens, tested alike"))
-    if report.verification is not None:
-        made.append(Text("Verdicts: " + "; ".join(f"{name}: {means}" for name, means in VERDICTS.items()) + "."))
-    return tuple(made)
+        made += [_top(report), kinds_table(report, TOP_ROWS), _histogram(report)]
+    return (*made, *test_blocks(report))
 
 
 def _categories(report: ScanResult) -> Table:
@@ -187,22 +171,11 @@ def _separations(report: ScanResult) -> Table:
 
 def _top(report: ScanResult) -> Table:
     if report.verification is not None:
-        return _tests(report, report.verification.candidates, "The most suspicious tokens, tested")
+        return tests_table(report, report.verification.candidates, "The most suspicious tokens, tested")
     rows = [report.row(i) for i in report.candidates()[:TOP_ROWS]]
     listed = tuple((r["token_id"], shown(r["token"]), r["indicator"], r["copies"], r["group"]) for r in rows)
     caption = f"The {len(rows)} most suspicious of {len(report.candidates()):,} candidates; none was run"
     return Table(("id", "token", report.indicator or "", "identical rows", "group"), listed, caption=caption)
-
-
-def _tests(report: ScanResult, tested: tuple[Tested, ...], caption: str) -> Table:
-    table = report.table
-    rows = tuple(
-        (t.token_id, shown(table.token[t.token_id]), float(table.indicator[t.token_id]), t.max_prob, t.verdict, t.probe,
-         t.passes, int(table.copies[t.token_id]))
-        for t in tested
-    )  # fmt: skip
-    columns = ("id", "token", report.indicator or "", "max p", "verdict", "at prompt", "passes", "identical rows")
-    return Table(columns, rows, caption=f"{caption} (n = {len(rows)})")
 
 
 def _histogram(report: ScanResult) -> Histogram:
@@ -211,7 +184,7 @@ def _histogram(report: ScanResult) -> Histogram:
     below = int((values <= report.threshold).sum())
     return Histogram(
         f"{report.indicator} of ordinary tokens", tuple(values.tolist()), x_label=str(report.indicator), bins=60,
-        caption=f"n = {len(values):,}; threshold {report.threshold:.4f} ({report.percentile:g}%), {below:,} below",
+        caption=f"n = {len(values):,}; threshold {report.threshold:.4f} ({report.percentile:.3g}%), {below:,} below",
     )  # fmt: skip
 
 

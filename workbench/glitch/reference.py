@@ -21,6 +21,8 @@ AGREE = 0.9
 """Cosine between the means of two groups from which on they confirm each other."""
 NEAR = 0.01
 """Relative distance below which two classes of identical rows are one group: one step of 8-bit quantisation."""
+COMMON = 0.25
+"""Share of ordinary tokens as close to the medoid as its members from which on closeness says nothing."""
 _SAMPLE = 1024
 
 
@@ -99,13 +101,15 @@ def propose(
 
 
 def judge(
-    name: str, why: str, ids: Sequence[int], E_out: Matrix, usable: np.ndarray, ordinary: Float[Tensor, "rows d_model"]
-) -> ReferenceGroup:
+    name: str, why: str, ids: Sequence[int], E_out: Matrix, usable: np.ndarray,
+    ordinary: Float[Tensor, "rows d_model"], mean: Float[Tensor, " d_model"],
+) -> ReferenceGroup:  # fmt: skip
     """Trims a group to its tight core and says whether it can be a reference.
 
     The core is what lies within cosine `TIGHT` of the member with the most such neighbours (mode seeking, since groups
-    such as the specials mix trained and untrained ids). It is trusted if it has `MIN_MEMBERS` and at most 5% of the
-    `ordinary` rows lie as close: in a model whose rows all point the same way, closeness says nothing.
+    such as the specials mix trained and untrained ids). It is trusted if it has `MIN_MEMBERS`, at most `COMMON` of the
+    `ordinary` rows lie as close (in a model whose rows all point the same way, closeness says nothing), and it is not
+    just the `mean` of all rows, which is what resizing a vocabulary after training fills new rows with.
     """
     kept = [i for i in ids if usable[i]]
     if len(kept) < MIN_MEMBERS:
@@ -118,14 +122,15 @@ def judge(
     members = tuple(i for i, cosine in zip(kept, every.tolist(), strict=True) if cosine > TIGHT)
     near = float((torch.nn.functional.normalize(ordinary, dim=1) @ medoid > TIGHT).float().mean())
     cosine = float(every[every > TIGHT].median())
+    fault = None
     if len(members) < MIN_MEMBERS:
-        verdict = f"not tight: only {len(members)} of {len(kept)} rows lie together"
-    elif near > 0.05:
-        verdict = f"not distinct: {near:.0%} of ordinary tokens lie as close"
-    else:
-        verdict = f"tight: {len(members)} of {len(kept)} rows at median cosine {cosine:.3f}"
-    trusted = len(members) >= MIN_MEMBERS and near <= 0.05
-    return ReferenceGroup(name, why, len(kept), members, cosine, near, trusted, verdict)
+        fault = f"not tight: only {len(members)} of {len(kept)} rows lie together"
+    elif near > COMMON:
+        fault = f"not distinct: {near:.0%} of ordinary tokens lie as close"
+    elif bool(torch.dist(E_out.rows(members).mean(0), mean) < NEAR * mean.norm()):
+        fault = f"not evidence: the {len(members)} rows are the mean of all rows, as rows added after training are"
+    verdict = fault or f"tight: {len(members)} of {len(kept)} rows at median cosine {cosine:.3f}"
+    return ReferenceGroup(name, why, len(kept), members, cosine, near, fault is None, verdict)
 
 
 def choose(groups: Sequence[ReferenceGroup], E_out: Matrix) -> Reference:

@@ -24,9 +24,11 @@ class GlitchReport(ScanResult, Report):
 
     def to_json(self) -> dict[str, Any]:
         """Everything except the table of all tokens, which `to_csv` writes: its suspicious and tested rows are here."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "table"]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("table", "natures")]
         return to_jsonable({name: getattr(self, name) for name in names} | {
-            "candidates": [self.row(i) for i in self.candidates()], "findings": list(self.findings()),
+            "candidates": [self.row(i) for i in self.candidates()],
+            "unwritable": [self.row(i) for i in self.unwritable()],
+            "findings": list(self.findings()),
         })  # fmt: skip
 
     def metrics(self) -> dict[str, Estimate | float | int | str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,14 @@ import numpy as np
 
 from workbench.glitch.indicators import Separation
 from workbench.glitch.reference import Reference
+from workbench.glitch.sides import Side, Sides
+from workbench.glitch.symptoms import Symptoms
+from workbench.glitch.taxonomy import Nature
 from workbench.glitch.tokenizer import LossyByte
 from workbench.glitch.verify import Tested, Verification
+
+NO_TEXT = ("partial_utf8", "unreachable_special", "unreachable_single", "unreachable_multi", "dropped")
+"""Categories of tokens that no text gives; they can be tested by their ids alone."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +99,19 @@ class ScanResult:
         separations: how well each indicator tells them from ordinary tokens.
         indicator: the indicator that ranks, or None: no ranking can be trusted.
         indicator_why: the reason.
-        threshold: `percentile` of the indicator over ordinary tokens; candidates lie at or below it.
-        percentile: in percent.
+        threshold: candidates lie at or below it; nan without a ranking.
+        percentile: share of ordinary tokens at or below it, in percent.
         identical: ids of each set of bit-identical rows (and equal output bias).
         zero_rows: rows that are exactly zero.
         bad_rows: rows with NaN or infinity.
         table: one entry per id.
         verification: tests of the first candidates and of controls, or None.
         seed: of the random controls.
+        natures: what kind of text each candidate is, by id.
+        sides: whether tested tokens can be read and written, or None.
+        symptoms: what the model does with them, or None.
+        notes: what was asked for and could not be done, in sentences.
+        threshold_why: how the threshold was chosen.
     """
 
     model: str
@@ -121,6 +134,11 @@ class ScanResult:
     table: TokenTable
     verification: Verification | None
     seed: int
+    natures: Mapping[int, Nature] = field(default_factory=dict)
+    sides: Sides | None = None
+    symptoms: Symptoms | None = None
+    notes: tuple[str, ...] = ()
+    threshold_why: str = ""
 
     def candidates(self) -> list[int]:
         """Ids of suspicious ordinary tokens, the most suspicious first; empty without a ranking.
@@ -137,6 +155,18 @@ class ScanResult:
         ranked = low[np.argsort(table.indicator[low], kind="stable")]
         return [*np.flatnonzero(plain & zero).tolist(), *ranked.tolist()]
 
+    def unwritable(self) -> list[int]:
+        """Ids of suspicious tokens that no text gives, the most suspicious first; they are never candidates.
+
+        These are parts of characters and unreachable tokens; members of the reference and reserved names are left out.
+        """
+        if self.indicator is None:
+            return []
+        table = self.table
+        hidden = np.isin(np.asarray(table.category), NO_TEXT) & ~table.reserved & ~table.is_reference
+        low = np.flatnonzero(hidden & (np.nan_to_num(table.indicator, nan=np.inf) <= self.threshold))
+        return low[np.argsort(table.indicator[low], kind="stable")].tolist()
+
     @property
     def df(self) -> Any:
         """One row per id, the most suspicious first, as a pandas table.
@@ -150,24 +180,36 @@ class ScanResult:
         flagged = np.zeros(n, dtype=bool)
         flagged[self.candidates()] = True
         max_prob, verdict, role = np.full(n, np.nan), np.full(n, "untested", dtype=object), np.full(n, "", dtype=object)
+        p_value, form = np.full(n, np.nan), np.full(n, "", dtype=object)
         for t in self.verification.tested if self.verification else ():
-            max_prob[t.token_id], verdict[t.token_id] = t.max_prob, t.verdict
-            role[t.token_id] = "control" if t.control else "candidate"
+            max_prob[t.token_id], verdict[t.token_id], form[t.token_id] = t.max_prob, t.verdict, t.form
+            role[t.token_id] = "control" if t.control else "spliced" if t.spliced else "candidate"
+            p_value[t.token_id] = np.nan if t.p_value is None else t.p_value
+        kind, broken = np.full(n, "", dtype=object), np.full(n, "", dtype=object)
+        for i, nature in self.natures.items():
+            kind[i] = nature.kind
+        for side in self.sides.tested if self.sides else ():
+            broken[side.token_id] = side.broken
         columns = {
             "token_id": np.arange(n), "token": table.token, "category": table.category, "indicator": table.indicator,
             "max_prob": max_prob, "verdict": verdict, "is_reference": table.is_reference, "group": table.group,
             "candidate": flagged, "role": role, "copies": table.copies,
             "p_bound": np.where(table.copies > 1, 1 / table.copies, np.nan),
             "is_byte": table.is_byte, "reserved": table.reserved, "norm": table.norm, **table.indicators,
+            "form": form, "p_value": p_value, "kind": kind, "broken": broken,
         }  # fmt: skip
         return pd.DataFrame(columns).sort_values("indicator", kind="stable", ignore_index=True)
 
     def to_csv(self, path: str | Path) -> Path:
-        """Writes `df` as CSV, with control characters of tokens escaped, and returns the path."""
+        """Writes `df` as CSV that a spreadsheet can open, and returns the path.
+
+        Control characters of tokens are escaped, and a token that a spreadsheet would take for a formula gets an
+        apostrophe in front; `cell_text` removes it.
+        """
         target = Path(path)
         frame = self.df
-        frame["token"] = [shown(token) for token in frame["token"]]
-        frame.to_csv(target, index=False)
+        frame["token"] = [harmless_cell(shown(token)) for token in frame["token"]]
+        frame.to_csv(target, index=False, encoding="utf-8", lineterminator="\n")
         return target
 
     def row(self, i: int) -> dict[str, Any]:
@@ -176,15 +218,38 @@ class ScanResult:
         found = {"token_id": i, "token": table.token[i], "category": table.category[i],
                  "indicator": float(table.indicator[i]), "group": table.group[i],
                  "is_reference": bool(table.is_reference[i]), "copies": int(table.copies[i])}  # fmt: skip
-        tested = self.tested(i)
+        tested, nature, side = self.tested(i), self.natures.get(i), self.side(i)
         max_prob, verdict = (tested.max_prob, tested.verdict) if tested else (None, "untested")
-        return found | {"max_prob": max_prob, "verdict": verdict}
+        found |= {"max_prob": max_prob, "verdict": verdict, "form": tested.form if tested else None,
+                  "p_value": tested.p_value if tested else None, "p_bound": self.p_bound(i)}  # fmt: skip
+        if nature is not None:
+            found |= {"kind": nature.kind, "script": nature.script, "words": nature.words, "part_of": nature.part_of}
+        if side is not None:
+            found |= {"broken": side.broken, "read_kl": side.read_kl, "write_logp": side.write_logp}
+        if self.symptoms is not None and (said := self.symptoms.of(i)):
+            found["symptoms"] = {task: symptom.label for task, symptom in said.items()}
+        return found
+
+    def p_bound(self, i: int) -> float | None:
+        """The certificate 1/k where k rows (and their biases) are bit-identical: no prompt can give the token more."""
+        copies = int(self.table.copies[i])
+        return 1 / copies if copies > 1 else None
+
+    def side(self, i: int) -> Side | None:
+        """Reading and writing of one token, or None if it was not examined."""
+        return self._sides.get(i)
+
+    @functools.cached_property
+    def _sides(self) -> dict[int, Side]:
+        return {side.token_id: side for side in (self.sides.tested if self.sides else ())}
+
+    @functools.cached_property
+    def _tests(self) -> dict[int, Tested]:
+        return {t.token_id: t for t in (self.verification.tested if self.verification else ())}
 
     def tested(self, i: int) -> Tested | None:
         """The test of one token, or None if it was not run."""
-        if self.verification is None:
-            return None
-        return next((t for t in self.verification.tested if t.token_id == i), None)
+        return self._tests.get(i)
 
 
 def shown(token: str) -> str:
@@ -194,3 +259,25 @@ def shown(token: str) -> str:
     ' a\\n'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in token)
+
+
+def harmless_cell(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula; `cell_text` gives the text back.
+
+    >>> harmless_cell("=1+1"), harmless_cell("a=1"), harmless_cell("'s"), harmless_cell("'=1")
+    ("'=1+1", 'a=1', "'s", "''=1")
+    """
+    return "'" + text if _is_formula(text) else text
+
+
+def cell_text(cell: str) -> str:
+    """The text of a cell that `harmless_cell` wrote.
+
+    >>> [cell_text(harmless_cell(text)) for text in ("=1+1", "a=1", "'s", "'=1", "'+")]
+    ['=1+1', 'a=1', "'s", "'=1", "'+"]
+    """
+    return cell[1:] if cell.startswith("'") and _is_formula(cell[1:]) else cell
+
+
+def _is_formula(text: str) -> bool:
+    return text.lstrip("' ")[:1] in tuple("=+-@") and len(text) > 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from workbench.errors import (
     UnknownNameError,
     did_you_mean,
 )
+from workbench.glitch.chat import FORMS, Forms, PromptSet, prompt_set
 from workbench.glitch.indicators import (
     INDICATORS,
     RowFacts,
@@ -28,15 +30,23 @@ from workbench.glitch.indicators import (
     read_rows,
     separation,
 )
-from workbench.glitch.prompts import PROBES, Template, probes_from, template
+from workbench.glitch.journal import Journal
+from workbench.glitch.prompts import PROBES, probes_from
 from workbench.glitch.reference import MIN_MEMBERS, Reference, choose, given, judge, merge_duplicates, propose
 from workbench.glitch.report import GlitchReport
 from workbench.glitch.result import TokenizerFacts, TokenTable
+from workbench.glitch.scoring import VerifyOptions
+from workbench.glitch.sides import measure_sides
+from workbench.glitch.symptoms import symptoms
+from workbench.glitch.taxonomy import natures
+from workbench.glitch.threshold import find_threshold
 from workbench.glitch.tokenizer import CATEGORIES, Vocabulary, analyse
-from workbench.glitch.verify import Verification, VerifyOptions, verify
+from workbench.glitch.verify import journal_key, verify, with_spliced
 from workbench.glitch.weights import BLOCK_ROWS, TokenMatrices, in_folder, in_gguf, in_memory
 
 _N_ORDINARY = 2000
+_NO_WORDS = 100
+"""So many of the most suspicious tokens are not taken as words that other tokens may be made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +56,17 @@ class ScanOptions:
     Attributes:
         top: candidates to verify, the most suspicious first.
         controls: random ordinary tokens to verify beside them; None means as many as `top`.
-        percentile: share of ordinary tokens, in percent, that become candidates.
+        percentile: share of ordinary tokens, in percent, that become candidates (2 in the literature); None takes as
+            many as exceed what the bulk explains, see `workbench.glitch.threshold.find_threshold`.
         reference: ids known to be unused; None finds them.
         indicator: which indicator to rank by; None chooses by measured separation.
         prompts: JSON file with prompts to use instead of the built-in ones.
+        forms: prompts as raw text, through the chat template, or both; "auto" is both where there is a template.
+        spliced: suspicious tokens that no text gives (parts of characters, unreachable ones) to test by their ids; they
+            are in no count of the candidates.
+        sides: also find out whether tested tokens can be read, and whether they can be written.
+        symptoms: also ask the model to repeat, spell and measure the tested tokens.
+        journal: file in which test results are kept while they come; an interrupted test goes on from it.
         seed: of the random controls.
         block_rows: rows of a matrix held in memory at a time.
         verification: steps, batch size, when to stop testing a token.
@@ -57,29 +74,41 @@ class ScanOptions:
 
     top: int = 40
     controls: int | None = None
-    percentile: float = 2.0
+    percentile: float | None = None
     reference: tuple[int, ...] | None = None
     indicator: str | None = None
     prompts: Path | None = None
+    forms: Forms = "auto"
+    spliced: int = 16
+    sides: bool = True
+    symptoms: bool = False
+    journal: Path | None = None
     seed: int = 0
     block_rows: int = BLOCK_ROWS
     verification: VerifyOptions = VerifyOptions()
 
     def __post_init__(self) -> None:
-        if self.top < 1 or (self.controls is not None and self.controls < 0) or self.block_rows < 1:
+        if min(self.top, self.block_rows) < 1 or min(self.spliced, self.controls or 0) < 0:
             raise InvalidInputError(
-                f"ScanOptions(top={self.top}, controls={self.controls}, block_rows={self.block_rows}): top and "
-                "block_rows are at least 1, controls at least 0."
+                f"ScanOptions(top={self.top}, controls={self.controls}, spliced={self.spliced}, block_rows="
+                f"{self.block_rows}): top and block_rows are at least 1, controls and spliced at least 0."
             )
-        if not 0 < self.percentile < 100:
-            raise InvalidInputError(f"percentile={self.percentile}: must lie between 0 and 100. Default: 2.")
+        if self.forms not in ("auto", *FORMS):
+            raise UnknownNameError(
+                f"There is no prompt form {self.forms!r}. {did_you_mean(self.forms, ('auto', *FORMS))}"
+            )
+        if self.percentile is not None and not 0 < self.percentile < 100:
+            raise InvalidInputError(
+                f"percentile={self.percentile}: must lie between 0 and 100; the literature takes 2. Leave it "
+                "out to have the threshold found."
+            )
         if self.indicator is not None and self.indicator not in INDICATORS:
             raise UnknownNameError(
                 f"There is no indicator {self.indicator!r}. " + did_you_mean(self.indicator, INDICATORS)
             )
 
 
-def scan(model: Any, verify: str | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
+def scan(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
     """Ranks every token of a model by how untrained its row looks, and on request tests the first ones.
 
     Args:
@@ -90,7 +119,6 @@ def scan(model: Any, verify: str | None = None, *, options: ScanOptions | None =
         options: how many, which reference, which prompts.
 
     Raises:
-        UnknownNameError: for another `verify`.
         DegenerateInputError: if there is nothing to verify because no ranking could be trusted.
         ModelUnavailableError: for a hub id that is not in the local cache.
 
@@ -98,17 +126,14 @@ def scan(model: Any, verify: str | None = None, *, options: ScanOptions | None =
     refusing to rank when it cannot, and by testing random controls beside the candidates.
     """
     options = options or ScanOptions()
-    if verify not in (None, "top"):
-        raise UnknownNameError(
-            f"verify={verify!r} does not exist. There are None (weights only) and 'top' (tests the most suspicious "
-            "tokens); raise ScanOptions(top=...) to test more."
-        )
     name, matrices, codec = _open(model)
     vocabulary = analyse(codec)
     report = _weights_only(name, matrices, vocabulary, options)
-    if verify is None:
-        return report
-    return report.with_verification(_verify_top(model, report, codec, vocabulary, options))
+    candidates = report.candidates()
+    suspects = {*candidates[: max(options.top, _NO_WORDS)], *report.reference.members}
+    found = natures(vocabulary, [*candidates, *report.unwritable()], suspects)
+    report = dataclasses.replace(report, natures=found)
+    return report if verify is None else _examined(model, report, codec, vocabulary, options)
 
 
 def _open(model: Any) -> tuple[str, TokenMatrices, Codec]:
@@ -153,7 +178,7 @@ def local_path(name: str | Path) -> Path:
 
 
 def _weights_only(name: str, matrices: TokenMatrices, vocabulary: Vocabulary, options: ScanOptions) -> GlitchReport:
-    outer = read_rows(matrices.E_out, options.block_rows, matrices.bias)
+    outer = read_rows(matrices.E_out, options.block_rows, matrices.bias, component=options.indicator == "I_1pc")
     inner = outer if matrices.tied else read_rows(matrices.E_in, options.block_rows, identical=False)
     ordinary = _ordinary(vocabulary, outer)
     chosen, witnesses = _reference(vocabulary, matrices, outer, ordinary, options)
@@ -161,17 +186,16 @@ def _weights_only(name: str, matrices: TokenMatrices, vocabulary: Vocabulary, op
     measured = _separations(matrices, outer, chosen.members or witnesses, values, ordinary)
     picked, why = pick(measured, options.indicator, insist=options.reference is not None)
     table = _table(vocabulary, outer, chosen, values, picked)
-    threshold = float("nan")
-    if picked is not None:
-        plain = table.ordinary & np.isfinite(table.indicator)
-        threshold = float(np.percentile(table.indicator[plain], options.percentile))
+    plain = table.ordinary & np.isfinite(table.indicator)
+    line = find_threshold(table.indicator[plain] if picked is not None else np.zeros(0), options.percentile)
     zero = tuple(int(i) for i in np.flatnonzero(outer.finite & (outer.norm == 0)))
+    bad = tuple(sorted({*np.flatnonzero(~outer.finite).tolist(), *np.flatnonzero(~inner.finite).tolist()}))
     return GlitchReport(
         model=name, tied=matrices.tied, tied_why=matrices.tied_why, n_rows=matrices.E_out.n_rows,
         d_model=matrices.E_out.width, stored=matrices.E_out.stored, has_bias=matrices.bias is not None,
         tokenizer=_facts(vocabulary), reference=chosen, separations=measured, indicator=picked, indicator_why=why,
-        threshold=threshold, percentile=options.percentile, identical=outer.classes, zero_rows=zero,
-        bad_rows=tuple(int(i) for i in np.flatnonzero(~outer.finite)), table=table, verification=None,
+        threshold=line.value, percentile=line.percentile, threshold_why=line.why, identical=outer.classes,
+        zero_rows=zero, bad_rows=bad, table=table, verification=None,
         seed=options.seed,
     )  # fmt: skip
 
@@ -202,7 +226,7 @@ def _reference(
     duplicates = merge_duplicates(outer.classes, E_out)
     proposed = propose(vocabulary, E_out.n_rows, duplicates)
     sample = E_out.rows(ordinary[:: -(-len(ordinary) // _N_ORDINARY)].tolist())
-    judged = [judge(name, why, ids, E_out, outer.usable, sample) for name, (why, ids) in proposed.items()]
+    judged = [judge(name, why, ids, E_out, outer.usable, sample, outer.mean) for name, (why, ids) in proposed.items()]
     named = ("padding rows", "unused bytes", "reserved names")
     witnesses = [i for name in named for i in proposed.get(name, ("", []))[1]]
     return choose(judged, E_out), witnesses if len(witnesses) >= MIN_MEMBERS else ()
@@ -271,9 +295,10 @@ def _padded(values: np.ndarray, n: int, fill: Any = np.nan) -> np.ndarray:
     return np.concatenate([values, np.full(n - len(values), fill)])[:n].astype(values.dtype)
 
 
-def _verify_top(
+def _examined(
     model: Any, report: GlitchReport, codec: Codec, vocabulary: Vocabulary, options: ScanOptions
-) -> Verification:
+) -> GlitchReport:
+    """The report with everything that the model has to be run for."""
     candidates = report.candidates()[: options.top]
     if not candidates:
         raise DegenerateInputError(
@@ -284,14 +309,34 @@ def _verify_top(
         from workbench.models.loading import load_model
 
         model = load_model(model)
-    n_controls = options.top if options.controls is None else options.controls
-    controls = _controls(report, n_controls, options.seed)
-    return verify(model, codec, _templates(model, vocabulary, options), candidates, controls, options.verification)
+    controls = _controls(report, options.top if options.controls is None else options.controls, options.seed)
+    made = _prompts(model, vocabulary, options)
+    journal = None
+    if options.journal is not None:
+        journal = Journal(options.journal, journal_key(model, made.templates, options.verification))
+    done = verify(model, codec, made.templates, candidates, controls, options.verification, journal)
+    spliced = report.unwritable()[: options.spliced]
+    if spliced:
+        done = with_spliced(done, model, made.templates, spliced, journal)
+    report = report.with_verification(dataclasses.replace(done, notes=made.notes))
+    more: dict[str, Callable[[], Any]] = {}
+    if options.sides:
+        suspects = report.candidates()
+        more["sides"] = lambda: measure_sides(model, codec, vocabulary, candidates, controls, suspects)
+    if options.symptoms:
+        more["symptoms"] = lambda: symptoms(model, vocabulary, candidates, controls, forms=options.forms)
+    for name, measure_more in more.items():
+        try:
+            report = dataclasses.replace(report, **{name: measure_more()})
+        except DegenerateInputError as error:
+            report = dataclasses.replace(report, notes=(*report.notes, f"Not measured: {name}. {error}"))
+    return report
 
 
-def _templates(model: Any, vocabulary: Vocabulary, options: ScanOptions) -> Sequence[Template]:
-    probes = PROBES if options.prompts is None else probes_from(options.prompts)
-    return [template(probe, vocabulary, lambda text: model.tokens(text).ids[0].tolist()) for probe in probes]
+def _prompts(model: Any, vocabulary: Vocabulary, options: ScanOptions) -> PromptSet:
+    own = options.prompts is not None
+    probes = probes_from(options.prompts) if options.prompts is not None else PROBES
+    return prompt_set(model, vocabulary, probes, options.forms, strict=own)
 
 
 def _controls(report: GlitchReport, n: int, seed: int) -> Sequence[int]:

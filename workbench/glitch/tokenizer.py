@@ -27,11 +27,18 @@ IMPOSSIBLE_BYTES = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 """Bytes that valid UTF-8 never holds, so no training text can."""
 
 _RESERVED = re.compile(
-    r"^[<\[]\|?_?(?:unused|reserved|dummy|placeholder|extra_\d|pad_?\d|special_?\d|control_\d|fim_unused)"
-    r"[\w\- ]*\|?[>\]]$",
+    r"^(?:<|\[|>>)[|｜]?\w*?(?:unused|reserved|dummy|place▁?holder|madeupword|extra_(?:id_)?\d|pad_?\d|special_?\d"
+    r"|control_\d)[\w\- ▁]*[|｜]?(?:>|\]|<<)$",
     re.IGNORECASE,
 )
 _ANCHORS = ("«", "»", "a", "1", ".", "\n", "(", "é", " a", "=")
+_CONTEXTS = (
+    ("", ""), *((before, "") for before in _ANCHORS), ("", "a"), ("", "1"), ("", "\n"), ("", "☃"), ("«", "☃"),
+)  # fmt: skip
+_IN_WORDS = (
+    *((before, "") for before in "bcdefghijklmnopqrstuvwxyz023456789"), ("", "q"), ("", "z"), ("a", "a"), ("x", "x"),
+)  # fmt: skip
+"""What stands before and after a token when its reachability is tried: a piece of a word needs the rest of one."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +93,16 @@ def analyse(codec: Codec) -> Vocabulary:
     """Categorises every token by decoding it in context and encoding the result again.
 
     A token counts as reachable if *some* context gives it: alone, or after one of a few anchor texts. So tokens with
-    a leading space are judged with the space that they have in running text, also where the tokenizer strips one.
+    a leading space are judged with the space that they have in running text, also where the tokenizer strips one,
+    and pieces that only continue or only begin a word with the rest of a word.
     Source: Land and Bartolo 2024, section 2.1; departs from it by trying several contexts before it says unreachable.
     """
     ids = [i for i, raw in enumerate(codec.raw) if raw is not None]
     adds_space = _adds_space(codec)
     anchor = _anchor(codec) if adds_space else ((), "")
     decoded = _decode_in_context(codec, ids, anchor)
+    if codec.style == "none" and not adds_space:
+        decoded = _without_mark(codec, ids, decoded)
     back = _encode_in_context(codec, decoded, anchor)
     back = _second_chance(codec, ids, decoded, back)
     n = len(codec.raw)
@@ -156,24 +166,30 @@ def _encode_in_context(codec: Codec, texts: Sequence[str], anchor: Anchor) -> li
     return [ids[size:] if tuple(ids[:size]) == prefix else None for ids in found]
 
 
+def _without_mark(codec: Codec, ids: Sequence[int], alone: list[str]) -> list[str]:
+    """Continuation pieces (WordPiece's ##ing) as they read inside a word; other tokens as they read alone."""
+    word = tuple(codec.encode(["a"])[0])
+    inside = _decode_in_context(codec, ids, (word, codec.decode([word])[0]))
+    return [one if full.lstrip(" ") == one.lstrip(" ") else full for full, one in zip(inside, alone, strict=True)]
+
+
 def _second_chance(
     codec: Codec, ids: Sequence[int], decoded: Sequence[str], back: list[list[int] | None]
 ) -> list[list[int] | None]:
-    """Tries the other contexts for tokens that did not come back; keeps the first context that gives the token."""
+    """Tries other contexts for tokens that did not come back; a token is reachable if any text gives it."""
     result = list(back)
     left = [k for k, i in enumerate(ids) if back[k] != [i] and "�" not in decoded[k]]
-    for text in ("", *_ANCHORS):
+    for before, after in _CONTEXTS + (_IN_WORDS if codec.style == "none" else ()):
         if not left:
             break
-        anchor = _anchor(codec, (text,)) if text else ((), "")
-        if text and not anchor[0]:
-            continue
-        tried = _encode_in_context(codec, [decoded[k] for k in left], anchor)
+        tried = codec.encode([before + decoded[k] + after for k in left])
         for k, again in zip(left, tried, strict=True):
-            if again == [ids[k]] or result[k] is None:
+            if ids[k] in again:
+                result[k] = [ids[k]]
+            elif result[k] is None and not before + after:
                 result[k] = again
         left = [k for k in left if result[k] != [ids[k]]]
-    return result
+    return [[] if again is None else again for again in result]
 
 
 _HEX_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")

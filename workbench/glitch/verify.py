@@ -2,56 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from workbench.codec import Codec
-from workbench.errors import InvalidInputError
-from workbench.glitch.prompts import Template
-from workbench.progress import task
+from workbench.glitch.journal import Journal
+from workbench.glitch.prompts import Template, prompt_hash
+from workbench.glitch.scoring import VERIFIED, Scores, VerifyOptions, highest, score
+from workbench.glitch.scoring import greedy_logits as greedy_logits
+from workbench.glitch.scoring import target_probabilities as target_probabilities
 from workbench.stats import Estimate, clopper_pearson
-from workbench.tokens import TokenBatch
 
-VERIFIED = 0.01
-"""A token is verified as under-trained if no prompt and no step gives it this probability (Land and Bartolo 2024)."""
 VERDICTS: dict[str, str] = {
     "strong_verified": "p < 0.001 everywhere: the model cannot say it",
     "weak_verified": "p < 0.01 everywhere",
     "not_encodable": "p < 0.01, but no text gives the token in these prompts",
+    "not_finite": "the model gives no number: a row with NaN or infinity",
     "borderline": "0.01 <= p < 0.1 at best",
     "weak_rejected": "0.1 <= p < 0.9 at best",
     "strong_rejected": "p >= 0.9 at best: the model copies it",
     "untested": "not run",
 }
-"""Every verdict with its meaning. A rejected token's p is a lower bound, since testing stops at the first success."""
+"""Every verdict with its meaning. Where testing stops at the first success, a rejected token's p is a lower bound."""
+RULE = (
+    f"A token is called under-trained only if no prompt of any form that was run, and no step, gives it p >= "
+    f"{VERIFIED}: said once, raw or in chat form, it is cleared."
+)
+"""How several forms make one verdict."""
+_QUANTILES = (0.01, 0.05, 0.25, 0.5)
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
-    """How tokens are tested.
+class PromptScore:
+    """One token at one prompt: the highest probability over the steps that were run (None: no number), and the step."""
 
-    Attributes:
-        steps: greedy steps after each prompt; the token may come at any of them.
-        batch_size: prompts per forward pass.
-        stop_at: a token that reaches this probability is not tested further; None runs everything.
-    """
-
-    steps: int = 3
-    batch_size: int = 32
-    stop_at: float | None = VERIFIED
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or (self.stop_at is not None and self.stop_at < VERIFIED):
-            raise InvalidInputError(
-                f"VerifyOptions(steps={self.steps}, batch_size={self.batch_size}, stop_at={self.stop_at}): steps and "
-                f"batch_size are at least 1; stop_at is at least {VERIFIED} (the threshold) or None."
-            )
+    form: str
+    probe: str
+    p: float | None
+    step: int
 
 
 @dataclass(frozen=True)
@@ -60,12 +55,17 @@ class Tested:
 
     Attributes:
         token_id: which token.
-        control: whether it is a random control and not a candidate.
-        max_prob: its highest probability over the prompts and steps that were run.
+        control: whether it is a random control.
+        max_prob: its highest probability over the prompts and steps that were run; nan if there is no number.
         probe: the prompt that gave it.
         passes: number of (prompt, step) passes that were run.
-        encodable: whether some filled prompt, as text, encodes to this token again.
+        encodable: whether some filled prompt, as text, encodes to this token again; looked at where p < 0.01.
         verdict: a key of `VERDICTS`.
+        form: the form of that prompt, raw or chat: how the verdict was reached.
+        scores: what each prompt gave.
+        p_value: share of controls (with this token as one more) whose highest probability is not above this token's;
+            None for controls, without controls, and where testing stopped early.
+        spliced: whether it is a token that no text gives, tested by its id beside the candidates.
     """
 
     token_id: int
@@ -75,11 +75,25 @@ class Tested:
     passes: int
     encodable: bool
     verdict: str
+    form: str = "raw"
+    scores: tuple[PromptScore, ...] = ()
+    p_value: float | None = None
+    spliced: bool = False
 
     @property
     def verified(self) -> bool:
         """Whether no pass reached the threshold."""
         return self.max_prob < VERIFIED
+
+    def best_in(self, form: str) -> float | None:
+        """Highest probability in one form, None if it was not run."""
+        return max((s.p for s in self.scores if s.form == form and s.p is not None), default=None)
+
+    @property
+    def cleared_by_chat(self) -> bool:
+        """Whether every raw prompt fails and a chat prompt does not."""
+        raw = self.best_in("raw")
+        return raw is not None and raw < VERIFIED <= self.max_prob
 
 
 @dataclass(frozen=True)
@@ -87,28 +101,47 @@ class Verification:
     """Candidates and controls, tested alike.
 
     Attributes:
-        tested: all results, candidates first, each in the order asked.
+        tested: all results: candidates, controls, spliced tokens, each in the order asked.
         control_failures: share of controls that fail the test; they are ordinary tokens, so this is its error rate.
-        expected_false: verified candidates to expect by that error alone (rate, and its upper bound, times candidates).
+        expected_false: verified candidates to expect by that error alone: rate and interval, times candidates.
+        control_quantiles: quantiles of the controls' highest probabilities, by "1%" and so on.
+        failures_by_form: share of controls that fail every prompt of one form, where all of it was run.
         passes: forward passes counted in prompts.
         dtype: in which the model computed.
+        model_hash: fingerprint of the model.
+        prompt_hash: of the prompts as ids.
+        forms: forms of prompts that were run.
+        options: steps, batch size, when to stop.
+        notes: prompts that were left out, and why.
     """
 
     tested: tuple[Tested, ...]
     control_failures: Estimate | None
-    expected_false: tuple[float, float] | None
+    expected_false: Estimate | None
+    control_quantiles: dict[str, float]
+    failures_by_form: dict[str, Estimate]
     passes: int
     dtype: str
+    model_hash: str
+    prompt_hash: str
+    forms: tuple[str, ...]
+    options: VerifyOptions
+    notes: tuple[str, ...] = ()
 
     @property
     def candidates(self) -> tuple[Tested, ...]:
         """The tokens under suspicion."""
-        return tuple(t for t in self.tested if not t.control)
+        return tuple(t for t in self.tested if not t.control and not t.spliced)
 
     @property
     def controls(self) -> tuple[Tested, ...]:
         """The random ordinary tokens."""
         return tuple(t for t in self.tested if t.control)
+
+    @property
+    def spliced(self) -> tuple[Tested, ...]:
+        """Suspicious tokens that no text gives; in no count of the candidates."""
+        return tuple(t for t in self.tested if t.spliced)
 
 
 def verify(
@@ -118,6 +151,7 @@ def verify(
     candidates: Sequence[int],
     controls: Sequence[int],
     options: VerifyOptions | None = None,
+    journal: Journal | None = None,
 ) -> Verification:
     """Tests candidates and controls with the same prompts in the same batches.
 
@@ -128,21 +162,42 @@ def verify(
         candidates: ids under suspicion.
         controls: ids of ordinary tokens.
         options: steps, batch size and when to stop.
+        journal: where results are kept while they come, and looked up; made with `journal_key`.
     """
     options = options or VerifyOptions()
     ids = torch.as_tensor([*candidates, *controls], dtype=torch.long)
-    best, probe, passes = max_probabilities(model, templates, ids, options)
-    encodable = _encodable(codec, templates, ids)
+    scores = score(model, templates, ids, options, journal)
+    encodable = _encodable(codec, templates, ids, scores.best)
     tested = tuple(
-        Tested(int(i), k >= len(candidates), float(best[k]), templates[int(probe[k])].probe.name, int(passes[k]),
-               bool(encodable[k]), verdict(float(best[k]), bool(encodable[k])))
+        _tested(int(i), k >= len(candidates), templates, scores, k, bool(encodable[k]))
         for k, i in enumerate(ids.tolist())
+    )
+    key = journal_key(model, templates, options)
+    made = Verification(
+        tested, *_error_rate(tested), {}, {}, int(scores.passes.sum()), key["dtype"], key["model"], key["prompts"],
+        tuple(dict.fromkeys(made.form for made in templates)), options,
     )  # fmt: skip
-    failed = sum(t.verified for t in tested if t.control)
-    rate = clopper_pearson(failed, len(controls), unit="control tokens") if len(controls) else None
-    false = None if rate is None else (rate.value * len(candidates), rate.high * len(candidates))
-    dtype = str(getattr(model, "dtype", "unknown")).removeprefix("torch.")
-    return Verification(tested, rate, false, int(passes.sum()), dtype)
+    return made if options.stop_at is not None else _graded(made)
+
+
+def with_spliced(
+    done: Verification, model: Any, templates: Sequence[Template], tokens: Sequence[int], journal: Journal | None = None
+) -> Verification:
+    """The verification with tokens that no text gives, put into the prompts by their ids; no count of it changes."""
+    ids = torch.as_tensor(tokens, dtype=torch.long)
+    scores = score(model, templates, ids, done.options, journal)
+    more = (_tested(int(i), False, templates, scores, k, True) for k, i in enumerate(ids.tolist()))
+    more = tuple(dataclasses.replace(t, encodable=False, spliced=True, p_value=_p_value(t, done)) for t in more)
+    return dataclasses.replace(done, tested=done.tested + more, passes=done.passes + int(scores.passes.sum()))
+
+
+def journal_key(model: Any, templates: Sequence[Template], options: VerifyOptions) -> dict[str, str]:
+    """What results depend on: model, prompts, dtype, steps and when testing stops."""
+    return {
+        "model": str(getattr(model, "fingerprint", "unknown")), "prompts": prompt_hash(templates),
+        "dtype": str(getattr(model, "dtype", "unknown")).removeprefix("torch."), "steps": str(options.steps),
+        "stop_at": str(options.stop_at),
+    }  # fmt: skip
 
 
 def verdict(p: float, encodable: bool = True) -> str:
@@ -150,7 +205,11 @@ def verdict(p: float, encodable: bool = True) -> str:
 
     >>> verdict(0.0005), verdict(0.005), verdict(0.05), verdict(0.5), verdict(0.95), verdict(0.005, encodable=False)
     ('strong_verified', 'weak_verified', 'borderline', 'weak_rejected', 'strong_rejected', 'not_encodable')
+    >>> verdict(float("nan"))
+    'not_finite'
     """
+    if np.isnan(p):
+        return "not_finite"
     if p >= VERIFIED:
         return "strong_rejected" if p >= 0.9 else "weak_rejected" if p >= 0.1 else "borderline"
     if not encodable:
@@ -161,86 +220,70 @@ def verdict(p: float, encodable: bool = True) -> str:
 def max_probabilities(
     model: Any, templates: Sequence[Template], tokens: Int[Tensor, " n"], options: VerifyOptions
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Highest probability of each token, the index of the template that gave it, and the passes run for it.
+    """Highest probability of each token, the index of the template that gave it, and the passes run for it."""
+    scores = score(model, templates, tokens, options)
+    return scores.best, scores.where, scores.passes
 
-    Prompt after prompt, each with its greedy steps; a token that reached `stop_at` takes no further part.
+
+def _tested(i: int, control: bool, templates: Sequence[Template], scores: Scores, k: int, encodable: bool) -> Tested:
+    each = []
+    for t, made in enumerate(templates):
+        if scores.ran[k, t].any():
+            p = highest(scores.p[k : k + 1, t])[0]
+            step = int(np.nan_to_num(scores.p[k, t], nan=-1.0).argmax())
+            each.append(PromptScore(made.form, made.probe.name, None if np.isnan(p) else float(p), step))
+    best, at = float(scores.best[k]), templates[int(scores.where[k])]
+    return Tested(i, control, best, at.probe.name, int(scores.passes[k]), encodable, verdict(best, encodable),
+                  at.form, tuple(each))  # fmt: skip
+
+
+def _error_rate(tested: Sequence[Tested]) -> tuple[Estimate | None, Estimate | None]:
+    controls = [t for t in tested if t.control]
+    if not controls:
+        return None, None
+    rate = clopper_pearson(sum(t.verified for t in controls), len(controls), unit="control tokens")
+    return rate, scaled(rate, len(tested) - len(controls))
+
+
+def scaled(rate: Estimate, n: int) -> Estimate:
+    """A rate as the number to expect among `n` others.
+
+    >>> round(scaled(clopper_pearson(0, 10), 100).high, 2)  # 100 * 0.3085
+    30.85
     """
-    n = len(tokens)
-    best, where, passes = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
-    live = np.arange(n)
-    with task(total=n, description="verify tokens", unit="tokens") as running:
-        for t, template in enumerate(templates):
-            before = len(live)
-            for start in range(0, len(live), options.batch_size):
-                part = live[start : start + options.batch_size]
-                found = _best_of_steps(model, template, tokens[part], best[part], options)
-                where[part[found[0] > best[part]]] = t
-                best[part], passes[part] = np.maximum(best[part], found[0]), passes[part] + found[1]
-            if options.stop_at is not None:
-                live = live[best[live] < options.stop_at]
-            running.advance(before - len(live))
-        running.advance(len(live))
-    return best, where, passes
+    method = f"{rate.method}, times {n} candidates"
+    return dataclasses.replace(rate, value=rate.value * n, low=rate.low * n, high=rate.high * n, method=method)
 
 
-def _best_of_steps(
-    model: Any, template: Template, targets: Int[Tensor, " batch"], so_far: np.ndarray, options: VerifyOptions
-) -> tuple[np.ndarray, np.ndarray]:
-    """Highest probability over the steps and the steps run, for one batch; a settled row no longer counts steps."""
-    best, passes = so_far.copy(), np.zeros(len(targets), dtype=np.int64)
-    live = np.ones(len(targets), dtype=bool)
-    for logits in greedy_logits(model, template.fill(targets), options.steps):
-        p = target_probabilities(logits, targets).double().numpy()
-        passes[live] += 1
-        best[live] = np.maximum(best[live], p[live])
-        if options.stop_at is not None:
-            live &= best < options.stop_at
-        if not live.any():
-            break
-    return best, passes
+def _graded(done: Verification) -> Verification:
+    """With quantiles and p-values relative to controls, which need every probability in full."""
+    best = np.array([t.max_prob for t in done.controls])
+    best = best[np.isfinite(best)]
+    if not len(best):
+        return done
+    quantiles = {f"{q:.0%}": float(np.quantile(best, q)) for q in _QUANTILES}
+    by_form = {form: _failures(done.controls, form) for form in done.forms}
+    tested = tuple(t if t.control else dataclasses.replace(t, p_value=_p_value(t, done)) for t in done.tested)
+    return dataclasses.replace(done, tested=tested, control_quantiles=quantiles, failures_by_form=by_form)
 
 
-def greedy_logits(
-    model: Any, rows: Int[Tensor, "batch pos"], steps: int, cached: bool = True
-) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-    """Last-position logits of the rows, then after one greedy token, then after two, and so on.
-
-    With `cached` the prompt is computed once and each step adds one token per row; a model that returns no cache is
-    run again over the whole row.
-    """
-    hf = getattr(model, "hf", None) if cached and steps > 1 else None
-    cache: Any = None
-    for step in range(steps):
-        if hf is None:
-            logits = model.logits(TokenBatch.of_rows(rows), keep="last")
-        else:
-            new = rows if cache is None else rows[:, -1:]
-            with torch.no_grad():
-                out = hf(input_ids=new.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits, cache = out.logits[:, -1], getattr(out, "past_key_values", None)
-            if cache is None:
-                hf = None
-        logits = logits.float().cpu()
-        yield logits
-        if step + 1 < steps:
-            rows = torch.cat([rows, logits.argmax(1)[:, None]], dim=1)
+def _failures(controls: Sequence[Tested], form: str) -> Estimate:
+    best = [t.best_in(form) for t in controls]
+    return clopper_pearson(sum(p is not None and p < VERIFIED for p in best), len(best), unit="control tokens")
 
 
-def target_probabilities(
-    logits: Float[Tensor, "batch d_vocab"], targets: Int[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    """Probability of each row's target; softmax in fp32.
-
-    >>> target_probabilities(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
-    tensor([0.5000, 0.5000])
-    """
-    chosen = logits.float().gather(1, targets[:, None])[:, 0]
-    return (chosen - logits.float().logsumexp(1)).exp()
+def _p_value(token: Tested, done: Verification) -> float | None:
+    if done.options.stop_at is not None or not done.controls or np.isnan(token.max_prob):
+        return None
+    below = sum(t.max_prob <= token.max_prob for t in done.controls)
+    return (below + 1) / (len(done.controls) + 1)
 
 
-def _encodable(codec: Codec, templates: Sequence[Template], tokens: Int[Tensor, " n"]) -> np.ndarray:
-    found = np.zeros(len(tokens), dtype=bool)
+def _encodable(codec: Codec, templates: Sequence[Template], tokens: Int[Tensor, " n"], best: np.ndarray) -> np.ndarray:
+    """Whether a prompt's text gives the token again, for those whose verdict depends on it; True for the others."""
+    found = ~(best < VERIFIED)
     for template in templates:
-        again = codec.encode(codec.decode(template.fill(tokens).tolist()))
-        found |= np.array([i in set(ids) for i, ids in zip(tokens.tolist(), again, strict=True)], dtype=bool)
+        left = np.flatnonzero(~found)
+        again = codec.encode(codec.decode(template.fill(tokens[left]).tolist()))
+        found[left] = [i in set(ids) for i, ids in zip(tokens[left].tolist(), again, strict=True)]
     return found

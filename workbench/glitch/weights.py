@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import CorruptFileError, MissingFileError, UnknownNameError
+from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownNameError
 
 BLOCK_ROWS = 16_384
 """Rows per block: 16k rows of width 8,192 are half a GiB in fp32."""
 
-_INPUT = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embedding", "embeddings")
-_OUTPUT = ("lm_head", "embed_out", "output", "ff_out", "output_layer")
+_INPUT = ("shared", "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embedding", "embeddings")
+_OUTPUT = ("lm_head", "embed_out", "output", "ff_out", "output_layer", "head")
+_FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 _NOT_TEXT = (
     "vision", "visual", "audio", "image", "speech", "per_layer", "position", "token_type", "mtp", "draft",
     ".layers.", ".h.", ".blocks.",
@@ -50,9 +53,12 @@ class Matrix:
 
     def rows(self, ids: Sequence[int]) -> Float[Tensor, "rows d_model"]:
         """The named rows, in the order asked."""
-        if not len(ids):
+        wanted, inverse = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+        if not len(wanted):
             return torch.zeros(0, self.width)
-        return torch.cat([self.read(int(i), int(i) + 1) for i in ids]).to("cpu", torch.float32)
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1)
+        found = torch.cat([self.read(int(run[0]), int(run[-1]) + 1).to("cpu", torch.float32) for run in runs])
+        return found[torch.from_numpy(inverse)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,17 +100,18 @@ def in_folder(folder: Path) -> TokenMatrices:
         MissingFileError: without config.json or safetensors files.
         UnknownNameError: if the matrices cannot be told by their names.
         CorruptFileError: if the config promises an output matrix that no file holds.
+        InvalidInputError: if a matrix is stored in packed integers, whose scales lie elsewhere.
     """
     names = _tensor_files(folder)
     config = _config(folder)
     E_in = _safetensors(names, _choose(names, _INPUT, folder))
-    heads = _candidates(names, _OUTPUT, E_in.width)
-    output = _choose(names, _OUTPUT, folder, E_in.width) if heads else None
-    bias_name = f"{output or 'lm_head.weight'}".removesuffix("weight") + "bias"
-    bias = _vector(names[bias_name], bias_name) if bias_name in names else None
-    says = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
-    if says or (says is None and output is None):
-        why = "config says tie_word_embeddings" if says else "the files hold no separate output matrix"
+    heads = _candidates(names, _OUTPUT, E_in)
+    output = _choose(names, _OUTPUT, folder, E_in) if heads else None
+    bias = _bias(names, output or "lm_head.weight")
+    nested = config.get("text_config") or {}
+    says = {part["tie_word_embeddings"] for part in (config, nested) if part.get("tie_word_embeddings") is not None}
+    if says == {True} or (output is None and says != {False}):
+        why = "config says tie_word_embeddings" if True in says else "the files hold no separate output matrix"
         return TokenMatrices(E_in, E_in, bias, True, why)
     if output is None:
         raise CorruptFileError(
@@ -121,15 +128,7 @@ def in_gguf(path: Path) -> TokenMatrices:
         MissingFileError: if there is no such file.
         CorruptFileError: if it is not a GGUF file with a token embedding.
     """
-    from gguf import GGUFReader
-
-    if not path.is_file():
-        raise MissingFileError(f"There is no GGUF file {path}. Check the path.")
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError) as error:
-        raise CorruptFileError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for part in _gguf_parts(path) for tensor in _gguf_tensors(part)}
     if "token_embd.weight" not in tensors:
         raise CorruptFileError(f"{path} holds no token_embd.weight; it has {_some(tensors)}. Use a language model.")
     E_in = _of_gguf(tensors["token_embd.weight"])
@@ -137,6 +136,25 @@ def in_gguf(path: Path) -> TokenMatrices:
     if "output.weight" not in tensors:
         return TokenMatrices(E_in, E_in, bias, True, "the file holds no output.weight")
     return _untied(E_in, _of_gguf(tensors["output.weight"]), bias, "the file holds output.weight")
+
+
+def _gguf_parts(path: Path) -> list[Path]:
+    """The file, or all parts of a split one: without the last part an untied model would look tied."""
+    split = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if split is None:
+        return [path]
+    return [path.with_name(f"{split[1]}-{k:05d}-of-{split[3]}.gguf") for k in range(1, int(split[3]) + 1)]
+
+
+def _gguf_tensors(path: Path) -> list[Any]:
+    from gguf import GGUFReader
+
+    if not path.is_file():
+        raise MissingFileError(f"There is no GGUF file {path}. Check the path; a split model needs all its parts.")
+    try:
+        return GGUFReader(path).tensors
+    except (ValueError, IndexError) as error:
+        raise CorruptFileError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
 
 
 def _untied(E_in: Matrix, E_out: Matrix, bias: Tensor | None, why: str) -> TokenMatrices:
@@ -171,14 +189,30 @@ def _safetensors(names: dict[str, Path], name: str) -> Matrix:
     opened = safe_open(names[name], framework="pt")
     part = opened.get_slice(name)
     n_rows, width = part.get_shape()
+    if part.get_dtype() not in _FLOATS:
+        raise InvalidInputError(
+            f"{names[name]}: {name} is stored as {part.get_dtype()} {n_rows} x {width}: packed integers, not numbers "
+            f"({', '.join(_FLOATS)}). Load the model with load_model and scan that object, or scan the unpacked model."
+        )
     return Matrix(name, n_rows, width, part.get_dtype(), lambda start, stop: part[start:stop])
 
 
-def _vector(path: Path, name: str) -> Tensor:
+def _shape(path: Path, name: str) -> list[int]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as opened:
-        return opened.get_tensor(name).float()
+        return opened.get_slice(name).get_shape()
+
+
+def _bias(names: dict[str, Path], output: str) -> Tensor | None:
+    """The output layer's bias, of its own or (BART, Marian) one that the model adds to the logits."""
+    from safetensors import safe_open
+
+    name = next((n for n in (output.removesuffix("weight") + "bias", "final_logits_bias") if n in names), None)
+    if name is None:
+        return None
+    with safe_open(names[name], framework="pt") as opened:
+        return opened.get_tensor(name).float().flatten()
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -221,21 +255,27 @@ def _load(path: Path) -> dict[str, Any]:
         raise CorruptFileError(f"{path} is not valid JSON ({error}). Fetch it again.") from error
 
 
-def _candidates(names: dict[str, Path], kinds: tuple[str, ...], width: int | None) -> list[str]:
-    """Tensors whose module has one of the names, best first; not those of vision, audio, positions or single layers."""
+def _candidates(names: dict[str, Path], kinds: tuple[str, ...], like: Matrix | None = None) -> list[str]:
+    """Tensors whose module has one of the names, best first; not those of vision, audio, positions or single layers.
+
+    With `like` only those of its width and at least half its rows: a classifier's head is no output embedding.
+    """
     fits = [name for name in names if name.endswith(".weight") and name.split(".")[-2:][0] in kinds]
     fits = [name for name in fits if not any(bad in name for bad in _NOT_TEXT)]
-    fits = [name for name in fits if width is None or _safetensors(names, name).width == width]
+    shapes = {name: _shape(names[name], name) for name in fits}
+    fits = [name for name, shape in shapes.items() if len(shape) == 2]
+    if like is not None:
+        fits = [name for name in fits if shapes[name][1] == like.width and 2 * shapes[name][0] >= like.n_rows]
     return sorted(fits, key=lambda name: (kinds.index(name.split(".")[-2:][0]), len(name)))
 
 
-def _choose(names: dict[str, Path], kinds: tuple[str, ...], folder: Path, width: int | None = None) -> str:
+def _choose(names: dict[str, Path], kinds: tuple[str, ...], folder: Path, like: Matrix | None = None) -> str:
     """The one tensor that fits; of several kinds the one listed first.
 
     Raises:
         UnknownNameError: if none fits, or two of the same kind do.
     """
-    fits = _candidates(names, kinds, width)
+    fits = _candidates(names, kinds, like)
     kind = [name.split(".")[-2:][0] for name in fits]
     if len(fits) == 1 or (len(fits) > 1 and kind[0] != kind[1]):
         return fits[0]

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from workbench.glitch.threshold import find_threshold
+
+
+def _bulk(n: int = 5000, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(1.0, 0.1, n)
+
+
+def test_a_tail_beyond_the_bulk_is_found_and_the_bulk_left_alone() -> None:
+    planted = np.random.default_rng(1).uniform(0.0, 0.4, 30)
+    found = find_threshold(np.concatenate([_bulk(), planted]))
+    assert found.method == "false discovery rate"
+    assert planted.max() <= found.value < 0.75
+    assert "30 ordinary tokens" in found.why or "31 ordinary tokens" in found.why or "32 ordinary" in found.why
+    assert found.percentile == pytest.approx(100 * 30 / 5030, abs=0.1)
+
+
+def test_a_skewed_upper_side_changes_nothing() -> None:
+    skewed = np.where(_bulk() > 1.0, 1.0 + 4 * (_bulk() - 1.0), _bulk())
+    found = find_threshold(np.concatenate([skewed, np.full(10, 0.2)]))
+    assert found.method == "false discovery rate" and 0.2 <= found.value < 0.7
+
+
+def test_without_a_tail_the_published_percentile_is_used_and_said() -> None:
+    found = find_threshold(np.random.default_rng(0).uniform(0.5, 1.5, 5000))
+    assert (found.method, found.percentile) == ("percentile", 2.0) and "no more tokens" in found.why
+    assert find_threshold(np.ones(500)).method == "percentile"
+    few = find_threshold(np.arange(50.0))
+    assert few.value == np.percentile(np.arange(50.0), 2.0) and "too few" in few.why
+
+
+def test_a_percentile_that_was_asked_for_is_used() -> None:
+    values = np.concatenate([_bulk(), np.zeros(30)])
+    found = find_threshold(values, 5.0)
+    assert (found.method, found.value) == ("percentile", np.percentile(values, 5.0)) and "as asked" in found.why
+
+
+def test_ties_at_the_threshold_are_taken_together() -> None:
+    values = np.concatenate([np.round(_bulk(), 2), np.full(40, 0.25)])
+    found = find_threshold(values)
+    assert (values <= found.value).sum() == round(found.percentile * len(values) / 100) >= 40

@@ -1,0 +1,238 @@
+"""Commands that use a glitch-token scan: lint, diff, export, sanitize, adt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from workbench.cli.base import BaseCommand, Command
+from workbench.errors import DegenerateInputError
+
+if TYPE_CHECKING:
+    from workbench.glitch.sanitize import Sanitizer
+    from workbench.glitch.sanitize_files import SanitizeReport
+    from workbench.report import Report
+    from workbench.runs import RunDir
+
+FOUND = 1
+"""Exit code of `glitch lint` if something was found."""
+_LINES = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlitchLint(Command):
+    """Find tokens that a model stumbles over in prompts or data sets: places, counts, text that is lost.
+
+    Exit code: 0 if nothing was found, 1 if something was, 2 for wrong input.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """Text files, .jsonl or .parquet files, folders or patterns."""
+    scan: Path | None = None
+    """Run folder of `workbench glitch scan`; by default the weights of the model are scanned now."""
+    column: str = "text"
+    """Name of the text in .jsonl and .parquet files."""
+    kinds: tuple[str, ...] = ()
+    """Any of verified borderline candidate reference no_row lost not_utf8 special fragment; by default all."""
+    limit: int = 10_000
+    """Places to keep; all are counted."""
+    no_fail: bool = False
+    """End with exit code 0 also if something was found."""
+
+    def run(self) -> int:
+        """Lints, saves the run folder with all places, and says what was found."""
+        from workbench.glitch.linter import KINDS, linter_for
+
+        if not self.files:
+            raise DegenerateInputError("glitch lint: no file was named. Give text, .jsonl or .parquet files.")
+        with self.start("glitch-lint") as run:
+            linter = linter_for(self.model, self.scan, self.kinds or tuple(KINDS))
+            report = linter.files(self.files, self.column, self.limit)
+            report.to_csv(run.artifacts / "findings.csv")
+            places = [str(place) for place in report.places[:_LINES]]
+            more = [f"… {report.n_findings - _LINES:,} more: {run.artifacts / 'findings.csv'}"]
+            counts = [f"{row.count:>9,} x {row.kind:<10} {row.token_id:>8}  '{row.text}'" for row in report.counts[:20]]
+            lines = [*places, *(more if report.n_findings > _LINES else []), *counts]
+            _finish(self, run, "lint", report, lines)
+        return 0 if self.no_fail or not report.n_findings else FOUND
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlitchDiff(BaseCommand):
+    """Compare two scans, models or tokenizers: flags, ids, categories, verdicts, lost bytes."""
+
+    a: tyro.conf.Positional[str]
+    """Run folder or glitch.json of a scan, or a model (folder, .gguf file, "embedded", cached hub id)."""
+    b: tyro.conf.Positional[str]
+    """The same, to compare with."""
+    tokenizer_only: bool = False
+    """Compare the tokenizers of models alone; their weights are not read."""
+    out: Path | None = None
+    """Folder for the results; by default a new folder in runs/."""
+
+    def run(self) -> None:
+        """Compares, saves the run folder with every change, and says what changed."""
+        from workbench.glitch import diff
+        from workbench.runs import RunDir
+
+        settings = {"a": self.a, "b": self.b, "tokenizer_only": self.tokenizer_only}
+        with RunDir.resume_or_create("glitch-diff", settings, root=self.out or "runs") as run:
+            report = diff(self.a, self.b, tokenizer_only=self.tokenizer_only)
+            report.to_csv(run.artifacts / "changes.csv")
+            lines = [
+                f"{c.kind:<15} {c.id_a:>8} {c.id_b:>8}  '{c.text}'  {c.before} -> {c.after}"
+                for c in report.changes[:_LINES]
+            ]
+            _finish(self, run, "diff", report, lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlitchExport(BaseCommand):
+    """Write the flagged tokens of a scan as a ban list for an inference engine."""
+
+    scan: tyro.conf.Positional[Path]
+    """Run folder or glitch.json of `workbench glitch scan`."""
+    format: Literal["transformers", "vllm", "openai", "llamacpp", "llamacpp-cli"] = "transformers"
+    """transformers: bad_words_ids; vllm, openai: logit_bias; llamacpp: logit_bias of its server, -cli: its options."""
+    grades: tuple[str, ...] = ("verified",)
+    """Which flags: verified borderline candidate reference."""
+    top: int | None = None
+    """Only so many, those with the strongest evidence."""
+    keep: tuple[int, ...] = ()
+    """Ids that are not banned."""
+    include_special: bool = False
+    """Ban special tokens too; a model without its end tokens can't stop."""
+    include_bytes: bool = False
+    """Ban single bytes and incomplete characters too; some characters then can't be written."""
+    out: Path | None = None
+    """File to write; by default banlist-FORMAT.json in the current folder."""
+
+    def run(self) -> None:
+        """Writes the list and what is in it, and says so."""
+        from workbench.glitch.banlist import FORMATS, ban_list
+        from workbench.glitch.saved import load_scan
+
+        bans = ban_list(
+            load_scan(self.scan), self.grades, top=self.top, keep=self.keep, include_special=self.include_special,
+            include_bytes=self.include_bytes,
+        )  # fmt: skip
+        ending = "txt" if self.format == "llamacpp-cli" else "json"
+        file, contents = bans.save(self.out or Path(f"banlist-{self.format}.{ending}"), self.format)
+        said = [f"- {line}" for line in bans.said(self.format)]
+        lines = [*said, f"Use: {FORMATS[self.format].use}", f"Wrote {file}; what is in it: {contents}"]
+        summary = {"file": file, "contents": contents, "ids": bans.ids, "left_out": bans.left_out}
+        self.emit(summary, lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlitchSanitize(Command):
+    """Write text files as token ids without flagged tokens: the same text in other tokens, one JSON line a document."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """Text files, .jsonl or .parquet files, folders or patterns."""
+    scan: Path | None = None
+    """Run folder of `workbench glitch scan`; by default the weights of the model are scanned now."""
+    column: str = "text"
+    """Name of the text in .jsonl and .parquet files."""
+    grades: tuple[str, ...] = ("verified", "borderline", "candidate")
+    """Which flagged tokens to cut."""
+    check: int = 0
+    """Ask the model to copy so many of the tokens, before and after, and as many ordinary ones; 0 asks nothing."""
+
+    def run(self) -> None:
+        """Writes ids.jsonl into the run folder, and says what was cut."""
+        from workbench.glitch.linter import scan_for
+        from workbench.glitch.sanitize import Sanitizer
+        from workbench.glitch.sanitize_files import sanitize_files
+
+        if not self.files:
+            raise DegenerateInputError("glitch sanitize: no file was named. Give text, .jsonl or .parquet files.")
+        with self.start("glitch-sanitize") as run:
+            scan, codec = scan_for(self.model, self.scan)
+            sanitizer = Sanitizer.of(codec, scan.flags(self.grades))
+            report = sanitize_files(sanitizer, self.files, run.artifacts / "ids.jsonl", self.column)
+            if self.check and any(cut.replaced for cut in report.cuts):
+                report = self._checked(report, sanitizer)
+            cut = [
+                f"{c.replaced:>9,} x {c.token_id:>8}  '{c.text}' -> {'|'.join(c.pieces) or 'IMPOSSIBLE'}"
+                for c in report.cuts[:20]
+            ]
+            _finish(self, run, "sanitize", report, [*cut, f"Ids: {report.file}"])
+
+    def _checked(self, report: SanitizeReport, sanitizer: Sanitizer) -> SanitizeReport:
+        import dataclasses
+
+        import numpy as np
+
+        from workbench.glitch.copying import copy_check
+        from workbench.models.loading import load_model
+
+        tokens = [cut.token_id for cut in report.cuts if cut.replaced][: self.check]
+        usable = sorted({i for ids in sanitizer.pieces.values() for odd, i in ids if not odd})
+        ordinary = [i for i in usable if len(sanitizer.written[i]) > 2]
+        rng = np.random.default_rng(self.seed)
+        controls = rng.choice(ordinary, min(len(tokens), len(ordinary)), replace=False).tolist()
+        model: Any = load_model(self.model)
+        return dataclasses.replace(report, check=copy_check(model, sanitizer, tokens, controls))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlitchAdt(Command):
+    """Test a model on pairs of words whose border its tokenizer hides, beside the same words with a separator."""
+
+    model: Annotated[str, tyro.conf.Positional] = "embedded"
+    """Model: "embedded", a Hugging Face id, a folder or a .gguf file."""
+    items: int = 100
+    """Pairs with a hidden border; as many with a respected border are made."""
+    lexicon: Path | None = None
+    """File of words, one a line; by default the whole words of the vocabulary."""
+    make_only: bool = False
+    """Make and save the items; ask no model."""
+    batch_size: int = 32
+    """Prompts at a time."""
+
+    def run(self) -> None:
+        """Makes the items, asks the model, saves the run folder, and says how much worse it does."""
+        from workbench.codec import codec_of
+        from workbench.glitch.adt import AdtOptions, make_items, read_lexicon
+        from workbench.glitch.adt_run import run_adt, save_items
+        from workbench.glitch.tokenizer import analyse
+        from workbench.models.loading import load_model, load_tokenizer
+
+        words = () if self.lexicon is None else read_lexicon(self.lexicon)
+        model: Any = None if self.make_only else load_model(self.model)
+        codec = codec_of(load_tokenizer(self.model) if model is None else model.tokenizer)
+        with self.start("glitch-adt") as run:
+            options = AdtOptions(items=self.items, seed=self.seed)
+            items = make_items(codec, analyse(codec), words, options)
+            file = save_items(run.artifacts / "items.jsonl", items)
+            saved = f"Items: {file}"
+            if model is None:
+                run.finish("Adversarial tokenization items")
+                shown = [f"{i.text}  {'|'.join(i.tokens)}  = {i.first} + {i.second}" for i in items[:20]]
+                self.emit({"run": run.path, "items": file, "n": len(items)}, [*shown, saved])
+                return
+            run.note_model(model)
+            journal = run.artifacts / "answers.jsonl"
+            _finish(self, run, "adt", run_adt(model, items, batch_size=self.batch_size, journal=journal), [saved])
+
+
+def _finish(command: BaseCommand, run: RunDir, name: str, report: Report, lines: Sequence[str]) -> None:
+    """Saves report and JSON, and prints the sentences and the lines."""
+    from workbench.records import save_json
+
+    found = report.to_json()
+    save_json(run.artifacts / f"{name}.json", found)
+    run.save_step(name, report.section())
+    html = run.finish(report.section().title)
+    command.emit(found | {"run": run.path, "report": html}, _said(report, lines, html))
+
+
+def _said(report: Report, lines: Sequence[str], html: Path) -> Iterator[str]:
+    yield from (f"- {finding}" for finding in report.findings())
+    yield from lines
+    yield f"Report: {html}"

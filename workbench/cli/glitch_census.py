@@ -1,0 +1,171 @@
+"""Commands that test many tokens: glitch census and glitch search."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from workbench.cli.base import Command
+from workbench.errors import MissingFileError
+from workbench.glitch.scanner import ScanOptions
+
+if TYPE_CHECKING:
+    from workbench.glitch.census_report import CensusReport
+    from workbench.glitch.census_result import CensusOptions, CensusPlan
+    from workbench.glitch.search_report import SearchReport
+    from workbench.models.model import Model
+    from workbench.runs import RunDir
+
+CHOICE = "dtype.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TestsTokens(Command):
+    """What both commands ask for: the model, its dtype, the ranking and the prompts."""
+
+    model: Annotated[str, tyro.conf.Positional] = "embedded"
+    """Model: "embedded", a folder, a .gguf file, or a Hugging Face id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto takes the faster one, if both give the same probabilities on a sample of tokens."""
+    reference: tuple[int, ...] = ()
+    """Ids known to be unused, for the ranking; by default they are found."""
+    confirm: bool = True
+    """Run the longer prompts for tokens that fail the short one; without, one failure makes a glitch token."""
+    batch_size: int = 64
+    """Prompts per forward pass."""
+
+    def census_options(self) -> CensusOptions:
+        """What the library is called with."""
+        from workbench.glitch.census_result import CensusOptions
+
+        options = CensusOptions(
+            batch_size=self.batch_size, seed=self.seed, scan=ScanOptions(reference=self.reference or None)
+        )
+        return options if self.confirm else dataclasses.replace(options, confirm=())
+
+    def prepared(self, run: RunDir) -> tuple[Model, CensusPlan]:
+        """The model in its dtype and the plan; a run that is continued keeps the dtype that it began with."""
+        from workbench.glitch.census_run import in_dtype, plan_census
+        from workbench.glitch.probing import DtypeChoice
+        from workbench.models.loading import load_model
+        from workbench.records import from_jsonable, load_json, save_json
+
+        model: Any = load_model(self.model, dtype="float32" if self.dtype == "auto" else self.dtype)
+        noted = run.artifacts / CHOICE
+        begun = from_jsonable(DtypeChoice, load_json(noted)) if noted.is_file() else None
+        plan = plan_census(model, options=self.census_options(), measure_both=self.dtype == "auto" and begun is None)
+        if begun is not None:
+            plan = dataclasses.replace(plan, dtype=begun)
+        save_json(noted, plan.dtype)
+        model = in_dtype(model, plan.dtype)
+        run.note_model(model)
+        return model, plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlitchCensus(_TestsTokens):
+    """Test every token of the vocabulary, and measure what the ranking by weights finds.
+
+    Ctrl-C loses nothing: the same command continues.
+    """
+
+    sample: int | None = None
+    """Test so many ordinary tokens only, drawn by strata of the ranking, and estimate the rest."""
+
+    def census_options(self) -> CensusOptions:
+        """What the library is called with."""
+        return dataclasses.replace(super().census_options(), sample=self.sample)
+
+    def run(self) -> None:
+        """Test the tokens, save the run folder with the table of all tokens, and say what was found."""
+        from workbench.glitch.census_run import run_census
+
+        with self.start("glitch-census") as run:
+            model, plan = self.prepared(run)
+            _announce(f"Census of {model.name}: {plan}.")
+            report = run_census(model, plan, run.artifacts)
+            report.save(run.artifacts)
+            run.save_step("census", report.section())
+            html = run.finish(f"Census of {report.model}")
+            summary = report.to_json() | {"run": run.path, "report": html}
+            self.emit(summary, self._lines(report, run.path))
+
+    def _lines(self, report: CensusReport, folder: Path) -> Iterator[str]:
+        yield from (f"- {finding}" for finding in report.findings())
+        yield f"All tokens: {folder / 'artifacts' / 'tokens.csv'}; report: {folder / 'report.html'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlitchSearch(_TestsTokens):
+    """Compare searches for glitch tokens: the ranking, GlitchHunter, gradient search and random order.
+
+    With --census the recall of each is measured; without, the tokens that are asked for are tested.
+    """
+
+    census: Path | None = None
+    """Run folder of `glitch census` with the same model and prompts, or its artifacts folder."""
+    methods: tuple[Literal["indicator", "hunter", "gradient", "random"], ...] = (
+        "indicator", "hunter", "gradient", "random",
+    )  # fmt: skip
+    """Which searches."""
+    budget: int | None = None
+    """Tokens that the ranking and the random order test; by default as many as the dearest other search."""
+    seeds: int = 3
+    """Runs of each search that draws at random."""
+    resolution: float = 75.0
+    """Of the hunter's communities; the higher, the smaller they are."""
+    iterations: int = 125
+    """Steps of the gradient search, of 8 tokens each."""
+
+    def run(self) -> None:
+        """Run the searches, save the run folder, and say what each found."""
+        from workbench.glitch.census_run import prober_of
+        from workbench.glitch.gradient import GradientOptions
+        from workbench.glitch.hunter import HunterOptions
+        from workbench.glitch.searching import SearchOptions, search
+        from workbench.records import save_json
+
+        options = SearchOptions(
+            methods=self.methods, budget=self.budget, seeds=self.seeds, seed=self.seed,
+            hunter=HunterOptions(resolution=self.resolution), gradient=GradientOptions(iterations=self.iterations),
+        )  # fmt: skip
+        with self.start("glitch-search") as run:
+            if self.census is not None:
+                _take_over(self.census, run.artifacts)
+            model, plan = self.prepared(run)
+            report = search(model, plan, prober_of(model, plan, run.artifacts), options=options)
+            save_json(run.artifacts / "search.json", report.to_json())
+            report.df.to_csv(run.artifacts / "searches.csv", index=False)
+            run.save_step("search", report.section())
+            html = run.finish(f"Searches for glitch tokens in {report.model}")
+            summary = report.to_json() | {"run": run.path, "report": html}
+            self.emit(summary, self._lines(report, run.path))
+
+    def _lines(self, report: SearchReport, folder: Path) -> Iterator[str]:
+        yield from (f"- {finding}" for finding in report.findings())
+        yield f"Every run: {folder / 'artifacts' / 'search.json'}; report: {folder / 'report.html'}"
+
+
+def _take_over(census: Path, artifacts: Path) -> None:
+    """Copies what a census knows, and the dtype that it ran in; the census itself is left as it is."""
+    from workbench.glitch.probing import CONFIRMED_FILES, SHORT_FILE
+    from workbench.records import write_atomic
+
+    folder = next((place for place in (census / "artifacts", census) if (place / SHORT_FILE).is_file()), None)
+    if folder is None:
+        raise MissingFileError(f"{census} holds no {SHORT_FILE}. Name a run folder of `workbench glitch census`.")
+    for file in (folder / SHORT_FILE, folder / CHOICE, *folder.glob(CONFIRMED_FILES)):
+        if file.is_file() and not (artifacts / file.name).exists():
+            write_atomic(artifacts / file.name, file.read_bytes())
+
+
+def _announce(line: str) -> None:
+    """Says something before long work; stdout stays for the result."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,139 @@
+"""`workbench glitch repair`: new rows for glitch tokens, judged before and after, as an edit and as weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from workbench.cli.base import Command, read_passages
+
+if TYPE_CHECKING:
+    from workbench.glitch.repair_check import RepairCheckOptions
+    from workbench.glitch.repair_report import RepairReport
+    from workbench.glitch.repairing import Repair, RepairOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlitchRepair(Command):
+    """Give glitch tokens new rows, made from the tokens that spell them, and measure whether that helps.
+
+    The model itself is never changed: the repair is saved as an intervention, and with --save-model as a new folder.
+    """
+
+    model: Annotated[str, tyro.conf.Positional] = "embedded"
+    """Model: "embedded", a folder, a .gguf file, or a Hugging Face id in the local cache."""
+    tokens: tuple[int, ...] = ()
+    """Ids of the tokens to repair."""
+    scan: Path | None = None
+    """Run folder of `workbench glitch scan --verify top`: repairs the tokens that it verified."""
+    sources: Literal["subtokens", "neighbours"] = "subtokens"
+    """What the new rows are made of: the tokens that spell the text, or the ordinary tokens with the closest rows."""
+    reading: Literal["mean", "keep"] = "mean"
+    """mean gives new input rows; keep leaves them."""
+    writing: Literal["mean", "block", "keep"] = "mean"
+    """mean gives new output rows, block makes the tokens impossible to write, keep leaves them."""
+    text: Path | None = None
+    """Text file, one passage per line, whose loss must not rise; by default twelve short passages."""
+    tolerance: float = 0.01
+    """Rise of that loss, in nats per token, above which the repair is no success."""
+    controls: int = 16
+    """Random ordinary tokens that must be copied as before."""
+    save_model: Path | None = None
+    """New folder for a copy of the model with the new rows; loaded and tested after it is written."""
+    untie: bool = False
+    """Allow that copy to have an output matrix of its own where the model has one for both."""
+    force: bool = False
+    """Save the copy even if the repair is no success."""
+
+    def run(self) -> None:
+        """Repair, measure, save the intervention, and on request the weights."""
+        from workbench.glitch.repair_check import check_repair
+        from workbench.glitch.repairing import repair
+        from workbench.models.loading import load_model
+
+        tokens, avoid = named_tokens(self.tokens, self.scan)
+        self._require_possible()
+        model = load_model(self.model)
+        made = repair(model, tokens, self._options(), avoid=avoid)
+        with self.start("glitch-repair") as run:
+            run.note_model(model)
+            run.artifacts.mkdir(parents=True, exist_ok=True)
+            made.intervention(required=False).save(run.artifacts / "intervention")
+            report = check_repair(model, made, self._check())
+            run.save_step("repair", report.section())
+            saved = self._saved(model, made, report)
+            if saved is not None:
+                run.save_step("saved-model", saved.section())
+            html = run.finish(f"Repair of glitch tokens of {report.model}")
+            summary = report.to_json() | {"run": run.path, "report": html, "metrics": report.metrics()}
+            self.emit(summary, self._lines(report, saved, run.path))
+
+    def _options(self) -> RepairOptions:
+        from workbench.glitch.repairing import RepairOptions
+
+        return RepairOptions(sources=self.sources, reading=self.reading, writing=self.writing)
+
+    def _check(self) -> RepairCheckOptions:
+        from workbench.glitch.repair_check import TEXTS, RepairCheckOptions
+
+        texts = read_passages(self.text) or TEXTS
+        return RepairCheckOptions(
+            controls=self.controls, tolerance=self.tolerance, seed=self.seed, texts=tuple(texts)
+        )  # fmt: skip
+
+    def _require_possible(self) -> None:
+        """Refuses a folder that can't be written before anything is computed."""
+        from workbench.errors import InvalidInputError
+
+        place = self.save_model
+        if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise InvalidInputError(f"{place} exists and is not an empty folder; name a new one for the copy.")
+
+    def _saved(self, model: Any, made: Repair, report: RepairReport) -> Any:
+        """The report on the saved copy, loaded again; None if none was asked for or the repair is no success."""
+        from workbench.glitch.repaired_copy import compare_copy, save_repaired, source_folder
+
+        if self.save_model is None or not (report.success or self.force):
+            return None
+        save_repaired(made, source_folder(model), self.save_model, untie=self.untie)
+        return compare_copy(model, made, self.save_model)
+
+    def _lines(self, report: RepairReport, saved: Any, folder: Path) -> Iterator[str]:
+        yield from (f"- {finding}" for finding in report.findings())
+        for k, (i, text, pieces) in enumerate(zip(report.ids, report.texts, report.sources, strict=True)):
+            p = f"p {report.copied['before'][k]:.4f} -> {report.copied['repaired'][k]:.4f}"
+            yield f"{i:>8}  {p}  {text!r} = {' + '.join(map(repr, pieces))}"
+        if saved is not None:
+            yield from (f"- {finding}" for finding in saved.findings())
+        elif self.save_model is not None:
+            yield f"The model was not saved: the repair is no success. --force writes {self.save_model} nevertheless."
+        yield f"Intervention: {folder / 'artifacts' / 'intervention'}; report: {folder / 'report.html'}"
+
+
+def named_tokens(tokens: tuple[int, ...], scan: Path | None) -> tuple[list[int], list[int]]:
+    """The tokens that were named, or those that a scan verified; and all that it suspects.
+
+    Raises:
+        InvalidInputError: unless they are named in exactly one way.
+        DegenerateInputError: if the scan verified none.
+    """
+    from workbench.errors import DegenerateInputError, InvalidInputError
+
+    if bool(tokens) == (scan is not None):
+        raise InvalidInputError("Name the tokens by --tokens ID ID … or by --scan RUN_FOLDER, one of the two.")
+    if scan is None:
+        return list(tokens), []
+    from workbench.glitch.saved import load_scan
+
+    found = load_scan(scan)
+    verified = list(found.flags(("verified",)))
+    if not verified:
+        raise DegenerateInputError(
+            f"{scan} has no verified token ({found.counts() or 'nothing is flagged'}). Scan with --verify top, or name "
+            "tokens by --tokens."
+        )
+    return verified, list(found.flags())

@@ -1,0 +1,103 @@
+"""The glitch-token calls of one line: scan, census, lint, diff."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from workbench.errors import UnknownNameError
+from workbench.glitch import scanner
+from workbench.glitch.census_report import CensusReport
+from workbench.glitch.census_result import CensusOptions
+from workbench.glitch.census_run import in_dtype, plan_census, run_census
+from workbench.glitch.differences import DiffReport, between, side
+from workbench.glitch.lint_report import LintReport
+from workbench.glitch.linter import KINDS, linter_for
+from workbench.glitch.prompts import PROBES, probes_from
+from workbench.glitch.report import GlitchReport
+from workbench.glitch.scanner import ScanOptions
+
+
+@overload
+def scan(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport: ...
+@overload
+def scan(model: Any, verify: Literal["census"], *, options: ScanOptions | None = None) -> CensusReport: ...
+def scan(model: Any, verify: str | None = None, *, options: ScanOptions | None = None) -> GlitchReport | CensusReport:
+    """Ranks every token of a model by how untrained its row looks, and on request asks the model for tokens.
+
+    Args:
+        model: a `Model`, a model folder, a .gguf file, "embedded", or a hub id in the local cache.
+        verify: None reads two weight matrices only, without loading the model; "top" tests the most suspicious tokens
+            beside random ordinary ones; "census" tests every token, see `census`.
+        options: which reference and indicator, how many tokens to test, which prompts.
+
+    Raises:
+        UnknownNameError: for another `verify`.
+        DegenerateInputError: if there is nothing to verify because no ranking could be trusted.
+        ModelUnavailableError: for a hub id that is not in the local cache.
+    """
+    if verify == "census":
+        return census(model, options=_census_options(options or ScanOptions()))
+    if verify not in (None, "top"):
+        raise UnknownNameError(
+            f"verify={verify!r} does not exist. There are None (weights only), 'top' (tests the most suspicious "
+            "tokens) and 'census' (tests every token)."
+        )
+    return scanner.scan(model, verify, options=options)
+
+
+def _census_options(options: ScanOptions) -> CensusOptions:
+    own = PROBES if options.prompts is None else tuple(probes_from(options.prompts))
+    return CensusOptions(
+        confirm=own, forms=options.forms, batch_size=options.verification.batch_size, seed=options.seed, scan=options
+    )
+
+
+def census(model: Any, *, options: CensusOptions | None = None, folder: str | Path | None = None) -> CensusReport:
+    """Asks a model for every token of its vocabulary, or for a sample of them.
+
+    Args:
+        model: a `Model`, tested in its own dtype, or what `load_model` takes, tested in the faster of float32 and
+            bfloat16 if both give the same on a sample of tokens.
+        options: a sample's size, the prompts, the ranking whose recall is measured.
+        folder: where results are kept while they come; the same call goes on from there. None keeps them in memory.
+
+    Raises:
+        MismatchError: if the folder holds results of another model, dtype or prompt.
+    """
+    loaded = hasattr(model, "hf")
+    if not loaded:
+        from workbench.models.loading import load_model
+
+        model = load_model(model, dtype="float32")
+    plan = plan_census(model, options=options, measure_both=not loaded)
+    return run_census(in_dtype(model, plan.dtype), plan, None if folder is None else Path(folder))
+
+
+def lint(model: Any, text: str, *, scan: str | Path | None = None, kinds: Iterable[str] = tuple(KINDS)) -> LintReport:
+    """Where a text holds tokens that a model is likely to stumble over, and characters that its tokenizer loses.
+
+    Args:
+        model: a `Model`, a folder, a .gguf file, "embedded", or a hub id in the local cache.
+        text: one text; for files, or many texts, make a `Linter` once with `workbench.glitch.linter.linter_for`.
+        scan: run folder or glitch.json of `workbench glitch scan`; without it the weights are scanned now, which gives
+            candidates that nobody has tested.
+        kinds: what to look for, keys of `workbench.glitch.linter.KINDS`.
+
+    Raises:
+        UnknownNameError: for a kind that does not exist.
+        MismatchError: if the scan is of another tokenizer.
+    """
+    return linter_for(model, scan, kinds).text(text)
+
+
+def diff(a: Any, b: Any, *, tokenizer_only: bool = False) -> DiffReport:
+    """What differs between two models, scans or tokenizers: flags, ids, categories, verdicts, lost bytes.
+
+    Args:
+        a: run folder or glitch.json of a scan, or a model (folder, .gguf file, "embedded", cached hub id).
+        b: the same.
+        tokenizer_only: compare the tokenizers of models alone; their weights are not read.
+    """
+    return between(side(a, tokenizer_only), side(b, tokenizer_only))

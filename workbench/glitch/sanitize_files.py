@@ -1,0 +1,165 @@
+"""Files as token ids without flagged tokens: one JSON line per document, which decodes to the text as it was."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.activations.files import text_files
+from workbench.blocks import Block, Metric
+from workbench.glitch.copying import CopyCheck
+from workbench.glitch.result import shown
+from workbench.glitch.sanitize import Sanitizer
+from workbench.glitch.spans import numbered_texts, windows
+from workbench.progress import track
+from workbench.report import Report, Section, Table, Text
+from workbench.stats import clopper_pearson
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What was done with a flagged token.
+
+    Attributes:
+        token_id: the token.
+        text: its text on one line.
+        pieces: texts of what it was cut into most often; empty where that is impossible.
+        replaced: occurrences that were replaced.
+        left: occurrences that stay, because no other tokens give the same text there.
+    """
+
+    token_id: int
+    text: str
+    pieces: tuple[str, ...]
+    replaced: int
+    left: int
+
+
+@dataclass(frozen=True, eq=False)
+class SanitizeReport(Report):
+    """Result of `sanitize_files`.
+
+    Attributes:
+        file: the JSON lines that were written.
+        documents: number of documents.
+        tokens: ids before.
+        tokens_after: ids after.
+        cuts: every flagged token that occurred.
+        check: probability of copying before and after, or None if it was not measured.
+    """
+
+    file: str
+    documents: int
+    tokens: int
+    tokens_after: int
+    cuts: tuple[Cut, ...]
+    check: CopyCheck | None = None
+
+    def findings(self) -> tuple[str, ...]:
+        """What was done, in sentences."""
+        replaced, left = sum(cut.replaced for cut in self.cuts), sum(cut.left for cut in self.cuts)
+        said = [
+            f"{self.documents:,} documents, {self.tokens:,} tokens: {replaced:,} occurrences of "
+            f"{sum(cut.replaced > 0 for cut in self.cuts):,} flagged tokens were cut into others; every document "
+            f"decodes to the same text. {self.tokens_after:,} tokens after."
+        ]
+        if left:
+            said.append(f"IMPOSSIBLE: {left:,} occurrences stay, since no other tokens give their text.")
+        if self.check is not None:
+            said.append(f"Copying, log-probability gained by cutting flagged tokens: {self.check.gain} nats.")
+            if self.check.control_gain is not None:
+                said.append(f"The same cut on ordinary tokens: {self.check.control_gain} nats.")
+        return tuple(said)
+
+    def metrics(self) -> dict[str, Metric]:
+        """Counts, and the share of flagged occurrences that could be cut."""
+        replaced, left = sum(cut.replaced for cut in self.cuts), sum(cut.left for cut in self.cuts)
+        found: dict[str, Metric] = {"documents": self.documents, "replaced": replaced, "left": left}
+        if replaced + left:
+            found["cut_share"] = clopper_pearson(replaced, replaced + left, unit="occurrences")
+        return found if self.check is None else found | {"copy_gain": self.check.gain}
+
+    def section(self) -> Section:
+        """A table of the tokens that were cut."""
+        rows = tuple((c.token_id, c.text, "|".join(c.pieces), c.replaced, c.left) for c in self.cuts[:60])
+        columns = ("id", "token", "cut into", "replaced", "left")
+        blocks: tuple[Block, ...] = (Table(columns, rows, "Flagged tokens"),) if rows else (Text("No flagged token."),)
+        return Section("Text without flagged tokens", blocks, self.findings(), self.metrics())
+
+
+def sanitize_files(
+    sanitizer: Sanitizer, paths: Iterable[str | Path], target: str | Path, column: str = "text"
+) -> SanitizeReport:
+    """Writes the ids of every document to `target`, flagged tokens cut; a stopped run goes on where it was.
+
+    A line holds file, document, ids, tokens_before, `replaced` (old position, old id, new ids) and `impossible` (old
+    position, id).
+
+    Args:
+        sanitizer: which tokens are cut.
+        paths: files, folders or patterns, as `Linter.files` takes them.
+        target: the JSON lines file.
+        column: name of the text in .jsonl and .parquet files.
+    """
+    file = Path(target)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done = _mend(file)
+    found = text_files(paths)
+    every = ((path, number, parts) for path in found for number, parts in numbered_texts(path, column))
+    with file.open("a", encoding="utf-8") as out:
+        for k, (path, number, parts) in enumerate(track(every, description="sanitize", unit="documents")):
+            if k >= done:
+                out.write(json.dumps({"file": str(path), "document": number} | _document(sanitizer, parts)) + "\n")
+                out.flush()
+    return _summary(sanitizer, file)
+
+
+def _document(sanitizer: Sanitizer, parts: Iterable[str]) -> dict[str, Any]:
+    ids: list[int] = []
+    replaced, impossible, before = [], [], 0
+    for piece in windows(sanitizer.codec, parts):
+        made = sanitizer(piece.ids)
+        ids += made.ids
+        replaced += [(before + at, old, new) for at, old, new in made.replaced]
+        impossible += [(before + at, piece.ids[at]) for at in made.impossible]
+        before += len(piece.ids)
+    return {"ids": ids, "tokens_before": before, "replaced": replaced, "impossible": impossible}
+
+
+def _mend(file: Path) -> int:
+    """Number of complete lines; what a kill left behind the last of them is cut off."""
+    if not file.is_file():
+        return 0
+    with file.open("rb+") as opened:
+        lines, end = 0, 0
+        for line in opened:
+            if line.endswith(b"\n"):
+                lines, end = lines + 1, end + len(line)
+        opened.truncate(end)
+    return lines
+
+
+def _summary(sanitizer: Sanitizer, file: Path) -> SanitizeReport:
+    replaced: Counter[int] = Counter()
+    left: Counter[int] = Counter()
+    pieces: dict[int, Sequence[int]] = {}
+    documents = before = after = 0
+    with file.open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            documents, before, after = documents + 1, before + row["tokens_before"], after + len(row["ids"])
+            replaced.update(old for _, old, _ in row["replaced"])
+            pieces |= {old: new for _, old, new in row["replaced"]}
+            left.update(old for _, old in row["impossible"])
+    cuts = [
+        Cut(i, _text(sanitizer, i), tuple(_text(sanitizer, j) for j in pieces.get(i, ())), replaced[i], left[i])
+        for i in sorted(replaced.keys() | left.keys(), key=lambda i: -(replaced[i] + left[i]))
+    ]
+    return SanitizeReport(str(file), documents, before, after, tuple(cuts))
+
+
+def _text(sanitizer: Sanitizer, i: int) -> str:
+    return shown(sanitizer.written[i].decode("utf-8", errors="replace"))
