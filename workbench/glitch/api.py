@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from workbench.errors import UnknownNameError
-from workbench.glitch import scanner
 from workbench.glitch.census_report import CensusReport
 from workbench.glitch.census_result import CensusOptions
 from workbench.glitch.census_run import in_dtype, plan_census, run_census
@@ -17,6 +16,7 @@ from workbench.glitch.linter import KINDS, linter_for
 from workbench.glitch.prompts import PROBES, probes_from
 from workbench.glitch.report import GlitchReport
 from workbench.glitch.scanner import ScanOptions
+from workbench.glitch.scanner import scan as scan_rows
 
 
 @overload
@@ -44,7 +44,7 @@ def scan(model: Any, verify: str | None = None, *, options: ScanOptions | None =
             f"verify={verify!r} does not exist. There are None (weights only), 'top' (tests the most suspicious "
             "tokens) and 'census' (tests every token)."
         )
-    return scanner.scan(model, verify, options=options)
+    return scan_rows(model, verify, options=options)
 
 
 def _census_options(options: ScanOptions) -> CensusOptions:
