@@ -35,8 +35,9 @@ test: $(VENV)/.developer  ## the test suite
 	$(BIN)/python -c "from workbench.models.embedded import embedded_folder; embedded_folder()"
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu and not browser"
 
-test-slow: $(VENV)/.developer  ## tests that take minutes
-	$(BIN)/python -m pytest -q -m slow
+test-slow: $(VENV)/.developer  ## tests that take longer, many with the embedded model
+	$(BIN)/python -c "from workbench.models.embedded import embedded_folder; embedded_folder()"
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "slow and not gpu and not browser"
 
 test-browser: $(VENV)/.developer  ## tests that need Chromium
 	$(BIN)/python -m pytest -q -m browser
@@ -44,7 +45,7 @@ test-browser: $(VENV)/.developer  ## tests that need Chromium
 test-gpu: $(VENV)/.developer  ## tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu
 
-check: lint type test notebooks  ## exactly what CI runs
+check: lint type test test-slow notebooks  ## exactly what CI runs
 
 format: $(VENV)/.developer  ## rewrite the code in the house format
 	$(BIN)/ruff format .

@@ -75,6 +75,7 @@ def test_the_reader_gives_the_activations_of_a_bfloat16_store(tmp_path: Path) ->
         HarvestOptions(dtype="int4")
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_int8_of_the_middle_layer_loses_less_than_two_in_ten_thousand(embedded: Model, tmp_path: Path) -> None:
     text = Path(__file__).parents[2] / "docs" / "coming-from.md"

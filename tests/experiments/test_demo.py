@@ -36,6 +36,7 @@ def saved(out: Path) -> dict[str, float]:
     return {file.stem: file.stat().st_mtime for file in out.glob("*/steps/*.json")}
 
 
+@pytest.mark.slow
 def test_a_killed_demo_goes_on_and_ends_with_a_valid_folder(folder: Path, tmp_path: Path) -> None:
     first = start(folder, tmp_path)
     deadline = time.monotonic() + 240

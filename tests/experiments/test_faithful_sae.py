@@ -112,6 +112,7 @@ def test_unequal_budgets_and_single_seeds_are_refused(tmp_path: Path) -> None:
         replace(SMALL, seeds=1)
 
 
+@pytest.mark.slow
 def test_the_local_corpus_is_made_again_to_the_byte_and_leaves_the_probe_texts_out(tmp_path: Path) -> None:
     first, second = write_corpus(tmp_path / "a.jsonl"), write_corpus(tmp_path / "b.jsonl")
     assert first.read_bytes() == second.read_bytes() != write_corpus(tmp_path / "c.jsonl", seed=1).read_bytes()

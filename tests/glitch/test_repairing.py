@@ -260,6 +260,7 @@ def test_nothing_is_written_over_and_foreign_folders_are_refused(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_on_trained_models_the_repair_is_judged_by_its_intervals(tied: bool) -> None:
     """What training left out can be copied after the repair; random ordinary tokens and plain text stay as they were."""

@@ -155,6 +155,7 @@ def test_spliced_prompts_hold_every_piece_in_every_place() -> None:
     assert spliced(made, (7, 8)) == [5, 7, 8, 6, 7, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_cutting_a_token_that_cannot_be_said_helps_the_model_to_copy_it(embedded: Model) -> None:
     codec = FastCodec.of(embedded.tokenizer.backend_tokenizer)

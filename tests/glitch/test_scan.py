@@ -316,6 +316,7 @@ def test_the_embedded_model_gives_the_known_list(embedded: Model) -> None:
     assert np.corrcoef(*ranks)[0, 1] < -0.75
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_the_embedded_model_cannot_say_the_first_candidates(embedded: Model, tmp_path: Path) -> None:
     short = {"name": "short", "preamble": "Out repeats In.", "shown": "\nIn: «{token}»\nOut:", "answer": " «{token}»"}

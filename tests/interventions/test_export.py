@@ -602,6 +602,7 @@ def test_what_a_hook_cannot_hold(tmp_path: Path) -> None:
         tiny_model("gpt2").export(at("resid_pre.0", ProjectOut(V)), "hook", tmp_path / "h")
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_r8_r9_r10_on_the_embedded_model(embedded: Model, tmp_path: Path) -> None:
     batch = embedded.tokens(["The capital of France is", "Once upon a time there was"])

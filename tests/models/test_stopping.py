@@ -77,6 +77,7 @@ def test_almost_every_token_is_settled_by_the_look_up() -> None:
 PROMPTS = ["Findings show that", "I once heard that", "The weather was", "Then the man said:"]
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_sentences_of_the_embedded_model_end_where_hugging_face_ends_them(embedded: Model) -> None:
     batch = embedded.tokens(PROMPTS)

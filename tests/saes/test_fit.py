@@ -253,6 +253,7 @@ def test_the_standardised_measure_is_the_mean_over_dimensions(family: str) -> No
     assert found.standardised != pytest.approx(found.fvu, rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_on_a_real_model_no_right_site_is_refused_and_one_layer_off_is(embedded: Model) -> None:
     """Layer 9 has no outlier dimensions and layer 8 has: its FVU alone is lower there."""

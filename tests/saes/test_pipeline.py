@@ -59,6 +59,7 @@ print(json.dumps(pipeline(Path(sys.argv[1]))))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_without_a_network_end_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

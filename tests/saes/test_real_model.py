@@ -56,6 +56,7 @@ def _recovered_zero_all(report: SAEReport, splice: str = "sae") -> float:
     return (zero - report.ce[splice].value) / (zero - report.ce_clean.value)
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_identity_recovers_all_zero_nothing_and_an_untrained_sae_what_the_mean_does(embedded: Model) -> None:
     options, texts = EvalOptions(max_rows=5, batch_rows=5), list(TEXTS[:5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 from collections.abc import Iterable
@@ -89,12 +90,12 @@ class Serve(ModelCommand):
             server_header=False, timeout_graceful_shutdown=10,
         )  # fmt: skip
         self._greet(playground, address(host, port, guard.token), guard.open)
-        try:
+        # Raised after the runs have ended, and not at all where the process was started with SIGINT ignored.
+        with contextlib.suppress(KeyboardInterrupt):
             Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:
-            # With --json the address was the one object that is printed.
-            if not self.json:
-                self.emit({}, ["Stopped."])
+        # With --json the address was the one object that is printed.
+        if not self.json:
+            self.emit({}, ["Stopped."])
 
     def _greet(self, playground: Playground, url: str, is_open: bool) -> None:
         about = playground.about
