@@ -49,5 +49,17 @@ def before_step(step: int, act: Callable[[], Any], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Member, "train_step", acting)
 
 
+def before_finish(act: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, name: str | None = None) -> None:
+    """`act` when a member (of this name) made its last step and is about to be saved."""
+    real = Member.finish
+
+    def acting(self: Member, *args: Any) -> Any:
+        if name in (None, self.name):
+            act()
+        return real(self, *args)
+
+    monkeypatch.setattr(Member, "finish", acting)
+
+
 def ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)

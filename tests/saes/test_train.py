@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.saes.stores import SITE, assert_same_tensors, before_step, ctrl_c, small_store, tensors
+from tests.saes.stores import (
+    SITE,
+    assert_same_tensors,
+    before_finish,
+    before_step,
+    ctrl_c,
+    small_store,
+    tensors,
+)
 from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.folder import in_use
 from workbench.activations.harvest import harvest
@@ -154,6 +164,30 @@ def test_a_second_ctrl_c_stops_at_once(store: ActivationStore, tmp_path: Path, m
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("moment", ["last step", "saving"])
+def test_ctrl_c_at_the_very_end_loses_nothing(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, moment: str
+) -> None:
+    config = replace(EACH[kind], tokens=500)
+    with monkeypatch.context() as patch:
+        if moment == "last step":
+            before_step(config.steps - 1, ctrl_c, patch)
+        else:
+            before_finish(ctrl_c, patch)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            train_sae(store, config, tmp_path / "cut")
+    (note,) = stopped.value.__notes__
+    is_saved = (tmp_path / "cut" / CHECKPOINT).is_file()
+    assert is_saved == (moment == "last step") == (f"saved: step {config.steps} in {tmp_path / 'cut'}" in note)
+    assert (not is_saved) == (note == f"Training is finished in {tmp_path / 'cut'}.")
+    before_step(0, lambda: pytest.fail("trained again"), monkeypatch, name="cut")
+    run, straight = (train_sae(store, config, tmp_path / name) for name in ("cut", "straight"))
+    assert_same_tensors(run.path, straight.path)
+    assert _without_time(run.metrics) == _without_time(straight.metrics)
+    assert not (run.path / CHECKPOINT).exists()
 
 
 def test_it_trains_in_a_thread_too(store: ActivationStore, tmp_path: Path) -> None:
@@ -337,6 +371,25 @@ def test_a_site_goes_by_its_transformer_lens_name_too(store: ActivationStore) ->
 def test_a_folder_that_another_process_trains_in_is_refused(store: ActivationStore, tmp_path: Path) -> None:
     with in_use(tmp_path), pytest.raises(InvalidInputError, match="Another process"):
         train_sae(store, CONFIG, tmp_path)
+
+
+def test_an_sae_that_another_process_finished_meanwhile_is_not_overwritten(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(CONFIG, k=5, tokens=300)
+
+    @contextlib.contextmanager
+    def late(path: Path) -> Iterator[None]:
+        monkeypatch.undo()
+        train_sae(store, other, path)
+        with in_use(path):
+            yield
+
+    monkeypatch.setattr("workbench.saes.train.in_use", late)
+    with pytest.raises(MismatchError, match="k=5"):
+        train_sae(store, replace(other, k=4), tmp_path)
+    monkeypatch.setattr("workbench.saes.train.in_use", late)
+    assert train_sae(store, other, tmp_path).metrics["steps"] == 3
 
 
 def test_the_l1_penalty_grows_with_the_root_of_the_width() -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.saes.stores import READ, SITE, WRITTEN, assert_same_tensors, before_step, ctrl_c, small_store, tensors
+from tests.saes.stores import (
+    READ,
+    SITE,
+    WRITTEN,
+    assert_same_tensors,
+    before_finish,
+    before_step,
+    ctrl_c,
+    small_store,
+    tensors,
+)
 from workbench.activations.store import ActivationStore
 from workbench.errors import InvalidInputError
 from workbench.saes import batches as batches_module
@@ -86,6 +96,32 @@ def test_a_sweep_goes_on_where_each_member_stopped_and_takes_new_ones(
         assert_same_tensors(a.path, b.path)
     before_step(0, lambda: pytest.fail("a finished member is trained again"), monkeypatch)
     assert [run.metrics for run in train_saes(store, SWEEP[:4], cut)] == [run.metrics for run in runs]
+
+
+@pytest.mark.parametrize("moment", ["last step", "saving"])
+def test_ctrl_c_while_a_short_member_ends_saves_all_of_them(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    configs = [replace(BASE, tokens=1000), replace(BASE, tokens=1000, k=8), BASE]
+    names = ["short", "other", "long"]
+    monkeypatch.setattr("workbench.saes.train.sweep_names", lambda _: names)
+    straight = train_saes(store, configs, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        if moment == "last step":
+            before_step(9, ctrl_c, patch, name="short")
+        else:
+            before_finish(ctrl_c, patch, name="short")
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            train_saes(store, configs, tmp_path / "cut")
+    saved = {name for name in names if (tmp_path / "cut" / name / "checkpoint.safetensors").is_file()}
+    assert saved == (set(names) if moment == "last step" else {"other", "long"})
+    notes = "\n".join(stopped.value.__notes__)
+    assert {name for name in names if f"step 10 in {tmp_path / 'cut' / name}" in notes} == saved
+    assert (f"finished in {tmp_path / 'cut' / 'short'}." in notes) == (moment == "saving")
+    for step in range(10):
+        before_step(step, lambda: pytest.fail("made again"), monkeypatch)
+    for a, b in zip(straight, train_saes(store, configs, tmp_path / "cut"), strict=True):
+        assert_same_tensors(a.path, b.path)
 
 
 def test_one_member_that_fails_does_not_take_the_others_with_it(store: ActivationStore, tmp_path: Path) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from workbench.activations.interrupts import held_interrupt
 from workbench.activations.store import ActivationStore
 from workbench.progress import task
 from workbench.saes.batches import Batches, OrderKey, Scaled
@@ -78,22 +76,20 @@ class Group:
         done: dict[Path, dict[str, float]] = {}
         last = max(member.config.steps for member in self.members)
         size = self.batches.key.batch
-        with task(total=last * size, description=self._title(), unit="tokens") as running, _held_interrupt() as stop:
+        with task(total=last * size, description=self._title(), unit="tokens") as running, held_interrupt() as stop:
             running.advance(first * size)
             saved = time.monotonic()
             self.position = first
-            while self.position < last:
-                self._finish_those_done(done)
-                if all(member.is_done for member in self.members):
-                    break
+            self._finish_those_done(done, stop)
+            while not (stop.is_set() or all(member.is_done for member in self.members)):
                 self._one_batch()
                 running.advance(size)
-                if stop.is_set() or time.monotonic() - saved > self._pause:
-                    self._save()
+                self._finish_those_done(done, stop)
+                if time.monotonic() - saved > self._pause and not stop.is_set():
+                    self._save(done)
                     saved = time.monotonic()
-                if stop.is_set():
-                    raise _interrupted([member for member in self.members if member.folder not in done])
-        self._finish_those_done(done)
+            if stop.is_set():
+                raise _interrupted(self._save(done), done)
         return Outcome(done, [member.problem for member in self.members if member.problem is not None])
 
     def _title(self) -> str:
@@ -102,7 +98,8 @@ class Group:
     def _restore(self) -> int:
         """Takes up all checkpoints; returns the step from which the first member goes on."""
         streams = [(member.restore(), member) for member in self.members]
-        behind, member = min(streams, key=lambda found: found[1].step)
+        # One that is done needs no more batches.
+        behind, member = min(streams, key=lambda found: (found[1].is_done, found[1].step))
         if behind is not None:
             self.batches.restore(behind)
         return member.step
@@ -122,17 +119,22 @@ class Group:
                 member.seconds += reading
         self.position += 1
 
-    def _save(self) -> None:
+    def _save(self, done: Container[Path]) -> list[Member]:
+        """Writes checkpoints of those that are not finished; returns the members that have one of their last step."""
         started = time.monotonic()
         state = self.batches.state()
-        for member in self.members:
-            if not member.is_done and member.step == self.position:
-                member.save(state)
+        open_ones = [member for member in self.members if member.folder not in done]
+        # A member that waits for the others still has the checkpoint that it went on from.
+        saved = [member for member in open_ones if member.step > self.position or member.save(state)]
         took = time.monotonic() - started
         self._pause = max(self._pause, took / SAVING_SHARE)
+        return saved
 
-    def _finish_those_done(self, done: dict[Path, dict[str, float]]) -> None:
+    def _finish_those_done(self, done: dict[Path, dict[str, float]], stop: threading.Event) -> None:
+        """Saves the SAEs that made their last step, each whole or not at all; none after Ctrl-C."""
         for member in self.members:
+            if stop.is_set():
+                return
             if member.folder not in done and member.is_done and member.problem is None:
                 calibration = self.batches.calibration(str(member.config.site)) if member.keeps_threshold else None
                 metrics = member.finish(calibration)
@@ -140,29 +142,12 @@ class Group:
                     done[member.folder] = metrics
 
 
-@contextlib.contextmanager
-def _held_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event instead of stopping a step half way; a second one stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def hold(number: int, frame: Any) -> None:
-        del number, frame
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _interrupted(members: Sequence[Member]) -> KeyboardInterrupt:
+def _interrupted(saved: Sequence[Member], done: Iterable[Path]) -> KeyboardInterrupt:
     error = KeyboardInterrupt()
-    places = ", ".join(f"step {member.step} in {member.folder}" for member in members)
-    error.add_note(f"Training was saved: {places}. The same command goes on from there.")
+    if saved:
+        places = ", ".join(f"step {member.step} in {member.folder}" for member in saved)
+        error.add_note(f"Training was saved: {places}. The same command goes on from there.")
+    finished = ", ".join(map(str, done))
+    if finished:
+        error.add_note(f"Training is finished in {finished}.")
     return error

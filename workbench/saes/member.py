@@ -211,10 +211,10 @@ class Member:
             return Pair(x, None)
         return Pair(x, normaliser.reconstructed_(raw_target[rows].clone().to(self.device)))
 
-    def save(self, stream: dict[str, Any]) -> None:
-        """Writes a checkpoint, unless what there is can't be used."""
+    def save(self, stream: dict[str, Any]) -> bool:
+        """Writes a checkpoint, unless what there is can't be used; returns whether it did."""
         if self.problem is not None or not all(bool(t.isfinite().all()) for t in self.weights.tensors()):
-            return
+            return False
         named = self.weights.named()
         tensors = {f"weight.{name}": tensor for name, tensor in named.items()}
         for name, parameter in named.items():
@@ -226,6 +226,7 @@ class Member:
             "stream": stream, "kernel": self.setting.kernel.name, "seconds": self.seconds, "recent": self.recent,
         }  # fmt: skip
         write_checkpoint(self.folder, {name: t.cpu().contiguous() for name, t in tensors.items()}, state)
+        return True
 
     def restore(self) -> dict[str, Any] | None:
         """Goes to its checkpoint; returns where the stream was then, or None if there is no checkpoint."""

@@ -136,22 +136,30 @@ def _with_sites(store: ActivationStore, config: SAEConfig) -> SAEConfig:
 
 
 def _train(store: ActivationStore, members: Sequence[tuple[SAEConfig, Path]], log: Log | None) -> list[SAERun]:
-    runs: dict[Path, SAERun] = {}
+    runs = _finished(store, members)
     waiting: dict[OrderKey, list[tuple[SAEConfig, Path]]] = {}
     for config, folder in members:
-        metrics = finished_metrics(folder, config, store)
-        if metrics is not None:
-            runs[folder] = SAERun(folder, metrics)
-        else:
+        if folder not in runs:
             waiting.setdefault(OrderKey.of(config), []).append((config, folder))
     problems: list[str] = []
     for together in waiting.values():
         with contextlib.ExitStack() as folders:
             for _, folder in together:
                 folders.enter_context(in_use(folder))
-            outcome = Group(store, together, log).run()
+            # Another process may have finished one between the first look and the lock.
+            runs |= _finished(store, together)
+            left = [(config, folder) for config, folder in together if folder not in runs]
+            if not left:
+                continue
+            outcome = Group(store, left, log).run()
         runs |= {folder: SAERun(folder, metrics) for folder, metrics in outcome.metrics.items()}
         problems += outcome.problems
     if problems:
         raise InvalidInputError(" ".join(problems))
     return [runs[folder] for _, folder in members]
+
+
+def _finished(store: ActivationStore, members: Sequence[tuple[SAEConfig, Path]]) -> dict[Path, SAERun]:
+    """The runs that need no training, by folder."""
+    found = {folder: finished_metrics(folder, config, store) for config, folder in members}
+    return {folder: SAERun(folder, metrics) for folder, metrics in found.items() if metrics is not None}

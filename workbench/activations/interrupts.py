@@ -1,0 +1,37 @@
+"""Ctrl-C held back until what must not be cut in two is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def held_interrupt(*, every: bool = False) -> Iterator[threading.Event]:
+    """Ctrl-C sets the event that is given, and nothing else; what follows from it is up to the block.
+
+    In another thread than the main one, where Ctrl-C does not arrive, nothing is done.
+
+    Args:
+        every: hold any number of them; by default the second one stops the block at once.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def hold(number: int, frame: Any) -> None:
+        del number, frame
+        event.set()
+        if not every:
+            signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
