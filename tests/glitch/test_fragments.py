@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import sentencepiece
 from workbench.codec import FastCodec
 from workbench.glitch.fragments import same_text, superstrings
@@ -31,3 +32,10 @@ def test_tokens_with_the_same_text() -> None:
     found = same_text(analyse(FastCodec.of(tokenizer)))
     assert tuple(sorted((tokenizer.token_to_id("a"), tokenizer.token_to_id("<0x61>")))) in found
     assert all(len(ids) > 1 for ids in found)
+
+
+def test_pieces_that_begin_and_continue_a_word_are_no_duplicates() -> None:
+    tokenizer = wordpiece()
+    listed = {i for ids in same_text(analyse(FastCodec.of(tokenizer))) for i in ids}
+    assert not {tokenizer.token_to_id("a"), tokenizer.token_to_id("##a")} & listed
+    assert {tokenizer.token_to_id("!"), tokenizer.token_to_id("##!")} <= listed  # a sign never continues a word

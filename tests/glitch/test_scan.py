@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from tests.glitch.tiny_vocab import EMBED, HEAD, WORDS, byte_level, folder, matrix
+from tests.glitch.tiny_vocab import EMBED, HEAD, WORDS, byte_level, folder, matrix, sentencepiece
 from tests.tiny import tiny_model
 from workbench.codec import codec_of
 from workbench.errors import (
@@ -30,7 +30,7 @@ from workbench.glitch.result import cell_text, shown
 from workbench.glitch.tokenizer import analyse
 from workbench.glitch.verify import verify
 from workbench.models.model import Model
-from workbench.report import Report
+from workbench.report import Report, Table
 
 TOKENIZER = byte_level()
 N = TOKENIZER.get_vocab_size()
@@ -122,11 +122,23 @@ def test_untied_with_an_unusable_output_side_still_has_the_input_norm(tmp_path: 
     assert set(report.candidates()[:3]) == set(PLANTED)
 
 
+def test_tokens_with_the_same_text_are_named(tmp_path: Path) -> None:
+    tokenizer = sentencepiece()
+    n, a = tokenizer.get_vocab_size(), tokenizer.token_to_id("a")
+    report = scan(folder(tmp_path, tokenizer, {EMBED: matrix(n + 8, list(range(n, n + 8)))}))
+    assert (a, tokenizer.token_to_id("<0x61>")) in {tuple(sorted(ids, reverse=True)) for ids in report.same_text}
+    assert any("54 tokens share their text with another one, in 27 sets" in said for said in report.findings())
+    table = next(block for block in report.section().blocks if "same text" in getattr(block, "caption", ""))
+    assert isinstance(table, Table) and len(table.rows) == 27
+
+
 def test_ids_beyond_the_matrix_have_no_row(tmp_path: Path) -> None:
     report = scan(_tied(tmp_path, matrix(N + 5, UNUSED)[: N - 3]))
     assert len(report.table) == N and report.table.category[N - 3 :] == ("no_row",) * 3
     assert np.isnan(report.table.indicator[N - 3 :]).all()
     assert any("3 token ids lie beyond" in finding for finding in report.findings())
+    assert report.tokenizer.counts["no_row"] == 3
+    assert sum(report.tokenizer.counts.values()) == len(report.table)
 
 
 def test_zero_rows_head_the_candidates_and_bad_rows_are_left_out(tmp_path: Path) -> None:
@@ -136,8 +148,16 @@ def test_zero_rows_head_the_candidates_and_bad_rows_are_left_out(tmp_path: Path)
     report = scan(_tied(tmp_path, rows), options=ALL)
     assert report.zero_rows == (zero,) and report.bad_rows == (bad,)
     assert report.candidates()[0] == zero and bad not in report.candidates()
+    assert any(said.startswith("1 rows of ordinary tokens are zero") for said in report.findings())
     assert set(report.candidates()[1:4]) == set(PLANTED)
     json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_zero_rows_of_padding_are_not_called_candidates(tmp_path: Path) -> None:
+    rows = matrix(N + 5, UNUSED)
+    rows[PADDING] = 0.0
+    said = [finding for finding in scan(_tied(tmp_path, rows)).findings() if " zero " in finding]
+    assert len(said) == 1 and said[0].startswith("5 rows without an ordinary token are zero")
 
 
 def test_identical_rows_certify_a_bound_unless_their_bias_differs(tmp_path: Path) -> None:

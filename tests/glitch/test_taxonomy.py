@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import WORDS, byte_level, sentencepiece
 from workbench.codec import FastCodec
 from workbench.glitch.taxonomy import KINDS, kind_of, lexicon, natures, script_of, split_words
@@ -48,6 +49,14 @@ def test_the_words_are_those_that_the_vocabulary_writes_with_a_space(tokenizer) 
     space = tokenizer.token_to_id("Ġember") or tokenizer.token_to_id("▁ember")
     assert lexicon(vocabulary) == set(WORDS)
     assert lexicon(vocabulary, [space]) == set(WORDS) - {"ember"}
+
+
+def test_without_spaces_in_the_vocabulary_words_are_the_tokens_without_a_mark() -> None:
+    tokenizer = wordpiece()
+    vocabulary = analyse(FastCodec.of(tokenizer))
+    assert set(WORDS) <= lexicon(vocabulary) and not {"pha", "ta"} & lexicon(vocabulary)
+    ids = [tokenizer.token_to_id(text) for text in ("ember", "##pha")]
+    assert [nature.kind for nature in natures(vocabulary, ids).values()] == ["word", "letter"]
 
 
 def test_natures_of_tokens() -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import N_UNUSED, SPECIAL, WORDS, byte_level, sentencepiece
 from workbench.codec import FastCodec, codec_in, codec_of
 from workbench.errors import MissingFileError
+from workbench.glitch.survival import Survival
 from workbench.glitch.tokenizer import IMPOSSIBLE_BYTES, analyse
 from workbench.models.model import Model
 
@@ -64,6 +66,54 @@ def test_sentencepiece_tokens_are_judged_with_the_space_that_they_have_in_text()
     assert vocabulary.category[at("<0xE2>")] == "partial_utf8"
     assert vocabulary.byte[at("<0xE2>")] == 0xE2
     assert vocabulary.lossy == ()
+
+
+def _stripping(normalizer: object, pre_tokenizer: object, *, metaspace: bool) -> Tokenizer:
+    """Spaces as ▁ without one put in front of a text, and a decoder that strips one all the same."""
+    tokenizer = sentencepiece()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    if metaspace:
+        tokenizer.decoder = decoders.Metaspace("▁", "always")
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        _stripping(normalizers.Replace(" ", "▁"), None, metaspace=False),
+        _stripping(None, pre_tokenizers.Metaspace("▁", "never", False), metaspace=True),
+    ],
+)
+def test_a_space_that_only_decoding_strips_is_brought_back(tokenizer: Tokenizer) -> None:
+    vocabulary = analyse(FastCodec.of(tokenizer))
+    at = tokenizer.token_to_id
+    assert not vocabulary.adds_space
+    assert {vocabulary.category[at(mark + word)] for word in WORDS for mark in ("", "▁")} == {"ok"}
+    assert (vocabulary.text[at("alpha")], vocabulary.text[at("▁alpha")]) == ("alpha", " alpha")
+    assert vocabulary.category[at("zq")] == "unreachable_multi"
+
+
+def test_spaces_that_decoding_adds_lose_no_byte() -> None:
+    codec = FastCodec.of(wordpiece())
+    lossy = {item.byte: item.back for item in analyse(codec).lossy}
+    # "a!b" comes back as "a! b"; other signs are not in the vocabulary, control characters are dropped
+    assert not {ord(char) for char in ".,! \t\n"} & lossy.keys()
+    assert {ord("?"), 0x00, 0x1D} <= lossy.keys() and lossy[0] == "ab"
+    survival = Survival(codec)
+    assert {char for char in map(chr, range(128)) if survival.lost(char)} == {chr(b) for b in lossy if b < 128}
+
+
+def test_white_space_that_is_dropped_or_unknown_is_lost() -> None:
+    settings = json.loads(
+        byte_level(missing=("ĝ",)).to_str()
+    )  # the stand-in of byte 1D, which Python calls white space
+    settings["model"]["vocab"]["ab"] = 5000
+    settings["model"]["merges"].append(["a", "b"])  # "a", "b" and "ab" are different ids that read alike
+    assert [item.byte for item in analyse(FastCodec.of(Tokenizer.from_str(json.dumps(settings)))).lossy] == [0x1D]
+    pieces = [("<unk>", 0.0), *((c, -1.0) for c in "▁ab")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    assert Survival(FastCodec.of(tokenizer)).lost("\n a") == {"\n"}
 
 
 def test_a_token_that_only_another_context_gives_is_reachable() -> None:

@@ -66,12 +66,14 @@ def _hash(text: str) -> int:
 
 
 def same_text(vocabulary: Vocabulary) -> tuple[tuple[int, ...], ...]:
-    """Sets of two or more ids that decode to the same text; encoding can give only one of them.
+    """Sets of two or more ids that decode to the same text, of which no text gives at least one.
 
+    Tokens that all are reachable differ by their place, such as a piece that begins a word and one that continues it.
     Incomplete characters are left out: their text is how they are shown, not what they stand for.
     """
     by_text: dict[str, list[int]] = {}
     for i, (text, category) in enumerate(zip(vocabulary.text, vocabulary.category, strict=True)):
-        if category not in ("no_token", "partial_utf8"):
+        if text and category not in ("no_token", "partial_utf8"):
             by_text.setdefault(text, []).append(i)
-    return tuple(tuple(ids) for ids in by_text.values() if len(ids) > 1)
+    hidden = ~vocabulary.is_category("ok", "special")
+    return tuple(tuple(ids) for ids in by_text.values() if len(ids) > 1 and hidden[ids].any())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from workbench.glitch.result import shown
 from workbench.glitch.saved import GRADES, SavedScan, load_scan, of_report
 from workbench.glitch.scanner import local_path, scan
 from workbench.glitch.spans import WINDOW, Piece, numbered_texts, windows
+from workbench.glitch.survival import Survival, is_half
 from workbench.progress import Task, task
 
 KINDS: dict[str, str] = GRADES | {
@@ -35,50 +35,6 @@ SUSPECT = ("verified", "borderline", "candidate")
 FRAGMENT_SHARE = 0.1
 """A fragment is reported if its own indicator is among this share of the lowest of ordinary tokens."""
 _AT_ONCE = 1 << 18
-
-
-@dataclass(frozen=True, eq=False)
-class Survival:
-    """Which characters come back from encode and decode, alone or between letters; each is tried once.
-
-    A character is lost if it never comes back, or if normalisation removes it; white space is lost if the words beside
-    it are glued together. Other changes by normalisation (case, accents, compatibility forms) are no loss.
-
-    Attributes:
-        codec: the tokenizer.
-        seen: characters tried.
-        bad: those of them that are lost.
-    """
-
-    codec: Codec
-    seen: set[str] = field(default_factory=set)
-    bad: set[str] = field(default_factory=set)
-
-    def lost(self, text: str) -> set[str]:
-        """Characters of the text that are lost."""
-        present = {char for char in set(text) if not _is_half(char)}
-        new = sorted(present - self.seen)
-        if new:
-            trials = [[char, f"a{char}b", f" {char} "] for char in new]
-            flat = list(itertools.chain(*trials))
-            ids = self.codec.encode(flat)
-            back = self.codec.decode(ids)
-            glued = self.codec.encode(["ab"])[0]
-            for k, char in enumerate(new):
-                rows = range(3 * k, 3 * k + 3)
-                if char.isspace():
-                    failed = ids[3 * k + 1] == glued
-                else:
-                    failed = not any(self._same(flat[row], back[row]) for row in rows) or self._dropped(char)
-                self.bad.update([char] if failed else [])
-            self.seen.update(new)
-        return present & self.bad
-
-    def _same(self, text: str, back: str) -> bool:
-        return "".join(self.codec.normalize(text).split()) == "".join(self.codec.normalize(back).split())
-
-    def _dropped(self, char: str) -> bool:
-        return self.codec.normalize(f"a{char}b") == self.codec.normalize("ab")
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,10 +188,6 @@ def _rare(scan: SavedScan, parts: dict[int, int]) -> dict[int, int]:
     return {i: whole for i, whole in parts.items() if known.get(i, np.inf) <= threshold}
 
 
-def _is_half(char: str) -> bool:
-    return "\ud800" <= char <= "\udfff"
-
-
 def _raw(codec: Codec, i: int) -> str:
     return (codec.raw[i] if i < len(codec.raw) else None) or ""
 
@@ -273,7 +225,7 @@ class _Tally:
     def flush(self) -> None:
         """Looks at the documents that wait; only those with something in them are encoded with places."""
         waiting, self._waiting, self._waiting_size = self._waiting, [], 0
-        clean = [not any(map(_is_half, set(text))) for _, _, text in waiting]
+        clean = [not any(map(is_half, set(text))) for _, _, text in waiting]
         quick = [text if ok else "" for (_, _, text), ok in zip(waiting, clean, strict=True)]
         reported = self.linter.kinds.keys()
         for (file, number, text), ok, ids in zip(waiting, clean, self.linter.codec.encode(quick), strict=True):
@@ -311,10 +263,10 @@ class _Tally:
         covered = {at for start, end, kind, _ in found if kind == "lost" for at in range(start, end)}
         own = piece.text[piece.begin - piece.start : piece.end - piece.start]
         bad = self.linter.survival.lost(own) if "lost" in self.linter.wanted else set()
-        halves = any(map(_is_half, set(own))) and "not_utf8" in self.linter.wanted
+        halves = any(map(is_half, set(own))) and "not_utf8" in self.linter.wanted
         if bad or halves:
             for at, char in enumerate(own, piece.begin):
-                if halves and _is_half(char):
+                if halves and is_half(char):
                     found.append((at, at + 1, "not_utf8", -1))
                 elif char in bad and at not in covered:
                     self.lost[char] += 1
@@ -333,7 +285,7 @@ class _Tally:
             written = piece.text[start - piece.start : end - piece.start]
             if kind == "special" and written.strip().casefold() != _raw(self.linter.codec, i).strip().casefold():
                 kind = "lost"
-            if kind in self.linter.wanted and not (kind == "lost" and all(map(_is_half, written))):
+            if kind in self.linter.wanted and not (kind == "lost" and all(map(is_half, written))):
                 self.counts[i, kind] += 1
                 self._of_document.add((i, kind))
                 yield start, end, kind, i

@@ -21,10 +21,12 @@ def say(report: ScanResult) -> tuple[str, ...]:
 
 def _tokenizer(report: ScanResult) -> str:
     counts = report.tokenizer.counts
-    parts = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in CATEGORIES if counts.get(name))
+    kinds = [name for name in CATEGORIES if counts.get(name) and name != "no_token"]
+    parts = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in kinds)
+    bare = f"; {counts['no_token']:,} ids without a token" if counts.get("no_token") else ""
     shape = f"{report.n_rows:,} rows x {report.d_model} ({report.stored})"
     tied = f"tied ({report.tied_why})" if report.tied else f"untied ({report.tied_why})"
-    return f"{report.tokenizer.n_tokens:,} tokens: {parts}. Output matrix: {shape}, {tied}."
+    return f"{report.tokenizer.n_tokens:,} tokens: {parts}{bare}. Output matrix: {shape}, {tied}."
 
 
 def _lossy(report: ScanResult) -> list[str]:
@@ -69,15 +71,35 @@ def _oddities(report: ScanResult) -> list[str]:
             "forward pass: no prompt can give a token of a set of k more than 1/k (at most "
             f"{1 / sizes[0]:.3f} in the largest)."
         )
-    if report.zero_rows:
-        said.append(f"{len(report.zero_rows)} rows are zero (ids {_ids(report.zero_rows)}); they head the candidates.")
+    said += _zero(report)
+    if report.same_text:
+        n = sum(map(len, report.same_text))
+        said.append(
+            f"{n} tokens share their text with another one, in {len(report.same_text)} sets; text gives one of each "
+            "set at most."
+        )
     if report.bad_rows:
         said.append(f"{len(report.bad_rows)} rows hold NaN or infinity (ids {_ids(report.bad_rows)}); left out.")
     if report.has_bias:
         said.append("The output layer has a bias; the indicators do not use it.")
-    beyond = report.tokenizer.counts.get("no_row", 0) + max(0, len(report.table) - report.n_rows)
+    beyond = report.tokenizer.counts.get("no_row", 0)
     if beyond:
         said.append(f"{beyond} token ids lie beyond the matrix's {report.n_rows:,} rows: the model cannot take them.")
+    return said
+
+
+def _zero(report: ScanResult) -> list[str]:
+    """Rows that are zero: those of ordinary tokens are suspicious, the others may be meant to be."""
+    ordinary = tuple(i for i in report.zero_rows if report.table.ordinary[i])
+    others = tuple(i for i in report.zero_rows if not report.table.ordinary[i])
+    said = []
+    if ordinary:
+        place = "they head the candidates" if report.indicator is not None else "they were never trained"
+        said.append(f"{len(ordinary)} rows of ordinary tokens are zero (ids {_ids(ordinary)}); {place}.")
+    if others:
+        said.append(
+            f"{len(others)} rows without an ordinary token are zero (ids {_ids(others)}): padding, reserved or special."
+        )
     return said
 
 
@@ -128,6 +150,8 @@ def summarise(report: ScanResult) -> dict[str, Estimate | float | int | str]:
 def describe(report: ScanResult) -> tuple[Block, ...]:
     """Tables and the histogram, in reading order."""
     made: list[Block] = [_categories(report), _groups(report)]
+    if report.same_text:
+        made.append(_same_text(report))
     if report.separations:
         made.append(_separations(report))
     if report.indicator is not None:
@@ -158,6 +182,16 @@ def _groups(report: ScanResult) -> Table:
     caption = "Ids that training cannot have used, and whether their rows bear it out (* = reference). Agreement: "
     columns = ("group", "found", "kept", "median cosine", "verdict", "how found")
     return Table(columns, rows, caption=caption + (pairs or "fewer than two trusted groups"))
+
+
+def _same_text(report: ScanResult) -> Table:
+    table, first = report.table, report.same_text[:TOP_ROWS]
+    rows = tuple(
+        (shown(table.token[ids[0]]), ", ".join(map(str, ids)), ", ".join(table.category[i] for i in ids))
+        for ids in first
+    )
+    caption = f"Tokens with the same text: the first {len(first)} of {len(report.same_text):,} sets"
+    return Table(("text", "ids", "categories"), rows, caption=caption)
 
 
 def _separations(report: ScanResult) -> Table:

@@ -30,7 +30,7 @@ class TokenizerFacts:
         n_tokens: ids that have a token.
         style: how bytes are written: byte_level, byte_fallback, none.
         adds_space: whether it puts a space in front of a text.
-        counts: tokens per category (keys of `workbench.glitch.tokenizer.CATEGORIES`); absent means zero.
+        counts: ids per category (keys of `workbench.glitch.tokenizer.CATEGORIES`); absent means zero.
         n_byte_tokens: single-byte tokens.
         missing_bytes: bytes without such a token; in a byte-level vocabulary they cannot be written at all.
         lossy: bytes of valid text that encode and decode lose.
@@ -102,6 +102,7 @@ class ScanResult:
         threshold: candidates lie at or below it; nan without a ranking.
         percentile: share of ordinary tokens at or below it, in percent.
         identical: ids of each set of bit-identical rows (and equal output bias).
+        same_text: ids of each set of tokens that share their text though no text gives some of them.
         zero_rows: rows that are exactly zero.
         bad_rows: rows with NaN or infinity.
         table: one entry per id.
@@ -129,6 +130,7 @@ class ScanResult:
     threshold: float
     percentile: float
     identical: tuple[tuple[int, ...], ...]
+    same_text: tuple[tuple[int, ...], ...]
     zero_rows: tuple[int, ...]
     bad_rows: tuple[int, ...]
     table: TokenTable

@@ -20,6 +20,7 @@ from workbench.errors import (
     did_you_mean,
 )
 from workbench.glitch.chat import FORMS, Forms, PromptSet, prompt_set
+from workbench.glitch.fragments import same_text
 from workbench.glitch.indicators import (
     INDICATORS,
     RowFacts,
@@ -193,7 +194,8 @@ def _weights_only(name: str, matrices: TokenMatrices, vocabulary: Vocabulary, op
     return GlitchReport(
         model=name, tied=matrices.tied, tied_why=matrices.tied_why, n_rows=matrices.E_out.n_rows,
         d_model=matrices.E_out.width, stored=matrices.E_out.stored, has_bias=matrices.bias is not None,
-        tokenizer=_facts(vocabulary), reference=chosen, separations=measured, indicator=picked, indicator_why=why,
+        tokenizer=_facts(vocabulary, table), reference=chosen, separations=measured, indicator=picked,
+        indicator_why=why, same_text=same_text(vocabulary),
         threshold=line.value, percentile=line.percentile, threshold_why=line.why, identical=outer.classes,
         zero_rows=zero, bad_rows=bad, table=table, verification=None,
         seed=options.seed,
@@ -250,8 +252,8 @@ def _separations(
     )  # fmt: skip
 
 
-def _facts(vocabulary: Vocabulary) -> TokenizerFacts:
-    counts = {name: vocabulary.category.count(name) for name in CATEGORIES}
+def _facts(vocabulary: Vocabulary, table: TokenTable) -> TokenizerFacts:
+    counts = {name: table.category.count(name) for name in CATEGORIES}
     return TokenizerFacts(
         n_tokens=vocabulary.n_tokens, style=vocabulary.style, adds_space=vocabulary.adds_space,
         counts={name: count for name, count in counts.items() if count},
@@ -271,7 +273,7 @@ def _table(
     n = max(n_rows, n_ids)
     category = list(vocabulary.category) + ["no_token"] * (n - n_ids)
     for i in range(n_rows, n_ids):
-        category[i] = "no_row"
+        category[i] = "no_token" if vocabulary.raw[i] is None else "no_row"
     group: list[list[str]] = [[] for _ in range(n)]
     for judged in chosen.groups:
         for i in judged.members:

@@ -109,13 +109,18 @@ def script_of(text: str) -> str:
 
 
 def lexicon(vocabulary: Vocabulary, without: Collection[int] = ()) -> frozenset[str]:
-    """Words that the vocabulary holds with a space in front, lower case, apart from tokens that are under suspicion."""
-    left_out = set(without)
+    """Words that the vocabulary holds with a space in front, lower case, apart from tokens that are under suspicion.
+
+    In a vocabulary without such spaces (WordPiece) a token begins a word if it is stored as it reads, without a mark.
+    """
     ordinary = np.flatnonzero(vocabulary.is_category("ok")).tolist()
-    spaced = (vocabulary.text[i] for i in ordinary if i not in left_out)
-    return frozenset(
-        t[1:].lower() for t in spaced if len(t) > 2 and t[0] == " " and t[1:].isascii() and t[1:].isalpha()
-    )
+    texts = {i: vocabulary.text[i] for i in ordinary}
+    begins = {i: text[1:] for i, text in texts.items() if text[:1] == " "}
+    if not begins:
+        begins = {i: text for i, text in texts.items() if text == vocabulary.raw[i]}
+    left_out = set(without)
+    words = (word for i, word in begins.items() if i not in left_out)
+    return frozenset(word.lower() for word in words if len(word) > 1 and word.isascii() and word.isalpha())
 
 
 def natures(vocabulary: Vocabulary, ids: Sequence[int], suspects: Collection[int] = ()) -> dict[int, Nature]:

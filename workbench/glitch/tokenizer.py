@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from workbench.codec import BYTE_OF_CHAR, ByteStyle, Codec
+from workbench.glitch.survival import Survival, between
 
 CATEGORIES: dict[str, str] = {
     "ok": "re-encodes to itself in some context",
@@ -31,6 +32,8 @@ _RESERVED = re.compile(
     r"|control_\d)[\w\- ▁]*[|｜]?(?:>|\]|<<)$",
     re.IGNORECASE,
 )
+_SPACES = " ▁Ġ"
+"""How vocabularies write a space: as it is, as SentencePiece does, and as byte-level BPE does."""
 _ANCHORS = ("«", "»", "a", "1", ".", "\n", "(", "é", " a", "=")
 _CONTEXTS = (
     ("", ""), *((before, "") for before in _ANCHORS), ("", "a"), ("", "1"), ("", "\n"), ("", "☃"), ("«", "☃"),
@@ -98,10 +101,11 @@ def analyse(codec: Codec) -> Vocabulary:
     Source: Land and Bartolo 2024, section 2.1; departs from it by trying several contexts before it says unreachable.
     """
     ids = [i for i, raw in enumerate(codec.raw) if raw is not None]
-    adds_space = _adds_space(codec)
-    anchor = _anchor(codec) if adds_space else ((), "")
+    adds_space, writes_space = _adds_space(codec), _writes_space(codec)
+    needs_anchor = adds_space or (writes_space and codec.decode(codec.encode([" test"])) != [" test"])
+    anchor = _anchor(codec) if needs_anchor else ((), "")
     decoded = _decode_in_context(codec, ids, anchor)
-    if codec.style == "none" and not adds_space:
+    if codec.style == "none" and not writes_space:
         decoded = _without_mark(codec, ids, decoded)
     back = _encode_in_context(codec, decoded, anchor)
     back = _second_chance(codec, ids, decoded, back)
@@ -135,7 +139,12 @@ def _adds_space(codec: Codec) -> bool:
     """Whether encode puts a space (or its stand-in) in front of a text that has none."""
     ids = codec.encode(["test"])[0]
     first = codec.raw[ids[0]] if ids else None
-    return bool(first) and first[0] in " ▁Ġ"
+    return bool(first) and first[0] in _SPACES
+
+
+def _writes_space(codec: Codec) -> bool:
+    """Whether tokens hold the space in front of a word, so that one that decode strips has to be brought back."""
+    return any((codec.raw[i] or "")[:1] in tuple(_SPACES) for i in codec.encode(["a test"])[0])
 
 
 Anchor = tuple[tuple[int, ...], str]
@@ -219,19 +228,15 @@ def _readable(raw: str, style: ByteStyle) -> str:
 def lossy_bytes(codec: Codec) -> tuple[LossyByte, ...]:
     """Bytes of valid UTF-8 whose characters do not survive encode and decode.
 
-    Each is tried inside a text, in several characters that need it; a byte is lossy if every one of them fails.
+    Each is tried in several characters that need it; a byte is lossy if every one of them is lost.
     """
-    trials = [(byte, f"a{char}b") for byte in range(256) for char in _characters_with(byte)]
-    ids = codec.encode([text for _, text in trials])
-    back = codec.decode(ids)
-    by_byte: dict[int, list[tuple[str, str]]] = {}
-    for (byte, text), again in zip(trials, back, strict=True):
-        by_byte.setdefault(byte, []).append((text, again))
+    tried = {byte: chars for byte in range(256) if (chars := _characters_with(byte))}
+    survival = Survival(codec)
+    lost = survival.lost("".join(char for chars in tried.values() for char in chars))
     return tuple(
-        LossyByte(byte, *tried[0])
-        for byte, tried in by_byte.items()
-        if not any(codec.normalize(text).strip() == codec.normalize(again).strip() for text, again in tried)
-    )
+        LossyByte(byte, between(chars[0]), survival.bad[chars[0]])
+        for byte, chars in tried.items() if lost.issuperset(chars)
+    )  # fmt: skip
 
 
 def _characters_with(byte: int) -> list[str]:
