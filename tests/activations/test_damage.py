@@ -273,6 +273,41 @@ def test_a_harvest_that_another_process_is_making_is_refused(model: Model, tmp_p
     harvest(model, _source(), [SITE], tmp_path, options=SMALL)
 
 
+def test_a_store_that_another_process_finished_meanwhile_is_not_overwritten(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def late(path: Path, shared: bool = False) -> Iterator[None]:
+        monkeypatch.undo()
+        harvest(model, _source(), [SITE], path, options=SMALL)
+        with in_use(path, shared):
+            yield
+
+    monkeypatch.setattr("workbench.activations.harvest.in_use", late)
+    with pytest.raises(MismatchError, match="other"):
+        harvest(model, TokenRows(_rows().flip(0)), [SITE], tmp_path, options=SMALL)
+    store = open_store(tmp_path)
+    store.verify()
+    monkeypatch.setattr("workbench.activations.harvest.in_use", late)
+    assert harvest(model, _source(), [SITE], tmp_path, options=SMALL).manifest == store.manifest
+
+
+def test_a_folder_is_locked_from_the_first_look_at_it_and_for_repairs(model: Model, tmp_path: Path) -> None:
+    class Watched(TokenRows):
+        def batches(self, model: Any, start_row: int = 0) -> Any:
+            with pytest.raises(InvalidInputError, match="Another process"), in_use(tmp_path / "s"):
+                pass
+            return super().batches(model, start_row)
+
+    harvest(model, Watched(_rows(), batch_rows=4), [SITE], tmp_path / "s", options=SMALL)
+    harvest(model, _source(), [SITE], tmp_path / "t", options=SMALL)
+    with in_use(tmp_path / "t"):
+        harvest(model, _source(), [SITE], tmp_path / "t", options=SMALL)  # only opened
+        _damage(tmp_path / "t" / "shard-00001.safetensors", "flipped")
+        with pytest.raises(InvalidInputError, match="Another process"):
+            harvest(model, _source(), [SITE], tmp_path / "t", options=SMALL, repair=True)
+
+
 def test_a_batch_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text", encoding="utf-8")
     for make in (

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,38 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
             pass
     with in_use(tmp_path / "a"):
         assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_folder_made_for_a_lock_goes_with_it_if_nothing_was_written(tmp_path: Path) -> None:
+    new, there = tmp_path / "new", tmp_path / "there"
+    there.mkdir()
+    with in_use(new), in_use(there):
+        pass
+    assert not new.exists() and there.exists()
+    with in_use(there, temporary=True):
+        pass
+    assert not there.exists()
+    with in_use(new):
+        (new / "file").write_text("", encoding="utf-8")
+    assert new.exists()
+    with in_use(there, shared=True):
+        with in_use(there, shared=True, temporary=True):
+            pass
+        assert there.exists(), "another process is still at work in it"
+
+
+def test_a_lock_on_a_folder_that_was_removed_meanwhile_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def late(path: Path, flags: int) -> int:
+        monkeypatch.undo()
+        handle = real(path, flags)
+        path.rmdir()
+        return handle
+
+    monkeypatch.setattr("workbench.activations.folder.os.open", late)
+    with in_use(tmp_path / "a"):
+        with pytest.raises(InvalidInputError, match="Another process"), in_use(tmp_path / "a"):
+            pass

@@ -60,6 +60,24 @@ def test_each_process_makes_its_own_shards_and_a_finished_one_makes_none(model: 
     assert harvest(twin, _source(), [SITE], tmp_path / "s", options=options).manifest.done
 
 
+def test_a_rank_has_one_process_and_the_others_may_work_beside_it(model: Model, tmp_path: Path) -> None:
+    class Watched(TokenRows):
+        def batches(self, model: Any, start_row: int = 0) -> Any:
+            if start_row:
+                return super().batches(model, start_row)
+            again, other = (replace(SMALL, rank=rank, world=2) for rank in (0, 1))
+            with pytest.raises(InvalidInputError, match=r"Another process .*rank-0-of-2"):
+                harvest(model, _source(), [SITE], tmp_path / "s", options=again)
+            harvest(model, _source(), [SITE], tmp_path / "s", options=other)
+            return super().batches(model, start_row)
+
+    source = Watched(_rows(), batch_rows=4)
+    store = harvest(model, source, [SITE], tmp_path / "s", options=replace(SMALL, rank=0, world=2))
+    assert store.manifest.done
+    harvest(model, _source(), [SITE], tmp_path / "whole", options=SMALL)
+    assert _hashes(tmp_path / "s") == _hashes(tmp_path / "whole"), "no lock is left"
+
+
 def test_the_environment_says_which_process_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")

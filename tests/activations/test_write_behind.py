@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,50 @@ def test_an_interruption_lets_the_write_under_way_end() -> None:
     with pytest.raises(KeyboardInterrupt):
         write_behind(items(), write, None)
     assert done == [0]
+
+
+def test_an_error_of_writing_is_not_lost_behind_one_of_making() -> None:
+    failed = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        assert failed.wait(PATIENCE)
+        raise ValueError("not finite")
+
+    def write(state: None, i: int) -> None:
+        failed.set()
+        raise OSError("full")
+
+    with pytest.raises(ValueError, match="not finite") as error:
+        write_behind(items(), write, None)
+    assert error.value.__notes__ == ["Writing what was made before failed too: OSError('full')"]
+
+
+@pytest.mark.parametrize("first", [KeyboardInterrupt, ValueError])
+def test_a_second_ctrl_c_waits_for_the_write_under_way_too(first: type[BaseException]) -> None:
+    main, waits, written = threading.main_thread(), threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        waits.set()
+        raise first
+
+    def write(state: None, i: int) -> None:
+        assert waits.wait(PATIENCE)
+        for _ in range(3):
+            time.sleep(0.05)  # until the main thread waits; a signal wakes it
+            signal.pthread_kill(main.ident or 0, signal.SIGINT)
+        time.sleep(0.05)
+        written.set()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_behind(items(), write, None)
+        assert written.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_shard_is_not_overwritten_by_the_next_while_it_is_written(

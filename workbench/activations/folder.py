@@ -116,35 +116,62 @@ def check_writable(folder: Folder) -> None:
 
 
 @contextlib.contextmanager
-def in_use(path: Path, shared: bool = False) -> Iterator[None]:
+def in_use(path: Path, shared: bool = False, *, temporary: bool = False) -> Iterator[None]:
     """Makes a folder and keeps other processes from writing to it, until the block ends or the process dies.
+
+    A folder that was made for this and is still empty at the end is removed.
 
     Args:
         path: the folder.
         shared: let in others that share it too.
+        temporary: remove the folder, if it is empty, even if an earlier process left it.
 
     Raises:
         InvalidInputError: if another process is at work there.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    is_new = temporary or not path.exists()
+    handle = _locked(path, shared)
     try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidInputError(
-                f"Another process is writing to {path}. Wait until it has ended, or name another folder."
-            ) from None
-        except OSError:  # some network disks have no locks
-            pass
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            if is_new:
+                _remove_if_empty(path, handle)
+            os.close(handle)
+
+
+def _locked(path: Path, shared: bool) -> int | None:
+    """The open folder with a lock on it; None where there are no locks."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            return None
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as unless_locked:
+            handle = os.open(path, os.O_RDONLY)
+            unless_locked.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InvalidInputError(
+                    f"Another process is writing to {path}. Wait until it has ended, or name another folder."
+                ) from None
+            except OSError:  # some network disks have no locks
+                pass
+            # the process before may have removed the folder between opening and locking
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                unless_locked.pop_all()
+                return handle
+
+
+def _remove_if_empty(path: Path, handle: int) -> None:
+    """Removes a folder that is locked, unless others share it."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.rmdir()
 
 
 class LocalFolder:

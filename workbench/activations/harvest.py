@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,20 +76,13 @@ def harvest(
         InvalidInputError: if an activation is not finite, or `out` can't be written.
     """
     options, folder = options or HarvestOptions(), open_folder(out)
-    manifest = _begun(folder, make_plan(model, source, resolved(model, sites), options), options)
-    damaged = _damaged(folder, manifest, repair)
-    if damaged or not manifest.done:
-        check_writable(folder)
-    run = _Harvest(model, source, folder, options)
-    if not manifest.done:
-        try:
-            return _finished(folder, run.go_on(manifest, damaged), options)
-        except KeyboardInterrupt as error:
-            error.add_note(f"Finished shards are kept in {folder.where}. The same command goes on from there.")
-            raise
-    if damaged:
-        run.repair(manifest, damaged)
-    return open_store(folder) if folder.has(MANIFEST) else _finished(folder, manifest, options)
+    plan = make_plan(model, source, resolved(model, sites), options)
+    begun = _begun(folder, plan, options)
+    if begun.done and folder.has(MANIFEST) and not _damaged(folder, begun, repair):
+        return open_store(folder)
+    check_writable(folder)
+    with _alone(folder, options):
+        return _Harvest(model, source, folder, options).completed(plan, repair)
 
 
 def _begun(folder: Folder, plan: Manifest, options: HarvestOptions) -> Manifest:
@@ -165,6 +158,21 @@ class _Harvest:
         self._buffers: Iterator[dict[str, Tensor]] | None = None
         self._first: _Kept | None = None
 
+    def completed(self, plan: Manifest, repair: bool) -> ActivationStore:
+        """The store, after what is missing of it was made; no other process may write to the folder meanwhile."""
+        manifest = _begun(self.folder, plan, self.options)
+        damaged = _damaged(self.folder, manifest, repair)
+        if not manifest.done:
+            try:
+                return _finished(self.folder, self.go_on(manifest, damaged), self.options)
+            except KeyboardInterrupt as error:
+                error.add_note(f"Finished shards are kept in {self.folder.where}. The same command goes on from there.")
+                raise
+        if damaged:
+            self.repair(manifest, damaged)
+        whole = self.folder.has(MANIFEST)
+        return open_store(self.folder) if whole else _finished(self.folder, manifest, self.options)
+
     def go_on(self, manifest: Manifest, damaged: tuple[int, ...]) -> Manifest:
         """Makes the shards of this process that are missing or damaged."""
         rank, world = self.options.place
@@ -176,7 +184,7 @@ class _Harvest:
         todo = (i for i in itertools.count() if i % world == rank and i not in whole)
         total = None if estimate.tokens is None else estimate.tokens // world
         title = f"Harvesting {', '.join(manifest.sites)}: {estimate}"
-        with _alone(self.folder, world), task(total=total, description=title, unit="tokens") as bar:
+        with task(total=total, description=title, unit="tokens") as bar:
             self._running = bar
             if look is not None:
                 manifest = self._measured(manifest, look)
@@ -323,9 +331,16 @@ class _Harvest:
         return next(self._buffers)
 
 
-def _alone(folder: Folder, world: int) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def _alone(folder: Folder, options: HarvestOptions) -> Iterator[None]:
     """Two processes at the same shards would delete each other's half-written files."""
-    return in_use(folder.path, shared=world > 1) if isinstance(folder, LocalFolder) else nullcontext()
+    rank, world = options.place
+    with contextlib.ExitStack() as locks:
+        if isinstance(folder, LocalFolder):
+            locks.enter_context(in_use(folder.path, shared=world > 1))
+            if world > 1:
+                locks.enter_context(in_use(folder.path / f".rank-{rank}-of-{world}", temporary=True))
+        yield
 
 
 def _seen(part: Part, digest: Any) -> Part:
