@@ -54,6 +54,29 @@ def test_samples_are_unbiased_and_their_intervals_cover_the_truth() -> None:
     assert np.median([one.high - one.low for one in found]) < 1.2 * N_GLITCH
 
 
+WIDE = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+FALLING = (0.9, 0.5, 0.2, 0.05, 0.01, 0.002, 0.0005, 0.0001, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rates", "n"),
+    [(FALLING, 1000), (FALLING, 100), ((0.9, 0.5, 0.2, 0.05, *[0.0] * 5), 1000), ((0.01,) * 9, 500)],
+)
+def test_intervals_cover_the_truth_where_large_strata_hold_few_glitch_tokens(rates: tuple[float, ...], n: int) -> None:
+    rng, n_draws, covered, recalled = np.random.default_rng(0), 100, 0, 0
+    strata = by_rank(np.arange(49_000), WIDE)
+    for seed in range(n_draws):
+        glitch = np.concatenate([rng.random(len(part)) < rate for part, rate in zip(strata, rates, strict=True)])
+        best = np.full(len(glitch), np.nan)
+        chosen = draw(strata, n, seed)
+        best[chosen] = np.where(glitch[chosen], 0.0, 1.0)
+        counted = tally(strata, best, 0.01)
+        covered += not total(counted).excludes(float(glitch.sum()))
+        recalled += not recall(counted, 4).excludes(glitch[:980].sum() / glitch.sum())
+    # three standard errors of 100 draws below 95%
+    assert min(covered, recalled) >= 89
+
+
 def test_ignoring_the_inclusion_probabilities_would_be_badly_wrong() -> None:
     strata = _sampled(_population(), 4000, 1)
     found, tested = sum(s.glitch for s in strata), sum(s.tested for s in strata)

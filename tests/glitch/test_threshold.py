@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workbench.glitch.threshold import find_threshold
+from workbench.glitch.threshold import find_threshold, find_valley
 
 
 def _bulk(n: int = 5000, seed: int = 0) -> np.ndarray:
@@ -31,6 +31,27 @@ def test_without_a_tail_the_published_percentile_is_used_and_said() -> None:
     assert find_threshold(np.ones(500)).method == "percentile"
     few = find_threshold(np.arange(50.0))
     assert few.value == np.percentile(np.arange(50.0), 2.0) and "too few" in few.why
+
+
+@pytest.mark.parametrize("share", [0.02, 0.14, 0.18, 0.4, 0.6])
+def test_however_many_tokens_are_untrained_they_are_found(share: float) -> None:
+    rng, n = np.random.default_rng(0), 20_000
+    untrained = rng.normal(0.05, 0.01, int(share * n))
+    trained = rng.normal(0.5, 0.1, n - len(untrained))
+    found = find_threshold(np.concatenate([untrained, trained]))
+    assert found.method == "false discovery rate" and (untrained <= found.value).all()
+    assert (trained <= found.value).sum() <= 0.12 * (len(untrained) + (trained <= found.value).sum())
+    assert ("group of their own" in found.why) == (share > 0.05)
+
+
+def test_one_mode_has_no_valley_whatever_its_shape() -> None:
+    rng = np.random.default_rng(0)
+    shapes = (rng.normal(size=5000), rng.exponential(size=5000), -rng.exponential(size=5000), rng.standard_t(3, 5000))
+    for values in (*shapes, rng.normal(size=200), rng.uniform(size=5000), np.ones(300)):
+        assert find_valley(np.sort(values)) is None
+    two = np.sort(np.concatenate([rng.normal(0, 1, 500), rng.normal(6, 1, 4500)]))
+    valley = find_valley(two)
+    assert valley is not None and 1.5 < valley < 4.5
 
 
 def test_a_percentile_that_was_asked_for_is_used() -> None:

@@ -101,8 +101,10 @@ def total(strata: Sequence[Stratum], *, level: float = 0.95, seed: int = 0) -> E
     """Number of glitch tokens in all strata together, by Horvitz and Thompson: each found one counts `1 / pi`.
 
     `pi = tested / size` is the chance that a token of its stratum was tested, so the estimate is unbiased. The normal
-    interval would have width zero where no glitch token was drawn; this one is the quantiles of the number of glitch
-    tokens among the untested ones, beta-binomial in each stratum with Jeffreys' prior.
+    interval would have width zero where no glitch token was drawn; the ends of this one are quantiles of the number of
+    glitch tokens among the untested ones, beta-binomial in each stratum: the lower end with the lower Clopper-Pearson
+    rate of every stratum, the upper end with the upper one. It covers at least as often as it says. One prior for both
+    ends would add a little to each large stratum without a find, which together lifts the lower end above the truth.
 
     Raises:
         DegenerateInputError: if a stratum has tokens of which none was tested.
@@ -112,7 +114,8 @@ def total(strata: Sequence[Stratum], *, level: float = 0.95, seed: int = 0) -> E
     """
     _require_tested(strata)
     value = sum(s.glitch * s.size / s.tested for s in strata)
-    return _interval(value, _draws(strata, seed).sum(0), strata, level)
+    few, many = _draws(strata, seed)
+    return _interval(value, few.sum(0), many.sum(0), strata, level)
 
 
 def recall(strata: Sequence[Stratum], first: int, *, level: float = 0.95, seed: int = 0) -> Estimate:
@@ -142,26 +145,42 @@ def recall(strata: Sequence[Stratum], first: int, *, level: float = 0.95, seed: 
         found, everything = sum(s.glitch for s in strata[:first]), sum(s.glitch for s in strata)
         return clopper_pearson(found, everything, unit="glitch tokens", level=level)
     totals = [s.glitch * s.size / s.tested for s in strata]
-    draws = _draws(strata, seed)
-    everything = draws.sum(0)
-    shares = draws[:first].sum(0)[everything > 0] / everything[everything > 0]
-    return _interval(sum(totals[:first]) / sum(totals), shares, strata, level)
+    few, many = _draws(strata, seed)
+    return _interval(
+        sum(totals[:first]) / sum(totals),
+        _share(few[:first].sum(0), many[first:].sum(0)), _share(many[:first].sum(0), few[first:].sum(0)), strata, level,
+    )  # fmt: skip
 
 
-def _draws(strata: Sequence[Stratum], seed: int) -> np.ndarray:
-    """Plausible numbers of glitch tokens, `(strata, draws)`: those found and those that may be among the untested."""
+def _draws(strata: Sequence[Stratum], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of glitch tokens that are plausibly few, and plausibly many, each `(strata, draws)`.
+
+    Those found, and those that may be among the untested; the rate is drawn from the beta distribution whose quantile
+    is the lower, or the upper, end of Clopper and Pearson's interval.
+    """
     rng = np.random.default_rng(seed)
-    rates = [rng.beta(s.glitch + 0.5, s.tested - s.glitch + 0.5, _DRAWS) for s in strata]
-    return np.stack(
-        [s.glitch + rng.binomial(s.size - s.tested, rate) for s, rate in zip(strata, rates, strict=True)]
-    ).astype(np.float64)
+    few = [_drawn(rng, s, s.glitch, s.tested - s.glitch + 1) for s in strata]
+    many = [_drawn(rng, s, s.glitch + 1, s.tested - s.glitch) for s in strata]
+    return np.stack(few).astype(np.float64), np.stack(many).astype(np.float64)
 
 
-def _interval(value: float, draws: np.ndarray, strata: Sequence[Stratum], level: float) -> Estimate:
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+def _drawn(rng: np.random.Generator, stratum: Stratum, a: int, b: int) -> np.ndarray:
+    """Draws with a rate from Beta(a, b), which is a point at 0 for a = 0 and at 1 for b = 0."""
+    rate = rng.beta(a, b, _DRAWS) if a and b else np.full(_DRAWS, float(a > 0))
+    return stratum.glitch + rng.binomial(stratum.size - stratum.tested, rate)
+
+
+def _share(part: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """Share of a part in the whole, draw by draw; a found glitch token is in every draw, so there is a whole."""
+    return part / (part + rest)
+
+
+def _interval(value: float, low: np.ndarray, high: np.ndarray, strata: Sequence[Stratum], level: float) -> Estimate:
+    """The lower quantile of one set of draws and the upper one of the other."""
     n = sum(s.tested for s in strata)
-    method = f"Horvitz-Thompson, {len(strata)} strata, beta-binomial interval"
-    return Estimate(float(value), min(float(low), value), max(float(high), value), n, method, "tested tokens", level)
+    method = f"Horvitz-Thompson, {len(strata)} strata, Clopper-Pearson rates"
+    ends = float(np.quantile(low, (1 - level) / 2)), float(np.quantile(high, (1 + level) / 2))
+    return Estimate(float(value), min(ends[0], value), max(ends[1], value), n, method, "tested tokens", level)
 
 
 def _require_tested(strata: Sequence[Stratum]) -> None:

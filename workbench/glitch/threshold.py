@@ -15,6 +15,13 @@ PUBLISHED = 2.0
 FDR = 0.1
 """Share of the candidates that may be ordinary tokens by the estimate."""
 _ENOUGH = 200
+_BINS, _SMOOTH = 64, 3
+VALLEY = 0.2
+"""Two modes lie apart if the density between them falls below this share of the lower one's peak."""
+_MANY = 0.05
+"""Share of the tokens from which a group below the bulk would distort the bulk's measured spread."""
+_PEAK = 20
+"""A group needs so many tokens in its fullest bin: fewer may be a chance."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
     """The threshold for the indicator of ordinary tokens (finite; lower is more suspicious).
 
     Trained tokens are taken as normal around the median with the spread of the lower flank (median minus 16% quantile,
-    which a few per cent of untrained tokens barely move). The threshold is the highest value at which the number of
+    which a few per cent of untrained tokens barely move). Where a larger group lies apart below the others, with a
+    valley of the density between them, median and flank are those of the tokens above it. The threshold is the highest value at which the number of
     tokens that this normal puts below it is at most `FDR` of the number found there. A percentile is used if it is
     asked for, or if that estimate is not to be had: fewer than 200 values, no spread, or no excess in the tail.
     Source: Efron 2004 (empirical null, central matching); on one flank, since these distributions are skewed.
@@ -54,10 +62,11 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
         return _by_percentile(low, percentile, "as asked")
     if len(low) < _ENOUGH:
         return _by_percentile(low, PUBLISHED, f"{len(low)} ordinary tokens are too few to model their distribution")
-    middle, flank = np.quantile(low, [0.5, 0.16])
+    bulk, apart = _without_group(low)
+    middle, flank = np.quantile(bulk, [0.5, 0.16])
     if middle <= flank:
         return _by_percentile(low, PUBLISHED, "a third of the ordinary tokens have the same value")
-    expected = len(low) * torch.special.ndtr(torch.from_numpy((low - middle) / (middle - flank))).numpy()
+    expected = len(bulk) * torch.special.ndtr(torch.from_numpy((low - middle) / (middle - flank))).numpy()
     found = np.searchsorted(low, low, side="right")
     fits = np.flatnonzero((expected <= FDR * found) & (low < flank))
     if not len(fits):
@@ -66,9 +75,42 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
     n = int(found[k])
     why = (
         f"{n:,} ordinary tokens lie there and the bulk (median {middle:.3f}, lower spread {middle - flank:.3f}) "
-        f"explains {expected[k]:.1f}: a false discovery rate of {expected[k] / n:.1%}, if the bulk is normal"
+        f"explains {expected[k]:.1f}: a false discovery rate of {expected[k] / n:.1%}, if the bulk is normal{apart}"
     )
     return Threshold(float(low[k]), 100 * n / len(low), "false discovery rate", why)
+
+
+def _without_group(low: np.ndarray) -> tuple[np.ndarray, str]:
+    """The sorted values without a group that lies apart below the others, and a sentence about it if there is one."""
+    valley = find_valley(low)
+    n = 0 if valley is None else int(np.searchsorted(low, valley))
+    if valley is None or n < _MANY * len(low):
+        return low, ""
+    return low[n:], (
+        f". {n:,} tokens ({n / len(low):.1%}) form a group of their own below {valley:.3f}; the bulk is what lies above"
+    )
+
+
+def find_valley(low: np.ndarray) -> float | None:
+    """The deepest place between two modes of sorted values, or None if they have one mode.
+
+    From a histogram of 64 bins, smoothed; both modes need a peak that is no chance, and the density between them has
+    to fall below `VALLEY` of the lower peak.
+
+    >>> bell = torch.special.ndtri(torch.linspace(0.001, 0.999, 999)).numpy()
+    >>> find_valley(bell) is None, 2 < find_valley(np.concatenate([bell, bell + 8])) < 6
+    (True, True)
+    """
+    start, end = np.quantile(low, [0.001, 0.999])
+    if end <= start:
+        return None
+    bins = min(_BINS, int(np.sqrt(len(low))))
+    counts, edges = np.histogram(low, bins, (start, end))
+    height = np.convolve(counts, np.full(_SMOOTH, 1 / _SMOOTH), "same")
+    lower = np.minimum(np.maximum.accumulate(height), np.maximum.accumulate(height[::-1])[::-1])
+    depth = np.where(lower >= _PEAK, height / np.maximum(lower, 1), 1.0)
+    at = int(depth.argmin())
+    return float((edges[at] + edges[at + 1]) / 2) if depth[at] < VALLEY else None
 
 
 def _by_percentile(low: np.ndarray, percentile: float, why: str) -> Threshold:
