@@ -12,6 +12,8 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
+from tests.glitch.tiny_copy import PLANTED as TINY_PLANTED
+from tests.glitch.tiny_copy import wordy_model
 from tests.glitch.tiny_vocab import EMBED, HEAD, WORDS, byte_level, folder, matrix, sentencepiece
 from tests.tiny import tiny_model
 from workbench.codec import codec_of
@@ -158,6 +160,20 @@ def test_zero_rows_of_padding_are_not_called_candidates(tmp_path: Path) -> None:
     rows[PADDING] = 0.0
     said = [finding for finding in scan(_tied(tmp_path, rows)).findings() if " zero " in finding]
     assert len(said) == 1 and said[0].startswith("5 rows without an ordinary token are zero")
+
+
+def test_controls_without_a_number_are_left_out_and_said() -> None:
+    model = wordy_model("neox")
+    ordinary = [AT(word) for word in WORDS if AT(word) not in TINY_PLANTED]
+    with torch.no_grad():
+        model.hf.get_input_embeddings().weight[ordinary[:4]] = float("nan")
+    said = " ".join(scan(model, "top", options=ScanOptions(top=4, controls=N, sides=False)).findings())
+    assert "random ordinary tokens fail the same test" in said and " 4 more controls give no number" in said
+    assert "Testing stopped" not in said
+    with torch.no_grad():
+        model.hf.get_output_embeddings().weight[-1] = float("nan")
+    with pytest.raises(DegenerateInputError, match="output matrix is not finite"):
+        scan(model, "top", options=ScanOptions(top=4, controls=4, sides=False))
 
 
 def test_identical_rows_certify_a_bound_unless_their_bias_differs(tmp_path: Path) -> None:

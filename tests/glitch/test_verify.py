@@ -22,6 +22,7 @@ from workbench.hooks.sites import Site
 from workbench.interventions.bytoken import ReplaceTokens
 from workbench.interventions.intervention import Edit, Intervention
 from workbench.interventions.scopes import TokenIs
+from workbench.stats import clopper_pearson
 from workbench.tokens import TokenBatch
 
 TOKENIZER = byte_level()
@@ -265,6 +266,14 @@ def test_a_model_that_gives_no_number_gives_no_verdict() -> None:
     result = verify(Broken({}), CODEC, TEMPLATES, [broken, fine], [])
     assert [t.verdict for t in result.tested] == ["not_finite", "weak_rejected"]
     assert not result.tested[0].verified and np.isnan(result.tested[0].max_prob)
+    other, silent = AT("harbor"), AT("delta")
+    beside = verify(Broken({silent: 1e-5}), CODEC, TEMPLATES, [fine], [broken, other, silent])
+    assert beside.counted_controls == beside.controls[1:]
+    assert beside.control_failures == clopper_pearson(1, 2, unit="control tokens")
+    assert beside.failures_by_form == {"raw": beside.control_failures}
+    assert beside.candidates[0].p_value == 3 / 3
+    with pytest.raises(DegenerateInputError, match="output matrix"):
+        verify(Broken({}), CODEC, TEMPLATES, [broken], [broken])
 
 
 def test_a_token_is_cleared_by_the_form_in_which_the_model_says_it() -> None:

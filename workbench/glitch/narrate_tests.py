@@ -56,12 +56,16 @@ def _forms(verification: Verification) -> list[str]:
 
 def _controls(verification: Verification) -> list[str]:
     rate, false = verification.control_failures, verification.expected_false
+    bare = len(verification.controls) - len(verification.counted_controls)
+    left_out = f" {bare} more controls give no number and are left out." if bare else ""
     if rate is None or false is None:
-        return ["No controls were run, so the test's own error rate is not known."]
+        what = f"None of the {bare} controls gives a number" if bare else "No controls were run"
+        return [f"{what}, so the test's own error rate is not known."]
     failed = sum(t.verified for t in verification.controls)
     said = [
         f"Controls: {failed} of {rate.n} random ordinary tokens fail the same test, a rate of {rate}. Expected false "
         f"among the {len(verification.candidates)} tested: {false.value:.1f}, at most {false.high:.1f}."
+        f"{left_out}"
     ]
     if verification.control_quantiles:
         listed = ", ".join(f"{name} {p:.3g}" for name, p in verification.control_quantiles.items())
@@ -70,7 +74,7 @@ def _controls(verification: Verification) -> list[str]:
             f"Highest p of the controls, quantiles: {listed}. {below} of the {len(verification.candidates)} candidates "
             "lie below every control."
         )
-    else:
+    if verification.options.stop_at is not None:
         said.append("Testing stopped at the first success, so p of the others is a lower bound without quantiles.")
     return said
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from workbench.errors import DegenerateInputError
 from workbench.glitch.journal import Journal
 from workbench.glitch.prompts import Probe, Template, prompt_hash
-from workbench.glitch.scoring import VERIFIED, VerifyOptions, greedy_logits, score, target_probabilities
+from workbench.glitch.scoring import (
+    VERIFIED,
+    VerifyOptions,
+    greedy_logits,
+    require_numbers,
+    score,
+    target_probabilities,
+)
 from workbench.glitch.verify import journal_key
 from workbench.models.model import Model
 
@@ -116,11 +123,7 @@ class Prober:
         todo = distinct[np.isnan(self.short[distinct])]
         if len(todo):
             p = score(self._model, [self._short], torch.from_numpy(todo), self._quick, self._books[0]).best
-            if len(p) > 1 and np.isnan(p).all():
-                raise DegenerateInputError(
-                    f"All {len(p)} tokens have probability NaN: a row of the model's output matrix is not finite. "
-                    "`workbench glitch scan` names such rows; mend the weights first."
-                )
+            require_numbers(p)
             self._note_short(todo, p)
         failed = distinct[np.isnan(self.best[distinct])]
         if len(failed):

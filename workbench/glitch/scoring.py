@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.errors import InvalidInputError
+from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.glitch.journal import Journal
 from workbench.glitch.prompts import Template
 from workbench.interventions.plan import active_plans
@@ -87,6 +87,19 @@ def highest(p: np.ndarray) -> np.ndarray:
     """
     flat = np.nan_to_num(p.reshape(len(p), -1), nan=-1.0).max(1)
     return np.where(flat < 0, np.nan, flat)
+
+
+def require_numbers(best: np.ndarray) -> None:
+    """Refuses a test in which no token has a probability.
+
+    Raises:
+        DegenerateInputError: if there are several tokens and the model gives no number for any of them.
+    """
+    if len(best) > 1 and np.isnan(best).all():
+        raise DegenerateInputError(
+            f"All {len(best)} tokens have probability NaN: a row of the model's output matrix is not finite. "
+            "`workbench glitch scan` names such rows; mend the weights first."
+        )
 
 
 def score(

@@ -46,9 +46,10 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
 
     Trained tokens are taken as normal around the median with the spread of the lower flank (median minus 16% quantile,
     which a few per cent of untrained tokens barely move). Where a larger group lies apart below the others, with a
-    valley of the density between them, median and flank are those of the tokens above it. The threshold is the highest value at which the number of
-    tokens that this normal puts below it is at most `FDR` of the number found there. A percentile is used if it is
-    asked for, or if that estimate is not to be had: fewer than 200 values, no spread, or no excess in the tail.
+    valley of the density between them, median and flank are those of the tokens above it. The threshold is the highest
+    value at which the number of tokens that this normal puts below it is at most `FDR` of the number found there. A
+    percentile is used if it is asked for, or if that estimate is not to be had: fewer than 200 values, no spread, or no
+    excess in the tail.
     Source: Efron 2004 (empirical null, central matching); on one flank, since these distributions are skewed.
 
     >>> values = np.concatenate([np.full(3, 0.01), torch.special.ndtri(torch.linspace(0.001, 0.999, 997)).numpy() + 9])

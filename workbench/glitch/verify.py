@@ -15,7 +15,7 @@ from torch import Tensor
 from workbench.codec import Codec
 from workbench.glitch.journal import Journal
 from workbench.glitch.prompts import Template, prompt_hash
-from workbench.glitch.scoring import VERIFIED, Scores, VerifyOptions, highest, score
+from workbench.glitch.scoring import VERIFIED, Scores, VerifyOptions, highest, require_numbers, score
 from workbench.glitch.scoring import greedy_logits as greedy_logits
 from workbench.glitch.scoring import target_probabilities as target_probabilities
 from workbench.stats import Estimate, clopper_pearson
@@ -102,7 +102,8 @@ class Verification:
 
     Attributes:
         tested: all results: candidates, controls, spliced tokens, each in the order asked.
-        control_failures: share of controls that fail the test; they are ordinary tokens, so this is its error rate.
+        control_failures: share of counted controls that fail the test; they are ordinary tokens, so this is its error
+            rate.
         expected_false: verified candidates to expect by that error alone: rate and interval, times candidates.
         control_quantiles: quantiles of the controls' highest probabilities, by "1%" and so on.
         failures_by_form: share of controls that fail every prompt of one form, where all of it was run.
@@ -139,6 +140,11 @@ class Verification:
         return tuple(t for t in self.tested if t.control)
 
     @property
+    def counted_controls(self) -> tuple[Tested, ...]:
+        """The controls that the model gives a number for: those that say something about the test."""
+        return _counted(self.tested)
+
+    @property
     def spliced(self) -> tuple[Tested, ...]:
         """Suspicious tokens that no text gives; in no count of the candidates."""
         return tuple(t for t in self.tested if t.spliced)
@@ -163,10 +169,14 @@ def verify(
         controls: ids of ordinary tokens.
         options: steps, batch size and when to stop.
         journal: where results are kept while they come, and looked up; made with `journal_key`.
+
+    Raises:
+        DegenerateInputError: if the model gives no number for any token.
     """
     options = options or VerifyOptions()
     ids = torch.as_tensor([*candidates, *controls], dtype=torch.long)
     scores = score(model, templates, ids, options, journal)
+    require_numbers(scores.best)
     encodable = _encodable(codec, templates, ids, scores.best)
     tested = tuple(
         _tested(int(i), k >= len(candidates), templates, scores, k, bool(encodable[k]))
@@ -238,11 +248,15 @@ def _tested(i: int, control: bool, templates: Sequence[Template], scores: Scores
 
 
 def _error_rate(tested: Sequence[Tested]) -> tuple[Estimate | None, Estimate | None]:
-    controls = [t for t in tested if t.control]
+    controls = _counted(tested)
     if not controls:
         return None, None
     rate = clopper_pearson(sum(t.verified for t in controls), len(controls), unit="control tokens")
-    return rate, scaled(rate, len(tested) - len(controls))
+    return rate, scaled(rate, sum(not t.control for t in tested))
+
+
+def _counted(tested: Sequence[Tested]) -> tuple[Tested, ...]:
+    return tuple(t for t in tested if t.control and not np.isnan(t.max_prob))
 
 
 def scaled(rate: Estimate, n: int) -> Estimate:
@@ -257,26 +271,26 @@ def scaled(rate: Estimate, n: int) -> Estimate:
 
 def _graded(done: Verification) -> Verification:
     """With quantiles and p-values relative to controls, which need every probability in full."""
-    best = np.array([t.max_prob for t in done.controls])
-    best = best[np.isfinite(best)]
-    if not len(best):
+    if not done.counted_controls:
         return done
+    best = np.array([t.max_prob for t in done.counted_controls])
     quantiles = {f"{q:.0%}": float(np.quantile(best, q)) for q in _QUANTILES}
-    by_form = {form: _failures(done.controls, form) for form in done.forms}
+    by_form = {form: rate for form in done.forms if (rate := _failures(done.counted_controls, form)) is not None}
     tested = tuple(t if t.control else dataclasses.replace(t, p_value=_p_value(t, done)) for t in done.tested)
     return dataclasses.replace(done, tested=tested, control_quantiles=quantiles, failures_by_form=by_form)
 
 
-def _failures(controls: Sequence[Tested], form: str) -> Estimate:
-    best = [t.best_in(form) for t in controls]
-    return clopper_pearson(sum(p is not None and p < VERIFIED for p in best), len(best), unit="control tokens")
+def _failures(controls: Sequence[Tested], form: str) -> Estimate | None:
+    best = [p for t in controls if (p := t.best_in(form)) is not None]
+    return clopper_pearson(sum(p < VERIFIED for p in best), len(best), unit="control tokens") if best else None
 
 
 def _p_value(token: Tested, done: Verification) -> float | None:
-    if done.options.stop_at is not None or not done.controls or np.isnan(token.max_prob):
+    controls = done.counted_controls
+    if done.options.stop_at is not None or not controls or np.isnan(token.max_prob):
         return None
-    below = sum(t.max_prob <= token.max_prob for t in done.controls)
-    return (below + 1) / (len(done.controls) + 1)
+    below = sum(t.max_prob <= token.max_prob for t in controls)
+    return (below + 1) / (len(controls) + 1)
 
 
 def _encodable(codec: Codec, templates: Sequence[Template], tokens: Int[Tensor, " n"], best: np.ndarray) -> np.ndarray:
