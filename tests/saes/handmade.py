@@ -1,11 +1,13 @@
-"""SAEs made by hand, as stock sae_lens objects."""
+"""SAEs made by hand, as stock sae_lens objects, and tokenizers of given words."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from workbench.models.model import Model
 from workbench.saes.io import sae_lens_module
@@ -26,3 +28,26 @@ def relu_sae(model: Model, W: Tensor, b_enc: Tensor, site: str = "resid_post.1",
         sae.b_enc.copy_(b_enc)
         sae.b_dec.zero_()
     return sae.eval().requires_grad_(False)
+
+
+def word_tokenizer(words: list[str], kind: str = "sentencepiece") -> PreTrainedTokenizerFast:
+    """A vocabulary of letters and of these words behind a space, in the two ways that models write the space."""
+    space = "Ġ" if kind == "byte_level" else "▁"
+    letters = [space, *"abcdefghijklmnopqrstuvwxyz"]
+    pieces = dict.fromkeys(["<s>", "</s>", "<unk>", *letters])
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        for end in range(1, len(word) + 1):
+            merges.append((space + word[: end - 1], word[end - 1]))
+            pieces[space + word[:end]] = None
+    backend = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)}, merges=list(dict.fromkeys(merges)), unk_token="<unk>"
+        )
+    )
+    if kind == "byte_level":
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:  # as Llama 2 and Mistral decode: a space in front of all is dropped
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.saes.handmade import word_tokenizer
 from tests.tiny import tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.saes.absorption import AbsorptionOptions, absorption, vocabulary_words
 from workbench.saes.coder import Coder
 
@@ -85,18 +86,16 @@ def test_wrong_input_is_refused() -> None:
         AbsorptionOptions(test_share=1.0)
 
 
-def test_words_of_a_vocabulary_are_whole_and_lower_case() -> None:
-    class Tokenizer:
-        words = [" ant", "ant", " Ant", " an", " a1t", " bee"] + [
-            f" {a}{b}oo" for a in "cdefghijkl" for b in "abcdefghij"
-        ]
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_words_of_a_vocabulary_are_whole_and_lower_case(kind: str) -> None:
+    words = ["ant", "bee", *(f"{a}{b}oo" for a in "cdefghijkl" for b in "mnopqrstuv")]
+    tokenizer = word_tokenizer(words, kind)
+    ids, letters = vocabulary_words(tokenizer, AbsorptionOptions())
+    found = [str(tokenizer.convert_ids_to_tokens(i))[1:] for i in ids.tolist()]
+    assert set(words) <= set(found) and all(len(word) >= 3 and word.isalpha() for word in found)
+    assert letters == [word[0] for word in found]
 
-        def __len__(self) -> int:
-            return len(self.words)
 
-        def decode(self, ids: list[int]) -> str:
-            return self.words[ids[0]]
-
-    ids, letters = vocabulary_words(Tokenizer(), AbsorptionOptions())
-    assert ids.tolist()[:2] == [0, 5] and letters[:2] == ["a", "b"]
-    assert len(ids) == 102
+def test_a_transcoder_is_refused() -> None:
+    with pytest.raises(MismatchError, match="transcoder"):
+        absorption(replace(_sae(TEST), transcodes=True), X, NAMES, TEST, OPTIONS)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
+from tests.saes.handmade import word_tokenizer
 from tests.tiny import tiny_model
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.saes.labelled import local_text_sets, token_labels
+from workbench.saes.labelled import local_text_sets, token_labels, token_texts
 from workbench.saes.sparse_probing import (
     Examples,
     ProbeScore,
@@ -109,14 +110,22 @@ def test_token_labels_say_what_they_say() -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     batch = TokenBatch.pad([ids, ids[:2]], pad_id=1)
     entropy = torch.arange(batch.ids.numel(), dtype=torch.float32).view(batch.ids.shape)
-    labels = token_labels(batch, lambda i: tokenizer.decode([i]), entropy)
+    labels = token_labels(batch, token_texts(tokenizer), entropy)
     assert labels["digit"].tolist()[0] == [0, 0, 0, 1, 0, 0, 0]
     assert labels["capitalised"].tolist()[0] == [1, 0, 0, 0, 0, 0, 0]
     assert labels["newline"].tolist()[0] == [0, 0, 0, 0, 0, 1, 0]
     assert labels["punctuation"].tolist()[0] == [0, 0, 0, 0, 1, 0, 0]
     assert labels["second half of the row"].tolist() == [[0, 0, 0, 0, 1, 1, 1], [-1] * 5 + [0, 1]]
     assert labels["uncertain next token"][0].tolist() == [0, 0, 0, 0, 0, 1, 1]
-    assert token_labels(TokenBatch.pad([[5]], 1), lambda _: " word")["begins a word"].tolist() == [[1]]
+    assert token_labels(TokenBatch.pad([[0, 1, 9]], 0), [" word", "word"])["begins a word"].tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_a_token_that_begins_a_word_is_known_in_every_kind_of_vocabulary(kind: str) -> None:
+    tokenizer = word_tokenizer(["ant", "bee"], kind)
+    ids = tokenizer(" ant bee", add_special_tokens=False)["input_ids"]
+    assert [token_texts(tokenizer)[i] for i in ids] == [" ant", " bee"]
+    assert token_labels(TokenBatch.pad([ids], 0), token_texts(tokenizer))["begins a word"].tolist() == [[1, 1]]
 
 
 def test_local_texts_are_balanced_reproducible_and_what_they_are_called() -> None:

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from experiments.sae_suite import SaeSuite
+from tests.saes.handmade import relu_sae
 from tests.tiny import D_MODEL, n_hooks, tiny_model
 from workbench.errors import InvalidInputError
 from workbench.saes.evaluate import EvalOptions
 from workbench.saes.io import sae_lens_module
 from workbench.saes.labelled import LabelledTexts
 from workbench.saes.sparse_probing import ProbingOptions
-from workbench.saes.suite import SuiteOptions, run_suite
+from workbench.saes.suite import SuiteOptions, labelled_examples, run_suite
 from workbench.saes.synthetic import SyntheticOptions
 from workbench.saes.synthetic_training import SyntheticTraining
 
@@ -49,9 +50,43 @@ def test_the_suite_measures_what_was_asked_and_says_what_it_could_not() -> None:
     assert report.synthetic is not None and report.synthetic.trained == "topk", "as the SAE under study"
     section = report.section()
     assert {"core.fvu", "probing.SAE_k1", "probing.random_SAE_k1", "synthetic.mmcs"} <= section.metrics.keys()
-    assert "Too few examples" in section.findings[-1]
+    assert section.findings[-1].startswith("Not measured: ") and "too few examples" in section.findings[-1]
     json.dumps(report.to_json())
     assert n_hooks(model.hf) == 0
+
+
+def _transcoder() -> object:
+    torch.manual_seed(0)
+    lens = sae_lens_module()
+    sae = lens.Transcoder(lens.TranscoderConfig(d_in=D_MODEL, d_out=D_MODEL, d_sae=40, apply_b_dec_to_input=False))
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
+    return sae
+
+
+@pytest.mark.parametrize(("kind", "why"), [("words", "whole lower-case words"), ("transcoder", "transcoder")])
+def test_what_can_not_be_measured_takes_nothing_else_with_it(kind: str, why: str) -> None:
+    model = tiny_model()
+    sae = _sae(model) if kind == "words" else _transcoder()
+    options = SuiteOptions(evaluation=EvalOptions(max_rows=4), probing=None, synthetic=None)
+    report = run_suite(model, sae, TEXTS, options=options)
+    assert report.absorption is None and set(report.parts) == {"core"}
+    assert why in report.skipped["absorption"]
+    assert report.findings()[-1] == f"Not measured: absorption. {report.skipped['absorption']}"
+
+
+def test_the_random_control_does_not_depend_on_the_batches() -> None:
+    """The very first row has no token that counts."""
+    model, rows = tiny_model(), torch.randint(2, 200, (12, 10), generator=torch.Generator().manual_seed(0))
+    rows[0] = 1
+    wide = relu_sae(
+        model, torch.randn(40, D_MODEL, generator=torch.Generator().manual_seed(1)), -torch.full((40,), 2.0)
+    )
+    active = {}
+    for batch_rows in (1, 5, 12):
+        first, *_ = labelled_examples(model, wide, rows, (), EvalOptions(max_rows=12, batch_rows=batch_rows))
+        active[batch_rows] = {name: acts.getnnz() / len(first.x) for name, acts in first.acts.items()}
+    assert active[1] == active[5] == active[12]
+    assert active[1]["random SAE"] == pytest.approx(active[1]["SAE"], abs=0.5)
 
 
 def test_the_command_writes_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

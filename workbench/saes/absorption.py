@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.interventions.scopes import Last
 from workbench.report import Report, Section, Table
 from workbench.saes.coder import Coder
 from workbench.saes.io import check_sae_fits
+from workbench.saes.labelled import token_texts
 from workbench.saes.sparse_probing import class_difference, dense, f1, logistic
 from workbench.stats import Estimate, bootstrap_mean
 
@@ -145,10 +146,10 @@ def first_letter_absorption(model: Any, sae: Any, options: AbsorptionOptions | N
     """Absorption measured on the words of the model's own vocabulary; no data needed.
 
     Raises:
-        MismatchError: if the SAE does not belong to the model.
+        MismatchError: if the SAE does not belong to the model, or is a transcoder.
         DegenerateInputError: if the vocabulary has too few words.
     """
-    options, coder = options or AbsorptionOptions(), Coder.of(sae)
+    options, coder = options or AbsorptionOptions(), _sae_alone(sae)
     site = check_sae_fits(model, sae)
     ids, letters = vocabulary_words(model.tokenizer, options)
     prompts = torch.cat([_prompt(model, options).expand(len(ids), -1), ids[:, None]], dim=1)
@@ -168,8 +169,7 @@ def vocabulary_words(tokenizer: Any, options: AbsorptionOptions) -> tuple[Int[Te
         DegenerateInputError: if there are fewer than a hundred.
     """
     found = []
-    for i in range(len(tokenizer)):
-        text = tokenizer.decode([i])
+    for i, text in enumerate(token_texts(tokenizer)):
         if len(text) >= 4 and text[0] == " " and set(text[1:]) <= set(string.ascii_lowercase):
             found.append((i, text[1]))
     if len(found) < 100:
@@ -180,6 +180,17 @@ def vocabulary_words(tokenizer: Any, options: AbsorptionOptions) -> tuple[Int[Te
     chosen = np.random.default_rng(options.seed).permutation(len(found))[: options.max_words]
     words = [found[i] for i in sorted(chosen)]
     return torch.tensor([i for i, _ in words]), [letter for _, letter in words]
+
+
+def _sae_alone(sae: Any) -> Coder:
+    """The SAE; a transcoder's decoder is not where its probe and activations are."""
+    coder = Coder.of(sae)
+    if coder.transcodes:
+        raise MismatchError(
+            f"Absorption of a transcoder ({coder.name}): the letter's probe is where it reads, its decoder where it "
+            "writes, so they can't be compared. Absorption needs an SAE of one site."
+        )
+    return coder
 
 
 def _prompt(model: Any, options: AbsorptionOptions) -> Int[Tensor, "1 pos"]:
@@ -207,8 +218,9 @@ def absorption(
 
     Raises:
         ShapeError: if words and letters don't pair up.
+        MismatchError: for a transcoder.
     """
-    options, coder = options or AbsorptionOptions(), Coder.of(sae)
+    options, coder = options or AbsorptionOptions(), _sae_alone(sae)
     if not len(x) == len(letters) == len(test):
         raise ShapeError(
             f"absorption: {len(x)} activations, {len(letters)} letters, {len(test)} marks; they must pair."

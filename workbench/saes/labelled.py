@@ -5,21 +5,20 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.codec import token_bytes
 from workbench.errors import DegenerateInputError
 from workbench.saes.library import library_files, library_root, parsed
 from workbench.tokens import TokenBatch
 
 UNLABELLED = -1
-
-WORD_START = ("Ġ", "▁", " ")
-"""What stands in front of a token that begins a word, in the vocabularies of common tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +48,26 @@ TOKEN_LABELS: dict[str, Callable[[str], bool]] = {
 """Labels that a token's text decides."""
 
 
+def token_texts(tokenizer: Any) -> list[str]:
+    """The text of every token id with its leading space, which decoding it alone drops for SentencePiece."""
+    return [text.decode(errors="replace") for text in token_bytes(tokenizer)]
+
+
 def token_labels(
-    batch: TokenBatch, strings: Callable[[int], str], entropy: Float[Tensor, "rows pos"] | None = None
+    batch: TokenBatch, texts: Sequence[str], entropy: Float[Tensor, "rows pos"] | None = None
 ) -> dict[str, Int[Tensor, "rows pos"]]:
     """Labels 0 and 1 for every token of a batch by the name of the set; padding is -1.
 
     Args:
         batch: the tokens.
-        strings: text of a token id.
+        texts: text of each token id, as from `token_texts`.
         entropy: of the model's next-token distribution; adds the set "uncertain next token", above its median.
     """
-    texts = {int(i): strings(int(i)) for i in batch.ids.unique()}
+    # embeddings may be padded beyond the tokenizer
+    used = {i: texts[i] if i < len(texts) else "" for i in batch.ids.unique().tolist()}
     labels = {}
     for name, rule in TOKEN_LABELS.items():
-        table = {i: int(rule(text)) for i, text in texts.items()}
+        table = {i: int(rule(text)) for i, text in used.items()}
         labels[name] = torch.tensor([[table[int(i)] for i in row] for row in batch.ids])
     lengths = batch.lengths[:, None]
     labels["second half of the row"] = (2 * batch.positions >= lengths).long().cpu()

@@ -10,17 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.errors import DegenerateInputError, MismatchError
 from workbench.report import Report, Section
 from workbench.saes.absorption import AbsorptionOptions, AbsorptionReport, first_letter_absorption
 from workbench.saes.coder import Coder
 from workbench.saes.evaluate import EvalOptions, Rows, evaluate_sae, token_batches
-from workbench.saes.labelled import UNLABELLED, LabelledTexts, token_labels
+from workbench.saes.labelled import UNLABELLED, LabelledTexts, token_labels, token_texts
 from workbench.saes.quality import SAEReport
 from workbench.saes.sparse_probing import Examples, ProbingOptions, ProbingReport, probe_sets
 from workbench.saes.splice import SpliceReader
 from workbench.saes.synthetic import SyntheticReport
 from workbench.saes.synthetic_training import SyntheticTraining, train_on_synthetic, trained_as
 from workbench.tokens import TokenBatch
+
+TOO_FEW = "This text has too few examples."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +52,14 @@ class SuiteReport(Report):
         probing: k-sparse probes.
         absorption: the first-letter task.
         synthetic: another SAE of the same architecture, on data of known features.
-        skipped: labelled sets that this text has too few examples of.
+        skipped: what could not be measured, and why.
     """
 
     quality: SAEReport
     probing: ProbingReport | None
     absorption: AbsorptionReport | None
     synthetic: SyntheticReport | None = None
-    skipped: tuple[str, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, Report]:
@@ -69,8 +72,10 @@ class SuiteReport(Report):
     def findings(self) -> tuple[str, ...]:
         """Those of every part, and what could not be measured."""
         lines = tuple(line for part in self.parts.values() for line in part.findings())
-        left = f"Too few examples in this text for: {', '.join(self.skipped)}."
-        return (*lines, left) if self.skipped else lines
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.skipped.items():
+            by_reason.setdefault(why, []).append(name)
+        return (*lines, *(f"Not measured: {', '.join(names)}. {why}" for why, names in by_reason.items()))
 
     def section(self) -> Section:
         """All tables one after the other."""
@@ -97,13 +102,18 @@ def run_suite(
     """
     options = options or SuiteOptions()
     quality = evaluate_sae(model, sae, rows, options=options.evaluation)
-    probing, skipped = None, ()
+    skipped: dict[str, str] = {}
+    probing, absorption = None, None
     if options.probing is not None:
         sets = labelled_examples(model, sae, rows, texts, options.evaluation)
         usable = [s for s in sets if _enough(s, options.probing)]
-        skipped = tuple(s.name for s in sets if not _enough(s, options.probing))
+        skipped |= {s.name: TOO_FEW for s in sets if not _enough(s, options.probing)}
         probing = probe_sets(usable, options.probing) if usable else None
-    absorption = None if options.absorption is None else first_letter_absorption(model, sae, options.absorption)
+    if options.absorption is not None:
+        try:
+            absorption = first_letter_absorption(model, sae, options.absorption)
+        except (DegenerateInputError, MismatchError) as error:  # this task is not for every tokenizer and coder
+            skipped["absorption"] = str(error)
     architecture, synthetic = trained_as(sae), None
     if options.synthetic is not None and architecture is not None:
         synthetic = train_on_synthetic(architecture, options.synthetic)
@@ -117,38 +127,46 @@ def labelled_examples(
     """Token-level sets of the rows and text-level sets, as activations of the kept tokens; texts are mean-pooled."""
     batches, coder = token_batches(model, rows, options), Coder.of(sae)
     reader = SpliceReader.of(model, sae, batches)
-    l0 = float(np.mean([coder.sparse(part.x[part.keep]).getnnz(1).mean() for part in map(reader.read, batches[:1])]))
-    coders = {"SAE": coder, "random SAE": Coder.random(coder, round(l0), options.seed)}
-    sets = _token_sets(model, reader, coders, batches)
+    tokens = _labelled_tokens(model, reader, batches)
+    acts = coder.sparse(tokens.x)
+    control = Coder.random(coder, round(acts.nnz / max(1, len(tokens.x))), options.seed)
+    sets = _token_sets(tokens, {"SAE": acts, "random SAE": control.sparse(tokens.x)})
+    coders = {"SAE": coder, "random SAE": control}
     return sets + [_text_set(model, reader, coders, s, options.batch_rows) for s in texts]
 
 
-def _token_sets(
-    model: Any, reader: SpliceReader, coders: dict[str, Coder], batches: list[TokenBatch]
-) -> list[Examples]:
-    x, acts, documents, first = [], {name: [] for name in coders}, [], 0
+@dataclass(frozen=True, eq=False)
+class _LabelledTokens:
+    """The kept tokens of all rows: what the SAE reads, the row of each, and its labels by the name of the set."""
+
+    x: Tensor
+    rows: Tensor
+    labels: dict[str, Tensor]
+
+
+def _labelled_tokens(model: Any, reader: SpliceReader, batches: list[TokenBatch]) -> _LabelledTokens:
+    x, rows, first, texts = [], [], 0, token_texts(model.tokenizer)
     labels: dict[str, list[Tensor]] = {}
     for batch in batches:
         part = reader.read(batch)
         keep = part.keep.cpu()
         logits = (model.logits(batch[i : i + 1], keep="all")[0] for i in range(len(batch)))
         entropy = _padded([_entropy(z) for z in logits], batch.ids.shape[1]).cpu()
-        for name, value in token_labels(batch.to("cpu"), lambda i: model.tokenizer.decode([i]), entropy).items():
+        for name, value in token_labels(batch.to("cpu"), texts, entropy).items():
             labels.setdefault(name, []).append(value[keep])
-        x.append(part.x[part.keep].cpu())
-        for name, coder in coders.items():
-            acts[name].append(coder.sparse(part.x[part.keep]))
-        documents.append(first + keep.nonzero()[:, 0])
+        x.append(part.x[part.keep])
+        rows.append(first + keep.nonzero()[:, 0])
         first += len(batch)
-    from scipy.sparse import vstack
+    return _LabelledTokens(torch.cat(x), torch.cat(rows), {name: torch.cat(parts) for name, parts in labels.items()})
 
-    joined: dict[str, Any] = {name: vstack(parts, format="csr") for name, parts in acts.items()}
-    every, of = torch.cat(x).numpy(), torch.cat(documents).numpy()
+
+def _token_sets(tokens: _LabelledTokens, acts: dict[str, Any]) -> list[Examples]:
+    every, of = tokens.x.cpu().numpy(), tokens.rows.numpy()
     sets = []
-    for name, parts in labels.items():
-        y = torch.cat(parts).numpy()
+    for name, labels in tokens.labels.items():
+        y = labels.numpy()
         used = y != UNLABELLED
-        sets.append(Examples(name, every[used], {n: a[used] for n, a in joined.items()}, y[used], of[used]))
+        sets.append(Examples(name, every[used], {n: a[used] for n, a in acts.items()}, y[used], of[used]))
     return sets
 
 
