@@ -5,14 +5,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.glitch.tiny_copy import PADDING, wordy_model
 from tests.glitch.tiny_more import scan_with, wordpiece
 from tests.glitch.tiny_vocab import EMBED, byte_level, folder, matrix, sentencepiece
 from workbench.cli import main
 from workbench.errors import CorruptFileError, MissingFileError, UnknownNameError
+from workbench.glitch.banlist import ban_list
 from workbench.glitch.differences import between, side
 from workbench.glitch.saved import SavedScan, TokenFact, load_scan, of_report
-from workbench.glitch.scanner import scan
+from workbench.glitch.scanner import ScanOptions, scan
+from workbench.records import save_json
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +87,39 @@ def test_a_saved_scan_says_the_same_as_the_scan_itself(tmp_path: Path, capsys: p
     assert not alone.complete
     assert alone.flags(("candidate",)) == live.flags(("candidate",))
     assert between(alone, live).counts()["flag_gone"] == 0
+
+
+def test_without_evidence_the_tokenizers_are_not_called_the_same() -> None:
+    def made(first: int, n: int, vocabulary: str = "") -> SavedScan:
+        facts = {i: TokenFact(i, f"t{i}", "ok", candidate=True) for i in range(first, first + n)}
+        return SavedScan("m", "test", facts, False, (), True, vocabulary)
+
+    apart = between(made(0, 10), made(50, 10))
+    assert apart.matched_by == "text" and not apart.evident
+    assert any(said.startswith("NOT KNOWN whether both have the same tokenizer") for said in apart.findings())
+    assert between(made(0, 10), made(5, 10)).matched_by == "text"
+    assert between(made(0, 30), made(5, 30)).matched_by == "id"
+    assert between(made(0, 10, "x"), made(50, 10, "x")).matched_by == "id"
+    other = between(made(0, 30, "x"), made(5, 30, "y"))
+    assert other.matched_by == "text" and other.evident
+
+
+def test_a_scan_without_its_table_knows_the_kind_of_what_was_tested(tmp_path: Path) -> None:
+    model = wordy_model("llama")
+    half, byte = (model.tokenizer.convert_tokens_to_ids(raw) for raw in ("Ã", "z"))
+    with torch.no_grad():
+        rows = model.hf.get_output_embeddings().weight
+        rows[[half, byte]] = rows[PADDING[0]] + 1e-4
+    report = scan(model, "top", options=ScanOptions(percentile=10.0, top=60, controls=5, sides=False))
+    save_json(tmp_path / "glitch.json", report.to_json())
+    live, alone = of_report(report), load_scan(tmp_path)
+    tested = [t.token_id for t in report.verification.tested] if report.verification else []
+    assert {half, byte} <= set(tested) and alone.vocabulary == live.vocabulary
+    assert [alone.tokens[i] for i in tested] == [live.tokens[i] for i in tested]
+    grades = ("verified", "borderline", "candidate")
+    left_out = "single bytes and incomplete characters"
+    bans = ban_list(alone, grades)
+    assert bans.left_out[left_out] == ban_list(live, grades).left_out[left_out] != ()
 
 
 def test_models_tokenizers_and_scans_are_all_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,8 @@ CHANGES: dict[str, str] = {
 """Every kind of change with its meaning, those that matter most first."""
 
 _SHOWN = 40
+_ENOUGH = 20
+"""So many ids with the same text in both tell that the tokenizers agree, where neither has a hash of its vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class DiffReport(Report):
         lossy_a: bytes that only A loses.
         lossy_b: bytes that only B loses.
         partial: what could not be compared, in words; empty if everything was.
+        evident: whether the files tell if both tokenizers are the same; where they do not, texts are matched.
     """
 
     a: str
@@ -89,6 +92,7 @@ class DiffReport(Report):
     lossy_a: tuple[int, ...]
     lossy_b: tuple[int, ...]
     partial: str
+    evident: bool = True
 
     def counts(self) -> dict[str, int]:
         """Number of changes of each kind."""
@@ -101,8 +105,9 @@ class DiffReport(Report):
         if self.matched_by == "id":
             said.append("Both have the same tokenizer: tokens are matched by id.")
         else:
+            why = "DIFFERENT TOKENIZERS" if self.evident else "NOT KNOWN whether both have the same tokenizer"
             said.append(
-                f"DIFFERENT TOKENIZERS: tokens are matched by their text; {self.shared:,} texts are in both "
+                f"{why}: tokens are matched by their text; {self.shared:,} texts are in both "
                 f"({self.shared / max(1, self.n_a):.1%} of A, {self.shared / max(1, self.n_b):.1%} of B)."
             )
         said += [f"{n:,} x {CHANGES[kind]}." for kind, n in self.counts().items() if n]
@@ -179,8 +184,9 @@ def side(what: Any, tokenizer_only: bool = False) -> SavedScan:
 
 
 def between(a: SavedScan, b: SavedScan) -> DiffReport:
-    """Compares two scans token by token: by id if both have the same texts, by text otherwise."""
-    by_id = _same_tokenizer(a, b)
+    """Compares two scans token by token: by id if both are known to have the same tokenizer, by text otherwise."""
+    same = _same_tokenizer(a, b)
+    by_id = same is True
     if by_id:
         a, b = _completed(a, b), _completed(b, a)
     pairs = [(i, i) for i in sorted(a.tokens.keys() & b.tokens.keys())] if by_id else _by_text(a, b)
@@ -192,6 +198,7 @@ def between(a: SavedScan, b: SavedScan) -> DiffReport:
         a=_name(a), b=_name(b), matched_by="id" if by_id else "text", n_a=_size(a), n_b=_size(b), shared=len(pairs),
         flagged_a=a.counts(), flagged_b=b.counts(), changes=tuple(changes),
         lossy_a=tuple(sorted(lossy_a - lossy_b)), lossy_b=tuple(sorted(lossy_b - lossy_a)), partial=_partial(a, b),
+        evident=same is not None,
     )  # fmt: skip
 
 
@@ -215,11 +222,16 @@ def _partial(a: SavedScan, b: SavedScan) -> str:
     return " ".join(said)
 
 
-def _same_tokenizer(a: SavedScan, b: SavedScan) -> bool:
+def _same_tokenizer(a: SavedScan, b: SavedScan) -> bool | None:
+    """Whether both have the same tokenizer; None where the files do not tell."""
     if a.complete and b.complete:
         return _texts(a) == _texts(b)
-    both = [(a.text(i), b.text(i)) for i in a.tokens.keys() & b.tokens.keys()]
-    return all(x == y for x, y in both if x and y)
+    if a.vocabulary and b.vocabulary:
+        return a.vocabulary == b.vocabulary
+    both = [(x, y) for i in a.tokens.keys() & b.tokens.keys() if (x := a.text(i)) and (y := b.text(i))]
+    if any(x != y for x, y in both):
+        return False
+    return True if len(both) >= _ENOUGH else None
 
 
 def _completed(scan: SavedScan, other: SavedScan) -> SavedScan:

@@ -34,6 +34,7 @@ class TokenizerFacts:
         n_byte_tokens: single-byte tokens.
         missing_bytes: bytes without such a token; in a byte-level vocabulary they cannot be written at all.
         lossy: bytes of valid text that encode and decode lose.
+        vocabulary: hash of the vocabulary strings, by which two scans tell whether their tokenizers agree.
     """
 
     n_tokens: int
@@ -43,6 +44,7 @@ class TokenizerFacts:
     n_byte_tokens: int
     missing_bytes: tuple[int, ...]
     lossy: tuple[LossyByte, ...]
+    vocabulary: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +221,8 @@ class ScanResult:
         table = self.table
         found = {"token_id": i, "token": table.token[i], "category": table.category[i],
                  "indicator": float(table.indicator[i]), "group": table.group[i],
-                 "is_reference": bool(table.is_reference[i]), "copies": int(table.copies[i])}  # fmt: skip
+                 "is_reference": bool(table.is_reference[i]), "is_byte": bool(table.is_byte[i]),
+                 "copies": int(table.copies[i])}  # fmt: skip
         tested, nature, side = self.tested(i), self.natures.get(i), self.side(i)
         max_prob, verdict = (tested.max_prob, tested.verdict) if tested else (None, "untested")
         found |= {"max_prob": max_prob, "verdict": verdict, "form": tested.form if tested else None,

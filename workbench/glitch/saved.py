@@ -77,6 +77,7 @@ class SavedScan:
         complete: whether every id is here, or only the suspicious and tested ones.
         lossy: bytes of valid text that the tokenizer loses.
         ranked: whether the scan had an indicator that it trusted; without one there are no candidates.
+        vocabulary: hash of the vocabulary strings; empty where the files do not tell.
     """
 
     model: str
@@ -85,6 +86,7 @@ class SavedScan:
     complete: bool
     lossy: tuple[LossyByte, ...]
     ranked: bool
+    vocabulary: str = ""
 
     def flags(self, grades: Iterable[str] = tuple(GRADES)) -> dict[int, str]:
         """Grade of every flagged token id, limited to `grades`.
@@ -131,7 +133,10 @@ def of_report(report: GlitchReport, origin: str = "scanned now") -> SavedScan:
             math.nan if test is None else test.max_prob, "untested" if test is None else test.verdict,
             i in candidates, bool(table.is_reference[i] or table.reserved[i]), bool(table.is_byte[i]),
         )  # fmt: skip
-    return SavedScan(report.model, origin, facts, True, report.tokenizer.lossy, report.indicator is not None)
+    return SavedScan(
+        report.model, origin, facts, True, report.tokenizer.lossy, report.indicator is not None,
+        report.tokenizer.vocabulary,
+    )  # fmt: skip
 
 
 def of_tokenizer(codec: Codec, name: str) -> SavedScan:
@@ -144,7 +149,7 @@ def of_tokenizer(codec: Codec, name: str) -> SavedScan:
         for i, (text, category) in enumerate(zip(vocabulary.text, vocabulary.category, strict=True))
         if category != "no_token"
     }  # fmt: skip
-    return SavedScan(name, "tokenizer alone", facts, True, vocabulary.lossy, False)
+    return SavedScan(name, "tokenizer alone", facts, True, vocabulary.lossy, False, vocabulary.digest)
 
 
 def load_scan(path: str | Path) -> SavedScan:
@@ -171,7 +176,8 @@ def load_scan(path: str | Path) -> SavedScan:
             f"{file.parent} does not hold a readable scan ({type(error).__name__}: {error}). Scan the model again."
         ) from error
     return SavedScan(
-        str(facts["model"]), str(path), tokens, table.is_file(), lossy, facts.get("indicator") is not None
+        str(facts["model"]), str(path), tokens, table.is_file(), lossy, facts.get("indicator") is not None,
+        str(facts["tokenizer"].get("vocabulary", "")),
     )  # fmt: skip
 
 
@@ -211,15 +217,18 @@ def _from_json(facts: Mapping[str, Any]) -> dict[int, TokenFact]:
     for test in verification.get("tested", []):
         i = int(test["token_id"])
         found[i] = TokenFact(
-            i, "", "ok", max_prob=_number(test["max_prob"]), verdict=test["verdict"], candidate=not test["control"]
+            i, "", "", max_prob=_number(test["max_prob"]), verdict=test["verdict"], candidate=not test["control"]
         )
-    for row in facts["candidates"]:
-        i = int(row["token_id"])
-        found[i] = TokenFact(
-            i, shown(row["token"]), row["category"], _number(row["indicator"]), _number(row["max_prob"]),
-            row["verdict"], True, bool(row.get("is_reference")),
-        )  # fmt: skip
+    for kind in ("controls", "unwritable", "candidates"):
+        found |= {int(row["token_id"]): _of_row(row, kind == "candidates") for row in facts.get(kind, [])}
     return found
+
+
+def _of_row(row: Mapping[str, Any], candidate: bool) -> TokenFact:
+    return TokenFact(
+        int(row["token_id"]), shown(row["token"]), row["category"], _number(row["indicator"]),
+        _number(row["max_prob"]), row["verdict"], candidate, bool(row.get("is_reference")), bool(row.get("is_byte")),
+    )  # fmt: skip
 
 
 def _grade_of(verdict: str) -> str | None:

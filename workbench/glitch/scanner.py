@@ -258,6 +258,7 @@ def _facts(vocabulary: Vocabulary, table: TokenTable) -> TokenizerFacts:
         n_tokens=vocabulary.n_tokens, style=vocabulary.style, adds_space=vocabulary.adds_space,
         counts={name: count for name, count in counts.items() if count},
         n_byte_tokens=int((vocabulary.byte >= 0).sum()), missing_bytes=vocabulary.missing_bytes, lossy=vocabulary.lossy,
+        vocabulary=vocabulary.digest,
     )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,6 +83,11 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.raw)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of all vocabulary strings with their ids: the same for the same vocabulary."""
+        return hashlib.sha256(json.dumps(self.raw).encode()).hexdigest()[:16]
 
     @property
     def n_tokens(self) -> int:
