@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from workbench.errors import InvalidInputError
+from workbench.errors import InvalidInputError, ResourceError
 from workbench.saes.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from workbench.saes.config import DEFAULT_BANDWIDTH, DEFAULT_THRESHOLD, SAEConfig
-from workbench.saes.kernels import choose_kernel, measure_kernels, with_kernel
+from workbench.saes.kernels import available_kernels, can_run, choose_kernel, measure_kernels, with_kernel
 
 
 def _topk(config: SAEConfig) -> Architecture:
@@ -71,10 +71,21 @@ class KernelChoice:
 def kernel_for(config: SAEConfig, d_in: int, device: torch.device, known: str | None = None) -> KernelChoice:
     """The kernel that is used: the one that a run began with, the one asked for, or the fastest here.
 
-    A new measurement could choose otherwise than the first, and a run that goes on would differ in the last bits.
+    A new measurement could choose otherwise than the first, and a run that goes on would differ in the last bits. It is
+    made nevertheless where a run goes on at a device that lacks its first kernel; there the bits differ anyway.
+
+    Raises:
+        ResourceError: if the kernel that is asked for can't run on the device.
     """
-    if known is not None or config.kernel != "auto":
-        return KernelChoice(known or config.kernel)
+    wanted = known or config.kernel
+    if wanted != "auto" and can_run(wanted, device):
+        return KernelChoice(wanted)
+    if config.kernel != "auto":
+        raise ResourceError(
+            f"kernel={config.kernel!r} can't run on device {str(device)!r}, where there are "
+            f"{', '.join(available_kernels(device))}. Take one of these or 'auto', in a folder of its own if training "
+            "began with this one."
+        )
     name = choose_kernel(device, d_in, config.d_sae, config.active)
     return KernelChoice(name, measure_kernels(device, d_in, config.d_sae, config.active))
 

@@ -47,6 +47,11 @@ def available_kernels(device: torch.device | str) -> tuple[str, ...]:
     return ("csr", "csr_bf16", "dense", "triton") if has_triton() else ("csr", "csr_bf16", "dense")
 
 
+def can_run(kernel: str, device: torch.device | str) -> bool:
+    """Whether a device has what a kernel needs, which need not be worth measuring there."""
+    return kernel != "triton" or (torch.device(device).type == "cuda" and has_triton())
+
+
 def with_kernel(architecture: Architecture, kernel: str) -> Architecture:
     """The same architecture, its steps computed by a kernel of this name.
 
