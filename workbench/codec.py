@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ class Codec(abc.ABC):
     def normalize(self, text: str) -> str:
         """The text after the tokenizer's own normalisation."""
 
+    def digest(self) -> str:
+        """Twelve hex digits of everything that encoding depends on, as far as it is known."""
+        return _hash(json.dumps([self.raw, sorted(self.special)]))
+
 
 @dataclass(frozen=True)
 class FastCodec(Codec):
@@ -82,6 +87,10 @@ class FastCodec(Codec):
     def normalize(self, text: str) -> str:
         """The text after the tokenizer's own normalisation."""
         return text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
+
+    def digest(self) -> str:
+        """Twelve hex digits of the whole tokenizer."""
+        return _hash(self.backend.to_str())
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,10 @@ def codec_in(path: Path) -> Codec:
             "A folder needs a tokenizer.json; save the tokenizer there with save_pretrained."
         ) from error
     return codec_of(tokenizer)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _by_id(vocab: dict[str, int]) -> tuple[str | None, ...]:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tests.glitch.tiny_vocab import byte_level
 from workbench.cli import main
 from workbench.codec import FastCodec, codec_of
-from workbench.errors import DegenerateInputError, InvalidInputError, MissingFileError
+from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
 from workbench.glitch.adt import AdtItem, AdtOptions, lexicon_of, make_items, read_lexicon
 from workbench.glitch.adt_run import AdtAnswer, load_items, prompts_of, run_adt, save_items, words_of
 from workbench.glitch.spans import encode_spans
@@ -199,6 +199,12 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
     second = Reader(items)
     assert run_adt(second, items, batch_size=4, journal=journal).answers == whole.answers
     assert len(first.asked) == 8 and not set(first.asked) & set(second.asked)
+    other = Reader(items)
+    other.name = "another model"
+    with pytest.raises(MismatchError, match="another model"):
+        run_adt(other, items, journal=journal)
+    with pytest.raises(MismatchError, match="prompts"):
+        run_adt(second, items[:-1], journal=journal)
     with pytest.raises(DegenerateInputError, match="is an attack"):
         run_adt(second, [item for item in items if item.arm == "plain"])
 

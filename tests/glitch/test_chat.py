@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import datetime
+
 import pytest
 import torch
 from tokenizers import Tokenizer, processors
@@ -8,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.glitch.tiny_vocab import SPECIAL, byte_level, sentencepiece
 from workbench.codec import FastCodec
 from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch.chat import chat_text, prompt_set
+from workbench.glitch.chat import SYSTEM, chat_text, prompt_set
 from workbench.glitch.prompts import PROBES, Probe, prompt_hash
 from workbench.glitch.tokenizer import Vocabulary, analyse
 from workbench.tokens import TokenBatch, encode
@@ -47,6 +49,31 @@ class Asked:
     @property
     def vocabulary(self) -> Vocabulary:
         return analyse(FastCodec.of(self.tokenizer.backend_tokenizer))
+
+
+class Tomorrow(datetime.datetime):
+    """A clock that is wrong by years."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+        return cls(2099, 9, 9, tzinfo=tz)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_prompts_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Asked(byte_level(), "Today is {{ strftime_now('%d %b %Y') }}.\n" + PLAIN)
+    today = prompt_set(model, model.vocabulary)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert prompt_hash(prompt_set(model, model.vocabulary).templates) == prompt_hash(today.templates)
+    assert "01 Jan 2025" in chat_text(model.tokenizer, "a", "b")
+
+
+def test_a_template_that_demands_a_system_message_gets_a_short_one() -> None:
+    demands = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    model = Asked(byte_level(), demands + PLAIN)
+    made = prompt_set(model, model.vocabulary)
+    assert made.forms == ("raw", "chat") and made.notes == ()
+    assert chat_text(model.tokenizer, "a", "b") == f"<u>system: {SYSTEM}</u>\n<u>user: a</u>\n<u>assistant: b"
+    assert "system" not in chat_text(Asked(byte_level(), PLAIN).tokenizer, "a", "b")
 
 
 @pytest.mark.parametrize("template", [PLAIN, REFUSES_SYSTEM, CHANNELS, PARTS, TRIMS])

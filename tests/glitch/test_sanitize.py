@@ -13,7 +13,7 @@ from tests.glitch.tiny_vocab import EMBED, WORDS, byte_level, folder, matrix, se
 from tests.tiny import tiny_model
 from workbench.cli import main
 from workbench.codec import FastCodec
-from workbench.errors import DegenerateInputError, InvalidInputError, MissingFileError
+from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
 from workbench.glitch.copying import copy_check, spliced
 from workbench.glitch.prompts import Probe, Template
 from workbench.glitch.sanitize import Sanitizer
@@ -118,6 +118,18 @@ def test_files_become_ids_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "ids.jsonl").write_bytes(whole[: len(whole) // 2])
     again = sanitize_files(sanitizer, paths, tmp_path / "ids.jsonl")
     assert (tmp_path / "ids.jsonl").read_bytes() == whole and again.cuts == report.cuts
+    with pytest.raises(MismatchError, match="tokenizer: file"):
+        sanitize_files(_sanitizer(wordpiece(), "alpha"), paths, tmp_path / "ids.jsonl")
+    with pytest.raises(MismatchError, match="flagged: file"):
+        sanitize_files(_sanitizer(byte_level(), "ember"), paths, tmp_path / "ids.jsonl")
+    with pytest.raises(MismatchError, match="files: file"):
+        sanitize_files(sanitizer, paths[:1], tmp_path / "ids.jsonl")
+    paths[1].write_text("y ember\n" * 50)
+    with pytest.raises(MismatchError, match="files: file"):
+        sanitize_files(sanitizer, paths, tmp_path / "ids.jsonl")
+    (tmp_path / "foreign.jsonl").write_text("{}\n")
+    with pytest.raises(MismatchError, match="nothing"):
+        sanitize_files(sanitizer, paths, tmp_path / "foreign.jsonl")
     with pytest.raises(MissingFileError):
         sanitize_files(sanitizer, [tmp_path / "absent"], tmp_path / "other.jsonl")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from workbench.blocks import Bars, Block, Metric
 from workbench.errors import DegenerateInputError
 from workbench.glitch.adt import AdtItem
+from workbench.glitch.journal import Journal
+from workbench.glitch.probing import dtype_name
 from workbench.glitch.result import shown
 from workbench.progress import task
 from workbench.records import from_jsonable, to_jsonable, write_atomic
@@ -198,6 +201,7 @@ def run_adt(
 
     Raises:
         DegenerateInputError: if there are no attack items.
+        MismatchError: if the journal holds answers of another model, or to other prompts.
     """
     plain = [item for item in items if item.arm == "plain"]
     attacks = [item for item in items if item.arm == "attack"]
@@ -206,7 +210,8 @@ def run_adt(
     shots = plain[:SHOTS]
     asked = [*attacks, *plain[len(shots) :]]
     prompts = prompts_of(asked, shots)
-    said = dict(_read(journal))
+    book = _book(model, prompts, journal)
+    said = {k: str(row["answer"]) for k, row in book.done().items()} if book else {}
     with task(total=len(prompts), description="adversarial tokenization", unit="prompts") as running:
         running.advance(len(said))
         left = [k for k in range(len(prompts)) if k not in said]
@@ -215,7 +220,8 @@ def run_adt(
             written = model.generate([prompts[k] for k in part], _NEW_TOKENS, temperature=0.0, stop=("\n",))
             new = {k: text.split("\n", 1)[0] for k, text in zip(part, written.texts, strict=True)}
             said |= new
-            _append(journal, new)
+            if book is not None:
+                book.append([{"prompt": k, "answer": text} for k, text in new.items()])
             running.advance(len(part))
     answers = tuple(AdtAnswer(item, said[2 * k], said[2 * k + 1]) for k, item in enumerate(asked))
     return AdtReport(model.name, answers)
@@ -246,17 +252,12 @@ def _gold(item: AdtItem) -> list[str]:
     return [item.first.casefold(), item.second.casefold()]
 
 
-def _read(journal: str | Path | None) -> Mapping[int, str]:
-    """Answers of an earlier run; a line that was cut off by a kill is not there."""
-    if journal is None or not Path(journal).is_file():
-        return {}
-    lines = Path(journal).read_text(encoding="utf-8").split("\n")[:-1]
-    return {int(row["prompt"]): str(row["answer"]) for row in map(json.loads, lines)}
-
-
-def _append(journal: str | Path | None, new: Mapping[int, str]) -> None:
-    if journal is not None:
-        file = Path(journal)
-        kept = file.read_text(encoding="utf-8").rpartition("\n") if file.is_file() else ("", "", "")
-        lines = "".join(json.dumps({"prompt": k, "answer": text}) + "\n" for k, text in new.items())
-        write_atomic(file, kept[0] + kept[1] + lines)
+def _book(model: Any, prompts: Sequence[str], path: str | Path | None) -> Journal | None:
+    """The answers of an earlier run of this model on these prompts, and where new ones go."""
+    if path is None:
+        return None
+    key = {
+        "model": str(getattr(model, "fingerprint", model.name)), "dtype": dtype_name(model),
+        "prompts": hashlib.sha256(json.dumps([_NEW_TOKENS, *prompts]).encode()).hexdigest()[:12],
+    }  # fmt: skip
+    return Journal(Path(path), key, row_id="prompt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,10 @@ from workbench.glitch.tokenizer import Vocabulary
 
 Forms = Literal["auto", "raw", "chat", "both"]
 FORMS: dict[str, tuple[Form, ...]] = {"raw": ("raw",), "chat": ("chat",), "both": ("raw", "chat")}
+SYSTEM = "Answer the user."
+"""The system message for templates that demand one."""
+_DAY, _DIRECTIVES = datetime.datetime(2025, 1, 1), "aAbBdHIjmMpSyY"
+"""What day it is for templates that write the date, and what they may ask of it."""
 _MARK = "\u2402\u2403reply\u2403\u2402"
 
 
@@ -98,8 +103,9 @@ def chat_text(tokenizer: Any, user: str, reply: str) -> str:
     """A user's message and the beginning of the assistant's reply, as the chat template writes them.
 
     The reply is rendered as a finished message and cut where its text so far ends, so it stands where the template puts
-    what the assistant finally says, behind any channel or empty thoughts. No system message is given. BOS is left to
-    the template.
+    what the assistant finally says, behind any channel or empty thoughts. No system message is given, unless the
+    template demands one: then a short one. A template that writes the date gets the same day always. BOS is left to the
+    template.
 
     Raises:
         InvalidInputError: if there is no template, or it takes no such messages.
@@ -109,9 +115,10 @@ def chat_text(tokenizer: Any, user: str, reply: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInputError("The tokenizer has no chat template. Use raw prompts, or set tokenizer.chat_template.")
     problem = "it changes or drops the text of the reply"
-    for listed in (False, True):
+    for system, listed in ((False, False), (False, True), (True, False), (True, True)):
         try:
-            text = tokenizer.apply_chat_template(_messages(user, reply + _MARK, listed), tokenize=False)
+            messages = _messages(user, reply + _MARK, listed, SYSTEM if system else "")
+            text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=_timeless(tokenizer))
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             problem = str(error).strip() or type(error).__name__
             continue
@@ -122,7 +129,17 @@ def chat_text(tokenizer: Any, user: str, reply: str) -> str:
     )
 
 
-def _messages(user: str, reply: str, listed: bool) -> list[dict[str, Any]]:
-    """Two messages; `listed` as templates of models with images want them."""
-    turns = (("user", user), ("assistant", reply))
+def _timeless(tokenizer: Any) -> str:
+    """The chat template with a clock that stands still: prompts, and so results, have to be the same tomorrow."""
+    written = tokenizer.get_chat_template()
+    if "strftime_now" not in written:
+        return written
+    # A macro, since transformers lets no function reach a template; the line break is the one that Jinja drops.
+    shown = "".join(f" | replace('%{letter}', '{_DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{shown} }}}}{{% endmacro %}}\n{written}"
+
+
+def _messages(user: str, reply: str, listed: bool, system: str) -> list[dict[str, Any]]:
+    """The messages, `system` first unless it is empty; `listed` as templates of models with images want them."""
+    turns = ((("system", system),) if system else ()) + (("user", user), ("assistant", reply))
     return [{"role": role, "content": [{"type": "text", "text": t}] if listed else t} for role, t in turns]

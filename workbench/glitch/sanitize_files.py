@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,10 +13,12 @@ from typing import Any
 from workbench.activations.files import text_files
 from workbench.blocks import Block, Metric
 from workbench.glitch.copying import CopyCheck
+from workbench.glitch.journal import require_same
 from workbench.glitch.result import shown
 from workbench.glitch.sanitize import Sanitizer
 from workbench.glitch.spans import numbered_texts, windows
 from workbench.progress import track
+from workbench.records import load_json, save_json
 from workbench.report import Report, Section, Table, Text
 from workbench.stats import clopper_pearson
 
@@ -102,13 +105,16 @@ def sanitize_files(
     Args:
         sanitizer: which tokens are cut.
         paths: files, folders or patterns, as `Linter.files` takes them.
-        target: the JSON lines file.
+        target: the JSON lines file; beside it `<name>.key.json` says what its lines depend on.
         column: name of the text in .jsonl and .parquet files.
+
+    Raises:
+        MismatchError: if `target` was written with other flags, for another tokenizer, or from other files.
     """
     file = Path(target)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    done = _mend(file)
     found = text_files(paths)
+    _claim(file, _key(sanitizer, found, column))
+    done = _mend(file)
     every = ((path, number, parts) for path in found for number, parts in numbered_texts(path, column))
     with file.open("a", encoding="utf-8") as out:
         for k, (path, number, parts) in enumerate(track(every, description="sanitize", unit="documents")):
@@ -116,6 +122,23 @@ def sanitize_files(
                 out.write(json.dumps({"file": str(path), "document": number} | _document(sanitizer, parts)) + "\n")
                 out.flush()
     return _summary(sanitizer, file)
+
+
+def _key(sanitizer: Sanitizer, paths: Sequence[Path], column: str) -> dict[str, str]:
+    """Hashes of what the lines depend on; a file counts as changed if its size or time of change differs."""
+    stats = [(str(path), status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),)]
+    parts = {"flagged": sorted(sanitizer.flagged), "files": stats, "column": column}
+    hashes = {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:12] for name, part in parts.items()}
+    return {"tokenizer": sanitizer.codec.digest()} | hashes
+
+
+def _claim(file: Path, key: dict[str, str]) -> None:
+    """Notes what a new file depends on, and refuses one that depends on something else or says nothing about it."""
+    noted = file.with_name(f"{file.name}.key.json")
+    if file.is_file() and file.stat().st_size:
+        require_same(file, load_json(noted) if noted.is_file() else {}, key)
+    else:
+        save_json(noted, key)
 
 
 def _document(sanitizer: Sanitizer, parts: Iterable[str]) -> dict[str, Any]:
