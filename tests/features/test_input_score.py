@@ -13,14 +13,17 @@ from workbench.activations.store import ActivationStore
 from workbench.errors import ShapeError
 from workbench.features.contexts import MISSING
 from workbench.features.input_score import input_score
+from workbench.models.model import Model
 
 SITE = "resid_post.1"
 
 
-def make_store(folder: Path, rows: int = 60, shard_tokens: int = 256) -> ActivationStore:
+def make_store(
+    folder: Path, rows: int = 60, shard_tokens: int = 256, site: str = SITE, model: Model | None = None
+) -> ActivationStore:
     ids = torch.randint(2, 258, (rows, 16), generator=torch.Generator().manual_seed(1))
     options = HarvestOptions(shard_tokens=shard_tokens, batch_tokens=128)
-    return harvest(tiny_model(), TokenRows(ids, batch_rows=8), [SITE], folder, options=options)
+    return harvest(model or tiny_model(), TokenRows(ids, batch_rows=8), [site], folder, options=options)
 
 
 def test_repeated_tokens_count_each_time() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -243,6 +244,43 @@ def test_failures_that_may_pass_are_tried_again_and_others_are_not(monkeypatch: 
             assert "secret" not in str(caught.value)
     with pytest.raises(ModelUnavailableError, match="no connection"):
         judge_at(url, retries=0).answer(["a"])
+
+
+def test_a_refused_prompt_stops_nobody_and_replies_are_kept(tmp_path: Path) -> None:
+    cache = tmp_path / "replies.jsonl"
+    with served((200, said("1")), (400, {}), (200, said("0")), (500, {})) as url:
+        judge = judge_at(url, retries=0, cache=cache)
+        with pytest.raises(ModelUnavailableError, match="status 500"):
+            judge.answer(["a", "b", "c", "d"])
+        asked = len(_Handler.seen)
+        assert judge.answer(["a", "b", "c"]) == [1.0, None, 0.0]
+        assert len(_Handler.seen) == asked, "what is known is not asked again"
+        again = judge_at(url, retries=0, cache=cache)
+        assert again.answer(["c", "b", "a"]) == [0.0, None, 1.0] and len(_Handler.seen) == asked
+    with served((400, {})) as url, pytest.raises(ModelUnavailableError, match="status 400"):
+        judge_at(url).answer(["a", "b", "c", "d"])
+    assert len(_Handler.seen) == 3, "not every prompt is tried at a server that refuses all"
+
+
+def test_probabilities_of_both_spellings_of_a_digit_are_added() -> None:
+    graded = said("1", [("1", math.log(0.3)), (" 1", math.log(0.2)), ("0", math.log(0.5))])
+    chatter = said("Sure", [("Sure", math.log(0.99)), ("0", math.log(0.001))])
+    with served((200, graded), (200, chatter)) as url:
+        assert judge_at(url).answer(["a", "b"]) == [pytest.approx(0.5), None]
+
+
+def test_a_file_judge_is_asked_for_the_controls_in_the_same_round(
+    monkeypatch: pytest.MonkeyPatch, pets: dict[int, Examples], tmp_path: Path
+) -> None:
+    judge = FileJudge(tmp_path)
+    judge_explanations(judge, allowed(monkeypatch), {0: "x"}, pets, VOCABULARY)
+    asked = (tmp_path / PROMPTS_FILE).read_text(encoding="utf-8")
+    assert "token is one of" in asked and "(no description)" in asked
+    ids = [json.loads(line)["id"] for line in asked.splitlines()]
+    lines = [json.dumps({"id": i, "reply": "1"}) for i in ids]
+    (tmp_path / REPLIES_FILE).write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    judge_explanations(judge, allowed(monkeypatch), {0: "x"}, pets, VOCABULARY)
+    assert judge.open_prompts() == 0, "one round is enough"
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "http://me:pw@host/v1", "https://host/v1?key=1", "host"])

@@ -164,7 +164,7 @@ def test_wrong_input_is_refused() -> None:
         output_scores(model, sae, [])
     with pytest.raises(InvalidInputError, match="given twice"):
         output_scores(model, sae, [1, 1])
-    with pytest.raises(MismatchError, match="reads 8 values"):
+    with pytest.raises(MismatchError, match="writes 8 values"):
         output_scores(model, random_sae(d_in=8), site="resid_post.1")
     silent = random_sae()
     silent.b_enc -= 1e6

@@ -79,6 +79,14 @@ def test_every_direction_points_at_the_positives(sign: float) -> None:
         oriented(torch.zeros(6), a, b)
 
 
+def test_special_tokens_are_no_concept_however_short_the_texts() -> None:
+    positives = [torch.tensor([0, *([7] * 3), 8, 9, 10]) for _ in range(20)]
+    negatives = [torch.tensor([0, *range(11, 51)]) for _ in range(20)]
+    assert 0 in concept_tokens(positives, negatives, 60, k=6)
+    found = concept_tokens(positives, negatives, 60, k=6, without=[0])
+    assert set(found.tolist()) == {7, 8, 9, 10}, "tokens that the positive texts do not hold are none either"
+
+
 def test_concept_tokens_are_frequent_on_one_side_only() -> None:
     g = torch.Generator().manual_seed(0)
     common = [torch.randint(0, 30, (50,), generator=g) for _ in range(8)]

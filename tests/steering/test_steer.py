@@ -22,7 +22,7 @@ from workbench.progress import task
 from workbench.steering import SteerOptions, kl_divergence, steer
 from workbench.steering.arms import Arm
 from workbench.steering.build import build_report
-from workbench.steering.steer import matched_features
+from workbench.steering.steer import frequency_ratio, matched_features
 from workbench.steering.sweep import Harm, Pushes, Sweep
 
 PROMPTS = ("one day", "the", "for now, I", "he said", "two", "what a")
@@ -193,6 +193,22 @@ def test_harm_is_the_change_of_the_loss_on_plain_text() -> None:
             edited = model.loss(texts).nanmean(1)
         assert np.allclose(found[i], (edited - model.loss(texts).nanmean(1)).numpy(), atol=1e-3)
         assert abs(found[i]).min() > 1e-3
+
+
+def test_matches_are_near_at_both_ends_of_the_frequencies() -> None:
+    import pandas as pd
+
+    sae = random_sae(d_sae=4096)
+    frequency = np.exp(np.random.default_rng(0).normal(-6, 2, 4096)).clip(max=0.9)
+    table = FeatureTable(pd.DataFrame({"feature": range(4096), "frequency": frequency}), {}, {})
+    order = np.argsort(frequency)
+    for group in (order[50:70], order[2000:2020], order[-120:-100]):
+        found, known = matched_features(sae, group.tolist(), [], replace(OPTIONS, table=table))
+        ratio = frequency_ratio(table, group.tolist(), found)
+        assert known and ratio is not None and ratio < 1.25
+    assert frequency_ratio(None, [1], [2]) is None
+    pair = FeatureTable(pd.DataFrame({"feature": [0, 1], "frequency": [0.1, 0.4]}), {}, {})
+    assert frequency_ratio(pair, [0], [1]) == pytest.approx(4.0)
 
 
 def test_random_features_are_of_like_frequency() -> None:

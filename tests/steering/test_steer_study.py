@@ -97,6 +97,16 @@ def test_cooccurrence_is_measured_against_independence() -> None:
     assert cooccurrence_claim([depth(LOW, half)], OPTIONS).verdict == "not clear"
 
 
+def test_scores_that_both_rise_with_depth_do_not_make_a_cooccurrence() -> None:
+    few, many = (np.where(np.arange(100) < n, 0.5, 0.0) for n in (10, 60))
+    shuffled = np.random.default_rng(0).permutation
+    depths = [depth(few, shuffled(few)), depth(many, shuffled(many))] * 3
+    claim = cooccurrence_claim(depths, OPTIONS)
+    assert claim.verdict == "not clear" and claim.value.low < 1 < claim.value.high
+    assert claim.control.value == pytest.approx(1.0, abs=0.05)
+    assert "all depths as one 1." in claim.note and "[1." in claim.note.split("all depths as one")[1]
+
+
 def test_no_cooccurrence_where_none_was_to_be_expected_proves_nothing() -> None:
     assert observed_over_expected(0, 1.0).high > 1
     assert observed_over_expected(0, 10.0).high < 1

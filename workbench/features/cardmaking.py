@@ -18,7 +18,7 @@ from workbench.features.cards import Explanation, FeatureCard, LensToken, Neighb
 from workbench.features.cardset import CardSet
 from workbench.features.examples import ExampleOptions
 from workbench.features.explain import explain_by_rules, score_rules
-from workbench.features.lens import LensEnds, LensTokens, feature_ids, lens_ends, target_site
+from workbench.features.lens import LensEnds, LensTokens, feature_ids, in_residual, lens_ends, writes_at
 from workbench.features.neighbours import NeighbourOptions, activation_neighbours, decoder_neighbours
 from workbench.features.passes import SAEFeatures
 from workbench.features.sampling import MISSING
@@ -27,6 +27,7 @@ from workbench.features.vocab import Vocabulary
 from workbench.features.windows import FeatureWindows, WindowOptions, WindowTable, bin_edges, collect_windows
 from workbench.interventions import saecode
 from workbench.models.model import Model
+from workbench.saes.io import check_sae_fits
 
 DENSE_SHARE = 0.1
 """A feature that is active on more than this share of the tokens is dense."""
@@ -87,18 +88,21 @@ def feature_cards(
         UnknownSiteError: if the site is not stored.
     """
     options = options or CardOptions()
-    where, ids = target_site(model, sae), feature_ids(sae, features)
+    where, ids = model.resolve(check_sae_fits(model, sae)), feature_ids(sae, features)
     store.check_model(model)
+    if table is not None:
+        table.check(model, sae)
     found = collect_windows(store, str(where), SAEFeatures(sae, ids), options.windows)
     rows = saecode.decoder_rows(sae, ids).cpu()
-    ends = _lens(model, rows, options.lens_k)
+    ends = _lens(model, rows, options.lens_k) if in_residual(writes_at(model, sae, where)) else None
+    vocabulary = Vocabulary.of(model.tokenizer).padded(model.d_vocab)
     explanations: dict[int, Explanation] = {}
     if options.explain:
-        rules = explain_by_rules(found, ids, model.tokenizer, options.examples)
-        explanations = score_rules(rules, model.tokenizer, seed=options.examples.seed)
+        rules = explain_by_rules(found, ids, vocabulary, options.examples)
+        explanations = score_rules(rules, vocabulary, seed=options.examples.seed)
     every = saecode.decoder_rows(sae, torch.arange(int(sae.W_dec.shape[0])))
     made = _Made(
-        ids, found, Vocabulary.of(model.tokenizer), ends, rows.norm(dim=1),
+        ids, found, vocabulary, ends, rows.norm(dim=1),
         activation_neighbours(found.co, ids, options.neighbours), decoder_neighbours(every, ids, options.neighbours),
         explanations, _scores(table, ids), options,
     )  # fmt: skip
@@ -154,10 +158,7 @@ def bars(counts: Int[Tensor, " bins"]) -> tuple[tuple[float, float, int], ...]:
     return tuple((edges[i], edges[j], int(counts[i:j].sum())) for i, j in ends)
 
 
-def _lens(model: Model, rows: Float[Tensor, "features d"], k: int) -> LensEnds | None:
-    """The lens of every feature, or None where the SAE does not write to the residual stream's width."""
-    if rows.shape[1] != model.d_model:
-        return None
+def _lens(model: Model, rows: Float[Tensor, "features d_model"], k: int) -> LensEnds:
     zero = rows.norm(dim=1) == 0
     # A zero row promotes nothing; any direction keeps the table in shape, its tokens are not shown.
     rows = torch.where(zero[:, None], torch.ones_like(rows), rows)

@@ -14,6 +14,8 @@ from workbench.features.passes import SAEFeatures
 from workbench.features.sampling import MISSING as MISSING
 from workbench.features.windows import FeatureWindows, WindowOptions, collect_windows
 
+_MARK = "\u2063"
+
 
 @dataclass(frozen=True)
 class ContextOptions:
@@ -96,6 +98,24 @@ def top_contexts(
     return TopContexts(found.top.peaks, tokens, rows, positions, found.frequency, found.max_act, found.n_tokens, texts)
 
 
+def marked(before: str, token: str, after: str) -> str:
+    """A context with its token between « and »; with an invisible character inside where the text has such marks too.
+
+    >>> marked("a ", "b", " c"), unmarked(marked("«x» ", "b", " »"))
+    ('a «b» c', ('«x» ', 'b', ' »'))
+    """
+    mark = _MARK if "«" in before or "»" in token else ""
+    return f"{before}«{mark}{token}{mark}»{after}"
+
+
+def unmarked(context: str) -> tuple[str, str, str]:
+    """What stands before the token of a context, the token, and what stands behind it."""
+    mark = _MARK if f"«{_MARK}" in context else ""
+    before, _, rest = context.partition(f"«{mark}")
+    token, _, after = rest.partition(f"{mark}»")
+    return before, token, after
+
+
 def _texts(
     found: FeatureWindows, tokenizer: Any, rows: Tensor, positions: Tensor, options: ContextOptions
 ) -> tuple[tuple[str, ...], ...]:
@@ -105,5 +125,5 @@ def _texts(
         row, at = found.ids(int(rows[feature, rank])), int(positions[feature, rank])
         before = tokenizer.decode(row[max(0, at - options.before) : at])
         after = tokenizer.decode(row[at + 1 : at + 1 + options.after])
-        texts[feature].append(f"{before}«{tokenizer.decode(row[at : at + 1])}»{after}")
+        texts[feature].append(marked(before, tokenizer.decode(row[at : at + 1]), after))
     return tuple(tuple(feature) for feature in texts)

@@ -8,6 +8,7 @@ read is counted and shown; beyond a tenth of such answers there is no score.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -30,6 +31,8 @@ MOST_FAILED = 0.1
 """Share of unreadable answers beyond which there is no score."""
 GATE_MARGIN = 0.2
 """By how much the AUROC with the true explanation must exceed that with another unit's, interval included."""
+_REPLY = re.compile(r"\W*(?:(?:answer|reply)\W+)?([01])(?!\w|[.,]\d)", re.IGNORECASE)
+_DIGIT = re.compile(r"(?<!\w)([01])(?!\w)")
 NOT_NEEDED = ("position",)
 """Families that are measured but not needed: a window does not show where in its row it stands."""
 
@@ -49,15 +52,17 @@ class Judge(Protocol):
 
 
 def parse_reply(text: str) -> float | None:
-    """1.0 or 0.0 if a reply begins with that digit alone, else None.
+    """1.0 or 0.0 if a reply begins with that digit alone, bold or after "Answer:", and does not name both; else None.
 
-    >>> parse_reply(" 1."), parse_reply("0"), parse_reply("10"), parse_reply("Sure! 1")
-    (1.0, 0.0, None, None)
+    >>> parse_reply(" 1."), parse_reply("**0**"), parse_reply("Answer: 1")
+    (1.0, 0.0, 1.0)
+    >>> parse_reply("10"), parse_reply("0.9"), parse_reply("1 or 0?"), parse_reply("Sure! 1")
+    (None, None, None, None)
     """
-    text = text.strip()
-    if text[:1] not in ("0", "1") or text[1:2].isalnum():
+    found = _REPLY.match(text)
+    if found is None or set(_DIGIT.findall(text)) != {found[1]}:
         return None
-    return float(text[0])
+    return float(found[1])
 
 
 def detection_prompt(explanation: str, window: str) -> str:
@@ -312,16 +317,19 @@ def _judged(
             notes.append(f"no window for {kind}")
             continue
         asking = _Asking(judge, kind, items, vocabulary)
+        # All at once, so that whoever answers from files is asked once.
         answers = asking.answers(text)
+        compared = {name: asking.answers(other) for name, other in others.items()}
         scores[f"{kind}: failed replies"] = wilson(answers.failed, len(items), unit="windows")
         if answers.failed > MOST_FAILED * len(items):
             notes.append(f"{kind}: {answers.failed} of {len(items)} replies could not be read")
             continue
         scores.update(_values(kind, items, answers))
-        for name, other in others.items():
-            control = asking.answers(other)
+        for name, control in compared.items():
             if control.failed <= MOST_FAILED * len(items):
                 controls |= {f"{name}: {score}": value for score, value in _values(kind, items, control).items()}
+            else:
+                notes.append(f"{kind} without the control {name!r}: {control.failed} replies could not be read")
     return scores, controls, notes
 
 

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ from workbench.progress import track
 
 PROMPTS_FILE = "export-prompts.jsonl"
 REPLIES_FILE = "import-replies.jsonl"
+REFUSALS = ("status 400", "status 413", "status 422")
+"""What a server says of a single prompt, such as one that its filter stops or that is too long."""
+ALL_REFUSED = 3
+"""So many refusals without a reply before them are taken as the server's word on all prompts."""
+LEAST_MASS = 0.05
+"""Probability of the two digits together below which a reply is read as text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,8 @@ class HTTPJudge:
         retries: further attempts after a failure that may pass (no connection, 408, 409, 429, 5xx).
         wait: seconds before the first further attempt; doubled each time.
         logprobs: ask for log-probabilities, which give graded answers where the server has them.
+        cache: file in which replies are kept as they come, one JSON line each; what it holds is not asked again.
+            Without it this object alone remembers them.
     """
 
     url: str
@@ -94,6 +102,8 @@ class HTTPJudge:
     retries: int = 3
     wait: float = 1.0
     logprobs: bool = True
+    cache: str | Path | None = None
+    _known: dict[str, float | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
@@ -111,27 +121,52 @@ class HTTPJudge:
         return f"{self.model} at {urllib.parse.urlsplit(self.url).hostname}"
 
     def answer(self, prompts: Sequence[str]) -> list[float | None]:
-        """One request per prompt, at temperature 0.
+        """One request per prompt, at temperature 0; None where the server refuses one prompt and answers others.
 
         Raises:
-            ModelUnavailableError: if the server refuses, or fails after all attempts.
+            ModelUnavailableError: if the server refuses all, or fails after all attempts; what it answered is kept.
+            CorruptFileError: if a line of the cache is not what it should be.
         """
-        return [self._read(self._post(prompt)) for prompt in track(prompts, description=self.name, unit="replies")]
+        if self.cache is not None and not self._known:
+            self._known.update(self._cached(Path(self.cache)))
+        refused = 0
+        found: list[float | None] = []
+        for prompt in track(prompts, description=self.name, unit="replies"):
+            key = prompt_id(f"{self.url} {self.model} {self.logprobs} {prompt}")
+            if key not in self._known:
+                reply, problem = self._post(prompt)
+                refused += problem is not None
+                if problem and refused == len(found) + 1 >= min(ALL_REFUSED, len(prompts)):
+                    raise self._unavailable(problem)
+                self._keep(key, None if problem is not None else self._read(reply))
+            found.append(self._known[key])
+        return found
+
+    def _cached(self, path: Path) -> dict[str, float | None]:
+        return {key: None if p == "None" else float(p) for key, p in _lines(path, "p").items()}
+
+    def _keep(self, key: str, p: float | None) -> None:
+        self._known[key] = p
+        if self.cache is not None:
+            Path(self.cache).parent.mkdir(parents=True, exist_ok=True)
+            with open(self.cache, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": key, "p": p}) + "\n")
 
     def _read(self, reply: Any) -> float | None:
         try:
             choice = reply["choices"][0]
             text = choice["message"]["content"]
             tops = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
-            p = {str(top["token"]).strip(): math.exp(top["logprob"]) for top in reversed(tops)}
+            p = [(str(top["token"]).strip(), math.exp(top["logprob"])) for top in tops]
         except (KeyError, IndexError, TypeError, AttributeError):
             return None
-        digits = [p.get(digit, 0.0) for digit in "01"]
-        if sum(digits) > 0:
+        digits = [sum(value for token, value in p if token == digit) for digit in "01"]
+        if sum(digits) >= LEAST_MASS:
             return digits[1] / sum(digits)
         return parse_reply(text) if isinstance(text, str) else None
 
-    def _post(self, prompt: str) -> Any:
+    def _post(self, prompt: str) -> tuple[Any, str | None]:
+        """The reply, or why the server refuses this prompt."""
         body: dict[str, Any] = {
             "model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 4,
         }  # fmt: skip
@@ -145,13 +180,16 @@ class HTTPJudge:
         problem: str | None = None
         for attempt in range(self.retries + 1):
             problem, passing, reply = self._attempt(request)
-            if problem is None:
-                return reply
+            if problem is None or problem in REFUSALS:
+                return reply, problem
             if not passing:
                 break
             if attempt < self.retries:
                 time.sleep(self.wait * 2**attempt)
-        raise ModelUnavailableError(
+        raise self._unavailable(problem)
+
+    def _unavailable(self, problem: str | None) -> ModelUnavailableError:
+        return ModelUnavailableError(
             f"{self.name} gave no reply ({problem}). Check the address, the model's name and the variable "
             f"{self.key_variable}, or use FileJudge."
         )
@@ -223,7 +261,8 @@ def _lines(path: Path, key: str) -> dict[str, str]:
     found: dict[str, str] = {}
     if not path.is_file():
         return found
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Split at line feeds alone: JSON may hold other characters that Python takes for the end of a line.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

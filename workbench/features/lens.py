@@ -12,9 +12,12 @@ from torch import Tensor
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
+from workbench.saes.formats.names import named_target
 from workbench.saes.io import check_sae_fits
 
 _SLAB_VALUES = 2**24
+IN_RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+"""Kinds of sites whose activations are in the coordinates of the residual stream, which the lens reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +94,39 @@ def target_site(model: Model, sae: Any, site: str | Site | None = None) -> Site:
     """Where the features of an SAE are read and written: the SAE's own site, or the one that is named.
 
     Raises:
-        MismatchError: if the SAE belongs to another model or has another width than the site.
+        MismatchError: if the SAE belongs to another model, has another width than the site, writes elsewhere than it
+            reads (a transcoder), or writes in other coordinates than those of the residual stream, so that its decoder
+            rows promote no tokens.
         UnknownSiteError: if the model does not have the site.
     """
-    if site is None:
-        return model.resolve(check_sae_fits(model, sae))
-    resolved = model.resolve(site)
-    d_in, width = int(sae.W_dec.shape[1]), model.width(resolved)
-    if d_in != width:
-        raise MismatchError(f"This SAE reads {d_in} values; site {resolved} of {model.name} has width {width}.")
+    resolved = model.resolve(check_sae_fits(model, sae) if site is None else site)
+    d_out, width = int(sae.W_dec.shape[1]), model.width(resolved)
+    if d_out != width:
+        raise MismatchError(f"This SAE writes {d_out} values; site {resolved} of {model.name} has width {width}.")
+    written = writes_at(model, sae, resolved)
+    if written != resolved:
+        raise MismatchError(
+            f"This is a transcoder: it reads {resolved} and writes {written}, so its features can't be edited where "
+            "they are read. Give an SAE; feature_cards shows what a transcoder reads and promotes."
+        )
+    if not in_residual(resolved):
+        raise MismatchError(
+            f"Decoder rows at {resolved} are not in the coordinates of the residual stream, so no tokens can be read "
+            f"off them. Output scores and steering need an SAE at one of {', '.join(IN_RESIDUAL)}; for others use "
+            "SAEClamp, SAEScale or SAEAblate in an Intervention."
+        )
     return resolved
+
+
+def writes_at(model: Model, sae: Any, read: Site) -> Site:
+    """The site that decoder rows belong to: another one than is read for a transcoder."""
+    known = getattr(getattr(sae, "cfg", None), "metadata", None) is not None
+    return (model.resolve(named_target(sae) or read)) if known else read
+
+
+def in_residual(site: Site) -> bool:
+    """Whether activations there are in the coordinates of the residual stream."""
+    return site.head is None and site.kind in IN_RESIDUAL
 
 
 def feature_ids(sae: Any, features: Any = None) -> Int[Tensor, " features"]:

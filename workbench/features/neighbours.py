@@ -80,12 +80,12 @@ def decoder_neighbours(
     of the model; where activations say something else, believe those.
     """
     options = options or NeighbourOptions()
-    W = W_dec.detach().float().cpu()
+    W = torch.nn.functional.normalize(W_dec.detach().float().cpu(), dim=1)
     null = _decoder_null(W, options)
     found: list[tuple[Neighbour, ...]] = []
     for block in _blocks(len(ids), len(W)):
         chosen = ids[torch.from_numpy(block)]
-        near = cosines(W[chosen], W)
+        near = W[chosen] @ W.T
         near[torch.arange(len(chosen)), chosen] = -torch.inf
         values, columns = near.topk(min(options.n, len(W) - 1), dim=1)
         for row, others in zip(values.tolist(), columns.tolist(), strict=True):

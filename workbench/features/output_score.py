@@ -13,6 +13,7 @@ from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.features.lens import LensTokens, feature_ids, lens_tokens, slab_rows, target_site
 from workbench.features.resume import LastToken, fp32_copy
 from workbench.hooks.sites import Site
+from workbench.interventions.saecode import decoder_rows, encode, output_scale
 from workbench.models.model import Model
 from workbench.progress import Task, task
 
@@ -71,7 +72,8 @@ class OutputScores:
         bound: an upper bound on `score`; the score itself where it was computed.
         token: t* on the first prompt, the most probable lens token of the steered model (by the bound's partial logits
             where screened).
-        a_max: the activation that strengths multiply, in the SAE's units; mean over prompts.
+        a_max: what strengths multiply, the largest activation (times the scale of the SAE's output, where it normalises
+            its input); mean over prompts.
         lens: the lens tokens of each direction.
         skipped_blocks: whether the blocks before the site were computed once instead of per edit.
         by_prompt: `score` on each prompt.
@@ -144,7 +146,7 @@ def output_scores(
     "In my experience," (text).
     """
     ids = feature_ids(sae, features)
-    return direction_scores(model, sae, sae.W_dec.detach()[ids], site, options)
+    return direction_scores(model, sae, decoder_rows(sae, ids), site, options)
 
 
 def output_score(model: Model, sae: Any, feature: int, **kwargs: Any) -> float:
@@ -225,8 +227,7 @@ def _score_prompt(model: Model, sae: Any, wanted: _Wanted, options: OutputOption
 
 def _largest_activation(sae: Any, x: Tensor, prompt: str) -> float:
     with torch.no_grad():
-        acts = sae.encode(x[None].to(sae.W_dec))
-    a_max = float(acts.max())
+        a_max = float(encode(sae, x[None]).max() * output_scale(sae, x[None]))
     if not a_max > 0:
         raise DegenerateInputError(
             f"No feature of this SAE is active at the last token of {prompt!r}, so there is no scale to steer with. "
@@ -249,7 +250,7 @@ def _score_part(
     score = torch.full((len(hidden),), float("nan"), device=hidden.device)
     sure = score.clone()
     for some in survivors.split(slab_rows(run.logits.shape[0])):
-        logits = run.head.all(hidden[some])
+        logits = run.head.exact(hidden[some])
         score[some], token[some] = rank_score(logits, lens_ids[some])
         sure[some] = confidence(logits, options.confidence_k)
     bound[survivors] = score[survivors]

@@ -17,9 +17,12 @@ from workbench.features.lens import feature_ids, lens_tokens, target_site
 from workbench.features.output_score import OutputOptions, OutputScores, direction_scores
 from workbench.features.table import FeatureTable
 from workbench.hooks.sites import Site
+from workbench.interventions.saecode import decoder_rows, sae_fingerprint
 from workbench.models.model import Model
 
 SCORES = ("input", "output")
+_OF_DECODER = ("input_score", "output_score", "output_score_delta", "confidence_delta")
+"""Columns that have no value for a feature whose decoder row is zero."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,23 @@ def score_features(
     if not scores or (store is None and "output" not in scores):
         raise InvalidInputError(f"scores={tuple(scores)!r}, store={store}: nothing to do. Input scores need a store.")
     where, ids = target_site(model, sae, site), feature_ids(sae, features)
+    rows = decoder_rows(sae, ids)
+    zero = rows.norm(dim=1) == 0
+    # A zero row writes nothing: any direction keeps the arrays in shape, and its scores become nan.
+    rows = torch.where(zero[:, None], torch.ones_like(rows), rows)
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
     outputs = random = contexts = None
     if "output" in scores:
         how = OutputOptions(
             prompts[0] if len(prompts) == 1 else prompts, strength, options.k, options.rows, options.precision
         )
-        outputs = direction_scores(model, sae, sae.W_dec.detach()[ids], where, how)
+        outputs = direction_scores(model, sae, rows, where, how)
         if options.random_directions:
-            random = direction_scores(model, sae, random_like(sae.W_dec.detach(), options), where, how)
+            random = direction_scores(model, sae, random_like(rows[~zero], options), where, how)
     if store is not None:
         store.check_model(model)
         contexts = top_contexts(store, sae, model.tokenizer, ids, str(where), options.contexts)
-    lens_ids = (outputs.lens if outputs else lens_tokens(model, sae.W_dec.detach()[ids], options.k)).ids.cpu()
+    lens_ids = (outputs.lens if outputs else lens_tokens(model, rows, options.k)).ids.cpu()
     meta = _meta(model, sae, where, options, strength) | {
         "prompt": prompts[0] if len(prompts) == 1 else list(prompts),
         "a_max": outputs.a_max if outputs else None, "n_tokens": contexts.n_tokens if contexts else 0,
@@ -102,7 +109,9 @@ def score_features(
     }  # fmt: skip
     inputs, shuffled = _input_scores(contexts if "input" in scores else None, lens_ids, options)
     controls = {"shuffled_input_score": shuffled, "random_output_score": tuple(random.score.tolist()) if random else ()}
-    return FeatureTable(_frame(model.tokenizer, ids, lens_ids, inputs, outputs, contexts), meta, controls)
+    frame = _frame(model.tokenizer, ids, lens_ids, inputs, outputs, contexts)
+    frame.loc[zero.cpu().numpy(), list(_OF_DECODER)] = float("nan")
+    return FeatureTable(frame, meta, controls)
 
 
 def random_like(directions: Tensor, options: ScoreOptions) -> Tensor:
@@ -118,7 +127,7 @@ def _meta(model: Model, sae: Any, site: Site, options: ScoreOptions, strength: f
     precision = "float32" if options.precision == "float32" else str(model.dtype).removeprefix("torch.")
     return {
         "model": model.name, "model_fingerprint": model.fingerprint, "site": str(site),
-        "d_sae": int(sae.W_dec.shape[0]),
+        "d_sae": int(sae.W_dec.shape[0]), "sae": sae_fingerprint(sae),
         "strength": strength, "k": options.k, "precision": precision,
         "min_contexts": options.contexts.min_contexts, "contexts": asdict(options.contexts), "seed": options.seed,
         "output_score": "steered model only (as in the paper's code); output_score_delta subtracts the unsteered model",

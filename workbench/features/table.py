@@ -15,11 +15,13 @@ from workbench.errors import (
     CorruptFileError,
     DegenerateInputError,
     InvalidInputError,
+    MismatchError,
     MissingFileError,
     UnknownNameError,
     did_you_mean,
 )
 from workbench.features.report import FeatureScoreReport, score_report
+from workbench.interventions.saecode import sae_fingerprint
 from workbench.records import load_json, save_json, write_atomic
 
 TABLE_FILE = "features.parquet"
@@ -47,6 +49,23 @@ class FeatureTable:
 
     def __len__(self) -> int:
         return len(self.df)
+
+    def check(self, model: Any, sae: Any) -> None:
+        """Refuses a table that was made with another model or SAE; what a table does not say is not checked.
+
+        Raises:
+            MismatchError: naming what differs.
+        """
+        here = {
+            "model_fingerprint": model.fingerprint, "d_sae": int(sae.W_dec.shape[0]), "sae": sae_fingerprint(sae),
+        }  # fmt: skip
+        wrong = [f"{key} {self.meta[key]} (here {value})" for key, value in here.items()
+                 if self.meta.get(key) not in (None, value)]  # fmt: skip
+        if wrong:
+            raise MismatchError(
+                f"This feature table is of {self.meta.get('model')}, {self.meta.get('site')}: {', '.join(wrong)}. "
+                "Score the features of this SAE with `workbench features score`."
+            )
 
     def row(self, feature: int) -> Any:
         """The row of one feature.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from workbench.features.cards import FeatureCard, LensToken, Window
-from workbench.features.contexts import MISSING
+from workbench.features.contexts import MISSING, unmarked
 from workbench.features.table import FeatureTable
 
 _NOT_SCORES = ("feature", "frequency", "max_act", "n_contexts")
@@ -65,9 +65,7 @@ def _card(row: dict[str, Any], n_tokens: int) -> FeatureCard:
 
 
 def _window(text: str, peak: float) -> Window:
-    """A context whose activating token stands between « and »."""
-    before, _, rest = text.partition("«")
-    token, _, after = rest.partition("»")
+    before, token, after = unmarked(text)
     parts: list[tuple[str, float | None]] = [(before, None)] if before else []
     place = len(parts)
     parts += [(token, peak), (after, None)] if after else [(token, peak)]

@@ -86,6 +86,15 @@ class Vocabulary:
         """
         return cls(tuple(texts), tuple(t.strip().lower() if _is_word(t) else "" for t in texts))
 
+    def padded(self, n: int) -> Vocabulary:
+        """The same with at least n ids; rows of an embedding beyond the tokenizer have no text and are in no class.
+
+        >>> Vocabulary.of_texts(["a"]).padded(2).text(1)
+        '⟨1⟩'
+        """
+        more = ("",) * (n - len(self))
+        return Vocabulary(self.texts + more, self.stems + more) if more else self
+
     def __len__(self) -> int:
         return len(self.texts)
 
@@ -95,12 +104,12 @@ class Vocabulary:
         return float(np.log2(max(len(self), 2)))
 
     def text(self, token_id: int) -> str:
-        """Text of a token."""
-        return self.texts[token_id]
+        """Text of a token; its number where it has none."""
+        return self.texts[token_id] or f"⟨{token_id}⟩"
 
     def quoted(self, ids: tuple[int, ...], limit: int = 12) -> str:
         """A list of tokens for people, each in quotes."""
-        shown = ", ".join(repr(self.texts[i]) for i in ids[:limit])
+        shown = ", ".join(repr(self.text(i)) for i in ids[:limit])
         return shown + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
 
     def mask(self, name: str) -> np.ndarray:

@@ -63,7 +63,10 @@ class WindowOptions:
         return self.before + 1 + self.after
 
     def memory(self, n_features: int) -> int:
-        """Bytes that the pass keeps, whatever the number of tokens; twice that while entries are settled."""
+        """Bytes that the pass keeps, whatever the number of tokens; twice that while entries are settled.
+
+        Beside it stand the dense activations of the chunk that is being read, 4 bytes per token and feature.
+        """
         entry = 8 + 4 * len(_COLUMNS) + 4 * self.width
         return n_features * ((self.top + self.sample) * entry + 2 * 4 * N_BINS + self.background) + 24 * self.co_entries
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -57,6 +58,15 @@ def output_scale(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"] |
     if kind == "layer_norm":
         return (x - x.mean(-1, keepdim=True)).std(-1, keepdim=True)
     return 1.0
+
+
+def sae_fingerprint(sae: Any) -> str:
+    """Changes with any entry of the decoder or the encoder, bfloat16 rounding apart; 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in ("W_dec", "W_enc"):
+        if (matrix := getattr(sae, name, None)) is not None:
+            digest.update(matrix.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _kind(sae: Any) -> str:

@@ -109,7 +109,10 @@ def features_of(sae: Any, features: Sequence[int] | Tensor) -> Int[Tensor, "*row
         InvalidInputError: if a feature does not exist.
         ShapeError: for more axes.
     """
-    ids = torch.as_tensor(features, dtype=torch.long)
+    try:
+        ids = torch.as_tensor(features, dtype=torch.long)
+    except (OverflowError, RuntimeError, ValueError) as error:  # by which of them depends on how large they are
+        raise InvalidInputError(f"features={features!r}: these are no feature numbers ({error}).") from None
     if ids.ndim not in (1, 2):
         raise ShapeError(f"features: shape {tuple(ids.shape)}; give (f,) for all rows or (rows, f) for each row.")
     d_sae = sae.W_dec.shape[0]

@@ -36,6 +36,12 @@ class Head:
         head = self._unembed
         return self.finish(nn.functional.linear(hidden, head.weight, head.bias))
 
+    def exact(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+        """The logits of every token with products in fp32, whatever the model's dtype, as `some` and `shared` have."""
+        head = self._unembed
+        bias = None if head.bias is None else head.bias.float()
+        return self.finish(nn.functional.linear(hidden.float(), head.weight.float(), bias))
+
     def some(self, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """The logits of a few tokens, other ones for each row."""
         head = self._unembed

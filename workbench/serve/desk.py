@@ -50,8 +50,8 @@ class Desk:
                 loop.call_soon_threadsafe(said.put_nowait, event)
 
         try:
-            future = self._worker.submit(_make, work, say, stop.is_set)
-            future.add_done_callback(lambda done: self._leave(name, done, say))
+            future = self._worker.submit(self._make, name, work, say, stop.is_set)
+            future.add_done_callback(lambda done: self._look_after(name, done, say))
             yield {"kind": "waiting", "ahead": ahead}
             while True:
                 event = await said.get()
@@ -88,26 +88,30 @@ class Desk:
             self._stops[name] = stop
             return stop, ahead
 
-    def _leave(self, name: str, done: Future[None], say: Say) -> None:
+    def _make(self, name: str, work: Work, say: Say, stopped: Callable[[], bool]) -> None:
+        """Does the work and says how it ended; what nobody expected is said and raised."""
+        try:
+            if stopped():
+                raise Stopped
+            last = {"kind": "done", "result": work(say, stopped)}
+        except Stopped:
+            last = {"kind": "stopped"}
+        except WorkbenchError as error:
+            last = {"kind": "error", "message": str(error)}
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}. This was not expected; the terminal shows where it happened."
+            self._leave(name, say, {"kind": "error", "message": what})
+            raise
+        self._leave(name, say, last)
+
+    def _leave(self, name: str, say: Say, last: Event) -> None:
+        # First the name, then the last word: whoever hears it may use the name again.
         with self._lock:
             del self._stops[name]
+        say(last)
+
+    def _look_after(self, name: str, done: Future[None], say: Say) -> None:
         if done.cancelled():
-            say({"kind": "stopped"})
+            self._leave(name, say, {"kind": "stopped"})
         elif (error := done.exception()) is not None:
             _LOG.error("a run of the playground failed", exc_info=error)
-
-
-def _make(work: Work, say: Say, stopped: Callable[[], bool]) -> None:
-    """Does the work and says how it ended; what nobody expected is said and raised."""
-    try:
-        if stopped():
-            raise Stopped
-        say({"kind": "done", "result": work(say, stopped)})
-    except Stopped:
-        say({"kind": "stopped"})
-    except WorkbenchError as error:
-        say({"kind": "error", "message": str(error)})
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        say({"kind": "error", "message": f"{what}. This was not expected; the terminal shows where it happened."})
-        raise

@@ -28,7 +28,7 @@ def steered(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope) ->
 
 def control(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope, seed: int) -> Intervention:
     """A random direction with, at every token, the norm that the edits would have changed it by."""
-    direction = random_like(sae.W_dec.detach()[:1].float(), seed % 2**63)[0]
+    direction = random_like(torch.ones(1, sae.W_dec.shape[1]), seed % 2**63)[0]
     return Intervention.at(site, EqualNorm(tuple(_ops(sae, edits)), direction), scope)
 
 

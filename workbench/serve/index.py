@@ -6,9 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from workbench.features.cards import FeatureCard, LensToken
 from workbench.features.lens import LensTokens, lens_ends, slab_rows
 from workbench.features.vocab import Vocabulary
+from workbench.interventions.saecode import decoder_rows
 from workbench.progress import track
 from workbench.records import to_jsonable
 from workbench.serve.playground import Playground
@@ -38,7 +41,7 @@ def can_read_all(playground: Playground) -> bool:
 
 def lens_cards(playground: Playground) -> Iterator[FeatureCard]:
     """A card of every feature with what its decoder row promotes and suppresses, and nothing else."""
-    model, rows = playground.model, playground.sae.W_dec.detach().float()
+    model, rows = playground.model, decoder_rows(playground.sae, torch.arange(len(playground.sae.W_dec)))
     vocabulary, alive = Vocabulary.of(model.tokenizer), rows.norm(dim=1) > 0
     features = alive.nonzero().flatten()
     parts = features.split(slab_rows(model.d_vocab))

@@ -11,16 +11,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.errors import InvalidInputError, MismatchError
+from workbench.errors import InvalidInputError
 from workbench.features.lens import lens_ends, lens_tokens, slab_rows, target_site
 from workbench.features.vocab import Vocabulary
 from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
+from workbench.interventions.saecode import decoder_rows
 from workbench.interventions.saes import features_of
 from workbench.models.generation import Generation
 from workbench.models.head import forward
 from workbench.models.model import Model
-from workbench.saes.formats.names import named_target
 from workbench.serve.ask import MAX_NEW_TOKENS, Ask
 from workbench.serve.edits import control, steered, words
 from workbench.steering.measures import kl_divergence
@@ -64,19 +64,13 @@ class Playground:
         site: where the SAE reads and the edits are made.
 
     Raises:
-        MismatchError: for an SAE of another model, or a transcoder, which does not write where it reads.
+        MismatchError: for an SAE of another model, or one whose features can't be steered with (`target_site`).
         InvalidInputError: for a model whose logits can't be computed for chosen positions alone.
     """
 
     def __init__(self, model: Model, sae: Any = None) -> None:
         self.model, self.sae = model, sae
         self.site: Site | None = None if sae is None else target_site(model, sae)
-        target = None if sae is None else named_target(sae)
-        if target is not None and target != self.site:
-            raise MismatchError(
-                f"This is a transcoder: it reads {self.site} and writes {target}, so its features can't be edited "
-                "where they are read. Give an SAE."
-            )
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         with torch.no_grad():
             hidden, logits = forward(model.hf, {"input_ids": ids}, None)
@@ -121,8 +115,8 @@ class Playground:
         """
         if self.sae is None:
             raise InvalidInputError(f"Feature {feature}: no SAE was given. Start again with --sae FOLDER.")
-        row = self.sae.W_dec.detach()[features_of(self.sae, [feature])]
-        ends = lens_ends(self.model, row.float(), min(10, self.model.d_vocab))
+        row = decoder_rows(self.sae, features_of(self.sae, [feature]))
+        ends = lens_ends(self.model, row, min(10, self.model.d_vocab))
         sides = {name: getattr(ends, name).ids[0].tolist() for name in ("promoted", "suppressed")}
         return {"feature": feature} | {name: [self._shown(i) for i in ids] for name, ids in sides.items()}
 
@@ -229,7 +223,7 @@ class Playground:
     def _lens_ids(self, ask: Ask) -> set[int]:
         if not ask.edits:
             return set()
-        rows = self.sae.W_dec.detach()[[edit.feature for edit in ask.edits]].float()
+        rows = decoder_rows(self.sae, torch.tensor([edit.feature for edit in ask.edits]))
         rows = rows[rows.norm(dim=1) > 0]
         k = min(K, self.model.d_vocab)
         return set(lens_tokens(self.model, rows, k).ids.flatten().tolist()) if len(rows) else set()

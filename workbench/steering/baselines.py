@@ -198,9 +198,15 @@ def leace_direction(
 
 
 def concept_tokens(
-    positives: Sequence[Int[Tensor, " _"]], negatives: Sequence[Int[Tensor, " _"]], d_vocab: int, k: int = 20
+    positives: Sequence[Int[Tensor, " _"]],
+    negatives: Sequence[Int[Tensor, " _"]],
+    d_vocab: int,
+    k: int = 20,
+    without: Sequence[int] = (),
 ) -> Int[Tensor, " k"]:
     """The tokens that tell the positive texts apart best, best first: the largest z-scores of smoothed log-odds.
+
+    Tokens in `without` are not counted: a BOS is the likelier in short texts and says nothing about them.
 
     Source: Monroe, Colaresi, Quinn 2008, with the counts of both sides together as the prior.
 
@@ -208,8 +214,9 @@ def concept_tokens(
     tensor([1])
     """
     a, b = (torch.bincount(torch.cat(list(rows)), minlength=d_vocab).double() for rows in (positives, negatives))
+    a[list(without)], b[list(without)] = 0.0, 0.0
     prior = (a + b) * (0.5 * min(a.sum(), b.sum()) / (a.sum() + b.sum())) + 1e-3
     ya, yb = a + prior, b + prior
     odds = (ya / (ya.sum() - ya)).log() - (yb / (yb.sum() - yb)).log()
     z = odds / (1 / ya + 1 / yb).sqrt()
-    return z.masked_fill(a == 0, -torch.inf).topk(min(k, d_vocab)).indices
+    return z.masked_fill(a == 0, -torch.inf).topk(min(k, int((a > 0).sum()))).indices

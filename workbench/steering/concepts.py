@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.errors import InvalidInputError
 from workbench.hooks.sites import Site
-from workbench.interventions.saecode import encode
+from workbench.interventions.saecode import decoder_rows, encode
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.probes.linear import readable_tokens, sink_norm
@@ -152,7 +152,8 @@ def _tokens_of(model: Model, concepts: Sequence[Concept], k: int) -> Int[Tensor,
     for concept in concepts:
         sides = [model.tokens(list(texts)).to("cpu").rows() for texts in (concept.positives, concept.negatives)]
         given = torch.tensor(list(dict.fromkeys(concept.tokens)), dtype=torch.long)
-        found.append(given if len(given) else concept_tokens(sides[0], sides[1], model.d_vocab, k))
+        special = model.tokenizer.all_special_ids
+        found.append(given if len(given) else concept_tokens(sides[0], sides[1], model.d_vocab, k, without=special))
     shortest = min(k, *(len(row) for row in found))
     return torch.stack([row[:shortest] for row in found])
 
@@ -165,7 +166,7 @@ def _vectors(
     found = {method: torch.stack([one[method] for one in each]) for method in options.methods}
     sae = options.sae
     if sae is not None:
-        rows = sae.W_dec.detach()[[best_feature(model, sae, concept, site) for concept in concepts]].float()
+        rows = decoder_rows(sae, torch.tensor([best_feature(model, sae, concept, site) for concept in concepts]))
         found[SAE_ARM] = rows / rows.norm(dim=1, keepdim=True)
     if not found:
         raise InvalidInputError("steer_concepts: no method and no SAE. Choose at least one method.")

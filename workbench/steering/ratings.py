@@ -56,10 +56,12 @@ def parse_rating(reply: str) -> float | None:
 
     AxBench counts None as 0; whether to do so is left to the caller, who should say how many there were.
 
+    >>> parse_rating("Rating (0-2): [[1]]")
+    1.0
     >>> parse_rating("Rating: [[2]]."), parse_rating("Rating: **1**"), parse_rating("Rating: 3"), parse_rating("good")
     (2.0, 1.0, None, None)
     """
-    found = re.findall(r"rating\W*?(-?\d+(?:\.\d+)?)", reply, flags=re.IGNORECASE)
+    found = re.findall(r"rating\s*(?:\([^)]*\))?\W*?(-?\d+(?:\.\d+)?)", reply, flags=re.IGNORECASE)
     if not found:
         return None
     rating = float(found[-1])

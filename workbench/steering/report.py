@@ -234,6 +234,8 @@ class SteeringReport(TextsReport):
         s = self.settings
         size = "a_max" if s["a_max"] == "token" else "(largest activation of f in the data)"
         matched = "of like frequency" if s["matched_on_frequency"] else "of any frequency (none is known)"
+        if (ratio := s.get("matched_ratio")) is not None:
+            matched += f" (a factor of {ratio:.2f} apart)"
         return (
             f"{s['site']} of {s['model']}, steered at {s['scope']} with strength * {size} * W_dec[f]; "
             f"{s['new_tokens']} tokens at temperature {s['temperature']}, seed {s['seed']}, the same random numbers "

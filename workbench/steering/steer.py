@@ -16,6 +16,7 @@ from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.features.lens import feature_ids, lens_tokens, target_site
 from workbench.features.table import FeatureTable
 from workbench.hooks.sites import Site
+from workbench.interventions.saecode import decoder_rows
 from workbench.models.model import Model
 from workbench.progress import Task, task
 from workbench.steering.arms import Arm, EditSummary
@@ -28,6 +29,9 @@ from workbench.tokens import TokenBatch
 
 PLAIN_LENGTH = 64
 INSTRUCTION_WORDS = 6
+NEAREST = 20
+"""A match is drawn among at most so many features, and among no more than a twentieth of all."""
+ALIKE = 1.5
 
 
 def steer(
@@ -64,16 +68,18 @@ def steer(
     """
     options = options or SteerOptions()
     _check(features, strengths, prompts, control_features)
+    if options.table is not None:
+        options.table.check(model, sae)
     chosen = feature_ids(sae, features)
     matched, by_frequency = matched_features(sae, chosen.tolist(), control_features, options)
     sets = {"feature": chosen}
     sets |= {"matched": torch.tensor(matched)} if matched else {}
     sets |= {"control": feature_ids(sae, control_features)} if len(control_features) else {}
     bench = Bench(model, sae, target_site(model, sae, options.site), prompts, options)
-    directions = sae.W_dec.detach()[chosen].float()
+    directions = decoder_rows(sae, chosen)
     planned = [("feature", chosen, directions), ("negated", chosen, -directions)]
     planned.append(("random", chosen, random_like(directions, options.seed)))
-    planned += [(name, ids, sae.W_dec.detach()[ids].float()) for name, ids in sets.items() if name != "feature"]
+    planned += [(name, ids, decoder_rows(sae, ids)) for name, ids in sets.items() if name != "feature"]
     edits = len(strengths) * sum(len(ids) for _, ids, _ in planned)
     with task(total=len(prompts) * (1 + edits + len(chosen)), description="steering", unit="texts") as progress:
         base = bench.sweep.unsteered(progress)
@@ -88,7 +94,9 @@ def steer(
         "strengths": list(strengths), "new_tokens": options.new_tokens, "temperature": options.temperature,
         "seed": options.seed, "k": options.k, "a_max": options.a_max, "stop": list(options.stop),
         "features": chosen.tolist(), "control_features": [int(f) for f in control_features],
-        "matched_features": matched, "matched_on_frequency": by_frequency, "shared_prefix": bench.sweep.shares_prefix,
+        "matched_features": matched, "matched_on_frequency": by_frequency,
+        "matched_ratio": frequency_ratio(options.table, chosen.tolist(), matched),
+        "shared_prefix": bench.sweep.shares_prefix,
     }  # fmt: skip
     return build_report(settings, tuple(prompts), bench.words(chosen), arms, bases)
 
@@ -111,9 +119,9 @@ def check_prompts(prompts: Sequence[str], strengths: Sequence[float], caller: st
             f"{caller}: got {1 if isinstance(prompts, str) else len(prompts)} prompts. Give at least four different "
             "ones: half of them choose the strength, the others measure."
         )
-    if not strengths or min(strengths) <= 0:
+    if not strengths or min(strengths) <= 0 or len(set(strengths)) != len(strengths):
         raise InvalidInputError(
-            f"{caller}(strengths={list(strengths)}): give positive factors; the unsteered model always runs."
+            f"{caller}(strengths={list(strengths)}): give different positive factors; the unsteered model always runs."
         )
 
 
@@ -122,6 +130,7 @@ def matched_features(
 ) -> tuple[list[int], bool]:
     """For each feature another one drawn at random among the nearest in frequency, and whether frequencies were known.
 
+    It is drawn among the `NEAREST` that are at most `ALIKE` times as frequent or rare; the very nearest where none is.
     Without frequencies it is drawn from all. Features that are steered, or controls, are not drawn; where too few
     others are there, there are as many as can be had.
     """
@@ -137,7 +146,8 @@ def matched_features(
         target = frequency[int(feature)]
         if known and np.isfinite(target):
             far = np.abs(np.log(frequency[pool] + 1e-12) - np.log(target + 1e-12))
-            near = [pool[i] for i in np.argsort(far, kind="stable")[: max(1, len(pool) // 20)]]
+            order = np.argsort(far, kind="stable")[: min(NEAREST, max(1, len(pool) // 20))]
+            near = [pool[i] for i in order if far[i] <= max(np.log(ALIKE), far[order[0]])]
         else:
             near = pool
         found.append(int(random.choice(near)))
@@ -151,6 +161,19 @@ def frequencies(table: FeatureTable | None, d_sae: int) -> Float[np.ndarray, " d
     if table is not None:
         found[table.df["feature"].to_numpy()] = table.df["frequency"].to_numpy(dtype=float)
     return found
+
+
+def frequency_ratio(table: FeatureTable | None, features: Sequence[int], matched: Sequence[int]) -> float | None:
+    """How far apart features and their matches are: geometric mean of the larger frequency over the smaller.
+
+    None where a frequency is not known.
+    """
+    if table is None or not matched:
+        return None
+    known = table.df.set_index("feature")["frequency"]
+    pairs = [(known.get(a), known.get(b)) for a, b in zip(features, matched, strict=False)]
+    logs = [abs(np.log(a / b)) for a, b in pairs if a and b and np.isfinite(a) and np.isfinite(b)]
+    return float(np.exp(np.mean(logs))) if logs else None
 
 
 def sizes_of(features: Int[Tensor, " features"], options: SteerOptions) -> Float[Tensor, " features"] | None:
@@ -202,7 +225,7 @@ class Bench:
 
     def lens_of(self, features: Int[Tensor, " features"]) -> Int[Tensor, "features k"]:
         """Lens tokens of features."""
-        return lens_tokens(self.model, self.sae.W_dec.detach()[features], self.options.k).ids.cpu()
+        return lens_tokens(self.model, decoder_rows(self.sae, features), self.options.k).ids.cpu()
 
     def words(self, features: Int[Tensor, " features"]) -> tuple[str, ...]:
         """The first lens tokens of each feature, as text."""

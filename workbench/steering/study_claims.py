@@ -53,10 +53,11 @@ def difference_of_shares(*parts: Bool[np.ndarray, " _"], seed: int = 0) -> Estim
 
 
 def cooccurrence_claim(depths: Sequence[Depth], options: StudyOptions) -> Claim:
-    """High input and output scores rarely co-occur: how often they do, against independence.
+    """High input and output scores rarely co-occur: how often they do, against independence within each depth.
 
-    The ratio is the exponential of the pointwise mutual information of the two. The control deals the input scores out
-    anew among the features.
+    The ratio is the exponential of the pointwise mutual information of the two. Over all depths together it exceeds 1
+    wherever both scores rise with depth, whatever happens within one; it is told, and decides nothing. The control
+    deals the input scores out anew among the features of each depth.
     """
     tables = [d.table.alive().dropna(subset=["output_score", "input_score"]) for d in depths]
     cells = [
@@ -70,27 +71,43 @@ def cooccurrence_claim(depths: Sequence[Depth], options: StudyOptions) -> Claim:
     both = int((read & write).sum())
     claim = "High input and output scores rarely co-occur"
     measured = f"features with both scores at {options.high:g} or more, divided by the number under independence"
-    found = observed_over_expected(both, float(read.mean() * write.sum()) if len(read) else 0.0)
-    within = observed_over_expected(both, float(sum(a.mean() * b.sum() for a, b in cells if len(a))))
+    pooled = observed_over_expected(both, float(read.mean() * write.sum()) if len(read) else 0.0)
+    found = observed_over_expected(both, expected_within(cells))
     if found is None:
         return Claim(claim, measured, None, None, "not clear", "no feature is high in one of the two scores")
     verdict = "holds" if found.high < 1 else ("does not hold" if found.low > 1 else "not clear")
-    note = f"{both} of {len(read)} features, {read.sum()} high in input, {write.sum()} in output; within each depth"
-    return Claim(claim, measured, found, shuffled_pairs(read, write, options.seed), verdict, f"{note} {within}")
+    note = f"{both} of {len(read)} features, {read.sum()} high in input, {write.sum()} in output; all depths as one"
+    return Claim(claim, measured, found, shuffled_pairs(cells, options.seed), verdict, f"{note} {pooled}")
 
 
-def shuffled_pairs(read: Bool[np.ndarray, " n"], write: Bool[np.ndarray, " n"], seed: int = 0) -> Estimate:
-    """Co-occurrence over independence after one side was dealt out anew, with the middle 95 % of the deals.
+Cells = Sequence[tuple[Bool[np.ndarray, " _"], Bool[np.ndarray, " _"]]]
+"""Per depth, which features are high in the input score and which in the output score."""
 
-    >>> shuffled_pairs(np.array([True, False]), np.array([True, True])).value  # 1 of 2 high, both high: always 1
+
+def expected_within(cells: Cells) -> float:
+    """How many features would be high in both if the two were independent within each depth.
+
+    >>> expected_within([(np.array([True, False]), np.array([True, True]))])  # half of two
+    1.0
+    """
+    return float(sum(read.mean() * write.sum() for read, write in cells if len(read)))
+
+
+def shuffled_pairs(cells: Cells, seed: int = 0) -> Estimate:
+    """Co-occurrence over independence with one side dealt out anew in each depth, and the middle 95 % of the deals.
+
+    >>> shuffled_pairs([(np.array([True, False]), np.array([True, True]))]).value  # 1 of 2 high, both high: always 1
     1.0
     """
     random = np.random.default_rng(seed)
     # Dealing out without replacement makes the count hypergeometric.
-    count = random.hypergeometric(int(write.sum()), int((~write).sum()), int(read.sum()), DRAWS)
-    ratio = count / (read.mean() * write.sum())
+    counts = [
+        random.hypergeometric(int(write.sum()), int((~write).sum()), int(read.sum()), DRAWS) for read, write in cells
+    ]
+    ratio = np.sum(counts, axis=0) / expected_within(cells)
     low, high = np.quantile(ratio, [0.025, 0.975])
-    return Estimate(float(ratio.mean()), float(low), float(high), len(read), "shuffled pairs", "features")
+    n = sum(len(read) for read, _ in cells)
+    return Estimate(float(ratio.mean()), float(low), float(high), n, "shuffled pairs", "features")
 
 
 def observed_over_expected(observed: int, expected: float) -> Estimate | None:

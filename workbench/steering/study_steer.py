@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 
 from workbench.features.lens import target_site
+from workbench.interventions.saecode import decoder_rows, sae_fingerprint
 from workbench.models.model import Model
 from workbench.progress import Task
 from workbench.records import to_jsonable, write_atomic
@@ -103,7 +104,7 @@ class _Work:
         self, model: Model, depth: Depth, features: Sequence[int], options: StudyOptions, folder: Path | None
     ) -> None:
         self._features = torch.tensor(features)
-        self._vectors = depth.sae.W_dec.detach()[self._features].float()
+        self._vectors = decoder_rows(depth.sae, self._features)
         # Drawn for all at once, so that a feature's random direction does not depend on how blocks are cut.
         self._noise = random_like(self._vectors, options.seed)
         self._options, self._steering = options, replace(options.steering, table=depth.table)
@@ -114,12 +115,12 @@ class _Work:
 
     def _key(self, model: Model) -> str:
         """Changes with everything that texts depend on."""
-        options = replace(self._options.steering, table=None)
-        kept = [model.fingerprint, self._features.tolist(), self._options.strengths, self._options.prompts, options,
+        details = {f.name: getattr(self._steering, f.name) for f in fields(self._steering) if f.name != "table"}
+        sizes = sizes_of(self._features, self._steering)
+        kept = [model.fingerprint, str(self._parts[2]), sae_fingerprint(self._parts[1]), self._features.tolist(),
+                None if sizes is None else sizes.tolist(), self._options.strengths, self._options.prompts, details,
                 self._options.seed]  # fmt: skip
-        digest = hashlib.sha256(repr(to_jsonable(kept)).encode())
-        digest.update(self._vectors.cpu().numpy().tobytes())
-        return digest.hexdigest()[:12]
+        return hashlib.sha256(repr(to_jsonable(kept)).encode()).hexdigest()[:12]
 
     def block(self, start: int, progress: Task) -> Any:
         """One row per text of the features from `start` on, as a pandas frame."""

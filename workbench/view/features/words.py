@@ -21,6 +21,8 @@ MEANINGS = {
     "far from 0, either way, means that it changes what comes next.",
     "detection": "Balanced accuracy of the explanation at telling windows with the feature from windows without it, "
     "on documents that it was not made from; 0.5 is chance.",
+    "hard detection": "The same with windows without the feature that are most like those which the explanation was "
+    "made from; 0.5 is chance.",
     "fuzzing": "Balanced accuracy of the explanation at telling rightly from wrongly marked tokens, on documents that "
     "it was not made from; 0.5 is chance.",
     "precision": "Of the windows that the explanation picks, the share in which the feature is active.",
