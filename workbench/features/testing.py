@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -164,8 +165,13 @@ def _check(labels: np.ndarray, answers: np.ndarray, documents: np.ndarray) -> No
 def _weights(documents: np.ndarray, seed: int) -> np.ndarray:
     """How often each item counts in each resample: whole documents are drawn."""
     unique, inverse = np.unique(documents, return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(len(unique), np.full(len(unique), 1 / len(unique)), RESAMPLES)
-    return draws[:, inverse].astype(float)
+    return _draws(len(unique), seed)[:, inverse]
+
+
+@functools.lru_cache(maxsize=256)
+def _draws(n: int, seed: int) -> np.ndarray:
+    """How often each of n documents is drawn in each resample; kept, since drawing takes longer than all else."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
 
 
 def _ratios(sums: np.ndarray) -> dict[str, np.ndarray]:
