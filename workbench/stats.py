@@ -82,6 +82,42 @@ def bootstrap_mean(
     return _percentile(x.mean(), draws, x.size, unit, "percentile bootstrap", level)
 
 
+FEW = 20
+"""Below so many rows a percentile bootstrap is too narrow: it cannot know more spread than the rows show."""
+
+
+def sample_mean(values: Values, *, unit: str = "rows", seed: int = 0, level: float = 0.95) -> Estimate:
+    """Mean with Student's t interval below `FEW` rows, and a percentile bootstrap interval from there on.
+
+    One row says nothing about its spread, so its interval is the whole line.
+
+    Raises:
+        DegenerateInputError: if `values` is empty.
+        InvalidInputError: if a value is not finite.
+
+    >>> round(sample_mean([1.0, 2.0, 3.0]).high, 3)  # 2 + 4.303 * 1 / sqrt(3)
+    4.484
+    """
+    from scipy.stats import t
+
+    x = _finite(values, "sample_mean")
+    if x.size >= FEW:
+        return bootstrap_mean(x, unit=unit, seed=seed, level=level)
+    point, half = float(x.mean()) + 0.0, math.inf
+    if x.size > 1:
+        half = float(t.ppf((1 + level) / 2, x.size - 1) * x.std(ddof=1)) / math.sqrt(x.size)
+    return Estimate(point, point - half, point + half, x.size, "Student's t", unit, level)
+
+
+def mean_difference(a: Values, b: Values, *, unit: str = "rows", seed: int = 0, level: float = 0.95) -> Estimate:
+    """Mean of `a - b` over paired rows, with the interval of `sample_mean`.
+
+    >>> mean_difference([2.0, 3.0], [1.0, 2.0]).value
+    1.0
+    """
+    return sample_mean(_differences(a, b, "mean_difference"), unit=unit, seed=seed, level=level)
+
+
 def bootstrap_ratio(
     numerator: Values,
     denominator: Values,
@@ -113,10 +149,14 @@ def paired_difference(a: Values, b: Values, *, unit: str = "rows", seed: int = 0
     >>> paired_difference([2.0, 3.0], [1.0, 2.0]).value
     1.0
     """
-    x, y = _finite(a, "paired_difference"), _finite(b, "paired_difference")
+    return bootstrap_mean(_differences(a, b, "paired_difference"), unit=unit, seed=seed, level=level)
+
+
+def _differences(a: Values, b: Values, name: str) -> np.ndarray:
+    x, y = _finite(a, name), _finite(b, name)
     if x.shape != y.shape:
-        raise InvalidInputError(f"paired_difference: {x.size} and {y.size} rows; they must pair up.")
-    return bootstrap_mean(x - y, unit=unit, seed=seed, level=level)
+        raise InvalidInputError(f"{name}: {x.size} and {y.size} rows; they must pair up.")
+    return x - y
 
 
 def wilson(successes: int, n: int, *, unit: str = "rows", level: float = 0.95) -> Estimate:

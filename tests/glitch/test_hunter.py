@@ -89,8 +89,12 @@ def test_principal_components_are_those_of_the_svd() -> None:
         principal_components(torch.tensor([[1.0, float("nan")], [0.0, 0.0]]), 1)
 
 
-def test_neighbours_are_the_nearest_by_brute_force_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workbench.glitch.hunter._BLOCK", 7)
+@pytest.mark.parametrize("limit", [{"_BLOCK": 7}, {"_DISTANCES": 7 * 40}, {"_DISTANCES": 1}])
+def test_neighbours_are_the_nearest_by_brute_force_across_blocks(
+    monkeypatch: pytest.MonkeyPatch, limit: dict[str, int]
+) -> None:
+    for name, value in limit.items():
+        monkeypatch.setattr(f"workbench.glitch.hunter.{name}", value)
     x = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
     expected = set()
     for i in range(40):

@@ -15,6 +15,8 @@ from workbench.glitch.oracle import Asker, Found, Oracle
 from workbench.progress import task, track
 
 _BLOCK = 2048
+_DISTANCES = 1 << 26
+"""Distances held at a time: 256 MB whatever the size of the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,15 +170,17 @@ def nearest_pairs(x: Float[Tensor, "n k"], neighbours: int) -> Int[np.ndarray, "
     >>> nearest_pairs(torch.tensor([[0.0], [1.0], [5.0]]), 1).tolist()  # 0-1 both ways, 5 is nearest to 1
     [[0, 1], [1, 2]]
     """
-    k = min(neighbours, len(x) - 1)
+    n, k = len(x), min(neighbours, len(x) - 1)
     square = (x * x).sum(1)
-    near = np.empty((len(x), k), dtype=np.int64)
-    starts = range(0, len(x), _BLOCK)
-    for start in track(starts, description=f"neighbours of {len(x):,} tokens", unit="blocks"):
-        block = x[start : start + _BLOCK]
-        distance = square - 2 * (block @ x.T)
+    near = np.empty((n, k), dtype=np.int64)
+    size = max(1, min(_BLOCK, _DISTANCES // n))
+    distances = torch.empty(min(size, n), n, dtype=x.dtype)
+    for start in track(range(0, n, size), description=f"neighbours of {n:,} tokens", unit="blocks"):
+        block = x[start : start + size]
+        distance = torch.addmm(square, block, x.T, alpha=-2, out=distances[: len(block)])
         here = torch.arange(len(block))
         distance[here, start + here] = torch.inf
         near[start : start + len(block)] = distance.topk(k, largest=False).indices.numpy()
-    ends = np.stack([np.repeat(np.arange(len(x)), k), near.ravel()], 1)
-    return np.unique(np.sort(ends, 1), axis=0)
+    own = np.arange(n)[:, None]
+    pairs = np.unique(np.minimum(own, near) * n + np.maximum(own, near))
+    return np.stack(np.divmod(pairs, n), 1)

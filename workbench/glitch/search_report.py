@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from workbench.glitch.oracle import Found
 from workbench.glitch.result import shown
 from workbench.records import to_jsonable
 from workbench.report import Block, Lines, Report, Section, Series, Table
-from workbench.stats import Estimate, bootstrap_mean, clopper_pearson
+from workbench.stats import Estimate, clopper_pearson, sample_mean
 
 _POINTS = 120
 _ROWS = 60
@@ -44,7 +45,7 @@ class Arm:
         runs = [run if calls is None else run.first(calls) for run in self.runs]
         if len(runs) == 1:
             return runs[0].precision
-        return bootstrap_mean([run.precision.value for run in runs], unit="runs")
+        return _over_runs([run.precision.value for run in runs])
 
     def recall(self, n_glitch: int, calls: int | None = None) -> Estimate:
         """Share of all glitch tokens that are found; several runs give their mean with an interval over runs.
@@ -56,7 +57,13 @@ class Arm:
         runs = [run if calls is None else run.first(calls) for run in self.runs]
         if len(runs) == 1:
             return runs[0].recall(n_glitch)
-        return bootstrap_mean([run.recall(n_glitch).value for run in runs], unit="runs")
+        return _over_runs([run.recall(n_glitch).value for run in runs])
+
+
+def _over_runs(shares: list[float]) -> Estimate:
+    """The mean of the runs' shares, with an interval that ends where shares do."""
+    found = sample_mean(shares, unit="runs")
+    return dataclasses.replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 @dataclass(frozen=True, eq=False)
