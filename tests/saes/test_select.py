@@ -52,6 +52,32 @@ def test_nan_counts_as_largest_in_narrow_and_wide_rows() -> None:
         assert len(set(found[3].tolist())) == 3
 
 
+def test_bits_of_bf16_are_compared_only_where_they_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Tensor | None] = []
+    real = select._topk_above_bound
+
+    def seen(pre: Tensor, k: int, least: int | None = None) -> Tensor | None:
+        found = real(pre, k, least)
+        taken.append(found if pre.dtype == torch.int16 else None)
+        return found
+
+    monkeypatch.setattr(select, "_topk_above_bound", seen)
+    pre = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    signed_nan = pre.clone()
+    signed_nan.view(torch.int16)[5, 9] = -64
+    assert torch.isnan(signed_nan[5, 9])
+    few = pre.clone()
+    few[3, 40:] = -few[3, 40:].abs()
+    few[3, :40] = -1.0
+    few[3, 7] = 2.0
+    for case, quick in ((pre, True), (signed_nan, False), (few, False)):
+        taken.clear()
+        found = topk_indices(case, 8)
+        assert any(one is not None for one in taken) == quick
+        wanted = case.float().nan_to_num(nan=torch.inf).topk(8).values.sort(1).values
+        assert torch.equal(case.float().nan_to_num(nan=torch.inf).gather(1, found).sort(1).values, wanted)
+
+
 def test_a_bound_from_groups_alone_would_not_be_exact() -> None:
     """The k largest may share one group: taking one per group is wrong, which this case tells apart."""
     pre = torch.zeros(1, 1024)

@@ -17,6 +17,8 @@ from workbench.saes.weights import SAEWeights
 CHUNK_ROWS = 256
 GROUP_SIZE = 16
 MIN_GROUPED_FEATURES = 1024
+NEGATIVE_INFINITY = 0xFF80
+"""Bits of the bf16 number; only NaN with a sign have larger ones."""
 START_FACTOR = 0.97
 POOL_FACTOR = 2
 ROUNDING_MARGIN = 1.05
@@ -228,7 +230,13 @@ def topk_indices(pre: Float[Tensor, "rows d_sae"], k: int) -> Int[Tensor, "rows 
     if width < MIN_GROUPED_FEATURES or k > n_groups:
         return _plain_topk(pre, k)
     if pre.device.type == "cpu":
-        return _topk_above_bound(pre.float() if pre.dtype == torch.bfloat16 else pre, n_groups, k)
+        found = None
+        if pre.dtype == torch.bfloat16:
+            found = _topk_above_bound(pre.view(torch.int16), k, least=1) if _is_ordered(pre) else None
+            pre = pre.float() if found is None else pre
+        elif pre.dtype in (torch.float32, torch.float64):
+            found = _topk_above_bound(pre, k)
+        return _plain_topk(pre, k) if found is None else found
     if width % GROUP_SIZE:
         return _plain_topk(pre, k)
     maxima = pre.view(-1, GROUP_SIZE, n_groups).amax(1)
@@ -243,25 +251,52 @@ def _plain_topk(pre: Tensor, k: int) -> Tensor:
     return (pre.float() if pre.dtype == torch.bfloat16 else pre).topk(k, sorted=False).indices
 
 
-def _topk_above_bound(pre: Tensor, n_groups: int, k: int) -> Tensor:
-    """Top k among the entries that reach the bound, usually few more than k.
+def _few_true(mask: np.ndarray) -> np.ndarray:
+    """Flat positions of the true entries, in order; words of eight entries are looked at first, as most have none."""
+    entries = mask.reshape(-1)
+    if len(entries) % 8:
+        return np.flatnonzero(entries)
+    words = np.flatnonzero(entries.view(np.uint64))
+    inside = np.flatnonzero(entries.reshape(-1, 8)[words])
+    return words[inside // 8] * 8 + inside % 8
 
-    numpy compares and partitions with vector instructions where torch does not: three to six times as fast.
+
+def _is_ordered(pre: Tensor) -> bool:
+    """Whether the bits of bf16 values, as integers, are in the order of the values where these are positive.
+
+    A NaN with a sign would count as a small value instead of the largest.
     """
-    maxima = pre[:, : n_groups * GROUP_SIZE].unflatten(1, (GROUP_SIZE, n_groups)).amax(1)
+    return bool(pre.view(torch.int16).numpy().view(np.uint16).max(initial=0) <= NEGATIVE_INFINITY)
+
+
+def _topk_above_bound(pre: Tensor, k: int, least: int | None = None) -> Tensor | None:
+    """Top k among the entries that reach the bound, usually few more than k; None if a bound is below `least` or NaN.
+
+    numpy compares and partitions with vector instructions where torch does not: three to six times as fast, and twice
+    that on 16-bit integers.
+    """
+    # Eight groups for each of the k keep the bound close to the k-th value, and few maxima to order.
+    size = max(GROUP_SIZE, pre.shape[1] // (8 * k))
+    n_groups, width = pre.shape[1] // size, pre.shape[1]
+    maxima = pre[:, : n_groups * size].unflatten(1, (size, n_groups)).amax(1).numpy()
     place = n_groups - k
-    bound = np.partition(maxima.numpy(), place, axis=1)[:, place, None]
+    # numpy orders 32-bit numbers faster than 16-bit integers.
+    ordered = np.partition(maxima.astype(np.float32) if maxima.dtype == np.int16 else maxima, place, axis=1)
+    bound = ordered[:, place, None].astype(maxima.dtype)
+    if least is not None and bound.min(initial=least) < least:
+        return None
+    values_at = pre.numpy()
     with np.errstate(invalid="ignore"):
-        flat = np.flatnonzero(pre.numpy() >= bound)
-    rows, columns = np.divmod(flat, pre.shape[1])
+        flat = _few_true(values_at >= bound)
+    rows, columns = np.divmod(flat, width)
     counts = np.bincount(rows, minlength=len(pre))
     if counts.min() < k:  # a bound of NaN, which nothing reaches
-        return _plain_topk(pre, k)
+        return None
     widest = int(counts.max())
     position = rows * widest + (np.arange(len(flat)) - (counts.cumsum() - counts)[rows])
-    values = np.full((len(pre), widest), -np.inf, dtype=maxima.numpy().dtype)
+    values = np.full((len(pre), widest), -np.inf, dtype=ordered.dtype)
     members = np.zeros((len(pre), widest), dtype=np.int64)
-    values.reshape(-1)[position] = pre.numpy().reshape(-1)[flat]
+    values.reshape(-1)[position] = values_at.reshape(-1)[flat]
     members.reshape(-1)[position] = columns
     if widest == k:
         return torch.from_numpy(members)
