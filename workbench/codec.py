@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import InvalidInputError, MissingFileError
+from workbench.records import load_json
 
 ByteStyle = Literal["byte_level", "byte_fallback", "none"]
 
@@ -173,7 +175,8 @@ def codec_in(path: Path) -> Codec:
     if path.is_dir() and (path / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        return FastCodec.of(Tokenizer.from_file(str(path / "tokenizer.json")))
+        codec = FastCodec.of(Tokenizer.from_file(str(path / "tokenizer.json")))
+        return dataclasses.replace(codec, special=codec.special | _marked(path, codec.raw))
     from transformers import AutoTokenizer
 
     where = (path, None) if path.is_dir() else (path.parent, path.name)
@@ -186,6 +189,34 @@ def codec_in(path: Path) -> Codec:
             "A folder needs a tokenizer.json; save the tokenizer there with save_pretrained."
         ) from error
     return codec_of(tokenizer)
+
+
+def _marked(path: Path, raw: Sequence[str | None]) -> frozenset[int]:
+    """Ids that the files beside tokenizer.json name as special, as loading the tokenizer would mark them."""
+    ids = {token: i for i, token in enumerate(raw)}
+    found: set[int | None] = set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path / name).is_file():
+            settings = load_json(path / name)
+            found |= {ids.get(token) for token in _special_names(settings)}
+            added = settings.get("added_tokens_decoder", {})
+            found |= {int(i) for i, token in added.items() if token.get("special")}
+    return frozenset(i for i in found if i is not None and i < len(raw))
+
+
+def _special_names(settings: dict[str, Any]) -> Iterator[str]:
+    """Texts of the special tokens in a file: eos_token and others, and lists of more."""
+    for name, value in settings.items():
+        if name.endswith("_token"):
+            listed = [value]
+        elif name in ("additional_special_tokens", "extra_special_tokens"):
+            listed = list(value.values() if isinstance(value, dict) else value or ())
+        else:
+            continue
+        for token in listed:
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                yield text
 
 
 def _hash(text: str) -> str:

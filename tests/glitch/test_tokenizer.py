@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import N_UNUSED, SPECIAL, WORDS, byte_level, sentencepiece
@@ -223,6 +224,24 @@ def test_the_callers_truncation_stays() -> None:
     codec = FastCodec.of(tokenizer)
     assert len(codec.encode(["a b c d e"])[0]) > 2
     assert tokenizer.truncation["max_length"] == 2
+
+
+def test_specials_are_the_same_from_the_folder_as_from_the_loaded_tokenizer(tmp_path: Path) -> None:
+    backend = byte_level()
+    loaded = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(), eos_token="<unused0>", pad_token=SPECIAL,
+        additional_special_tokens=["<unused1>", "alpha"],
+    )  # fmt: skip
+    loaded.save_pretrained(tmp_path)
+    backend.save(str(tmp_path / "tokenizer.json"))  # as many hub folders: without the flags
+    named = {backend.token_to_id(raw) for raw in (SPECIAL, "<unused0>", "<unused1>", "alpha")}
+    assert codec_in(tmp_path).special == codec_of(loaded).special == named
+    config = {"eos_token": {"content": "ember"}, "pad_token": None, "add_bos_token": True, "bos_token": "absent",
+              "additional_special_tokens": None, "extra_special_tokens": {"image_token": "bravo"},
+              "added_tokens_decoder": {"3": {"content": "x", "special": True}, "4": {"content": "y", "special": False}}}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    at = backend.token_to_id
+    assert codec_in(tmp_path).special == {at(SPECIAL), at("ember"), at("bravo"), 3}
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.glitch.tiny_copy import VOCABULARY as COPY_VOCABULARY
+from tests.glitch.tiny_copy import wordy_model
 from tests.glitch.tiny_vocab import WORDS, byte_level
 from tests.tiny import FP32_LOGITS, tiny_model
 from workbench.codec import FastCodec
 from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.glitch.chat import prompt_set
 from workbench.glitch.journal import Journal
 from workbench.glitch.prompts import PROBES, Probe, Template, probes_from, template
+from workbench.glitch.scanner import ScanOptions, scan
 from workbench.glitch.scoring import VerifyOptions, greedy_logits, score, target_probabilities
 from workbench.glitch.tokenizer import analyse
 from workbench.glitch.verify import journal_key, max_probabilities, verdict, verify, with_spliced
@@ -327,3 +331,23 @@ def test_later_steps_follow_the_greedy_continuation() -> None:
             seen.append(float(p[token]))
             ids = torch.cat([ids, p.argmax()[None, None]], 1)
         assert best[k] == pytest.approx(max(seen), abs=1e-6)
+
+
+def test_prompts_longer_than_the_positions_of_a_model_are_left_out_or_refused() -> None:
+    model = wordy_model("gpt2")
+    room = model.n_positions
+    assert room is not None
+    with pytest.raises(InvalidInputError, match=f"{room} positions"):
+        next(greedy_logits(model, torch.zeros(1, room - 1, dtype=torch.long), 3))
+    assert next(greedy_logits(model, torch.zeros(1, room - 2, dtype=torch.long), 3)).shape[0] == 1
+    made = prompt_set(model, COPY_VOCABULARY, PROBES, "raw")
+    assert [t.probe.name for t in made.templates] == ["row"] and len(made.notes) == 2
+    assert all(f"the model has {room}" in note for note in made.notes)
+    fitting = room - len(made.templates[0].ids) + 1
+    assert prompt_set(model, COPY_VOCABULARY, PROBES[1:2], "raw", steps=fitting).templates
+    with pytest.raises(DegenerateInputError, match="positions"):
+        prompt_set(model, COPY_VOCABULARY, PROBES[1:2], "raw", steps=fitting + 1)
+    with pytest.raises(DegenerateInputError, match="positions"):
+        prompt_set(model, COPY_VOCABULARY, PROBES, "raw", strict=True)
+    report = scan(model, "top", options=ScanOptions(top=4, controls=4, sides=False))
+    assert report.verification is not None and any("'copy' was left out" in said for said in report.findings())

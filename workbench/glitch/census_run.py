@@ -17,6 +17,7 @@ from workbench.glitch.prompts import Template
 from workbench.glitch.report import GlitchReport
 from workbench.glitch.sampling import by_rank, draw
 from workbench.glitch.scanner import scan
+from workbench.glitch.scoring import VerifyOptions
 from workbench.glitch.tokenizer import analyse
 from workbench.models.model import Model
 
@@ -32,12 +33,13 @@ def plan_census(model: Model, *, options: CensusOptions | None = None, measure_b
     options = options or CensusOptions()
     report = scan(model, options=options.scan)
     vocabulary = analyse(codec_of(model.tokenizer))
+    steps = VerifyOptions().steps
     (short,) = prompt_set(model, vocabulary, [options.short], "raw", strict=True).templates
     confirm: tuple[Template, ...] = ()
     if options.confirm:
-        confirm = prompt_set(model, vocabulary, options.confirm, options.forms).templates
+        confirm = prompt_set(model, vocabulary, options.confirm, options.forms, steps=steps).templates
     if options.confirm and options.again:
-        confirm = (*prompt_set(model, vocabulary, options.again, "raw").templates, *confirm)
+        confirm = (*prompt_set(model, vocabulary, options.again, "raw", steps=steps).templates, *confirm)
     ids = _to_test(report, options)
     plain = np.flatnonzero(report.table.ordinary)
     sample = np.random.default_rng(options.seed).permutation(plain).tolist()

@@ -39,7 +39,13 @@ class PromptSet:
 
 
 def prompt_set(
-    model: Any, vocabulary: Vocabulary, probes: Sequence[Probe] = PROBES, forms: Forms = "auto", *, strict: bool = False
+    model: Any,
+    vocabulary: Vocabulary,
+    probes: Sequence[Probe] = PROBES,
+    forms: Forms = "auto",
+    *,
+    strict: bool = False,
+    steps: int = 1,
 ) -> PromptSet:
     """The probes as ids, raw and through the model's chat template.
 
@@ -49,6 +55,8 @@ def prompt_set(
         probes: the prompts.
         forms: "raw", "chat" or "both"; "auto" is both for a model with a chat template that can be used, else raw.
         strict: raise where a probe cannot be built, instead of leaving it out and saying so.
+        steps: tokens that the model is to give after a prompt; where its positions do not suffice, the probe cannot be
+            built.
 
     Raises:
         UnknownNameError: for other forms.
@@ -62,7 +70,7 @@ def prompt_set(
     for form in _usable(model.tokenizer, forms, notes):
         for probe in probes:
             try:
-                made.append(_built(model, vocabulary, probe, form))
+                made.append(_fitting(model, _built(model, vocabulary, probe, form), steps))
             except DegenerateInputError as error:
                 if strict:
                     raise
@@ -97,6 +105,14 @@ def _built(model: Any, vocabulary: Vocabulary, probe: Probe, form: Form) -> Temp
         lambda asked, token: chat_text(model.tokenizer, *asked.turns(token)),
         "chat",
     )
+
+
+def _fitting(model: Any, made: Template, steps: int) -> Template:
+    """The template, if the model has positions for it and for what it is to give after it."""
+    room, need = getattr(model, "n_positions", None), len(made.ids) + steps - 1
+    if room is not None and need > room:
+        raise DegenerateInputError(f"it needs {need} positions, {steps} of them for the reply; the model has {room}.")
+    return made
 
 
 def chat_text(tokenizer: Any, user: str, reply: str) -> str:

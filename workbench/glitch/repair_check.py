@@ -73,7 +73,7 @@ def check_repair(
         EditError: if the repair did not reach the model.
     """
     options, vocabulary = options or RepairCheckOptions(), vocabulary or analyse(codec_of(model.tokenizer))
-    templates = prompt_set(model, vocabulary, forms=options.forms).templates
+    templates = prompt_set(model, vocabulary, forms=options.forms, steps=options.steps).templates
     controls = _controls(model, made, vocabulary, options)
     kinds: tuple[Control, ...] = ("shuffled", "random") if len(made.ids) > 1 else ("random",)
     arms: dict[str, Repair | None] = {"before": None, "repaired": made}

@@ -339,7 +339,7 @@ def _examined(
 def _prompts(model: Any, vocabulary: Vocabulary, options: ScanOptions) -> PromptSet:
     own = options.prompts is not None
     probes = probes_from(options.prompts) if options.prompts is not None else PROBES
-    return prompt_set(model, vocabulary, probes, options.forms, strict=own)
+    return prompt_set(model, vocabulary, probes, options.forms, strict=own, steps=options.verification.steps)
 
 
 def _controls(report: GlitchReport, n: int, seed: int) -> Sequence[int]:

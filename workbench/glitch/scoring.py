@@ -178,11 +178,15 @@ def greedy_logits(
             over the whole row.
         shared: number of leading columns in which all rows are equal; they go through the model once, unless an
             intervention is on, which may tell rows apart.
+
+    Raises:
+        InvalidInputError: if the model has a table of positions that is too short.
     """
     hf = getattr(model, "hf", None) if cached else None
     if hf is None or "past_key_values" not in inspect.signature(hf.forward).parameters:
         yield from _uncached(model, rows, steps)
         return
+    model.require_room(rows.shape[1] + steps - 1)
     rows = rows.to(model.device)
     cache = new_cache(hf.config, rows.shape[1] + steps)
     start = 0

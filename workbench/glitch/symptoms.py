@@ -127,7 +127,7 @@ def symptoms(
             f"symptoms: none of the {len(candidates)} candidates and {len(controls)} controls has a text to ask about. "
             "Give ids of tokens that are more than white space."
         )
-    made = prompt_set(model, vocabulary, TASKS, "raw" if forms == "raw" else "auto")
+    made = prompt_set(model, vocabulary, TASKS, "raw" if forms == "raw" else "auto", steps=max_new_tokens + 1)
     form = made.forms[-1]
     # Raw text goes on behind the answer's line; a chat reply ends by itself, and may begin with an empty line.
     stop = ("\n",) if form == "raw" else ()
