@@ -225,7 +225,7 @@ class FaithfulReport(Report):
         )  # fmt: skip
         return Table(
             ("trained on", "seed", *(f"fake above {t}" for t in taus), *(f"of alive, above {t}" for t in taus),
-             "more often than on text", "alive on text"),
+             "more often than on as much text", "alive on text"),
             rows,
             self.saes[0].fake.section().blocks[0].caption,  # type: ignore[union-attr]  # a table
         )  # fmt: skip

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_the_ratio_is_0_for_features_that_never_fire_and_1_for_those_that_always
     for tau in ("0.001", "0.01", "0.1"):
         assert found["never"].ratio[tau].value == 0 and found["always"].ratio[tau].value == 1
         assert found["always"].alive_ratio[tau].value == 1
-    assert found["always"].more_on_random.value == 0, "always on both: not more often"
+    assert found["always"].more_on_random.value == 0.5, "always on both: as often"
+    assert found["never"].more_on_random.n == 0
     assert found["never"].alive == 0 and found["never"].alive_ratio["0.1"].n == 0
     json.dumps([part.to_json() for part in found.values()])
     assert [part.section().metrics["alive"] for part in found.values()] == [0, 6]
@@ -82,8 +84,25 @@ def test_the_ratio_counts_features_above_the_threshold_on_kept_random_tokens(mod
     assert found.alive == int(alive.sum()) and found.text_tokens == 180 and found.random_tokens == (360,) * 3
     expected = torch.stack([(rate > 0.1)[alive] for rate in rates]).double().mean()
     assert found.alive_ratio["0.1"].value == pytest.approx(float(expected))
-    more = torch.stack([rate > on_text for rate in rates]).double().mean()
-    assert found.more_on_random.value == pytest.approx(float(more)) and more > 0
+    assert found.more_on_random.n == int((alive | (torch.stack(rates) > 0).any(0)).sum())
+
+
+@pytest.mark.parametrize("n", [40, 400, 4000])
+def test_text_of_the_random_distribution_shows_no_difference_however_much_of_it_there_is(model: Model, n: int) -> None:
+    sae = relu_sae(model, _random(400), -torch.linspace(0, 14, 400))
+    found = fake_features(model, {"a": sae}, random_rows(model, n, 10, seed=99), options=SMALL)["a"]
+    assert found.more_on_random.value == pytest.approx(0.5, abs=0.05)
+    assert "0.5 if both are alike" in found.findings()[0]
+    rare = fake_features(model, {"a": sae}, _text(n // 10), options=SMALL)["a"]
+    assert rare.more_on_random.low > 0.53, "rows of two tokens, on which many features never fire"
+
+
+def test_the_rule_of_an_sae_from_elsewhere_is_that_of_the_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, seen = relu_sae(model, _random(4), torch.zeros(4)), []
+    monkeypatch.setattr(KeepRule, "mask", lambda self, x, _: seen.append(self) or torch.ones(x.shape[:2]).bool())
+    for batch_rows in (1, 7):
+        fake_features(model, {"a": sae}, _text(), options=replace(SMALL, batch_rows=batch_rows))
+    assert len(seen) > 20 and len(set(seen)) == 1
 
 
 def test_random_rows_are_uniform_over_ordinary_tokens_after_a_start_token(model: Model) -> None:

@@ -20,6 +20,7 @@ from workbench.report import Metric, Report, Section, Table
 from workbench.saes.corpus import start_id
 from workbench.saes.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.io import check_sae_fits, sae_keep_rule
+from workbench.saes.splice import RULE_ROWS, estimate_rules
 from workbench.similarity import RESAMPLES
 from workbench.stats import Estimate, bootstrap_mean
 from workbench.tokens import TokenBatch
@@ -68,7 +69,8 @@ class FakeFeatures(Report):
         text_tokens: kept tokens of the text.
         ratio: by threshold, share of all features that fire on more than that share of random tokens; mean over sets.
         alive_ratio: the same among the features that fired on the text.
-        more_on_random: share of all features that fire more often on random tokens than on the text.
+        more_on_random: of the features that fired at all, the share that fires more often on random tokens than on as
+            many of the text; ties count half, so that it is 0.5 where both are alike.
         per_seed: `ratio` of each set of random rows.
         options: constants of the measurement.
     """
@@ -88,8 +90,8 @@ class FakeFeatures(Report):
         """The ratio at each threshold."""
         ratios = "; ".join(f"{value} above {tau} of the tokens" for tau, value in self.ratio.items())
         return (
-            f"{self.name}: share of features that fire on random tokens: {ratios}. {self.more_on_random} fire more "
-            "often on random tokens than on text.",
+            f"{self.name}: share of features that fire on random tokens: {ratios}. Of those that fired at all, "
+            f"{self.more_on_random} fire more often on random tokens than on as many of text (0.5 if both are alike).",
         )
 
     def section(self) -> Section:
@@ -153,10 +155,11 @@ def fake_features(
     Source: the idea is that of FaithfulSAE (arXiv 2506.17673); its constants are not published, these are ours.
     """
     options = options or FakeFeatureOptions()
-    on_text, text_tokens = firing_rates(model, saes, text, batch_rows=options.batch_rows)
+    rules = _keep_rules(model, saes, text)
+    on_text, text_tokens = firing_rates(model, saes, text, batch_rows=options.batch_rows, rules=rules)
     sets = [
         firing_rates(model, saes, random_rows(model, options.tokens, options.context, options.seed + i),
-                     batch_rows=options.batch_rows)
+                     batch_rows=options.batch_rows, rules=rules)
         for i in range(options.seeds)
     ]  # fmt: skip
     found = {}
@@ -178,36 +181,75 @@ def _fake(
         return bootstrap_mean(values, unit="features", seed=options.seed, resamples=RESAMPLES)
 
     alive = on_text > 0
+    fired = alive | (rates > 0).any(0)
+    more = torch.stack([
+        _more_often(rate, n, on_text, tokens[1], options.seed + i)
+        for i, (rate, n) in enumerate(zip(rates, tokens[0], strict=True))
+    ])  # fmt: skip
     return FakeFeatures(
         name=name, d_sae=len(on_text), alive=int(alive.sum()), random_tokens=tokens[0], text_tokens=tokens[1],
         ratio={str(tau): share(rates > tau) for tau in options.taus},
         alive_ratio={str(tau): share((rates > tau)[:, alive]) for tau in options.taus},
-        more_on_random=share(rates > on_text),
+        more_on_random=share(more[:, fired]),
         per_seed=tuple({str(tau): float((one > tau).double().mean()) for tau in options.taus} for one in rates),
         options=options,
     )  # fmt: skip
 
 
+def _more_often(a: Tensor, n_a: int, b: Tensor, n_b: int, seed: int) -> Tensor:
+    """1 where a feature fires more often at rate `a` than at rate `b`, 0.5 where as often, on as many tokens of each.
+
+    With unequal numbers the smaller sample can't show rates that the larger one does, and a feature that fired once
+    among few tokens seems frequent. What a draw of tokens without replacement leaves of a count is hypergeometric.
+    """
+    random, n = np.random.default_rng(seed), min(n_a, n_b)
+    counts = []
+    for rate, of in ((a, n_a), (b, n_b)):
+        fired = (rate * of).round().long().numpy()
+        counts.append(torch.from_numpy(random.hypergeometric(fired, of - fired, n)))
+    return ((counts[0] - counts[1]).sign().double() + 1) / 2
+
+
+def _keep_rules(model: Any, saes: Mapping[str, Any], rows: Int[Tensor, "rows context"]) -> dict[str, KeepRule]:
+    """The rule that each SAE was trained by, or for SAEs from elsewhere that of the first of these rows."""
+    own, site = {name: sae_keep_rule(sae) for name, sae in saes.items()}, common_site(model, saes)
+    if all(own.values()):
+        return {name: rule for name, rule in own.items() if rule is not None}
+    estimated = estimate_rules(model, [site], [TokenBatch.of_rows(rows[:RULE_ROWS]).to(model.device)])[site]
+    return {name: rule or estimated for name, rule in own.items()}
+
+
 @torch.no_grad()
 def firing_rates(
-    model: Any, saes: Mapping[str, Any], rows: Int[Tensor, "rows context"], *, batch_rows: int = 64
+    model: Any,
+    saes: Mapping[str, Any],
+    rows: Int[Tensor, "rows context"],
+    *,
+    batch_rows: int = 64,
+    rules: Mapping[str, KeepRule] | None = None,
 ) -> tuple[dict[str, Float[Tensor, " d_sae"]], dict[str, int]]:
     """On which share of the kept tokens each feature fires, and how many tokens are kept, by name of the SAE.
+
+    Args:
+        model: a `Model`.
+        saes: SAEs by name.
+        rows: rows of tokens.
+        batch_rows: rows per forward pass.
+        rules: which tokens are kept, by name of the SAE; None takes the rule each was trained by, or estimates it on
+            the first rows.
 
     Raises:
         MismatchError: if an SAE does not belong to the model, or they read different sites.
         DegenerateInputError: without an SAE, or if no token is kept.
     """
     site = common_site(model, saes)
-    special = tuple(map(int, model.tokenizer.all_special_ids))
-    rules = {name: sae_keep_rule(sae) for name, sae in saes.items()}
+    rules = _keep_rules(model, saes, rows) if rules is None else rules
     fired = {name: torch.zeros(int(sae.cfg.d_sae), dtype=torch.double) for name, sae in saes.items()}
     kept = dict.fromkeys(saes, 0)
     for ids in track(rows.split(batch_rows), description="Counting which features fire", unit="batches"):
         x = model.capture(ids, [site]).flat(site).float().cpu()
         for name, sae in saes.items():
-            rule = rules[name] = rules[name] or KeepRule.estimate(x, ids, special)
-            chosen = x[rule.mask(x, ids)]
+            chosen = x[rules[name].mask(x, ids)]
             kept[name] += len(chosen)
             for part in chosen.split(CHUNK):
                 fired[name] += (sae.encode(part.to(sae.W_dec.device)) > 0).sum(0).double().cpu()
