@@ -52,7 +52,7 @@ class GlitchScan(Command):
     reference: tuple[int, ...] = ()
     """Ids known to be unused; by default they are found."""
     indicator: str | None = None
-    """I_in, I_cos, I_centred or I_l2; by default the one that separates best."""
+    """I_in, I_cos, I_centred, I_l2 or I_1pc; by default the one that separates best (I_1pc only if asked for)."""
     prompts: Path | None = None
     """JSON file with other prompts: a list of {name, preamble, shown, answer, shots, request, reply}."""
     forms: Literal["auto", "raw", "chat", "both"] = "auto"

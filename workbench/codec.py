@@ -105,8 +105,18 @@ class SlowCodec(Codec):
     def of(cls, tokenizer: Any) -> SlowCodec:
         """Wraps the tokenizer as it is."""
         raw = _by_id(tokenizer.get_vocab())
-        style: ByteStyle = "byte_fallback" if "<0x41>" in raw else "none"
-        return cls(raw, frozenset(tokenizer.all_special_ids), style, tokenizer)
+        codec = cls(
+            raw, frozenset(tokenizer.all_special_ids), "byte_fallback" if "<0x41>" in raw else "none", tokenizer
+        )
+        return codec if codec.style != "none" else dataclasses.replace(codec, style=codec._style_by_decoding())
+
+    def _style_by_decoding(self) -> ByteStyle:
+        """Whether the stand-ins of bytes that can't be printed, such as Ġ for a space, decode to these bytes."""
+        ids = {token: i for i, token in enumerate(self.raw)}
+        known = [(byte, ids[char]) for char, byte in BYTE_OF_CHAR.items() if byte <= 0x20 and char in ids]
+        back = self.decode([[i] for _, i in known])
+        same = sum(text == chr(byte) for (byte, _), text in zip(known, back, strict=True))
+        return "byte_level" if same > len(known) / 2 else "none"
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row of ids."""

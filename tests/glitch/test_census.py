@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,16 @@ def test_files_are_those_of_a_scan_with_every_token_tested(report: CensusReport,
         assert grades[int(i)] == "verified"
     fine = np.flatnonzero(report.best >= 0.1)
     assert not set(fine.tolist()) & set(grades)
+
+
+def test_a_token_that_looks_like_a_formula_survives_the_table(report: CensusReport, tmp_path: Path) -> None:
+    table = report.plan.scan.table
+    tricky = ("'=1", "=1+1", "'", *table.token[3:])
+    scan = replace(report.plan.scan, table=replace(table, token=tricky))
+    replace(report, plan=replace(report.plan, scan=scan)).save(tmp_path)
+    assert [load_scan(tmp_path).text(i) for i in range(3)] == ["'=1", "=1+1", "'"]
+    cells = (tmp_path / "tokens.csv").read_text().replace("\n", ",").split(",")
+    assert {"''=1", "'=1+1"} <= set(cells) and not {"'=1", "=1+1"} & set(cells)
 
 
 def test_an_interrupted_census_goes_on_and_ends_the_same(

@@ -134,6 +134,16 @@ def test_tokens_with_the_same_text_are_named(tmp_path: Path) -> None:
     assert isinstance(table, Table) and len(table.rows) == 27
 
 
+def test_reserved_ids_that_were_never_trained_are_spare(tmp_path: Path) -> None:
+    used = RESERVED[2]
+    report = scan(_tied(tmp_path / "a", matrix(N + 5, [i for i in UNUSED if i != used])), options=ALL)
+    assert report.spare() == [i for i in RESERVED if i != used] == report.to_json()["spare"]
+    assert any(said.startswith("5 reserved ids are unused") for said in report.findings())
+    cut = scan(_tied(tmp_path / "b", matrix(N - 3, [i for i in UNUSED if i < N - 3])), options=ALL)
+    assert cut.spare() == [i for i in RESERVED if i < N - 3]
+    assert scan(_tied(tmp_path / "c", matrix(N + 5, []))).spare() == []
+
+
 def test_ids_beyond_the_matrix_have_no_row(tmp_path: Path) -> None:
     report = scan(_tied(tmp_path, matrix(N + 5, UNUSED)[: N - 3]))
     assert len(report.table) == N and report.table.category[N - 3 :] == ("no_row",) * 3

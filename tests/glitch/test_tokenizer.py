@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import N_UNUSED, SPECIAL, WORDS, byte_level, sentencepiece
-from workbench.codec import FastCodec, codec_in, codec_of
+from workbench.codec import FastCodec, bytes_of, codec_in, codec_of
 from workbench.errors import MissingFileError
 from workbench.glitch.survival import Survival
 from workbench.glitch.tokenizer import IMPOSSIBLE_BYTES, analyse
@@ -242,6 +242,36 @@ def test_specials_are_the_same_from_the_folder_as_from_the_loaded_tokenizer(tmp_
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     at = backend.token_to_id
     assert codec_in(tmp_path).special == {at(SPECIAL), at("ember"), at("bravo"), 3}
+
+
+class WithoutBackend:
+    """A tokenizer as one written in Python looks from outside."""
+
+    all_special_ids = ()
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.inner = backend
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.inner.get_vocab()
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        assert not clean_up_tokenization_spaces
+        return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("backend", "style"),
+    [(byte_level(), "byte_level"), (sentencepiece(), "byte_fallback"), (wordpiece(), "none")],
+)
+def test_a_tokenizer_without_a_backend_has_the_same_bytes(backend: Tokenizer, style: str) -> None:
+    slow, fast = codec_of(WithoutBackend(backend)), FastCodec.of(backend)
+    assert slow.style == fast.style == style
+    assert bytes_of(slow) == bytes_of(fast)
+    assert (analyse(slow).byte == analyse(fast).byte).all()
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

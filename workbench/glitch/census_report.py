@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from workbench.glitch.census_result import NO_TEST, CensusResult, ranking
-from workbench.glitch.result import shown
+from workbench.glitch.result import shown, write_table
 from workbench.glitch.sampling import Stratum, recall, total
 from workbench.glitch.tokenizer import CATEGORIES
 from workbench.glitch.verify import VERDICTS, VERIFIED, verdict
@@ -86,12 +86,9 @@ class CensusReport(CensusResult, Report):
     def save(self, folder: Path) -> Path:
         """Writes tokens.csv, glitch.json (both as a scan writes them) and census.json; returns the first's path."""
         folder.mkdir(parents=True, exist_ok=True)
-        frame = self.df
-        frame["token"] = [shown(token) for token in frame["token"]]
-        frame.to_csv(folder / "tokens.csv", index=False)
         save_json(folder / "glitch.json", self.plan.scan.to_json())
         save_json(folder / "census.json", self.to_json())
-        return folder / "tokens.csv"
+        return write_table(self.df, folder / "tokens.csv")
 
     def to_json(self) -> dict[str, Any]:
         """Everything except the table of all tokens: the glitch tokens are here."""

@@ -80,6 +80,9 @@ def _oddities(report: ScanResult) -> list[str]:
         )
     if report.bad_rows:
         said.append(f"{len(report.bad_rows)} rows hold NaN or infinity (ids {_ids(report.bad_rows)}); left out.")
+    spare = report.spare()
+    if spare:
+        said.append(f"{len(spare)} reserved ids are unused, free for tokens of your own (ids {_ids(tuple(spare))}).")
     if report.has_bias:
         said.append("The output layer has a bias; the indicators do not use it.")
     beyond = report.tokenizer.counts.get("no_row", 0)

@@ -28,6 +28,7 @@ class GlitchReport(ScanResult, Report):
         return to_jsonable({name: getattr(self, name) for name in names} | {
             "candidates": [self.row(i) for i in self.candidates()],
             "unwritable": [self.row(i) for i in self.unwritable()],
+            "spare": self.spare(),
             "controls": [self.row(t.token_id) for t in (self.verification.controls if self.verification else ())],
             "findings": list(self.findings()),
         })  # fmt: skip

@@ -171,6 +171,19 @@ class ScanResult:
         low = np.flatnonzero(hidden & (np.nan_to_num(table.indicator, nan=np.inf) <= self.threshold))
         return low[np.argsort(table.indicator[low], kind="stable")].tolist()
 
+    def spare(self) -> list[int]:
+        """Ids that are free for tokens of one's own, such as new turn marks: reserved, writable, never trained.
+
+        Text gives them, they have a row, and it lies with the reference or as low as the candidates; empty without a
+        ranking.
+        """
+        if self.indicator is None:
+            return []
+        table = self.table
+        writable = np.isin(np.asarray(table.category), ("ok", "special"))
+        unused = table.is_reference | (np.nan_to_num(table.indicator, nan=np.inf) <= self.threshold)
+        return np.flatnonzero(table.reserved & writable & unused & np.isfinite(table.norm)).tolist()
+
     @property
     def df(self) -> Any:
         """One row per id, the most suspicious first, as a pandas table.
@@ -205,16 +218,8 @@ class ScanResult:
         return pd.DataFrame(columns).sort_values("indicator", kind="stable", ignore_index=True)
 
     def to_csv(self, path: str | Path) -> Path:
-        """Writes `df` as CSV that a spreadsheet can open, and returns the path.
-
-        Control characters of tokens are escaped, and a token that a spreadsheet would take for a formula gets an
-        apostrophe in front; `cell_text` removes it.
-        """
-        target = Path(path)
-        frame = self.df
-        frame["token"] = [harmless_cell(shown(token)) for token in frame["token"]]
-        frame.to_csv(target, index=False, encoding="utf-8", lineterminator="\n")
-        return target
+        """Writes `df` as CSV that a spreadsheet can open, and returns the path."""
+        return write_table(self.df, Path(path))
 
     def row(self, i: int) -> dict[str, Any]:
         """One token as plain values."""
@@ -255,6 +260,17 @@ class ScanResult:
     def tested(self, i: int) -> Tested | None:
         """The test of one token, or None if it was not run."""
         return self._tests.get(i)
+
+
+def write_table(frame: Any, path: Path) -> Path:
+    """Writes a table with one token per row as CSV that a spreadsheet can open, and returns the path.
+
+    Control characters of tokens are escaped, and a token that a spreadsheet would take for a formula gets an apostrophe
+    in front; `cell_text` removes it.
+    """
+    cells = [harmless_cell(shown(token)) for token in frame["token"]]
+    frame.assign(token=cells).to_csv(path, index=False, encoding="utf-8", lineterminator="\n")
+    return path
 
 
 def shown(token: str) -> str:
