@@ -27,7 +27,7 @@ from workbench.errors import (
     WorkbenchError,
 )
 from workbench.saes.formats.build import build
-from workbench.saes.formats.names import gemma_scope_site, site_of
+from workbench.saes.formats.names import GemmaScopeName, site_of
 from workbench.saes.formats.raw import RawSAE, fold
 from workbench.saes.io import load_sae, sae_lens_module, sae_site
 
@@ -328,8 +328,34 @@ def test_gemma_scope(tmp_path: Path) -> None:
     sae = load_sae(folder)
     torch.testing.assert_close(sae(_x()), (pre.relu() * (pre > t["threshold"])) @ t["W_dec"] + t["b_dec"])
     assert sae_site(sae) == "mlp_out.12"
-    assert str(gemma_scope_site(Path("layer_12/width_16k/average_l0_82"))) == "resid_post.12"
     assert torch.equal(load_sae(folder / "params.npz")(_x()), sae(_x())), "the file alone would be centred"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "site"),
+    [
+        ("layer_12/width_16k/average_l0_82", "resid_post", "resid_post.12"),
+        ("/data/mlp_out/layer_12_width_16k_l0_medium", "mlp_out", "mlp_out.12"),
+        ("/data/layer_1_study/gemma-scope-2b-pt-res/layer_12/width_16k", "resid_post", "resid_post.12"),
+        ("/home/me/gpt-mlp/gemma-scope-2b-pt-res/layer_12/width_16k", "resid_post", "resid_post.12"),
+        ("/home/me/transcoders/gemma-scope-2b-pt-att/layer_12/width_16k", "z", "z.12"),
+        ("/home/me/transcoders/x/layer_12/width_16k", "resid_post", "resid_post.12"),
+        ("models--google--gemma-scope-2b-pt-transcoders/snapshots/0a/layer_3/width_16k", "transcoder", "None"),
+        ("gemma-scope-2-1b-pt/transcoder/layer_3_width_16k_l0_small", "transcoder", "None"),
+        ("gemma-scope-2-1b-pt/attn_out/layer_3_width_16k_l0_small", "z", "z.3"),
+        ("gemma-scope-2b-pt-res/embedding/width_4k", "resid_post", "None"),
+    ],
+)
+def test_gemma_scope_is_named_by_its_release_and_not_by_the_folders_above(path: str, kind: str, site: str) -> None:
+    named = GemmaScopeName.of(Path(path))
+    assert (named.kind, str(named.site)) == (kind, site)
+
+
+def test_an_sae_of_gemma_scope_in_a_folder_called_transcoder_is_an_sae(tmp_path: Path) -> None:
+    folder = tmp_path / "layer_1-transcoder" / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k"
+    _gemma(folder)
+    sae = load_sae(folder)
+    assert sae.cfg.architecture() == "jumprelu" and sae_site(sae) == "resid_post.12"
 
 
 def test_archives_that_promise_too_much_or_hold_objects(tmp_path: Path) -> None:

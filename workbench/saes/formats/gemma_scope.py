@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.saes.formats.files import read_config, read_tensors
-from workbench.saes.formats.names import gemma_scope_site, site_metadata
+from workbench.saes.formats.names import GemmaScopeName, site_metadata
 from workbench.saes.formats.overrides import Overrides
 from workbench.saes.formats.raw import RawSAE
 from workbench.saes.formats.tensors import need
@@ -30,17 +30,17 @@ def read(folder: Path, overrides: Overrides) -> RawSAE:
     W_enc, b_enc, W_dec, b_dec, threshold = need(tensors, path, "W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     skip = tensors.get("affine_skip_connection")
     about = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
-    transcodes = "transcoder" in folder.absolute().as_posix() or "hf_hook_point_out" in about or skip is not None
+    named = GemmaScopeName.of(folder.absolute())
+    transcodes = named.kind == "transcoder" or "hf_hook_point_out" in about or skip is not None
     return RawSAE(
         activation="jumprelu", W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, threshold=threshold,
         W_skip=None if skip is None else skip.float().T.contiguous(), transcodes=transcodes,
-        subtracts_b_dec=False, scale=overrides.scale or 1.0, metadata=_metadata(folder, about, overrides),
+        subtracts_b_dec=False, scale=overrides.scale or 1.0, metadata=_metadata(named, about, overrides),
     )  # fmt: skip
 
 
-def _metadata(folder: Path, about: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
-    site = gemma_scope_site(folder.absolute())
-    found = site_metadata(site)
+def _metadata(named: GemmaScopeName, about: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    found = site_metadata(named.site)
     for ours, theirs in (("hook_name", "hf_hook_point_in"), ("hook_name_out", "hf_hook_point_out")):
         if isinstance(about.get(theirs), str):
             found[ours] = about[theirs]

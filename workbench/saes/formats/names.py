@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ _INSIDE = {
 on real activations tells."""
 
 _DICTIONARY_LEARNING = re.compile(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out|mlp_post)_layer_?(\d+)$")
+_LAYER = re.compile(r"layer_(\d+)")
+_GEMMA_SCOPE = {
+    "transcoder": "transcoder", r"-res\b|resid_post": "resid_post", r"-mlp\b|mlp_out": "mlp_out",
+    r"-att\b|attn_out": "z",
+}  # fmt: skip
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "model.embed_tokens", "transformer.wte", "gpt_neox.embed_in")
 
 
@@ -56,22 +62,42 @@ def site_of(name: str) -> Site:
     )
 
 
-def gemma_scope_site(path: Path) -> Site | None:
-    """The site that the folders of Gemma Scope name, such as `layer_12/width_16k/average_l0_82`; None if they don't.
+@dataclass(frozen=True)
+class GemmaScopeName:
+    """What the folders of Gemma Scope say about an SAE, such as `gemma-scope-2b-pt-mlp/layer_12/width_16k`.
 
-    The release decides between the residual stream (`-res`), the MLP (`-mlp`) and the heads (`-att`); a path that does
-    not name it is read as the residual stream.
+    Only the release and what is below it count, or without a release the last `layer_N` and the folder it is in: a path
+    above them is named by whoever keeps the files.
 
-    >>> gemma_scope_site(Path("gemma-scope-2b-pt-att/layer_12/width_16k/average_l0_82"))
-    Site(kind='z', layer=12, head=None)
+    Attributes:
+        kind: "transcoder", or the kind of site: the release decides if it names one (`-res`, `-mlp`, `-att`), else the
+            folders in it; the residual stream if none does.
+        layer: the last `layer_N`; None without one.
     """
-    text = path.as_posix()
-    found = re.search(r"layer_(\d+)", text)
-    if found is None or "transcoder" in text:
-        return None
-    kinds = {r"-mlp\b|mlp_out": "mlp_out", r"-att\b|attn_out": "z"}
-    kind = next((kind for pattern, kind in kinds.items() if re.search(pattern, text)), "resid_post")
-    return Site(kind, int(found[1]))
+
+    kind: str
+    layer: int | None
+
+    @classmethod
+    def of(cls, path: Path) -> GemmaScopeName:
+        """From a path."""
+        parts = path.parts
+        releases = [i for i, part in enumerate(parts) if "gemma-scope" in part]
+        above_layers = [max(0, i - 1) for i, part in enumerate(parts) if _LAYER.search(part)]
+        begins = (releases or above_layers or [len(parts)])[-1]
+        parts = parts[begins:]
+        kinds = (kind for part in parts for pattern, kind in _GEMMA_SCOPE.items() if re.search(pattern, part))
+        found = _LAYER.findall("/".join(parts))
+        return cls(next(kinds, "resid_post"), int(found[-1]) if found else None)
+
+    @property
+    def site(self) -> Site | None:
+        """Where the SAE reads; None for a transcoder, or without a layer.
+
+        >>> GemmaScopeName.of(Path("gemma-scope-2b-pt-att/layer_12/width_16k/average_l0_82")).site
+        Site(kind='z', layer=12, head=None)
+        """
+        return None if self.layer is None or self.kind == "transcoder" else Site(self.kind, self.layer)
 
 
 def site_metadata(site: str | Site | None, site_out: str | Site | None = None) -> dict[str, Any]:
