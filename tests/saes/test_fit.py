@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.tiny import D_MODEL, n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, MismatchError, UnknownSiteError
 from workbench.models.model import Model
-from workbench.saes.fit import FVU_LIMIT, Fit, FitReport, _clearly_better, _looks_like, check_sae
+from workbench.saes.fit import FVU_LIMIT, Fit, FitReport, _clearly_better, _looks_like, _right_site, check_sae
 from workbench.saes.formats.build import build
 from workbench.saes.formats.raw import RawSAE
 from workbench.saes.io import load_sae
@@ -241,6 +241,29 @@ def test_a_site_that_is_clearly_better_by_both_measures_is_named_and_by_one_it_i
         report.require()
 
 
+def test_where_an_sae_is_of_no_use_all_dimensions_alike_decide() -> None:
+    """The measured numbers of an SAE of layer 20 that claims layer 8, where few dimensions hold all the variance."""
+    here, made = _told("resid_post.8", 0.369, 1.85), _told("resid_post.20", 0.413, 0.66)
+    outliers, far_off = _told("resid_post.7", 0.15, 1.2), _told("resid_post.21", 0.45, 0.70)
+    assert _right_site(here, (outliers, far_off, made)) is made
+    assert _right_site(here, (outliers,)) is None, "of no use there either"
+    assert _right_site(here, (_told("resid_post.20", 1.1, 0.66),)) is None
+    uneven = Fit("resid_post.20", "", 0.4, 32.0, 260, (0.0, 0.06) * 6, (0.0, 0.16) * 6)
+    assert _right_site(_told("resid_post.8", 0.37, 1.05), (uneven,)) is None, "not clearly better"
+    assert _right_site(here, (_told("resid_post.8", 0.2, 0.1, "at scale 2"), made)) is None, "it is the scale"
+    assert _right_site(_told("resid_post.8", 0.369, 0.95), (made,)) is None and _right_site(here, ()) is None
+
+
+def test_an_sae_that_explains_less_than_nothing_of_the_dimensions_is_not_called_usable() -> None:
+    there = _told("resid_post.9", 0.30, 1.2)
+    report = FitReport(_told("resid_post.8", 0.37, 1.85), (there,), None)
+    assert "not usable: on average over the dimensions its error is 1.85 times their variance" in report.findings()[0]
+    assert "fits" not in report.findings()[0] and repr(report).startswith("FitReport(of no use: ")
+    assert report.ok, "an SAE that was hardly trained is like this at its own site"
+    fine = FitReport(_told("resid_post.8", 0.37, 0.95), (there,), None)
+    assert "usable, but at resid_post.9" in fine.findings()[0] and repr(fine).startswith("FitReport(ok: ")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_standardised_measure_is_the_mean_over_dimensions(family: str) -> None:
     model = tiny_model(family)
@@ -268,5 +291,11 @@ def test_on_a_real_model_no_right_site_is_refused_and_one_layer_off_is(embedded:
 @pytest.mark.embedded
 def test_on_a_real_model_the_right_site_is_named(embedded: Model) -> None:
     assert check_sae(embedded, _principal(embedded, "resid_post.15", rank=200)).ok
-    moved = check_sae(embedded, _principal(embedded, "mlp_out.15", rank=200, claims="attn_out.15"))
-    assert moved.looks_like is not None and moved.looks_like.site == "mlp_out.15"
+    for made, claims in (
+        ("mlp_out.15", "attn_out.15"),
+        ("resid_post.15", "resid_post.14"),  # FVU 0.09 there, and 0.009 at its own site
+        ("resid_post.20", "resid_post.8"),
+        ("resid_post.12", "resid_post.2"),
+    ):
+        moved = check_sae(embedded, _principal(embedded, made, rank=200, claims=claims))
+        assert moved.looks_like is not None and moved.looks_like.place == made, claims

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,10 @@ from workbench.tokens import TokenBatch
 FVU_LIMIT = 1.0
 """Above this an SAE is refused: the mean of the tokens would reconstruct them better."""
 SUSPICIOUS = 0.1
-"""Below this FVU nothing else is considered; the SAE does what it should."""
+"""If FVU and its mean over dimensions are below this, nothing else is considered; the SAE does what it should."""
+USELESS = 1.0
+"""From this mean over dimensions of the FVU of each, the means of the dimensions would do better than the SAE, and all
+layers are tried."""
 MUCH_LOWER = 0.5
 """Another place is named if the FVU there is at most this share of the FVU at the place claimed."""
 CONVINCING = 0.7
@@ -114,7 +117,7 @@ class FitReport(Report):
 
     @property
     def ok(self) -> bool:
-        """Whether the SAE may be used where it says."""
+        """Whether nothing says that the SAE belongs elsewhere; one that was hardly trained may be of no use yet."""
         return self.looks_like is None and self.claimed.fvu <= FVU_LIMIT
 
     def findings(self) -> tuple[str, ...]:
@@ -127,25 +130,41 @@ class FitReport(Report):
             at = at.replace("at at ", "at ")
             return (f"{here}; {at} it is {_number(other.fvu)}: this looks like {other.place} {about}.",)
         if self.ok:
-            lower = min((fit for fit in self.others if not fit.how), key=lambda fit: fit.fvu, default=self.claimed)
-            if lower.fvu >= self.claimed.fvu:
-                return (f"{here} {about}: it fits.",)
-            return (
-                f"{here} {about}: usable, but at {lower.site} it is {_number(lower.fvu)}; if that layer is meant, pass "
-                f"site={lower.site!r}.",
-            )
+            return (f"{here} {about}: {self._verdict()}",)
         best = min((other.fvu for other in self.others), default=math.inf)
         return (
             f"{here}, worse than the mean of the tokens, and no better than {_number(best)} at any of the "
-            f"{len(self.others)} neighbouring sites and scales {about}: this is no SAE of this model, or its "
+            f"{len(self.others)} other sites and scales {about}: this is no SAE of this model, or its "
             "activations were treated in another way.",
+        )
+
+    def _verdict(self) -> str:
+        """What to think of an SAE that no other place explains better."""
+        if self.claimed.standardised >= USELESS:
+            return (
+                f"not usable: on average over the dimensions its error is {_number(self.claimed.standardised)} times "
+                "their variance, worse than their means, and no other layer is clearly better."
+            )
+        lower = min((fit for fit in self.others if not fit.how), key=lambda fit: fit.fvu, default=self.claimed)
+        if lower.fvu >= self.claimed.fvu:
+            return "it fits."
+        return (
+            f"usable, but at {lower.site} it is {_number(lower.fvu)}; if that layer is meant, pass site={lower.site!r}."
         )
 
     def section(self) -> Section:
         """The finding with one row per place that was tried."""
-        rows = tuple((fit.place, fit.fvu, fit.l0, fit.n_tokens) for fit in (self.claimed, *self.others))
-        table = Table(("place", "FVU", "L0", "tokens"), rows, "The first row is the site that the SAE claims.")
-        metrics = {"fvu": self.claimed.fvu, "l0": self.claimed.l0, "n_tokens": self.claimed.n_tokens}
+        rows = tuple(
+            (fit.place, fit.fvu, fit.standardised, fit.l0, fit.n_tokens) for fit in (self.claimed, *self.others)
+        )
+        columns = ("place", "FVU", "mean FVU of the dimensions", "L0", "tokens")
+        table = Table(columns, rows, "The first row is the site that the SAE claims.")
+        metrics = {
+            "fvu": self.claimed.fvu,
+            "standardised_fvu": self.claimed.standardised,
+            "l0": self.claimed.l0,
+            "n_tokens": self.claimed.n_tokens,
+        }
         return Section(f"Does the SAE fit {self.claimed.site}?", (table,), self.findings(), metrics)
 
     def require(self) -> FitReport:
@@ -165,14 +184,17 @@ class FitReport(Report):
         raise MismatchError(f"The SAE does not fit: {self.findings()[0]} {advice}")
 
     def __repr__(self) -> str:
-        return f"FitReport({'ok' if self.ok else 'does not fit'}: {self.findings()[0]})"
+        state = "does not fit" if not self.ok else "of no use" if self.claimed.standardised >= USELESS else "ok"
+        return f"FitReport({state}: {self.findings()[0]})"
 
 
 Batch = Sequence[str] | Int[Tensor, "rows pos"] | TokenBatch | ActivationStore
 
 
 def check_sae(model: Any, sae: Any, batch: Batch | None = None) -> FitReport:
-    """Runs an SAE on real activations at its site, and where that fails at neighbouring sites and other scales.
+    """Runs an SAE on real activations at its site, and where that is not good elsewhere and at other scales.
+
+    Elsewhere is the same layer and those beside it; all layers, if the means of the dimensions do better than the SAE.
 
     Args:
         model: a `Model`.
@@ -191,14 +213,28 @@ def check_sae(model: Any, sae: Any, batch: Batch | None = None) -> FitReport:
     tokens = _tokens(model, batch)
     coder = Coder.of(sae)
     claimed = _Trial(model, coder, tokens, (site,), target).at(site)
-    others: tuple[Fit, ...] = ()
-    if not claimed.fvu <= SUSPICIOUS:
-        sites = tuple(_neighbours(model, site))
-        trial = _Trial(model, coder, _beginnings(tokens), (site, *sites), target)
-        here = trial.at(site)
-        others = tuple(trial.at(other) for other in sites) + tuple(trial.treated(site))
-        return FitReport(claimed, others, _looks_like(claimed, others) or _clearly_better(here, others))
-    return FitReport(claimed, others, None)
+    if claimed.fvu <= SUSPICIOUS and claimed.standardised <= SUSPICIOUS:
+        return FitReport(claimed, (), None)
+    sites = tuple(_neighbours(model, site))
+    if not claimed.standardised < USELESS:
+        sites = tuple({_same(other): other for other in (*sites, *_layers(model, site))}.values())
+    trial = _Trial(model, coder, _beginnings(tokens), (site, *sites), target)
+    here, others = trial.at(site), (*(trial.at(other) for other in sites), *trial.treated(site))
+    named = _right_site(here, others) or _looks_like(claimed, others) or _clearly_better(here, others)
+    return FitReport(claimed, others, named)
+
+
+def _right_site(here: Fit, others: Sequence[Fit]) -> Fit | None:
+    """The site at which most of the dimensions is explained, for an SAE that explains less than nothing of them here.
+
+    FVU does not decide: it is low in any layer with outlier dimensions, as long as the SAE reproduces their mean.
+    """
+    best = min(others, key=lambda fit: fit.standardised, default=None)
+    if here.standardised < USELESS or best is None or best.how:
+        return None
+    if not (best.standardised < USELESS and best.fvu <= FVU_LIMIT):
+        return None
+    return best if _clearly_less(best.standardised_by_text, here.standardised_by_text) else None
 
 
 def _looks_like(claimed: Fit, others: Sequence[Fit]) -> Fit | None:
@@ -259,6 +295,16 @@ def _neighbours(model: Any, site: Site) -> Iterator[Site]:
             if _same(other) not in seen and other in model.site_map.points and model.width(str(other)) == width:
                 seen.add(_same(other))
                 yield other
+
+
+def _layers(model: Any, site: Site) -> Iterator[Site]:
+    """The same place in every other layer, where it has the same width."""
+    if site.layer is None:
+        return
+    width = model.width(str(site))
+    for other in (replace(site, layer=layer) for layer in range(model.n_layers)):
+        if other != site and replace(other, head=None) in model.site_map.points and model.width(str(other)) == width:
+            yield other
 
 
 def _same(site: Site) -> Site:
