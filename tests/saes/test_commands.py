@@ -15,7 +15,7 @@ from workbench.saes.evaluate import EvalOptions
 from workbench.saes.io import load_sae
 
 SMALL = self_text_sae.Options(
-    tokens=1200, context=12, sae=SAEConfig(d_sae=48, k=4, tokens=2000, batch=100),
+    tokens=1200, context=12, sae=SAEConfig(d_sae=48, k=4, tokens=2000, batch=100, kernel="csr"),
     evaluation=EvalOptions(max_rows=8), shares=(0.5,),
 )  # fmt: skip
 

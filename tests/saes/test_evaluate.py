@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -273,19 +275,30 @@ def test_other_families_and_bf16_models(family: str) -> None:
     assert report.fvu_controls["identity"].value == 0
 
 
-@pytest.mark.parametrize(("share", "recovered"), [(1.0, 1.0), (0.0, 0.0)])
-def test_an_identity_recovers_all_and_a_zero_sae_nothing(model: Model, share: float, recovered: float) -> None:
+def _shrunken_identity(share: float) -> Any:
+    """An SAE of +v and -v for every dimension v, which reconstructs this share of every vector."""
     sae = _lens_sae("StandardSAE")
     W = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])
     with torch.no_grad():
         for parameter in sae.parameters():  # type: ignore[attr-defined]
             parameter.zero_()
         sae.W_enc[:, : len(W)], sae.W_dec[: len(W)] = W.T, share * W  # type: ignore[attr-defined]
-    report = evaluate_sae(model, sae, _rows())
+    return sae
+
+
+@pytest.mark.parametrize(("share", "recovered"), [(1.0, 1.0), (0.0, 0.0)])
+def test_an_identity_recovers_all_and_a_zero_sae_nothing(model: Model, share: float, recovered: float) -> None:
+    report = evaluate_sae(model, _shrunken_identity(share), _rows())
     assert report.recovered["zero"].value == pytest.approx(recovered, abs=1e-3)
     assert (report.reconstruction_bias is None) == (share == 0)
     if share:
         assert abs(report.ce_difference["sae"].value) < 1e-3
+
+
+def test_the_loss_recovered_grows_from_a_zero_reconstruction_to_a_whole_one(model: Model) -> None:
+    reports = [evaluate_sae(model, _shrunken_identity(share), _rows()) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    for values in ([r.recovered["zero"].value for r in reports], [-r.fvu.value for r in reports]):
+        assert all(later > earlier + 1e-3 for earlier, later in pairwise(values)), values
 
 
 def test_the_random_control_has_the_shape_and_sparsity_of_the_sae() -> None:

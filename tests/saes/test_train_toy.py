@@ -73,6 +73,7 @@ def test_every_architecture_finds_the_true_directions(tmp_path: Path) -> None:
     runs = train_saes(store, configs, tmp_path / "saes")
     found = [_mmcs(run) for run in runs]
     assert min(found[:-1]) > 0.9 and found[0] > 0.95, found
+    # Measured at 0.70 with k ten times too large: a bound on the number alone would be too loose to tell much.
     assert found[-1] < found[0] - 0.2, "ten times too many features at once"
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from workbench.errors import ResourceError
 from workbench.saes import triton_kernels
 from workbench.saes.architectures import Matryoshka, StepOptions, TopK
+from workbench.saes.kernels import available_kernels, with_kernel
 from workbench.saes.sparse import SparseActs
 from workbench.saes.triton_kernels import TritonProducts
 from workbench.saes.weights import SAEWeights
@@ -44,6 +45,25 @@ def test_triton_steps_equal_sparse_ones() -> None:
         weights, (x,) = SAEWeights(*moved(*start(kind, 40).tensors())), moved(make_x(20, 16))
         found = kind.step(weights, x, options=StepOptions(torch.float64, products=TritonProducts()))
         assert difference(found, kind.step(weights, x, options=StepOptions(torch.float64))) < 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter of Triton has no device to wait for")
+@pytest.mark.parametrize("kernel", available_kernels("cuda"))
+def test_a_topk_step_never_waits_for_the_device(kernel: str) -> None:
+    """BatchTopK does once per step, to learn how many entries a ragged choice has."""
+    kind = with_kernel(TopK(3), kernel)
+    weights, (x,) = (
+        SAEWeights(*moved(*(t.float() for t in start(TopK(3), 40).tensors()))),
+        moved(make_x(20, 16).float()),
+    )
+    kind.step(weights, x)  # compiles, and asks the device what it can do
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kind.step(weights, x)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def test_without_triton_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

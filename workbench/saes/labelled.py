@@ -64,7 +64,7 @@ def token_labels(
         entropy: of the model's next-token distribution; adds the set "uncertain next token", above its median.
     """
     # embeddings may be padded beyond the tokenizer
-    used = {i: texts[i] if i < len(texts) else "" for i in batch.ids.unique().tolist()}
+    used = {int(i): texts[int(i)] if i < len(texts) else "" for i in batch.ids.unique()}
     labels = {}
     for name, rule in TOKEN_LABELS.items():
         table = {i: int(rule(text)) for i, text in used.items()}
