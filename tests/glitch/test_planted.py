@@ -62,8 +62,10 @@ def test_an_untied_model_with_decay_shrinks_what_it_never_saw(decayed: Planted) 
     report = _scan(decayed)
     assert not report.tied and report.indicator == "I_in"
     assert _auc(report, "I_in", NEVER) >= 0.999 and _auc(report, "I_cos", NEVER) >= 0.99
-    # what was never a target but always an input is invisible to the input norm; 16 tokens give the AUC to within 0.1
-    assert _auc(report, "I_in", INPUT_ONLY) < 0.9 and _auc(report, "I_cos", INPUT_ONLY) >= 0.99
+    # what was never a target but always an input is told from what was never seen by the input norm alone
+    norms, cosines = (report.table.indicators[name] for name in ("I_in", "I_cos"))
+    assert norms[INPUT_ONLY].min() > 2 * norms[NEVER].max()
+    assert _auc(report, "I_cos", INPUT_ONLY) >= 0.99 and np.median(cosines[INPUT_ONLY]) < 2 * np.median(cosines[NEVER])
 
 
 def test_an_untied_model_without_decay_needs_the_output_side(undecayed: Planted) -> None:
