@@ -64,8 +64,9 @@ def test_an_untied_model_with_decay_shrinks_what_it_never_saw(decayed: Planted) 
     assert _auc(report, "I_in", NEVER) >= 0.999 and _auc(report, "I_cos", NEVER) >= 0.99
     # what was never a target but always an input is told from what was never seen by the input norm alone
     norms, cosines = (report.table.indicators[name] for name in ("I_in", "I_cos"))
-    assert norms[INPUT_ONLY].min() > 2 * norms[NEVER].max()
-    assert _auc(report, "I_cos", INPUT_ONLY) >= 0.99 and np.median(cosines[INPUT_ONLY]) < 2 * np.median(cosines[NEVER])
+    assert auc_lower(norms[NEVER], norms[INPUT_ONLY]) >= 0.99
+    assert _auc(report, "I_cos", INPUT_ONLY) >= 0.99
+    assert 0.2 < auc_lower(cosines[NEVER], cosines[INPUT_ONLY]) < 0.8, "neither was ever a target"
 
 
 def test_an_untied_model_without_decay_needs_the_output_side(undecayed: Planted) -> None:
