@@ -96,7 +96,7 @@ def score_features(
             prompts[0] if len(prompts) == 1 else prompts, strength, options.k, options.rows, options.precision
         )
         outputs = direction_scores(model, sae, rows, where, how)
-        if options.random_directions:
+        if options.random_directions and not bool(zero.all()):
             random = direction_scores(model, sae, random_like(rows[~zero], options), where, how)
     if store is not None:
         store.check_model(model)
