@@ -119,8 +119,10 @@ def test_all_planted_tokens_fail_and_no_trained_one(name: str, request: pytest.F
     assert set(NEVER) <= verified
     if name != "tied":  # a tied model can say what it has only read: reading trains the same row
         assert set(INPUT_ONLY) <= verified
-    graded = np.median([[p[i] for i in ids] for ids in (NEVER[:16], RARE)], axis=1)
-    assert graded[0] < graded[1] < np.median([t.max_prob for t in done.controls])
+    never, rare = (np.array([p[i] for i in ids]) for ids in (NEVER, RARE))
+    assert max(np.median(never), np.median(rare)) < 0.1 * min(t.max_prob for t in done.controls)
+    if name == "tied":  # five hits leave no trace in a row that is not shared: the order of both groups is chance there
+        assert np.median(rare) > 2 * np.median(never) and auc_lower(never, rare) > 0.75
 
 
 def _permuted(tokenizer: Tokenizer, order: np.ndarray) -> Tokenizer:
