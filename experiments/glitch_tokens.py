@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from workbench.cli.base import Command
+from workbench.errors import ModelUnavailableError
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, scan
+from workbench.glitch.scanner import examine
 from workbench.glitch.scoring import VERIFIED
 
 
@@ -80,22 +82,34 @@ class GlitchScan(Command):
     def run(self) -> None:
         """Scan, save the run folder with the table of all tokens, and say what was found."""
         from workbench.models.loading import load_model
-        from workbench.records import save_json
 
         options = self.options()
-        model: Any = load_model(self.model) if self.verify == "top" else self.model
         with self.start("glitch-scan") as run:
+            try:
+                report, model = study(self.model, options=options), None
+            except ModelUnavailableError:
+                if self.verify != "top":
+                    raise
+                model = load_model(self.model)
+                report = study(model, options=options)
+            self._save(run, report)  # kept even if the model can't be loaded or tested
             if self.verify == "top":
+                model = model or load_model(self.model)
                 run.note_model(model)
                 # In the run folder, so that the same command, given again after an interruption, goes on from it.
                 options = dataclasses.replace(options, journal=run.artifacts / "tested.jsonl")
-            report = study(model, "top" if self.verify == "top" else None, options=options)
-            report.to_csv(run.artifacts / "tokens.csv")
-            save_json(run.artifacts / "glitch.json", report.to_json())
-            run.save_step("glitch", report.section())
+                report = examine(model, report, options=options)
+                self._save(run, report)
             html = run.finish(f"Glitch tokens of {report.model}")
             summary = report.to_json() | {"run": run.path, "report": html, "metrics": report.metrics()}
             self.emit(summary, self._lines(report, run.path))
+
+    def _save(self, run: Any, report: GlitchReport) -> None:
+        from workbench.records import save_json
+
+        report.to_csv(run.artifacts / "tokens.csv")
+        save_json(run.artifacts / "glitch.json", report.to_json())
+        run.save_step("glitch", report.section())
 
     def _lines(self, report: GlitchReport, folder: Path) -> Iterator[str]:
         yield from (f"- {finding}" for finding in report.findings())

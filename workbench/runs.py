@@ -244,7 +244,7 @@ class RunDir:
             error.add_note(f"The report of the unfinished run could not be written: {problem}")
         finally:
             unlock_folder(self.path)
-        if error is not None:
+        if error is not None and (self.steps() or not isinstance(error, WorkbenchError)):
             error.add_note(f"Kept in {self.path}: steps {done}. The same command continues from there.")
 
     def _step_file(self, step: str) -> Path:

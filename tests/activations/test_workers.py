@@ -94,6 +94,9 @@ def test_parts_that_do_not_belong_together_are_refused(model: Model, tmp_path: P
     part(0, _source())
     with pytest.raises(MismatchError, match="manifest-00001-of-00002"):
         part(1, TokenRows(_rows().flip(0), batch_rows=4))
+    for other in (1, 3):
+        with pytest.raises(MismatchError, match="of 2 processes"):
+            harvest(model, _source(), [SITE], tmp_path / "s", options=replace(SMALL, rank=0, world=other))
     with pytest.raises(MismatchError, match="one process"):
         unfinished = replace(open_part(tmp_path / "s"), done=False)
         unfinished.save(_folder(tmp_path / "s"))

@@ -126,6 +126,16 @@ def test_controls_are_alike_and_never_twice() -> None:
         matched_controls(model, vocabulary, tokens, set(), FeatureOptions(controls=1000))
 
 
+def test_of_many_tokens_some_are_drawn() -> None:
+    few = glitch_features(_model(), _sae(_model()), GLITCH, options=FeatureOptions(controls=3, most=6))
+    assert len(few.ids) == 6 and few.n_controls == 18 and set(few.ids) < set(GLITCH) and list(few.ids) == sorted(few.ids)
+    assert few.more[0].feature == PLANTED
+    assert any("Of 8 different glitch tokens 6 were drawn" in finding for finding in few.findings())
+    assert not any("drawn" in finding for finding in _report().findings())
+    with pytest.raises(InvalidInputError, match="most=4.*most is at least 5"):
+        FeatureOptions(most=4)
+
+
 def test_rates_are_those_of_benjamini_and_hochberg() -> None:
     rng = np.random.default_rng(0)
     label = np.arange(40) < 10

@@ -55,7 +55,7 @@ def explain(error: BaseException) -> str | None:
         detail = str(error).split("\n", 1)[0]
         return f"out of memory{': ' + detail if detail else ''}. Use a smaller model, batch or number of tokens."
     if isinstance(error, WorkbenchError):
-        return str(error)
+        return " ".join([str(error), *getattr(error, "__notes__", ())])
     if isinstance(error, FileNotFoundError):
         return f"no such file or folder: {error.filename or error}. Check the path."
     if isinstance(error, OSError) and error.filename is not None:

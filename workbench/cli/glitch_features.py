@@ -26,6 +26,8 @@ class GlitchFeaturesCommand(Command):
     """Run folder of `workbench glitch scan --verify top`: takes the tokens that it verified."""
     controls: int = 4
     """Ordinary tokens per glitch token, alike in length and leading space."""
+    most: int = 200
+    """Glitch tokens to compare; of more, so many are drawn at random."""
     fdr: float = 0.05
     """Expected share of false ones among the features that are named."""
 
@@ -35,7 +37,7 @@ class GlitchFeaturesCommand(Command):
         from workbench.models.loading import load_model
         from workbench.saes.io import load_sae
 
-        options = FeatureOptions(controls=self.controls, fdr=self.fdr, seed=self.seed)
+        options = FeatureOptions(controls=self.controls, most=self.most, fdr=self.fdr, seed=self.seed)
         tokens, avoid = named_tokens(self.tokens, self.scan)
         model = load_model(self.model)
         sae = load_sae(self.sae, str(model.device), model=model)

@@ -38,6 +38,8 @@ class FeatureOptions:
     Attributes:
         controls: ordinary tokens per glitch token, alike in length and leading space.
         contexts: texts behind which each token is read.
+        most: glitch tokens to compare; of more, so many are drawn at random, since activations of all tokens and
+            features are held at once.
         fdr: expected share of false ones among the features that are named.
         shuffles: how often labels are shuffled to count what is found by chance.
         seed: of the controls, the shuffles and the intervals.
@@ -46,17 +48,19 @@ class FeatureOptions:
 
     controls: int = 4
     contexts: tuple[str, ...] = CONTEXTS
+    most: int = 200
     fdr: float = 0.05
     shuffles: int = 10
     seed: int = 0
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.controls, len(self.contexts), self.shuffles, self.batch_size) < 1 or not 0 < self.fdr < 1:
+        least = min(self.controls, len(self.contexts), self.shuffles, self.batch_size, self.most + 1 - MIN_TOKENS)
+        if least < 1 or not 0 < self.fdr < 1:
             raise InvalidInputError(
-                f"FeatureOptions(controls={self.controls}, {len(self.contexts)} contexts, fdr={self.fdr}, "
-                f"shuffles={self.shuffles}, batch_size={self.batch_size}): fdr lies between 0 and 1, the others are at "
-                "least 1."
+                f"FeatureOptions(controls={self.controls}, {len(self.contexts)} contexts, most={self.most}, "
+                f"fdr={self.fdr}, shuffles={self.shuffles}, batch_size={self.batch_size}): fdr lies between 0 and 1, "
+                f"most is at least {MIN_TOKENS}, the others are at least 1."
             )
 
 
@@ -111,14 +115,15 @@ def glitch_features(
     asked = list(dict.fromkeys(int(i) for i in tokens))
     distinct = _distinct(model, asked)
     _require_some(len(distinct), f"{len(asked)} tokens were given, {len(distinct)} with a row of their own")
-    controls = matched_controls(model, vocabulary, distinct, {*asked, *avoid}, options)
-    ids = [*distinct, *(i for group in controls for i in group)]
-    reader = SpliceReader.of(model, sae, _batches(model, ids[len(distinct) :], options))
+    drawn = _drawn(distinct, options)
+    controls = matched_controls(model, vocabulary, drawn, {*asked, *avoid}, options)
+    ids = [*drawn, *(i for group in controls for i in group)]
+    reader = SpliceReader.of(model, sae, _batches(model, ids[len(drawn) :], options))
     coder = Coder.of(sae)
     read = _read(model, reader, coder, ids, options)
-    owner = np.array([-1] * len(distinct) + [k for k, group in enumerate(controls) for _ in group])
+    owner = np.array([-1] * len(drawn) + [k for k, group in enumerate(controls) for _ in group])
     kept = read.n > 0
-    _require_some(int(kept[: len(distinct)].sum()), "the others are special tokens or attention sinks at this site")
+    _require_some(int(kept[: len(drawn)].sum()), "the others are special tokens or attention sinks at this site")
     rows, tested, shuffled = _compared(read, owner, kept, options)
     fvu = _fvu(read, owner, kept, options.seed)
     glitch, control = (owner < 0) & kept, (owner >= 0) & kept
@@ -172,6 +177,14 @@ def _distinct(model: Any, tokens: Sequence[int]) -> list[int]:
     for i in tokens:
         first.setdefault(rows.rows([i]).numpy().tobytes(), i)
     return list(first.values())
+
+
+def _drawn(tokens: list[int], options: FeatureOptions) -> list[int]:
+    """All of them, or as many as fit, in the order in which they were given."""
+    if len(tokens) <= options.most:
+        return tokens
+    chosen = np.random.default_rng([options.seed, 1]).choice(len(tokens), options.most, replace=False)
+    return [tokens[k] for k in sorted(chosen)]
 
 
 def _require_some(n: int, why: str) -> None:

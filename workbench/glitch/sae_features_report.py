@@ -133,6 +133,9 @@ class GlitchFeatures(Report):
                 f"{self.asked - self.distinct} of {self.asked} tokens have the same input row as another one, bit for "
                 "bit, and were not counted again."
             )
+        drawn = len(self.ids) + self.dropped[0]
+        if drawn < self.distinct:
+            said.append(f"Of {self.distinct} different glitch tokens {drawn} were drawn at random.")
         if any(self.dropped):
             said.append(
                 f"{self.dropped[0]} glitch tokens and {self.dropped[1]} controls were left out: special tokens, or "

@@ -137,6 +137,16 @@ def scan(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptio
     return report if verify is None else _examined(model, report, codec, vocabulary, options)
 
 
+def examine(model: Any, report: GlitchReport, *, options: ScanOptions | None = None) -> GlitchReport:
+    """The second half of `scan(model, "top")`, for a report that was made of the same model's weights.
+
+    Raises:
+        DegenerateInputError: if there is nothing to verify, or the model gives no numbers.
+    """
+    codec = _open(model)[2]
+    return _examined(model, report, codec, analyse(codec), options or ScanOptions())
+
+
 def _open(model: Any) -> tuple[str, TokenMatrices, Codec]:
     """Name, matrices and tokenizer of whatever the user named."""
     if hasattr(model, "hf") and hasattr(model, "tokenizer"):

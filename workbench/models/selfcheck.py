@@ -67,6 +67,11 @@ def self_check(hf: Any, sites: SiteMap) -> CheckReport:
     inputs = {"input_ids": ids}
     outer = sorted((s for s in sites.points if s.kind in _STREAM), key=lambda s: s.kind in MODEL_KINDS)
     acts = capture(hf, sites, inputs, outer)
+    spoilt = next((site for site in outer if bool(acts[site].isnan().any())), None)
+    if spoilt is not None:
+        columns = acts[spoilt].isnan().flatten(0, -2).any(0).nonzero()[:, 0].tolist()
+        where = f"{len(columns)} of {acts[spoilt].shape[-1]} columns of {spoilt}, such as {columns[:3]}, hold NaN"
+        return CheckReport((Check("no value is NaN", False, where),), {})
     tolerance = 8 * torch.finfo(next(hf.parameters()).dtype).eps
     withdrawn = _misshapen(outer, acts, ids)
     sites = sites.without(withdrawn)
