@@ -128,7 +128,9 @@ def test_controls_are_alike_and_never_twice() -> None:
 
 def test_of_many_tokens_some_are_drawn() -> None:
     few = glitch_features(_model(), _sae(_model()), GLITCH, options=FeatureOptions(controls=3, most=6))
-    assert len(few.ids) == 6 and few.n_controls == 18 and set(few.ids) < set(GLITCH) and list(few.ids) == sorted(few.ids)
+    assert (
+        len(few.ids) == 6 and few.n_controls == 18 and set(few.ids) < set(GLITCH) and list(few.ids) == sorted(few.ids)
+    )
     assert few.more[0].feature == PLANTED
     assert any("Of 8 different glitch tokens 6 were drawn" in finding for finding in few.findings())
     assert not any("drawn" in finding for finding in _report().findings())
