@@ -65,6 +65,8 @@ class GlitchScan(Command):
     """How many suspicious tokens that no text gives to test by their ids, in a table of their own."""
     sides: bool = True
     """Also find out whether each tested token can be read, and whether it can be written."""
+    context: int = 0
+    """Also ask for each tested token in so many lines of random ordinary words, where more tokens may fail."""
     symptoms: bool = False
     """Also ask the model to repeat, spell and measure each tested token, and name what goes wrong."""
     batch_size: int = 32
@@ -75,7 +77,7 @@ class GlitchScan(Command):
         return ScanOptions(
             top=self.top, controls=self.controls, percentile=self.percentile, reference=self.reference or None,
             indicator=self.indicator, prompts=self.prompts, seed=self.seed, forms=self.forms, spliced=self.spliced,
-            sides=self.sides, symptoms=self.symptoms,
+            sides=self.sides, contexts=self.context, symptoms=self.symptoms,
             verification=VerifyOptions(batch_size=self.batch_size, stop_at=VERIFIED if self.quick else None),
         )  # fmt: skip
 

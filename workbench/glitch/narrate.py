@@ -144,6 +144,10 @@ def summarise(report: ScanResult) -> dict[str, Estimate | float | int | str]:
     if report.sides is not None:
         found |= {f"n_broken.{name}": report.sides.count(name) for name in ("both", "input", "output", "neither")}
         found |= {"auc.read": report.sides.read_auc, "auc.write": report.sides.write_auc}
+    if report.contexts is not None:
+        found["n_fail_in_context"] = sum(c.failed for c in report.contexts.candidates)
+        if report.contexts.control_failures is not None:
+            found["context_control_failure_rate"] = report.contexts.control_failures
     if report.symptoms is not None:
         found |= {f"symptom.{task}": rate for task, rate in report.symptoms.candidate_failures.items()}
         found |= {f"symptom_control.{task}": rate for task, rate in report.symptoms.failures.items()}

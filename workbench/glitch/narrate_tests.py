@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from workbench.glitch.contexts import Contexts
 from workbench.glitch.result import ScanResult, shown
 from workbench.glitch.scoring import VERIFIED
 from workbench.glitch.sides import BROKEN, ENOUGH_AUC, ENOUGH_CONTROLS, LEVEL, Sides
@@ -27,6 +28,7 @@ def say_tests(report: ScanResult) -> list[str]:
             f"prompts by id, {len(bad)} fail as well."
         )
     said += _sides(report.sides) if report.sides else []
+    said += _contexts(report, report.contexts) if report.contexts else []
     said += _symptoms(report.symptoms) if report.symptoms else []
     return [*said, *verification.notes, *report.notes]
 
@@ -99,6 +101,23 @@ def _sides(sides: Sides) -> list[str]:
     ]
 
 
+def _contexts(report: ScanResult, found: Contexts) -> list[str]:
+    rate = found.control_failures
+    beside = f"Of the controls fail {rate}" if rate else "No control gives a number"
+    failing = [c for c in found.candidates if c.failed]
+    said = [
+        f"Among other words ({len(found.lines)} lines to copy): median p below {VERIFIED} for {len(failing)} of the "
+        f"{len(found.candidates)} tokens. {beside}."
+    ]
+    both = [(c, tested) for c in found.candidates if (tested := report.tested(c.token_id)) and _finite(c.median)]
+    for failed, what in ((True, "Said alone, not among other words"), (False, "Said among other words, not alone")):
+        names = [c.token_id for c, tested in both if c.failed == failed and tested.verified != failed]
+        if names:
+            listed = ", ".join(repr(report.table.token[i]) for i in names[:8]) + (", …" if len(names) > 8 else "")
+            said.append(f"{what}: {len(names)} tokens: {listed}.")
+    return said
+
+
 def _symptoms(said: Symptoms) -> list[str]:
     lines = []
     for task, rate in said.candidate_failures.items():
@@ -126,6 +145,8 @@ def test_blocks(report: ScanResult) -> list[Block]:
         made.append(tests_table(report, verification.spliced, "Tokens that no text gives, tested by id; in no count"))
     if report.sides is not None:
         made.append(_sides_table(report, report.sides))
+    if report.contexts is not None:
+        made.append(_contexts_table(report, report.contexts))
     if report.symptoms is not None:
         made += [_labels_table(report.symptoms), _replies_table(report, report.symptoms)]
     made.append(Text("Verdicts: " + "; ".join(f"{name}: {means}" for name, means in VERDICTS.items()) + "."))
@@ -176,6 +197,19 @@ def _sides_table(report: ScanResult, sides: Sides) -> Table:
     means = "; ".join(f"{name}: {text}" for name, text in BROKEN.items())
     columns = ("id", "token", "role", "spelled", "reading: KL (nats)", "same next token", "writing: log p", "broken")
     return Table(columns, rows, caption=f"Reading and writing, compared with the same text in other tokens. {means}")
+
+
+def _contexts_table(report: ScanResult, found: Contexts) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for c in found.tested:
+        below, tested = sum(p < VERIFIED for p in c.p), report.tested(c.token_id)
+        role, alone = "control" if c.control else "candidate", tested.verdict if tested else "untested"
+        name = shown(report.table.token[c.token_id])
+        rows.append((c.token_id, name, role, _finite(c.median), below, _finite(min(c.p)), _finite(max(c.p)), alone))
+    columns = ("id", "token", "role", "median p", f"below {VERIFIED}", "lowest", "highest", "verdict alone")
+    words = [[shown(report.table.token[i]).strip() for i in line] for line in found.lines]
+    lines = "; ".join(" ".join((a, b, "…", c, d)) for a, b, c, d in words)
+    return Table(columns, tuple(rows), caption=f"Copied among other words, {len(words)} lines: {lines}")
 
 
 def _labels_table(said: Symptoms) -> Table:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.glitch.contexts import Contexts
 from workbench.glitch.indicators import Separation
 from workbench.glitch.reference import Reference
 from workbench.glitch.sides import Side, Sides
@@ -112,6 +113,7 @@ class ScanResult:
         seed: of the random controls.
         natures: what kind of text each candidate is, by id.
         sides: whether tested tokens can be read and written, or None.
+        contexts: whether they are copied among other words, or None.
         symptoms: what the model does with them, or None.
         notes: what was asked for and could not be done, in sentences.
         threshold_why: how the threshold was chosen.
@@ -140,6 +142,7 @@ class ScanResult:
     seed: int
     natures: Mapping[int, Nature] = field(default_factory=dict)
     sides: Sides | None = None
+    contexts: Contexts | None = None
     symptoms: Symptoms | None = None
     notes: tuple[str, ...] = ()
     threshold_why: str = ""
@@ -207,6 +210,9 @@ class ScanResult:
             kind[i] = nature.kind
         for side in self.sides.tested if self.sides else ():
             broken[side.token_id] = side.broken
+        context_p = np.full(n, np.nan)
+        for found in self.contexts.tested if self.contexts else ():
+            context_p[found.token_id] = found.median
         columns = {
             "token_id": np.arange(n), "token": table.token, "category": table.category, "indicator": table.indicator,
             "max_prob": max_prob, "verdict": verdict, "is_reference": table.is_reference, "group": table.group,
@@ -214,6 +220,7 @@ class ScanResult:
             "p_bound": np.where(table.copies > 1, 1 / table.copies, np.nan),
             "is_byte": table.is_byte, "reserved": table.reserved, "norm": table.norm, **table.indicators,
             "form": form, "p_value": p_value, "kind": kind, "broken": broken,
+            "context_p": context_p,
         }  # fmt: skip
         return pd.DataFrame(columns).sort_values("indicator", kind="stable", ignore_index=True)
 
@@ -236,6 +243,9 @@ class ScanResult:
             found |= {"kind": nature.kind, "script": nature.script, "words": nature.words, "part_of": nature.part_of}
         if side is not None:
             found |= {"broken": side.broken, "read_kl": side.read_kl, "write_logp": side.write_logp}
+        median = next((c.median for c in (self.contexts.tested if self.contexts else ()) if c.token_id == i), None)
+        if median is not None:
+            found["context_p"] = median
         if self.symptoms is not None and (said := self.symptoms.of(i)):
             found["symptoms"] = {task: symptom.label for task, symptom in said.items()}
         return found

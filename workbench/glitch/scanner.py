@@ -20,6 +20,7 @@ from workbench.errors import (
     did_you_mean,
 )
 from workbench.glitch.chat import FORMS, Forms, PromptSet, prompt_set
+from workbench.glitch.contexts import in_contexts
 from workbench.glitch.fragments import same_text
 from workbench.glitch.indicators import (
     INDICATORS,
@@ -66,6 +67,7 @@ class ScanOptions:
         spliced: suspicious tokens that no text gives (parts of characters, unreachable ones) to test by their ids; they
             are in no count of the candidates.
         sides: also find out whether tested tokens can be read, and whether they can be written.
+        contexts: also ask for each tested token in so many lines of random ordinary words.
         symptoms: also ask the model to repeat, spell and measure the tested tokens.
         journal: file in which test results are kept while they come; an interrupted test goes on from it.
         seed: of the random controls.
@@ -82,6 +84,7 @@ class ScanOptions:
     forms: Forms = "auto"
     spliced: int = 16
     sides: bool = True
+    contexts: int = 0
     symptoms: bool = False
     journal: Path | None = None
     seed: int = 0
@@ -89,10 +92,10 @@ class ScanOptions:
     verification: VerifyOptions = VerifyOptions()
 
     def __post_init__(self) -> None:
-        if min(self.top, self.block_rows) < 1 or min(self.spliced, self.controls or 0) < 0:
+        if min(self.top, self.block_rows) < 1 or min(self.spliced, self.contexts, self.controls or 0) < 0:
             raise InvalidInputError(
-                f"ScanOptions(top={self.top}, controls={self.controls}, spliced={self.spliced}, block_rows="
-                f"{self.block_rows}): top and block_rows are at least 1, controls and spliced at least 0."
+                f"ScanOptions(top={self.top}, controls={self.controls}, spliced={self.spliced}, contexts="
+                f"{self.contexts}, block_rows={self.block_rows}): top and block_rows are at least 1, the others 0."
             )
         if self.forms not in ("auto", *FORMS):
             raise UnknownNameError(
@@ -336,6 +339,11 @@ def _examined(
     if options.sides:
         suspects = report.candidates()
         more["sides"] = lambda: measure_sides(model, codec, vocabulary, candidates, controls, suspects)
+    if options.contexts:
+        more["contexts"] = lambda: in_contexts(
+            model, vocabulary, candidates, controls, _pool(report).tolist(), n=options.contexts, seed=options.seed,
+            batch_size=options.verification.batch_size,
+        )  # fmt: skip
     if options.symptoms:
         more["symptoms"] = lambda: symptoms(model, vocabulary, candidates, controls, forms=options.forms)
     for name, measure_more in more.items():
@@ -354,6 +362,10 @@ def _prompts(model: Any, vocabulary: Vocabulary, options: ScanOptions) -> Prompt
 
 def _controls(report: GlitchReport, n: int, seed: int) -> Sequence[int]:
     """Random ordinary tokens that are no candidates, drawn without replacement."""
-    table = report.table
-    pool = np.flatnonzero(table.ordinary & (table.indicator > report.threshold) & ~table.is_reference)
+    pool = _pool(report)
     return np.random.default_rng(seed).choice(pool, min(n, len(pool)), replace=False).tolist()
+
+
+def _pool(report: GlitchReport) -> np.ndarray:
+    table = report.table
+    return np.flatnonzero(table.ordinary & (table.indicator > report.threshold) & ~table.is_reference)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.glitch import planted as plan
+from tests.glitch.planted import planted, truth
+from tests.glitch.tiny_copy import AT, VOCABULARY, N, wordy_model
+from tests.glitch.tiny_vocab import WORDS
+from workbench.codec import FastCodec
+from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.glitch import ScanOptions, scan
+from workbench.glitch.contexts import LINE, Contexts, in_contexts
+from workbench.glitch.prompts import template
+from workbench.glitch.tokenizer import analyse
+from workbench.models.model import Model
+from workbench.tokens import TokenBatch
+
+ODD, COMMON, *PLAIN = (AT(space + word) for space in ("", "Ġ") for word in WORDS)
+
+
+class Typist:
+    """Copies the third word of the last line with the probability that `says` names for it, else 0.6."""
+
+    dtype, fingerprint = torch.float32, "typist"
+
+    def __init__(self, says: dict[int, float]) -> None:
+        self.says, self.rows = says, []
+
+    def tokens(self, text: str) -> TokenBatch:
+        return TokenBatch.of_rows(torch.tensor([self._codec().encode([text])[0]]))
+
+    def _codec(self) -> FastCodec:
+        return FastCodec.of(wordy_model().tokenizer.backend_tokenizer)
+
+    def logits(self, batch: TokenBatch, keep: str = "all") -> Tensor:
+        p = torch.full((len(batch), N), 1e-9)
+        slots = template(LINE, VOCABULARY, lambda text: self._codec().encode([text])[0]).slots
+        for row, ids in enumerate(batch.ids.tolist()):
+            words = [ids[k] for k in slots]
+            assert words[:2] == words[5:], "the copy repeats the first two words"
+            self.rows.append(tuple(words[:5]))
+            p[row, words[2]], p[row, 0] = self.says.get(words[2], 0.6), 1 - self.says.get(words[2], 0.6)
+        return p.log()
+
+
+def _asked(model: Any, n: int = 6, **options: Any) -> Contexts:
+    return in_contexts(model, VOCABULARY, [ODD, COMMON], PLAIN[:5], PLAIN, n=n, **options)
+
+
+def test_a_token_that_is_lost_among_words_is_told_from_others() -> None:
+    model = Typist({ODD: 0.004, PLAIN[0]: 0.002})
+    found = _asked(model)
+    odd, common = found.candidates
+    assert (odd.token_id, odd.failed) == (ODD, True) and odd.median == pytest.approx(0.004, rel=1e-4)
+    assert not common.failed and common.median == pytest.approx(0.6, rel=1e-4)
+    assert found.control_failures is not None and found.control_failures.value == 0.2 and found.control_failures.n == 5
+    lines = {(*row[:2], *row[3:]) for row in model.rows}
+    assert lines == set(found.lines) and len(lines) == 6, "all tokens get the same lines"
+    assert not {i for line in lines for i in line} & {ODD, COMMON, *PLAIN[:5]}, "no tested token stands beside another"
+    other = Typist({})
+    _asked(other, seed=1)
+    assert {(*row[:2], *row[3:]) for row in other.rows} != lines
+
+
+def test_batches_and_the_shared_beginning_change_nothing() -> None:
+    model = wordy_model()
+    one, many = (_asked(model, 3, batch_size=size) for size in (1, 32))
+    assert np.allclose([c.p for c in one.tested], [c.p for c in many.tested], atol=1e-6)
+    made = template(LINE, VOCABULARY, lambda text: model.tokens(text).ids[0].tolist())
+    row = made.fill(torch.tensor([ODD]))
+    a, b, c, d = many.lines[0]
+    row[0, made.slots] = torch.tensor([a, b, ODD, c, d, a, b])
+    p = model.logits(TokenBatch.of_rows(row), keep="last").softmax(1)[0, ODD]
+    assert many.tested[0].p[0] == pytest.approx(float(p), abs=1e-6)
+
+
+def test_a_model_that_gives_no_number_fails_nothing() -> None:
+    found = _asked(Typist({ODD: float("nan"), PLAIN[1]: float("nan")}))
+    assert not found.candidates[0].failed and np.isnan(found.candidates[0].median)
+    assert found.control_failures is not None and found.control_failures.n == 4
+
+
+def test_too_few_words_are_refused() -> None:
+    with pytest.raises(DegenerateInputError, match="ordinary words of at least three letters"):
+        in_contexts(Typist({}), VOCABULARY, [ODD], PLAIN[:2], PLAIN[:8], n=2)
+    with pytest.raises(InvalidInputError, match="contexts=-1"):
+        ScanOptions(contexts=-1)
+
+
+def test_trained_tokens_are_copied_among_others_and_planted_ones_are_not() -> None:
+    made, known = planted(tied=True, decay=0.1), truth()
+    vocabulary = analyse(FastCodec.of(plan.tokenizer()))
+    controls = np.random.default_rng(0).choice(known.trained, 24, replace=False).tolist()
+    found = in_contexts(made.model, vocabulary, known.never, controls, known.trained, n=5)
+    assert all(c.failed for c in found.candidates)
+    never, other = ([c.median for c in found.tested if c.control == control] for control in (False, True))
+    assert max(never) < np.median(other), "copying from five words is hard for two layers, but not as hard"
+
+
+def test_the_scan_says_it_beside_the_verdict_alone() -> None:
+    model: Model = wordy_model("neox")
+    report = scan(model, "top", options=ScanOptions(top=4, controls=6, contexts=2, sides=False))
+    assert report.contexts is not None and len(report.contexts.tested) == 10
+    said = " ".join(report.findings())
+    assert "Among other words (2 lines to copy)" in said and "Of the controls fail" in said
+    tables = [b for b in report.section().blocks if "among other words" in getattr(b, "caption", "")]
+    assert len(tables) == 1 and len(tables[0].rows) == 10
+    column = report.df.set_index("token_id")["context_p"]
+    assert column.notna().sum() == 10 and report.metrics()["n_fail_in_context"] is not None
+    json.dumps(report.to_json(), allow_nan=False)
