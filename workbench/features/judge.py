@@ -31,10 +31,26 @@ MOST_FAILED = 0.1
 """Share of unreadable answers beyond which there is no score."""
 GATE_MARGIN = 0.2
 """By how much the AUROC with the true explanation must exceed that with another unit's, interval included."""
+TOP_RATING = 2.0
+_RATING = re.compile(r"rating\s*(?:\([^)]*\))?\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _REPLY = re.compile(r"\W*(?:(?:answer|reply)\W+)?([01])(?!\w|[.,]\d)", re.IGNORECASE)
 _DIGIT = re.compile(r"(?<!\w)([01])(?!\w)")
 NOT_NEEDED = ("position",)
 """Families that are measured but not needed: a window does not show where in its row it stands."""
+
+
+@runtime_checkable
+class Rater(Protocol):
+    """Someone who rates on a scale from 0 to 2."""
+
+    @property
+    def name(self) -> str:
+        """What stands beside the ratings."""
+        ...
+
+    def rate(self, prompts: Sequence[str]) -> list[float | None]:
+        """The rating that each prompt asks for; None where there is no readable reply."""
+        ...
 
 
 @runtime_checkable
@@ -63,6 +79,23 @@ def parse_reply(text: str) -> float | None:
     if found is None or set(_DIGIT.findall(text)) != {found[1]}:
         return None
     return float(found[1])
+
+
+def parse_rating(reply: str) -> float | None:
+    """The last rating in a judge's reply, with or without brackets or stars; None if there is none from 0 to 2.
+
+    AxBench counts None as 0; whether to do so is left to the caller, who should say how many there were.
+
+    >>> parse_rating("Rating (0-2): [[1]]")
+    1.0
+    >>> parse_rating("Rating: [[2]]."), parse_rating("Rating: **1**"), parse_rating("Rating: 3"), parse_rating("good")
+    (2.0, 1.0, None, None)
+    """
+    found = _RATING.findall(reply)
+    if not found:
+        return None
+    rating = float(found[-1])
+    return rating if 0 <= rating <= TOP_RATING else None
 
 
 def detection_prompt(explanation: str, window: str) -> str:

@@ -11,13 +11,15 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from workbench.errors import CorruptFileError, InvalidInputError, ModelUnavailableError
-from workbench.features.judge import parse_reply
+from workbench.features.judge import parse_rating, parse_reply
 from workbench.models.model import Model
 from workbench.progress import track
 
@@ -27,6 +29,8 @@ REFUSALS = ("status 400", "status 413", "status 422")
 """What a server says of a single prompt, such as one that its filter stops or that is too long."""
 ALL_REFUSED = 3
 """So many refusals without a reply before them are taken as the server's word on all prompts."""
+LONGEST_REASONS = 300
+"""Tokens that a server may write before and with a rating."""
 LEAST_MASS = 0.05
 """Probability of the two digits together below which a reply is read as text."""
 
@@ -54,22 +58,35 @@ class LogProbJudge:
         Raises:
             InvalidInputError: if the digits are not single tokens.
         """
-        shared, digits = self._digits()
+        return self._expected(prompts, "01")
+
+    def rate(self, prompts: Sequence[str]) -> list[float | None]:
+        """The mean of the digits 0, 1 and 2 as the next token, weighted by their probabilities.
+
+        Raises:
+            InvalidInputError: if the digits are not single tokens.
+        """
+        return self._expected(prompts, "012")
+
+    def _expected(self, prompts: Sequence[str], digits: str) -> list[float | None]:
+        shared, ids = self._digits(digits)
+        values = torch.tensor([float(d) for d in digits])
         found: list[float | None] = []
         for start in range(0, len(prompts), self.batch):
             texts = [prompt + shared for prompt in prompts[start : start + self.batch]]
-            found += self.model.logits(texts, tokens=digits).softmax(-1)[:, 1].tolist()
+            found += (self.model.logits(texts, tokens=ids).softmax(-1).cpu() @ values).tolist()
         return found
 
-    def _digits(self) -> tuple[str, list[int]]:
-        """What stands between a prompt and the digit, and the ids of "0" and "1"."""
-        zero, one = (self.model.tokenizer(f" {d}", add_special_tokens=False)["input_ids"] for d in "01")
-        if zero[:-1] != one[:-1] or zero[-1] == one[-1]:
+    def _digits(self, digits: str) -> tuple[str, list[int]]:
+        """What stands between a prompt and the digit, and the ids of the digits."""
+        every = [self.model.tokenizer(f" {d}", add_special_tokens=False)["input_ids"] for d in digits]
+        first, *others = every
+        if any(ids[:-1] != first[:-1] for ids in others) or len({ids[-1] for ids in every}) < len(every):
             raise InvalidInputError(
-                f"The tokenizer of {self.model.name} writes ' 0' and ' 1' as {zero} and {one}, which do not differ in "
-                "their last token alone. Use another judge."
+                f"The tokenizer of {self.model.name} writes the digits {' '.join(digits)} behind a space as {every}, "
+                "which do not differ in their last token alone. Use another judge."
             )
-        return self.model.tokenizer.decode(zero[:-1]) if len(zero) > 1 else "", [zero[-1], one[-1]]
+        return self.model.tokenizer.decode(first[:-1]) if len(first) > 1 else "", [ids[-1] for ids in every]
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -127,18 +144,27 @@ class HTTPJudge:
             ModelUnavailableError: if the server refuses all, or fails after all attempts; what it answered is kept.
             CorruptFileError: if a line of the cache is not what it should be.
         """
+        return self._ask(prompts, _digit_in, f"{self.logprobs}", 4, self.logprobs)
+
+    def rate(self, prompts: Sequence[str]) -> list[float | None]:
+        """The last rating in each reply, which may give reasons first; otherwise as `answer`."""
+        return self._ask(prompts, _rating_in, "rating", LONGEST_REASONS, False)
+
+    def _ask(
+        self, prompts: Sequence[str], read: Callable[[Any], float | None], kind: str, max_tokens: int, logprobs: bool
+    ) -> list[float | None]:
         if self.cache is not None and not self._known:
             self._known.update(self._cached(Path(self.cache)))
         refused = 0
         found: list[float | None] = []
         for prompt in track(prompts, description=self.name, unit="replies"):
-            key = prompt_id(f"{self.url} {self.model} {self.logprobs} {prompt}")
+            key = prompt_id(f"{self.url} {self.model} {kind} {prompt}")
             if key not in self._known:
-                reply, problem = self._post(prompt)
+                reply, problem = self._post(prompt, max_tokens, logprobs)
                 refused += problem is not None
                 if problem and refused == len(found) + 1 >= min(ALL_REFUSED, len(prompts)):
                     raise self._unavailable(problem)
-                self._keep(key, None if problem is not None else self._read(reply))
+                self._keep(key, None if problem is not None else read(reply))
             found.append(self._known[key])
         return found
 
@@ -152,25 +178,13 @@ class HTTPJudge:
             with open(self.cache, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"id": key, "p": p}) + "\n")
 
-    def _read(self, reply: Any) -> float | None:
-        try:
-            choice = reply["choices"][0]
-            text = choice["message"]["content"]
-            tops = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
-            p = [(str(top["token"]).strip(), math.exp(top["logprob"])) for top in tops]
-        except (KeyError, IndexError, TypeError, AttributeError):
-            return None
-        digits = [sum(value for token, value in p if token == digit) for digit in "01"]
-        if sum(digits) >= LEAST_MASS:
-            return digits[1] / sum(digits)
-        return parse_reply(text) if isinstance(text, str) else None
-
-    def _post(self, prompt: str) -> tuple[Any, str | None]:
+    def _post(self, prompt: str, max_tokens: int, logprobs: bool) -> tuple[Any, str | None]:
         """The reply, or why the server refuses this prompt."""
+        messages = [{"role": "user", "content": prompt}]
         body: dict[str, Any] = {
-            "model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 4,
+            "model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens,
         }  # fmt: skip
-        if self.logprobs:
+        if logprobs:
             body |= {"logprobs": True, "top_logprobs": 5}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
@@ -209,6 +223,34 @@ class HTTPJudge:
             return "the reply is not JSON", True, None
 
 
+def _digit_in(reply: Any) -> float | None:
+    """The probability of "1", by log-probabilities where the server gives them."""
+    try:
+        choice = reply["choices"][0]
+        text = choice["message"]["content"]
+        tops = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
+        p = [(str(top["token"]).strip(), math.exp(top["logprob"])) for top in tops]
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return None
+    digits = [sum(value for token, value in p if token == digit) for digit in "01"]
+    if sum(digits) >= LEAST_MASS:
+        return digits[1] / sum(digits)
+    return parse_reply(text) if isinstance(text, str) else None
+
+
+def _rating_in(reply: Any) -> float | None:
+    try:
+        text = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return _rating(text) if isinstance(text, str) else None
+
+
+def _rating(text: str) -> float | None:
+    """Prompts end with "Rating:", so a reply may begin with the number itself."""
+    return parse_rating(f"Rating: {text.strip()}")
+
+
 @dataclass(frozen=True)
 class FileJudge:
     """Anyone who reads files: prompts are written to one file, replies are read from another.
@@ -236,6 +278,13 @@ class FileJudge:
         Raises:
             CorruptFileError: if a line of either file is not what it should be.
         """
+        return self._ask(prompts, parse_reply)
+
+    def rate(self, prompts: Sequence[str]) -> list[float | None]:
+        """The last rating in each reply that there is; otherwise as `answer`."""
+        return self._ask(prompts, _rating)
+
+    def _ask(self, prompts: Sequence[str], read: Callable[[str], float | None]) -> list[float | None]:
         replies = _lines(Path(self.folder) / REPLIES_FILE, "reply")
         asked = _lines(Path(self.folder) / PROMPTS_FILE, "prompt")
         new = {prompt_id(p): p for p in prompts if prompt_id(p) not in replies and prompt_id(p) not in asked}
@@ -244,7 +293,7 @@ class FileJudge:
             with open(Path(self.folder) / PROMPTS_FILE, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"id": i, "prompt": p}) + "\n" for i, p in new.items())
         found = [replies.get(prompt_id(prompt)) for prompt in prompts]
-        return [None if reply is None else parse_reply(reply) for reply in found]
+        return [None if reply is None else read(reply) for reply in found]
 
     def open_prompts(self) -> int:
         """How many exported prompts have no reply."""

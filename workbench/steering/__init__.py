@@ -1,5 +1,6 @@
 """Steering: features and directions added to the residual stream, beside their controls."""
 
+from workbench.features.judge import parse_rating
 from workbench.steering.baselines import METHODS, Concept, DirectionOptions, concept_directions
 from workbench.steering.choose import best_strength, paper_strength, pareto_front
 from workbench.steering.concepts import ConceptReport, steer_concepts
@@ -17,7 +18,8 @@ from workbench.steering.measures import (
 )
 from workbench.steering.options import SteerOptions
 from workbench.steering.prompts import NEUTRAL_PROMPTS, PLAIN_TEXTS
-from workbench.steering.ratings import harmonic_of_means, mean_of_harmonics, parse_rating
+from workbench.steering.rated import RatingReport, rate_texts, rating_gate, rating_prompts, templates_from
+from workbench.steering.ratings import harmonic_of_means, mean_of_harmonics
 from workbench.steering.refusal import RefusalOptions, refusal_study
 from workbench.steering.refusal_report import RefusalReport
 from workbench.steering.report import SteeringReport
@@ -34,6 +36,7 @@ __all__ = [
     "ConceptReport",
     "Depth",
     "DirectionOptions",
+    "RatingReport",
     "RefusalOptions",
     "RefusalReport",
     "SelectionReport",
@@ -58,10 +61,14 @@ __all__ = [
     "pareto_front",
     "parse_rating",
     "random_directions",
+    "rate_texts",
+    "rating_gate",
+    "rating_prompts",
     "refusal_study",
     "repeated",
     "selection_study",
     "steer",
     "steer_concepts",
+    "templates_from",
     "two_level",
 ]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
-
-TOP_RATING = 2.0
+from workbench.features.judge import TOP_RATING
 
 
 def mean_of_harmonics(scores: Float[Tensor, "*concepts examples ratings"]) -> float:
@@ -49,23 +46,6 @@ def harmonic_of_means(scores: Float[Tensor, "*concepts examples ratings"]) -> fl
     1.3636
     """
     return float(_harmonic(_checked(scores, "harmonic_of_means").mean(-2)).mean())
-
-
-def parse_rating(reply: str) -> float | None:
-    """The last rating in a judge's reply, with or without brackets or stars; None if there is none from 0 to 2.
-
-    AxBench counts None as 0; whether to do so is left to the caller, who should say how many there were.
-
-    >>> parse_rating("Rating (0-2): [[1]]")
-    1.0
-    >>> parse_rating("Rating: [[2]]."), parse_rating("Rating: **1**"), parse_rating("Rating: 3"), parse_rating("good")
-    (2.0, 1.0, None, None)
-    """
-    found = re.findall(r"rating\s*(?:\([^)]*\))?\W*?(-?\d+(?:\.\d+)?)", reply, flags=re.IGNORECASE)
-    if not found:
-        return None
-    rating = float(found[-1])
-    return rating if 0 <= rating <= TOP_RATING else None
 
 
 def _harmonic(scores: Tensor) -> Tensor:

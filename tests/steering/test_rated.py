@@ -1,0 +1,173 @@
+"""Ratings of steered texts: what is asked, who is believed, and what is made of the numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.tiny import tiny_model
+from workbench.errors import DegenerateInputError, InvalidInputError, UnknownNameError
+from workbench.features.judges import PROMPTS_FILE, REPLIES_FILE, FileJudge, LogProbJudge
+from workbench.steering import harmonic_of_means, mean_of_harmonics, rate_texts, rating_gate, rating_prompts
+from workbench.steering.rated import KINDS, KNOWN, RatingReport, templates_from
+
+RIGHT = {text: (concept, request) for concept, request, text in KNOWN}
+
+
+class Careful:
+    """Knows the texts of the gate; rates others by marks in them: `c2 i1 f0` means concept 2, instruction 1, fluency 0."""
+
+    def __init__(self, blind: str = "", silent: Sequence[str] = ()) -> None:
+        self.blind, self.silent, self.asked = blind, silent, 0
+
+    name = "careful"
+
+    def rate(self, prompts: Sequence[str]) -> list[float | None]:
+        self.asked += len(prompts)
+        return [self._one(prompt) for prompt in prompts]
+
+    def _one(self, prompt: str) -> float | None:
+        kind = "concept" if "Theme:" in prompt else "instruction" if "Request:" in prompt else "fluency"
+        text = prompt.split("Text:\n", 1)[1].split("\n\n", 1)[0]
+        if any(word in text for word in self.silent):
+            return None
+        marked = re.search(rf"\b{kind[0]}(\d)", text)
+        if marked:
+            return float(marked[1])
+        if kind == self.blind:
+            return 1.0
+        if kind == "fluency":
+            return 2.0 if text in RIGHT else 0.0
+        return 2.0 if f": {RIGHT[text][kind == 'instruction']}\n" in prompt else 0.0
+
+
+def _frame(texts: dict[str, dict[float, list[list[str]]]], features: Sequence[int] = (7,)) -> pd.DataFrame:
+    """Texts by arm, strength, feature and prompt."""
+    return pd.DataFrame([
+        {"arm": arm, "feature": features[f], "strength": strength, "prompt": f"p{p}", "text": text}
+        for arm, by_strength in texts.items() for strength, by_feature in by_strength.items()
+        for f, row in enumerate(by_feature) for p, text in enumerate(row)
+    ])  # fmt: skip
+
+
+EXAMPLE = _frame({
+    "unsteered": {0.0: [["c0 i2 f2", "c0 i2 f2", "c1 i2 f2", "c0 i2 f2"]]},
+    "feature": {
+        1.0: [["c1 i2 f2", "c1 i2 f2", "c2 i2 f2", "c2 i2 f2"]],  # chosen: the first two have 1.5 each
+        4.0: [["c2 i0 f2", "c2 i2 f0", "c2 i2 f2", "c2 i2 f2"]],  # better on the last two, but those don't choose
+    },
+})  # fmt: skip
+
+
+def test_a_text_with_braces_is_put_in_as_it_is() -> None:
+    concept, request, fluency = rating_prompts("pets {text}", "say {concept}", "a {instruction} and {text}")
+    assert "Theme: pets {text}\n" in concept and "Request: say {concept}\n" in request
+    assert all("Text:\na {instruction} and {text}\n" in prompt for prompt in (concept, request, fluency))
+    assert all(prompt.endswith("Rating: [[0]]\nRating:") for prompt in (concept, request, fluency))
+    assert "pets" not in request + fluency and "say {" not in concept + fluency
+
+
+def test_the_gate_lets_in_who_tells_right_from_wrong() -> None:
+    gate = rating_gate(Careful())
+    assert gate.refusal == "" and set(gate.margins) == set(KINDS) and gate.failed.value == 0
+    assert all(margin is not None and margin.value == 2.0 for margin in gate.margins.values())
+
+
+@pytest.mark.parametrize("blind", KINDS)
+def test_the_gate_keeps_out_who_is_blind_to_one_kind(blind: str) -> None:
+    judge = Careful(blind=blind)
+    refusal = rating_gate(judge).refusal
+    assert blind in refusal and not any(kind in refusal for kind in set(KINDS) - {blind})
+    report = rate_texts(judge, EXAMPLE, {7: "pets"})
+    assert not report.arms and report.findings()[0].startswith("NO SCORES") and blind in report.findings()[0]
+
+
+def test_a_judge_that_says_nothing_readable_is_kept_out() -> None:
+    gate = rating_gate(Careful(silent=[KNOWN[0][2][:20], KNOWN[1][2][:20]]))
+    assert "concept (None)" in gate.refusal and gate.failed.value > 0.1
+
+
+def test_strengths_are_chosen_on_one_half_and_measured_on_the_other() -> None:
+    report = rate_texts(Careful(), EXAMPLE, {7: "pets"})
+    by_name = {arm.name: arm for arm in report.arms}
+    assert by_name["feature"].strengths == {"7": 1.0} and report.prompts == ("p2", "p3")
+    rated = np.array([[[2.0, 2, 2], [2, 2, 2]]])
+    assert by_name["feature"].mean_of_harmonics is not None and by_name["unsteered"].mean_of_harmonics is not None
+    assert by_name["feature"].mean_of_harmonics.value == mean_of_harmonics(_tensor(rated)) == 2.0
+    base = np.array([[[1.0, 2, 2], [0, 2, 2]]])
+    assert by_name["unsteered"].mean_of_harmonics.value == pytest.approx(mean_of_harmonics(_tensor(base)))  # 0.75
+    assert by_name["unsteered"].harmonic_of_means == pytest.approx(harmonic_of_means(_tensor(base)))  # means .5, 2, 2
+    assert by_name["unsteered"].above_unsteered is None
+    above = by_name["feature"].above_unsteered
+    assert above is not None and above.value == pytest.approx(2 - 0.75) and above.low > 0
+    assert "higher than unsteered" in " ".join(report.findings())
+    json.dumps(report.to_json(), allow_nan=False)
+    assert isinstance(report, RatingReport) and "Ratings by careful" in report._repr_html_()
+
+
+def _tensor(values: np.ndarray):  # noqa: ANN202
+    import torch
+
+    return torch.from_numpy(values)
+
+
+def test_replies_that_can_t_be_read_count_as_zero_up_to_a_tenth() -> None:
+    frame = pd.concat([EXAMPLE, EXAMPLE.assign(feature=8)], ignore_index=True)
+    frame.loc[frame.index[-1], "text"] = "c2 i2 f2 mumble"
+    report = rate_texts(Careful(silent=["mumble"]), frame, {7: "pets", 8: "trains"})
+    assert report.failed.value == pytest.approx(3 / 72) and report.arms
+    frame.loc[frame.index[-3:], "text"] = "mumble"
+    report = rate_texts(Careful(silent=["mumble"]), frame, {7: "pets", 8: "trains"})
+    assert not report.arms and "could not be read" in report.findings()[0]
+
+
+def test_files_are_asked_once_and_read_when_they_are_there(tmp_path: Path) -> None:
+    judge, sure = FileJudge(tmp_path), Careful()
+    assert not rate_texts(judge, EXAMPLE, {7: "pets"}).arms
+    asked = [json.loads(line) for line in (tmp_path / PROMPTS_FILE).read_text().splitlines()]
+    replies = [{"id": a["id"], "reply": f"It seems so. Rating: [[{sure.rate([a['prompt']])[0]:.0f}]]"} for a in asked]
+    (tmp_path / REPLIES_FILE).write_text("".join(json.dumps(reply) + "\n" for reply in replies))
+    report = rate_texts(judge, EXAMPLE, {7: "pets"})
+    assert {arm.name: arm.strengths for arm in report.arms}["feature"] == {"7": 1.0} and judge.open_prompts() == 0
+    assert len((tmp_path / PROMPTS_FILE).read_text().splitlines()) == len(asked), "everything was asked the first time"
+
+
+def test_a_local_model_rates_by_the_probabilities_of_the_digits() -> None:
+    model = tiny_model("llama")
+    judge = LogProbJudge(model, batch=2)
+    prompts = ["a b c Rating:", "d e Rating:", "f Rating:"]
+    (*shared, first), *others = (model.tokenizer(f" {d}", add_special_tokens=False)["input_ids"] for d in "012")
+    behind = [prompt + model.tokenizer.decode(shared) for prompt in prompts]
+    p = model.logits(behind, tokens=[first, *(ids[-1] for ids in others)]).softmax(-1)
+    assert judge.rate(prompts) == pytest.approx((p[:, 1] + 2 * p[:, 2]).tolist(), abs=1e-5)
+    assert rating_gate(judge).refusal, "random weights are no judge"
+
+
+def test_wrong_tables_are_refused(tmp_path: Path) -> None:
+    judge = Careful()
+    with pytest.raises(InvalidInputError, match="lacks strength"):
+        rate_texts(judge, EXAMPLE.drop(columns="strength"), {7: "pets"})
+    with pytest.raises(InvalidInputError, match="an arm named unsteered"):
+        rate_texts(judge, EXAMPLE[EXAMPLE["arm"] == "feature"], {7: "pets"})
+    with pytest.raises(UnknownNameError, match="no concept is given for feature 7"):
+        rate_texts(judge, EXAMPLE, {})
+    with pytest.raises(InvalidInputError, match="Give every text once"):
+        rate_texts(judge, EXAMPLE.iloc[:-1], {7: "pets"})
+    with pytest.raises(DegenerateInputError, match="1 prompt"):
+        rate_texts(judge, EXAMPLE[EXAMPLE["prompt"] == "p0"], {7: "pets"})
+    assert not judge.asked, "a table that can't be used costs no question"
+    matched = EXAMPLE[EXAMPLE["arm"] == "feature"].assign(arm="matched", feature=99)
+    report = rate_texts(judge, pd.concat([EXAMPLE, matched], ignore_index=True), {7: "pets"})
+    assert report.left_out == ("matched",) and "matched" in " ".join(report.findings())
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps({"concept": "{concept} {text}", "instruction": "{text}", "fluency": "{text}"}))
+    with pytest.raises(InvalidInputError, match=r"'instruction' lacks \{instruction\}"):
+        templates_from(file)
+    file.write_text(json.dumps({k: "{concept}{instruction}{text}" for k in KINDS}))
+    assert rating_prompts("a", "b", "c", templates_from(file)) == ("abc",) * 3
