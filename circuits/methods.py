@@ -10,7 +10,7 @@ from torch import Tensor
 
 from circuits.shiftreport import Comparison, MethodRow
 from circuits.task import ShiftTask
-from workbench.stats import Estimate, bootstrap_mean, paired_difference, wilson
+from workbench.stats import Estimate, paired_difference, sample_mean, wilson
 
 
 class Scorer:
@@ -71,4 +71,4 @@ def accuracy(hits: np.ndarray) -> Estimate:
     """
     if np.isin(hits, (0.0, 1.0)).all():
         return wilson(int(hits.sum()), len(hits), unit="texts")
-    return bootstrap_mean(hits, unit="texts")
+    return sample_mean(hits, unit="texts")

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.stats import FEW, bootstrap_mean, mean_difference, sample_mean
+from workbench.stats import FEW, bootstrap_mean, paired_difference, sample_mean
 
 
 def test_few_rows_have_the_interval_of_students_t() -> None:
@@ -26,7 +26,7 @@ def test_many_rows_are_resampled() -> None:
 @pytest.mark.parametrize("n", [3, 5, 8])
 def test_the_interval_of_few_rows_covers_the_truth(n: int) -> None:
     rng = np.random.default_rng(0)
-    missed = np.mean([mean_difference(rng.normal(1, 1, n), np.ones(n)).excludes(0.0) for _ in range(1000)])
+    missed = np.mean([paired_difference(rng.normal(1, 1, n), np.ones(n)).excludes(0.0) for _ in range(1000)])
     assert missed < 0.072  # 3.2 standard errors of 1,000 draws above 5%; a bootstrap misses 10 to 24%
 
 
@@ -41,5 +41,5 @@ def test_what_has_no_mean_is_refused() -> None:
         sample_mean([])
     with pytest.raises(InvalidInputError, match="not finite"):
         sample_mean([1.0, math.nan])
-    with pytest.raises(InvalidInputError, match="mean_difference: 1 and 2 rows"):
-        mean_difference([1.0], [1.0, 2.0])
+    with pytest.raises(InvalidInputError, match="paired_difference: 1 and 2 rows"):
+        paired_difference([1.0], [1.0, 2.0])

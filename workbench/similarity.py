@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.stats import Estimate, bootstrap_mean, wilson
+from workbench.stats import Estimate, sample_mean, wilson
 
 EXACT_ASSIGNMENT = 8192
 """Directions up to which the assignment is solved on the full matrix."""
@@ -258,7 +258,7 @@ def overlap(
     def nearest(other: Tensor) -> Nearest:
         values = max_cosines(a.cpu(), other.cpu()).values.double().numpy()
         above = wilson(int((values > threshold).sum()), len(values), unit="directions")
-        return Nearest(bootstrap_mean(values, unit="directions", seed=seed, resamples=RESAMPLES), above)
+        return Nearest(sample_mean(values, unit="directions", seed=seed, resamples=RESAMPLES), above)
 
     nulls = {
         name: tuple(nearest(make(b, NULL_SEED + seed * 1000 + i)) for i in range(draws)) for name, make in NULLS.items()

@@ -86,7 +86,9 @@ FEW = 20
 """Below so many rows a percentile bootstrap is too narrow: it cannot know more spread than the rows show."""
 
 
-def sample_mean(values: Values, *, unit: str = "rows", seed: int = 0, level: float = 0.95) -> Estimate:
+def sample_mean(
+    values: Values, *, unit: str = "rows", seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> Estimate:
     """Mean with Student's t interval below `FEW` rows, and a percentile bootstrap interval from there on.
 
     One row says nothing about its spread, so its interval is the whole line.
@@ -102,20 +104,11 @@ def sample_mean(values: Values, *, unit: str = "rows", seed: int = 0, level: flo
 
     x = _finite(values, "sample_mean")
     if x.size >= FEW:
-        return bootstrap_mean(x, unit=unit, seed=seed, level=level)
+        return bootstrap_mean(x, unit=unit, seed=seed, resamples=resamples, level=level)
     point, half = float(x.mean()) + 0.0, math.inf
     if x.size > 1:
         half = float(t.ppf((1 + level) / 2, x.size - 1) * x.std(ddof=1)) / math.sqrt(x.size)
     return Estimate(point, point - half, point + half, x.size, "Student's t", unit, level)
-
-
-def mean_difference(a: Values, b: Values, *, unit: str = "rows", seed: int = 0, level: float = 0.95) -> Estimate:
-    """Mean of `a - b` over paired rows, with the interval of `sample_mean`.
-
-    >>> mean_difference([2.0, 3.0], [1.0, 2.0]).value
-    1.0
-    """
-    return sample_mean(_differences(a, b, "mean_difference"), unit=unit, seed=seed, level=level)
 
 
 def bootstrap_ratio(
@@ -144,12 +137,12 @@ def bootstrap_ratio(
 
 
 def paired_difference(a: Values, b: Values, *, unit: str = "rows", seed: int = 0, level: float = 0.95) -> Estimate:
-    """Mean of `a - b` over paired rows, with a bootstrap interval over the pairs.
+    """Mean of `a - b` over paired rows, with the interval of `sample_mean`.
 
     >>> paired_difference([2.0, 3.0], [1.0, 2.0]).value
     1.0
     """
-    return bootstrap_mean(_differences(a, b, "paired_difference"), unit=unit, seed=seed, level=level)
+    return sample_mean(_differences(a, b, "paired_difference"), unit=unit, seed=seed, level=level)
 
 
 def _differences(a: Values, b: Values, name: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from workbench.report import Block, Histogram, Metric, Report, Section, Table, Text
-from workbench.stats import Estimate, bootstrap_mean, wilson
+from workbench.stats import Estimate, sample_mean, wilson
 
 _FLOOR = 1e-12
 
@@ -162,7 +162,7 @@ def _share(hits: np.ndarray, unit: str) -> Estimate | None:
 
 
 def _mean(values: np.ndarray) -> Estimate | None:
-    return bootstrap_mean(values, unit="features") if len(values) else None
+    return sample_mean(values, unit="features") if len(values) else None
 
 
 def co_occurrence(

@@ -19,7 +19,7 @@ from workbench.glitch.result import shown
 from workbench.progress import task
 from workbench.records import from_jsonable, to_jsonable, write_atomic
 from workbench.report import Report, Section, Table, Text
-from workbench.stats import Estimate, clopper_pearson, mcnemar, mean_difference
+from workbench.stats import Estimate, clopper_pearson, mcnemar, paired_difference
 
 SHOTS = 4
 _TASK = "Each line shows two words and then the same two words with a space between them.\n"
@@ -85,7 +85,7 @@ class AdtReport(Report):
     def drop(self, name: str) -> Estimate:
         """Accuracy in the control minus accuracy where the words are joined; positive if joining hurts."""
         found = self.arm(name)
-        return mean_difference(
+        return paired_difference(
             [float(a.right_separated) for a in found], [float(a.right_joined) for a in found], unit="items"
         )
 

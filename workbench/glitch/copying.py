@@ -12,7 +12,7 @@ from workbench.glitch.prompts import PROBES, Probe, Template, template
 from workbench.glitch.sanitize import Sanitizer
 from workbench.glitch.tokenizer import analyse
 from workbench.progress import track
-from workbench.stats import Estimate, mean_difference
+from workbench.stats import Estimate, paired_difference
 from workbench.tokens import TokenBatch
 
 
@@ -107,7 +107,7 @@ def _template(model: Any, codec: Codec, probe: Probe) -> Template:
 
 
 def _gain(found: Sequence[Copied]) -> Estimate:
-    return mean_difference([c.after for c in found], [c.before for c in found], unit="tokens")
+    return paired_difference([c.after for c in found], [c.before for c in found], unit="tokens")
 
 
 def _log_probabilities(

@@ -21,7 +21,7 @@ from workbench.glitch.verify import verify
 from workbench.interventions.intervention import Intervention
 from workbench.progress import task
 from workbench.saes.fit import TEXTS
-from workbench.stats import mean_difference
+from workbench.stats import paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def check_repair(
         model=made.model, tied=made.tied, options=made.options, ids=made.ids, texts=made.texts,
         sources=tuple(tuple(vocabulary.text[j] for j in pieces) for pieces in made.sources), skipped=made.skipped,
         copied=copied, gap=gap, control_ids=tuple(controls), kept_before=kept["before"], kept_after=kept["repaired"],
-        loss=mean_difference(after, before, unit="texts", seed=options.seed), tolerance=options.tolerance,
+        loss=paired_difference(after, before, unit="texts", seed=options.seed), tolerance=options.tolerance,
         edits=edits, prompts=tuple(one.name for one in templates), seed=options.seed,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from workbench.glitch.repairing import RepairOptions
 from workbench.glitch.result import shown
 from workbench.glitch.scoring import VERIFIED
 from workbench.report import Metric, Report, Section, Table
-from workbench.stats import Estimate, mean_difference
+from workbench.stats import Estimate, paired_difference
 
 ENOUGH = 5
 """Fewer tokens than this allow no claim, whatever their interval is."""
@@ -68,7 +68,7 @@ class RepairReport(Report):
 
     def copying(self, against: str = "before") -> Estimate:
         """Copy probability with the repair minus that in another arm, token by token; positive means it helps."""
-        return mean_difference(self.copied["repaired"], self.copied[against], unit="tokens", seed=self.seed)
+        return paired_difference(self.copied["repaired"], self.copied[against], unit="tokens", seed=self.seed)
 
     def reading(self, against: str = "before") -> Estimate | None:
         """The same for the gap to the spelled text, nats: negative means that it helps; None if nothing spells them."""
@@ -76,12 +76,12 @@ class RepairReport(Report):
         known = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
         if not known:
             return None
-        return mean_difference([a for a, _ in known], [b for _, b in known], unit="tokens", seed=self.seed)
+        return paired_difference([a for a, _ in known], [b for _, b in known], unit="tokens", seed=self.seed)
 
     @property
     def controls(self) -> Estimate:
         """Copy probability of the tokens that were not repaired, with the repair on minus before."""
-        return mean_difference(self.kept_after, self.kept_before, unit="control tokens", seed=self.seed)
+        return paired_difference(self.kept_after, self.kept_before, unit="control tokens", seed=self.seed)
 
     @property
     def guard(self) -> bool:

@@ -20,7 +20,7 @@ from workbench.metrics import squared_error
 from workbench.progress import task
 from workbench.saes.coder import Coder
 from workbench.saes.splice import SpliceReader
-from workbench.stats import bootstrap_ratio, mean_difference, sample_mean
+from workbench.stats import bootstrap_ratio, paired_difference, sample_mean
 from workbench.tokens import TokenBatch
 
 CONTEXTS = (
@@ -252,7 +252,7 @@ def _compared(
         own = [float(values[k]) for k, mine in pairs if len(mine)]
         other = [float(values[mine].mean()) for _, mine in pairs if len(mine)]
         if own:
-            difference = mean_difference(own, other, unit="glitch tokens", seed=options.seed)
+            difference = paired_difference(own, other, unit="glitch tokens", seed=options.seed)
             found.append(FeatureRow(
                 int(alive[column]), float(values[label].mean()), float(values[~label].mean()), difference,
                 float((values[label] > 0).mean()), float((values[~label] > 0).mean()), float(q[column]),
@@ -304,4 +304,4 @@ def _fvu(read: _Read, owner: np.ndarray, kept: np.ndarray, seed: int) -> dict[st
     relative = read.error / np.where(spread > 0, spread, 1.0)
     pairs = [(relative[k], relative[kept & (owner == k)]) for k in np.flatnonzero(glitch)]
     own, other = [a for a, b in pairs if len(b)], [float(b.mean()) for _, b in pairs if len(b)]
-    return {**ratio, "fvu_difference": mean_difference(own, other, unit="glitch tokens", seed=seed)}
+    return {**ratio, "fvu_difference": paired_difference(own, other, unit="glitch tokens", seed=seed)}

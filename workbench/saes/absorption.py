@@ -18,7 +18,7 @@ from workbench.saes.coder import Coder
 from workbench.saes.io import check_sae_fits
 from workbench.saes.labelled import token_texts
 from workbench.saes.sparse_probing import class_difference, dense, f1, logistic
-from workbench.stats import Estimate, bootstrap_mean
+from workbench.stats import Estimate, sample_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +237,7 @@ def absorption(
     if len(good) < options.gate_letters or not counted:
         return AbsorptionReport(scores, len(good), options, None, None)
     full, fraction = (
-        bootstrap_mean([getattr(s, name) for s in counted], unit="letters", seed=options.seed)
+        sample_mean([getattr(s, name) for s in counted], unit="letters", seed=options.seed)
         for name in ("full", "fraction")
     )
     return AbsorptionReport(scores, len(good), options, full, fraction)

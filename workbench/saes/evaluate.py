@@ -18,7 +18,7 @@ from workbench.progress import task
 from workbench.saes.coder import Coder
 from workbench.saes.quality import SAEReport
 from workbench.saes.splice import Part, Splicer, SpliceReader
-from workbench.stats import Estimate, bootstrap_mean, bootstrap_ratio
+from workbench.stats import Estimate, bootstrap_ratio, sample_mean
 from workbench.tokens import TokenBatch
 
 Rows = Int[Tensor, "rows pos"] | Sequence[str] | ActivationStore
@@ -173,7 +173,7 @@ class _Evaluation:
             return bootstrap_ratio(top, bottom, unit="rows", seed=seed)
 
         def mean(values: np.ndarray) -> Estimate:
-            return bootstrap_mean(values, seed=seed)
+            return sample_mean(values, seed=seed)
 
         if not kept["total"].sum():
             raise DegenerateInputError(

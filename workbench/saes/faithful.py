@@ -22,7 +22,7 @@ from workbench.saes.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.io import check_sae_fits, sae_keep_rule
 from workbench.saes.splice import RULE_ROWS, estimate_rules
 from workbench.similarity import RESAMPLES
-from workbench.stats import Estimate, bootstrap_mean
+from workbench.stats import Estimate, sample_mean
 from workbench.tokens import TokenBatch
 
 CHUNK = 1024
@@ -178,7 +178,7 @@ def _fake(
         if not hits.shape[1]:
             return Estimate(math.nan, math.nan, math.nan, 0, "no feature is alive", "features")
         values = hits.double().mean(0).numpy()
-        return bootstrap_mean(values, unit="features", seed=options.seed, resamples=RESAMPLES)
+        return sample_mean(values, unit="features", seed=options.seed, resamples=RESAMPLES)
 
     alive = on_text > 0
     fired = alive | (rates > 0).any(0)
@@ -339,7 +339,7 @@ def quality(model: Any, sae: Any, rows: Int[Tensor, "rows context"], *, options:
         l2.append(squared_error(x.flatten(0, 1), x_hat.flatten(0, 1)).view(x.shape[:2]).mean(1) / x.shape[2])
 
     def mean(parts: Sequence[Tensor]) -> Estimate:
-        return bootstrap_mean(torch.cat(list(parts)).double().cpu().numpy(), seed=options.seed)
+        return sample_mean(torch.cat(list(parts)).double().cpu().numpy(), seed=options.seed)
 
     return Quality(
         fvu=report.fvu, recovered=report.recovered["zero"], ce_kept=report.ce_difference["sae"],

@@ -15,7 +15,7 @@ from workbench.activations.store import ActivationStore
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.report import Metric, Report, Section, Table
 from workbench.similarity import RESAMPLES, Assignment, Overlap, assign_candidates, assign_directions, entries, overlap
-from workbench.stats import Estimate, bootstrap_mean, wilson
+from workbench.stats import Estimate, sample_mean, wilson
 
 Which = Literal["decoder", "encoder"]
 SHARED_COSINE = 0.7
@@ -357,7 +357,7 @@ def _matched(same: Agreement, shuffled: Agreement, options: MatchOptions) -> Act
 
     def mean(values: Tensor) -> Estimate:
         x = values[alive].double().numpy()
-        return bootstrap_mean(x, unit="features", seed=options.seed, resamples=RESAMPLES)
+        return sample_mean(x, unit="features", seed=options.seed, resamples=RESAMPLES)
 
     def shared(agreement: Agreement) -> Estimate:
         often = _with_enough(agreement, options.min_fired)

@@ -15,7 +15,7 @@ from workbench.metrics import fvu
 from workbench.report import Report, Section, Table
 from workbench.saes.coder import Coder
 from workbench.similarity import assign_directions, max_cosines
-from workbench.stats import Estimate, bootstrap_mean
+from workbench.stats import Estimate, sample_mean
 
 FIRST_SEED = 2**32
 """Of the directions: an SAE of the same shape that is initialised from seed 0 must not begin at the truth."""
@@ -219,4 +219,4 @@ def _scores(
 
 
 def _over_features(values: np.ndarray) -> Estimate:
-    return bootstrap_mean(values, unit="true features")
+    return sample_mean(values, unit="true features")

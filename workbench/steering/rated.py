@@ -16,7 +16,7 @@ from workbench.errors import DegenerateInputError, InvalidInputError, UnknownNam
 from workbench.features.judge import MOST_FAILED, Rater
 from workbench.records import from_jsonable, load_json
 from workbench.report import Metric, Report, Section, Table, Text
-from workbench.stats import Estimate, mean_difference, wilson
+from workbench.stats import Estimate, paired_difference, wilson
 from workbench.steering.arms import OWN_TOKENS
 from workbench.steering.intervals import two_level, two_level_difference
 from workbench.steering.ratings import harmonic_of_means
@@ -138,7 +138,7 @@ def rating_gate(judge: Rater, templates: Mapping[str, str] = TEMPLATES, seed: in
     own, other = _asked(judge, [*right, *wrong]).reshape(2, len(KNOWN), len(KINDS))
     unread = np.isnan(own) | np.isnan(other)
     margins = {
-        kind: None if unread[:, k].mean() > MOST_FAILED else mean_difference(
+        kind: None if unread[:, k].mean() > MOST_FAILED else paired_difference(
             own[~unread[:, k], k], other[~unread[:, k], k], unit="known texts", seed=seed
         )
         for k, kind in enumerate(KINDS)

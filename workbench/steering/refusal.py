@@ -16,7 +16,7 @@ from workbench.interventions.ops import Add, ProjectOut
 from workbench.interventions.saes import SAEClamp
 from workbench.progress import track
 from workbench.saes.io import check_sae_fits
-from workbench.stats import Estimate, bootstrap_mean, paired_difference, wilson
+from workbench.stats import Estimate, paired_difference, sample_mean, wilson
 from workbench.steering.directions import TwoByTwo, cosine, mean_activations, random_directions
 from workbench.steering.refusal_arms import Applied, Arm, distinct_bigrams, replies_of, reply_nats, text_loss
 from workbench.steering.refusal_data import Exchange, PromptPair, RefusalData, Split, as_chats, exchanges, refusal_data
@@ -300,11 +300,11 @@ def _result(arm: Arm, measured: Mapping[str, _Measured], phrases: Sequence[str],
         norm=applied.norm,
         share=applied.share,
         control=arm.control,
-        log_odds_harmful=bootstrap_mean(odds[:n], unit="harmful prompts", seed=seed),
-        log_odds_harmless=bootstrap_mean(odds[n:], unit="harmless prompts", seed=seed),
+        log_odds_harmful=sample_mean(odds[:n], unit="harmful prompts", seed=seed),
+        log_odds_harmless=sample_mean(odds[n:], unit="harmless prompts", seed=seed),
         refused_harmful=wilson(sum(refused[:n]), n, unit="harmful prompts"),
         refused_harmless=wilson(sum(refused[n:]), n, unit="harmless prompts"),
-        text_loss=bootstrap_mean(mine.loss, unit="texts", seed=seed),
+        text_loss=sample_mean(mine.loss, unit="texts", seed=seed),
         reply_nats=_over_known(mine.nats, seed),
         distinct_2=_over_known(mine.distinct, seed),
         example_harmful=mine.texts[0],
@@ -330,7 +330,7 @@ def _comparisons(arm: Arm, measured: Mapping[str, _Measured], n: int, seed: int)
     shift = odds - base
     found = by_kind("change", base) | {
         "selective": paired_difference(shift[:n], shift[n:], unit="pairs of prompts", seed=seed),
-        "kl_harmless": bootstrap_mean(mine.kl_harmless, unit="harmless prompts", seed=seed),
+        "kl_harmless": sample_mean(mine.kl_harmless, unit="harmless prompts", seed=seed),
         "text_change": paired_difference(mine.loss, unsteered.loss, unit="texts", seed=seed),
         "reply_change": _reply_change(mine.nats, unsteered.nats, seed),
     }
@@ -339,7 +339,7 @@ def _comparisons(arm: Arm, measured: Mapping[str, _Measured], n: int, seed: int)
 
 def _over_known(values: np.ndarray, seed: int) -> Estimate | None:
     known = values[np.isfinite(values)]
-    return bootstrap_mean(known, unit="replies", seed=seed) if len(known) else None
+    return sample_mean(known, unit="replies", seed=seed) if len(known) else None
 
 
 def _reply_change(mine: np.ndarray, base: np.ndarray, seed: int) -> Estimate | None:
