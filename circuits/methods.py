@@ -64,10 +64,10 @@ class Scorer:
 
 
 def accuracy(hits: np.ndarray) -> Estimate:
-    """Share of hits: Wilson for single draws, bootstrap over rows for averages of several.
+    """Share of hits: Wilson for single draws, `sample_mean` for averages of several.
 
     >>> accuracy(np.array([1.0, 0.0])).value, accuracy(np.array([0.5, 0.5])).method
-    (0.5, 'percentile bootstrap')
+    (0.5, "Student's t")
     """
     if np.isin(hits, (0.0, 1.0)).all():
         return wilson(int(hits.sum()), len(hits), unit="texts")

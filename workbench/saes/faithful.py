@@ -276,7 +276,7 @@ def common_site(model: Any, saes: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Quality:
-    """How well one SAE serves one set of rows. Intervals: bootstrap over rows.
+    """How well one SAE serves one set of rows. Intervals are over rows.
 
     Attributes:
         fvu: unexplained variance of the kept tokens.

@@ -10,7 +10,7 @@ from workbench.stats import Estimate
 
 @dataclass(frozen=True)
 class SAEReport(Report):
-    """Quality of one SAE on one set of rows; all intervals are bootstraps over rows.
+    """Quality of one SAE on one set of rows; all intervals are over rows.
 
     Only tokens that the keep rule keeps are reconstructed or spliced, unless a field says otherwise: attention sinks
     stay as they are. Losses are means over all next-token targets of the rows, in nats per token.
@@ -110,7 +110,7 @@ class SAEReport(Report):
             ("spliced in", "FVU", "loss (nats)", "loss minus clean", "loss recovered"),
             rows,
             f"Clean loss {self.ce_clean}. Recovered: (zero ablation − splice) / (zero ablation − clean), zero "
-            "ablation with sinks kept. Intervals: bootstrap over rows.",
+            "ablation with sinks kept. Intervals are over rows.",
         )
         baselines = Table(
             ("ablation", "loss recovered"),
