@@ -229,7 +229,7 @@ class ShiftReport(Report):
             Table(
                 ("method", "against", "label accuracy", "rows that break the correlation"),
                 tuple((c.better, c.other, c.label, c.conflict) for c in self.comparisons),
-                "Differences over the same test texts, bootstrap over texts; only the templates and words used "
+                "Differences over the same test texts; only the templates and words used "
                 "here are covered.",
             ),
             Table(

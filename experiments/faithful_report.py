@@ -192,7 +192,7 @@ class FaithfulReport(Report):
         return Table(
             columns,
             tuple(rows),
-            "Held-out rows; intervals: bootstrap over rows; losses in nats per token. Scalar EV and L2 follow the "
+            "Held-out rows, intervals over rows; losses in nats per token. Scalar EV and L2 follow the "
             "definitions of FaithfulSAE over every token, sinks included; FVU is over kept tokens.",
         )
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from workbench.cli.base import Command
-from workbench.errors import ModelUnavailableError
+from workbench.errors import WorkbenchError
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, scan
 from workbench.glitch.scanner import examine
 from workbench.glitch.scoring import VERIFIED
@@ -66,7 +66,7 @@ class GlitchScan(Command):
     sides: bool = True
     """Also find out whether each tested token can be read, and whether it can be written."""
     context: int = 0
-    """Also ask for each tested token in so many lines of random ordinary words, where more tokens may fail."""
+    """Also ask for each tested token in so many lines of random ordinary tokens, where more may fail."""
     symptoms: bool = False
     """Also ask the model to repeat, spell and measure each tested token, and name what goes wrong."""
     batch_size: int = 32
@@ -89,7 +89,7 @@ class GlitchScan(Command):
         with self.start("glitch-scan") as run:
             try:
                 report, model = study(self.model, options=options), None
-            except ModelUnavailableError:
+            except WorkbenchError:  # a model may have to be downloaded, or be laid out as only its own code knows
                 if self.verify != "top":
                     raise
                 model = load_model(self.model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -317,3 +319,24 @@ def test_a_batch_without_rows_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidInputError, match="batch_rows=0"):
             make()
+
+
+def test_the_next_shard_is_checked_while_one_is_in_use(model: Model, tmp_path: Path) -> None:
+    harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+    store = open_store(tmp_path / "s")
+    files = [shard.file for shard in store.manifest.shards]
+    assert len(files) >= 3
+    reading = store.read()
+    next(reading)
+    deadline = time.monotonic() + 10
+    while files[1] not in store._verified and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert store._verified == set(files[:2]), "one shard ahead, and no further"
+    reading.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("workbench-shards")]
+    path = tmp_path / "s" / files[1]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    reading = open_store(tmp_path / "s").read()
+    next(reading)
+    with pytest.raises(CorruptFileError, match=files[1]):
+        next(reading)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from tests.glitch.tiny_vocab import WORDS
 from workbench.codec import FastCodec
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.glitch import ScanOptions, scan
-from workbench.glitch.contexts import LINE, Contexts, in_contexts
+from workbench.glitch.contexts import LINE, Contexts, InContext, in_contexts
 from workbench.glitch.prompts import template
 from workbench.glitch.tokenizer import analyse
 from workbench.models.model import Model
@@ -86,8 +87,29 @@ def test_a_model_that_gives_no_number_fails_nothing() -> None:
     assert found.control_failures is not None and found.control_failures.n == 4
 
 
+def test_the_median_over_lines_decides_and_lines_without_a_number_are_left_out() -> None:
+    nan = float("nan")
+    assert InContext(1, False, (0.001, 0.002, 0.9)).failed and not InContext(1, False, (0.001, 0.02, 0.9)).failed
+    part = InContext(1, False, (nan, 0.1, 0.3, nan))
+    assert part.median == pytest.approx(0.2) and part.span == (0.1, 0.3)
+    assert InContext(1, False, (nan,)).span == (None, None)
+
+
+def test_a_token_that_is_impossible_is_in_the_findings() -> None:
+    report = scan(wordy_model("neox"), "top", options=ScanOptions(top=4, controls=6, contexts=2, sides=False))
+    assert report.contexts is not None and report.verification is not None
+    first, *rest = report.contexts.tested
+    said = next(t for t in report.verification.tested if t.token_id == first.token_id)
+    tested = tuple(
+        replace(t, max_prob=0.5, verdict="weak_rejected") if t is said else t for t in report.verification.tested
+    )
+    zero = replace(report.contexts, tested=(replace(first, p=(0.0, 0.0)), *rest))
+    changed = replace(report, contexts=zero, verification=replace(report.verification, tested=tested))
+    assert any(line.startswith("Said alone, not among other tokens: 1 tokens") for line in changed.findings())
+
+
 def test_too_few_words_are_refused() -> None:
-    with pytest.raises(DegenerateInputError, match="ordinary words of at least three letters"):
+    with pytest.raises(DegenerateInputError, match="ordinary tokens of at least three letters"):
         in_contexts(Typist({}), VOCABULARY, [ODD], PLAIN[:2], PLAIN[:8], n=2)
     with pytest.raises(InvalidInputError, match="contexts=-1"):
         ScanOptions(contexts=-1)
@@ -108,8 +130,8 @@ def test_the_scan_says_it_beside_the_verdict_alone() -> None:
     report = scan(model, "top", options=ScanOptions(top=4, controls=6, contexts=2, sides=False))
     assert report.contexts is not None and len(report.contexts.tested) == 10
     said = " ".join(report.findings())
-    assert "Among other words (2 lines to copy)" in said and "Of the controls fail" in said
-    tables = [b for b in report.section().blocks if "among other words" in getattr(b, "caption", "")]
+    assert "Among other tokens (2 lines to copy)" in said and "Of the controls fail" in said
+    tables = [b for b in report.section().blocks if "among other tokens" in getattr(b, "caption", "")]
     assert len(tables) == 1 and len(tables[0].rows) == 10
     column = report.df.set_index("token_id")["context_p"]
     assert column.notna().sum() == 10 and report.metrics()["n_fail_in_context"] is not None

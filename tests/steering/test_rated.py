@@ -11,10 +11,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.features.toys import random_sae
 from tests.tiny import tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, UnknownNameError
+from workbench.errors import InvalidInputError, UnknownNameError
 from workbench.features.judges import PROMPTS_FILE, REPLIES_FILE, FileJudge, LogProbJudge
-from workbench.steering import harmonic_of_means, mean_of_harmonics, rate_texts, rating_gate, rating_prompts
+from workbench.steering import (
+    SteerOptions,
+    harmonic_of_means,
+    mean_of_harmonics,
+    rate_texts,
+    rating_gate,
+    rating_prompts,
+    steer,
+)
 from workbench.steering.rated import KINDS, KNOWN, RatingReport, templates_from
 
 RIGHT = {text: (concept, request) for concept, request, text in KNOWN}
@@ -59,8 +68,8 @@ def _frame(texts: dict[str, dict[float, list[list[str]]]], features: Sequence[in
 EXAMPLE = _frame({
     "unsteered": {0.0: [["c0 i2 f2", "c0 i2 f2", "c1 i2 f2", "c0 i2 f2"]]},
     "feature": {
-        1.0: [["c1 i2 f2", "c1 i2 f2", "c2 i2 f2", "c2 i2 f2"]],  # chosen: the first two have 1.5 each
-        4.0: [["c2 i0 f2", "c2 i2 f0", "c2 i2 f2", "c2 i2 f2"]],  # better on the last two, but those don't choose
+        1.0: [["c1 i2 f2", "c1 i2 f2", "c0 i2 f2", "c1 i1 f1"]],  # chosen: the first two have 1.5 each
+        4.0: [["c2 i0 f2", "c2 i2 f0", "c2 i2 f2", "c2 i2 f2"]],  # better on the last two and on all, but those don't choose
     },
 })  # fmt: skip
 
@@ -69,7 +78,7 @@ def test_a_text_with_braces_is_put_in_as_it_is() -> None:
     concept, request, fluency = rating_prompts("pets {text}", "say {concept}", "a {instruction} and {text}")
     assert "Theme: pets {text}\n" in concept and "Request: say {concept}\n" in request
     assert all("Text:\na {instruction} and {text}\n" in prompt for prompt in (concept, request, fluency))
-    assert all(prompt.endswith("Rating: [[0]]\nRating:") for prompt in (concept, request, fluency))
+    assert all(prompt.endswith("Reply with the number alone.\nRating:") for prompt in (concept, request, fluency))
     assert "pets" not in request + fluency and "say {" not in concept + fluency
 
 
@@ -97,16 +106,16 @@ def test_strengths_are_chosen_on_one_half_and_measured_on_the_other() -> None:
     report = rate_texts(Careful(), EXAMPLE, {7: "pets"})
     by_name = {arm.name: arm for arm in report.arms}
     assert by_name["feature"].strengths == {"7": 1.0} and report.prompts == ("p2", "p3")
-    rated = np.array([[[2.0, 2, 2], [2, 2, 2]]])
-    assert by_name["feature"].mean_of_harmonics is not None and by_name["unsteered"].mean_of_harmonics is not None
-    assert by_name["feature"].mean_of_harmonics.value == mean_of_harmonics(_tensor(rated)) == 2.0
-    base = np.array([[[1.0, 2, 2], [0, 2, 2]]])
-    assert by_name["unsteered"].mean_of_harmonics.value == pytest.approx(mean_of_harmonics(_tensor(base)))  # 0.75
-    assert by_name["unsteered"].harmonic_of_means == pytest.approx(harmonic_of_means(_tensor(base)))  # means .5, 2, 2
+    rated, base = np.array([[[0.0, 2, 2], [1, 1, 1]]]), np.array([[[1.0, 2, 2], [0, 2, 2]]])
+    for name, values in (("feature", rated), ("unsteered", base)):
+        assert by_name[name].mean_of_harmonics.value == pytest.approx(mean_of_harmonics(_tensor(values)))
+        assert by_name[name].harmonic_of_means == pytest.approx(harmonic_of_means(_tensor(values)))
     assert by_name["unsteered"].above_unsteered is None
     above = by_name["feature"].above_unsteered
-    assert above is not None and above.value == pytest.approx(2 - 0.75) and above.low > 0
-    assert "higher than unsteered" in " ".join(report.findings())
+    assert above is not None and above.value == pytest.approx((0 - 1.5 + 1 - 0) / 2) and above.method == "Student's t"
+    assert above.low < -10, "two prompts say next to nothing"
+    assert "not clearly different than unsteered" not in " ".join(report.findings())
+    assert "not clearly different from unsteered" in " ".join(report.findings())
     json.dumps(report.to_json(), allow_nan=False)
     assert isinstance(report, RatingReport) and "Ratings by careful" in report._repr_html_()
 
@@ -129,7 +138,8 @@ def test_replies_that_can_t_be_read_count_as_zero_up_to_a_tenth() -> None:
 
 def test_files_are_asked_once_and_read_when_they_are_there(tmp_path: Path) -> None:
     judge, sure = FileJudge(tmp_path), Careful()
-    assert not rate_texts(judge, EXAMPLE, {7: "pets"}).arms
+    first = rate_texts(judge, EXAMPLE, {7: "pets"})
+    assert not first.arms and first.waiting == judge.open_prompts() > 72 and "NO SCORES YET" in first.findings()[0]
     asked = [json.loads(line) for line in (tmp_path / PROMPTS_FILE).read_text().splitlines()]
     replies = [{"id": a["id"], "reply": f"It seems so. Rating: [[{sure.rate([a['prompt']])[0]:.0f}]]"} for a in asked]
     (tmp_path / REPLIES_FILE).write_text("".join(json.dumps(reply) + "\n" for reply in replies))
@@ -159,15 +169,47 @@ def test_wrong_tables_are_refused(tmp_path: Path) -> None:
         rate_texts(judge, EXAMPLE, {})
     with pytest.raises(InvalidInputError, match="Give every text once"):
         rate_texts(judge, EXAMPLE.iloc[:-1], {7: "pets"})
-    with pytest.raises(DegenerateInputError, match="1 prompt"):
-        rate_texts(judge, EXAMPLE[EXAMPLE["prompt"] == "p0"], {7: "pets"})
+    with pytest.raises(InvalidInputError, match="got 3 prompts"):
+        rate_texts(judge, EXAMPLE[EXAMPLE["prompt"] != "p0"], {7: "pets"})
+    with pytest.raises(InvalidInputError, match="feature 7 has no unsteered texts"):
+        base = EXAMPLE["feature"].where(EXAMPLE["arm"] != "unsteered", 8)
+        rate_texts(judge, EXAMPLE.assign(feature=base), {7: "pets", 8: "trains"})
     assert not judge.asked, "a table that can't be used costs no question"
     matched = EXAMPLE[EXAMPLE["arm"] == "feature"].assign(arm="matched", feature=99)
-    report = rate_texts(judge, pd.concat([EXAMPLE, matched], ignore_index=True), {7: "pets"})
+    base = EXAMPLE[EXAMPLE["arm"] == "unsteered"].assign(feature=99, text="c2 i2 f2")
+    frame = pd.concat([EXAMPLE, matched, base], ignore_index=True)
+    report, alone = rate_texts(judge, frame, {7: "pets"}), rate_texts(judge, EXAMPLE, {7: "pets"})
     assert report.left_out == ("matched",) and "matched" in " ".join(report.findings())
+    assert report.arms == alone.arms, "unsteered texts of the features that are left out don't count"
+    both = {arm.name: arm for arm in rate_texts(judge, frame, {7: "pets", 99: "trains"}).arms}
+    above = both["matched"].above_unsteered
+    assert above is not None and above.value == pytest.approx(0.5 - 2.0), "compared with its own unsteered texts"
+    assert both["feature"].above_unsteered == alone.arms[1].above_unsteered
     file = tmp_path / "prompts.json"
     file.write_text(json.dumps({"concept": "{concept} {text}", "instruction": "{text}", "fluency": "{text}"}))
     with pytest.raises(InvalidInputError, match=r"'instruction' lacks \{instruction\}"):
         templates_from(file)
     file.write_text(json.dumps({k: "{concept}{instruction}{text}" for k in KINDS}))
     assert rating_prompts("a", "b", "c", templates_from(file)) == ("abc",) * 3
+
+
+def test_the_table_of_a_steering_run_is_rated_as_it_is() -> None:
+    options = SteerOptions(new_tokens=3, k=5, plain_texts=("a plain text",))
+    prompts = ("one day", "the", "he said", "two")
+    frame = steer(tiny_model(), random_sae(), [3, 7], (1.0, 2.0), prompts, options=options).frame()
+    assert set(frame[frame["arm"] == "unsteered"]["feature"]) > {3, 7}, (
+        "features of other arms have unsteered texts too"
+    )
+    report = rate_texts(Even(), frame, {3: "pets", 7: "trains"})
+    names = {arm.name for arm in report.arms}
+    assert {"feature", "unsteered", "random", "negated"} <= names and set(report.left_out) == set(frame["arm"]) - names
+    assert all(arm.above_unsteered is None or arm.above_unsteered.value == 0 for arm in report.arms)
+
+
+class Even(Careful):
+    """Knows the texts of the gate, and rates all others 1."""
+
+    def _one(self, prompt: str) -> float | None:
+        text = prompt.split("Text:\n", 1)[1].split("\n\n", 1)[0]
+        known = text in RIGHT or any(sorted(text.split()) == sorted(right.split()) for right in RIGHT)
+        return super()._one(prompt) if known else 1.0

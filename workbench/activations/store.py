@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -123,14 +124,25 @@ class ActivationStore:
     def blocks(self, site: str | None = None, split: Split = "all") -> Iterator[Block]:
         """The kept tokens, shard by shard, in the order of the source."""
         name = self.site(site)
-        for index in range(len(self.manifest.shards)):
+        for index in self._in_turn():
             yield self.block(index, name, split)
 
     def read(self, site: str | None = None, split: Split = "all") -> Iterator[Float[Tensor, "n d"]]:
         """The activations alone, shard by shard."""
         name = self.site(site)
-        for index in range(len(self.manifest.shards)):
+        for index in self._in_turn():
             yield self.aligned_block(index, [name], split)[name]
+
+    def _in_turn(self) -> Iterator[int]:
+        """Indices of the shards; while one is in use, the next is fetched and compared with its checksum."""
+        shards = self.manifest.shards
+        with ThreadPoolExecutor(1, "workbench-shards") as pool:
+            for index in range(len(shards)):
+                coming = next((s for s in shards[index + 1 : index + 2] if s.file not in self._verified), None)
+                ready = None if coming is None else pool.submit(self._file, coming)
+                yield index
+                if ready is not None:
+                    ready.exception()  # waits; a damaged shard raises again where it is used
 
     def block(self, index: int, site: str | None = None, split: Split = "all") -> Block:
         """The kept tokens of one shard.

@@ -32,7 +32,12 @@ MOST_FAILED = 0.1
 GATE_MARGIN = 0.2
 """By how much the AUROC with the true explanation must exceed that with another unit's, interval included."""
 TOP_RATING = 2.0
-_RATING = re.compile(r"rating\s*(?:\([^)]*\))?\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_RATINGS = (
+    re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]"),
+    re.compile(r"\brating\s*(?:\([^)]*\))?\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE),
+    re.compile(r"\A\W*?(-?\d+(?:\.\d+)?)\W*(?:\n|\Z)"),
+)
+"""A rating in double brackets, behind its name, or alone in the first line."""
 _REPLY = re.compile(r"\W*(?:(?:answer|reply)\W+)?([01])(?!\w|[.,]\d)", re.IGNORECASE)
 _DIGIT = re.compile(r"(?<!\w)([01])(?!\w)")
 NOT_NEEDED = ("position",)
@@ -82,7 +87,9 @@ def parse_reply(text: str) -> float | None:
 
 
 def parse_rating(reply: str) -> float | None:
-    """The last rating in a judge's reply, with or without brackets or stars; None if there is none from 0 to 2.
+    r"""The last rating in a judge's reply: in double brackets, else behind "rating", else a first line of its own.
+
+    None if there is none from 0 to 2.
 
     AxBench counts None as 0; whether to do so is left to the caller, who should say how many there were.
 
@@ -90,9 +97,11 @@ def parse_rating(reply: str) -> float | None:
     1.0
     >>> parse_rating("Rating: [[2]]."), parse_rating("Rating: **1**"), parse_rating("Rating: 3"), parse_rating("good")
     (2.0, 1.0, None, None)
+    >>> parse_rating("2 sentences mention it: [[1]]"), parse_rating(" 2\n"), parse_rating("2 pets")
+    (1.0, 2.0, None)
     """
-    found = _RATING.findall(reply)
-    if not found:
+    found = next((found for kind in _RATINGS if (found := kind.findall(reply))), None)
+    if found is None:
         return None
     rating = float(found[-1])
     return rating if 0 <= rating <= TOP_RATING else None

@@ -243,12 +243,7 @@ def _rating_in(reply: Any) -> float | None:
         text = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         return None
-    return _rating(text) if isinstance(text, str) else None
-
-
-def _rating(text: str) -> float | None:
-    """Prompts end with "Rating:", so a reply may begin with the number itself."""
-    return parse_rating(f"Rating: {text.strip()}")
+    return parse_rating(text) if isinstance(text, str) else None
 
 
 @dataclass(frozen=True)
@@ -282,7 +277,7 @@ class FileJudge:
 
     def rate(self, prompts: Sequence[str]) -> list[float | None]:
         """The last rating in each reply that there is; otherwise as `answer`."""
-        return self._ask(prompts, _rating)
+        return self._ask(prompts, parse_rating)
 
     def _ask(self, prompts: Sequence[str], read: Callable[[str], float | None]) -> list[float | None]:
         replies = _lines(Path(self.folder) / REPLIES_FILE, "reply")

@@ -1,4 +1,4 @@
-"""Whether tokens are copied in the midst of other words; a prompt that holds nothing but the token is an easier one."""
+"""Whether tokens are copied in the midst of other ones; a prompt that holds nothing but the token is an easier one."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ class InContext:
         return float(np.median(p[np.isfinite(p)])) if np.isfinite(p).any() else float("nan")
 
     @property
+    def span(self) -> tuple[float | None, float | None]:
+        """Lowest and highest probability; None without a number."""
+        p = [x for x in self.p if np.isfinite(x)]
+        return (min(p), max(p)) if p else (None, None)
+
+    @property
     def failed(self) -> bool:
         """Whether the median lies below the threshold of verification."""
         return self.median < VERIFIED
@@ -81,23 +87,29 @@ def in_contexts(
     seed: int = 0,
     batch_size: int = 32,
 ) -> Contexts:
-    """Asks the model to copy lines of ordinary words with each token among them; exact probabilities, by id.
+    """Asks the model to copy lines of ordinary tokens with each token among them; exact probabilities, by id.
+
+    The tokens beside are of letters, at least three of them, and begin a word where the vocabulary has enough of those.
 
     Args:
         model: a `Model`.
         vocabulary: of its tokenizer.
         candidates: ids under suspicion.
         controls: ids of ordinary tokens, which go through the same lines.
-        pool: ordinary tokens from which the words beside are drawn.
+        pool: ordinary tokens from which those beside are drawn.
         n: number of lines; all tokens get the same ones.
         seed: of the words.
         batch_size: prompts per forward pass.
 
     Raises:
-        DegenerateInputError: if the pool has too few words, or the line can't be built for this tokenizer.
+        DegenerateInputError: if the pool has too few words, the line can't be built for this tokenizer, or it is longer
+            than the model's table of positions.
     """
     words = _words(vocabulary, set(pool) - {*candidates, *controls}, n, seed)
     made = template(LINE, vocabulary, lambda text: model.tokens(text).ids[0].tolist())
+    room = getattr(model, "n_positions", None)
+    if room is not None and len(made.ids) > room:
+        raise DegenerateInputError(f"A line to copy needs {len(made.ids)} positions; the model has {room}.")
     tokens = torch.tensor([*candidates, *controls])
     p = np.full((len(tokens), n), np.nan)
     with task(total=p.size, description="copy in context", unit="prompts") as running:
@@ -115,9 +127,11 @@ def in_contexts(
 
 def _words(vocabulary: Vocabulary, pool: set[int], n: int, seed: int) -> torch.Tensor:
     plain = [i for i in sorted(pool) if len(text := vocabulary.text[i].strip()) > 2 and text.isalpha()]
+    begun = [i for i in plain if vocabulary.text[i][:1].isspace()]
+    plain = begun if len(begun) >= 2 * N_WORDS else plain
     if len(plain) < 2 * N_WORDS:
         raise DegenerateInputError(
-            f"There are {len(plain)} ordinary words of at least three letters to put beside the tokens; "
+            f"There are {len(plain)} ordinary tokens of at least three letters to put beside the tokens; "
             f"{2 * N_WORDS} are needed."
         )
     random = np.random.default_rng([seed, 2])

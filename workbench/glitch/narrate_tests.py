@@ -106,11 +106,11 @@ def _contexts(report: ScanResult, found: Contexts) -> list[str]:
     beside = f"Of the controls fail {rate}" if rate else "No control gives a number"
     failing = [c for c in found.candidates if c.failed]
     said = [
-        f"Among other words ({len(found.lines)} lines to copy): median p below {VERIFIED} for {len(failing)} of the "
+        f"Among other tokens ({len(found.lines)} lines to copy): median p below {VERIFIED} for {len(failing)} of the "
         f"{len(found.candidates)} tokens. {beside}."
     ]
-    both = [(c, tested) for c in found.candidates if (tested := report.tested(c.token_id)) and _finite(c.median)]
-    for failed, what in ((True, "Said alone, not among other words"), (False, "Said among other words, not alone")):
+    both = [(c, tested) for c in found.candidates if (tested := report.tested(c.token_id)) and c.median == c.median]
+    for failed, what in ((True, "Said alone, not among other tokens"), (False, "Said among other tokens, not alone")):
         names = [c.token_id for c, tested in both if c.failed == failed and tested.verified != failed]
         if names:
             listed = ", ".join(repr(report.table.token[i]) for i in names[:8]) + (", …" if len(names) > 8 else "")
@@ -205,11 +205,11 @@ def _contexts_table(report: ScanResult, found: Contexts) -> Table:
         below, tested = sum(p < VERIFIED for p in c.p), report.tested(c.token_id)
         role, alone = "control" if c.control else "candidate", tested.verdict if tested else "untested"
         name = shown(report.table.token[c.token_id])
-        rows.append((c.token_id, name, role, _finite(c.median), below, _finite(min(c.p)), _finite(max(c.p)), alone))
+        rows.append((c.token_id, name, role, _finite(c.median), below, *c.span, alone))
     columns = ("id", "token", "role", "median p", f"below {VERIFIED}", "lowest", "highest", "verdict alone")
     words = [[shown(report.table.token[i]).strip() for i in line] for line in found.lines]
     lines = "; ".join(" ".join((a, b, "…", c, d)) for a, b, c, d in words)
-    return Table(columns, tuple(rows), caption=f"Copied among other words, {len(words)} lines: {lines}")
+    return Table(columns, tuple(rows), caption=f"Copied among other tokens, {len(words)} lines: {lines}")
 
 
 def _labels_table(said: Symptoms) -> Table:

@@ -111,15 +111,16 @@ def score(
 ) -> Scores:
     """Probability of each token under each prompt and step.
 
-    Prompt after prompt; a token that reached `stop_at` takes no further part. With a journal every batch is written as
-    soon as it is done, and what the journal holds is not run again.
+    Prompt after prompt, those with the fewest ids of their own first; a token that reached `stop_at` takes no further
+    part. With a journal every batch is written as soon as it is done, and what the journal holds is not run again.
     """
     shape = (len(tokens), len(templates), options.steps)
     found = Scores(np.full(shape, np.nan), np.zeros(shape, dtype=bool))
     if journal is not None:
         _recall(journal, templates, tokens.tolist(), found)
     with task(total=len(tokens) * len(templates), description="verify tokens", unit="prompts") as running:
-        for t, template in enumerate(templates):
+        for t in sorted(range(len(templates)), key=lambda t: len(templates[t].ids) - templates[t].shared):
+            template = templates[t]
             settled = np.zeros(len(tokens), dtype=bool)
             if options.stop_at is not None:
                 settled = np.nan_to_num(found.best, nan=-1.0) >= options.stop_at

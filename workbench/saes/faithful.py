@@ -57,7 +57,7 @@ class FakeFeatureOptions:
 
 @dataclass(frozen=True)
 class FakeFeatures(Report):
-    """Share of the features of an SAE that fire on uniformly random tokens. Intervals: bootstrap over features.
+    """Share of the features of an SAE that fire on uniformly random tokens. Intervals are over features.
 
     Only tokens that the SAE's keep rule keeps are counted: not the first of a row, no special token, no sink.
 

@@ -155,7 +155,7 @@ class SyntheticReport(Report):
         every = {"this SAE": self.scores, **self.controls}
         names = ("mmcs", "mcc", "precision", "recall", "f1", "shrinkage", "fvu", "l0", "dead")
         rows = tuple((name, *(getattr(scores, name) for scores in every.values())) for name in names)
-        table = Table(("number", *every), rows, "Intervals: bootstrap over true features.")
+        table = Table(("number", *every), rows, "Intervals are over true features.")
         metrics = {name: getattr(self.scores, name) for name in names}
         return Section("SAE on synthetic data", (table,), self.findings(), metrics)
 

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from workbench.errors import DegenerateInputError, InvalidInputError, UnknownNameError
+from workbench.errors import InvalidInputError, UnknownNameError
 from workbench.features.judge import MOST_FAILED, Rater
 from workbench.records import from_jsonable, load_json
 from workbench.report import Metric, Report, Section, Table, Text
-from workbench.stats import Estimate, paired_difference, wilson
+from workbench.stats import Estimate, paired_difference, sample_mean, wilson
 from workbench.steering.arms import OWN_TOKENS
-from workbench.steering.intervals import two_level, two_level_difference
-from workbench.steering.ratings import harmonic_of_means
+from workbench.steering.ratings import harmonic, harmonic_of_means
+from workbench.steering.steer import check_prompts
 
 KINDS = ("concept", "instruction", "fluency")
 SLOTS = {"concept": ("concept", "text"), "instruction": ("instruction", "text"), "fluency": ("text",)}
-_SCALE = "Give your reasons in a sentence and end with the number in double brackets, such as Rating: [[0]]\nRating:"
+_SCALE = "Reply with the number alone.\nRating:"
 TEMPLATES: Mapping[str, str] = {
     "concept": "Below is a text, and a theme. How much of the theme is in the text?\n\nTheme: {concept}\n\n"
     "Text:\n{text}\n\n0: nothing of it. 1: it is touched on, or forced in. 2: the text is clearly about it. " + _SCALE,
@@ -35,6 +35,7 @@ TEMPLATES: Mapping[str, str] = {
     "like the work of a careful writer. " + _SCALE,
 }  # fmt: skip
 """What a judge is asked; the structure of AxBench's three prompts (Wu et al. 2025), the wording is ours."""
+COLUMNS, BASE = ("arm", "feature", "strength", "prompt", "text"), "unsteered"
 GATE_MARGIN = 0.5
 """By how much, of 2, right texts have to be rated above wrong ones, interval included."""
 
@@ -132,10 +133,10 @@ def rating_gate(judge: Rater, templates: Mapping[str, str] = TEMPLATES, seed: in
     right = [rating_prompts(*known, templates) for known in KNOWN]
     mixed = [" ".join(random.permutation(text.split()).tolist()) for _, _, text in KNOWN]
     wrong = [
-        (*rating_prompts(other[0], other[1], text, templates)[:2], rating_prompts("", "", words, templates)[2])
-        for (_, _, text), other, words in zip(KNOWN, shifted, mixed, strict=True)
+        (*rating_prompts(other[0], other[1], text, templates)[:2], rating_prompts(*known, words, templates)[2])
+        for (*known, text), other, words in zip(KNOWN, shifted, mixed, strict=True)
     ]
-    own, other = _asked(judge, [*right, *wrong]).reshape(2, len(KNOWN), len(KINDS))
+    own, other = _rated(judge, [*right, *wrong]).reshape(2, len(KNOWN), len(KINDS))
     unread = np.isnan(own) | np.isnan(other)
     margins = {
         kind: None if unread[:, k].mean() > MOST_FAILED else paired_difference(
@@ -150,18 +151,20 @@ def rating_gate(judge: Rater, templates: Mapping[str, str] = TEMPLATES, seed: in
 class RatedArm:
     """Ratings of one arm's texts, at the strength chosen on half of the prompts, measured on the other half.
 
+    Intervals are over prompts, for these very features.
+
     Attributes:
         name: of the arm.
         ratings: mean rating by kind, 0 to 2.
-        mean_of_harmonics: AxBench's aggregate; interval over features and prompts.
-        above_unsteered: that aggregate less the unsteered texts'; None for themselves.
+        mean_of_harmonics: AxBench's aggregate.
+        above_unsteered: that aggregate less the one of unsteered texts for the same concepts; None for themselves.
         harmonic_of_means: the aggregate of Arad, Mueller and Belinkov 2025, mean over features; no interval.
         strengths: chosen for each feature.
     """
 
     name: str
-    ratings: dict[str, Estimate | None]
-    mean_of_harmonics: Estimate | None
+    ratings: dict[str, Estimate]
+    mean_of_harmonics: Estimate
     above_unsteered: Estimate | None
     harmonic_of_means: float
     strengths: dict[str, float]
@@ -178,6 +181,7 @@ class RatingReport(Report):
         failed: share of ratings that could not be read; they count as 0, as in AxBench.
         prompts: evaluation prompts.
         left_out: arms of other features, for which no concept was given.
+        waiting: questions in files that have no reply yet.
     """
 
     judge: str
@@ -186,9 +190,12 @@ class RatingReport(Report):
     failed: Estimate
     prompts: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    waiting: int = 0
 
     def findings(self) -> tuple[str, ...]:
         """Whether the judge is believed, and how the arms compare with unsteered texts."""
+        if self.waiting:
+            return (f"NO SCORES YET. {self.waiting} questions have no reply; call this again when they have.",)
         if self.gate.refusal:
             return (f"NO SCORES. {self.gate.refusal}.",)
         if not self.arms:
@@ -197,8 +204,8 @@ class RatingReport(Report):
         for arm in self.arms:
             if arm.above_unsteered is not None:
                 d = arm.above_unsteered
-                word = "higher" if d.low > 0 else "lower" if d.high < 0 else "not clearly different"
-                said.append(f"{arm.name}: mean of harmonics {arm.mean_of_harmonics}, {word} than unsteered ({d}).")
+                word = "higher than" if d.low > 0 else "lower than" if d.high < 0 else "not clearly different from"
+                said.append(f"{arm.name}: mean of harmonics {arm.mean_of_harmonics}, {word} unsteered ({d}).")
         if self.left_out:
             said.append(f"Not rated, since their features have no concept: {', '.join(self.left_out)}.")
         return tuple(said)
@@ -227,8 +234,7 @@ class RatingReport(Report):
         found: dict[str, Metric] = {"failed": self.failed}
         for arm in self.arms:
             found[f"{arm.name}.harmonic_of_means"] = arm.harmonic_of_means
-            if arm.mean_of_harmonics is not None:
-                found[f"{arm.name}.mean_of_harmonics"] = arm.mean_of_harmonics
+            found[f"{arm.name}.mean_of_harmonics"] = arm.mean_of_harmonics
         return found
 
 
@@ -254,120 +260,149 @@ def rate_texts(
         seed: of the resamples.
 
     Raises:
-        InvalidInputError: if a column or an arm "unsteered" is missing.
+        InvalidInputError: if a column, a text or the arm "unsteered" is missing, or there are fewer than four prompts.
         UnknownNameError: for a feature without a concept.
-        DegenerateInputError: for fewer than two prompts.
 
     Source: AxBench (Wu et al. 2025, arXiv 2501.17148): three ratings from 0 to 2, unreadable ones count as 0, strengths
     chosen on half of the instructions. Departs from it by the gate, the intervals and the limit on unreadable replies.
     """
-    rows, left_out = _rows(frame, concepts)
-    prompts = tuple(dict.fromkeys(row["prompt"] for row in rows))
-    if len(prompts) < 2:
-        raise DegenerateInputError(f"rate_texts: {len(prompts)} prompt; two are needed, to choose and to test.")
-    _tables(rows, np.zeros((len(rows), len(KINDS))), prompts)
+    prompts = _prompts(frame)
+    arms, left_out = _arms(frame, concepts, prompts)
     gate = rating_gate(judge, templates, seed)
-    asked = [rating_prompts(concepts[row["feature"]], row["prompt"], row["text"], templates) for row in rows]
-    found = _asked(judge, asked) if not gate.refusal or _waiting(judge) else np.full((len(rows), len(KINDS)), np.nan)
-    failed = wilson(int(np.isnan(found).sum()), found.size, unit="ratings")
     tested = prompts[len(prompts) // 2 :]
-    if gate.refusal or failed.value > MOST_FAILED:
-        return RatingReport(judge.name, gate, (), failed, tested, left_out)
-    tables = _tables(rows, np.nan_to_num(found), prompts)
-    base = next(table for table in tables if table.name == "unsteered").evaluated()
-    arms = tuple(table.result(base, seed) for table in tables)
-    return RatingReport(judge.name, gate, arms, failed, tested, left_out)
+    later = getattr(judge, "open_prompts", None)  # of a judge whose replies come later, who is asked everything now
+    asked = [] if gate.refusal and later is None else arms
+    texts = [prompt for arm in asked for prompt in arm.questions(concepts, prompts, templates)]
+    found = _rated(judge, texts) if texts else np.full((1, len(KINDS)), np.nan)
+    failed, waiting = wilson(int(np.isnan(found).sum()), found.size, unit="ratings"), later() if later else 0
+    if waiting or gate.refusal or failed.value > MOST_FAILED:
+        return RatingReport(judge.name, gate, (), failed, tested, left_out, waiting)
+    parts = np.split(np.nan_to_num(found), np.cumsum([arm.size for arm in arms])[:-1])
+    rated = {arm.name: _Rated(arm, part.reshape(*arm.shape, len(KINDS))) for arm, part in zip(arms, parts, strict=True)}
+    base = rated[BASE]
+    results = tuple(each.result(None if each is base else base, seed) for each in rated.values())
+    return RatingReport(judge.name, gate, results, failed, tested, left_out)
 
 
-def _waiting(judge: Rater) -> bool:
-    """Whether replies come later, so that all prompts have to be asked now."""
-    return hasattr(judge, "open_prompts")
-
-
-def _rows(frame: Any, concepts: Mapping[Any, str]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """The texts, and the arms that are left out."""
-    needed = ("arm", "feature", "strength", "prompt", "text")
-    lacking = [name for name in needed if name not in frame.columns]
-    if lacking or "unsteered" not in set(frame["arm"]):
+def _prompts(frame: Any) -> tuple[str, ...]:
+    lacking = [name for name in COLUMNS if name not in frame.columns]
+    if lacking or BASE not in set(frame["arm"]):
         raise InvalidInputError(
-            f"rate_texts: the table lacks {', '.join(lacking) or 'an arm named unsteered'}. Give report.frame() of "
-            "steer or steer_concepts."
+            f"rate_texts: the table lacks {', '.join(lacking) or f'an arm named {BASE}'}. Give report.frame() of steer "
+            "or steer_concepts."
         )
-    rows = frame[list(needed)].to_dict("records")
-    lacking = {(row["arm"], str(row["feature"])) for row in rows if row["feature"] not in concepts}
-    left_out = tuple(sorted({arm for arm, _ in lacking if arm in OWN_TOKENS}))
-    nameless = sorted({feature for arm, feature in lacking if arm not in OWN_TOKENS})
-    if nameless:
-        raise UnknownNameError(
-            f"rate_texts: no concept is given for feature {', '.join(nameless[:5])}. Describe every feature."
-        )
-    return [row for row in rows if row["arm"] not in left_out], left_out
-
-
-def _asked(judge: Rater, prompts: Sequence[tuple[str, str, str]]) -> Float[np.ndarray, "texts kinds"]:
-    replies = judge.rate([prompt for three in prompts for prompt in three])
-    return np.array([np.nan if r is None else r for r in replies], dtype=float).reshape(-1, len(KINDS))
+    prompts = tuple(dict.fromkeys(frame["prompt"]))
+    check_prompts(prompts, [1.0], "rate_texts")
+    return prompts
 
 
 @dataclass(frozen=True, eq=False)
-class _ArmTable:
-    """Ratings of one arm, `[features, strengths, prompts, kinds]`."""
+class _Texts:
+    """The texts of one arm, `[feature][strength][prompt]`."""
 
     name: str
     features: tuple[Any, ...]
     strengths: tuple[float, ...]
+    texts: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.texts.shape
+
+    @property
+    def size(self) -> int:
+        return self.texts.size
+
+    def questions(
+        self, concepts: Mapping[Any, str], prompts: Sequence[str], templates: Mapping[str, str]
+    ) -> list[tuple[str, str, str]]:
+        return [
+            rating_prompts(concepts[feature], prompt, text, templates)
+            for feature, by_strength in zip(self.features, self.texts, strict=True)
+            for by_prompt in by_strength
+            for prompt, text in zip(prompts, by_prompt, strict=True)
+        ]
+
+
+def _arms(frame: Any, concepts: Mapping[Any, str], prompts: Sequence[str]) -> tuple[list[_Texts], tuple[str, ...]]:
+    """The texts of the arms that can be rated, and the names of those that are left out."""
+    rows = frame[list(COLUMNS)].drop_duplicates().to_dict("records")
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], []).append(row)
+    nameless = {name: sorted({str(r["feature"]) for r in own if r["feature"] not in concepts})
+                for name, own in by_arm.items()}  # fmt: skip
+    left_out = tuple(name for name in by_arm if nameless[name] and name in OWN_TOKENS)
+    bad = next((features for name, features in nameless.items() if features and name not in (BASE, *OWN_TOKENS)), [])
+    if bad:
+        raise UnknownNameError(
+            f"rate_texts: no concept is given for feature {', '.join(bad[:5])}. Describe every feature."
+        )
+    steered = {row["feature"] for name, own in by_arm.items() if name not in (BASE, *left_out) for row in own}
+    # unsteered texts stand there once more for the features of each arm that has its own
+    by_arm[BASE] = [row for row in by_arm[BASE] if row["feature"] in steered]
+    arms = [_table(name, own, prompts) for name, own in by_arm.items() if name not in left_out]
+    lacking = steered - set(next(arm.features for arm in arms if arm.name == BASE))
+    if lacking:
+        raise InvalidInputError(f"rate_texts: feature {lacking.pop()} has no unsteered texts. Give the whole table.")
+    return arms, left_out
+
+
+def _table(name: str, rows: Sequence[dict[str, Any]], prompts: Sequence[str]) -> _Texts:
+    features = tuple(dict.fromkeys(row["feature"] for row in rows))
+    strengths = tuple(dict.fromkeys(row["strength"] for row in rows))
+    texts = np.full((len(features), len(strengths), len(prompts)), None, dtype=object)
+    for row in rows:
+        place = features.index(row["feature"]), strengths.index(row["strength"]), prompts.index(row["prompt"])
+        texts[place] = str(row["text"])
+    if any(text is None for text in texts.flat) or len(rows) != texts.size:
+        raise InvalidInputError(
+            f"rate_texts: arm {name!r} has {len(rows)} texts for {len(features)} features x {len(strengths)} strengths "
+            f"x {len(prompts)} prompts. Give every text once, with different prompts."
+        )
+    return _Texts(name, features, strengths, texts)
+
+
+def _rated(judge: Rater, questions: Sequence[tuple[str, str, str]]) -> Float[np.ndarray, "texts kinds"]:
+    replies = judge.rate([question for three in questions for question in three])
+    return np.array([np.nan if r is None else r for r in replies], dtype=float).reshape(-1, len(KINDS))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rated:
+    """Ratings of one arm, `[features, strengths, prompts, kinds]`."""
+
+    of: _Texts
     values: np.ndarray
 
     @property
-    def _chosen(self) -> np.ndarray:
+    def combined(self) -> np.ndarray:
+        return harmonic(torch.from_numpy(self.values)).numpy()
+
+    @property
+    def chosen(self) -> np.ndarray:
         """Index of each feature's best strength on the first half of the prompts; of equals the first."""
-        half = self.values.shape[2] // 2
-        return harmonic(self.values[:, :, :half]).mean(2).argmax(1)
+        return self.combined[:, :, : self._half].mean(2).argmax(1)
 
-    def evaluated(self) -> np.ndarray:
-        """`[features, prompts, kinds]` at the chosen strengths, on the other prompts."""
-        half = self.values.shape[2] // 2
-        return self.values[np.arange(len(self.features)), self._chosen, half:]
+    @property
+    def _half(self) -> int:
+        return self.values.shape[2] // 2
 
-    def result(self, base: np.ndarray, seed: int) -> RatedArm:
-        found = self.evaluated()
-        combined = harmonic(found)
-        above = None if self.name == "unsteered" else two_level_difference(combined, harmonic(base), seed=seed)
+    def tested(self, values: np.ndarray) -> np.ndarray:
+        """`[features, prompts, ...]` at the chosen strengths, on the other prompts."""
+        return values[np.arange(len(values)), self.chosen, self._half :]
+
+    def result(self, base: _Rated | None, seed: int) -> RatedArm:
+        def over_prompts(values: np.ndarray) -> Estimate:
+            return sample_mean(values.mean(0), unit=f"prompts, means over {len(values)} features", seed=seed)
+
+        ratings, combined = self.tested(self.values), self.tested(self.combined)
+        above = None
+        if base is not None:
+            own = [base.of.features.index(feature) for feature in self.of.features]
+            above = over_prompts(combined - base.tested(base.combined)[own])
+        strengths = {str(f): self.of.strengths[s] for f, s in zip(self.of.features, self.chosen, strict=True)}
         return RatedArm(
-            self.name, {kind: two_level(found[:, :, k], seed=seed) for k, kind in enumerate(KINDS)},
-            two_level(combined, seed=seed), above, harmonic_of_means(torch.from_numpy(found)),
-            {str(f): self.strengths[s] for f, s in zip(self.features, self._chosen, strict=True)},
+            self.of.name, {kind: over_prompts(ratings[:, :, k]) for k, kind in enumerate(KINDS)},
+            over_prompts(combined), above, harmonic_of_means(torch.from_numpy(ratings)), strengths,
         )  # fmt: skip
-
-
-def harmonic(ratings: Float[np.ndarray, "*n kinds"]) -> Float[np.ndarray, "*n"]:
-    """Harmonic mean of the three ratings, 0 if one is 0.
-
-    >>> harmonic(np.array([[2.0, 2.0, 2.0], [0.0, 2.0, 2.0], [1.0, 1.0, 2.0]])).tolist()
-    [2.0, 0.0, 1.2]
-    """
-    safe = np.maximum(ratings, 1e-12)
-    return np.where((ratings > 0).all(-1), ratings.shape[-1] / (1 / safe).sum(-1), 0.0)
-
-
-def _tables(rows: Sequence[dict[str, Any]], found: np.ndarray, prompts: Sequence[str]) -> list[_ArmTable]:
-    tables = []
-    for name in dict.fromkeys(row["arm"] for row in rows):
-        mine = [(row, values) for row, values in zip(rows, found, strict=True) if row["arm"] == name]
-        features = tuple(dict.fromkeys(row["feature"] for row, _ in mine))
-        strengths = tuple(dict.fromkeys(row["strength"] for row, _ in mine))
-        places = [
-            (features.index(row["feature"]), strengths.index(row["strength"]), prompts.index(row["prompt"]))
-            for row, _ in mine
-        ]
-        shape = (len(features), len(strengths), len(prompts), len(KINDS))
-        values = np.full(shape, np.nan)
-        for place, (_, rated) in zip(places, mine, strict=True):
-            values[place] = rated
-        if np.isnan(values).any() or len(set(places)) < len(places):
-            raise InvalidInputError(
-                f"rate_texts: arm {name!r} has {len(places)} texts for {len(features)} features x {len(strengths)} "
-                f"strengths x {len(prompts)} prompts. Give every text once, with different prompts."
-            )
-        tables.append(_ArmTable(str(name), features, strengths, values))
-    return tables

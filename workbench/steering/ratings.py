@@ -26,7 +26,7 @@ def mean_of_harmonics(scores: Float[Tensor, "*concepts examples ratings"]) -> fl
     >>> mean_of_harmonics(torch.tensor([[2.0, 2.0, 2.0], [0.0, 2.0, 2.0], [1.0, 1.0, 1.0]]))  # (2 + 0 + 1) / 3
     1.0
     """
-    return float(_harmonic(_checked(scores, "mean_of_harmonics")).mean())
+    return float(harmonic(_checked(scores, "mean_of_harmonics")).mean())
 
 
 def harmonic_of_means(scores: Float[Tensor, "*concepts examples ratings"]) -> float:
@@ -45,10 +45,15 @@ def harmonic_of_means(scores: Float[Tensor, "*concepts examples ratings"]) -> fl
     >>> round(harmonic_of_means(scores), 4)  # means 1, 5/3, 5/3: 3 / (1 + 3/5 + 3/5)
     1.3636
     """
-    return float(_harmonic(_checked(scores, "harmonic_of_means").mean(-2)).mean())
+    return float(harmonic(_checked(scores, "harmonic_of_means").mean(-2)).mean())
 
 
-def _harmonic(scores: Tensor) -> Tensor:
+def harmonic(scores: Float[Tensor, "*n ratings"]) -> Float[Tensor, "*n"]:
+    """Harmonic mean over the last axis, 0 where one rating is 0.
+
+    >>> harmonic(torch.tensor([[2.0, 2.0, 2.0], [0.0, 2.0, 2.0], [1.0, 1.0, 2.0]]))
+    tensor([2.0000, 0.0000, 1.2000])
+    """
     safe = 3 / (1 / scores.clamp_min(1e-12)).sum(-1)
     return safe.where((scores > 0).all(-1), torch.zeros_like(safe))
 

@@ -76,7 +76,7 @@ class RefusalReport(Report):
             f"template's default system prompt is in place. First-token log-odds count the tokens {words}; "
             f"replies are greedy, {self.new_tokens} tokens at most. Random arms use another random direction or "
             f"other random "
-            "features for each prompt. Intervals are 95 % over prompts: bootstrap for means, Wilson for shares."
+            "features for each prompt. Intervals are 95 % over prompts."
         )
         blocks = (
             intro,
