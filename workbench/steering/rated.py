@@ -133,8 +133,8 @@ def rating_gate(judge: Rater, templates: Mapping[str, str] = TEMPLATES, seed: in
     right = [rating_prompts(*known, templates) for known in KNOWN]
     mixed = [" ".join(random.permutation(text.split()).tolist()) for _, _, text in KNOWN]
     wrong = [
-        (*rating_prompts(other[0], other[1], text, templates)[:2], rating_prompts(*known, words, templates)[2])
-        for (*known, text), other, words in zip(KNOWN, shifted, mixed, strict=True)
+        (*rating_prompts(other[0], other[1], text, templates)[:2], rating_prompts(theme, request, words, templates)[2])
+        for (theme, request, text), other, words in zip(KNOWN, shifted, mixed, strict=True)
     ]
     own, other = _rated(judge, [*right, *wrong]).reshape(2, len(KNOWN), len(KINDS))
     unread = np.isnan(own) | np.isnan(other)
