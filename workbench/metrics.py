@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError, ShapeError
 from workbench.similarity import assign, cosines, max_cosines
+
+_COLUMNS = 16_384
+
+
+def token_log_probabilities(
+    logits: Float[Tensor, "rows d_vocab"], ids: Int[Tensor, "rows k"]
+) -> Float[Tensor, "rows k"]:
+    """Log-probabilities (nats) of some tokens of each row, in fp32, without a copy of all logits.
+
+    The largest logit is taken off and never added again: next to a logit of 200, fp32 has steps of 1.5e-5.
+
+    >>> token_log_probabilities(torch.zeros(1, 4), torch.tensor([[2]])).exp()
+    tensor([[0.2500]])
+    """
+    top = logits.amax(1, keepdim=True).float()
+    total = torch.zeros_like(top)
+    for block in logits.split(_COLUMNS, dim=1):
+        total += (block.float() - top).exp_().sum(1, keepdim=True)
+    return logits.gather(1, ids).float() - top - total.log()
 
 
 def squared_error(x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows_hat d_hat"]) -> Float[Tensor, " rows"]:

@@ -14,6 +14,7 @@ from workbench.features.lens import LensTokens, feature_ids, lens_tokens, slab_r
 from workbench.features.resume import LastToken, fp32_copy
 from workbench.hooks.sites import Site
 from workbench.interventions.saecode import decoder_rows, encode, output_scale
+from workbench.metrics import token_log_probabilities
 from workbench.models.model import Model
 from workbench.progress import Task, task
 
@@ -101,8 +102,8 @@ def confidence(logits: Float[Tensor, "rows d_vocab"], k: int = 1) -> Float[Tenso
     >>> confidence(torch.zeros(1, 4)).item() == torch.tensor(4.0).log().item()  # p = 1/4
     True
     """
-    top = logits.topk(min(k, logits.shape[1]), dim=1).values
-    return logits.logsumexp(dim=1) - top.mean(dim=1)
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return -token_log_probabilities(logits, top).mean(dim=1)
 
 
 def rank_score(
@@ -121,8 +122,9 @@ def rank_score(
     """
     best, place = logits.gather(1, lens_ids).max(dim=1)
     rank = (logits > best[:, None]).sum(dim=1)
-    p = (best - logits.logsumexp(dim=1)).exp()
-    return (1 - rank / logits.shape[1]) * p, lens_ids.gather(1, place[:, None]).squeeze(1)
+    token = lens_ids.gather(1, place[:, None])
+    p = token_log_probabilities(logits, token).exp().squeeze(1)
+    return (1 - rank / logits.shape[1]) * p, token.squeeze(1)
 
 
 def output_scores(

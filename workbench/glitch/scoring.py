@@ -16,6 +16,7 @@ from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.glitch.journal import Journal
 from workbench.glitch.prompts import Template
 from workbench.interventions.plan import active_plans
+from workbench.metrics import token_log_probabilities
 from workbench.models.head import forward
 from workbench.models.kvcache import can_select, new_cache, select_rows
 from workbench.progress import task
@@ -23,7 +24,6 @@ from workbench.tokens import TokenBatch
 
 VERIFIED = 0.01
 """A token is verified as under-trained if no prompt and no step gives it this probability (Land and Bartolo 2024)."""
-_COLUMNS = 16_384
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,9 @@ def _last(hf: Any, cache: Any, ids: Int[Tensor, "batch new"], start: int) -> Ten
 def target_probabilities(
     logits: Float[Tensor, "batch d_vocab"], targets: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
-    """Probability of each row's target, exact: the sum over the vocabulary is taken in fp32, block by block.
+    """Probability of each row's target, exact: the sum over the vocabulary is taken in fp32.
 
     >>> target_probabilities(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
     tensor([0.5000, 0.5000])
     """
-    chosen = logits.gather(1, targets[:, None].to(logits.device))[:, 0].float()
-    blocks = [block.float().logsumexp(1) for block in logits.split(_COLUMNS, dim=1)]
-    return (chosen - torch.stack(blocks).logsumexp(0)).exp().cpu()
+    return token_log_probabilities(logits, targets[:, None].to(logits.device))[:, 0].exp().cpu()
