@@ -7,6 +7,7 @@ import torch
 
 from workbench import metrics
 from workbench.errors import DegenerateInputError, ShapeError
+from workbench.features.output_score import confidence
 
 
 def test_fvu_is_one_for_the_mean_and_zero_for_identity_whatever_the_offset() -> None:
@@ -64,3 +65,17 @@ def test_auroc_counts_ties_half_and_has_a_direction() -> None:
     assert metrics.auroc(scores, torch.tensor([True, True, False, False])).tolist() == [1.0, 0.0, 0.5]
     with pytest.raises(DegenerateInputError):
         metrics.auroc(scores, torch.ones(4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_of_some_tokens_do_not_add_the_largest_logit_back(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(3, 40_000, generator=generator) * 4 + 200).to(dtype)
+    ids = torch.tensor([[0, 16_384, 39_999]]).expand(3, -1)
+    expected = logits.double().log_softmax(1)
+    found = metrics.token_log_probabilities(logits, ids)
+    # in fp32 -log p of 20 has steps of 1.9e-6, next to the logit itself of 1.5e-5
+    assert torch.allclose(found.double(), expected.gather(1, ids), rtol=0, atol=4e-6)
+    assert confidence(logits, 3).double() == pytest.approx(-expected.topk(3).values.mean(1), abs=2e-6)
+    logits[0, 5] = float("nan")
+    assert metrics.token_log_probabilities(logits, ids)[0].isnan().all()

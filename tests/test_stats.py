@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
+from workbench import stats
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.stats import FEW, bootstrap_mean, paired_difference, sample_mean
 
@@ -43,3 +44,11 @@ def test_what_has_no_mean_is_refused() -> None:
         sample_mean([1.0, math.nan])
     with pytest.raises(InvalidInputError, match="paired_difference: 1 and 2 rows"):
         paired_difference([1.0], [1.0, 2.0])
+
+
+def test_resamples_in_parts_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).normal(size=101)
+    whole = bootstrap_mean(x, seed=4)
+    for at_once in (1, 101, 5000):
+        monkeypatch.setattr(stats, "_AT_ONCE", at_once)
+        assert bootstrap_mean(x, seed=4) == whole

@@ -65,6 +65,10 @@ def _percentile(point: float, draws: np.ndarray, n: int, unit: str, method: str,
     return Estimate(float(point) + 0.0, float(low) + 0.0, float(high) + 0.0, n, method, unit, level)
 
 
+_AT_ONCE = 2**24
+"""Values that are drawn at a time, for memory."""
+
+
 def bootstrap_mean(
     values: Values, *, unit: str = "rows", seed: int = 0, resamples: int = 2000, level: float = 0.95
 ) -> Estimate:
@@ -78,7 +82,9 @@ def bootstrap_mean(
     1.0
     """
     x = _finite(values, "bootstrap_mean")
-    draws = x[_resamples(x.size, resamples, seed)].mean(axis=1)
+    random = np.random.default_rng(seed)
+    parts = [min(_AT_ONCE // x.size + 1, resamples - k) for k in range(0, resamples, _AT_ONCE // x.size + 1)]
+    draws = np.concatenate([x[random.integers(0, x.size, size=(n, x.size))].mean(axis=1) for n in parts])
     return _percentile(x.mean(), draws, x.size, unit, "percentile bootstrap", level)
 
 

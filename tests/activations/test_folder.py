@@ -100,15 +100,15 @@ def test_shards_are_fetched_once_and_a_damaged_copy_is_not_kept(model: Model, tm
     for copy in _copies(tmp_path):
         copy.unlink()
     store = open_store(url)
-    next(store.read())
+    store.block(0)
     assert len(_copies(tmp_path)) == 1
     fsspec.filesystem("memory").rm_file("/bucket/acts/shard-00000.safetensors")
-    next(open_store(url).read())
+    open_store(url).block(0)
     _copies(tmp_path)[0].write_bytes(b"rotten")
     with pytest.raises(CorruptFileError, match=r"memory://bucket/acts/shard-00000"):
-        next(open_store(url).read())
+        open_store(url).block(0)
     with pytest.raises(MissingFileError, match=r"memory://bucket/acts/shard-00000.*repair=True"):
-        next(open_store(url).read())
+        open_store(url).block(0)
     store = harvest(model, _source(), [SITE], url, options=SMALL, repair=True)
     store.verify()
 

@@ -260,6 +260,18 @@ def test_a_refused_prompt_stops_nobody_and_replies_are_kept(tmp_path: Path) -> N
     with served((400, {})) as url, pytest.raises(ModelUnavailableError, match="status 400"):
         judge_at(url).answer(["a", "b", "c", "d"])
     assert len(_Handler.seen) == 3, "not every prompt is tried at a server that refuses all"
+    once, mended = tmp_path / "once.jsonl", (200, said("1"))
+    with served((400, {}), (400, {}), (400, {}), (400, {}), (400, {}), (400, {}), mended) as url:
+        judge = judge_at(url, cache=once)
+        for asked in (3, 6):
+            with pytest.raises(ModelUnavailableError, match="status 400"):
+                judge.answer(["a", "b", "c", "d"])
+            assert len(_Handler.seen) == asked, "what was refused before any reply is asked again"
+        assert judge.answer(["a", "b", "c", "d"]) == [1.0] * 4
+    with served((400, {}), mended) as url:
+        assert judge_at(url).answer(["a", "b"]) == [None, 1.0], (
+            "a refusal before the first reply counts once there is one"
+        )
 
 
 def test_probabilities_of_both_spellings_of_a_digit_are_added() -> None:

@@ -44,6 +44,19 @@ def test_however_many_tokens_are_untrained_they_are_found(share: float) -> None:
     assert ("group of their own" in found.why) == (share > 0.05)
 
 
+@pytest.mark.parametrize("above", [0.003, 0.01, 0.05, 0.2])
+@pytest.mark.parametrize("below", [0.0, 0.1])
+def test_a_group_above_the_bulk_makes_no_group_of_the_bulk(above: float, below: float) -> None:
+    rng, n = np.random.default_rng(0), 49_152
+    untrained = rng.normal(0.05, 0.01, int(below * n))
+    far = rng.normal(1.3, 0.05, int(above * n))
+    values = np.sort(np.concatenate([untrained, rng.normal(0.5, 0.1, n - len(untrained) - len(far)), far]))
+    valley = find_valley(values)
+    assert valley is None if not below else valley is not None and 0.05 < valley < 0.4
+    found = find_threshold(values)
+    assert abs((values <= found.value).sum() - len(untrained)) <= max(0.15 * len(untrained), 0.025 * n * (not below))
+
+
 def test_one_mode_has_no_valley_whatever_its_shape() -> None:
     rng = np.random.default_rng(0)
     shapes = (rng.normal(size=5000), rng.exponential(size=5000), -rng.exponential(size=5000), rng.standard_t(3, 5000))

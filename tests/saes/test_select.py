@@ -42,6 +42,14 @@ def test_top_k_is_that_of_torch_to_the_bit(dtype: torch.dtype, width: int, k: in
     assert torch.equal(chosen_values(pre, k), pre.float().topk(k).values.sort(dim=1).values)
 
 
+@pytest.mark.parametrize("column", [7, 4607])
+def test_one_nan_in_one_wide_row_is_found(column: int) -> None:
+    for seed in range(20):
+        pre = torch.randn(1, 4608, generator=torch.Generator().manual_seed(seed))
+        pre[0, column] = float("nan")
+        assert column in topk_indices(pre, 32)[0].tolist()
+
+
 def test_nan_counts_as_largest_in_narrow_and_wide_rows() -> None:
     for width in (50, 2048):
         pre = torch.randn(5, width, generator=torch.Generator().manual_seed(0))

@@ -87,6 +87,13 @@ def test_special_tokens_are_no_concept_however_short_the_texts() -> None:
     assert set(found.tolist()) == {7, 8, 9, 10}, "tokens that the positive texts do not hold are none either"
 
 
+def test_special_tokens_without_a_row_are_no_problem_and_texts_of_special_tokens_alone_are_refused() -> None:
+    sides = [torch.tensor([0, 1, 1])], [torch.tensor([0, 2, 60])]
+    assert concept_tokens(*sides, 50, k=1, without=[0, 60, 999]).tolist() == [1]
+    with pytest.raises(DegenerateInputError, match="no tokens but special ones"):
+        concept_tokens([torch.tensor([0, 0])], sides[1], 50, k=1, without=[0])
+
+
 def test_concept_tokens_are_frequent_on_one_side_only() -> None:
     g = torch.Generator().manual_seed(0)
     common = [torch.randint(0, 30, (50,), generator=g) for _ in range(8)]

@@ -143,9 +143,12 @@ def test_files_are_asked_once_and_read_when_they_are_there(tmp_path: Path) -> No
     asked = [json.loads(line) for line in (tmp_path / PROMPTS_FILE).read_text().splitlines()]
     replies = [{"id": a["id"], "reply": f"It seems so. Rating: [[{sure.rate([a['prompt']])[0]:.0f}]]"} for a in asked]
     (tmp_path / REPLIES_FILE).write_text("".join(json.dumps(reply) + "\n" for reply in replies))
+    judge.rate(["a question of somebody else Rating:"])
     report = rate_texts(judge, EXAMPLE, {7: "pets"})
-    assert {arm.name: arm.strengths for arm in report.arms}["feature"] == {"7": 1.0} and judge.open_prompts() == 0
-    assert len((tmp_path / PROMPTS_FILE).read_text().splitlines()) == len(asked), "everything was asked the first time"
+    assert {arm.name: arm.strengths for arm in report.arms}["feature"] == {"7": 1.0} and judge.open_prompts() == 1
+    assert len((tmp_path / PROMPTS_FILE).read_text().splitlines()) == len(asked) + 1, (
+        "everything was asked the first time"
+    )
 
 
 def test_a_local_model_rates_by_the_probabilities_of_the_digits() -> None:

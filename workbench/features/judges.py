@@ -155,18 +155,24 @@ class HTTPJudge:
     ) -> list[float | None]:
         if self.cache is not None and not self._known:
             self._known.update(self._cached(Path(self.cache)))
-        refused = 0
-        found: list[float | None] = []
-        for prompt in track(prompts, description=self.name, unit="replies"):
-            key = prompt_id(f"{self.url} {self.model} {kind} {prompt}")
-            if key not in self._known:
-                reply, problem = self._post(prompt, max_tokens, logprobs)
-                refused += problem is not None
-                if problem and refused == len(found) + 1 >= min(ALL_REFUSED, len(prompts)):
+        keys = [prompt_id(f"{self.url} {self.model} {kind} {prompt}") for prompt in prompts]
+        unknown = {key for key in keys if key not in self._known}
+        replied = any(self._known.get(key) is not None for key in keys)
+        refused: list[str] = []  # until there is a reply these may be the server's word on all prompts
+        for key, prompt in track(list(zip(keys, prompts, strict=True)), description=self.name, unit="replies"):
+            if key in self._known or key in refused:
+                continue
+            reply, problem = self._post(prompt, max_tokens, logprobs)
+            if problem is None:
+                replied = True
+                self._keep(key, read(reply))
+            else:
+                refused.append(key)
+                if not replied and len(refused) >= min(ALL_REFUSED, len(unknown)):
                     raise self._unavailable(problem)
-                self._keep(key, None if problem is not None else read(reply))
-            found.append(self._known[key])
-        return found
+            while replied and refused:
+                self._keep(refused.pop(), None)
+        return [self._known[key] for key in keys]
 
     def _cached(self, path: Path) -> dict[str, float | None]:
         return {key: None if p == "None" else float(p) for key, p in _lines(path, "p").items()}
@@ -290,10 +296,11 @@ class FileJudge:
         found = [replies.get(prompt_id(prompt)) for prompt in prompts]
         return [None if reply is None else read(reply) for reply in found]
 
-    def open_prompts(self) -> int:
-        """How many exported prompts have no reply."""
+    def open_prompts(self, prompts: Sequence[str] | None = None) -> int:
+        """How many exported prompts have no reply: of all, or of some."""
         replies = _lines(Path(self.folder) / REPLIES_FILE, "reply")
-        return sum(i not in replies for i in _lines(Path(self.folder) / PROMPTS_FILE, "prompt"))
+        asked = set(_lines(Path(self.folder) / PROMPTS_FILE, "prompt"))
+        return len(asked - set(replies) if prompts is None else asked & {*map(prompt_id, prompts)} - set(replies))
 
 
 def prompt_id(prompt: str) -> str:

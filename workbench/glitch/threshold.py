@@ -18,8 +18,8 @@ _ENOUGH = 200
 _BINS, _SMOOTH = 64, 3
 VALLEY = 0.2
 """Two modes lie apart if the density between them falls below this share of the lower one's peak."""
-_MANY = 0.05
-"""Share of the tokens from which a group below the bulk would distort the bulk's measured spread."""
+_MANY, _MOST = 0.05, 0.75
+"""Between these shares of the tokens a group below would distort the spread of the bulk and is not the bulk itself."""
 _PEAK = 20
 """A group needs so many tokens in its fullest bin: fewer may be a chance."""
 
@@ -85,7 +85,7 @@ def _without_group(low: np.ndarray) -> tuple[np.ndarray, str]:
     """The sorted values without a group that lies apart below the others, and a sentence about it if there is one."""
     valley = find_valley(low)
     n = 0 if valley is None else int(np.searchsorted(low, valley))
-    if valley is None or n < _MANY * len(low):
+    if valley is None:
         return low, ""
     return low[n:], (
         f". {n:,} tokens ({n / len(low):.1%}) form a group of their own below {valley:.3f}; the bulk is what lies above"
@@ -95,8 +95,8 @@ def _without_group(low: np.ndarray) -> tuple[np.ndarray, str]:
 def find_valley(low: np.ndarray) -> float | None:
     """The deepest place between two modes of sorted values, or None if they have one mode.
 
-    From a histogram of 64 bins, smoothed; both modes need a peak that is no chance, and the density between them has
-    to fall below `VALLEY` of the lower peak.
+    From a histogram of 64 bins, smoothed; both modes need a peak that is no chance, the density between them has to
+    fall below `VALLEY` of the lower peak, and `_MANY` to `_MOST` of the values lie below.
 
     >>> bell = torch.special.ndtri(torch.linspace(0.001, 0.999, 999)).numpy()
     >>> find_valley(bell) is None, 2 < find_valley(np.concatenate([bell, bell + 8])) < 6
@@ -109,7 +109,9 @@ def find_valley(low: np.ndarray) -> float | None:
     counts, edges = np.histogram(low, bins, (start, end))
     height = np.convolve(counts, np.full(_SMOOTH, 1 / _SMOOTH), "same")
     lower = np.minimum(np.maximum.accumulate(height), np.maximum.accumulate(height[::-1])[::-1])
-    depth = np.where(lower >= _PEAK, height / np.maximum(lower, 1), 1.0)
+    below = np.searchsorted(low, (edges[:-1] + edges[1:]) / 2) / len(low)
+    fits = (lower >= _PEAK) & (below >= _MANY) & (below <= _MOST)
+    depth = np.where(fits, height / np.maximum(lower, 1), 1.0)
     at = int(depth.argmin())
     return float((edges[at] + edges[at + 1]) / 2) if depth[at] < VALLEY else None
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from workbench.errors import InvalidInputError
 from workbench.interventions.plan import active_plans
 
+_ROWS = 16_384
+
 
 class Head:
     """The unembedding of a model and what it does to its output: a scale or a soft cap.
@@ -39,8 +41,11 @@ class Head:
     def exact(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         """The logits of every token with products in fp32, whatever the model's dtype, as `some` and `shared` have."""
         head = self._unembed
-        bias = None if head.bias is None else head.bias.float()
-        return self.finish(nn.functional.linear(hidden.float(), head.weight.float(), bias))
+        if head.weight.dtype == torch.float32:
+            return self.all(hidden.float())
+        # block by block: a copy of the whole matrix in fp32 is twice the size of that of the model
+        z = torch.cat([hidden.float() @ rows.float().T for rows in head.weight.split(_ROWS)], dim=-1)
+        return self.finish(z if head.bias is None else z + head.bias.float())
 
     def some(self, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """The logits of a few tokens, other ones for each row."""

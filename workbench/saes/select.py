@@ -270,7 +270,7 @@ def _is_ordered(pre: Tensor) -> bool:
 
 
 def _topk_above_bound(pre: Tensor, k: int, least: int | None = None) -> Tensor | None:
-    """Top k among the entries that reach the bound, usually few more than k; None if a bound is below `least` or NaN.
+    """Top k among the entries that reach the bound, usually few more than k; None if it is below `least`, or with NaN.
 
     numpy compares and partitions with vector instructions where torch does not: three to six times as fast, and twice
     that on 16-bit integers.
@@ -282,6 +282,8 @@ def _topk_above_bound(pre: Tensor, k: int, least: int | None = None) -> Tensor |
     place = n_groups - k
     # numpy orders 32-bit numbers faster than 16-bit integers.
     ordered = np.partition(maxima.astype(np.float32) if maxima.dtype == np.int16 else maxima, place, axis=1)
+    if least is None and (np.isnan(ordered[:, place:]).any() or np.isnan(pre.numpy()[:, n_groups * size :]).any()):
+        return None
     bound = ordered[:, place, None].astype(maxima.dtype)
     if least is not None and bound.min(initial=least) < least:
         return None

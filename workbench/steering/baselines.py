@@ -213,8 +213,12 @@ def concept_tokens(
     >>> concept_tokens([torch.tensor([1, 1, 1, 2])], [torch.tensor([2, 2, 3, 3])], 5, k=1)
     tensor([1])
     """
-    a, b = (torch.bincount(torch.cat(list(rows)), minlength=d_vocab).double() for rows in (positives, negatives))
-    a[list(without)], b[list(without)] = 0.0, 0.0
+    # a tokenizer may have special tokens for which the model has no row
+    a, b = (torch.bincount(torch.cat(list(s)), minlength=d_vocab)[:d_vocab].double() for s in (positives, negatives))
+    left_out = [i for i in without if i < d_vocab]
+    a[left_out], b[left_out] = 0.0, 0.0
+    if not a.any() or not b.any():
+        raise DegenerateInputError("concept_tokens: one side holds no tokens but special ones. Give texts.")
     prior = (a + b) * (0.5 * min(a.sum(), b.sum()) / (a.sum() + b.sum())) + 1e-3
     ya, yb = a + prior, b + prior
     odds = (ya / (ya.sum() - ya)).log() - (yb / (yb.sum() - yb)).log()

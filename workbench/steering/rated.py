@@ -128,15 +128,7 @@ def rating_gate(judge: Rater, templates: Mapping[str, str] = TEMPLATES, seed: in
 
     For fluency the wrong text has the same words in random order. All prompts are asked at once.
     """
-    random = np.random.default_rng(seed)
-    shifted = [KNOWN[(k + len(KNOWN) // 2) % len(KNOWN)] for k in range(len(KNOWN))]
-    right = [rating_prompts(*known, templates) for known in KNOWN]
-    mixed = [" ".join(random.permutation(text.split()).tolist()) for _, _, text in KNOWN]
-    wrong = [
-        (*rating_prompts(other[0], other[1], text, templates)[:2], rating_prompts(theme, request, words, templates)[2])
-        for (theme, request, text), other, words in zip(KNOWN, shifted, mixed, strict=True)
-    ]
-    own, other = _rated(judge, [*right, *wrong]).reshape(2, len(KNOWN), len(KINDS))
+    own, other = _rated(judge, _known_questions(templates, seed)).reshape(2, len(KNOWN), len(KINDS))
     unread = np.isnan(own) | np.isnan(other)
     margins = {
         kind: None if unread[:, k].mean() > MOST_FAILED else paired_difference(
@@ -145,6 +137,19 @@ def rating_gate(judge: Rater, templates: Mapping[str, str] = TEMPLATES, seed: in
         for k, kind in enumerate(KINDS)
     }  # fmt: skip
     return RatingGate(judge.name, margins, wilson(int(unread.sum()), unread.size, unit="pairs of replies"))
+
+
+def _known_questions(templates: Mapping[str, str], seed: int) -> list[tuple[str, str, str]]:
+    """The questions about known texts: with what belongs to them, then with what does not."""
+    random = np.random.default_rng(seed)
+    shifted = [KNOWN[(k + len(KNOWN) // 2) % len(KNOWN)] for k in range(len(KNOWN))]
+    right = [rating_prompts(*known, templates) for known in KNOWN]
+    mixed = [" ".join(random.permutation(text.split()).tolist()) for _, _, text in KNOWN]
+    wrong = [
+        (*rating_prompts(other[0], other[1], text, templates)[:2], rating_prompts(theme, request, words, templates)[2])
+        for (theme, request, text), other, words in zip(KNOWN, shifted, mixed, strict=True)
+    ]
+    return [*right, *wrong]
 
 
 @dataclass(frozen=True)
@@ -274,7 +279,9 @@ def rate_texts(
     asked = [] if gate.refusal and later is None else arms
     texts = [prompt for arm in asked for prompt in arm.questions(concepts, prompts, templates)]
     found = _rated(judge, texts) if texts else np.full((1, len(KINDS)), np.nan)
-    failed, waiting = wilson(int(np.isnan(found).sum()), found.size, unit="ratings"), later() if later else 0
+    failed = wilson(int(np.isnan(found).sum()), found.size, unit="ratings")
+    every = [question for three in [*_known_questions(templates, seed), *texts] for question in three]
+    waiting = later(every) if later else 0
     if waiting or gate.refusal or failed.value > MOST_FAILED:
         return RatingReport(judge.name, gate, (), failed, tested, left_out, waiting)
     parts = np.split(np.nan_to_num(found), np.cumsum([arm.size for arm in arms])[:-1])
