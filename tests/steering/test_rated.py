@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
@@ -24,7 +25,8 @@ from workbench.steering import (
     rating_prompts,
     steer,
 )
-from workbench.steering.rated import KINDS, KNOWN, RatingReport, templates_from
+from workbench.steering.rating_questions import KINDS, KNOWN, templates_from
+from workbench.steering.rating_report import RatingReport
 
 RIGHT = {text: (concept, request) for concept, request, text in KNOWN}
 
@@ -108,22 +110,15 @@ def test_strengths_are_chosen_on_one_half_and_measured_on_the_other() -> None:
     assert by_name["feature"].strengths == {"7": 1.0} and report.prompts == ("p2", "p3")
     rated, base = np.array([[[0.0, 2, 2], [1, 1, 1]]]), np.array([[[1.0, 2, 2], [0, 2, 2]]])
     for name, values in (("feature", rated), ("unsteered", base)):
-        assert by_name[name].mean_of_harmonics.value == pytest.approx(mean_of_harmonics(_tensor(values)))
-        assert by_name[name].harmonic_of_means == pytest.approx(harmonic_of_means(_tensor(values)))
+        assert by_name[name].mean_of_harmonics.value == pytest.approx(mean_of_harmonics(torch.from_numpy(values)))
+        assert by_name[name].harmonic_of_means == pytest.approx(harmonic_of_means(torch.from_numpy(values)))
     assert by_name["unsteered"].above_unsteered is None
     above = by_name["feature"].above_unsteered
     assert above is not None and above.value == pytest.approx((0 - 1.5 + 1 - 0) / 2) and above.method == "Student's t"
     assert above.low < -10, "two prompts say next to nothing"
-    assert "not clearly different than unsteered" not in " ".join(report.findings())
     assert "not clearly different from unsteered" in " ".join(report.findings())
     json.dumps(report.to_json(), allow_nan=False)
     assert isinstance(report, RatingReport) and "Ratings by careful" in report._repr_html_()
-
-
-def _tensor(values: np.ndarray):  # noqa: ANN202
-    import torch
-
-    return torch.from_numpy(values)
 
 
 def test_replies_that_can_t_be_read_count_as_zero_up_to_a_tenth() -> None:

@@ -18,6 +18,7 @@ from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.saecode import decoder_rows
 from workbench.interventions.saes import features_of
+from workbench.metrics import token_log_probabilities
 from workbench.models.generation import Generation
 from workbench.models.head import forward
 from workbench.models.model import Model
@@ -202,7 +203,7 @@ class Playground:
             target = new[some].to(ids)[:, None]
             logits = {arm: self.model.head.all(h[some.to(h.device)]) for arm, h in hidden.items()}
             for arm, z in logits.items():
-                logprobs[arm].append(z.log_softmax(1).gather(1, target.to(z.device)).squeeze(1).cpu())
+                logprobs[arm].append(token_log_probabilities(z, target.to(z.device)).squeeze(1).cpu())
                 if arm in kl:
                     # Rounding may put a divergence of nothing below zero.
                     kl[arm].append(kl_divergence(logits[UNSTEERED], z).clamp_min(0).cpu())

@@ -18,7 +18,9 @@ from workbench.steering.measures import (
 )
 from workbench.steering.options import SteerOptions
 from workbench.steering.prompts import NEUTRAL_PROMPTS, PLAIN_TEXTS
-from workbench.steering.rated import RatingReport, rate_texts, rating_gate, rating_prompts, templates_from
+from workbench.steering.rated import rate_texts, rating_gate
+from workbench.steering.rating_questions import rating_prompts, templates_from
+from workbench.steering.rating_report import RatingReport
 from workbench.steering.ratings import harmonic_of_means, mean_of_harmonics
 from workbench.steering.refusal import RefusalOptions, refusal_study
 from workbench.steering.refusal_report import RefusalReport

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.features.lens import slab_rows
+from workbench.metrics import kl_divergence as kl_of_logits
 from workbench.models.model import Model
 from workbench.tokens import TokenBatch
 
@@ -118,8 +119,7 @@ def kl_divergence(base: Float[Tensor, "rows d_vocab"], steered: Float[Tensor, "_
         raise ShapeError(
             f"kl_divergence: logits of shape {tuple(base.shape)} and {tuple(steered.shape)} must be alike."
         )
-    p = base.float().log_softmax(1)
-    return (p.exp() * (p - steered.float().log_softmax(1))).sum(1)
+    return kl_of_logits(base.float(), steered.float())
 
 
 @torch.no_grad()
