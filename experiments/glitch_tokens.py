@@ -12,8 +12,7 @@ import tyro
 
 from workbench.cli.base import Command
 from workbench.errors import WorkbenchError
-from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, scan
-from workbench.glitch.scanner import examine
+from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, examine, scan
 from workbench.glitch.scoring import VERIFIED
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from tests.glitch.tiny_copy import AT, VOCABULARY, N, wordy_model
 from tests.glitch.tiny_vocab import WORDS
 from workbench.codec import FastCodec
 from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch import ScanOptions, scan
-from workbench.glitch.contexts import LINE, Contexts, InContext, in_contexts
-from workbench.glitch.prompts import template
+from workbench.glitch import ScanOptions, VerifyOptions, scan, scanner, scoring
+from workbench.glitch.contexts import LINE, Contexts, InContext, in_contexts, make_lines
+from workbench.glitch.prompts import Probe, template
 from workbench.glitch.tokenizer import analyse
 from workbench.models.model import Model
 from workbench.tokens import TokenBatch
@@ -28,7 +29,7 @@ ODD, COMMON, *PLAIN = (AT(space + word) for space in ("", "Ġ") for word in WORD
 class Typist:
     """Copies the third word of the last line with the probability that `says` names for it, else 0.6."""
 
-    dtype, fingerprint = torch.float32, "typist"
+    dtype, fingerprint, tokenizer = torch.float32, "typist", None
 
     def __init__(self, says: dict[int, float]) -> None:
         self.says, self.rows = says, []
@@ -50,8 +51,9 @@ class Typist:
         return p.log()
 
 
-def _asked(model: Any, n: int = 6, **options: Any) -> Contexts:
-    return in_contexts(model, VOCABULARY, [ODD, COMMON], PLAIN[:5], PLAIN, n=n, **options)
+def _asked(model: Any, n: int = 6, seed: int = 0, **options: Any) -> Contexts:
+    lines = make_lines(model, VOCABULARY, PLAIN[5:], n, seed)
+    return in_contexts(model, lines, [ODD, COMMON], PLAIN[:5], VerifyOptions(**options))
 
 
 def test_a_token_that_is_lost_among_words_is_told_from_others() -> None:
@@ -110,7 +112,7 @@ def test_a_token_that_is_impossible_is_in_the_findings() -> None:
 
 def test_too_few_words_are_refused() -> None:
     with pytest.raises(DegenerateInputError, match="ordinary tokens of at least three letters"):
-        in_contexts(Typist({}), VOCABULARY, [ODD], PLAIN[:2], PLAIN[:8], n=2)
+        make_lines(Typist({}), VOCABULARY, PLAIN[:7], 2)
     with pytest.raises(InvalidInputError, match="contexts=-1"):
         ScanOptions(contexts=-1)
 
@@ -119,7 +121,8 @@ def test_trained_tokens_are_copied_among_others_and_planted_ones_are_not() -> No
     made, known = planted(tied=True, decay=0.1), truth()
     vocabulary = analyse(FastCodec.of(plan.tokenizer()))
     controls = np.random.default_rng(0).choice(known.trained, 24, replace=False).tolist()
-    found = in_contexts(made.model, vocabulary, known.never, controls, known.trained, n=5)
+    lines = make_lines(made.model, vocabulary, sorted(set(known.trained) - set(controls)), 5)
+    found = in_contexts(made.model, lines, known.never, controls)
     assert all(c.failed for c in found.candidates)
     never, other = ([c.median for c in found.tested if c.control == control] for control in (False, True))
     assert max(never) < np.median(other), "copying from five words is hard for two layers, but not as hard"
@@ -136,3 +139,32 @@ def test_the_scan_says_it_beside_the_verdict_alone() -> None:
     column = report.df.set_index("token_id")["context_p"]
     assert column.notna().sum() == 10 and report.metrics()["n_fail_in_context"] is not None
     json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_a_stopped_scan_goes_on_among_the_lines_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wordy_model("neox")
+    options = ScanOptions(top=4, controls=6, contexts=3, sides=False, journal=tmp_path / "tested.jsonl")
+    whole = scan(model, "top", options=options)
+    file = tmp_path / "tested-lines.jsonl"
+    lines = file.read_text().splitlines()
+    assert len(lines) == 1 + 3 * 10
+    file.write_text("\n".join(lines[:12]) + "\n")
+    ran: list[int] = []
+    real = scoring._steps
+    monkeypatch.setattr(scoring, "_steps", lambda *a: (ran.append(len(a[2])), real(*a))[1])
+    again = scan(model, "top", options=options)
+    assert again.contexts == whole.contexts and sum(ran) == 3 * 10 - 11
+    assert whole.contexts is not None
+    tested = {c.token_id for c in whole.contexts.tested}
+    assert not tested & {i for line in whole.contexts.lines for i in line}, "no tested token stands beside another"
+
+
+def test_a_line_longer_than_the_positions_is_a_note_and_the_verification_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wordy_model("neox")
+    need = len(make_lines(model, VOCABULARY, PLAIN, 1).templates[0].ids)
+    short = Probe("short", "", "{token}", "{token}", shots=2)
+    monkeypatch.setattr(scanner, "PROBES", (short,))
+    monkeypatch.setattr(type(model), "n_positions", property(lambda self: need - 1))
+    report = scan(model, "top", options=ScanOptions(top=4, controls=6, contexts=2, sides=False))
+    assert report.verification is not None and report.contexts is None
+    assert any("Not measured: contexts" in note and f"{need} positions" in note for note in report.notes)

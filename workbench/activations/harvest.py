@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from workbench.activations.manifest import DROP_REASONS, MANIFEST, Manifest, Sha
 from workbench.activations.packing import PackedRows, Source
 from workbench.activations.plan import (
     MOST_INT16,
+    PART_NAME,
     FirstLook,
     HarvestOptions,
     check_room,
@@ -40,9 +40,6 @@ from workbench.progress import Task, task
 
 STATISTICS_TOKENS = 100_000
 """Kept tokens of the first shard from which the channels are standardised for int8, at most."""
-
-_PART = r"manifest-\d+-of-(\d+)\.json"
-"""Names of `HarvestOptions.manifest_name` where several processes fill a store."""
 
 
 def harvest(
@@ -102,7 +99,7 @@ def _begun(folder: Folder, plan: Manifest, options: HarvestOptions) -> Manifest:
                     "another folder."
                 )
             return found
-    worlds = {int(part[1]) for name in folder.names() if (part := re.fullmatch(_PART, name))} - {options.place[1]}
+    worlds = {int(part[1]) for name in folder.names() if (part := PART_NAME.fullmatch(name))} - {options.place[1]}
     if worlds:
         raise MismatchError(
             f"{folder.where} holds the unfinished harvest of {worlds.pop()} processes. Finish it with as many, or use "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from workbench.records import to_jsonable
 BYTES_PER_TOKEN = 14
 """Token, row and document ids as int32, position as int16 (int32 in rows of more than `MOST_INT16` tokens)."""
 MOST_INT16 = 2**15
+
+PART_NAME = re.compile(r"manifest-\d+-of-(\d+)\.json")
+"""Names that `HarvestOptions.manifest_name` gives where several processes fill a store, with their number."""
 
 WORKING_WIDTHS = 64
 """Memory of a forward pass, in fp32 values per token and unit of width, generously."""

@@ -8,7 +8,7 @@ from workbench.glitch.repair_check import check_repair
 from workbench.glitch.repairing import RepairOptions, repair
 from workbench.glitch.report import GlitchReport
 from workbench.glitch.result import TokenizerFacts, TokenTable
-from workbench.glitch.scanner import ScanOptions
+from workbench.glitch.scanner import ScanOptions, examine
 from workbench.glitch.verify import VerifyOptions
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "census",
     "check_repair",
     "diff",
+    "examine",
     "lint",
     "repair",
     "scan",

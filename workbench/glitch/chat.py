@@ -111,7 +111,7 @@ def _fitting(model: Any, made: Template, steps: int) -> Template:
     """The template, if the model has positions for it and for what it is to give after it."""
     room, need = getattr(model, "n_positions", None), len(made.ids) + steps - 1
     if room is not None and need > room:
-        raise DegenerateInputError(f"it needs {need} positions, {steps} of them for the reply; the model has {room}.")
+        raise DegenerateInputError(f"it needs {need} positions for itself and the reply; the model has {room}.")
     return made
 
 

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from workbench.errors import DegenerateInputError
-from workbench.glitch.prompts import Probe, Template, template
-from workbench.glitch.scoring import VERIFIED, greedy_logits, target_probabilities
+from workbench.glitch.chat import prompt_set
+from workbench.glitch.journal import Journal
+from workbench.glitch.prompts import Probe, Template
+from workbench.glitch.scoring import VERIFIED, VerifyOptions, score
 from workbench.glitch.tokenizer import Vocabulary
-from workbench.progress import task
 from workbench.stats import Estimate, clopper_pearson
 
 LINE = Probe(
     "line", "A typist copies each line word by word.\nLine: «table» «green» «walking»\nCopy: «table» «green» «walking»",
     "\nLine: «{token}» «{token}» «{token}» «{token}» «{token}»\nCopy: «{token}» «{token}»", " «{token}»",
 )  # fmt: skip
-"""Five words to copy; the token is the third, and the copy has come as far as that."""
+"""Five tokens to copy; the one in question is the third, and the copy has come as far as that."""
 N_WORDS = 4
 
 
 @dataclass(frozen=True)
 class InContext:
-    """One token among other words.
+    """One token among other ones.
 
     Attributes:
         token_id: which token.
         control: whether it is a random control.
-        p: its probability where its turn has come, by context; nan where the model gives no number.
+        p: its probability where its turn has come, by line; nan where the model gives no number.
     """
 
     token_id: int
@@ -40,7 +41,7 @@ class InContext:
 
     @property
     def median(self) -> float:
-        """Median over the contexts; nan without a number."""
+        """Median over the lines; nan without a number."""
         p = np.array(self.p)
         return float(np.median(p[np.isfinite(p)])) if np.isfinite(p).any() else float("nan")
 
@@ -58,11 +59,11 @@ class InContext:
 
 @dataclass(frozen=True)
 class Contexts:
-    """Tokens and controls among other words.
+    """Tokens and controls among other ones.
 
     Attributes:
         tested: all tokens, controls last.
-        lines: ids of the words of each line; the token stands between the second and the third.
+        lines: ids of the other tokens of each line; the one in question stands between the second and the third.
         control_failures: share of the controls that fail; None without controls that have a number.
     """
 
@@ -75,57 +76,38 @@ class Contexts:
         """Those that are not controls."""
         return tuple(found for found in self.tested if not found.control)
 
+    def of(self, token_id: int) -> InContext | None:
+        """What was found about one token, or None if it was not tested."""
+        return next((found for found in self.tested if found.token_id == token_id), None)
 
-def in_contexts(
-    model: Any,
-    vocabulary: Vocabulary,
-    candidates: Sequence[int],
-    controls: Sequence[int],
-    pool: Sequence[int],
-    *,
-    n: int,
-    seed: int = 0,
-    batch_size: int = 32,
-) -> Contexts:
-    """Asks the model to copy lines of ordinary tokens with each token among them; exact probabilities, by id.
 
-    The tokens beside are of letters, at least three of them, and begin a word where the vocabulary has enough of those.
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Lines to copy, each with a slot for the token in question.
+
+    Attributes:
+        templates: the lines as prompts.
+        words: ids of the other tokens of each.
+    """
+
+    templates: tuple[Template, ...]
+    words: tuple[tuple[int, ...], ...]
+
+
+def make_lines(model: Any, vocabulary: Vocabulary, pool: Sequence[int], n: int, seed: int = 0) -> Lines:
+    """Lines of random ordinary tokens, each of at least three letters; they begin words where there are enough such.
 
     Args:
         model: a `Model`.
         vocabulary: of its tokenizer.
-        candidates: ids under suspicion.
-        controls: ids of ordinary tokens, which go through the same lines.
-        pool: ordinary tokens from which those beside are drawn.
-        n: number of lines; all tokens get the same ones.
-        seed: of the words.
-        batch_size: prompts per forward pass.
+        pool: ids of ordinary tokens; leave out those that will be tested.
+        n: number of lines.
+        seed: of the draw.
 
     Raises:
         DegenerateInputError: if the pool has too few words, the line can't be built for this tokenizer, or it is longer
             than the model's table of positions.
     """
-    words = _words(vocabulary, set(pool) - {*candidates, *controls}, n, seed)
-    made = template(LINE, vocabulary, lambda text: model.tokens(text).ids[0].tolist())
-    room = getattr(model, "n_positions", None)
-    if room is not None and len(made.ids) > room:
-        raise DegenerateInputError(f"A line to copy needs {len(made.ids)} positions; the model has {room}.")
-    tokens = torch.tensor([*candidates, *controls])
-    p = np.full((len(tokens), n), np.nan)
-    with task(total=p.size, description="copy in context", unit="prompts") as running:
-        for k in range(n):
-            for start in range(0, len(tokens), batch_size):
-                part = tokens[start : start + batch_size]
-                logits = next(greedy_logits(model, _lines(made, words[k], part), 1, shared=made.shared))
-                p[start : start + len(part), k] = target_probabilities(logits, part).double().numpy()
-                running.advance(len(part))
-    tested = tuple(InContext(int(i), k >= len(candidates), tuple(p[k].tolist())) for k, i in enumerate(tokens.tolist()))
-    counted = [found.failed for found in tested if found.control and np.isfinite(found.median)]
-    failures = clopper_pearson(sum(counted), len(counted), unit="control tokens") if counted else None
-    return Contexts(tested, tuple(tuple(line) for line in words.tolist()), failures)
-
-
-def _words(vocabulary: Vocabulary, pool: set[int], n: int, seed: int) -> torch.Tensor:
     plain = [i for i in sorted(pool) if len(text := vocabulary.text[i].strip()) > 2 and text.isalpha()]
     begun = [i for i in plain if vocabulary.text[i][:1].isspace()]
     plain = begun if len(begun) >= 2 * N_WORDS else plain
@@ -134,12 +116,47 @@ def _words(vocabulary: Vocabulary, pool: set[int], n: int, seed: int) -> torch.T
             f"There are {len(plain)} ordinary tokens of at least three letters to put beside the tokens; "
             f"{2 * N_WORDS} are needed."
         )
+    (made,) = prompt_set(model, vocabulary, (LINE,), "raw", strict=True).templates
     random = np.random.default_rng([seed, 2])
-    return torch.from_numpy(np.stack([random.choice(plain, N_WORDS, replace=False) for _ in range(n)]))
+    words = [random.choice(plain, N_WORDS, replace=False).tolist() for _ in range(n)]
+    return Lines(tuple(_filled(made, four, k) for k, four in enumerate(words)), tuple(map(tuple, words)))
 
 
-def _lines(made: Template, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    rows = made.fill(tokens)
-    rows[:, made.slots[[0, 1, 3, 4]]] = words
-    rows[:, made.slots[[5, 6]]] = words[:2]
-    return rows
+def _filled(made: Template, words: Sequence[int], k: int) -> Template:
+    """The line with its words in place, which leaves one slot."""
+    a, b, c, d = words
+    ids = made.ids.clone()
+    ids[made.slots[[0, 1, 3, 4, 5, 6]]] = torch.tensor([a, b, c, d, a, b])
+    return replace(made, probe=replace(made.probe, name=f"line {k}"), ids=ids, slots=made.slots[[2]])
+
+
+def in_contexts(
+    model: Any,
+    lines: Lines,
+    candidates: Sequence[int],
+    controls: Sequence[int],
+    options: VerifyOptions | None = None,
+    journal: Journal | None = None,
+) -> Contexts:
+    """Asks the model to copy every line with each token in it; exact probabilities, by id.
+
+    Args:
+        model: a `Model`.
+        lines: what to copy; all tokens get the same lines.
+        candidates: ids under suspicion.
+        controls: ids of ordinary tokens.
+        options: only its batch size counts: the token must come at once.
+        journal: where results are kept while they come, and looked up; made with `journal_key` for these lines.
+    """
+    options = line_options(options or VerifyOptions())
+    tokens = torch.as_tensor([*candidates, *controls], dtype=torch.long)
+    p = score(model, lines.templates, tokens, options, journal).p[:, :, 0]
+    tested = tuple(InContext(i, k >= len(candidates), tuple(p[k].tolist())) for k, i in enumerate(tokens.tolist()))
+    counted = [found.failed for found in tested if found.control and np.isfinite(found.median)]
+    failures = clopper_pearson(sum(counted), len(counted), unit="control tokens") if counted else None
+    return Contexts(tested, lines.words, failures)
+
+
+def line_options(options: VerifyOptions) -> VerifyOptions:
+    """Options under which lines are scored: one step, every line."""
+    return replace(options, steps=1, stop_at=None)

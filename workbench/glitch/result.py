@@ -113,7 +113,7 @@ class ScanResult:
         seed: of the random controls.
         natures: what kind of text each candidate is, by id.
         sides: whether tested tokens can be read and written, or None.
-        contexts: whether they are copied among other words, or None.
+        contexts: whether they are copied among other tokens, or None.
         symptoms: what the model does with them, or None.
         notes: what was asked for and could not be done, in sentences.
         threshold_why: how the threshold was chosen.
@@ -243,9 +243,8 @@ class ScanResult:
             found |= {"kind": nature.kind, "script": nature.script, "words": nature.words, "part_of": nature.part_of}
         if side is not None:
             found |= {"broken": side.broken, "read_kl": side.read_kl, "write_logp": side.write_logp}
-        median = next((c.median for c in (self.contexts.tested if self.contexts else ()) if c.token_id == i), None)
-        if median is not None:
-            found["context_p"] = median
+        if self.contexts is not None and (among := self.contexts.of(i)):
+            found["context_p"] = among.median
         if self.symptoms is not None and (said := self.symptoms.of(i)):
             found["symptoms"] = {task: symptom.label for task, symptom in said.items()}
         return found

@@ -55,8 +55,8 @@ class FeatureOptions:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        least = min(self.controls, len(self.contexts), self.shuffles, self.batch_size, self.most + 1 - MIN_TOKENS)
-        if least < 1 or not 0 < self.fdr < 1:
+        least = min(self.controls, len(self.contexts), self.shuffles, self.batch_size)
+        if least < 1 or self.most < MIN_TOKENS or not 0 < self.fdr < 1:
             raise InvalidInputError(
                 f"FeatureOptions(controls={self.controls}, {len(self.contexts)} contexts, most={self.most}, "
                 f"fdr={self.fdr}, shuffles={self.shuffles}, batch_size={self.batch_size}): fdr lies between 0 and 1, "

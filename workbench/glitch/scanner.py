@@ -20,7 +20,7 @@ from workbench.errors import (
     did_you_mean,
 )
 from workbench.glitch.chat import FORMS, Forms, PromptSet, prompt_set
-from workbench.glitch.contexts import in_contexts
+from workbench.glitch.contexts import Contexts, in_contexts, line_options, make_lines
 from workbench.glitch.fragments import same_text
 from workbench.glitch.indicators import (
     INDICATORS,
@@ -67,7 +67,7 @@ class ScanOptions:
         spliced: suspicious tokens that no text gives (parts of characters, unreachable ones) to test by their ids; they
             are in no count of the candidates.
         sides: also find out whether tested tokens can be read, and whether they can be written.
-        contexts: also ask for each tested token in so many lines of random ordinary words.
+        contexts: also ask for each tested token in so many lines of random ordinary tokens.
         symptoms: also ask the model to repeat, spell and measure the tested tokens.
         journal: file in which test results are kept while they come; an interrupted test goes on from it.
         seed: of the random controls.
@@ -95,7 +95,8 @@ class ScanOptions:
         if min(self.top, self.block_rows) < 1 or min(self.spliced, self.contexts, self.controls or 0) < 0:
             raise InvalidInputError(
                 f"ScanOptions(top={self.top}, controls={self.controls}, spliced={self.spliced}, contexts="
-                f"{self.contexts}, block_rows={self.block_rows}): top and block_rows are at least 1, the others 0."
+                f"{self.contexts}, block_rows={self.block_rows}): top and block_rows are at least 1, the others "
+                "at least 0."
             )
         if self.forms not in ("auto", *FORMS):
             raise UnknownNameError(
@@ -327,9 +328,7 @@ def _examined(
         model = load_model(model)
     controls = _controls(report, options.top if options.controls is None else options.controls, options.seed)
     made = _prompts(model, vocabulary, options)
-    journal = None
-    if options.journal is not None:
-        journal = Journal(options.journal, journal_key(model, made.templates, options.verification))
+    journal = _journal(options.journal, model, made.templates, options.verification)
     done = verify(model, codec, made.templates, candidates, controls, options.verification, journal)
     spliced = report.unwritable()[: options.spliced]
     if spliced:
@@ -340,10 +339,7 @@ def _examined(
         suspects = report.candidates()
         more["sides"] = lambda: measure_sides(model, codec, vocabulary, candidates, controls, suspects)
     if options.contexts:
-        more["contexts"] = lambda: in_contexts(
-            model, vocabulary, candidates, controls, _pool(report).tolist(), n=options.contexts, seed=options.seed,
-            batch_size=options.verification.batch_size,
-        )  # fmt: skip
+        more["contexts"] = lambda: _among_others(model, vocabulary, report, candidates, controls, options)
     if options.symptoms:
         more["symptoms"] = lambda: symptoms(model, vocabulary, candidates, controls, forms=options.forms)
     for name, measure_more in more.items():
@@ -352,6 +348,21 @@ def _examined(
         except DegenerateInputError as error:
             report = dataclasses.replace(report, notes=(*report.notes, f"Not measured: {name}. {error}"))
     return report
+
+
+def _journal(path: Path | None, model: Any, templates: Sequence[Template], how: VerifyOptions) -> Journal | None:
+    return None if path is None else Journal(path, journal_key(model, templates, how))
+
+
+def _among_others(
+    model: Any, vocabulary: Vocabulary, report: GlitchReport, candidates: Sequence[int], controls: Sequence[int],
+    options: ScanOptions,
+) -> Contexts:  # fmt: skip
+    pool = np.setdiff1d(_pool(report), [*candidates, *controls]).tolist()
+    lines = make_lines(model, vocabulary, pool, options.contexts, options.seed)
+    how = line_options(options.verification)
+    path = options.journal and options.journal.with_name(f"{options.journal.stem}-lines{options.journal.suffix}")
+    return in_contexts(model, lines, candidates, controls, how, _journal(path, model, lines.templates, how))
 
 
 def _prompts(model: Any, vocabulary: Vocabulary, options: ScanOptions) -> PromptSet:
