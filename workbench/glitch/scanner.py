@@ -33,7 +33,7 @@ from workbench.glitch.indicators import (
     separation,
 )
 from workbench.glitch.journal import Journal
-from workbench.glitch.prompts import PROBES, probes_from
+from workbench.glitch.prompts import PROBES, Template, probes_from
 from workbench.glitch.reference import MIN_MEMBERS, Reference, choose, given, judge, merge_duplicates, propose
 from workbench.glitch.report import GlitchReport
 from workbench.glitch.result import TokenizerFacts, TokenTable
