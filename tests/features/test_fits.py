@@ -108,7 +108,8 @@ def test_a_table_of_another_sae_is_refused() -> None:
         steer(model, random_sae(seed=1), [3], (1.0,), prompts, options=SteerOptions(new_tokens=2, table=table))
 
 
-def test_products_in_fp32_keep_the_bound_of_screening_above_the_score() -> None:
+def test_products_in_fp32_keep_the_bound_of_screening_above_the_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.models.head._ROWS", 128)
     hf = tiny_hf("llama", 300).bfloat16()
     model = Model(hf, tiny_tokenizer(), "half")
     hidden = torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(0)).bfloat16() * 6

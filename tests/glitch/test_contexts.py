@@ -159,6 +159,21 @@ def test_a_stopped_scan_goes_on_among_the_lines_as_well(tmp_path: Path, monkeypa
     assert not tested & {i for line in whole.contexts.lines for i in line}, "no tested token stands beside another"
 
 
+def test_the_words_of_the_lines_are_drawn_from_ordinary_tokens_that_are_not_tested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pools: list[set[int]] = []
+
+    def few(model: Any, vocabulary: Any, pool: list[int], n: int, seed: int) -> None:
+        pools.append(set(pool))
+        raise DegenerateInputError("too few")
+
+    monkeypatch.setattr(scanner, "make_lines", few)
+    report = scan(wordy_model("neox"), "top", options=ScanOptions(top=4, controls=6, contexts=2, sides=False))
+    tested = {t.token_id for t in report.verification.tested} if report.verification else set()
+    assert len(tested) >= 10 and len(pools[0]) > 20 and not pools[0] & tested
+
+
 def test_a_line_longer_than_the_positions_is_a_note_and_the_verification_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wordy_model("neox")
     need = len(make_lines(model, VOCABULARY, PLAIN, 1).templates[0].ids)

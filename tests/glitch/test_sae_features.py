@@ -17,7 +17,14 @@ from tests.tiny import D_MODEL
 from workbench.cli import main
 from workbench.codec import codec_of, token_bytes
 from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch.sae_features import CONTEXTS, FeatureOptions, discovery_rates, glitch_features, matched_controls
+from workbench.glitch.sae_features import (
+    CONTEXTS,
+    FeatureOptions,
+    _drawn,
+    discovery_rates,
+    glitch_features,
+    matched_controls,
+)
 from workbench.glitch.sae_features_report import GlitchFeatures
 from workbench.glitch.tokenizer import analyse
 from workbench.interventions.scopes import Last
@@ -127,7 +134,11 @@ def test_controls_are_alike_and_never_twice() -> None:
 
 
 def test_of_many_tokens_some_are_drawn() -> None:
-    few = glitch_features(_model(), _sae(_model()), GLITCH, options=FeatureOptions(controls=3, most=6))
+    few, other = (
+        glitch_features(_model(), _sae(_model()), GLITCH, options=FeatureOptions(controls=3, most=6, seed=seed))
+        for seed in (0, 1)
+    )
+    assert few.ids != other.ids
     assert (
         len(few.ids) == 6 and few.n_controls == 18 and set(few.ids) < set(GLITCH) and list(few.ids) == sorted(few.ids)
     )
@@ -136,6 +147,13 @@ def test_of_many_tokens_some_are_drawn() -> None:
     assert not any("drawn" in finding for finding in _report().findings())
     with pytest.raises(InvalidInputError, match="most=4.*most is at least 5"):
         FeatureOptions(most=4)
+
+
+def test_the_draw_is_of_all_of_them_and_depends_on_the_seed() -> None:
+    tokens = list(range(100, 200))
+    drawn = [_drawn(tokens, FeatureOptions(most=20, seed=seed)) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and all(len(set(d)) == 20 and d == sorted(d) for d in drawn)
+    assert all(min(d) < 120 and max(d) > 180 for d in drawn) and set(drawn[0]) <= set(tokens)
 
 
 def test_rates_are_those_of_benjamini_and_hochberg() -> None:

@@ -70,7 +70,7 @@ def _frame(texts: dict[str, dict[float, list[list[str]]]], features: Sequence[in
 EXAMPLE = _frame({
     "unsteered": {0.0: [["c0 i2 f2", "c0 i2 f2", "c1 i2 f2", "c0 i2 f2"]]},
     "feature": {
-        1.0: [["c1 i2 f2", "c1 i2 f2", "c0 i2 f2", "c1 i1 f1"]],  # chosen: the first two have 1.5 each
+        1.0: [["c1 i1 f1", "c1 i2 f2", "c0 i2 f2", "c1 i1 f1"]],  # chosen: the first two have 1 and 1.5
         4.0: [["c2 i0 f2", "c2 i2 f0", "c2 i2 f2", "c2 i2 f2"]],  # better on the last two and on all, but those don't choose
     },
 })  # fmt: skip
