@@ -20,10 +20,12 @@ from workbench.cli.base import Command
 from workbench.errors import InvalidInputError
 from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool, readable_tokens, sink_norm
 from workbench.progress import track
+from workbench.rundir.parts import Parts
+from workbench.saes.checkpoint import store_id
 from workbench.saes.config import SAEConfig
-from workbench.saes.corpus import CorpusOptions, check_corpus
+from workbench.saes.corpus import CorpusOptions, CorpusReport, check_corpus
 from workbench.saes.evaluate import EvalOptions
-from workbench.saes.faithful import FakeFeatureOptions, fake_features, quality
+from workbench.saes.faithful import FakeFeatureOptions, FakeFeatures, Quality, fake_features, quality
 from workbench.saes.io import load_sae
 from workbench.saes.matching import MatchOptions, match_by_activations, shared_features
 from workbench.saes.train import train_sae
@@ -75,12 +77,12 @@ def study(
     labelled: Labelled | None = None,
     options: Options | None = None,
 ) -> FaithfulReport:
-    """Both texts to stores to SAEs to measurements; stores and SAEs in `folder` are resumed or used again.
+    """Both texts to stores to SAEs to measurements; whatever of these is in `folder` is resumed or used again.
 
     Args:
         model: a loaded `Model`.
         site: where to read.
-        folder: gets `own`, `corpus` and a folder per SAE.
+        folder: gets `own`, `corpus`, a folder per SAE, and `measured`.
         corpus: text to compare with; None takes the documentation strings of Python's standard library.
         labelled: texts of two classes for the probes; None takes documentation strings of two topics.
         options: sizes.
@@ -89,25 +91,37 @@ def study(
         InvalidInputError: if the corpus is shorter than the own text.
     """
     options, folder = options or Options(), Path(folder)
+    evaluation, checks = options.evaluation, options.corpus
     texts = labelled or library_topics(seed=options.seed)
     said = str(corpus.name) if corpus else "documentation strings of Python's standard library"
     stores = _stores(model, site, folder, corpus or write_corpus(folder / "corpus.jsonl", options.seed), options)
     saes = _trained(stores, site, folder, options)
     heldout = {data: store.token_rows("heldout") for data, store in stores.items()}
-    alike = torch.cat([rows[: options.evaluation.max_rows] for rows in heldout.values()])
-    fake = fake_features(model, {_name(key): sae for key, sae in saes.items()}, alike, options=options.fake)
-    pooled = _pooled(model, {site: None, **{_name(key): sae for key, sae in saes.items()}}, site, texts, options)
-    probes = {name: _probe(x, texts, site, options) for name, x in pooled.items()}
+    parts = Parts(folder / "measured", (model.fingerprint, site, options, texts, [*map(store_id, stores.values())]))
+    alike = torch.cat([rows[: evaluation.max_rows] for rows in heldout.values()])
+    named = {_name(key): sae for key, sae in saes.items()}
+    fake = parts.get("fake", dict[str, FakeFeatures], lambda: fake_features(model, named, alike, options=options.fake))
+    probes = parts.get(
+        "probes", dict[str, tuple[Estimate, Estimate]], lambda: _probes(model, named, site, texts, options)
+    )
     trained = []
     for (data, seed), sae in track(saes.items(), description="Evaluating the SAEs", unit="SAEs"):
         name = _name((data, seed))
-        on = {kind: quality(model, sae, rows, options=options.evaluation) for kind, rows in heldout.items()}
+        on = {
+            kind: parts.get(
+                f"{name}-on-{kind}", Quality,
+                lambda sae=sae, rows=rows: quality(model, sae, rows, options=evaluation),
+            )
+            for kind, rows in heldout.items()
+        }  # fmt: skip
         trained.append(Trained(data, seed, on, fake[name], *probes[name]))
     return FaithfulReport(
         site=site, tokens=stores[OWN].manifest.n_tokens, corpus=said, saes=tuple(trained),
-        pairs=tuple(_pairs(saes, stores, options)),
-        texts={kind: check_corpus(model, store.token_rows("all"), options=options.corpus)
-               for kind, store in stores.items()},
+        pairs=tuple(_pairs(saes, stores, options, parts)),
+        texts={kind: parts.get(
+            f"text-{kind}", CorpusReport,
+            lambda store=store: check_corpus(model, store.token_rows("all"), options=checks),
+        ) for kind, store in stores.items()},
         classes=texts.names, raw_probe=probes[site][0], raw_shuffled=probes[site][1],
     )  # fmt: skip
 
@@ -140,14 +154,20 @@ def _trained(
     return saes
 
 
-def _pairs(saes: dict[tuple[str, int], Any], stores: dict[str, ActivationStore], options: Options) -> Iterator[Pair]:
+def _pairs(
+    saes: dict[tuple[str, int], Any], stores: dict[str, ActivationStore], options: Options, parts: Parts
+) -> Iterator[Pair]:
     share = max(2, options.match.max_tokens // len(stores))
     acts = [part for store in stores.values() for part in _first(store, share)]
-    every = list(itertools.combinations(saes, 2))
-    for a, b in track(every, description="Matching features", unit="pairs"):
+
+    def pair(a: tuple[str, int], b: tuple[str, int]) -> Pair:
         directions = shared_features(saes[a], saes[b], draws=1, seed=options.seed)
         activations = match_by_activations(saes[a], saes[b], acts, options=options.match)
-        yield Pair((a[0], b[0]), (_name(a), _name(b)), (a[1], b[1]), directions, activations)
+        return Pair((a[0], b[0]), (_name(a), _name(b)), (a[1], b[1]), directions, activations)
+
+    every = list(itertools.combinations(saes, 2))
+    for a, b in track(every, description="Matching features", unit="pairs"):
+        yield parts.get(f"{_name(a)}-and-{_name(b)}", Pair, lambda a=a, b=b: pair(a, b))
 
 
 def _first(store: ActivationStore, limit: int) -> Iterator[Tensor]:
@@ -156,6 +176,14 @@ def _first(store: ActivationStore, limit: int) -> Iterator[Tensor]:
         limit -= len(block)
         if limit <= 0:
             return
+
+
+def _probes(
+    model: Any, saes: dict[str, Any], site: str, texts: Labelled, options: Options
+) -> dict[str, tuple[Estimate, Estimate]]:
+    """Accuracy of a probe on the model's own activations (by the site's name) and on each SAE, with its control."""
+    pooled = _pooled(model, {site: None, **saes}, site, texts, options)
+    return {name: _probe(x, texts, site, options) for name, x in pooled.items()}
 
 
 @torch.no_grad()

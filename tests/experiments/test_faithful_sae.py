@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import local_text
+from experiments import faithful_sae, local_text
 from experiments.faithful_report import CORPUS, OWN, FaithfulReport
 from experiments.faithful_sae import Options, study
 from experiments.local_text import Labelled, docstrings, library_topics, read_labelled, write_corpus
@@ -52,6 +52,28 @@ def test_the_study_measures_every_sae_on_both_texts_and_every_pair(report: Faith
     for sae in report.saes:
         better, worse = (sae.on[text].fvu.value for text in ((OWN, CORPUS) if sae.data == OWN else (CORPUS, OWN)))
         assert better < worse, "an SAE serves the kind of text that it was trained on best"
+
+
+def test_a_stopped_study_measures_nothing_twice(
+    report: FaithfulReport, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    for name in ("fake_features", "quality", "check_corpus", "match_by_activations", "fit_probe"):
+        real = getattr(faithful_sae, name)
+        monkeypatch.setattr(faithful_sae, name, lambda *a, _f=real, _n=name, **k: (ran.append(_n), _f(*a, **k))[1])
+
+    def again(options: Options) -> FaithfulReport:
+        return study(
+            tiny_model(), "resid_post.1", folder / "run", corpus=folder / "text.txt", labelled=TEXTS, options=options
+        )
+
+    assert again(SMALL) == report and not ran
+    (measured,) = (folder / "run" / "measured").iterdir()
+    for part in ("own-0-on-corpus", "own-1-and-corpus-0", "text-own"):
+        (measured / f"{part}.json").unlink()
+    assert again(SMALL) == report and ran == ["quality", "match_by_activations", "check_corpus"]
+    other = again(replace(SMALL, match=replace(SMALL.match, threshold=0.1)))
+    assert other.pairs != report.pairs and ran.count("match_by_activations") == 7
 
 
 def test_the_report_says_only_what_intervals_decide(report: FaithfulReport) -> None:
