@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,8 +55,11 @@ def _finite(values: Values, name: str) -> np.ndarray:
     return array
 
 
-def _resamples(n: int, resamples: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, n, size=(resamples, n))
+def _resamples(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Rows of each resample, a part of the resamples at a time."""
+    random, most = np.random.default_rng(seed), _AT_ONCE // n + 1
+    for k in range(0, resamples, most):
+        yield random.integers(0, n, size=(min(most, resamples - k), n))
 
 
 def _percentile(point: float, draws: np.ndarray, n: int, unit: str, method: str, level: float) -> Estimate:
@@ -82,9 +85,7 @@ def bootstrap_mean(
     1.0
     """
     x = _finite(values, "bootstrap_mean")
-    random = np.random.default_rng(seed)
-    parts = [min(_AT_ONCE // x.size + 1, resamples - k) for k in range(0, resamples, _AT_ONCE // x.size + 1)]
-    draws = np.concatenate([x[random.integers(0, x.size, size=(n, x.size))].mean(axis=1) for n in parts])
+    draws = np.concatenate([x[rows].mean(axis=1) for rows in _resamples(x.size, resamples, seed)])
     return _percentile(x.mean(), draws, x.size, unit, "percentile bootstrap", level)
 
 
@@ -106,18 +107,22 @@ def sample_mean(
     >>> round(sample_mean([1.0, 2.0, 3.0]).high, 3)  # 2 + 4.303 * 1 / sqrt(3)
     4.484
     """
-    from scipy.stats import t
-
     x = _finite(values, "sample_mean")
     if x.size >= FEW:
         return bootstrap_mean(x, unit=unit, seed=seed, resamples=resamples, level=level)
-    point, half = float(x.mean()) + 0.0, math.inf
-    if x.size > 1:
-        half = float(t.ppf((1 + level) / 2, x.size - 1) * x.std(ddof=1)) / math.sqrt(x.size)
-    return Estimate(point, point - half, point + half, x.size, "Student's t", unit, level)
+    return _student(x.mean(), x, unit, "Student's t", level)
 
 
-def bootstrap_ratio(
+def _student(point: float, values: np.ndarray, unit: str, method: str, level: float) -> Estimate:
+    """The interval of a mean whose rows deviate as `values` do."""
+    from scipy.stats import t
+
+    n, point = values.size, float(point) + 0.0  # plus zero: a negative zero would be shown as -0
+    half = float(t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    return Estimate(point, point - half, point + half, n, method, unit, level)
+
+
+def sample_ratio(
     numerator: Values,
     denominator: Values,
     *,
@@ -126,20 +131,30 @@ def bootstrap_ratio(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> Estimate:
-    """Ratio of sums with a percentile bootstrap interval; numerator and denominator are resampled together.
+    """Ratio of sums over paired rows, with an interval over rows.
 
-    >>> bootstrap_ratio([1.0, 3.0], [2.0, 2.0]).value  # (1 + 3) / (2 + 2)
+    Below `FEW` rows Student's t of the linearised ratio: row i deviates by `(a_i - ratio * b_i) / mean(b)`. From there
+    on a percentile bootstrap that draws numerator and denominator together.
+
+    Raises:
+        DegenerateInputError: if there are no rows, or the denominators sum to zero.
+        InvalidInputError: if a value is not finite, or the rows don't pair up.
+
+    >>> sample_ratio([1.0, 3.0], [2.0, 2.0]).value  # (1 + 3) / (2 + 2)
     1.0
     """
-    a, b = _finite(numerator, "bootstrap_ratio"), _finite(denominator, "bootstrap_ratio")
+    a, b = _finite(numerator, "sample_ratio"), _finite(denominator, "sample_ratio")
     if a.shape != b.shape:
-        raise InvalidInputError(f"bootstrap_ratio: {a.size} numerators and {b.size} denominators; they must pair up.")
+        raise InvalidInputError(f"sample_ratio: {a.size} numerators and {b.size} denominators; they must pair up.")
     if b.sum() == 0:
-        raise DegenerateInputError("bootstrap_ratio: the denominators sum to zero.")
-    rows = _resamples(a.size, resamples, seed)
-    bottoms = b[rows].sum(axis=1)
-    draws = a[rows].sum(axis=1)[bottoms != 0] / bottoms[bottoms != 0]
-    return _percentile(a.sum() / b.sum(), draws, a.size, unit, "percentile bootstrap of a ratio of sums", level)
+        raise DegenerateInputError("sample_ratio: the denominators sum to zero.")
+    point = a.sum() / b.sum()
+    if a.size < FEW:
+        return _student(point, (a - point * b) / b.mean(), unit, "Student's t of a linearised ratio of sums", level)
+    sums = [(a[rows].sum(axis=1), b[rows].sum(axis=1)) for rows in _resamples(a.size, resamples, seed)]
+    tops, bottoms = map(np.concatenate, zip(*sums, strict=True))
+    draws = tops[bottoms != 0] / bottoms[bottoms != 0]
+    return _percentile(point, draws, a.size, unit, "percentile bootstrap of a ratio of sums", level)
 
 
 def paired_difference(a: Values, b: Values, *, unit: str = "rows", seed: int = 0, level: float = 0.95) -> Estimate:

@@ -20,7 +20,7 @@ from workbench.metrics import squared_error
 from workbench.progress import task
 from workbench.saes.coder import Coder
 from workbench.saes.splice import SpliceReader
-from workbench.stats import bootstrap_ratio, paired_difference, sample_mean
+from workbench.stats import paired_difference, sample_mean, sample_ratio
 from workbench.tokens import TokenBatch
 
 CONTEXTS = (
@@ -298,7 +298,7 @@ def _fvu(read: _Read, owner: np.ndarray, kept: np.ndarray, seed: int) -> dict[st
     mean = read.x[control].sum(0) / read.n[control].sum()
     spread = read.square - 2 * read.x @ mean + read.n * float(mean @ mean)
     ratio = {
-        name: bootstrap_ratio(read.error[chosen], spread[chosen], unit=f"{unit} tokens", seed=seed)
+        name: sample_ratio(read.error[chosen], spread[chosen], unit=f"{unit} tokens", seed=seed)
         for name, chosen, unit in (("fvu_glitch", glitch, "glitch"), ("fvu_control", control, "control"))
     }
     relative = read.error / np.where(spread > 0, spread, 1.0)

@@ -18,7 +18,7 @@ from workbench.progress import task
 from workbench.saes.coder import Coder
 from workbench.saes.quality import SAEReport
 from workbench.saes.splice import Part, Splicer, SpliceReader
-from workbench.stats import Estimate, bootstrap_ratio, sample_mean
+from workbench.stats import Estimate, sample_mean, sample_ratio
 from workbench.tokens import TokenBatch
 
 Rows = Int[Tensor, "rows pos"] | Sequence[str] | ActivationStore
@@ -170,7 +170,7 @@ class _Evaluation:
         kept = {name: value[used] for name, value in sums.items()}
 
         def ratio(top: np.ndarray, bottom: np.ndarray) -> Estimate:
-            return bootstrap_ratio(top, bottom, unit="rows", seed=seed)
+            return sample_ratio(top, bottom, unit="rows", seed=seed)
 
         def mean(values: np.ndarray) -> Estimate:
             return sample_mean(values, seed=seed)
