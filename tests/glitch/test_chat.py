@@ -138,3 +138,17 @@ def test_a_probe_that_cannot_be_built_is_left_out_and_named_or_refused() -> None
         prompt_set(model, model.vocabulary, (*PROBES, full), strict=True)
     with pytest.raises(DegenerateInputError, match="No prompt could be built"):
         prompt_set(model, model.vocabulary, (full,))
+
+
+def test_a_prompt_with_ids_that_the_model_has_no_row_for_is_left_out_or_refused() -> None:
+    model = Asked(byte_level(), None)
+    made = prompt_set(model, model.vocabulary)
+    largest = [int(t.ids.max()) for t in made.templates]
+    setattr(model, "d_vocab", max(largest))  # noqa: B010  # a vocabulary larger than the matrix
+    fewer = prompt_set(model, model.vocabulary)
+    assert [t.name for t in fewer.templates] == [
+        t.name for t, i in zip(made.templates, largest, strict=True) if i < max(largest)
+    ]
+    assert f"rows for ids 0 to {max(largest) - 1} only" in fewer.notes[0]
+    with pytest.raises(DegenerateInputError, match=r"raw prompt .* can't be used: it holds id"):
+        prompt_set(model, model.vocabulary, strict=True)

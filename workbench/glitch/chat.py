@@ -73,7 +73,7 @@ def prompt_set(
                 made.append(_fitting(model, _built(model, vocabulary, probe, form), steps))
             except DegenerateInputError as error:
                 if strict:
-                    raise
+                    raise DegenerateInputError(f"The {form} prompt {probe.name!r} can't be used: {error}") from error
                 notes.append(f"The {form} prompt {probe.name!r} was left out: {error}")
     if not made:
         raise DegenerateInputError(
@@ -108,7 +108,10 @@ def _built(model: Any, vocabulary: Vocabulary, probe: Probe, form: Form) -> Temp
 
 
 def _fitting(model: Any, made: Template, steps: int) -> Template:
-    """The template, if the model has positions for it and for what it is to give after it."""
+    """The template, if the model has rows for its ids, and positions for it and for what it is to give after it."""
+    rows, largest = getattr(model, "d_vocab", None), int(made.ids.max())
+    if rows is not None and largest >= rows:
+        raise DegenerateInputError(f"it holds id {largest}, and the model has rows for ids 0 to {rows - 1} only.")
     room, need = getattr(model, "n_positions", None), len(made.ids) + steps - 1
     if room is not None and need > room:
         raise DegenerateInputError(f"it needs {need} positions for itself and the reply; the model has {room}.")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.codec import Codec
 from workbench.errors import DegenerateInputError
-from workbench.glitch.prompts import PROBES, Probe, Template, template
+from workbench.glitch.chat import prompt_set
+from workbench.glitch.prompts import PROBES, Probe, Template
 from workbench.glitch.sanitize import Sanitizer
 from workbench.glitch.tokenizer import analyse
 from workbench.progress import track
@@ -73,9 +73,9 @@ def copy_check(
         batch_size: rows per forward pass.
 
     Raises:
-        DegenerateInputError: if none of the tokens can be cut.
+        DegenerateInputError: if none of the tokens can be cut, or the prompt can't be built for this tokenizer.
     """
-    made = _template(model, sanitizer.codec, probe)
+    (made,) = prompt_set(model, analyse(sanitizer.codec), [probe], "raw", strict=True).templates
     cut = {i: options[0] for i in (*tokens, *controls) if (options := sanitizer.alternatives(int(i)))}
     if not any(i in cut for i in tokens):
         raise DegenerateInputError(
@@ -100,10 +100,6 @@ def spliced(made: Template, pieces: Sequence[int]) -> list[int]:
     """The prompt with several ids in each place of the token."""
     slots = set(made.slots.tolist())
     return [j for at, i in enumerate(made.ids.tolist()) for j in (pieces if at in slots else (i,))]
-
-
-def _template(model: Any, codec: Codec, probe: Probe) -> Template:
-    return template(probe, analyse(codec), lambda text: model.tokens(text).ids[0].tolist())
 
 
 def _gain(found: Sequence[Copied]) -> Estimate:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from workbench.codec import Codec, token_bytes
 from workbench.errors import DegenerateInputError
+from workbench.glitch.chat import prompt_set
 from workbench.glitch.indicators import auc_lower
-from workbench.glitch.prompts import Probe, Template, template
+from workbench.glitch.prompts import Probe, Template
 from workbench.glitch.scoring import target_probabilities
 from workbench.glitch.segments import Pieces, Speller
 from workbench.glitch.tokenizer import Vocabulary
@@ -157,20 +158,14 @@ def measure_sides(
     return _judged(parts)
 
 
-def _frames(model: Any, vocabulary: Vocabulary) -> tuple[list[Template], list[Template]]:
-    made: tuple[list[Template], list[Template]] = [], []
-    for k, probes in enumerate((READ, WRITE)):
-        for probe in probes:
-            try:
-                made[k].append(template(probe, vocabulary, lambda text: model.tokens(text).ids[0].tolist()))
-            except DegenerateInputError:
-                continue  # a tokenizer may glue one of the texts to the token; the others do
-        if not made[k]:
-            raise DegenerateInputError(
-                f"None of the {len(probes)} texts keeps a token whole with this tokenizer, so reading and writing "
-                "can't be told apart. Leave this part out."
-            )
-    return made
+def _frames(model: Any, vocabulary: Vocabulary) -> list[tuple[Template, ...]]:
+    """The texts to read and those to write; a tokenizer may glue one of them to the token, the others do."""
+    try:
+        return [prompt_set(model, vocabulary, probes, "raw").templates for probes in (READ, WRITE)]
+    except DegenerateInputError as error:
+        raise DegenerateInputError(
+            f"Reading and writing can't be told apart with this tokenizer; leave this part out. {error}"
+        ) from error
 
 
 def _pieces(codec: Codec, tokenizer: Any, speller: Speller, i: int) -> Pieces:
@@ -185,7 +180,7 @@ def _pieces(codec: Codec, tokenizer: Any, speller: Speller, i: int) -> Pieces:
 
 def _measure(
     model: Any,
-    frames: tuple[list[Template], list[Template]],
+    frames: Sequence[tuple[Template, ...]],
     ids: Sequence[int],
     pieces: Sequence[Pieces],
     batch_size: int,
