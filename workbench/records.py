@@ -105,8 +105,14 @@ def load_json(path: str | os.PathLike[str]) -> Any:
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write a file through a temporary neighbour, fsync and rename, making its folder. Returns the path."""
+    """Write a file through a temporary neighbour, fsync and rename, making its folder. Returns the path.
+
+    Raises:
+        InvalidInputError: if the path is a folder.
+    """
     target = Path(path)
+    if target.is_dir():
+        raise InvalidInputError(f"{target} is a folder and can't be written as a file. Name a file.")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     # surrogates come from tokens that are half a character; they must not stop a run from being saved

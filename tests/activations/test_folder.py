@@ -240,3 +240,14 @@ def test_a_lock_on_a_folder_that_was_removed_meanwhile_does_not_count(
     with in_use(tmp_path / "a"):
         with pytest.raises(InvalidInputError, match="Another process"), in_use(tmp_path / "a"):
             pass
+
+
+def test_an_address_of_an_unknown_kind_that_lost_a_slash_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for address in ("foo://bucket/x", Path("foo://bucket/x")):
+        with pytest.raises(InvalidInputError, match="foo"):
+            open_folder(address)
+    Path("foo:").mkdir()
+    assert isinstance(open_folder(Path("foo:/x")), LocalFolder), "a folder of that name is one"

@@ -83,3 +83,30 @@ def test_a_local_dataset_is_streamed(model: Model, tmp_path: Path) -> None:
     assert _all(source, model).shape == (3, 20)
     with pytest.raises(InvalidInputError, match="body"):
         _all(HubDataset(str(tmp_path), tokens=60, context=20), model)
+
+
+def test_a_dataset_that_can_t_be_read_is_named_with_the_reason(model: Model, tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_dict({"text": ["word " * 9] * 3}).save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"dev": Dataset.from_dict({"text": ["word " * 9] * 3})}).save_to_disk(str(tmp_path / "more"))
+    for name, split in (("one", "train"), ("more", "dev")):
+        assert _all(HubDataset(str(tmp_path / name), split, tokens=60, context=20), model).shape == (3, 20)
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "train.jsonl").write_text("\n".join(json.dumps({"text": t, "n": 1}) for t in ("word " * 9, None)), "utf-8")
+    for source, why in (
+        (HubDataset(str(tmp_path / "more"), "nope", tokens=60, context=20), "split='nope'.*KeyError"),
+        (HubDataset(str(rows), "nope", tokens=60, context=20), "split='nope'"),
+        (HubDataset(str(rows), tokens=600, context=20), "row 1 of 'train', has NoneType in 'text'"),
+        (HubDataset(str(rows), column="n", tokens=60, context=20), "row 0 of 'train', has int in 'n'"),
+        (HubDataset(str(tmp_path / "nothing"), tokens=60, context=20), "can't be read"),
+    ):
+        with pytest.raises(InvalidInputError, match=why):
+            _all(source, model)
+
+
+def test_half_a_character_in_a_document_is_named(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "not \\ud800 fine"}\n', "utf-8")
+    with pytest.raises(InvalidInputError, match=r"Document 1 \(from 0\) holds half a character, .ud800 at 4"):
+        _all(TextFiles(tmp_path / "a.jsonl", context=4), model)

@@ -22,7 +22,7 @@ class _Cards:
 
 def _save_cards(folder: Path) -> None:
     cards = tuple(FeatureCard(i, 0.1 * i, 2.0, 500) for i in (4, 7))
-    CardSet((4, 7), {"site": "resid_post.9", "model": "other", "n_tokens": 500}, _Cards(cards)).save(folder)
+    CardSet((4, 7), {"site": "resid_post.1", "model": "other", "n_tokens": 500}, _Cards(cards)).save(folder)
 
 
 def _shown(capsys: pytest.CaptureFixture[str], **options: object) -> tuple[dict, str]:
@@ -47,7 +47,7 @@ def test_cards_are_found_and_completed_by_a_table(tmp_path: Path, capsys: pytest
     _save_cards(tmp_path / "cards")
     summary, page = _shown(capsys, folder=tmp_path, out=tmp_path / "page.html")
     assert summary["features"] == 2
-    assert "resid_post.9 of other, 500 tokens read" in page
+    assert "resid_post.1 of other, 500 tokens read" in page
     make_table().save(tmp_path / "scores")
     options = {
         "folder": tmp_path,

@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from tests.features.test_input_score import make_store
 from tests.features.toys import random_sae
+from tests.glitch.tiny_vocab import sentencepiece
 from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
+from workbench.codec import token_bytes
 from workbench.errors import MismatchError
-from workbench.features import ScoreOptions, feature_cards, output_scores, rank_score, score_features
+from workbench.features import ContextOptions, ScoreOptions, feature_cards, output_scores, rank_score, score_features
 from workbench.features.cardmaking import CardOptions
+from workbench.features.contexts import _texts, marked, unmarked
 from workbench.features.examples import ExampleOptions
-from workbench.features.tablecards import table_cards
+from workbench.features.tablecards import check_same_sae, table_cards
 from workbench.features.vocab import Vocabulary
 from workbench.features.windows import WindowOptions
 from workbench.interventions.intervention import Intervention
@@ -91,8 +95,33 @@ def test_a_feature_that_writes_nothing_has_no_score_and_stops_nobody() -> None:
     sae.W_dec[7] = 0.0
     df = score_features(model, sae, scores=("output",), options=FEW).df
     assert math.isnan(df.output_score[7]) and math.isnan(df.confidence_delta[7])
+    assert (df.best_token[7], list(df.top_tokens[7]), list(df.top_token_ids[7])) == ("", [], [])
     others = [i for i in range(40) if i != 7]
     assert df.output_score[others].tolist() == pytest.approx(whole.output_score[others].tolist(), abs=1e-6)
+
+
+def test_cards_are_not_completed_by_the_table_of_another_sae(tmp_path: Path) -> None:
+    model, sae = tiny_model(), random_sae()
+    cards = feature_cards(model, sae, make_store(tmp_path / "s", rows=40), options=OPTIONS)
+    check_same_sae(cards.meta, score_features(model, sae, scores=("output",), options=FEW))
+    for m, other in ((model, random_sae(seed=1)), (tiny_model(seed=1), sae)):
+        with pytest.raises(MismatchError, match=r"belongs to other features than the cards"):
+            check_same_sae(cards.meta, score_features(m, other, scores=("output",), options=FEW))
+
+
+def test_the_text_of_contexts_keeps_its_spaces_and_ends_with_the_document() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=sentencepiece())
+    parts = token_bytes(tokenizer)
+    spaced = [i for i, part in enumerate(parts) if part[:1] == b" " and len(part) > 1][:3]
+    assert len(spaced) == 3
+    end, beyond = 0, len(parts) + 5
+    row = [*spaced, beyond, spaced[0], end, spaced[1]]
+    one, (start,) = torch.zeros(1, 1, dtype=torch.long), [torch.tensor([[1]])]
+    ((text,),) = _texts(lambda _: row, parts, frozenset({end}), one, one + 2, start, ContextOptions(before=8, after=4))
+    words = [parts[i].decode() for i in spaced]
+    assert text == f"{words[1]}«{words[2]}»⟨{beyond}⟩{words[0]}"
+    hostile = ("a\u2063«", "b\u2063", "\u2063» c")
+    assert unmarked(marked(*hostile)) == tuple(part.replace("\u2063", "") for part in hostile)
 
 
 def test_a_table_of_another_sae_is_refused() -> None:

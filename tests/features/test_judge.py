@@ -295,7 +295,9 @@ def test_a_file_judge_is_asked_for_the_controls_in_the_same_round(
     assert judge.open_prompts() == 0, "one round is enough"
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "http://me:pw@host/v1", "https://host/v1?key=1", "host"])
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "http://me:pw@host/v1", "https://host/v1?key=1", "host", "http://[::1/v1"]
+)
 def test_odd_addresses_are_refused(url: str) -> None:
     with pytest.raises(InvalidInputError, match="https://host/v1") as caught:
         HTTPJudge(url, "m")
@@ -332,3 +334,24 @@ def test_a_local_model_is_read_by_its_log_probabilities() -> None:
         logits = model.logits(prompt + " ")[0]
         expected = torch.softmax(logits[[zero, one]], 0)[1]
         assert p == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_replies_files_and_keys_that_are_not_what_they_should_be_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / REPLIES_FILE).write_text('{"id": "a", "reply": "1"}', "utf-16")
+    with pytest.raises(CorruptFileError, match="not UTF-8"):
+        FileJudge(tmp_path).answer(["a"])
+    cache = tmp_path / "cache.jsonl"
+    cache.write_text('{"id": "a", "p": "abc"}')
+    with pytest.raises(CorruptFileError, match="'abc', which is no number"):
+        judge_at("http://localhost:1", cache=cache).answer(["a"])
+    monkeypatch.setenv("TEST_JUDGE_KEY", "secret\nkey")
+    with pytest.raises(InvalidInputError, match="TEST_JUDGE_KEY holds a line break") as caught:
+        judge_at("http://localhost:1").answer(["a"])
+    assert "secret" not in str(caught.value)
+
+
+def test_absurd_replies_of_a_server_are_no_answer() -> None:
+    with served((200, said("1", [("1", 1000.0)])), (200, said("1"))) as url:
+        assert judge_at(url).answer(["a", "b"]) == [None, 1.0]

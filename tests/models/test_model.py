@@ -35,6 +35,10 @@ def test_a_folder_loads_and_keeps_its_fingerprint_in_any_dtype(folder: Path) -> 
         model.fingerprint == load_model(folder, dtype="bfloat16", check=False).fingerprint == tiny_model().fingerprint
     )
     assert model.fingerprint != tiny_model(seed=1).fingerprint
+    for name, value in (("rms_norm_eps", 0.1), ("rope_parameters", {"rope_type": "default", "rope_theta": 7.0})):
+        other = tiny_hf()
+        setattr(other.config, name, value)
+        assert Model(other, tiny_tokenizer(), "m").fingerprint != model.fingerprint, name
     assert model.name == "m"
 
 

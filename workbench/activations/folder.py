@@ -84,7 +84,8 @@ def open_folder(where: str | Path | Folder) -> Folder:
     text = str(where)
     # a Path has no double slash, so an address that went through one has lost it
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)(?:::|:/{1,2})(.*)", text, re.DOTALL)
-    if found is None or not ("://" in text or "::" in text or _is_protocol(found[1])):
+    plain = found is None or not ("://" in text or "::" in text or _is_protocol(found[1]))
+    if found is None or (plain and (isinstance(where, str) or Path(f"{found[1]}:").exists())):
         return LocalFolder(Path(where).expanduser())
     if found[1] in ("file", "local"):
         return LocalFolder(Path("/" + unquote(found[2]).lstrip("/")))

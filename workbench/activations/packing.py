@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -95,6 +96,7 @@ def packed(
 
     Raises:
         DegenerateInputError: if the text does not fill one row.
+        InvalidInputError: for a document that is not Unicode text.
     """
     bos = (int(tokenizer.bos_token_id),) if adds_bos(tokenizer) else ()
     width = context - len(bos)
@@ -102,7 +104,7 @@ def packed(
     rows = _Rows(width, bos)
     done = 0
     for document, text in enumerate(texts):
-        rows.add([*tokenizer(text, add_special_tokens=False)["input_ids"], *_end(tokenizer)], document)
+        rows.add([*_ids(tokenizer, text, document), *_end(tokenizer)], document)
         while rows.full >= batch_rows or (limit is not None and rows.full >= limit - done):
             n = batch_rows if limit is None else min(batch_rows, limit - done)
             batch = rows.take(n)
@@ -160,6 +162,19 @@ def check_sizes(tokens: int, context: int, batch_rows: int = 1) -> None:
         raise InvalidInputError(f"batch_rows={batch_rows}: a batch has at least one row.")
     if tokens < 1 or context < 2:
         raise InvalidInputError(f"tokens={tokens}, context={context}: they must be >= 1 and >= 2.")
+
+
+def _ids(tokenizer: Any, text: str, document: int) -> list[int]:
+    try:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    except (TypeError, UnicodeEncodeError) as error:
+        lone = re.search("[\ud800-\udfff]", text)
+        if lone is None:
+            raise
+        raise InvalidInputError(
+            f"Document {document} (from 0) holds half a character, \\u{ord(lone[0]):04x} at {lone.start()}, which no "
+            "tokenizer takes. Mend it or leave it out."
+        ) from error
 
 
 def _end(tokenizer: Any) -> list[int]:

@@ -149,7 +149,17 @@ def resolved(model: Any, sites: Sequence[str]) -> tuple[str, ...]:
 
 
 def make_plan(model: Any, source: Source, sites: tuple[str, ...], options: HarvestOptions) -> Manifest:
-    """The manifest that a harvest starts from."""
+    """The manifest that a harvest starts from.
+
+    Raises:
+        InvalidInputError: if the model has too few positions for a row.
+    """
+    room = getattr(model, "n_positions", None)
+    if room is not None and source.context > room:
+        raise InvalidInputError(
+            f"Rows of {source.context} tokens (context) don't fit into the {room} positions of {model.name}. "
+            "Lower context."
+        )
     rows = -(-options.shard_tokens // source.context)
     vocabulary = json.dumps(sorted(model.tokenizer.get_vocab().items()))
     return Manifest(
@@ -173,7 +183,8 @@ def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:
     Raises:
         MismatchError: naming what differs.
     """
-    for name in ("model_fingerprint", "source", "context", "special_ids", "shard_rows", "batch_rows", "dtype"):
+    names = ("tokenizer_sha256",) if found.tokenizer_sha256 is not None else ()  # older stores have none
+    for name in (*names, "model_fingerprint", "source", "context", "special_ids", "shard_rows", "batch_rows", "dtype"):
         old, new = getattr(found, name), getattr(plan, name)
         if old != new:
             raise MismatchError(

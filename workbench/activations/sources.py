@@ -246,12 +246,33 @@ class HubDataset:
         )  # fmt: skip
 
     def _texts(self) -> Iterator[str]:
-        from datasets import load_dataset
-
-        stream = load_dataset(self.name, split=self.split, streaming=True, revision=self.revision)
-        for record in stream:
+        for number, record in enumerate(self._records()):
             if self.column not in record:
                 raise InvalidInputError(
                     f"{self.name} has no column {self.column!r}. {did_you_mean(self.column, list(record))} Set column=."
                 )
+            if not isinstance(record[self.column], str):
+                raise InvalidInputError(
+                    f"{self.name}, row {number} of {self.split!r}, has {type(record[self.column]).__name__} in "
+                    f"{self.column!r}, not text. Set column=, or leave such rows out of the data set."
+                )
             yield record[self.column]
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """The rows as the library streams them; a folder that its `save_to_disk` wrote is opened as such."""
+        from datasets import DatasetDict, load_dataset, load_from_disk
+
+        folder = Path(self.name)
+        try:
+            if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+                saved = load_from_disk(self.name)
+                stream: Any = saved[self.split] if isinstance(saved, DatasetDict) else saved
+            else:
+                stream = load_dataset(self.name, split=self.split, streaming=True, revision=self.revision)
+            yield from stream
+        except Exception as error:  # the library and what it fetches with raise errors of many kinds
+            raise InvalidInputError(
+                f"HubDataset({self.name!r}, split={self.split!r}, revision={self.revision!r}) can't be read: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} Check the name, the split "
+                "and the connection."
+            ) from error

@@ -71,9 +71,11 @@ def load_cards(
 
     Raises:
         MissingFileError: if there are neither.
+        MismatchError: if the table is of another SAE.
     """
     from workbench.features.cardset import CARDS_FILE, CardSet
     from workbench.features.table import TABLE_FILE, FeatureTable
+    from workbench.features.tablecards import check_same_sae
 
     inner = (folder, folder / "artifacts")
     places = tuple(place / name for place in inner for name in ("", "cards", "features"))
@@ -87,6 +89,8 @@ def load_cards(
     found = None if scored is None else FeatureTable.load(scored)
     if cards is None:
         return (), found, {} if found is None else found.meta
+    if found is not None:
+        check_same_sae(cards.meta, found)
     return cards, found, cards.meta
 
 

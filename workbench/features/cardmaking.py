@@ -108,7 +108,8 @@ def feature_cards(
     )  # fmt: skip
     meta = {
         "model": model.name, "model_fingerprint": model.fingerprint, "site": str(where), "store": str(store.path),
-        "d_sae": len(every), "n_tokens": found.n_tokens, "options": asdict(options),
+        "d_sae": len(every), "sae": saecode.sae_fingerprint(sae), "n_tokens": found.n_tokens,
+        "options": asdict(options),
         "neighbour_tokens": found.co.n_tokens, "neighbour_share": found.co.share,
     }  # fmt: skip
     return CardSet(tuple(ids.tolist()), meta, made)

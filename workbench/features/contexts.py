@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
+from workbench.codec import token_bytes
 from workbench.errors import InvalidInputError
 from workbench.features.passes import SAEFeatures
 from workbench.features.sampling import MISSING as MISSING
-from workbench.features.windows import FeatureWindows, WindowOptions, collect_windows
+from workbench.features.windows import WindowOptions, collect_windows
 
 _MARK = "\u2063"
 
@@ -94,16 +97,21 @@ def top_contexts(
     )
     found = collect_windows(store, site, SAEFeatures(sae, features), only_peaks)
     tokens, rows, positions = (x.long() for x in (found.top.token, found.top.row, found.top.position))
-    texts = _texts(found, tokenizer, rows[:, : options.shown], positions[:, : options.shown], options)
+    shown, start, position = (x[:, : options.shown] for x in (rows, found.top.start.long(), positions))
+    ends = frozenset(store.manifest.special_ids)
+    texts = _texts(found.ids, token_bytes(tokenizer), ends, shown, position, start, options)
     return TopContexts(found.top.peaks, tokens, rows, positions, found.frequency, found.max_act, found.n_tokens, texts)
 
 
 def marked(before: str, token: str, after: str) -> str:
     """A context with its token between « and »; with an invisible character inside where the text has such marks too.
 
+    That character, U+2063, is left out of the text itself.
+
     >>> marked("a ", "b", " c"), unmarked(marked("«x» ", "b", " »"))
     ('a «b» c', ('«x» ', 'b', ' »'))
     """
+    before, token, after = (part.replace(_MARK, "") for part in (before, token, after))
     mark = _MARK if "«" in before or "»" in token else ""
     return f"{before}«{mark}{token}{mark}»{after}"
 
@@ -117,13 +125,20 @@ def unmarked(context: str) -> tuple[str, str, str]:
 
 
 def _texts(
-    found: FeatureWindows, tokenizer: Any, rows: Tensor, positions: Tensor, options: ContextOptions
-) -> tuple[tuple[str, ...], ...]:
-    """The shown contexts as text."""
+    ids_of: Callable[[int], list[int]], parts: Sequence[bytes], ends: frozenset[int], rows: Tensor, positions: Tensor,
+    starts: Tensor, options: ContextOptions,
+) -> tuple[tuple[str, ...], ...]:  # fmt: skip
+    """The shown contexts as text, from the start of their document to its end token at most."""
+
+    def text(ids: Sequence[int]) -> str:
+        # bytes are joined before they are read: a character may be cut into several tokens
+        known = (parts[i] if i < len(parts) and parts[i] else f"⟨{i}⟩".encode() for i in ids)
+        return b"".join(known).decode("utf-8", errors="replace")
+
     texts: list[list[str]] = [[] for _ in range(len(rows))]
     for feature, rank in (rows != MISSING).nonzero().tolist():
-        row, at = found.ids(int(rows[feature, rank])), int(positions[feature, rank])
-        before = tokenizer.decode(row[max(0, at - options.before) : at])
-        after = tokenizer.decode(row[at + 1 : at + 1 + options.after])
-        texts[feature].append(marked(before, tokenizer.decode(row[at : at + 1]), after))
+        row, at = ids_of(int(rows[feature, rank])), int(positions[feature, rank])
+        before = row[max(int(starts[feature, rank]), at - options.before) : at]
+        after = itertools.takewhile(lambda i: i not in ends, row[at + 1 : at + 1 + options.after])
+        texts[feature].append(marked(text(before), text(row[at : at + 1]), text(list(after))))
     return tuple(tuple(feature) for feature in texts)

@@ -104,7 +104,7 @@ class HTTPJudge:
         url: of the API, such as "https://example.org/v1".
         model: name of the model there.
         key_variable: environment variable that holds the key; the key itself is never kept or shown.
-        timeout: seconds that one reply may take.
+        timeout: seconds to wait for the connection, and then for each further part of a reply.
         retries: further attempts after a failure that may pass (no connection, 408, 409, 429, 5xx).
         wait: seconds before the first further attempt; doubled each time.
         logprobs: ask for log-probabilities, which give graded answers where the server has them.
@@ -123,7 +123,10 @@ class HTTPJudge:
     _known: dict[str, float | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+        except ValueError:
+            parts = urllib.parse.urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise InvalidInputError(
                 "HTTPJudge: the address must look like https://host/v1, without user, password or query. Put the key "
@@ -175,7 +178,15 @@ class HTTPJudge:
         return [self._known[key] for key in keys]
 
     def _cached(self, path: Path) -> dict[str, float | None]:
-        return {key: None if p == "None" else float(p) for key, p in _lines(path, "p").items()}
+        found: dict[str, float | None] = {}
+        for key, p in _lines(path, "p").items():
+            try:
+                found[key] = None if p == "None" else float(p)
+            except ValueError:
+                raise CorruptFileError(
+                    f'{path}: the reply {key!r} has "p": {p[:40]!r}, which is no number. Remove that line.'
+                ) from None
+        return found
 
     def _keep(self, key: str, p: float | None) -> None:
         self._known[key] = p
@@ -194,6 +205,11 @@ class HTTPJudge:
             body |= {"logprobs": True, "top_logprobs": 5}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
+            if not (key.isascii() and key.isprintable()):
+                raise InvalidInputError(
+                    f"The key in {self.key_variable} holds a line break or other characters that no header may have. "
+                    "Set it anew."
+                )
             headers["Authorization"] = f"Bearer {key}"
         address = f"{self.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")
@@ -225,7 +241,7 @@ class HTTPJudge:
                 return f"status {error.code}", error.code in (408, 409, 429) or error.code >= 500, None
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             return f"no connection: {type(error).__name__}", True, None
-        except ValueError:
+        except (ValueError, RecursionError):
             return "the reply is not JSON", True, None
 
 
@@ -236,7 +252,7 @@ def _digit_in(reply: Any) -> float | None:
         text = choice["message"]["content"]
         tops = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
         p = [(str(top["token"]).strip(), math.exp(top["logprob"])) for top in tops]
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
         return None
     digits = [sum(value for token, value in p if token == digit) for digit in "01"]
     if sum(digits) >= LEAST_MASS:
@@ -312,8 +328,12 @@ def _lines(path: Path, key: str) -> dict[str, str]:
     found: dict[str, str] = {}
     if not path.is_file():
         return found
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from None
     # Split at line feeds alone: JSON may hold other characters that Python takes for the end of a line.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

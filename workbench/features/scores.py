@@ -16,6 +16,7 @@ from workbench.features.input_score import input_score
 from workbench.features.lens import feature_ids, lens_tokens, target_site
 from workbench.features.output_score import OutputOptions, OutputScores, direction_scores
 from workbench.features.table import FeatureTable
+from workbench.features.vocab import Vocabulary
 from workbench.hooks.sites import Site
 from workbench.interventions.saecode import decoder_rows, sae_fingerprint
 from workbench.models.model import Model
@@ -107,10 +108,13 @@ def score_features(
         "a_max": outputs.a_max if outputs else None, "n_tokens": contexts.n_tokens if contexts else 0,
         "skipped_blocks": outputs.skipped_blocks if outputs else None, "scores": list(scores),
     }  # fmt: skip
-    inputs, shuffled = _input_scores(contexts if "input" in scores else None, lens_ids, options)
+    inputs, shuffled = _input_scores(contexts if "input" in scores else None, lens_ids, ~zero.cpu(), options)
     controls = {"shuffled_input_score": shuffled, "random_output_score": tuple(random.score.tolist()) if random else ()}
-    frame = _frame(model.tokenizer, ids, lens_ids, inputs, outputs, contexts)
+    vocabulary = Vocabulary.of(model.tokenizer).padded(model.d_vocab)
+    frame = _frame(vocabulary, ids, lens_ids, inputs, outputs, contexts)
     frame.loc[zero.cpu().numpy(), list(_OF_DECODER)] = float("nan")
+    for row in zero.nonzero().flatten().tolist():
+        frame.at[row, "best_token"], frame.at[row, "top_tokens"], frame.at[row, "top_token_ids"] = "", [], []
     return FeatureTable(frame, meta, controls)
 
 
@@ -135,22 +139,23 @@ def _meta(model: Model, sae: Any, site: Site, options: ScoreOptions, strength: f
 
 
 def _input_scores(
-    contexts: TopContexts | None, lens_ids: Tensor, options: ScoreOptions
+    contexts: TopContexts | None, lens_ids: Tensor, writes: Tensor, options: ScoreOptions
 ) -> tuple[Tensor | None, tuple[float, ...]]:
-    """Input scores, and those of the same contexts against the lens tokens of another feature."""
+    """Input scores, and those of the same contexts against the lens tokens of another feature that writes something."""
     if contexts is None:
         return None, ()
     least = options.contexts.min_contexts
     scores = input_score(contexts.tokens, lens_ids, least)
-    if len(lens_ids) < 2:
+    n = int(writes.sum())
+    if n < 2:
         return scores, ()
-    shift = 1 + int(torch.randint(len(lens_ids) - 1, (1,), generator=torch.Generator().manual_seed(options.seed)))
-    shuffled = input_score(contexts.tokens, lens_ids.roll(shift, dims=0), least)
+    shift = 1 + int(torch.randint(n - 1, (1,), generator=torch.Generator().manual_seed(options.seed)))
+    shuffled = input_score(contexts.tokens[writes], lens_ids[writes].roll(shift, dims=0), least)
     return scores, tuple(shuffled[~shuffled.isnan()].tolist())
 
 
 def _frame(
-    tokenizer: Any,
+    vocabulary: Vocabulary,
     ids: Tensor,
     lens_ids: Tensor,
     inputs: Tensor | None,
@@ -160,7 +165,7 @@ def _frame(
     import pandas as pd
 
     nan = [float("nan")] * len(ids)
-    decoded = {token: tokenizer.decode([token]) for token in lens_ids.unique().tolist()}
+    decoded = {token: vocabulary.text(token) for token in lens_ids.unique().tolist()}
     columns: dict[str, Any] = {
         "feature": ids.tolist(),
         "input_score": inputs.tolist() if inputs is not None else nan,

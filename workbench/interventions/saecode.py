@@ -38,7 +38,7 @@ def decode(sae: Any, acts: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"])
     """The reconstruction of `x` from feature activations, fp32."""
     with torch.no_grad():
         if _rescales(sae):
-            acts = acts / sae.W_dec.norm(dim=-1).to(acts)
+            acts = acts / _norms(sae.W_dec).to(acts)
         out = (acts.to(sae.W_dec) @ sae.W_dec + sae.b_dec).float()
         mean = x.mean(-1, keepdim=True) if _normalisation(sae) == "layer_norm" else 0.0
         return out * output_scale(sae, x) + mean
@@ -47,7 +47,7 @@ def decode(sae: Any, acts: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"])
 def decoder_rows(sae: Any, features: Int[Tensor, "*f"]) -> Float[Tensor, "*f d_in"]:
     """What one unit of each feature's activation adds to the reconstruction, before `output_scale`, fp32."""
     rows = sae.W_dec.detach()[features.to(sae.W_dec.device)].float()
-    return rows / rows.norm(dim=-1, keepdim=True) if _rescales(sae) else rows
+    return rows / _norms(rows)[..., None] if _rescales(sae) else rows
 
 
 def output_scale(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"] | float:
@@ -67,6 +67,11 @@ def sae_fingerprint(sae: Any) -> str:
         if (matrix := getattr(sae, name, None)) is not None:
             digest.update(matrix.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _norms(rows: Float[Tensor, "*f d"]) -> Float[Tensor, "*f"]:
+    """Norms to divide by; a row of zeros stays one."""
+    return rows.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _kind(sae: Any) -> str:

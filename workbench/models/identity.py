@@ -10,13 +10,26 @@ from typing import Any
 
 import torch
 
+_COMPUTED = (
+    "model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size",
+    "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "query_pre_attn_scalar",
+    "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_dim",
+    "rotary_emb_base",
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps",
+    "hidden_act", "hidden_activation", "activation_function", "use_parallel_residual", "parallel_attn",
+    "sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping",
+    "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "attention_multiplier", "embedding_multiplier",
+    "residual_multiplier", "logit_scale", "logits_scaling", "num_experts_per_tok", "norm_topk_prob",
+)  # fmt: skip
+"""What changes the computation and leaves no trace in the weights."""
+
 
 def fingerprint(hf: Any) -> str:
-    """Twelve hex digits that tell a model from others: its config and a sample of every weight."""
+    """Twelve hex digits that tell a model from others: its config as far as it computes, a sample of every weight."""
     digest = hashlib.sha256()
     config = hf.config.to_dict()
-    names = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
-    digest.update(json.dumps({name: config.get(name) for name in names}, sort_keys=True, default=str).encode())
+    said = {name: config[name] for name in _COMPUTED if config.get(name) is not None}
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     for name, parameter in sorted(hf.named_parameters()):
         flat = parameter.detach().flatten()
         # bfloat16, so that loading the same weights in another dtype gives the same fingerprint.

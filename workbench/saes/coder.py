@@ -49,7 +49,7 @@ class Coder:
         """Of any sae_lens SAE or transcoder; a `Coder` is returned as it is.
 
         Raises:
-            InvalidInputError: for anything else.
+            InvalidInputError: for anything else, and for the temporal SAE of sae_lens.
         """
         if isinstance(sae, Coder):
             return sae
@@ -59,6 +59,11 @@ class Coder:
                 "load_sae, or make a Coder of your functions."
             )
         kind = sae.cfg.architecture() if hasattr(sae.cfg, "architecture") else "unknown"
+        if kind == "temporal":
+            raise InvalidInputError(
+                "A temporal SAE of sae_lens predicts each token from those before it, and everything here reads tokens "
+                "one by one. Give an SAE of another kind."
+            )
         rows = saecode.decoder_rows(sae, torch.arange(sae.W_dec.shape[0]))
 
         def decode(acts: Tensor, x: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class _Evaluation:
             total_all += part.target[batch.mask].double().sum(0).cpu()
             n_kept, n_tokens = n_kept + int(part.keep.sum()), n_tokens + batch.n_tokens
             for _, acts in self.coder.chunks(part.x[part.keep]):
-                fired += (acts > 0).sum(0).cpu()
+                fired += (acts != 0).sum(0).cpu()
         if n_kept < 2:
             raise DegenerateInputError(
                 "evaluate_sae: the keep rule leaves fewer than two tokens. Give more or longer rows."
@@ -160,7 +160,7 @@ class _Evaluation:
         hats["identity"] = part.target
         counts = torch.zeros_like(part.keep, dtype=torch.float64)
         x = part.x[part.keep]
-        active = [(acts > 0).sum(1) for _, acts in self.coder.chunks(x)]
+        active = [(acts != 0).sum(1) for _, acts in self.coder.chunks(x)]
         counts[part.keep] = torch.cat(active).double() if active else counts[part.keep]
         return {**hats, "active": counts}
 

@@ -369,7 +369,7 @@ class _Trial:
         assert x is not None and texts is not None
         active, parts = 0.0, []
         for rows, acts in self.coder.chunks(x):
-            active += float((acts > 0).sum())
+            active += float((acts != 0).sum())
             parts.append(self.coder.decode(acts, x[rows]))
         target, x_hat = x if y is None else y, torch.cat(parts)
         unexplained = fvu(target, x_hat)

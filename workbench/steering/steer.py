@@ -15,6 +15,7 @@ from torch import Tensor
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.features.lens import feature_ids, lens_tokens, target_site
 from workbench.features.table import FeatureTable
+from workbench.features.vocab import Vocabulary
 from workbench.hooks.sites import Site
 from workbench.interventions.saecode import decoder_rows
 from workbench.models.model import Model
@@ -137,7 +138,8 @@ def matched_features(
     taken = {int(f) for f in (*features, *control_features)}
     frequency = frequencies(options.table, int(sae.W_dec.shape[0]))
     known = bool(np.isfinite(frequency).any())
-    pool = [f for f in range(len(frequency)) if f not in taken and (not known or frequency[f] > 0)]
+    writes = (sae.W_dec.detach() != 0).any(dim=1).tolist()
+    pool = [f for f in range(len(frequency)) if f not in taken and writes[f] and (not known or frequency[f] > 0)]
     random = np.random.default_rng(options.seed)
     found: list[int] = []
     for feature in features:
@@ -225,12 +227,15 @@ class Bench:
 
     def lens_of(self, features: Int[Tensor, " features"]) -> Int[Tensor, "features k"]:
         """Lens tokens of features."""
-        return lens_tokens(self.model, decoder_rows(self.sae, features), self.options.k).ids.cpu()
+        rows = decoder_rows(self.sae, features)
+        if zero := features[(rows.norm(dim=1) == 0).cpu()].tolist():
+            raise DegenerateInputError(f"steer: the decoder rows of features {zero} are zero, so they write nothing.")
+        return lens_tokens(self.model, rows, self.options.k).ids.cpu()
 
     def words(self, features: Int[Tensor, " features"]) -> tuple[str, ...]:
         """The first lens tokens of each feature, as text."""
-        decode = self.model.tokenizer.decode
-        return tuple(" · ".join(repr(decode([t]))[1:-1] for t in row[:6]) for row in self.lens_of(features).tolist())
+        text = Vocabulary.of(self.model.tokenizer).padded(self.model.d_vocab).text
+        return tuple(" · ".join(repr(text(t))[1:-1] for t in row[:6]) for row in self.lens_of(features).tolist())
 
     def arm(self, name: str, pushes: PushSet, strengths: Sequence[float], progress: Task) -> Arm:
         """Continuations of all prompts with each direction at each strength."""

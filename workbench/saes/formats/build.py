@@ -183,6 +183,8 @@ def unbuilt(sae: Any, scale: float | None = None) -> RawSAE | None:
     if not (needs_scale or rescales or scale not in (None, 1.0)):
         return None
     if activation is None:
+        if not needs_scale and scale in (None, 1.0):
+            return None  # its own code divides by the decoder norms
         raise InvalidInputError(f"scale={scale} can't be folded into an SAE of kind {config.architecture()!r}.")
     tensors = {name: value.detach() for name, value in sae.state_dict().items()}
     if activation == "gated":
