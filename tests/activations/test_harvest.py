@@ -16,6 +16,8 @@ import torch
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.keep import KeepRule
+from workbench.activations.manifest import MANIFEST
+from workbench.activations.plan import estimate_harvest
 from workbench.activations.ring import RingBuffer
 from workbench.activations.sources import SelfText, TokenRows
 from workbench.activations.store import open_store
@@ -28,6 +30,7 @@ from workbench.errors import (
     UnknownSiteError,
 )
 from workbench.models.model import Model
+from workbench.records import load_json, save_json
 
 SITE = "resid_post.1"
 SMALL = HarvestOptions(shard_tokens=80, batch_tokens=40)
@@ -200,8 +203,20 @@ def test_another_harvest_in_the_same_folder_is_refused(model: Model, tmp_path: P
         harvest(model, _source(), ["mlp_out.0"], tmp_path / "s", options=SMALL)
     with pytest.raises(MismatchError, match="model_fingerprint"):
         harvest(tiny_model(seed=5), _source(), [SITE], tmp_path / "s", options=SMALL)
+    swapped = load_json(tmp_path / "s" / MANIFEST)
+    save_json(tmp_path / "s" / MANIFEST, swapped | {"tokenizer_sha256": "0" * 64})
+    with pytest.raises(MismatchError, match="tokenizer_sha256"):
+        harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
     with pytest.raises(MismatchError, match="harvested from tiny-llama"):
         open_store(tmp_path / "s").check_model(tiny_model(seed=5))
+
+
+def test_rows_longer_than_the_positions_are_refused_before_text_is_written() -> None:
+    model = tiny_model("gpt2")
+    room = model.n_positions
+    assert room is not None
+    with pytest.raises(InvalidInputError, match=f"Rows of {room + 1} tokens .* the {room} positions"):
+        estimate_harvest(model, SelfText(tokens=room + 1, context=room + 1), ["resid_post.0"])
 
 
 def test_wrong_sites_are_refused_before_anything_is_written(model: Model, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.features.toys import random_sae
 from tests.glitch.tiny_vocab import sentencepiece
 from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
 from workbench.codec import token_bytes
-from workbench.errors import MismatchError
+from workbench.errors import DegenerateInputError, MismatchError
 from workbench.features import ContextOptions, ScoreOptions, feature_cards, output_scores, rank_score, score_features
 from workbench.features.cardmaking import CardOptions
 from workbench.features.contexts import _texts, marked, unmarked
@@ -24,11 +24,13 @@ from workbench.features.tablecards import check_same_sae, table_cards
 from workbench.features.vocab import Vocabulary
 from workbench.features.windows import WindowOptions
 from workbench.interventions.intervention import Intervention
+from workbench.interventions.saecode import decode, decoder_rows, encode
 from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.models.tiny import tiny_hf
 from workbench.steering import SteerOptions, steer
+from workbench.steering.steer import matched_features
 
 PROMPT = "From my experience,"
 OPTIONS = CardOptions(
@@ -165,3 +167,25 @@ def test_a_number_too_large_for_a_feature_is_refused_in_words() -> None:
     sae: Any = random_sae()
     with pytest.raises(InvalidInputError, match="no feature numbers"):
         features_of(sae, [2**70])
+
+
+def test_a_zero_row_of_an_sae_in_units_of_its_decoder_norms_spoils_no_other() -> None:
+    model, sae = tiny_model(), random_sae()
+    sae.cfg.rescale_acts_by_decoder_norm = True
+    sae.W_dec[7] = 0.0
+    rows = decoder_rows(sae, torch.arange(40))
+    assert rows[7].abs().max() == 0 and torch.allclose(rows.norm(dim=1)[:7], torch.ones(7))
+    x = torch.randn(3, D_MODEL)
+    acts = encode(sae, x)
+    assert acts[:, 7].abs().max() == 0 and decode(sae, acts, x).isfinite().all()
+    assert math.isnan(score_features(model, sae, scores=("output",), options=FEW).df.output_score[7])
+
+
+def test_steering_with_what_writes_nothing_is_refused_by_number_and_controls_write_something() -> None:
+    model, sae = tiny_model(), random_sae()
+    sae.W_dec[torch.arange(40) % 4 != 3] = 0.0
+    prompts = ("one day", "the", "for now, I", "he said")
+    with pytest.raises(DegenerateInputError, match=r"features \[4\] are zero"):
+        steer(model, sae, [3, 4], (1.0,), prompts, options=SteerOptions(new_tokens=2))
+    found, _ = matched_features(sae, [3, 7], [], SteerOptions(seed=1))
+    assert all(f % 4 == 3 for f in found) and len(found) == 2

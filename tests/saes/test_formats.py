@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from workbench.errors import (
     UnknownSiteError,
     WorkbenchError,
 )
+from workbench.saes.coder import Coder
 from workbench.saes.formats.build import build
 from workbench.saes.formats.names import GemmaScopeName, site_of
 from workbench.saes.formats.raw import RawSAE, fold
@@ -587,3 +589,30 @@ def test_damaged_files_give_one_kind_of_error(tmp_path: Path, kind: str, damage:
         config.write_text("[1]" if damage == "list" else "{")
     with pytest.raises(WorkbenchError, match=weights.name if damage == "cut" else config.name):
         load_sae(folder)
+
+
+@pytest.mark.parametrize("rescales", [False, True])
+def test_an_sae_with_negative_activations_counts_them(rescales: bool, tmp_path: Path) -> None:
+    lens = sae_lens_module()
+    torch.manual_seed(0)
+    config = lens.AbsTopKSAEConfig(d_in=D, d_sae=M, k=4, rescale_acts_by_decoder_norm=rescales)
+    stock = lens.AbsTopKSAE(config)
+    stock.save_model(tmp_path)
+    coder, x = Coder.of(load_sae(tmp_path)), torch.randn(6, D)
+    acts = torch.cat([part for _, part in coder.chunks(x)])
+    torch.testing.assert_close(acts, stock.encode(x).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(coder.reconstruct(x), stock(x).detach(), rtol=1e-4, atol=1e-5)
+    assert ((acts != 0).sum(1) == 4).all() and (acts < 0).any()
+
+
+def test_the_temporal_sae_is_refused_in_words() -> None:
+    class Temporal:
+        W_dec, b_dec = torch.zeros(2, 3), torch.zeros(3)
+        cfg = SimpleNamespace(architecture=lambda: "temporal")
+
+        def encode(self, x: Any) -> Any: ...
+
+        def decode(self, x: Any) -> Any: ...
+
+    with pytest.raises(InvalidInputError, match="temporal SAE of sae_lens predicts each token"):
+        Coder.of(Temporal())
