@@ -20,7 +20,8 @@ from workbench.models.model import Model
 from workbench.progress import clock
 from workbench.saes.config import SAEConfig
 from workbench.saes.train import train_saes
-from workbench.steering import NEUTRAL_PROMPTS, SteeringReport, SteerOptions, steer
+from workbench.steering import SteeringReport, SteerOptions, steer
+from workbench.steering.prompts import NEUTRAL_PROMPTS, neutral_prompts
 from workbench.steering.study import selection_study
 from workbench.steering.study_groups import GROUPS, Depth, StudyOptions
 from workbench.steering.study_report import SelectionReport
@@ -204,7 +205,7 @@ class Steer(Command):
             new_tokens=self.new_tokens, seed=self.seed, temperature=self.temperature, scope=self.scope, stop=self.stop,
             a_max=self.a_max, table=table,
         )  # fmt: skip
-        prompts = self.prompts or NEUTRAL_PROMPTS[: self.n_prompts]
+        prompts = self.prompts or neutral_prompts(self.n_prompts)
         model = load_model(self.model)
         with self.start("steer") as run:
             run.note_model(model)
@@ -268,7 +269,7 @@ class SteeringStudy(Command):
         steering = SteerOptions(new_tokens=self.new_tokens, seed=self.seed, plain_texts=())
         return StudyOptions(
             n_features=self.n_features, strengths=self.strengths, threshold=self.threshold,
-            prompts=NEUTRAL_PROMPTS[: self.n_prompts], steering=steering, seed=self.seed,
+            prompts=neutral_prompts(self.n_prompts), steering=steering, seed=self.seed,
         )  # fmt: skip
 
     def sizes(self, model: Model) -> Sizes:

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.activations.test_harvest import SITE, SMALL, _hashes, _source
 from tests.tiny import tiny_model
 from workbench.activations import folder as folder_module
-from workbench.activations.folder import LocalFolder, RemoteFolder, check_writable, in_use, open_folder
+from workbench.activations.folder import LocalFolder, RemoteFolder, check_writable, in_use, open_folder, require_local
 from workbench.activations.harvest import harvest
 from workbench.activations.store import open_store
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, ResourceError
@@ -249,5 +249,8 @@ def test_an_address_of_an_unknown_kind_that_lost_a_slash_is_no_folder(
     for address in ("foo://bucket/x", Path("foo://bucket/x")):
         with pytest.raises(InvalidInputError, match="foo"):
             open_folder(address)
+    with pytest.raises(InvalidInputError, match="name a folder of this machine"):
+        require_local(Path("memory://x/y"))
+    require_local(tmp_path / "a")
     Path("foo:").mkdir()
     assert isinstance(open_folder(Path("foo:/x")), LocalFolder), "a folder of that name is one"

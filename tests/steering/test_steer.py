@@ -22,6 +22,7 @@ from workbench.progress import task
 from workbench.steering import SteerOptions, kl_divergence, steer
 from workbench.steering.arms import Arm
 from workbench.steering.build import build_report
+from workbench.steering.prompts import neutral_prompts
 from workbench.steering.steer import frequency_ratio, matched_features
 from workbench.steering.sweep import Harm, Pushes, Sweep
 
@@ -254,6 +255,12 @@ def test_wrong_input_is_refused() -> None:
         steer(model, sae, [99], (1.0,), PROMPTS)
     with pytest.raises(InvalidInputError, match="new_tokens"):
         SteerOptions(new_tokens=1)
+    with pytest.raises(InvalidInputError, match="n_prompts=-2"):
+        neutral_prompts(-2)
+    room = tiny_model("gpt2").n_positions
+    assert room is not None
+    with pytest.raises(InvalidInputError, match=f"{room}"):
+        steer(tiny_model("gpt2"), sae, [1], (1.0,), PROMPTS, options=SteerOptions(new_tokens=room - 12))
 
 
 def test_examples_are_escaped(report: Any) -> None:

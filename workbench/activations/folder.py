@@ -92,6 +92,16 @@ def open_folder(where: str | Path | Folder) -> Folder:
     return RemoteFolder(text if "::" in text else f"{found[1]}://{found[2].lstrip('/')}")
 
 
+def require_local(where: str | Path) -> None:
+    """Refuses an address where only a folder of this machine will do.
+
+    Raises:
+        InvalidInputError: for an address, also one that lost a slash as a `Path`.
+    """
+    if not isinstance(open_folder(where), LocalFolder):
+        raise InvalidInputError(f"{where} is an address; name a folder of this machine, and copy it from there.")
+
+
 def _is_protocol(name: str) -> bool:
     import fsspec
 

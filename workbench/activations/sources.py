@@ -95,6 +95,8 @@ class TokenRows:
     batch_rows: int = 256
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ids, Tensor):
+            raise InvalidInputError(f"TokenRows: a {type(self.ids).__name__} was given; give an int64 tensor of rows.")
         if self.ids.ndim != 2 or self.ids.shape[1] < 2 or self.ids.dtype != torch.long:
             raise InvalidInputError(
                 f"TokenRows: ids have shape {tuple(self.ids.shape)} and {self.ids.dtype}; give int64 (rows, "

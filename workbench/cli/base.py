@@ -85,14 +85,21 @@ def read_passages(path: Path | None) -> list[str] | None:
     Raises:
         MissingFileError: if there is no such file.
         DegenerateInputError: if it holds no text.
+        CorruptFileError: if it is not UTF-8.
     """
-    from workbench.errors import DegenerateInputError, MissingFileError
+    from workbench.errors import CorruptFileError, DegenerateInputError, MissingFileError
 
     if path is None:
         return None
     if not path.is_file():
         raise MissingFileError(f"There is no text file {path}. Give one with a passage per line.")
-    passages = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(
+            f"{path} is not UTF-8 text ({error}). Give a text file with a passage per line."
+        ) from None
+    passages = [line for line in text.splitlines() if line.strip()]
     if not passages:
         raise DegenerateInputError(f"{path} holds no text. Give one passage per line.")
     return passages

@@ -41,7 +41,11 @@ class ContextOptions:
     after: int = 4
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_contexts <= self.per_feature or self.shown < 0 or (self.max_tokens or 1) < 1:
+        if (
+            not 1 <= self.min_contexts <= self.per_feature
+            or self.shown < 0
+            or (self.max_tokens is not None and self.max_tokens < 1)
+        ):
             raise InvalidInputError(f"{self}: needs 1 <= min_contexts <= per_feature, shown >= 0, max_tokens >= 1.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,10 +50,10 @@ class OutputOptions:
             )
         if self.confidence_k < 1:
             raise InvalidInputError(f"OutputOptions(confidence_k={self.confidence_k}): take at least 1 token.")
-        if self.strength <= 0 or self.rows < 1 or not 0 <= self.screen <= 1:
+        if not 0 < self.strength < math.inf or self.rows < 1 or not 0 <= self.screen <= 1:
             raise InvalidInputError(
                 f"OutputOptions(strength={self.strength}, rows={self.rows}, screen={self.screen}): "
-                "strength must be positive, rows at least 1, screen between 0 and 1."
+                "strength must be positive and finite, rows at least 1, screen between 0 and 1."
             )
 
     @property

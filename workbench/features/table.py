@@ -94,9 +94,12 @@ class FeatureTable:
         Raises:
             DegenerateInputError: if no feature qualifies; says what the best score is.
             UnknownNameError: for another `by`.
+            InvalidInputError: for n below 1.
 
         Source: Arad, Mueller, Belinkov 2025 recommend 0.01; Wang et al. 2025 (arXiv 2510.03659) the confidence.
         """
+        if n is not None and n < 1:
+            raise InvalidInputError(f"select(n={n}): choose at least one feature.")
         if by not in ("output_score", "confidence_delta"):
             raise UnknownNameError(f"select(by={by!r}). {did_you_mean(by, ('output_score', 'confidence_delta'))}")
         if by == "confidence_delta":

@@ -54,7 +54,7 @@ class WindowOptions:
 
     def __post_init__(self) -> None:
         smallest = min(self.top, self.sample, self.before, self.after, self.background, self.co_entries)
-        if smallest < 0 or (self.max_tokens or 1) < 1:
+        if smallest < 0 or (self.max_tokens is not None and self.max_tokens < 1):
             raise InvalidInputError(f"{self}: nothing may be negative, and max_tokens must be at least 1.")
 
     @property

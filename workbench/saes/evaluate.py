@@ -91,7 +91,12 @@ def token_batches(model: Any, rows: Rows, options: EvalOptions) -> list[TokenBat
 def _batches(model: Any, rows: Rows, options: EvalOptions) -> list[TokenBatch]:
     if isinstance(rows, ActivationStore):
         rows.check_model(model)
-        rows = rows.token_rows("heldout")
+        store, rows = rows, rows.token_rows("heldout")
+        if not len(rows):
+            raise DegenerateInputError(
+                f"evaluate_sae: none of the {len(store.token_rows('all'))} rows of {store.path} is held out (about one "
+                "in ten is). Harvest more rows, or give other text."
+            )
     if isinstance(rows, Tensor):
         rows = rows[: options.max_rows]
         return [TokenBatch.of_rows(part).to(model.device) for part in rows.split(options.batch_rows)]

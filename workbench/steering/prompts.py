@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from workbench.errors import InvalidInputError
+
 NEUTRAL_PROMPTS = (
     "The other day I read that",
     "One thing worth knowing is that",
@@ -28,6 +30,20 @@ NEUTRAL_PROMPTS = (
     "Nobody in the room expected",
     "I was asked to write about",
 )
+
+
+def neutral_prompts(n: int) -> tuple[str, ...]:
+    """The first n of them.
+
+    Raises:
+        InvalidInputError: if there are not so many.
+    """
+    if not 1 <= n <= len(NEUTRAL_PROMPTS):
+        raise InvalidInputError(
+            f"n_prompts={n}: there are 1 to {len(NEUTRAL_PROMPTS)} neutral prompts. Or give your own."
+        )
+    return NEUTRAL_PROMPTS[:n]
+
 
 PLAIN_TEXTS = (
     "The ferry leaves the harbour twice a day, once before breakfast and once in the late afternoon. Most of the "

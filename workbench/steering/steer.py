@@ -77,6 +77,7 @@ def steer(
     sets |= {"matched": torch.tensor(matched)} if matched else {}
     sets |= {"control": feature_ids(sae, control_features)} if len(control_features) else {}
     bench = Bench(model, sae, target_site(model, sae, options.site), prompts, options)
+    bench.require_room(chosen)
     directions = decoder_rows(sae, chosen)
     planned = [("feature", chosen, directions), ("negated", chosen, -directions)]
     planned.append(("random", chosen, random_like(directions, options.seed)))
@@ -274,6 +275,15 @@ class Bench:
         )
         return self._arm("unsteered", owners, (0.0,), tokens, [whole], (None, ()))
 
+    def require_room(self, features: Int[Tensor, " features"]) -> None:
+        """Refuses instructions that leave too few positions for the texts, before any text is written."""
+        longest = int(self._instructed(self.lens_of(features)).lengths.max())
+        self.model.require_room(longest + self.options.new_tokens)
+
+    def _instructed(self, tokens: Int[Tensor, "features k"]) -> TokenBatch:
+        """Every prompt after an instruction to use some tokens."""
+        return self.model.tokens([self.instruction(row) + prompt for row in tokens.tolist() for prompt in self.prompts])
+
     def prompted(self, features: Int[Tensor, " features"], progress: Task) -> Arm:
         """Continuations of every prompt after an instruction to use the feature's lens tokens, without an edit."""
         lens = self.lens_of(features)
@@ -281,8 +291,7 @@ class Bench:
 
     def prompted_of(self, owners: tuple[int | str, ...], tokens: Int[Tensor, "features k"], progress: Task) -> Arm:
         """Continuations of every prompt after an instruction to use some tokens, without an edit."""
-        texts = [self.instruction(row) + prompt for row in tokens.tolist() for prompt in self.prompts]
-        written = self.sweep.instructed(self.model.tokens(texts), tokens, progress)
+        written = self.sweep.instructed(self._instructed(tokens), tokens, progress)
         return self._arm("prompt", owners, (0.0,), tokens, [written], (None, ()))
 
     def instruction(self, tokens: Sequence[int]) -> str:

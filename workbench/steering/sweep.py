@@ -182,11 +182,7 @@ class Sweep:
         """Continuations of prompts with an instruction before them, instruction by instruction; no edit.
 
         Fluency and divergence are those beside the plain prompt.
-
-        Raises:
-            InvalidInputError: if the model has too few positions for prompt, instruction and continuation.
         """
-        self.model.require_room(int(prompts.lengths.max()) + self.options.new_tokens)
 
         def unedited(rows: Tensor) -> _Batch:
             start = self._decoder.prefill(prompts[rows], share=True)
