@@ -345,10 +345,10 @@ def test_replies_files_and_keys_that_are_not_what_they_should_be_are_named(
     cache = tmp_path / "cache.jsonl"
     cache.write_text('{"id": "a", "p": "abc"}')
     with pytest.raises(CorruptFileError, match="'abc', which is no number"):
-        judge_at("http://localhost:1", cache=cache).answer(["a"])
+        judge_at("https://host/v1", cache=cache).answer(["a"])
     monkeypatch.setenv("TEST_JUDGE_KEY", "secret\nkey")
     with pytest.raises(InvalidInputError, match="TEST_JUDGE_KEY holds a line break") as caught:
-        judge_at("http://localhost:1").answer(["a"])
+        judge_at("https://host/v1").answer(["a"])
     assert "secret" not in str(caught.value)
 
 
