@@ -73,6 +73,18 @@ def test_a_rule_that_forgets_the_condition_fails_the_hard_test_alone() -> None:
     assert rule_scores(Never(), tests, vocabulary)["hard detection"].value == 0.5
 
 
+def test_a_rule_that_fires_on_a_token_of_unknown_activation_says_nothing() -> None:
+    examples = feature()
+    items = detection_items(examples)
+    tests = RuleTests(items, hard_items(examples), fuzzing_items(examples))
+    vocabulary = Vocabulary.of_texts([str(i) for i in range(4000)])
+    items.windows.view.ids[:, 3] = 19
+    items.windows.values[~items.labels, 3] = np.nan
+    assert rule_scores(TokenIn((19,)), tests, vocabulary)["detection"].value == 1.0
+    items.windows.values[items.labels, 3] = np.nan
+    assert rule_scores(TokenIn((19,)), tests, vocabulary)["detection"].value == 0.5
+
+
 def test_the_intruder_is_found_where_windows_share_words() -> None:
     found = intruder_score(feature())
     assert found.chance == pytest.approx(0.2)

@@ -123,8 +123,8 @@ class RuleTests:
 def rule_scores(rule: Rule, tests: RuleTests, vocabulary: Vocabulary, seed: int = 0) -> dict[str, Estimate]:
     """What a rule scores when it is executed.
 
-    Detection says yes where the rule fires anywhere in the window, fuzzing where it fires on at least half of the
-    marks. Fuzzing is left out if no window gives both right and wrong marks.
+    Detection says yes where the rule fires anywhere in the window on a token of known activation, fuzzing where it
+    fires on at least half of the marks. Fuzzing is left out if no window gives both right and wrong marks.
     """
     ratios = _detected(rule, tests.detection, vocabulary, seed)
     scores = {DETECTION[name]: value for name, value in ratios.items()}
@@ -139,5 +139,5 @@ def rule_scores(rule: Rule, tests: RuleTests, vocabulary: Vocabulary, seed: int 
 
 
 def _detected(rule: Rule, items: Items, vocabulary: Vocabulary, seed: int) -> dict[str, Estimate]:
-    fires = rule.fires(items.windows.view, vocabulary) & items.windows.inside
+    fires = rule.fires(items.windows.view, vocabulary) & items.windows.known
     return answer_scores(items.labels, np.asarray(fires.any(1)), items.windows.documents, seed)
