@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workbench.errors import CorruptFileError, DegenerateInputError, MissingFileError
-from workbench.records import write_atomic
+from workbench.records import read_text, write_atomic
 from workbench.saes.library import library_files, library_root, parsed
 
 WEB = ("http", "urllib", "email", "ftplib", "smtplib", "imaplib", "poplib", "xmlrpc", "socketserver", "ssl", "mailbox")
@@ -100,12 +100,12 @@ def read_labelled(path: Path) -> Labelled:
 
     Raises:
         MissingFileError: if there is no such file.
-        CorruptFileError: for a line without text and label, or other than two labels.
+        CorruptFileError: for a line without text and label, other than two labels, or a file that is not UTF-8.
     """
     if not path.is_file():
         raise MissingFileError(f"There is no file {path}. Give JSON lines with text and label.")
     rows: list[tuple[str, str]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else None
             rows += [(row["text"], str(row["label"]))] if row is not None else []

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownConfigKeyError
-from workbench.records import from_jsonable, load_json, save_json, to_jsonable, write_atomic
+from workbench.records import from_jsonable, load_json, read_text, save_json, to_jsonable, write_atomic
 
 
 class Colour(enum.Enum):
@@ -167,3 +167,17 @@ _json = st.recursive(
 @given(_json)
 def test_json_values_are_their_own_form(value: object) -> None:
     assert to_jsonable(value) == value
+
+
+def test_text_is_read_without_its_mark_or_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("\ufeffä\r\n", encoding="utf-8", newline="")
+    assert read_text(file) == "ä\n"
+    file.write_text("ä", encoding="latin-1")
+    with pytest.raises(CorruptFileError, match=r"a\.txt is not UTF-8"):
+        read_text(file)
+
+
+def test_a_folder_is_not_overwritten_by_a_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="is a folder and can't be written"):
+        write_atomic(tmp_path, "a")

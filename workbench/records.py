@@ -104,6 +104,23 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         raise CorruptFileError(f"{path} is not JSON ({error}). Delete it and run the step that writes it.") from None
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file, without the byte order mark that it may begin with; line ends become line feeds.
+
+    Raises:
+        CorruptFileError: if it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+
+
+def not_utf8(path: str | os.PathLike[str], error: UnicodeDecodeError) -> CorruptFileError:
+    """What to say of a text file in another encoding."""
+    return CorruptFileError(f"{os.fspath(path)} is not UTF-8 text ({error}). Convert it, or leave it out.")
+
+
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Write a file through a temporary neighbour, fsync and rename, making its folder. Returns the path.
 

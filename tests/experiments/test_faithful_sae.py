@@ -159,5 +159,10 @@ def test_labelled_files_are_read_and_bad_ones_named(tmp_path: Path) -> None:
     file.write_text('{"text": "a", "label": 1}\n', encoding="utf-8")
     with pytest.raises(CorruptFileError, match="needs two"):
         read_labelled(file)
+    file.write_text('{"text": "a\u2028b", "label": 1}\n{"text": "b", "label": 0}\n', encoding="utf-8")
+    assert read_labelled(file).texts == ("a\u2028b", "b"), "JSON may hold other line ends"
+    file.write_text('{"text": "a", "label": 1}\n', encoding="utf-16")
+    with pytest.raises(CorruptFileError, match="not UTF-8"):
+        read_labelled(file)
     with pytest.raises(MissingFileError, match="no file"):
         read_labelled(tmp_path / "none")

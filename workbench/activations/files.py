@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, did_you_mean
+from workbench.records import not_utf8, read_text
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 BYTES_PER_TOKEN_OF_TEXT = 3
@@ -65,10 +66,7 @@ def about_tokens(path: Path, column: str) -> int:
 
 
 def _whole(path: Path) -> Iterator[str]:
-    try:
-        yield path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
+    yield read_text(path)
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
@@ -79,7 +77,7 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
             try:
                 line = next(lines, None)
             except UnicodeDecodeError as error:
-                raise _not_utf8(path, error) from None
+                raise not_utf8(path, error) from None
             if line is None:
                 return
             if line.strip():
@@ -129,10 +127,6 @@ def _open_parquet(path: Path, column: str) -> Any:
     if column not in names:
         raise InvalidInputError(f"{path} has no column {column!r}. {did_you_mean(column, names)} Set column=.")
     return file
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> CorruptFileError:
-    return CorruptFileError(f"{path} is not UTF-8 text ({error}). Convert it, or leave it out.")
 
 
 def _not_parquet(path: Path, error: Exception) -> CorruptFileError:

@@ -87,19 +87,14 @@ def read_passages(path: Path | None) -> list[str] | None:
         DegenerateInputError: if it holds no text.
         CorruptFileError: if it is not UTF-8.
     """
-    from workbench.errors import CorruptFileError, DegenerateInputError, MissingFileError
+    from workbench.errors import DegenerateInputError, MissingFileError
+    from workbench.records import read_text
 
     if path is None:
         return None
     if not path.is_file():
         raise MissingFileError(f"There is no text file {path}. Give one with a passage per line.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CorruptFileError(
-            f"{path} is not UTF-8 text ({error}). Give a text file with a passage per line."
-        ) from None
-    passages = [line for line in text.splitlines() if line.strip()]
+    passages = [line for line in read_text(path).splitlines() if line.strip()]
     if not passages:
         raise DegenerateInputError(f"{path} holds no text. Give one passage per line.")
     return passages

@@ -22,6 +22,7 @@ from workbench.errors import CorruptFileError, InvalidInputError, ModelUnavailab
 from workbench.features.judge import parse_rating, parse_reply
 from workbench.models.model import Model
 from workbench.progress import track
+from workbench.records import read_text
 
 PROMPTS_FILE = "export-prompts.jsonl"
 REPLIES_FILE = "import-replies.jsonl"
@@ -328,12 +329,8 @@ def _lines(path: Path, key: str) -> dict[str, str]:
     found: dict[str, str] = {}
     if not path.is_file():
         return found
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorruptFileError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from None
     # Split at line feeds alone: JSON may hold other characters that Python takes for the end of a line.
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
