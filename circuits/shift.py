@@ -25,6 +25,7 @@ from circuits.shiftreport import AttributionRow, Collateral, JudgedFeature, Shif
 from circuits.task import ShiftTask, delete_words
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.hooks.sites import Site
+from workbench.interventions.saecode import refuse_transcoder
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 from workbench.stats import Estimate, paired_difference
@@ -105,7 +106,7 @@ def shift(
         plain_text: other text, on which the loss is measured with and without the ablation.
 
     Raises:
-        MismatchError: if an SAE was made for another model or site, or the probe reads below an SAE.
+        MismatchError: if an SAE was made for another model or site or is a transcoder, or the probe reads below an SAE.
         ShapeError: if an SAE has another width than its site.
     """
     options, judge = options or ShiftOptions(), judge or StatisticsJudge()
@@ -137,6 +138,7 @@ def _check_bases(model: Model, bases: Mapping[str, Any]) -> None:
     if not bases:
         raise DegenerateInputError("shift(bases={}): give an SAE per site, such as {'resid_post.15': sae}.")
     for site, sae in bases.items():
+        refuse_transcoder(sae, f"shift(bases={{'{site}': ...}})")
         if sae.W_dec.shape[1] != model.width(site):
             raise ShapeError(f"The SAE for {site} has width {sae.W_dec.shape[1]}; the site has {model.width(site)}.")
         metadata = getattr(getattr(sae, "cfg", None), "metadata", None)

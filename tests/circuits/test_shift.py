@@ -177,6 +177,7 @@ def test_an_sae_of_another_site_model_or_width_is_refused() -> None:
     for metadata, message in (
         ({"hook_name": "blocks.0.hook_resid_post"}, "trained at resid_post.0"),
         ({"model_fingerprint": "0123456789ab"}, "was trained on model 0123456789ab"),
+        ({"hook_name": SITE, "hook_name_out": "mlp_out.1"}, "transcoder: it reads .* and writes mlp_out.1"),
     ):
         sae = planted_sae()
         sae.cfg = SimpleNamespace(metadata=SimpleNamespace(**metadata))

@@ -7,7 +7,7 @@ import torch
 
 from tests.interventions.builders import ARCHITECTURES, D_SAE, NORMALISATIONS, sae_lens_sae
 from tests.tiny import D_MODEL
-from workbench.errors import ShapeError
+from workbench.errors import MismatchError, ShapeError
 from workbench.interventions.op import Where
 from workbench.interventions.saecode import decode, decoder_rows, encode, encode_some, output_scale
 from workbench.interventions.saes import SAEAblate, SAEAdd, SAEAddMax, SAEClamp, SAEScale
@@ -41,6 +41,24 @@ def test_encoding_and_decoding_equal_those_of_sae_lens(architecture: str, normal
     torch.testing.assert_close(decode(sae, acts, h), wanted, **CLOSE)
     some = torch.tensor([7, 0, 23])
     torch.testing.assert_close(encode_some(sae, h, some), acts[:, some], **CLOSE)
+
+
+def test_a_transcoder_is_not_edited_where_it_reads() -> None:
+    h = hidden()
+    sae = sae_lens_sae("standard", "none")
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
+    for make in (
+        lambda: SAEAblate(sae, [1]),
+        lambda: SAEScale(sae, [1], 2.0),
+        lambda: SAEClamp(sae, [1], 2.0),
+        lambda: SAEAdd(sae, [1], 2.0, error="drop"),
+        lambda: SAEAddMax(sae, h[0], 2.0),
+    ):
+        with pytest.raises(MismatchError, match=r"it reads resid_mid\.1 and writes mlp_out\.1"):
+            make()
+    torch.testing.assert_close(SAEAdd(sae, [1], 2.0)(h), h + 2.0 * sae.W_dec[1])
+    sae.cfg.metadata.hook_name_out = sae.cfg.metadata.hook_name
+    SAEAblate(sae, [1])
 
 
 @ALL

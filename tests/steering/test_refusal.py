@@ -385,6 +385,10 @@ def test_wrong_use_is_refused() -> None:
     foreign.cfg.metadata["model_fingerprint"] = "000000000000"
     with pytest.raises(MismatchError, match="trained on"):
         refusal_study(model, foreign, data=_toy_data(), options=OPTIONS)
+    transcoder = _toy_sae(model)
+    transcoder.cfg.metadata["hook_name_out"] = "blocks.1.hook_mlp_out"
+    with pytest.raises(MismatchError, match=r"refusal_study needs an SAE .* writes mlp_out\.1"):
+        refusal_study(model, transcoder, data=_toy_data(), options=OPTIONS)
     with pytest.raises(InvalidInputError, match="positive"):
         RefusalOptions(strengths=(0.0,))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.hooks.sites import Site
+from workbench.interventions.saecode import refuse_transcoder
 from workbench.models.model import Model
 from workbench.saes.formats.names import named_target
 from workbench.saes.io import check_sae_fits
@@ -99,16 +100,11 @@ def target_site(model: Model, sae: Any, site: str | Site | None = None) -> Site:
             rows promote no tokens.
         UnknownSiteError: if the model does not have the site.
     """
+    refuse_transcoder(sae, "A score or an edit of features")
     resolved = model.resolve(check_sae_fits(model, sae) if site is None else site)
     d_out, width = int(sae.W_dec.shape[1]), model.width(resolved)
     if d_out != width:
         raise MismatchError(f"This SAE writes {d_out} values; site {resolved} of {model.name} has width {width}.")
-    written = writes_at(model, sae, resolved)
-    if written != resolved:
-        raise MismatchError(
-            f"This is a transcoder: it reads {resolved} and writes {written}, so its features can't be edited where "
-            "they are read. Give an SAE; feature_cards shows what a transcoder reads and promotes."
-        )
     if not in_residual(resolved):
         raise MismatchError(
             f"Decoder rows at {resolved} are not in the coordinates of the residual stream, so no tokens can be read "

@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.errors import MismatchError, UnknownSiteError
+from workbench.hooks.sites import Site
+
 _PER_FEATURE = ("standard", "jumprelu", "gated")
 _STATE = ("ln_mu", "ln_std", "x_norm_coeff")
 """What sae_lens keeps on the SAE from `encode` to `decode`."""
@@ -60,6 +63,27 @@ def output_scale(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"] |
     return 1.0
 
 
+def refuse_transcoder(sae: Any, what: str) -> None:
+    """For edits of activations at the site that they are read off: what a transcoder writes belongs elsewhere.
+
+    Args:
+        sae: an SAE in the sae_lens form; one without metadata reads what it writes.
+        what: who needs an SAE, to begin the message.
+
+    Raises:
+        MismatchError: for a transcoder.
+    """
+    metadata = getattr(getattr(sae, "cfg", None), "metadata", None) or {}
+    names = metadata if hasattr(metadata, "get") else vars(metadata)
+    read, written = names.get("hook_name"), names.get("hook_name_out")
+    if (written or read) != read or "transcoder" in _kind(sae):
+        raise MismatchError(
+            f"{what} needs an SAE and got a transcoder: it reads {_site(read)} and writes {_site(written)}, so its features can't "
+            "be edited where they are read. Give an SAE, or add decoder rows where it writes, with Add; feature_cards "
+            "shows what a transcoder reads and promotes."
+        )
+
+
 def sae_fingerprint(sae: Any) -> str:
     """Changes with any entry of the decoder or the encoder, bfloat16 rounding apart; 12 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -67,6 +91,13 @@ def sae_fingerprint(sae: Any) -> str:
         if (matrix := getattr(sae, name, None)) is not None:
             digest.update(matrix.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _site(name: str | None) -> str:
+    try:
+        return str(Site.parse(name or ""))
+    except UnknownSiteError:
+        return name or "a site that it does not name"
 
 
 def _norms(rows: Float[Tensor, "*f d"]) -> Float[Tensor, "*f"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.errors import InvalidInputError, ShapeError, did_you_mean
 from workbench.interventions.op import Op, Where, moves, vector
-from workbench.interventions.saecode import decode, decoder_rows, encode, encode_some, output_scale
+from workbench.interventions.saecode import decode, decoder_rows, encode, encode_some, output_scale, refuse_transcoder
 
 ErrorTerm = Literal["keep", "drop"]
 ClampMode = Literal["set", "min", "max"]
@@ -35,11 +35,18 @@ class _FeatureOp(_SAEOp):
     features: Sequence[int] | Int[Tensor, "*rows f"]
     error: ErrorTerm
 
+    @property
+    def _reads(self) -> bool:
+        """Whether activations are read off the site that is edited."""
+        return True
+
     def _new(self, acts: Tensor, where: Where) -> Tensor:
         """The new activations of the chosen features, `(n, f)`, from their activations."""
         raise NotImplementedError
 
     def _check(self, name: str | None = None) -> None:
+        if self._reads:
+            refuse_transcoder(self.sae, self.name)
         object.__setattr__(self, "features", features_of(self.sae, self.features))
         assert isinstance(self.features, Tensor)
         ordered = self.features.sort(-1).values
@@ -233,7 +240,7 @@ class SAEAdd(_FeatureOp):
     """Adds to feature activations, without encoding: `x + sum_f amount_f W_dec[f]`.
 
     Attributes:
-        sae: an SAE in the sae_lens form.
+        sae: an SAE in the sae_lens form; at the site that it writes also a transcoder, with error="keep".
         features: feature indices, `(f,)`, or other ones for each batch row, `(rows, f)`.
         amount: in the SAE's units: a number, one per feature, per row, or both, as `SAEClamp.value`.
         error: "keep" what the SAE does not explain, or "drop" it.
@@ -254,6 +261,10 @@ class SAEAdd(_FeatureOp):
 
     def __post_init__(self) -> None:
         self._check("amount")
+
+    @property
+    def _reads(self) -> bool:
+        return self.error == "drop"
 
     def _acts(self, h: Tensor, features: Tensor, where: Where) -> Tensor:  # noqa: ARG002
         return h.new_zeros(len(h), features.shape[-1])
@@ -306,7 +317,8 @@ class SAEAddMax(_SAEOp):
     strength_name: ClassVar[str | None] = "strength"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "direction", vector(self.direction, "SAEAddMax"))
+        refuse_transcoder(self.sae, self.name)
+        object.__setattr__(self, "direction", vector(self.direction, self.name))
 
     @classmethod
     def of_features(cls, sae: Any, features: Sequence[int], strength: float | Tensor = 1.0) -> SAEAddMax:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.errors import InvalidInputError
 from workbench.interventions.ops import Add, ProjectOut
+from workbench.interventions.saecode import refuse_transcoder
 from workbench.interventions.saes import SAEClamp
 from workbench.progress import track
 from workbench.saes.io import check_sae_fits
@@ -104,7 +105,7 @@ def refusal_study(
         options: sizes and strengths.
 
     Raises:
-        MismatchError: if the SAE belongs to another model or another site.
+        MismatchError: if the SAE belongs to another model or another site, or is a transcoder.
         InvalidInputError: if neither SAE nor site is given, or there are too few prompts.
         EditError: if an edit changed nothing.
     """
@@ -139,6 +140,8 @@ def _site(model: Any, sae: Any | None, site: str | None) -> str:
         raise InvalidInputError(
             "refusal_study: neither an SAE nor a site was given. Name one, such as site='resid_post.15'."
         )
+    if sae is not None:
+        refuse_transcoder(sae, "refusal_study")
     own = None if sae is None else check_sae_fits(model, sae)
     asked = None if site is None else str(model.resolve(site))
     if own is not None and asked not in (None, own):
