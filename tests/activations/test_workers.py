@@ -47,6 +47,15 @@ def test_the_store_is_that_of_one_process_whatever_the_order(
     assert _hashes(tmp_path / "s") == _hashes(tmp_path / "whole"), "nothing is left of the parts"
 
 
+def test_a_rank_in_the_environment_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert HarvestOptions().place == (2, 3)
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(InvalidInputError, match="RANK is 'x'"):
+        HarvestOptions().place  # noqa: B018
+
+
 def test_each_process_makes_its_own_shards_and_a_finished_one_makes_none(model: Model, tmp_path: Path) -> None:
     options = replace(SMALL, rank=1, world=2)
     part = harvest(model, _source(), [SITE], tmp_path / "s", options=options)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from tests.features.test_tablecards import make_table
-from tests.serve.toys import asked, events, tiny_playground
+from tests.serve.toys import asked, events, tiny_playground, tiny_sae
 from workbench.cli.serve import Serve, address, listen
-from workbench.errors import InvalidInputError, MissingFileError, WorkbenchError
+from workbench.errors import InvalidInputError, MismatchError, MissingFileError, WorkbenchError
 
 
 def _visit(url: str, seen: dict[str, Any]) -> None:
@@ -113,6 +113,10 @@ def test_features_come_from_a_table_a_run_or_the_folder_of_the_sae(tmp_path: Pat
     with pytest.raises(MissingFileError):
         Serve(sae=str(tmp_path), features=tmp_path / "none")._index(playground)
     assert Serve()._index(tiny_playground(with_sae=False)) is None
+    table.meta["sae"] = "0123456789ab"
+    table.save(tmp_path / "strange")
+    with pytest.raises(MismatchError, match="belongs to other features"):
+        Serve(features=tmp_path / "strange")._index(playground)
 
 
 def test_an_sae_that_does_not_fit_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -120,3 +124,13 @@ def test_an_sae_that_does_not_fit_is_refused_at_the_start(tmp_path: Path) -> Non
     with pytest.raises(WorkbenchError):
         Serve(sae=str(tmp_path))._sae(playground.model)
     assert Serve()._sae(playground.model) is None
+
+
+def test_an_sae_that_does_not_fit_is_served_if_that_is_asked_for(tmp_path: Path) -> None:
+    playground = tiny_playground()
+    noise = tiny_sae(playground.model)
+    noise.W_enc.mul_(1000.0)
+    noise.save_model(tmp_path)
+    with pytest.raises(MismatchError, match="--no-check"):
+        Serve(sae=str(tmp_path))._sae(playground.model)
+    assert Serve(sae=str(tmp_path), check=False)._sae(playground.model) is not None

@@ -14,13 +14,14 @@ from tests.features.test_input_score import make_store
 from tests.features.toys import random_sae
 from tests.glitch.tiny_vocab import sentencepiece
 from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
+from workbench.cli.features_show import load_cards
 from workbench.codec import token_bytes
-from workbench.errors import DegenerateInputError, MismatchError
+from workbench.errors import DegenerateInputError, MismatchError, MissingFileError
 from workbench.features import ContextOptions, ScoreOptions, feature_cards, output_scores, rank_score, score_features
 from workbench.features.cardmaking import CardOptions
 from workbench.features.contexts import _texts, marked, unmarked
 from workbench.features.examples import ExampleOptions
-from workbench.features.tablecards import check_same_sae, table_cards
+from workbench.features.tablecards import table_cards
 from workbench.features.vocab import Vocabulary
 from workbench.features.windows import WindowOptions
 from workbench.interventions.intervention import Intervention
@@ -105,10 +106,22 @@ def test_a_feature_that_writes_nothing_has_no_score_and_stops_nobody() -> None:
 def test_cards_are_not_completed_by_the_table_of_another_sae(tmp_path: Path) -> None:
     model, sae = tiny_model(), random_sae()
     cards = feature_cards(model, sae, make_store(tmp_path / "s", rows=40), options=OPTIONS)
-    check_same_sae(cards.meta, score_features(model, sae, scores=("output",), options=FEW))
+    cards.save(tmp_path / "cards")
+    table = score_features(model, sae, scores=("output",), options=FEW)
+    table.save(tmp_path / "own")
+    assert load_cards(tmp_path / "cards", tmp_path / "own")[1] is not None
     for m, other in ((model, random_sae(seed=1)), (tiny_model(seed=1), sae)):
-        with pytest.raises(MismatchError, match=r"belongs to other features than the cards"):
-            check_same_sae(cards.meta, score_features(m, other, scores=("output",), options=FEW))
+        strange = score_features(m, other, scores=("output",), options=FEW)
+        strange.save(tmp_path / "other")
+        with pytest.raises(MismatchError, match=r"feature table belongs to other features"):
+            load_cards(tmp_path / "cards", tmp_path / "other")
+        with pytest.raises(MismatchError, match=r"feature table belongs to other features"):
+            strange.check(model, sae)
+    table.check(model, sae)
+    with pytest.raises(MissingFileError, match=r"no folder .*nothere"):
+        load_cards(tmp_path / "cards", tmp_path / "nothere")
+    with pytest.raises(MissingFileError, match=r"no folder .*nothere"):
+        load_cards(tmp_path / "nothere")
 
 
 def test_the_text_of_contexts_keeps_its_spaces_and_ends_with_the_document() -> None:
@@ -135,7 +148,7 @@ def test_a_table_of_another_sae_is_refused() -> None:
     with pytest.raises(MismatchError, match="model_fingerprint"):
         table.check(tiny_model("gpt2"), sae)
     prompts = ("one day", "the", "for now, I", "he said")
-    with pytest.raises(MismatchError, match="Score the features of this SAE"):
+    with pytest.raises(MismatchError, match="Name those of this SAE"):
         steer(model, random_sae(seed=1), [3], (1.0,), prompts, options=SteerOptions(new_tokens=2, table=table))
 
 

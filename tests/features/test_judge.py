@@ -213,6 +213,18 @@ def said(text: Any, tops: list[tuple[str, float]] | None = None) -> dict[str, An
     return {"choices": [{"message": {"content": text}, "logprobs": content and {"content": content}}]}
 
 
+class Short(Stub):
+    """Leaves out the last answer."""
+
+    def answer(self, prompts: Sequence[str]) -> list[float | None]:
+        return super().answer(prompts)[:-1]
+
+
+def test_a_judge_that_leaves_out_answers_is_named(store: ActivationStore) -> None:
+    with pytest.raises(InvalidInputError, match=r"stub gave \d+ answers to \d+ questions"):
+        judge_gate(Short(constant), store, SITE, VOCABULARY, OPTIONS)
+
+
 def judge_at(url: str, **kwargs: Any) -> HTTPJudge:
     return HTTPJudge(url, "m", key_variable="TEST_JUDGE_KEY", wait=0.0, timeout=5.0, **kwargs)
 
@@ -353,5 +365,6 @@ def test_replies_files_and_keys_that_are_not_what_they_should_be_are_named(
 
 
 def test_absurd_replies_of_a_server_are_no_answer() -> None:
-    with served((200, said("1", [("1", 1000.0)])), (200, said("1"))) as url:
-        assert judge_at(url).answer(["a", "b"]) == [None, 1.0]
+    endless = said("1", [("1", math.inf), ("0", -math.inf)])
+    with served((200, said("1", [("1", 1000.0)])), (200, endless), (200, said("1"))) as url:
+        assert judge_at(url).answer(["a", "b", "c"]) == [None, None, 1.0]

@@ -85,6 +85,16 @@ def test_decoder_neighbours_are_the_largest_cosines_among_all_rows() -> None:
     assert near[0].jaccard is None
 
 
+def test_a_row_of_zeros_has_no_neighbours_and_is_nobodys() -> None:
+    W = -torch.eye(6)[:3].repeat(2, 1)
+    W[1], W[4] = 0.0, 0.0
+    found = decoder_neighbours(W, torch.arange(6), NeighbourOptions(n=5))
+    assert [near[0].feature if near else None for near in found] == [3, None, 5, 0, None, 2]
+    assert [len(near) for near in found] == [3, 0, 3, 3, 0, 3]
+    assert not {1, 4} & {n.feature for near in found for n in near}
+    assert decoder_neighbours(W * 0, torch.tensor([0])) == [()]
+
+
 def test_the_decoder_null_depends_on_width_and_holds_outlier_dimensions() -> None:
     random = torch.Generator().manual_seed(2)
     narrow, wide = (torch.randn(80, d, generator=random) for d in (4, 256))

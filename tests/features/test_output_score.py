@@ -8,7 +8,7 @@ import torch
 from tests.features.toys import constant_sae, identity_model, random_sae
 from tests.tiny import D_MODEL, FAMILIES, n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
-from workbench.features.lens import lens_tokens
+from workbench.features.lens import feature_ids, lens_tokens
 from workbench.features.output_score import (
     OutputOptions,
     confidence,
@@ -162,6 +162,9 @@ def test_wrong_input_is_refused() -> None:
         output_scores(model, sae, [1, 40])
     with pytest.raises(DegenerateInputError, match="chooses no feature"):
         output_scores(model, sae, [])
+    with pytest.raises(InvalidInputError, match=r"5\.7 is no whole number"):
+        feature_ids(sae, [3, 5.7])
+    assert feature_ids(sae, [3.0]).tolist() == [3]
     with pytest.raises(InvalidInputError, match="given twice"):
         output_scores(model, sae, [1, 1])
     with pytest.raises(MismatchError, match="writes 8 values"):

@@ -116,6 +116,11 @@ def test_worst_features_are_matched_on_frequency() -> None:
         table.worst_matched(range(8))
 
 
+def test_a_threshold_that_is_no_number_is_refused(table: FeatureTable) -> None:
+    with pytest.raises(InvalidInputError, match="threshold=nan"):
+        table.report(float("nan"))
+
+
 def test_report_counts_and_controls(table: FeatureTable) -> None:
     report = table.report(threshold=0.1)
     scores = table.df["output_score"].to_numpy()

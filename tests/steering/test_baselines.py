@@ -181,6 +181,13 @@ def test_methods_are_compared_at_equal_norm_beside_controls() -> None:
     assert len(found.frame()) == 2 * 4 * (5 * 2 + 2)
     assert found._repr_html_() and found.to_json()["written"] == []
     assert found.arm("difference of means").log_odds.value > found.arm("negated").log_odds.value
+    room = tiny_model("gpt2").n_positions
+    assert room is not None
+    with pytest.raises(InvalidInputError, match=f"{room}"):
+        steer_concepts(
+            tiny_model("gpt2"), concepts, "resid_post.1", (1.0,), ("ab", "cd", "ef", "gh"),
+            SteerOptions(new_tokens=room - 12, k=5), DirectionOptions(methods=("difference of means",)),
+        )  # fmt: skip
     with pytest.raises(InvalidInputError, match="each name once"):
         steer_concepts(model, concepts[:1] * 2, "resid_post.1", (1.0,), ("a", "b", "c", "d"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from workbench.steering import SteerOptions, kl_divergence, steer
 from workbench.steering.arms import Arm
 from workbench.steering.build import build_report
 from workbench.steering.prompts import neutral_prompts
-from workbench.steering.steer import frequency_ratio, matched_features
+from workbench.steering.steer import check_prompts, frequency_ratio, matched_features
 from workbench.steering.sweep import Harm, Pushes, Sweep
 
 PROMPTS = ("one day", "the", "for now, I", "he said", "two", "what a")
@@ -247,8 +248,12 @@ def test_wrong_input_is_refused() -> None:
     model, sae = tiny_model(), random_sae()
     with pytest.raises(InvalidInputError, match="at least four"):
         steer(model, sae, [1], prompts=PROMPTS[:3])
-    with pytest.raises(InvalidInputError, match="positive factors"):
+    with pytest.raises(InvalidInputError, match="positive, finite factors"):
         steer(model, sae, [1], (0.0, 1.0), PROMPTS)
+    with pytest.raises(InvalidInputError, match="positive, finite factors"):
+        steer(model, sae, [1], (1.0, math.inf), PROMPTS)
+    with pytest.raises(InvalidInputError, match="positive, finite factors"):
+        check_prompts(PROMPTS, (1.0, math.nan), "steer")
     with pytest.raises(DegenerateInputError, match="controls at once"):
         steer(model, sae, [1, 2], (1.0,), PROMPTS, [2])
     with pytest.raises(InvalidInputError, match="Feature 99"):

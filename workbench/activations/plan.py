@@ -65,15 +65,20 @@ class HarvestOptions:
     @property
     def place(self) -> tuple[int, int]:
         """Rank and number of processes."""
-        world = int(os.environ.get("WORLD_SIZE", 1)) if self.world is None else self.world
-        rank = int(os.environ.get("RANK", 0)) if self.rank is None else self.rank
-        return rank, world
+        return _from_environment("RANK", 0, self.rank), _from_environment("WORLD_SIZE", 1, self.world)
 
     @property
     def manifest_name(self) -> str:
         """Where this process notes its shards: a file of its own while there are several."""
         rank, world = self.place
         return MANIFEST if world == 1 else f"manifest-{rank:05d}-of-{world:05d}.json"
+
+
+def _from_environment(name: str, default: int, given: int | None) -> int:
+    value = os.environ.get(name) or str(default)
+    if given is None and not value.isdecimal():
+        raise InvalidInputError(f"The environment variable {name} is {value!r}; it has to be a whole number.")
+    return int(value) if given is None else given
 
 
 @dataclass(frozen=True)

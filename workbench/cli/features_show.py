@@ -70,13 +70,16 @@ def load_cards(
     """The cards of a folder, the table that completes them, and how they were made; cards or table may be missing.
 
     Raises:
-        MissingFileError: if there are neither.
+        MissingFileError: if there is no such folder, or neither in it.
         MismatchError: if the table is of another SAE.
     """
     from workbench.features.cardset import CARDS_FILE, CardSet
+    from workbench.features.origin import require_same_origin
     from workbench.features.table import TABLE_FILE, FeatureTable
-    from workbench.features.tablecards import check_same_sae
 
+    for place in filter(None, (folder, table)):
+        if not place.is_dir():
+            raise MissingFileError(f"There is no folder {place}. Give one that holds feature cards or a feature table.")
     inner = (folder, folder / "artifacts")
     places = tuple(place / name for place in inner for name in ("", "cards", "features"))
     cards = next((CardSet.load(place) for place in places if (place / CARDS_FILE).is_file()), None)
@@ -90,7 +93,7 @@ def load_cards(
     if cards is None:
         return (), found, {} if found is None else found.meta
     if found is not None:
-        check_same_sae(cards.meta, found)
+        require_same_origin("The feature table", found.meta, cards.meta)
     return cards, found, cards.meta
 
 

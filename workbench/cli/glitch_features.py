@@ -20,6 +20,8 @@ class GlitchFeaturesCommand(Command):
     """Model: "embedded", a folder, a .gguf file, or a Hugging Face id in the local cache."""
     sae: tyro.conf.Positional[str]
     """Folder of the SAE, or release/sae_id of sae_lens."""
+    check: bool = True
+    """Refuse an SAE that does not fit the model's activations; --no-check takes it nevertheless."""
     tokens: tuple[int, ...] = ()
     """Ids of glitch tokens."""
     scan: Path | None = None
@@ -40,7 +42,7 @@ class GlitchFeaturesCommand(Command):
         options = FeatureOptions(controls=self.controls, most=self.most, fdr=self.fdr, seed=self.seed)
         tokens, avoid = named_tokens(self.tokens, self.scan)
         model = load_model(self.model)
-        sae = load_sae(self.sae, str(model.device), model=model)
+        sae = load_sae(self.sae, str(model.device), model=model, check=self.check)
         with self.start("glitch-features") as run:
             run.note_model(model)
             report = glitch_features(model, sae, tokens, avoid=avoid, options=options)

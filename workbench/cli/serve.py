@@ -27,6 +27,8 @@ class Serve(ModelCommand):
     """Folder of an SAE of the model, or release/sae_id of sae_lens; without it texts and log-probabilities only."""
     features: Path | None = None
     """Folder of feature cards or of a feature table, to search; by default what is in the SAE's folder."""
+    check: bool = True
+    """Refuse an SAE that does not fit the model's activations; --no-check serves it nevertheless."""
     host: str = "127.0.0.1"
     """Address to listen at; one that other machines reach needs --allow-network."""
     port: int = 0
@@ -47,25 +49,26 @@ class Serve(ModelCommand):
     def _sae(self, model: Any) -> Any:
         from workbench.saes.io import load_sae
 
-        return None if self.sae is None else load_sae(self.sae, device=model.device, model=model)
+        return None if self.sae is None else load_sae(self.sae, device=model.device, model=model, check=self.check)
 
     def _index(self, playground: Playground) -> dict[str, Any] | None:
         from workbench.serve.index import feature_index
 
-        cards = self._cards() if playground.sae is not None else None
-        return None if playground.sae is None else feature_index(playground, cards)
+        return None if playground.sae is None else feature_index(playground, self._cards(playground))
 
-    def _cards(self) -> Iterable[FeatureCard] | None:
+    def _cards(self, playground: Playground) -> Iterable[FeatureCard] | None:
         from workbench.errors import MissingFileError
+        from workbench.features.origin import origin, require_same_origin
         from workbench.features.tablecards import complete_cards
 
         folder = self.features or Path(self.sae or "")
         try:
-            cards, table, _ = load_cards(folder)
+            cards, table, meta = load_cards(folder)
         except MissingFileError:
             if self.features is not None:
                 raise
             return None
+        require_same_origin(str(folder), meta, origin(playground.model, playground.sae, playground.site))
         return cards if table is None else complete_cards(cards, table)
 
     def _serve(self, playground: Playground, index: dict[str, Any] | None, listener: socket.socket) -> None:

@@ -20,6 +20,7 @@ from workbench.features.examples import ExampleOptions
 from workbench.features.explain import explain_by_rules, score_rules
 from workbench.features.lens import LensEnds, LensTokens, feature_ids, in_residual, lens_ends, writes_at
 from workbench.features.neighbours import NeighbourOptions, activation_neighbours, decoder_neighbours
+from workbench.features.origin import origin
 from workbench.features.passes import SAEFeatures
 from workbench.features.sampling import MISSING
 from workbench.features.table import FeatureTable
@@ -107,9 +108,7 @@ def feature_cards(
         explanations, _scores(table, ids), options,
     )  # fmt: skip
     meta = {
-        "model": model.name, "model_fingerprint": model.fingerprint, "site": str(where), "store": str(store.path),
-        "d_sae": len(every), "sae": saecode.sae_fingerprint(sae), "n_tokens": found.n_tokens,
-        "options": asdict(options),
+        **origin(model, sae, where), "store": str(store.path), "n_tokens": found.n_tokens, "options": asdict(options),
         "neighbour_tokens": found.co.n_tokens, "neighbour_share": found.co.share,
     }  # fmt: skip
     return CardSet(tuple(ids.tolist()), meta, made)

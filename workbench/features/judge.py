@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from workbench.activations.store import ActivationStore
-from workbench.errors import DegenerateInputError
+from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.features.cards import Explanation
 from workbench.features.examples import ExampleOptions, Examples, examples_of
 from workbench.features.testing import Items, answer_scores, auroc, auroc_difference, detection_items, fuzzing_items
@@ -174,7 +174,10 @@ class _Asking:
 
     def _yes(self, explanation: str) -> np.ndarray:
         prompts = prompts_of(self.kind, explanation, self.items, self.vocabulary)
-        return np.array([np.nan if p is None else p for p in self.judge.answer(prompts)])
+        replies = self.judge.answer(prompts)
+        if len(replies) != len(prompts):
+            raise InvalidInputError(f"{self.judge.name} gave {len(replies)} answers to {len(prompts)} questions.")
+        return np.array([np.nan if p is None else p for p in replies])
 
     def answers(self, explanation: str) -> Answers:
         yes = self._yes(explanation) if explanation else self._empty

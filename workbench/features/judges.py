@@ -255,6 +255,8 @@ def _digit_in(reply: Any) -> float | None:
         p = [(str(top["token"]).strip(), math.exp(top["logprob"])) for top in tops]
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
         return None
+    if any(value > 1.01 for _, value in p):
+        return None
     digits = [sum(value for token, value in p if token == digit) for digit in "01"]
     if sum(digits) >= LEAST_MASS:
         return digits[1] / sum(digits)

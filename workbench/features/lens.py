@@ -135,6 +135,8 @@ def feature_ids(sae: Any, features: Any = None) -> Int[Tensor, " features"]:
     d_sae = int(sae.W_dec.shape[0])
     if features is None:
         return torch.arange(d_sae)
+    if broken := [f for f in features if not float(f).is_integer()]:
+        raise InvalidInputError(f"Feature {broken[0]} is no whole number. Features are numbered 0 to {d_sae - 1}.")
     ids = torch.as_tensor([int(f) for f in features], dtype=torch.long)
     if ids.numel() == 0:
         raise DegenerateInputError("features=[] chooses no feature. Name at least one, or leave it out for all.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,21 +76,25 @@ def decoder_neighbours(
 ) -> list[tuple[Neighbour, ...]]:
     """For each chosen feature the features of the whole SAE whose decoder rows have the largest signed cosine with its.
 
+    A row of zeros has no direction: it has no neighbours and is nobody's.
     The null is the 95th percentile of the largest cosine with a dictionary that holds no match: the larger of random
     directions and of the decoder with each dimension dealt out anew (`workbench.similarity`). A cosine is no property
     of the model; where activations say something else, believe those.
     """
     options = options or NeighbourOptions()
     W = torch.nn.functional.normalize(W_dec.detach().float().cpu(), dim=1)
-    null = _decoder_null(W, options)
+    writes = (W != 0).any(dim=1)
+    null = _decoder_null(W[writes], options) if bool(writes.any()) else 0.0
     found: list[tuple[Neighbour, ...]] = []
     for block in _blocks(len(ids), len(W)):
         chosen = ids[torch.from_numpy(block)]
         near = W[chosen] @ W.T
         near[torch.arange(len(chosen)), chosen] = -torch.inf
+        near[~writes[chosen]] = -torch.inf
+        near[:, ~writes] = -torch.inf
         values, columns = near.topk(min(options.n, len(W) - 1), dim=1)
         for row, others in zip(values.tolist(), columns.tolist(), strict=True):
-            pairs = zip(row, others, strict=True)
+            pairs = [pair for pair in zip(row, others, strict=True) if math.isfinite(pair[0])]
             found.append(tuple(Neighbour(other, "decoder", value, None, null) for value, other in pairs))
     return found
 

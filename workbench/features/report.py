@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.errors import InvalidInputError
 from workbench.report import Block, Histogram, Metric, Report, Section, Table, Text
 from workbench.stats import Estimate, sample_mean, wilson
 
@@ -128,6 +129,8 @@ def score_report(
     df: Any, meta: dict[str, Any], controls: Mapping[str, Sequence[float]], threshold: float, high: float
 ) -> FeatureScoreReport:
     """The report of a feature table; see `FeatureTable.report`."""
+    if math.isnan(threshold) or math.isnan(high):
+        raise InvalidInputError(f"threshold={threshold}, high={high}: give numbers to compare scores with.")
     dead = df["frequency"].to_numpy() == 0
     alive = df[~dead]
     outputs = _known(alive["output_score"])

@@ -14,11 +14,12 @@ from workbench.errors import InvalidInputError, did_you_mean
 from workbench.features.contexts import MISSING, ContextOptions, TopContexts, top_contexts
 from workbench.features.input_score import input_score
 from workbench.features.lens import feature_ids, lens_tokens, target_site
+from workbench.features.origin import origin
 from workbench.features.output_score import OutputOptions, OutputScores, direction_scores
 from workbench.features.table import FeatureTable
 from workbench.features.vocab import Vocabulary
 from workbench.hooks.sites import Site
-from workbench.interventions.saecode import decoder_rows, sae_fingerprint
+from workbench.interventions.saecode import decoder_rows, writing
 from workbench.models.model import Model
 
 SCORES = ("input", "output")
@@ -87,7 +88,7 @@ def score_features(
         raise InvalidInputError(f"scores={tuple(scores)!r}, store={store}: nothing to do. Input scores need a store.")
     where, ids = target_site(model, sae, site), feature_ids(sae, features)
     rows = decoder_rows(sae, ids)
-    zero = rows.norm(dim=1) == 0
+    zero = ~writing(sae)[ids.to(rows.device)]
     # A zero row writes nothing: any direction keeps the arrays in shape, and its scores become nan.
     rows = torch.where(zero[:, None], torch.ones_like(rows), rows)
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
@@ -130,9 +131,7 @@ def random_like(directions: Tensor, options: ScoreOptions) -> Tensor:
 def _meta(model: Model, sae: Any, site: Site, options: ScoreOptions, strength: float) -> dict[str, Any]:
     precision = "float32" if options.precision == "float32" else str(model.dtype).removeprefix("torch.")
     return {
-        "model": model.name, "model_fingerprint": model.fingerprint, "site": str(site),
-        "d_sae": int(sae.W_dec.shape[0]), "sae": sae_fingerprint(sae),
-        "strength": strength, "k": options.k, "precision": precision,
+        **origin(model, sae, site), "strength": strength, "k": options.k, "precision": precision,
         "min_contexts": options.contexts.min_contexts, "contexts": asdict(options.contexts), "seed": options.seed,
         "output_score": "steered model only (as in the paper's code); output_score_delta subtracts the unsteered model",
     }  # fmt: skip

@@ -15,13 +15,12 @@ from workbench.errors import (
     CorruptFileError,
     DegenerateInputError,
     InvalidInputError,
-    MismatchError,
     MissingFileError,
     UnknownNameError,
     did_you_mean,
 )
+from workbench.features.origin import origin, require_same_origin
 from workbench.features.report import FeatureScoreReport, score_report
-from workbench.interventions.saecode import sae_fingerprint
 from workbench.records import load_json, save_json, write_atomic
 
 TABLE_FILE = "features.parquet"
@@ -56,16 +55,7 @@ class FeatureTable:
         Raises:
             MismatchError: naming what differs.
         """
-        here = {
-            "model_fingerprint": model.fingerprint, "d_sae": int(sae.W_dec.shape[0]), "sae": sae_fingerprint(sae),
-        }  # fmt: skip
-        wrong = [f"{key} {self.meta[key]} (here {value})" for key, value in here.items()
-                 if self.meta.get(key) not in (None, value)]  # fmt: skip
-        if wrong:
-            raise MismatchError(
-                f"This feature table is of {self.meta.get('model')}, {self.meta.get('site')}: {', '.join(wrong)}. "
-                "Score the features of this SAE with `workbench features score`."
-            )
+        require_same_origin("This feature table", self.meta, origin(model, sae, None))
 
     def row(self, feature: int) -> Any:
         """The row of one feature.

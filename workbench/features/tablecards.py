@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from workbench.errors import MismatchError
 from workbench.features.cards import FeatureCard, LensToken, Window
 from workbench.features.contexts import MISSING, unmarked
 from workbench.features.table import FeatureTable
@@ -23,26 +22,6 @@ def table_cards(table: FeatureTable) -> Iterator[FeatureCard]:
     n_tokens = int(table.meta.get("n_tokens") or 0)
     for row in table.df.to_dict("records"):
         yield _card(row, n_tokens)
-
-
-def check_same_sae(cards: Mapping[str, Any], table: FeatureTable) -> None:
-    """Refuses a table of another model, site or SAE than the cards; what one of them does not say is not checked.
-
-    Args:
-        cards: how the cards were made.
-        table: the table.
-
-    Raises:
-        MismatchError: naming what differs.
-    """
-    keys = ("model_fingerprint", "site", "d_sae", "sae")
-    wrong = [f"{key} {table.meta[key]} (cards: {cards[key]})" for key in keys
-             if None not in (table.meta.get(key), cards.get(key)) and table.meta[key] != cards[key]]  # fmt: skip
-    if wrong:
-        raise MismatchError(
-            f"This feature table belongs to other features than the cards: {', '.join(wrong)}. Name the table of this "
-            "SAE, or score it with `workbench features score`."
-        )
 
 
 def complete_cards(cards: Iterable[FeatureCard], table: FeatureTable) -> Iterator[FeatureCard]:

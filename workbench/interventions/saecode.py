@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import MismatchError, UnknownSiteError
@@ -63,6 +63,11 @@ def output_scale(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"] |
     return 1.0
 
 
+def writing(sae: Any) -> Bool[Tensor, " d_sae"]:
+    """Which features write anything: those whose decoder row is not zero."""
+    return (sae.W_dec.detach() != 0).any(dim=1)
+
+
 def refuse_transcoder(sae: Any, what: str) -> None:
     """For edits of activations at the site that they are read off: what a transcoder writes belongs elsewhere.
 
@@ -78,9 +83,9 @@ def refuse_transcoder(sae: Any, what: str) -> None:
     read, written = names.get("hook_name"), names.get("hook_name_out")
     if (written or read) != read or "transcoder" in _kind(sae):
         raise MismatchError(
-            f"{what} needs an SAE and got a transcoder: it reads {_site(read)} and writes {_site(written)}, so its features can't "
-            "be edited where they are read. Give an SAE, or add decoder rows where it writes, with Add; feature_cards "
-            "shows what a transcoder reads and promotes."
+            f"{what} needs an SAE and got a transcoder: it reads {_site(read)} and writes {_site(written)}, so its "
+            "features can't be edited where they are read. Give an SAE, or add decoder rows where it writes, with Add; "
+            "feature_cards shows what a transcoder reads and promotes."
         )
 
 

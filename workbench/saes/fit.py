@@ -176,11 +176,12 @@ class FitReport(Report):
         if self.ok:
             return self
         named = self.looks_like
-        advice = "Pass check=False to use it nevertheless."
+        anyway = "check=False (--no-check)"
+        advice = f"{anyway} uses it nevertheless."
         if named is not None and not named.how:
-            advice = f"Pass site={named.site!r}, or check=False to use it where it says."
+            advice = f"Pass site={named.site!r}, or {anyway} to use it where it says."
         elif named is not None and named.how.startswith("at scale"):
-            advice = f"Pass scale={named.how.removeprefix('at scale ')}, or check=False to use it as it is."
+            advice = f"Pass scale={named.how.removeprefix('at scale ')}, or {anyway} to use it as it is."
         raise MismatchError(f"The SAE does not fit: {self.findings()[0]} {advice}")
 
     def __repr__(self) -> str:

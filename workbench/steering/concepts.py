@@ -116,7 +116,7 @@ def steer_concepts(
 
     Raises:
         InvalidInputError: for no concept, two of the same name, fewer than four prompts, or strengths that are not
-            positive.
+            positive, or prompts and instructions that leave too few positions for the texts.
     """
     check_prompts(prompts, strengths, "steer_concepts")
     names = tuple(concept.name for concept in concepts)
@@ -130,6 +130,7 @@ def steer_concepts(
     first = next(iter(vectors.values()))
     vectors |= {"random": random_like(first, options.seed), "negated": -vectors.get("difference of means", first)}
     bench = Bench(model, directions.sae, where, prompts, options)
+    bench.require_room(tokens)
     norm = float(model.capture(list(prompts), [where], positions=Last())[where].float().norm(dim=1).mean())
     rows = len(prompts) * (1 + len(names) * (1 + len(strengths) * len(vectors)))
     with task(total=rows, description="steering", unit="texts") as progress:

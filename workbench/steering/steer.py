@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from workbench.features.lens import feature_ids, lens_tokens, target_site
 from workbench.features.table import FeatureTable
 from workbench.features.vocab import Vocabulary
 from workbench.hooks.sites import Site
-from workbench.interventions.saecode import decoder_rows
+from workbench.interventions.saecode import decoder_rows, writing
 from workbench.models.model import Model
 from workbench.progress import Task, task
 from workbench.steering.arms import Arm, EditSummary
@@ -77,7 +78,7 @@ def steer(
     sets |= {"matched": torch.tensor(matched)} if matched else {}
     sets |= {"control": feature_ids(sae, control_features)} if len(control_features) else {}
     bench = Bench(model, sae, target_site(model, sae, options.site), prompts, options)
-    bench.require_room(chosen)
+    bench.require_room(bench.lens_of(chosen))
     directions = decoder_rows(sae, chosen)
     planned = [("feature", chosen, directions), ("negated", chosen, -directions)]
     planned.append(("random", chosen, random_like(directions, options.seed)))
@@ -121,9 +122,10 @@ def check_prompts(prompts: Sequence[str], strengths: Sequence[float], caller: st
             f"{caller}: got {1 if isinstance(prompts, str) else len(prompts)} prompts. Give at least four different "
             "ones: half of them choose the strength, the others measure."
         )
-    if not strengths or min(strengths) <= 0 or len(set(strengths)) != len(strengths):
+    if not len(strengths) or not all(0 < s < math.inf for s in strengths) or len(set(strengths)) != len(strengths):
         raise InvalidInputError(
-            f"{caller}(strengths={list(strengths)}): give different positive factors; the unsteered model always runs."
+            f"{caller}(strengths={list(strengths)}): give different positive, finite factors; the unsteered model "
+            "always runs."
         )
 
 
@@ -139,7 +141,7 @@ def matched_features(
     taken = {int(f) for f in (*features, *control_features)}
     frequency = frequencies(options.table, int(sae.W_dec.shape[0]))
     known = bool(np.isfinite(frequency).any())
-    writes = (sae.W_dec.detach() != 0).any(dim=1).tolist()
+    writes = writing(sae).tolist()
     pool = [f for f in range(len(frequency)) if f not in taken and writes[f] and (not known or frequency[f] > 0)]
     random = np.random.default_rng(options.seed)
     found: list[int] = []
@@ -228,10 +230,9 @@ class Bench:
 
     def lens_of(self, features: Int[Tensor, " features"]) -> Int[Tensor, "features k"]:
         """Lens tokens of features."""
-        rows = decoder_rows(self.sae, features)
-        if zero := features[(rows.norm(dim=1) == 0).cpu()].tolist():
+        if zero := features[~writing(self.sae).cpu()[features]].tolist():
             raise DegenerateInputError(f"steer: the decoder rows of features {zero} are zero, so they write nothing.")
-        return lens_tokens(self.model, rows, self.options.k).ids.cpu()
+        return lens_tokens(self.model, decoder_rows(self.sae, features), self.options.k).ids.cpu()
 
     def words(self, features: Int[Tensor, " features"]) -> tuple[str, ...]:
         """The first lens tokens of each feature, as text."""
@@ -275,9 +276,9 @@ class Bench:
         )
         return self._arm("unsteered", owners, (0.0,), tokens, [whole], (None, ()))
 
-    def require_room(self, features: Int[Tensor, " features"]) -> None:
-        """Refuses instructions that leave too few positions for the texts, before any text is written."""
-        longest = int(self._instructed(self.lens_of(features)).lengths.max())
+    def require_room(self, tokens: Int[Tensor, "features k"]) -> None:
+        """Refuses instructions to use some tokens that leave too few positions for texts, before any is written."""
+        longest = int(self._instructed(tokens).lengths.max())
         self.model.require_room(longest + self.options.new_tokens)
 
     def _instructed(self, tokens: Int[Tensor, "features k"]) -> TokenBatch:
