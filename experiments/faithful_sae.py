@@ -18,6 +18,7 @@ from workbench.activations.sources import SelfText, TextFiles
 from workbench.activations.store import ActivationStore
 from workbench.cli.base import Command
 from workbench.errors import InvalidInputError
+from workbench.interventions.saecode import sae_fingerprint
 from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool, readable_tokens, sink_norm
 from workbench.progress import track
 from workbench.rundir.parts import Parts
@@ -97,7 +98,8 @@ def study(
     stores = _stores(model, site, folder, corpus or write_corpus(folder / "corpus.jsonl", options.seed), options)
     saes = _trained(stores, site, folder, options)
     heldout = {data: store.token_rows("heldout") for data, store in stores.items()}
-    parts = Parts(folder / "measured", (model.fingerprint, site, options, texts, [*map(store_id, stores.values())]))
+    made_of = [*map(store_id, stores.values()), *map(sae_fingerprint, saes.values())]
+    parts = Parts(folder / "measured", (model.fingerprint, site, options, texts, made_of))
     alike = torch.cat([rows[: evaluation.max_rows] for rows in heldout.values()])
     named = {_name(key): sae for key, sae in saes.items()}
     fake = parts.get("fake", dict[str, FakeFeatures], lambda: fake_features(model, named, alike, options=options.fake))

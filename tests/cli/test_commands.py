@@ -45,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         "shift --sae no-such-sae",
         "refusal --sae no-such-sae",
         "glitch scan no-such-model",
+        "glitch scan MODEL --out s3://bucket/runs",
+        "features show no-such-folder",
         "report no-such-run",
         "demonstrate",
     ],

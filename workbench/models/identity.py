@@ -27,7 +27,7 @@ _COMPUTED = (
 def fingerprint(hf: Any) -> str:
     """Twelve hex digits that tell a model from others: its config as far as it computes, a sample of every weight."""
     digest = hashlib.sha256()
-    config = hf.config.to_dict()
+    config = hf.config.get_text_config().to_dict()  # itself, where it is not nested
     said = {name: config[name] for name in _COMPUTED if config.get(name) is not None}
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     for name, parameter in sorted(hf.named_parameters()):
