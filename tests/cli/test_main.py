@@ -15,10 +15,16 @@ import pytest
 
 from workbench import cli
 from workbench.cli import commands as commands_module
-from workbench.cli.base import Command
+from workbench.cli.base import Command, read_passages
 from workbench.cli.commands import CommandEntry
 from workbench.cli.page import GROUPS, help_page
-from workbench.errors import InvalidInputError, UnknownSiteError
+from workbench.errors import (
+    CorruptFileError,
+    DegenerateInputError,
+    InvalidInputError,
+    MissingFileError,
+    UnknownSiteError,
+)
 from workbench.report import Section
 
 ROOT = Path(__file__).parents[2]
@@ -278,3 +284,17 @@ sys.exit(cli.main(["runs", "--out", {str(tmp_path)!r}]))
 
 def _env() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+
+
+def test_passages_are_the_lines_that_hold_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("\ufeffone\r\n\n  \ntwo\n", encoding="utf-8")
+    assert read_passages(file) == ["one", "two"] and read_passages(None) is None
+    file.write_text("\n ", encoding="utf-8")
+    with pytest.raises(DegenerateInputError, match="holds no text"):
+        read_passages(file)
+    file.write_text("one", encoding="utf-16")
+    with pytest.raises(CorruptFileError, match="not UTF-8"):
+        read_passages(file)
+    with pytest.raises(MissingFileError, match="no text file"):
+        read_passages(tmp_path / "none")

@@ -100,6 +100,8 @@ def test_select_takes_the_best_that_are_alive() -> None:
     table = small_table([0.9, 0.5, 0.02, 0.001], [0.0, 0.1, 0.1, 0.1])
     assert table.select() == (1, 2)
     assert table.select(1) == (1,)
+    with pytest.raises(InvalidInputError, match="n=0"):
+        table.select(0)
     with pytest.raises(DegenerateInputError, match="best has 0.5"):
         table.select(min_output_score=0.95)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from workbench.errors import (
 )
 from workbench.models import embedded as embedded_module
 from workbench.models import loading
+from workbench.models.identity import fingerprint
 from workbench.models.loading import load_model
 from workbench.models.model import Model
 from workbench.models.selfcheck import Check, CheckReport
@@ -40,6 +42,16 @@ def test_a_folder_loads_and_keeps_its_fingerprint_in_any_dtype(folder: Path) -> 
         setattr(other.config, name, value)
         assert Model(other, tiny_tokenizer(), "m").fingerprint != model.fingerprint, name
     assert model.name == "m"
+
+
+def test_a_fingerprint_reads_the_text_part_of_a_nested_config() -> None:
+    hf, other = tiny_hf(), tiny_hf()
+    other.config.rms_norm_eps = 0.1
+    for m in (hf, other):
+        text = m.config
+        m.config = SimpleNamespace(get_text_config=lambda text=text: text, to_dict=lambda: {"text_config": {}})
+    assert fingerprint(hf) != fingerprint(other)
+    assert fingerprint(hf) == fingerprint(tiny_hf())
 
 
 @pytest.mark.parametrize(

@@ -311,8 +311,11 @@ def test_the_random_control_has_the_shape_and_sparsity_of_the_sae() -> None:
     assert random.reconstruct(x[:0]).shape == (0, D_MODEL)
 
 
-def test_rows_that_can_not_be_judged_are_named(model: Model) -> None:
+def test_rows_that_can_not_be_judged_are_named(model: Model, tmp_path: Path) -> None:
     sae = _lens_sae("TopKSAE")
+    store = harvest(model, TokenRows(_rows(5)), [SITE], tmp_path / "s")
+    with pytest.raises(DegenerateInputError, match="none of the 5 rows .* is held out"):
+        evaluate_sae(model, sae, store)
     with pytest.raises(InvalidInputError, match="row 1 is one token long"):
         evaluate_sae(model, sae, ["ab", "a", "abc"])
     with pytest.raises(DegenerateInputError, match="does not change the loss"):
