@@ -47,3 +47,33 @@ def test_parquet_int8_estimate_and_repair_from_the_command_line(
     assert (summary["dtype"], summary["tokens"], summary["unique_share"]) == ("int8", 1600, 1.0)
     assert shard.read_bytes() == before
     assert open_store(folder / "acts").sites == ("resid_post.1",)
+
+
+def test_a_source_that_ends_early_and_another_number_of_tokens_are_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a.txt").write_text(" ".join(f"{i} plus" for i in range(100)))
+    words = [
+        "harvest", "--model", str(folder / "model"), "--files", str(folder / "a.txt"), "--context", "16",
+        "--out", str(folder / "acts"), "--tokens",
+    ]  # fmt: skip
+    assert main([*words, "64"]) == 0
+    assert "ended" not in capsys.readouterr().out
+    assert main([*words, "640000"]) == 2
+    error = capsys.readouterr().err
+    assert "source is {'tokens': 64}, asked for {'tokens': 640000}" in error, "only what differs"
+    words[-2] = str(folder / "more")
+    assert main([*words, "640000"]) == 0
+    made = open_store(folder / "more").manifest.n_tokens
+    assert f"ended after {made} of the 640000 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["sae", "train", "STORE"], ["geometry"]])
+def test_a_file_where_a_folder_should_come_is_refused(
+    folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "taken").write_text("precious")
+    model = [] if "sae" in words else ["--model", str(folder / "model")]
+    assert main([*words, *model, "--out", str(folder / "taken")]) == 2
+    assert "taken is a file. Name another folder" in capsys.readouterr().err
+    assert (folder / "taken").read_text() == "precious"

@@ -207,6 +207,11 @@ def test_another_harvest_in_the_same_folder_is_refused(model: Model, tmp_path: P
     save_json(tmp_path / "s" / MANIFEST, swapped | {"tokenizer_sha256": "0" * 64})
     with pytest.raises(MismatchError, match="tokenizer_sha256"):
         harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+    save_json(tmp_path / "s" / MANIFEST, swapped | {"packing": swapped["packing"] | {"separator": "a full stop"}})
+    with pytest.raises(MismatchError, match="packing.*a full stop"):
+        harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
+    save_json(tmp_path / "s" / MANIFEST, swapped | {"packing": None, "tokenizer_sha256": None})
+    assert harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL).manifest.packing is None, "older stores"
     with pytest.raises(MismatchError, match="harvested from tiny-llama"):
         open_store(tmp_path / "s").check_model(tiny_model(seed=5))
 

@@ -202,7 +202,7 @@ class _Harvest:
         rank, world = self.options.place
         todo = [i for i in damaged if i % world == rank]
         total = sum(manifest.shards[i].n_rows for i in todo) * manifest.context
-        with task(total=total, description=f"Making {len(todo)} shards again", unit="tokens") as bar:
+        with task(total=total, description=f"Making damaged shards again: {len(todo)}", unit="tokens") as bar:
             self._running = bar
             write_behind(self._all_made(manifest, iter(todo)), self._write, manifest)
 

@@ -188,12 +188,13 @@ def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:
     Raises:
         MismatchError: naming what differs.
     """
-    names = ("tokenizer_sha256",) if found.tokenizer_sha256 is not None else ()  # older stores have none
-    for name in (*names, "model_fingerprint", "source", "context", "special_ids", "shard_rows", "batch_rows", "dtype"):
+    optional = ("tokenizer_sha256", "packing")  # older stores have none
+    needed = ("model_fingerprint", "source", "context", "special_ids", "shard_rows", "batch_rows", "dtype")
+    for name in (*optional, *needed):
         old, new = getattr(found, name), getattr(plan, name)
-        if old != new:
+        if old != new and not (old is None and name in optional):
             raise MismatchError(
-                f"{folder.where} holds another harvest: {name} is {old!r}, asked for {new!r}. Use another folder."
+                f"{folder.where} holds another harvest: {_difference(name, old, new)}. Use another folder."
             )
     if tuple(found.sites) != tuple(plan.sites):
         raise MismatchError(
@@ -204,6 +205,14 @@ def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:
             f"The unfinished harvest in {folder.where} has format version {found.version}; this version writes "
             f"{plan.version}. Use another folder, or delete it."
         )
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """What differs; of two descriptions of a source, only the fields that do."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        differ = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        old, new = ({key: fields.get(key) for key in differ} for fields in (old, new))
+    return f"{name} is {old!r}, asked for {new!r}"
 
 
 def estimate_harvest(

@@ -116,8 +116,8 @@ class AbsorptionReport(Report):
         o = self.options
         if self.full is None:
             return (
-                f"Absorption: gate failed. {self.n_good} letters have a linear probe with F1 of at least {o.gate_f1}; "
-                f"{o.gate_letters} are needed. This says nothing about the SAE.",
+                f"Absorption: gate failed. A linear probe reaches F1 of at least {o.gate_f1} for {self.n_good} of the "
+                f"{o.gate_letters} letters needed. This says nothing about the SAE.",
             )
         control = "" if self.control is None else f" (random SAE: {self.control.value:.3f})"
         return (
