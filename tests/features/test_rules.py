@@ -6,11 +6,13 @@ import pytest
 from tests.features.corpus import SITE, VOCABULARY, WORDS, Planted, corpus_store, word
 from tests.tiny import tiny_tokenizer
 from workbench.errors import DegenerateInputError
+from workbench.features import rulefit
 from workbench.features.cards import Explanation
 from workbench.features.examples import ExampleOptions
 from workbench.features.explain import RuleExplanation, explain_by_rules, score_rules
 from workbench.features.rulefit import RuleData, fit_rule
 from workbench.features.rules import (
+    REACH,
     After,
     At,
     BeginsWith,
@@ -144,3 +146,34 @@ def test_pieces_of_characters_are_shown_as_bytes() -> None:
     assert len(vocabulary) == 258
     assert "<0xC3>" in vocabulary.texts
     assert "a" in vocabulary.texts
+
+
+def test_beginnings_of_any_length_are_as_the_letters_say() -> None:
+    view = TokenView(np.arange(-1, len(VOCABULARY)), np.zeros((len(VOCABULARY) + 1, REACH), int), np.zeros(1, int))
+    for prefixes in (("run",), ("r", "runn", "walke"), ("zebra",), ("", "a"), ("slowly",)):
+        found = BeginsWith(prefixes).fires(view, VOCABULARY)
+        assert found.tolist() == [False] + [stem.startswith(prefixes) for stem in VOCABULARY.stems]
+
+
+def test_triggers_are_those_of_adding_the_best_token_one_by_one() -> None:
+    rng = np.random.default_rng(5)
+    for planted in ([], [3], [3, 9, 4]):
+        before = rng.integers(-1, len(VOCABULARY), (600, REACH))
+        active = np.isin(before, planted).any(1) ^ (rng.random(600) < 0.1)
+        data = RuleData(TokenView(before[:, 0], before, np.arange(600)), active)
+        task = rulefit._Task(data, VOCABULARY, int(active.sum()))
+        chosen: tuple[int, ...] = ()
+        best = -np.inf
+        while len(chosen) < rulefit.MOST_TRIGGERS:
+            scored = []
+            for token in np.unique(before[active]).tolist():
+                if token >= 0 and token not in chosen:
+                    fires = np.isin(before, (*chosen, token)).any(1)
+                    bits = 3 + (len(chosen) + 1) * VOCABULARY.bits
+                    scored.append((float(task.score((fires & active).sum(), fires.sum(), bits)), -token))
+            score, token = max(scored)
+            if score <= best:
+                break
+            chosen, best = (*chosen, -token), score
+        assert rulefit._best_triggers(task) == tuple(sorted(chosen))
+        assert not planted or set(planted) <= set(chosen)

@@ -17,6 +17,7 @@ from workbench.errors import (
     MismatchError,
     MissingFileError,
     UnknownNameError,
+    UnknownSiteError,
 )
 from workbench.features import ContextOptions, FeatureTable, ScoreOptions, input_score, output_scores, score_features
 from workbench.features.output_score import OutputOptions
@@ -67,9 +68,13 @@ def test_output_scores_alone_need_no_store() -> None:
         score_features(tiny_model(), random_sae(), scores=("outputs",))
 
 
-def test_store_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_store_of_another_model_or_site_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.features.scores.direction_scores", lambda *_: pytest.fail("something was computed"))
     with pytest.raises(MismatchError):
         score_features(tiny_model(seed=7), random_sae(), make_store(tmp_path / "s", rows=16), options=OPTIONS)
+    with pytest.raises(UnknownSiteError, match="not stored"):
+        sae = random_sae(site="resid_post.0")
+        score_features(tiny_model(), sae, make_store(tmp_path / "t", rows=16), options=OPTIONS)
 
 
 def test_saved_and_loaded_tables_are_equal(table: FeatureTable, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class FeaturesShow(BaseCommand):
     """Write the feature browser: one HTML file with a table and a card of every feature, offline."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder of feature cards or of a feature table, or the SAE folder that holds one."""
+    """Folder of feature cards or of a feature table, or the SAE or run folder that holds one."""
     table: Path | None = None
     """Folder of a feature table, from `workbench features score`, whose scores are added."""
     out: Path = Path("features.html")
@@ -87,7 +87,8 @@ def load_cards(
     if cards is None and scored is None:
         raise MissingFileError(
             f"Neither {folder} nor its folders cards/, features/ and artifacts/ hold feature cards or a feature table."
-            " Make a table with `workbench features score`, or name its folder with --table."
+            f" Make cards with `workbench features cards {folder} --store ACTIVATIONS`, or scores with "
+            "`workbench features score`, and name their folder with --table."
         )
     found = None if scored is None else FeatureTable.load(scored)
     if cards is None:

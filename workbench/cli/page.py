@@ -11,7 +11,7 @@ GROUPS = (
     ("Start here", ("demo", "check")),
     ("Look inside a model", ("sites", "tokens", "capture", "generate")),
     ("Sparse autoencoders (SAEs)", ("harvest", "sae train", "sae eval", "sae suite", "sae faithful", "geometry")),
-    ("Features", ("features score", "features show", "features study")),
+    ("Features", ("features score", "features cards", "features show", "features study")),
     ("Interventions", ("steer", "serve", "shift", "refusal", "probe", "circuit")),
     ("Glitch tokens", ("glitch scan", "glitch census", "glitch search", "glitch repair", "glitch features")),
     ("Use of a glitch scan", ("glitch lint", "glitch diff", "glitch export", "glitch sanitize", "glitch adt")),

@@ -119,7 +119,15 @@ class Examples:
             "held-out windows without it": len(self.tested_silent),
         }
         short = [f"{n} {what}" for what, n in counts.items() if n < fewest]
-        return f"{', '.join(short)} ({fewest} needed)" if short else ""
+        if not short:
+            return ""
+        parts = (self.shown, self.shown_silent, self.tested, self.held_silent)
+        if len(np.unique(np.concatenate([part.documents for part in parts]))) == 1:
+            return (
+                "all text is one document, and rules are tested on documents that they were not made from (a .txt file "
+                "is one document, each line of a .jsonl file another)"
+            )
+        return f"{', '.join(short)} ({fewest} needed)"
 
 
 def is_held_out(documents: torch.Tensor, options: ExampleOptions) -> torch.Tensor:

@@ -71,7 +71,7 @@ class _Task:
 
     def fitted(self, rule: Rule) -> FittedRule:
         fires = rule.fires(self.data.view, self.vocabulary)
-        hits, fired = int((fires & self.data.active).sum()), int(fires.sum())
+        hits, fired = np.count_nonzero(fires & self.data.active), np.count_nonzero(fires)
         score = self.score(hits, fired, rule.bits(self.vocabulary))
         return FittedRule(rule, 2 * hits / max(fired + self.n_active, 1), float(score))
 
@@ -142,14 +142,10 @@ def _best_keys(task: _Task, keys: np.ndarray, bits: float, most: int) -> np.ndar
 
 
 def _best_prefixes(task: _Task, length: int) -> tuple[str, ...]:
-    stems = (*task.vocabulary.stems, "")
-    tokens, inverse = task.data.view.distinct
-    names = [stems[t][:length] if len(stems[t]) >= length else "" for t in tokens.tolist()]
-    known = sorted(set(names) - {""})
-    number = {name: i for i, name in enumerate(known)}
-    keys = np.array([number.get(name, -1) for name in names])[inverse]
-    found = _best_keys(task, keys, 5.0 * length, MOST_STEMS)
-    return tuple(known[i] for i in found.tolist() if i >= 0)
+    number, of_token = task.vocabulary.beginnings(length)
+    found = _best_keys(task, of_token[task.data.view.ids], 5.0 * length, MOST_STEMS)
+    names = tuple(number)
+    return tuple(names[i] for i in found.tolist() if i >= 0)
 
 
 def _best_sequences(task: _Task, length: int) -> tuple[tuple[int, ...], ...]:
@@ -170,22 +166,26 @@ def _best_triggers(task: _Task) -> tuple[int, ...]:
     usual = total[np.searchsorted(overall, inside)]
     some = (inside >= 0).nonzero()[0]
     likely = some[np.lexsort((inside[some], -counts[some], -(counts[some] ** 1.5) / usual[some]))][:_CANDIDATES]
-    present = {int(t): (before == t).any(1) for t in inside[likely]}
-    chosen: tuple[int, ...] = ()
-    fires, best = np.zeros(len(active), dtype=bool), -np.inf
-    while len(chosen) < MOST_TRIGGERS and len(chosen) < len(present):
-        scored = []
-        for token, here in present.items():
-            if token not in chosen:
-                union = fires | here
-                bits = 3 + (len(chosen) + 1) * task.vocabulary.bits
-                score = task.score((union & active).sum(), union.sum(), bits)
-                scored.append((float(score), -token))
-        score, token = max(scored)
-        if score <= best:
+    tokens = np.sort(inside[likely])
+    place_of = np.full(len(task.vocabulary) + 1, -1)
+    place_of[tokens] = np.arange(len(tokens))
+    places = place_of[before]
+    # one product counts for all tokens; counts of less than 2^24 are exact
+    present = np.zeros((len(tokens), len(active)), dtype=np.float32)
+    present[places[places >= 0], (places >= 0).nonzero()[0]] = 1
+    chosen: list[int] = []
+    left, hits, fired, best = np.ones(len(active), dtype=np.float32), 0.0, 0.0, -np.inf
+    while len(chosen) < min(MOST_TRIGGERS, len(tokens)):
+        new_hits, new_fired = (present @ np.stack([left * active, left], 1)).T.astype(float)
+        scores = task.score(hits + new_hits, fired + new_fired, 3 + (len(chosen) + 1) * task.vocabulary.bits)
+        scores[chosen] = -np.inf
+        place = int(scores.argmax())  # of equal ones the smallest id
+        if scores[place] <= best:
             break
-        best, chosen, fires = score, (*chosen, -token), fires | present[-token]
-    return tuple(sorted(chosen))
+        best, hits, fired = float(scores[place]), hits + float(new_hits[place]), fired + float(new_fired[place])
+        left *= 1 - present[place]
+        chosen.append(place)
+    return tuple(sorted(tokens[chosen].tolist()))
 
 
 def _best_interval(task: _Task) -> Iterator[Rule]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -27,11 +26,6 @@ class TokenView:
     ids: np.ndarray
     before: np.ndarray
     positions: np.ndarray
-
-    @functools.cached_property
-    def distinct(self) -> tuple[np.ndarray, np.ndarray]:
-        """The different ids, and for each token which of them it is, flat."""
-        return np.unique(self.ids, return_inverse=True)
 
     def __getitem__(self, chosen: np.ndarray | slice) -> TokenView:
         return TokenView(self.ids[chosen], self.before[chosen], self.positions[chosen])
@@ -82,8 +76,7 @@ class TokenIn:
 
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """By token id."""
-        del vocabulary
-        return np.isin(view.ids, self.tokens)
+        return vocabulary.holds(self.tokens)[view.ids]
 
     def text(self, vocabulary: Vocabulary) -> str:
         """The set, quoted."""
@@ -102,9 +95,12 @@ class BeginsWith:
 
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """By the letters of the token."""
-        tokens, inverse = view.distinct
-        begins = [t >= 0 and vocabulary.stems[t].startswith(self.prefixes) for t in tokens.tolist()]
-        return np.array(begins, dtype=bool)[inverse].reshape(view.ids.shape)
+        found = np.zeros(view.ids.shape, dtype=bool)
+        for length in {len(prefix) for prefix in self.prefixes}:
+            number, of_token = vocabulary.beginnings(length)
+            wanted = [number[p] for p in self.prefixes if len(p) == length and p in number]
+            found |= np.isin(of_token[view.ids], wanted)
+        return found
 
     def text(self, vocabulary: Vocabulary) -> str:
         """The prefixes."""
@@ -174,8 +170,7 @@ class After:
 
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """By the preceding ids; what precedes the document does not count."""
-        del vocabulary
-        return np.asarray(np.isin(view.before[..., : self.within], self.tokens).any(-1))
+        return np.asarray(vocabulary.holds(self.tokens)[view.before[..., : self.within]].any(-1))
 
     def text(self, vocabulary: Vocabulary) -> str:
         """Which tokens, and how far back."""

@@ -76,6 +76,7 @@ def score_features(
 
     Raises:
         MismatchError: if the SAE or the store belongs to another model.
+        UnknownSiteError: if the site is not stored.
         InvalidInputError: for an unknown score, or input scores alone without a store.
     """
     options = options or ScoreOptions()
@@ -87,6 +88,9 @@ def score_features(
     if not scores or (store is None and "output" not in scores):
         raise InvalidInputError(f"scores={tuple(scores)!r}, store={store}: nothing to do. Input scores need a store.")
     where, ids = target_site(model, sae, site), feature_ids(sae, features)
+    if store is not None:  # before anything is computed
+        store.check_model(model)
+        store.site(str(where))
     rows = decoder_rows(sae, ids)
     zero = ~writing(sae)[ids.to(rows.device)]
     # A zero row writes nothing: any direction keeps the arrays in shape, and its scores become nan.
@@ -101,7 +105,6 @@ def score_features(
         if options.random_directions and not bool(zero.all()):
             random = direction_scores(model, sae, random_like(rows[~zero], options), where, how)
     if store is not None:
-        store.check_model(model)
         contexts = top_contexts(store, sae, model.tokenizer, ids, str(where), options.contexts)
     lens_ids = (outputs.lens if outputs else lens_tokens(model, rows, options.k)).ids.cpu()
     meta = _meta(model, sae, where, options, strength) | {

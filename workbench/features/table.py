@@ -23,6 +23,8 @@ from workbench.features.origin import origin, require_same_origin
 from workbench.features.report import FeatureScoreReport, score_report
 from workbench.records import load_json, save_json, write_atomic
 
+IN_RUN = "artifacts/features"
+"""Where `workbench features score` saves a table in its run folder."""
 TABLE_FILE = "features.parquet"
 META_FILE = "features.json"
 COLUMNS = (
@@ -158,7 +160,7 @@ class FeatureTable:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureTable:
-        """The table in a folder.
+        """The table in a folder, or in a run folder of `workbench features score`.
 
         Raises:
             MissingFileError: if there is none.
@@ -168,6 +170,8 @@ class FeatureTable:
         import pyarrow as pa
 
         folder = Path(path)
+        if not (folder / TABLE_FILE).is_file() and (folder / IN_RUN / TABLE_FILE).is_file():
+            folder = folder / IN_RUN
         if not (folder / TABLE_FILE).is_file():
             raise MissingFileError(
                 f"No feature table in {folder}: it has no {TABLE_FILE}. Make one with `workbench features score`."

@@ -54,11 +54,12 @@ def fuzzing_items(examples: Examples, seed: int = 0) -> Items:
     """
     right, wrong, usable = [], [], []
     random = np.random.default_rng([seed, examples.feature])
+    known = examples.tested.known
     for i in range(len(examples.tested)):
-        values = np.where(examples.tested.known[i], examples.tested.values[i], np.nan)
+        values = np.where(known[i], examples.tested.values[i], np.nan)
         limit = MARK_SHARE * np.nanmax(values)
         marked = np.nan_to_num(values, nan=-1.0) >= limit
-        free = (examples.tested.known[i] & ~marked).nonzero()[0]
+        free = (known[i] & ~marked).nonzero()[0]
         if len(free) < marked.sum():
             continue
         other = np.zeros_like(marked)

@@ -116,6 +116,22 @@ class Vocabulary:
         """Whether each token is in a class; one place more than there are tokens, for the id -1."""
         return _mask(self, name)
 
+    def holds(self, tokens: Sequence[int]) -> np.ndarray:
+        """Whether each token is one of these; one place more than there are tokens, for the id -1."""
+        found = np.zeros(len(self) + 1, dtype=bool)
+        found[list(tokens)] = True
+        return found
+
+    def beginnings(self, length: int) -> tuple[dict[str, int], np.ndarray]:
+        """The different first letters of the stems, numbered in order, and their number for each token.
+
+        -1 where a stem is shorter, and in the last place, for the id -1.
+
+        >>> Vocabulary.of_texts([" Dog", "do", "cat"]).beginnings(3)
+        ({'cat': 0, 'dog': 1}, array([ 1, -1,  0, -1], dtype=int32))
+        """
+        return _beginnings(self, length)
+
 
 @functools.lru_cache(maxsize=4)
 def _vocabulary(tokenizer: Any) -> Vocabulary:
@@ -131,3 +147,10 @@ def _shown(raw: bytes) -> str:
 def _mask(vocabulary: Vocabulary, name: str) -> np.ndarray:
     test = _tests()[name]
     return np.array([test(text) for text in vocabulary.texts] + [False])
+
+
+@functools.lru_cache(maxsize=64)
+def _beginnings(vocabulary: Vocabulary, length: int) -> tuple[dict[str, int], np.ndarray]:
+    found = [stem[:length] if len(stem) >= length else None for stem in vocabulary.stems]
+    number = {name: i for i, name in enumerate(sorted({name for name in found if name is not None}))}
+    return number, np.array([-1 if name is None else number[name] for name in found] + [-1], dtype=np.int32)

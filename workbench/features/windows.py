@@ -7,6 +7,7 @@ result depends neither on how the store is cut into shards nor on how many token
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,7 @@ class WindowTable:
     start: Int[Tensor, "features n"]
     peaks: Float[Tensor, "features n"]
 
-    @property
+    @functools.cached_property
     def counts(self) -> Int[Tensor, " features"]:
         """Number of windows of each feature."""
         return (self.row != MISSING).sum(1)
@@ -150,7 +151,7 @@ class FeatureWindows:
     row_numbers: Int[Tensor, " rows"]
     row_ids: Int[Tensor, "rows context"]
 
-    @property
+    @functools.cached_property
     def frequency(self) -> Float[Tensor, " features"]:
         """Share of the read tokens on which each feature is active."""
         return (self.active.double() / self.n_tokens).float()

@@ -1,0 +1,107 @@
+"""The command that makes feature cards: features cards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from workbench.cli.base import BaseCommand
+
+if TYPE_CHECKING:
+    from workbench.features.cardmaking import CardOptions
+    from workbench.features.cardset import CardSet
+
+UNIT = "features"
+CONTROLS = {"shuffled": "that of another feature's rule", "top tokens": "that of the strongest tokens"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesCards(BaseCommand):
+    """Describe every feature of an SAE or transcoder: contexts, neighbours, and a rule tested on other documents."""
+
+    sae: tyro.conf.Positional[Path]
+    """Folder of the SAE."""
+    store: Path
+    """Folder of activations stored at its site, from `workbench harvest`."""
+    model: str = "embedded"
+    """Model: "embedded", a Hugging Face id, a folder or a .gguf file."""
+    seed: int = 0
+    """Seed of everything random; the same seed gives the same result."""
+    out: Path | None = None
+    """Folder for the cards; by default cards/ in the SAE's folder, where `features show` and `serve` look."""
+    table: Path | None = None
+    """Feature table whose scores are put on the cards: its folder, or a run folder of `workbench features score`."""
+    features: tuple[int, ...] = ()
+    """Which features; by default all."""
+    max_tokens: int = 1_000_000
+    """Stored tokens that are read, from the start of the store."""
+    explain: bool = True
+    """Make rules and test them, which takes longer than all else; --no-explain leaves them out."""
+    check: bool = True
+    """Refuse an SAE that does not fit the model's activations; --no-check takes it nevertheless."""
+
+    def options(self) -> CardOptions:
+        """What the library is called with."""
+        from workbench.features.cardmaking import CardOptions
+        from workbench.features.examples import ExampleOptions
+        from workbench.features.windows import WindowOptions
+
+        windows = WindowOptions(max_tokens=self.max_tokens, seed=self.seed)
+        return CardOptions(explain=self.explain, windows=windows, examples=ExampleOptions(seed=self.seed))
+
+    def run(self) -> None:
+        """Makes the cards, saves them, and says what they hold."""
+        from workbench.activations.folder import check_writable, open_folder, require_local
+        from workbench.activations.store import open_store
+        from workbench.features.cardmaking import feature_cards
+        from workbench.features.cardset import CardSet
+        from workbench.features.table import FeatureTable
+        from workbench.models.loading import load_model
+        from workbench.saes.io import load_sae
+
+        store, options = open_store(self.store), self.options()
+        table = None if self.table is None else FeatureTable.load(self.table)
+        folder = self.out or self.sae / "cards"
+        require_local(folder)
+        check_writable(open_folder(folder))
+        model = load_model(self.model)
+        sae = load_sae(self.sae, model=model, check=self.check)
+        cards = feature_cards(model, sae, store, self.features or None, table, options)
+        lines = list(findings(CardSet.load(cards.save(folder))))
+        self.emit({"cards": folder, "features": len(cards), "findings": lines}, [*lines, f"Cards: {folder}"])
+
+
+def findings(cards: CardSet) -> Iterator[str]:
+    """What a set of cards holds, in sentences."""
+    from workbench.stats import paired_difference, sample_mean
+
+    flags = Counter({"dead": 0, "dense": 0, "outlier": 0})
+    tested, lacking = [], Counter[str]()
+    for card in cards:
+        for flag in card.flags:
+            flags[flag.split(":")[0]] += 1
+        if card.explanation is not None and card.explanation.scores:
+            tested.append(card.explanation)
+        elif card.explanation is not None:
+            lacking[card.explanation.text] += 1
+    counts = ", ".join(f"{n} {flag}" for flag, n in flags.items())
+    yield f"{len(cards)} features, {cards.meta['n_tokens']} tokens read: {counts}."
+    for text, n in lacking.most_common(1):
+        yield f"{lacking.total()} without a rule, of which {n}: {text}."
+    if not tested:
+        return
+    found = [e.scores["detection"].value for e in tested]
+    line = (
+        f"Rules tell held-out windows with the feature from others: balanced accuracy {sample_mean(found, unit=UNIT)}"
+    )
+    for control, name in CONTROLS.items():
+        others = [e.controls.get(f"{control}: detection") for e in tested]
+        pairs = [(a, b.value) for a, b in zip(found, others, strict=True) if b is not None]
+        if pairs:
+            line += f"; {name} is lower by {paired_difference(*zip(*pairs, strict=True), unit=UNIT)}"
+    yield line + "."
