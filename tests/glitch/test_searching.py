@@ -11,8 +11,9 @@ from workbench.glitch.census_result import CensusOptions, CensusPlan, ranking
 from workbench.glitch.census_run import plan_census, prober_of
 from workbench.glitch.gradient import GradientOptions
 from workbench.glitch.hunter import HunterOptions
+from workbench.glitch.oracle import Found
 from workbench.glitch.probing import Prober
-from workbench.glitch.search_report import SearchReport
+from workbench.glitch.search_report import Arm, SearchReport
 from workbench.glitch.searching import METHODS, SearchOptions, search
 from workbench.report import Report
 
@@ -105,3 +106,13 @@ def test_options_are_checked() -> None:
         SearchOptions(seeds=0)
     with pytest.raises((UnknownNameError, TypeError)):
         SearchOptions(methods=("hunt",))  # type: ignore[arg-type]
+
+
+def test_runs_that_agree_are_no_surer_than_their_tokens() -> None:
+    nothing = Found("random", np.arange(40), np.zeros(40, dtype=bool))
+    two, one = Arm("random", (nothing, nothing)), Arm("random", (nothing,))
+    assert two.precision().value == one.precision().value == 0
+    assert two.precision().high == pytest.approx(one.precision().high) == pytest.approx(1 - 0.025 ** (1 / 40))
+    half = Found("random", np.arange(40), np.arange(40) < 20)
+    apart = Arm("random", (nothing, half)).precision()
+    assert apart.value == 0.25 and (apart.low, apart.high) == (0.0, 1.0), "two runs this far apart say little"

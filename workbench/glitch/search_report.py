@@ -45,7 +45,7 @@ class Arm:
         runs = [run if calls is None else run.first(calls) for run in self.runs]
         if len(runs) == 1:
             return runs[0].precision
-        return _over_runs([run.precision.value for run in runs])
+        return _over_runs([run.precision for run in runs])
 
     def recall(self, n_glitch: int, calls: int | None = None) -> Estimate:
         """Share of all glitch tokens that are found; several runs give their mean with an interval over runs.
@@ -57,13 +57,17 @@ class Arm:
         runs = [run if calls is None else run.first(calls) for run in self.runs]
         if len(runs) == 1:
             return runs[0].recall(n_glitch)
-        return _over_runs([run.recall(n_glitch).value for run in runs])
+        return _over_runs([run.recall(n_glitch) for run in runs])
 
 
-def _over_runs(shares: list[float]) -> Estimate:
-    """The mean of the runs' shares, with an interval that ends where shares do."""
-    found = sample_mean(shares, unit="runs")
-    return dataclasses.replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+def _over_runs(shares: list[Estimate]) -> Estimate:
+    """The mean over runs; its interval is that over runs or that of one run's tokens, whichever reaches further.
+
+    Runs that agree by chance, such as two without any find, say nothing of how sure their share is.
+    """
+    found = sample_mean([share.value for share in shares], unit="runs")
+    low, high = (float(np.mean([getattr(share, end) for share in shares])) for end in ("low", "high"))
+    return dataclasses.replace(found, low=max(0.0, min(found.low, low)), high=min(1.0, max(found.high, high)))
 
 
 @dataclass(frozen=True, eq=False)
