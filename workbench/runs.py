@@ -234,6 +234,10 @@ class RunDir:
     ) -> None:
         if self.finished:
             return
+        if isinstance(error, WorkbenchError) and not self._has_results():  # wrong input leaves no folder behind
+            unlock_folder(self.path)
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
         reason = "the program ended before the run was finished" if kind is None else f"stopped by {kind.__name__}"
         done = ", ".join(self.steps()) or "none"
         try:
@@ -246,6 +250,10 @@ class RunDir:
             unlock_folder(self.path)
         if error is not None and (self.steps() or not isinstance(error, WorkbenchError)):
             error.add_note(f"Kept in {self.path}: steps {done}. The same command continues from there.")
+
+    def _has_results(self) -> bool:
+        made = (self.path / sub for sub in ("artifacts", "plots"))
+        return bool(self.steps()) or any(file.is_file() for folder in made for file in folder.rglob("*"))
 
     def _step_file(self, step: str) -> Path:
         return self.path / "steps" / f"{step}.json"
