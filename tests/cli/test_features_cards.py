@@ -78,3 +78,14 @@ def test_wrong_input_makes_nothing(folder: Path, capsys: pytest.CaptureFixture[s
         assert main([*_words(folder, *more), *target]) == 2
         assert message in capsys.readouterr().err
     assert not (folder / "none").exists()
+
+
+def test_the_command_goes_on_and_tidies_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*_words(folder, "--store", str(folder / "acts"), "--features", "3", "17"), "--out", str(folder / "stop")]
+    with monkeypatch.context() as patched:
+        patched.setattr("workbench.features.explain._tested", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(words) == 130
+    assert list((folder / "stop" / ".rules").rglob("rules-0.json")) and not (folder / "stop" / "cards.json").exists()
+    monkeypatch.setattr("workbench.features.explain.fit_rule", lambda *_: pytest.fail("rules were kept"))
+    assert main(words) == 0
+    assert not (folder / "stop" / ".rules").exists() and len(CardSet.load(folder / "stop")) == 2

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tests.features.toys import random_sae
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.store import ActivationStore
 from workbench.errors import CorruptFileError, InvalidInputError, MismatchError, MissingFileError
-from workbench.features import ScoreOptions, cardset, lens_tokens, score_features
+from workbench.features import ScoreOptions, cardset, explain, lens_tokens, score_features
 from workbench.features.cardmaking import CardOptions, bars, feature_cards, flags_of
 from workbench.features.cards import FeatureCard
 from workbench.features.cardset import CARDS_FILE, META_FILE, CardSet
@@ -182,3 +184,36 @@ def test_bars_keep_every_count() -> None:
     assert all(a[1] == b[0] for a, b in zip(found, found[1:], strict=False))
     assert found[0][0] == float(bin_edges()[101]), "an empty bin at the end is left out"
     assert bars(torch.zeros(N_BINS, dtype=torch.int32)) == ()
+
+
+def test_rules_of_an_interrupted_set_are_kept(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sae = tiny_model(), random_sae()
+    monkeypatch.setattr(explain, "BLOCK", 8)
+    whole = feature_cards(model, sae, store, options=OPTIONS)
+    fit, calls = explain.fit_rule, []
+
+    def counted(*args: Any, stop: int = 10**9) -> Any:
+        calls.append(1)
+        if len(calls) > stop:
+            raise KeyboardInterrupt
+        return fit(*args)
+
+    monkeypatch.setattr(explain, "fit_rule", functools.partial(counted, stop=20))
+    with pytest.raises(KeyboardInterrupt):
+        feature_cards(model, sae, store, options=OPTIONS, keep=tmp_path)
+    n_rules = sum(card.explanation is not None and bool(card.explanation.scores) for card in whole)
+    calls.clear()
+    monkeypatch.setattr(explain, "fit_rule", counted)
+    again = feature_cards(model, sae, store, options=OPTIONS, keep=tmp_path)
+    assert 0 < len(calls) <= n_rules - 12, "at most a block is lost"
+    assert [card.explanation for card in again] == [card.explanation for card in whole]
+    calls.clear()
+    monkeypatch.setattr(explain, "_tested", lambda *_: pytest.fail("tests are kept as well"))
+    third = feature_cards(model, sae, store, options=OPTIONS, keep=tmp_path)
+    assert not calls and [card.explanation for card in third] == [card.explanation for card in whole]
+    monkeypatch.undo()
+    other = CardOptions(**{**vars(OPTIONS), "examples": ExampleOptions(fewest=3, seed=1)})
+    fresh, kept = (feature_cards(model, sae, store, options=other, keep=keep) for keep in (None, tmp_path))
+    assert [card.explanation for card in kept] == [card.explanation for card in fresh], "another key"

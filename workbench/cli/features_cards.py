@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +17,18 @@ if TYPE_CHECKING:
     from workbench.features.cardmaking import CardOptions
     from workbench.features.cardset import CardSet
 
+KEPT = ".rules"
+"""Folder beside the cards with the rules of an unfinished set."""
 UNIT = "features"
 CONTROLS = {"shuffled": "that of another feature's rule", "top tokens": "that of the strongest tokens"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesCards(BaseCommand):
-    """Describe every feature of an SAE or transcoder: contexts, neighbours, and a rule tested on other documents."""
+    """Describe every feature of an SAE or transcoder: contexts, neighbours, and a rule tested on other documents.
+
+    Ctrl-C loses nothing: the same command continues.
+    """
 
     sae: tyro.conf.Positional[Path]
     """Folder of the SAE."""
@@ -71,8 +77,9 @@ class FeaturesCards(BaseCommand):
         check_writable(open_folder(folder))
         model = load_model(self.model)
         sae = load_sae(self.sae, model=model, check=self.check)
-        cards = feature_cards(model, sae, store, self.features or None, table, options)
+        cards = feature_cards(model, sae, store, self.features or None, table, options, keep=folder / KEPT)
         lines = list(findings(CardSet.load(cards.save(folder))))
+        shutil.rmtree(folder / KEPT, ignore_errors=True)
         self.emit({"cards": folder, "features": len(cards), "findings": lines}, [*lines, f"Cards: {folder}"])
 
 

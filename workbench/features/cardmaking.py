@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from workbench.features.vocab import Vocabulary
 from workbench.features.windows import FeatureWindows, WindowOptions, WindowTable, bin_edges, collect_windows
 from workbench.interventions import saecode
 from workbench.models.model import Model
+from workbench.rundir.parts import Parts
 from workbench.saes.io import check_sae_fits
 
 DENSE_SHARE = 0.1
@@ -73,6 +75,7 @@ def feature_cards(
     features: Sequence[int] | None = None,
     table: FeatureTable | None = None,
     options: CardOptions | None = None,
+    keep: str | Path | None = None,
 ) -> CardSet:
     """Cards of an SAE's features from one pass over a store, with tested explanations.
 
@@ -83,6 +86,8 @@ def feature_cards(
         features: which; all by default. Neighbours by activation are found among these.
         table: input and output scores to show.
         options: what cards hold.
+        keep: folder in which rules and their tests are kept as they are made; the same call, interrupted, goes on from
+            there. It can be deleted when the cards are saved.
 
     Raises:
         MismatchError: if the SAE or the store belongs to another model.
@@ -97,20 +102,22 @@ def feature_cards(
     rows = saecode.decoder_rows(sae, ids).cpu()
     ends = _lens(model, rows, options.lens_k) if in_residual(writes_at(model, sae, where)) else None
     vocabulary = Vocabulary.of(model.tokenizer).padded(model.d_vocab)
+    meta = {
+        **origin(model, sae, where), "store": str(store.path), "n_tokens": found.n_tokens, "options": asdict(options),
+        "neighbour_tokens": found.co.n_tokens, "neighbour_share": found.co.share,
+    }  # fmt: skip
     explanations: dict[int, Explanation] = {}
     if options.explain:
-        rules = explain_by_rules(found, ids, vocabulary, options.examples)
-        explanations = score_rules(rules, vocabulary, seed=options.examples.seed)
+        shards = [shard.sha256 for shard in store.manifest.shards]
+        parts = None if keep is None else Parts(keep, {**meta, "features": ids.tolist(), "shards": shards})
+        rules = explain_by_rules(found, ids, vocabulary, options.examples, parts)
+        explanations = score_rules(rules, vocabulary, seed=options.examples.seed, keep=parts)
     every = saecode.decoder_rows(sae, torch.arange(int(sae.W_dec.shape[0])))
     made = _Made(
         ids, found, vocabulary, ends, rows.norm(dim=1),
         activation_neighbours(found.co, ids, options.neighbours), decoder_neighbours(every, ids, options.neighbours),
         explanations, _scores(table, ids), options,
     )  # fmt: skip
-    meta = {
-        **origin(model, sae, where), "store": str(store.path), "n_tokens": found.n_tokens, "options": asdict(options),
-        "neighbour_tokens": found.co.n_tokens, "neighbour_share": found.co.share,
-    }  # fmt: skip
     return CardSet(tuple(ids.tolist()), meta, made)
 
 

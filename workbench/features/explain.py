@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,13 +19,19 @@ from workbench.features.similar import hard_items
 from workbench.features.testing import Items, answer_scores, detection_items, fuzzing_items
 from workbench.features.vocab import Vocabulary
 from workbench.features.windows import FeatureWindows
-from workbench.progress import track
+from workbench.progress import task
+from workbench.rundir.parts import Parts
 from workbench.stats import Estimate
 
 DETECTION = {"balanced_accuracy": "detection", "precision": "precision", "recall": "recall", "f1": "f1"}
 """What the ratios of a detection test are called in an explanation; the other tests show balanced accuracy alone."""
 COMPARED = ("detection", "hard detection", "fuzzing")
 """Scores that are shown of the controls as well."""
+BLOCK = 128
+"""Features whose rules, or tests, are kept together."""
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,40 +60,84 @@ class RuleExplanation:
         return examples_of(self.found, self.slot, self.feature, self.options)
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """A rule, or why there is none."""
+
+    fitted: FittedRule | None
+    lacking: str
+
+
 def explain_by_rules(
-    found: FeatureWindows, features: Int[Tensor, " features"], tokenizer: Any, options: ExampleOptions | None = None
-) -> tuple[RuleExplanation, ...]:
-    """The best rule of each feature, chosen on documents that are not used for its test."""
+    found: FeatureWindows, features: Int[Tensor, " features"], tokenizer: Any, options: ExampleOptions | None = None,
+    keep: Parts | None = None,
+) -> tuple[RuleExplanation, ...]:  # fmt: skip
+    """The best rule of each feature, chosen on documents that are not used for its test.
+
+    Args:
+        found: what a pass over a store found.
+        features: their numbers, in the order of the pass.
+        tokenizer: of the model, or a `Vocabulary`.
+        options: how windows are divided.
+        keep: where rules are kept while others are made; those that are there already are not made again.
+    """
     options, vocabulary = options or ExampleOptions(), Vocabulary.of(tokenizer)
-    made = []
-    for slot, feature in track(list(enumerate(features.tolist())), description="rules", unit="features"):
-        examples = examples_of(found, slot, feature, options)
+
+    def fit(entry: tuple[int, int]) -> _Fit:
+        examples = examples_of(found, *entry, options)
         lacking = examples.lacking(options.fewest)
-        fitted = None if lacking else fit_rule(examples.data(), vocabulary)
-        made.append(RuleExplanation(feature, fitted, lacking, found, slot, options))
-    return tuple(made)
+        return _Fit(None if lacking else fit_rule(examples.data(), vocabulary), lacking)
+
+    slots = list(enumerate(features.tolist()))
+    fits = _kept(slots, fit, _Fit, keep, "rules")
+    return tuple(
+        RuleExplanation(feature, made.fitted, made.lacking, found, slot, options)
+        for (slot, feature), made in zip(slots, fits, strict=True)
+    )
 
 
-def score_rules(explained: Sequence[RuleExplanation], tokenizer: Any, *, seed: int = 0) -> dict[int, Explanation]:
+def _kept(
+    items: Sequence[Item], make: Callable[[Item], Made], kind: type[Made], keep: Parts | None, name: str
+) -> list[Made]:
+    """What is made of each item, in blocks that are kept."""
+    made: list[Made] = []
+    with task(total=len(items), description=name, unit="features") as running:
+        for start in range(0, len(items), BLOCK):
+
+            def block(part: Sequence[Item] = items[start : start + BLOCK]) -> list[Made]:
+                found = []
+                for item in part:
+                    found.append(make(item))
+                    running.advance()
+                return found
+
+            whole = block() if keep is None else keep.get(f"{name.replace(' ', '-')}-{start}", list[kind], block)
+            made += whole
+    return made
+
+
+def score_rules(
+    explained: Sequence[RuleExplanation], tokenizer: Any, *, seed: int = 0, keep: Parts | None = None
+) -> dict[int, Explanation]:
     """Each rule's scores in detection, hard detection and fuzzing on held-out documents, beside those of its controls.
 
     Controls: "shuffled", the rule of another feature (if there is another); "empty", a rule that never fires; "top
     tokens", the list of the tokens that the strongest windows peak on. Features without a rule say why in their text.
     """
     vocabulary = Vocabulary.of(tokenizer)
-    with_rule = [e for e in explained if e.fitted is not None]
-    others = _others(with_rule, seed)
-    results = {}
-    for entry in track(explained, description="tests of rules", unit="features"):
+    others = _others([e for e in explained if e.fitted is not None], seed)
+
+    def test(entry: RuleExplanation) -> Explanation:
         if entry.fitted is None:
-            results[entry.feature] = Explanation(f"no explanation: {entry.lacking}", "rule", {}, {}, 0)
-            continue
+            return Explanation(f"no explanation: {entry.lacking}", "rule", {}, {}, 0)
         examples = entry.examples
         rules: dict[str, Rule] = {"empty": Never(), "top tokens": TokenIn(tuple(sorted(examples.top_tokens)))}
         if entry.feature in others:
             rules["shuffled"] = others[entry.feature]
-        results[entry.feature] = _tested(entry.fitted.rule, rules, examples, vocabulary, seed)
-    return results
+        return _tested(entry.fitted.rule, rules, examples, vocabulary, seed)
+
+    tested = _kept(explained, test, Explanation, keep, "tests of rules")
+    return dict(zip((e.feature for e in explained), tested, strict=True))
 
 
 def _others(with_rule: Sequence[RuleExplanation], seed: int) -> dict[int, Rule]:

@@ -12,13 +12,13 @@ from workbench.errors import DegenerateInputError
 from workbench.features.rules import (
     REACH,
     After,
+    AnyRule,
     At,
     BeginsWith,
     Both,
     InClass,
     Never,
     Ngram,
-    Rule,
     TokenIn,
     TokenView,
 )
@@ -52,7 +52,7 @@ class FittedRule:
         score: F1 less the penalty for the rule's length; what the choice maximises.
     """
 
-    rule: Rule
+    rule: AnyRule
     f1: float
     score: float
 
@@ -69,7 +69,7 @@ class _Task:
         f1 = 2 * hits / np.maximum(fired + self.n_active, 1)
         return f1 - LENGTH_WEIGHT * bits / (self.n_active * self.vocabulary.bits)
 
-    def fitted(self, rule: Rule) -> FittedRule:
+    def fitted(self, rule: AnyRule) -> FittedRule:
         fires = rule.fires(self.data.view, self.vocabulary)
         hits, fired = np.count_nonzero(fires & self.data.active), np.count_nonzero(fires)
         score = self.score(hits, fired, rule.bits(self.vocabulary))
@@ -97,7 +97,7 @@ def fit_rule(data: RuleData, vocabulary: Vocabulary) -> FittedRule:
     return max(found, key=lambda f: (round(f.score, 9), -f.rule.bits(vocabulary)))
 
 
-def _refined(whole: _Task, base: Rule) -> Iterator[Rule]:
+def _refined(whole: _Task, base: AnyRule) -> Iterator[AnyRule]:
     """The rule in each context that suits it best."""
     inside = base.fires(whole.data.view, whole.vocabulary)
     if inside.any() and not inside.all():
@@ -105,7 +105,7 @@ def _refined(whole: _Task, base: Rule) -> Iterator[Rule]:
         yield from (Both(base, context) for context in _context_rules(part))
 
 
-def _token_rules(task: _Task) -> Iterator[Rule]:
+def _token_rules(task: _Task) -> Iterator[AnyRule]:
     view, vocabulary = task.data.view, task.vocabulary
     tokens = _best_keys(task, view.ids, vocabulary.bits, MOST_TOKENS)
     yield TokenIn(tuple(tokens.tolist()))
@@ -118,7 +118,7 @@ def _token_rules(task: _Task) -> Iterator[Rule]:
             yield Ngram(sequences)
 
 
-def _context_rules(task: _Task) -> Iterator[Rule]:
+def _context_rules(task: _Task) -> Iterator[AnyRule]:
     previous = _best_keys(task, task.data.view.before[:, 0], task.vocabulary.bits, MOST_TOKENS)
     if len(previous := previous[previous >= 0]):
         yield After(tuple(previous.tolist()), 1)
@@ -188,7 +188,7 @@ def _best_triggers(task: _Task) -> tuple[int, ...]:
     return tuple(sorted(tokens[chosen].tolist()))
 
 
-def _best_interval(task: _Task) -> Iterator[Rule]:
+def _best_interval(task: _Task) -> Iterator[AnyRule]:
     positions, active = task.data.view.positions, task.data.active
     last = int(positions.max()) + 1
     edges = [b for b in _BOUNDARIES if b < last] + [last]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -52,6 +52,8 @@ class Rule(Protocol):
 class Never:
     """The empty explanation: it never fires."""
 
+    kind: Literal["never"] = "never"
+
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """False everywhere."""
         del vocabulary
@@ -73,6 +75,7 @@ class TokenIn:
     """The token is one of a set."""
 
     tokens: tuple[int, ...]
+    kind: Literal["token"] = "token"
 
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """By token id."""
@@ -92,6 +95,7 @@ class BeginsWith:
     """The token, without white space and case, begins with one of some letters."""
 
     prefixes: tuple[str, ...]
+    kind: Literal["begins"] = "begins"
 
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """By the letters of the token."""
@@ -119,6 +123,7 @@ class InClass:
 
     name: str
     back: int = 0
+    kind: Literal["class"] = "class"
 
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """By the class of the token."""
@@ -141,6 +146,7 @@ class At:
 
     low: int
     high: int | None
+    kind: Literal["at"] = "at"
 
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """By position."""
@@ -167,6 +173,7 @@ class After:
 
     tokens: tuple[int, ...]
     within: int = 1
+    kind: Literal["after"] = "after"
 
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """By the preceding ids; what precedes the document does not count."""
@@ -187,6 +194,7 @@ class Ngram:
     """The token ends one of some sequences."""
 
     sequences: tuple[tuple[int, ...], ...]
+    kind: Literal["ngram"] = "ngram"
 
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """By the token and those before it."""
@@ -214,8 +222,9 @@ class Ngram:
 class Both:
     """A rule on the token that holds only in a context."""
 
-    token: Rule
-    context: Rule
+    token: AnyRule
+    context: AnyRule
+    kind: Literal["both"] = "both"
 
     def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
         """Where both hold."""
@@ -228,3 +237,7 @@ class Both:
     def bits(self, vocabulary: Vocabulary) -> float:
         """Both and the conjunction."""
         return 1 + self.token.bits(vocabulary) + self.context.bits(vocabulary)
+
+
+AnyRule = Never | TokenIn | BeginsWith | InClass | At | After | Ngram | Both
+"""The rules that there are; in files `kind` tells them apart."""
