@@ -349,15 +349,19 @@ def _python(code: str, *arguments: str, **more: str) -> str:
 
 
 def test_wrong_input_leaves_no_folder_and_loses_no_result(tmp_path: Path) -> None:
-    def stopped(step: bool = False, artifact: bool = False, error: type[BaseException] = InvalidInputError) -> bool:
+    def stopped(
+        step: bool = False, artifact: bool = False, curve: bool = False, error: type[BaseException] = InvalidInputError
+    ) -> bool:
         with pytest.raises(error), RunDir.resume_or_create("study", Config(), root=tmp_path, fresh=True) as run:
             if step:
                 run.save_step("one", SECTION)
             if artifact:
                 (run.artifacts / "part").mkdir(parents=True)
                 (run.artifacts / "part" / "a.csv").write_text("1")
+            if curve:
+                (run.path / "metrics.jsonl").write_text("{}\n")
             raise error("wrong")
         return run.path.exists()
 
     assert not stopped() and not list(tmp_path.glob("*-study-*"))
-    assert stopped(step=True) and stopped(artifact=True) and stopped(error=KeyboardInterrupt)
+    assert stopped(step=True) and stopped(artifact=True) and stopped(curve=True) and stopped(error=KeyboardInterrupt)

@@ -235,8 +235,8 @@ class RunDir:
         if self.finished:
             return
         if isinstance(error, WorkbenchError) and not self._has_results():  # wrong input leaves no folder behind
+            shutil.rmtree(self.path, ignore_errors=True)  # while no other process can take it up
             unlock_folder(self.path)
-            shutil.rmtree(self.path, ignore_errors=True)
             return
         reason = "the program ended before the run was finished" if kind is None else f"stopped by {kind.__name__}"
         done = ", ".join(self.steps()) or "none"
@@ -253,7 +253,8 @@ class RunDir:
 
     def _has_results(self) -> bool:
         made = (self.path / sub for sub in ("artifacts", "plots"))
-        return bool(self.steps()) or any(file.is_file() for folder in made for file in folder.rglob("*"))
+        kept = bool(self.steps()) or (self.path / "metrics.jsonl").is_file()
+        return kept or any(file.is_file() for folder in made for file in folder.rglob("*"))
 
     def _step_file(self, step: str) -> Path:
         return self.path / "steps" / f"{step}.json"
