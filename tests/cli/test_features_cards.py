@@ -89,3 +89,13 @@ def test_the_command_goes_on_and_tidies_up(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("workbench.features.explain.fit_rule", lambda *_: pytest.fail("rules were kept"))
     assert main(words) == 0
     assert not (folder / "stop" / ".rules").exists() and len(CardSet.load(folder / "stop")) == 2
+
+
+def test_cards_of_other_features_are_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*_words(folder, "--store", str(folder / "acts"), "--no-explain"), "--out", str(folder / "spared")]
+    assert main([*words, "--features", "3", "17"]) == 0
+    assert main([*words, "--features", "17", "5"]) == 2
+    assert "cards of 1 features that are not among the 2 asked for" in capsys.readouterr().err
+    assert CardSet.load(folder / "spared").features == (3, 17)
+    assert main([*words, "--features", "3", "17", "5"]) == 0
+    assert CardSet.load(folder / "spared").features == (3, 17, 5)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from workbench.cli.base import BaseCommand
+from workbench.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from workbench.features.cardmaking import CardOptions
@@ -75,12 +76,26 @@ class FeaturesCards(BaseCommand):
         folder = self.out or self.sae / "cards"
         require_local(folder)
         check_writable(open_folder(folder))
+        self._spare(folder)
         model = load_model(self.model)
         sae = load_sae(self.sae, model=model, check=self.check)
         cards = feature_cards(model, sae, store, self.features or None, table, options, keep=folder / KEPT)
         lines = list(findings(CardSet.load(cards.save(folder))))
         shutil.rmtree(folder / KEPT, ignore_errors=True)
         self.emit({"cards": folder, "features": len(cards), "findings": lines}, [*lines, f"Cards: {folder}"])
+
+    def _spare(self, folder: Path) -> None:
+        """Refuses to put cards of some features in the place of cards of others."""
+        from workbench.features.cardset import CARDS_FILE, CardSet
+
+        if not self.features or not (folder / CARDS_FILE).is_file():
+            return
+        lost = len(set(CardSet.load(folder).features) - set(self.features))
+        if lost:
+            raise InvalidInputError(
+                f"{folder} holds cards of {lost} features that are not among the {len(self.features)} asked for. Name "
+                "another folder with --out, or delete it."
+            )
 
 
 def findings(cards: CardSet) -> Iterator[str]:
