@@ -93,13 +93,15 @@ def open_folder(where: str | Path | Folder) -> Folder:
 
 
 def require_local(where: str | Path) -> None:
-    """Refuses an address where only a folder of this machine will do.
+    """Refuses what is no folder of this machine that can be written to.
 
     Raises:
-        InvalidInputError: for an address, also one that lost a slash as a `Path`.
+        InvalidInputError: for an address, also one that lost a slash as a `Path`, or as `check_writable`.
     """
-    if not isinstance(open_folder(where), LocalFolder):
+    folder = open_folder(where)
+    if not isinstance(folder, LocalFolder):
         raise InvalidInputError(f"{where} is an address; name a folder of this machine, and copy it from there.")
+    check_writable(folder)
 
 
 def _is_protocol(name: str) -> bool:

@@ -74,11 +74,10 @@ class Command(BaseCommand):
 
     def start(self, name: str, fresh: bool = False) -> RunDir:
         """The run folder of this command, continued if an equal one was interrupted; inside `out` or `runs/`."""
-        from workbench.activations.folder import check_writable, open_folder, require_local
+        from workbench.activations.folder import require_local
         from workbench.runs import RunDir
 
         require_local(self.out or "runs")
-        check_writable(open_folder(self.out or "runs"))
         return RunDir.resume_or_create(name, self, root=self.out or "runs", fresh=fresh)
 
 

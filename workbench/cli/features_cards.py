@@ -63,7 +63,7 @@ class FeaturesCards(BaseCommand):
 
     def run(self) -> None:
         """Makes the cards, saves them, and says what they hold."""
-        from workbench.activations.folder import check_writable, open_folder, require_local
+        from workbench.activations.folder import require_local
         from workbench.activations.store import open_store
         from workbench.features.cardmaking import feature_cards
         from workbench.features.cardset import CardSet
@@ -75,7 +75,6 @@ class FeaturesCards(BaseCommand):
         table = None if self.table is None else FeatureTable.load(self.table)
         folder = self.out or self.sae / "cards"
         require_local(folder)
-        check_writable(open_folder(folder))
         self._spare(folder)
         model = load_model(self.model)
         sae = load_sae(self.sae, model=model, check=self.check)
