@@ -178,8 +178,7 @@ def _best_triggers(task: _Task) -> tuple[int, ...]:
     while len(chosen) < min(MOST_TRIGGERS, len(tokens)):
         new_hits, new_fired = (present @ np.stack([left * active, left], 1)).T.astype(float)
         scores = task.score(hits + new_hits, fired + new_fired, 3 + (len(chosen) + 1) * task.vocabulary.bits)
-        scores[chosen] = -np.inf
-        place = int(scores.argmax())  # of equal ones the smallest id
+        place = int(scores.argmax())  # of equal ones the smallest id; one that is chosen already gains nothing
         if scores[place] <= best:
             break
         best, hits, fired = float(scores[place]), hits + float(new_hits[place]), fired + float(new_fired[place])
