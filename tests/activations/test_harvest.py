@@ -216,9 +216,10 @@ def test_another_harvest_in_the_same_folder_is_refused(model: Model, tmp_path: P
         open_store(tmp_path / "s").check_model(tiny_model(seed=5))
 
 
-def test_rows_longer_than_the_positions_are_refused_before_text_is_written() -> None:
-    model = tiny_model("gpt2")
-    room = model.n_positions
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_rows_longer_than_the_positions_are_refused_before_text_is_written(family: str) -> None:
+    model = tiny_model(family)
+    room = model.max_tokens
     assert room is not None
     with pytest.raises(InvalidInputError, match=f"Rows of {room + 1} tokens .* the {room} positions"):
         estimate_harvest(model, SelfText(tokens=room + 1, context=room + 1), ["resid_post.0"])

@@ -179,7 +179,7 @@ def test_a_line_longer_than_the_positions_is_a_note_and_the_verification_stays(m
     need = len(make_lines(model, VOCABULARY, PLAIN, 1).templates[0].ids)
     short = Probe("short", "", "{token}", "{token}", shots=2)
     monkeypatch.setattr(scanner, "PROBES", (short,))
-    monkeypatch.setattr(type(model), "n_positions", property(lambda self: need - 1))
+    monkeypatch.setattr(type(model), "max_tokens", property(lambda self: need - 1))
     report = scan(model, "top", options=ScanOptions(top=4, controls=6, contexts=2, sides=False))
     assert report.verification is not None and report.contexts is None
     assert any("Not measured: contexts" in note and f"{need} positions" in note for note in report.notes)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +165,29 @@ def test_logits_and_loss_of_padded_rows_are_those_of_single_rows() -> None:
     ids = model.tokens("abcdefg").ids
     want = model.hf(ids, labels=ids).loss
     torch.testing.assert_close(loss[0].mean(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_longer_than_the_model_was_made_for_is_refused() -> None:
+    model = tiny_model()  # rotary: nothing in the model itself would fail
+    assert model.max_tokens == 128
+    assert model.logits("a" * 128).shape == (1, model.d_vocab)
+    with pytest.raises(InvalidInputError, match=r"row of 129 tokens.*takes 128 positions"):
+        model.logits("a" * 129)
+
+
+@pytest.mark.parametrize(
+    ("rope", "room"),
+    [
+        ({"rope_type": "default"}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "linear", "factor": 2.0}, 256),
+    ],
+)
+def test_stretched_rotary_positions_are_counted(rope: dict[str, Any], room: int) -> None:
+    model = tiny_model()
+    model.hf.config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    assert model.max_tokens == room
 
 
 def test_the_model_is_the_unmodified_one() -> None:

@@ -115,9 +115,9 @@ def test_backtracking_takes_back_exactly_the_last_exchanges(family: str, steered
 @pytest.mark.parametrize("family", ["gemma2", "mistral"])
 def test_a_window_that_has_filled_up_is_computed_anew(family: str) -> None:
     model = letters_only(chat_model(family))
-    session = model.session(temperature=0.0, max_new_tokens=8)
-    for i in range(4):
-        session.turn("a long question, number " + str(i))
+    session = model.session(temperature=0.0, max_new_tokens=4)
+    for i in range(3):
+        session.turn("question " + str(i))
         torch.testing.assert_close(session.logits(), fresh_logits(model, session), atol=FP32_LOGITS, rtol=1e-4)
     assert len(model.tokens(session.messages).ids[0]) > 64
     session.backtrack()

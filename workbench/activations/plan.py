@@ -159,7 +159,7 @@ def make_plan(model: Any, source: Source, sites: tuple[str, ...], options: Harve
     Raises:
         InvalidInputError: if the model has too few positions for a row.
     """
-    room = getattr(model, "n_positions", None)
+    room = getattr(model, "max_tokens", None)
     if room is not None and source.context > room:
         raise InvalidInputError(
             f"Rows of {source.context} tokens (context) don't fit into the {room} positions of {model.name}. "

@@ -112,7 +112,7 @@ def _fitting(model: Any, made: Template, steps: int) -> Template:
     rows, largest = getattr(model, "d_vocab", None), int(made.ids.max())
     if rows is not None and largest >= rows:
         raise DegenerateInputError(f"it holds id {largest}, and the model has rows for ids 0 to {rows - 1} only.")
-    room, need = getattr(model, "n_positions", None), len(made.ids) + steps - 1
+    room, need = getattr(model, "max_tokens", None), len(made.ids) + steps - 1
     if room is not None and need > room:
         raise DegenerateInputError(f"it needs {need} positions for itself and the reply; the model has {room}.")
     return made

@@ -95,13 +95,34 @@ class Wrapped:
                 return table.shape[0] - (offset if isinstance(offset, int) else 0)
         return None
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens that a row may have: positions of a stored table, or what the config declares; None if neither.
+
+        A config that stretches rotary positions (linear, dynamic, yarn) declares its original length times the factor.
+        """
+        config = self.hf.config.get_text_config()
+        declared = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if declared and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+            original = rope.get("original_max_position_embeddings") or declared
+            declared = max(declared, int(original * float(rope.get("factor") or 1)))
+        return min((n for n in (self.n_positions, declared) if n), default=None)
+
     def require_room(self, n_tokens: int) -> None:
-        """Raises InvalidInputError if a model with a table of positions has fewer of them."""
-        room = self.n_positions
+        """Refuses a row that is longer than the model was made for.
+
+        Args:
+            n_tokens: of the row, new tokens included.
+
+        Raises:
+            InvalidInputError: if that is more than `max_tokens`.
+        """
+        room = self.max_tokens
         if room is not None and n_tokens > room:
             raise InvalidInputError(
-                f"A row of {n_tokens} tokens, new ones included: this {type(self.hf).__name__} has embeddings for "
-                f"{room} positions. Give shorter texts, or fewer new tokens."
+                f"A row of {n_tokens} tokens, new ones included: {self.name} ({type(self.hf).__name__}) takes {room} "
+                "positions. Give shorter texts, or fewer new tokens."
             )
 
     def _encode(self, text: str) -> list[int]:
