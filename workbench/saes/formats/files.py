@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CorruptFileError, MissingFileError, ResourceError, WorkbenchError
+from workbench.models.weights import pickled_class
 from workbench.records import load_json
 
 _MEMORY_SHARE = 0.9
@@ -60,8 +61,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         # what torch raises for anything but tensors is defined in the module that must not be used here
         raise CorruptFileError(
-            f"{path} holds more than tensors, and loading it would run its code: {str(error)[:200]} "
-            "Ask its author for safetensors."
+            f"{path} holds {pickled_class(error) or type(error).__name__}, not only tensors, and loading it would run "
+            "its code. Ask its author for safetensors."
         ) from error
 
 
