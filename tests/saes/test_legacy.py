@@ -5,7 +5,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from workbench.errors import DegenerateInputError
-from workbench.saes.legacy import effects, scr, tpp
+from workbench.saes.legacy import effects, positive_effects, scr, tpp
 from workbench.saes.sparse_probing import Examples
 
 D = 6
@@ -38,29 +38,30 @@ def test_tpp_rewards_features_that_serve_one_class_only() -> None:
         tpp(_classes(0)[:1], _classes(1)[:1], W_DEC, 1)
 
 
-def test_scr_is_one_where_the_spurious_feature_is_all_that_misleads() -> None:
+def test_scr_is_one_where_the_spurious_features_are_all_that_misleads() -> None:
     random = np.random.default_rng(0)
 
     def make(label: np.ndarray, spurious: np.ndarray) -> np.ndarray:
+        """One feature says that the concept is there, another that it is not; the probe's cut is symmetric in them."""
         x = np.zeros((len(label), D))
-        x[:, 0], x[:, 1] = label + 0.01 * random.random(len(label)), 5 * spurious
+        x[:, 0], x[:, 1], x[:, 2] = label + 0.01 * random.random(len(label)), spurious, 1 - spurious
         return x
 
     biased_label = random.integers(0, 2, 200)
     label, spurious = random.integers(0, 2, 400), random.integers(0, 2, 400)
     biased = _examples(make(biased_label, biased_label), biased_label)
-    # without the spurious part, the biased probe's cut lies beyond what the label alone gives
     balanced = _examples(make(label, spurious), label)
-    right = scr(biased, balanced, spurious, W_DEC, 1)
-    nothing = scr(biased, balanced, spurious, np.zeros_like(W_DEC), 1)
-    assert nothing.value == 0
-    assert right.name == "SCR"
-    assert np.isfinite(right.value)
+    right = scr(biased, balanced, spurious, W_DEC, 2)
+    assert right.name == "SCR" and right.value == 1.0
+    assert scr(biased, balanced, spurious, W_DEC, 1).value < 0.8, "the other of the two features still misleads"
+    assert scr(biased, balanced, spurious, np.zeros_like(W_DEC), 2).value == 0
     assert scr(balanced, balanced, spurious, W_DEC, 1).value == 0, "no room between oracle and probe"
 
 
 def test_effects_are_those_of_their_definition() -> None:
     acts = np.array([[1.0, 0.0, 4.0], [3.0, 0.0, 0.0]])
     found = effects(csr_matrix(acts), np.array([0, 1]), np.array([2.0, 0.0]), np.array([[1.0, 9.0]] * 3))
-    # means 3 - 1, 0 - 0, max(0, 0 - 4); times w . W = 2
-    assert found.tolist() == [4.0, 0.0, 0.0]
+    # means 3 - 1, 0 - 0, 0 - 4; times w . W = 2; TPP counts what is more active on class 1 only
+    assert found.tolist() == [4.0, 0.0, -8.0]
+    clamped = positive_effects(csr_matrix(acts), np.array([0, 1]), np.array([2.0, 0.0]), np.array([[1.0, 9.0]] * 3))
+    assert clamped.tolist() == [4.0, 0.0, 0.0]

@@ -37,9 +37,20 @@ class LegacyScore:
 
 
 def effects(acts: Any, labels: np.ndarray, probe: np.ndarray, W_dec: np.ndarray) -> np.ndarray:
-    """Effect of each feature on a probe: `max(0, mean_1 a_j - mean_0 a_j) * (w . W_dec_j)`.
+    """Effect of each feature on a probe: `(mean_1 a_j - mean_0 a_j) * (w . W_dec_j)`.
+
+    Positive where the feature moves the probe towards class 1, also by being active on class 0 and writing against it.
 
     >>> effects(np.array([[0.0, 1.0], [2.0, 0.0]]), np.array([0, 1]), np.array([3.0]), np.array([[1.0], [1.0]]))
+    array([ 6., -3.])
+    """
+    return class_difference(acts, labels) * (W_dec @ probe)
+
+
+def positive_effects(acts: Any, labels: np.ndarray, probe: np.ndarray, W_dec: np.ndarray) -> np.ndarray:
+    """TPP's effect: `max(0, mean_1 a_j - mean_0 a_j) * (w . W_dec_j)`; features of class 0 have none.
+
+    >>> positive_effects(np.array([[0.0, 1.0], [2.0, 0.0]]), np.array([0, 1]), np.array([3.0]), np.ones((2, 1)))
     array([6., 0.])
     """
     return np.maximum(0.0, class_difference(acts, labels)) * (W_dec @ probe)
@@ -68,7 +79,7 @@ def tpp(train: Sequence[Examples], test: Sequence[Examples], W_dec: np.ndarray, 
     clean = np.array([_accuracy(p, s.x, s.labels) for p, s in zip(probes, test, strict=True)])
     drops = np.zeros((len(train), len(train)))
     for i, (probe, seen) in enumerate(zip(probes, train, strict=True)):
-        effect = effects(seen.acts["SAE"], seen.labels, _direction(probe), W_dec)
+        effect = positive_effects(seen.acts["SAE"], seen.labels, _direction(probe), W_dec)
         top = np.argsort(-effect, kind="stable")[:n_features]
         for j, (other, held) in enumerate(zip(probes, test, strict=True)):
             x = ablated(held.x, held.acts["SAE"], W_dec, top)
