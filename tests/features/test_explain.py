@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.features.corpus import SITE, VOCABULARY, Planted, corpus_store, word
+from tests.features.corpus import SITE, VOCABULARY, Planted, corpus, corpus_store, word
+from tests.tiny import tiny_model
+from workbench.activations.harvest import harvest
+from workbench.activations.sources import TokenRows
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.features.examples import ExampleOptions, Examples, Windows, examples_of, is_held_out
 from workbench.features.explain import explain_by_rules, score_rules
@@ -165,3 +168,14 @@ def test_results_do_not_depend_on_the_other_features(tmp_path: Path, found: Feat
     alone = collect_windows(store, SITE, Planted(UNITS.functions[:1]), WindowOptions(before=6, after=6))
     rules = [explain_by_rules(f, torch.arange(1), VOCABULARY)[0].fitted for f in (alone, found)]
     assert rules[0] == rules[1]
+
+
+def test_a_passage_that_was_shown_is_not_tested(tmp_path: Path) -> None:
+    ids = corpus(60)
+    ids[:, :20] = ids[0, :20]  # documents that differ in their ends alone
+    store = harvest(tiny_model(), TokenRows(ids, batch_rows=8), [SITE], tmp_path / "s")
+    unit = Planted((lambda row, p: float(p == 9), lambda row, p: float(p == 22)))
+    windows = collect_windows(store, SITE, unit, WindowOptions(before=6, after=6))
+    shared, own = (examples_of(windows, slot, slot, ExampleOptions()) for slot in (0, 1))
+    assert len(shared.shown) == 1 and len(shared.tested) == 0 and "0 held-out windows" in shared.lacking(1)
+    assert len(own.shown) > 10 < len(own.tested)

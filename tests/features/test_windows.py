@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,15 @@ from torch import Tensor
 from tests.features.corpus import SITE, Planted, corpus, corpus_store
 from tests.features.test_input_score import make_store
 from tests.features.toys import random_sae
+from tests.tiny import tiny_model
+from workbench.activations.harvest import HarvestOptions, harvest
+from workbench.activations.sources import TextFiles, TokenRows
 from workbench.activations.store import ActivationStore, Block
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.features import passes, sampling
 from workbench.features.coactivation import CoActivationSample
 from workbench.features.passes import Chunk, SAEFeatures
+from workbench.features.repeats import repeated_documents
 from workbench.features.sampling import MISSING, BestEntries, uniform
 from workbench.features.windows import OUTSIDE, FeatureWindows, WindowOptions, bin_edges, collect_windows
 
@@ -216,3 +221,25 @@ def test_thinning_keeps_whole_rows_whatever_the_chunks() -> None:
     assert made.share in (0.5, 0.25)
     assert made.n_tokens == len(made.value) <= 100
     assert int(made.token.max()) == made.n_tokens - 1
+
+
+def test_documents_that_are_there_twice_give_windows_once(found: FeatureWindows, tmp_path: Path) -> None:
+    options = HarvestOptions(shard_tokens=2048, batch_tokens=2048)
+    source = TokenRows(corpus(120).repeat(3, 1), batch_rows=8)
+    thrice = collect_windows(harvest(tiny_model(), source, [SITE], tmp_path / "s", options=options), SITE, UNITS, SMALL)
+    assert thrice.n_tokens == 3 * found.n_tokens and torch.equal(thrice.active, 3 * found.active)
+    assert torch.equal(thrice.peak_histogram, found.peak_histogram)
+    for name in ("top", "sample"):
+        for column in ("row", "position", "document", "values"):
+            once, again = (getattr(getattr(x, name), column) for x in (found, thrice))
+            torch.testing.assert_close(again, once, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(thrice.background.where, found.background.where)
+
+
+def test_a_repeated_document_is_found_wherever_its_rows_begin(tmp_path: Path) -> None:
+    texts = ["one two three four", "x y", "one two three four", "one two three five", "one two three four", "the end"]
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    source = TextFiles(tmp_path / "d.jsonl", context=9, batch_rows=2)
+    store = harvest(tiny_model(), source, [SITE], tmp_path / "s", options=HarvestOptions(shard_tokens=27))
+    assert len(store.manifest.shards) > 1
+    assert repeated_documents(store).tolist() == [2, 4]

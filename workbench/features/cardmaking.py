@@ -231,8 +231,7 @@ class _Made:
         found = self.found
         if not int(found.active[place]):
             return ()
-        n = min(self.options.shown, int(found.top.counts[place]))
-        windows = [self._window(found.top, place, i, "top") for i in range(n)]
+        windows = self._strongest(place)
         rows = {window.row for window in windows}
         edges = found.decile_edges(place)
         by_decile: dict[int, list[int]] = {}
@@ -244,6 +243,15 @@ class _Made:
             for i in by_decile[decile][: self.options.per_decile]:
                 windows.append(self._window(found.sample, place, i, f"decile {decile}"))
         return tuple(windows)
+
+    def _strongest(self, place: int) -> list[Window]:
+        """The strongest windows; of those with equal tokens the strongest alone."""
+        distinct: dict[tuple[object, ...], Window] = {}
+        for i in range(int(self.found.top.counts[place])):
+            if len(distinct) < self.options.shown:
+                window = self._window(self.found.top, place, i, "top")
+                distinct.setdefault((window.tokens, window.peak), window)
+        return list(distinct.values())
 
     def _window(self, table: WindowTable, place: int, i: int, stratum: str) -> Window:
         row, position = int(table.row[place, i]), int(table.position[place, i])

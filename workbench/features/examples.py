@@ -145,19 +145,22 @@ def examples_of(found: FeatureWindows, slot: int, feature: int, options: Example
         options: how windows are divided.
     """
     top, sample = (_of_table(found, table, slot) for table in (found.top, found.sample))
-    shown_rows = top.rows[~_held(top, options)]
-    shown_sample = sample[~_held(sample, options) & ~np.isin(sample.rows, shown_rows)]
-    shown = joined([top[~_held(top, options)], shown_sample])
-    tested = sample[_held(sample, options)][: options.tested]
+    # Documents may share passages; a passage is shown once, and no passage that was shown is tested.
+    seen: set[bytes] = set()
+    strongest = _unseen(top[~_held(top, options)], seen)
+    shown_sample = sample[~_held(sample, options) & ~np.isin(sample.rows, strongest.rows)]
+    shown = joined([strongest, _unseen(shown_sample, seen)])
+    tested = _unseen(sample[_held(sample, options)], seen)[: options.tested]
     silent = _silent(found, slot, feature, options)
-    held = _held(silent, options)
-    tested_silent = silent[held][: max(len(tested), 1)]
-    peaks = top.view.ids[~_held(top, options), found.options.before]
+    held, seen = _held(silent, options), set()
+    shown_silent = _unseen(silent[~held], seen)[: options.silent]
+    held_silent = _unseen(silent[held], seen)
+    tested_silent = held_silent[: max(len(tested), 1)]
+    peaks = strongest.view.ids[:, found.options.before]
     tokens, counts = np.unique(peaks, return_counts=True)
     order = np.lexsort((tokens, -counts))[:10]
     made = Examples(
-        feature, shown, silent[~held][: options.silent], tested, tested_silent, tuple(tokens[order].tolist()),
-        silent[held],
+        feature, shown, shown_silent, tested, tested_silent, tuple(tokens[order].tolist()), held_silent,
     )  # fmt: skip
     explained = {*shown.documents.tolist(), *made.shown_silent.documents.tolist()}
     assert explained.isdisjoint({*tested.documents.tolist(), *tested_silent.documents.tolist()})
@@ -166,6 +169,16 @@ def examples_of(found: FeatureWindows, slot: int, feature: int, options: Example
 
 def _held(windows: Windows, options: ExampleOptions) -> np.ndarray:
     return is_held_out(torch.from_numpy(windows.documents), options).numpy()
+
+
+def _unseen(windows: Windows, seen: set[bytes]) -> Windows:
+    """The windows whose tokens were not seen before, in order; adds them to what was seen."""
+    fresh = []
+    for i, ids in enumerate(windows.view.ids):
+        if (key := ids.tobytes()) not in seen:
+            seen.add(key)
+            fresh.append(i)
+    return windows[np.array(fresh, dtype=int)]
 
 
 def _of_table(found: FeatureWindows, table: WindowTable, slot: int) -> Windows:

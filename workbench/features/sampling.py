@@ -24,12 +24,13 @@ def uniform(items: Int[Tensor, " n"], groups: Int[Tensor, " n"] | int = 0, seed:
     Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
     """
     group = torch.full_like(items, groups) if isinstance(groups, int) else groups
-    x = _mixed(group.numpy().astype(np.uint64) + np.uint64(seed % 2**63))
-    x = _mixed(x ^ items.numpy().astype(np.uint64))
+    x = mixed(group.numpy().astype(np.uint64) + np.uint64(seed % 2**63))
+    x = mixed(x ^ items.numpy().astype(np.uint64))
     return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) / 2.0**53)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
+def mixed(x: np.ndarray) -> np.ndarray:
+    """64-bit integers as hashes: the finaliser of SplitMix64, one to one."""
     x = x + np.uint64(_GAMMA)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX1)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX2)

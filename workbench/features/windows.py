@@ -18,6 +18,7 @@ from workbench.activations.store import ActivationStore
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.features.coactivation import CoActivationSample, CoSample
 from workbench.features.passes import Chunk, Units, chunks, token_rows
+from workbench.features.repeats import repeated_documents
 from workbench.features.sampling import MISSING, BestEntries, uniform
 
 OCTAVES, BINS_PER_OCTAVE = 16, 8
@@ -129,7 +130,8 @@ class FeatureWindows:
         active: tokens on which each feature is active.
         max_act: largest activation.
         histogram: tokens by activation, see `bin_edges`.
-        peak_histogram: packed rows by their largest activation, where that is positive.
+        peak_histogram: packed rows by their largest activation in documents that repeat no earlier one, where that is
+            positive.
         top: strongest windows, strongest first; of equal ones the earlier row.
         sample: windows drawn evenly from the rows in which the feature is active.
         background: windows drawn from all rows.
@@ -194,12 +196,15 @@ def collect_windows(
 ) -> FeatureWindows:
     """Counts, histograms and windows of some units over the kept tokens of a store, in one pass.
 
+    A document that repeats an earlier one counts as tokens but gives no windows: it would fill the list of the strongest,
+    and text that explanations are made from would be text that they are tested on.
+
     Raises:
         DegenerateInputError: if the store holds no tokens.
         UnknownSiteError: if the site is not stored.
     """
     options = options or WindowOptions()
-    running = _Running(units.ids, options)
+    running = _Running(units.ids, options, repeated_documents(store, options.max_tokens))
     with torch.no_grad():
         for chunk in chunks(store, site, options.max_tokens):
             running.add(chunk, units.acts(chunk))
@@ -207,8 +212,9 @@ def collect_windows(
 
 
 class _Running:
-    def __init__(self, ids: Tensor, options: WindowOptions) -> None:
+    def __init__(self, ids: Tensor, options: WindowOptions, repeated: Tensor) -> None:
         self.ids, self.n, self.options, self.n_tokens = ids, len(ids), options, 0
+        self.repeated = repeated
         n = self.n
         self.active = torch.zeros(n, dtype=torch.long)
         self.max_act = torch.zeros(n)
@@ -227,6 +233,10 @@ class _Running:
         if len(acts):
             self.max_act = torch.maximum(self.max_act, acts.amax(0))
         _count(self.histogram, feature, values)
+        self.co.add(chunk.block.rows[at], chunk.block.rows[at] * chunk.ids.shape[1] + chunk.block.positions[at],
+                    feature, values, chunk.block.rows)  # fmt: skip
+        is_new = ~torch.isin(chunk.block.documents, self.repeated)
+        at, feature, values = (x[is_new[at]] for x in (at, feature, values))
         row = chunk.block.rows[at] - chunk.first_row
         flat = row * self.n + feature
         best = torch.zeros(len(chunk.ids) * self.n).scatter_reduce_(0, flat, values, "amax")
@@ -240,9 +250,7 @@ class _Running:
         self._offer(self.top, peak_feature, peak.double(), peak_at, layout, acts)
         drawn = uniform(self.ids[peak_feature], chunk.block.rows[peak_at], self.options.seed)
         self._offer(self.sample, peak_feature, drawn, peak_at, layout, acts)
-        self._draw_background(chunk, layout, acts)
-        self.co.add(chunk.block.rows[at], chunk.block.rows[at] * chunk.ids.shape[1] + chunk.block.positions[at],
-                    feature, values, chunk.block.rows)  # fmt: skip
+        self._draw_background(chunk, layout, acts, is_new.nonzero().squeeze(1))
 
     def _offer(
         self, table: BestEntries, feature: Tensor, key: Tensor, at: Tensor, layout: _Layout, acts: Tensor
@@ -252,14 +260,14 @@ class _Running:
             feature, at = feature[wanted], at[wanted]
             table.add(feature, key[wanted], layout.where(at), layout.values(at, feature, acts))
 
-    def _draw_background(self, chunk: Chunk, layout: _Layout, acts: Tensor) -> None:
+    def _draw_background(self, chunk: Chunk, layout: _Layout, acts: Tensor, new: Int[Tensor, " new"]) -> None:
         n, block = self.options.background, chunk.block
         if not n:
             return
-        rows, counts = block.rows.unique_consecutive(return_counts=True)
+        rows, counts = block.rows[new].unique_consecutive(return_counts=True)
         key = uniform(rows, _BACKGROUND, self.options.seed)
         middle = uniform(rows, _BACKGROUND + 1, self.options.seed)
-        at = counts.cumsum(0) - counts + (middle * counts).long()
+        at = new[counts.cumsum(0) - counts + (middle * counts).long()]
         chosen = (key < self.background_below).nonzero().squeeze(1)
         for i in chosen.tolist():
             slots, inside = layout.slots(at[i : i + 1])
