@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import jaxtyping
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -48,6 +51,17 @@ def tiny_hf(family: str = "llama", seed: int = 0) -> Any:
 def tiny_model(family: str = "llama", seed: int = 0) -> Model:
     """A fresh tiny model; changing it does not change the next one."""
     return Model(tiny_hf(family, seed), tiny_tokenizer(), name=f"tiny-{family}")
+
+
+@contextmanager
+def as_user() -> Iterator[None]:
+    """Without the types that are checked at run time in tests, so that what a user's wrong argument meets is tested."""
+    was = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", was)
 
 
 def n_hooks(hf: torch.nn.Module) -> int:

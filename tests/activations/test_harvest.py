@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import as_user, tiny_model, tiny_tokenizer
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.keep import KeepRule
 from workbench.activations.manifest import MANIFEST
@@ -27,6 +27,7 @@ from workbench.errors import (
     InvalidInputError,
     MismatchError,
     MissingFileError,
+    UnknownNameError,
     UnknownSiteError,
 )
 from workbench.models.model import Model
@@ -107,6 +108,13 @@ def test_splits_share_no_row_and_cover_all(model: Model, tmp_path: Path) -> None
     assert not train & held_out
     assert torch.equal(store.token_rows("heldout"), _rows()[[9, 19, 29]])
     assert len(store.token_rows("train")) == 27
+    for read in (
+        store.token_rows,
+        lambda split: next(store.read(SITE, split)),
+        lambda split: store.block(0, SITE, split),
+    ):
+        with as_user(), pytest.raises(UnknownNameError, match="'held_out' does not exist. Did you mean heldout"):
+            read("held_out")
 
 
 def test_aligned_blocks_hold_the_same_tokens_at_every_site(model: Model, tmp_path: Path) -> None:
@@ -212,6 +220,9 @@ def test_another_harvest_in_the_same_folder_is_refused(model: Model, tmp_path: P
         harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
     save_json(tmp_path / "s" / MANIFEST, swapped | {"packing": None, "tokenizer_sha256": None})
     assert harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL).manifest.packing is None, "older stores"
+    save_json(tmp_path / "s" / MANIFEST, swapped | {"model_dtype": "bfloat16"})
+    with pytest.raises(MismatchError, match="model_dtype is 'bfloat16', asked for 'float32'"):
+        harvest(model, _source(), [SITE], tmp_path / "s", options=SMALL)
     with pytest.raises(MismatchError, match="harvested from tiny-llama"):
         open_store(tmp_path / "s").check_model(tiny_model(seed=5))
 

@@ -32,7 +32,9 @@ from workbench.errors import (
     UnknownNameError,
     UnknownSiteError,
 )
+from workbench.saes.architectures import Gated, JumpReLU
 from workbench.saes.batches import Batches, OrderKey
+from workbench.saes.build import build
 from workbench.saes.config import SAEConfig
 from workbench.saes.io import load_sae
 from workbench.saes.member import Member
@@ -175,6 +177,8 @@ def test_too_little_data_and_the_wrong_site_are_refused(store: ActivationStore, 
         ({"architecture": "relu", "k": None, "l1_coefficient": -1.0}, "rewards density"),
         ({"architecture": "jumprelu", "k": None, "bandwidth": 0.0}, "no gradient"),
         ({"architecture": "jumprelu", "k": None, "initial_threshold": -0.1}, "not negative"),
+        ({"architecture": "jumprelu", "k": None, "tanh_scale": 2.0}, 'together with penalty="tanh"'),
+        ({"frozen_decoder": True}, "no effect on architecture 'topk'"),
         ({"architecture": "matryoshka", "widths": (8, 8)}, "must increase"),
         ({"architecture": "matryoshka", "widths": (8, 65)}, "at most d_sae"),
         ({"architecture": "topk", "target_site": "mlp_out.1"}, "Use 'batchtopk'"),
@@ -184,6 +188,21 @@ def test_too_little_data_and_the_wrong_site_are_refused(store: ActivationStore, 
 def test_settings_that_can_not_be_used_are_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInputError, match=words):
         replace(CONFIG, **wrong)
+
+
+def test_every_option_of_an_architecture_can_be_asked_for() -> None:
+    jump = SAEConfig(
+        architecture="jumprelu",
+        bandwidth=0.2,
+        initial_threshold=0.5,
+        penalty="tanh",
+        tanh_scale=3.0,
+        l0_coefficient=0.1,
+    )
+    assert build(jump, "csr") == JumpReLU(0.2, 0.5, "tanh", 3.0)
+    assert build(SAEConfig(architecture="jumprelu"), "csr") == JumpReLU(0.05, 1.0, "step", 4.0)
+    assert build(SAEConfig(architecture="gated", frozen_decoder=True), "csr") == Gated(frozen_decoder=True)
+    assert build(SAEConfig(architecture="gated"), "csr") == Gated()
 
 
 def test_names_of_architectures() -> None:

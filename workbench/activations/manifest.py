@@ -102,6 +102,7 @@ class Manifest:
         source: what the tokens depend on.
         tokenizer_sha256: of its vocabulary.
         packing: how text became rows.
+        model_dtype: precision that the model ran in; None in older stores.
         sink_factor: the sink limit of a site is this many times the median norm of the first forward pass.
         n_tokens: tokens that were run through the model, kept or not.
         unique_rows: packed rows without their exact repetitions, by a 64-bit hash.
@@ -119,6 +120,7 @@ class Manifest:
     dtype: Dtype = "bfloat16"
     tokenizer_sha256: str | None = None
     packing: Packing | None = None
+    model_dtype: str | None = None
     sink_factor: float = SINK_FACTOR
     held_out_every: int = HELD_OUT_EVERY
     n_tokens: int = 0

@@ -179,6 +179,7 @@ def make_plan(model: Any, source: Source, sites: tuple[str, ...], options: Harve
         dtype=cast(Dtype, options.dtype),
         tokenizer_sha256=hashlib.sha256(vocabulary.encode(errors="backslashreplace")).hexdigest(),
         packing=packing_of(source, model.tokenizer),
+        model_dtype=str(model.dtype).removeprefix("torch."),
     )
 
 
@@ -188,7 +189,7 @@ def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:
     Raises:
         MismatchError: naming what differs.
     """
-    optional = ("tokenizer_sha256", "packing")  # older stores have none
+    optional = ("tokenizer_sha256", "packing", "model_dtype")  # older stores have none
     needed = ("model_fingerprint", "source", "context", "special_ids", "shard_rows", "batch_rows", "dtype")
     for name in (*optional, *needed):
         old, new = getattr(found, name), getattr(plan, name)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,7 @@ from workbench.errors import (
     DegenerateInputError,
     MismatchError,
     MissingFileError,
+    UnknownNameError,
     UnknownSiteError,
     did_you_mean,
 )
@@ -152,7 +153,7 @@ class ActivationStore:
         """
         name, shard = self.site(site), self.manifest.shards[index]
         where = [self._tensor(shard, key).long() for key in ("token", "position", "row", "document")]
-        if split == "all":
+        if checked_split(split) == "all":
             return Block(self._acts(shard, name), *where)
         chosen = self._in_split(where[2], split).nonzero().squeeze(1)
         return Block(self._acts(shard, name).index_select(0, chosen), *(t[chosen] for t in where))
@@ -161,13 +162,14 @@ class ActivationStore:
         """The activations of one shard at several sites; row i is the same token at each."""
         shard = self.manifest.shards[index]
         acts = {self.site(site): self._acts(shard, self.site(site)) for site in sites}
-        if split == "all":
+        if checked_split(split) == "all":
             return acts
         chosen = self._in_split(self._tensor(shard, "row"), split).nonzero().squeeze(1)
         return {site: x.index_select(0, chosen) for site, x in acts.items()}
 
     def token_rows(self, split: Split = "heldout") -> Int[Tensor, "rows context"]:
         """The packed rows of tokens, dropped tokens included, for runs of the model."""
+        checked_split(split)
         rows = torch.cat([self._tensor(shard, "token_rows").long() for shard in self.manifest.shards])
         return rows if split == "all" else rows[self._in_split(torch.arange(len(rows)), split)]
 
@@ -260,6 +262,17 @@ class ActivationStore:
 
 
 _REMAKE = "Restore it, or run the same harvest with repair=True (--repair), which makes only what is damaged again."
+
+
+def checked_split(split: Split) -> Split:
+    """The split, if there is one of this name.
+
+    Raises:
+        UnknownNameError: if there is none.
+    """
+    if split not in get_args(Split):
+        raise UnknownNameError(f"split={split!r} does not exist. {did_you_mean(str(split), get_args(Split))}")
+    return split
 
 
 def open_store(path: str | Path | Folder | ActivationStore) -> ActivationStore:

@@ -1,6 +1,8 @@
-"""Which documents of a store repeat an earlier one: they are counted, but no explanation is made from or tested on them."""
+"""Documents of a store that repeat an earlier one: they count as tokens and give no windows."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from workbench.features.sampling import MISSING, mixed
 def repeated_documents(store: ActivationStore, max_tokens: int | None = None) -> Int[Tensor, " n"]:
     """Numbers of the documents with the same tokens as an earlier one, by a 64-bit hash; special tokens do not count.
 
-    Left-out tokens belong to the next kept token of their row, so that a document is recognised wherever its rows begin.
+    Left-out tokens belong to the document of the next kept token of their row, so that a document is recognised
+    wherever its rows begin.
 
     Args:
         store: the store.
@@ -26,7 +29,7 @@ def repeated_documents(store: ActivationStore, max_tokens: int | None = None) ->
     for shard in store.manifest.shards:
         columns = [read_tensor(store.folder, shard.file, key).numpy() for key in ("row", "position", "document")]
         ids = read_tensor(store.folder, shard.file, "token_rows").numpy().astype(np.int64)
-        documents, ids = _document_of_each(ids, shard.first_row, *columns, special)
+        documents, ids = _document_of_each(ids, shard.first_row, columns, special)
         for document, part in _runs(documents, ids):
             if document not in hashes:
                 order.append(document)
@@ -44,9 +47,10 @@ def repeated_documents(store: ActivationStore, max_tokens: int | None = None) ->
 
 
 def _document_of_each(
-    ids: np.ndarray, first_row: int, row: np.ndarray, position: np.ndarray, document: np.ndarray, special: np.ndarray
+    ids: np.ndarray, first_row: int, columns: Sequence[np.ndarray], special: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Document and id of each token that is not special, in order; rows without a kept token are left out."""
+    row, position, document = columns
     known = np.full(ids.shape, MISSING, dtype=np.int64)
     known[row.astype(np.int64) - first_row, position] = document
     width = ids.shape[1]

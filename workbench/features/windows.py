@@ -196,8 +196,8 @@ def collect_windows(
 ) -> FeatureWindows:
     """Counts, histograms and windows of some units over the kept tokens of a store, in one pass.
 
-    A document that repeats an earlier one counts as tokens but gives no windows: it would fill the list of the strongest,
-    and text that explanations are made from would be text that they are tested on.
+    A document that repeats an earlier one counts as tokens but gives no windows: it would fill the list of the
+    strongest, and explanations would be tested on text that they are made from.
 
     Raises:
         DegenerateInputError: if the store holds no tokens.

@@ -9,7 +9,7 @@ import torch
 
 from workbench.errors import InvalidInputError, ResourceError
 from workbench.saes.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from workbench.saes.config import DEFAULT_BANDWIDTH, DEFAULT_THRESHOLD, SAEConfig
+from workbench.saes.config import DEFAULT_BANDWIDTH, DEFAULT_TANH_SCALE, DEFAULT_THRESHOLD, SAEConfig
 from workbench.saes.kernels import available_kernels, can_run, choose_kernel, measure_kernels, with_kernel
 
 
@@ -31,13 +31,16 @@ def _relu(config: SAEConfig) -> Architecture:
 
 
 def _jumprelu(config: SAEConfig) -> Architecture:
-    bandwidth = DEFAULT_BANDWIDTH if config.bandwidth is None else config.bandwidth
-    return JumpReLU(bandwidth, DEFAULT_THRESHOLD if config.initial_threshold is None else config.initial_threshold)
+    return JumpReLU(
+        DEFAULT_BANDWIDTH if config.bandwidth is None else config.bandwidth,
+        DEFAULT_THRESHOLD if config.initial_threshold is None else config.initial_threshold,
+        config.penalty or "step",
+        DEFAULT_TANH_SCALE if config.tanh_scale is None else config.tanh_scale,
+    )
 
 
 def _gated(config: SAEConfig) -> Architecture:
-    del config
-    return Gated()
+    return Gated(frozen_decoder=bool(config.frozen_decoder))
 
 
 _BUILDERS: dict[str, Callable[[SAEConfig], Architecture]] = {

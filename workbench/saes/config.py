@@ -17,6 +17,7 @@ DEFAULT_L1_PER_ROOT = 1 / 12
 """Times the square root of the width, with which activations grow: 2 at 576 dimensions, 5 at 3,600."""
 DEFAULT_L0 = 1.0
 DEFAULT_BANDWIDTH = 0.05
+DEFAULT_TANH_SCALE = 4.0
 DEFAULT_THRESHOLD = 1.0
 """One standard deviation of what a unit encoder row reads at first. From near zero half of the features are active, and
 thresholds, which Adam moves by no more than the learning rate, need thousands of steps to come up."""
@@ -26,8 +27,8 @@ OPTIONS = {
     "batchtopk": ("k",),
     "matryoshka": ("k", "widths"),
     "relu": ("l1_coefficient",),
-    "jumprelu": ("l0_coefficient", "bandwidth", "initial_threshold"),
-    "gated": ("l1_coefficient",),
+    "jumprelu": ("l0_coefficient", "bandwidth", "initial_threshold", "penalty", "tanh_scale"),
+    "gated": ("l1_coefficient", "frozen_decoder"),
 }
 """The options that only some architectures read."""
 
@@ -63,6 +64,14 @@ class SAEConfig:
     """Width of the window in which jumprelu thresholds get a gradient; None takes 0.05."""
     initial_threshold: float | None = None
     """Threshold that jumprelu starts from; None takes 1."""
+    penalty: Literal["step", "tanh"] | None = None
+    """What jumprelu sums over features: "step" 1 where active, "tanh" tanh(tanh_scale · activation · decoder norm);
+    None takes "step"."""
+    tanh_scale: float | None = None
+    """Slope of the tanh penalty at zero; None takes 4."""
+    frozen_decoder: bool | None = None
+    """Whether the second reconstruction of gated leaves the decoder untrained, as in the paper; None trains it, as
+    sae_lens does."""
     widths: tuple[int, ...] | None = None
     """Prefixes of a matryoshka SAE that reconstruct by themselves; None takes 1/16, 1/8, 1/4, 1/2 of d_sae and all."""
     decoder_norm: Literal["unit", "free"] = "unit"
@@ -143,10 +152,16 @@ class SAEConfig:
                 raise InvalidInputError(
                     f"{name}={getattr(self, name)} can't be used: less than 0 rewards density. Give 0 or more."
                 )
-        if self.bandwidth is not None and self.bandwidth <= 0:
+        if self.bandwidth is not None and not self.bandwidth > 0:
             raise InvalidInputError(f"bandwidth={self.bandwidth}: thresholds would get no gradient. Give more than 0.")
-        if self.initial_threshold is not None and self.initial_threshold < 0:
+        if self.initial_threshold is not None and not self.initial_threshold >= 0:
             raise InvalidInputError(f"initial_threshold={self.initial_threshold}: thresholds are not negative.")
+        if self.penalty not in (None, "step", "tanh"):
+            raise InvalidInputError(f'penalty={self.penalty!r}: choose "step" or "tanh".')
+        if self.tanh_scale is not None and not (self.penalty == "tanh" and 0 < self.tanh_scale < math.inf):
+            raise InvalidInputError(
+                f'tanh_scale={self.tanh_scale}: give a positive number, together with penalty="tanh".'
+            )
 
     def _check_training(self) -> None:
         if self.batch < 1 or self.tokens < self.batch:

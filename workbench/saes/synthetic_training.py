@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.activations.manifest import Manifest, Shard, SiteStats
-from workbench.activations.store import ActivationStore, Split
+from workbench.activations.store import ActivationStore, Split, checked_split
 from workbench.errors import InvalidInputError
 from workbench.saes.config import ALIASES, ARCHITECTURES, OPTIONS, SAEConfig
 from workbench.saes.io import load_sae
@@ -82,7 +82,7 @@ class SyntheticStore(ActivationStore):
         if index not in self._made:
             self._made[index] = self.truth.tokens(self.shard_rows, FIRST_SEED + index)
         held_out = self.shard_rows // self.manifest.held_out_every
-        rows = {"all": slice(None), "heldout": slice(held_out), "train": slice(held_out, None)}[split]
+        rows = {"all": slice(None), "heldout": slice(held_out), "train": slice(held_out, None)}[checked_split(split)]
         return {site: self._made[index][rows] for site in sites}
 
 
