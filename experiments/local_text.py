@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workbench.errors import CorruptFileError, DegenerateInputError, MissingFileError
+from workbench.jsontext import parse_json
 from workbench.records import read_text, write_atomic
 from workbench.saes.library import library_files, library_root, parsed
 
@@ -106,13 +107,14 @@ def read_labelled(path: Path) -> Labelled:
         raise MissingFileError(f"There is no file {path}. Give JSON lines with text and label.")
     rows: list[tuple[str, str]] = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-            rows += [(row["text"], str(row["label"]))] if row is not None else []
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CorruptFileError(f"{path} line {number} lacks text and label ({error}). Mend the line.") from None
+        if line.strip():
+            where = f"{path} line {number}"
+            row = parse_json(line, where, dict, foreign=True, remedy="Correct the line.")
+            if not isinstance(row.get("text"), str) or "label" not in row:
+                raise CorruptFileError(f"{where} lacks text and label. Correct the line.")
+            rows.append((row["text"], str(row["label"])))
     names = sorted({label for _, label in rows})
     if len(names) != 2:
-        raise CorruptFileError(f"{path} holds the labels {names[:5]}; a probe needs two. Mend the file.")
+        raise CorruptFileError(f"{path} holds the labels {names[:5]}; a probe needs two. Correct the file.")
     texts, labels = tuple(text for text, _ in rows), tuple(names.index(label) for _, label in rows)
     return Labelled(texts, labels, (names[0], names[1]))

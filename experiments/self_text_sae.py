@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from workbench.activations.harvest import harvest
 from workbench.activations.sources import SelfText
 from workbench.activations.store import ActivationStore
 from workbench.cli.base import Command
+from workbench.records import json_lines
 from workbench.report import Lines, Report, Section, Series, Table
 from workbench.saes.config import SAEConfig
 from workbench.saes.evaluate import EvalOptions, SAEReport, evaluate_sae
@@ -128,8 +128,7 @@ def study(model: Any, site: str, store: Path, sae: Path, options: Options | None
 def _report(
     quality: SAEReport, run: SAERun, store: ActivationStore, curve: tuple[tuple[int, float], ...]
 ) -> SelfTextReport:
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = tuple((line["tokens"], line["fvu"]) for line in lines)
+    steps = tuple((line["tokens"], line["fvu"]) for line in json_lines(run.path / "metrics.jsonl"))
     return SelfTextReport(quality, steps, curve, store.manifest.kept, store.manifest.dropped, run.metrics["seconds"])
 
 

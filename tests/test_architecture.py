@@ -26,6 +26,8 @@ LAYERS = (
         "stats",
         "metrics",
         "similarity",
+        "atomic",
+        "jsontext",
         "records",
         "progress",
         "tokens",
@@ -49,14 +51,16 @@ LAYERS = (
 FOUNDATION = {
     "errors": set(),
     "stats": {"errors"},
-    "records": {"errors"},
+    "atomic": {"errors"},
+    "jsontext": {"errors"},
+    "records": {"errors", "atomic", "jsontext"},
     "similarity": {"errors", "stats"},
     "progress": {"errors"},
     "blocks": {"errors", "records", "stats"},
     "view": {"errors", "records", "stats", "blocks"},
     "report": {"errors", "records", "stats", "blocks", "view"},
-    "rundir": {"errors", "records"},
-    "runs": {"errors", "records", "stats", "blocks", "view", "report", "progress", "rundir"},
+    "rundir": {"errors", "jsontext", "records"},
+    "runs": {"errors", "jsontext", "records", "stats", "blocks", "view", "report", "progress", "rundir"},
 }
 """Parts that know only these others."""
 

@@ -207,7 +207,7 @@ def _marked(path: Path, raw: Sequence[str | None]) -> frozenset[int]:
     found: set[int | None] = set()
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (path / name).is_file():
-            settings = load_json(path / name)
+            settings = load_json(path / name, dict, foreign=True)
             found |= {ids.get(token) for token in _special_names(settings)}
             added = settings.get("added_tokens_decoder", {})
             found |= {int(i) for i, token in added.items() if token.get("special")}

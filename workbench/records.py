@@ -9,13 +9,15 @@ import functools
 import json
 import math
 import os
-import secrets
+import stat
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
+from workbench.atomic import sync_folder as sync_folder
+from workbench.atomic import write_atomic as write_atomic
 from workbench.errors import (
     CorruptFileError,
     InvalidInputError,
@@ -23,13 +25,18 @@ from workbench.errors import (
     UnknownConfigKeyError,
     did_you_mean,
 )
+from workbench.jsontext import parse_json
 
 T = TypeVar("T")
 
 MAX_INLINE_VALUES = 200_000
 """Arrays above this many values are refused in JSON; they belong in a safetensors or Parquet file."""
 
+MAX_JSON_BYTES = 2**29
+"""Larger JSON files are refused: parsed, they take about ten times as much memory."""
+
 _FLOAT_TAG = "$float"
+_INFINITIES = {"inf": math.inf, "-inf": -math.inf}
 
 
 def to_jsonable(value: Any) -> Any:
@@ -89,31 +96,43 @@ def save_json(path: str | os.PathLike[str], value: Any) -> Path:
     return write_atomic(path, text + "\n")
 
 
-def load_json(path: str | os.PathLike[str]) -> Any:
-    """The JSON content of a file.
+def load_json(path: str | os.PathLike[str], kind: Any = object, *, foreign: bool = False) -> Any:
+    """The JSON content of a file; `kind` and `foreign` are those of `parse_json`.
 
     Raises:
         MissingFileError: if there is no such file.
-        CorruptFileError: if it is not JSON.
+        CorruptFileError: if it is not JSON, or not of that kind.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingFileError(f"No file {path}. Check the path, or run the step that writes it.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path} is not JSON ({error}). Delete it and run the step that writes it.") from None
+    return parse_json(_read_bytes(path, MAX_JSON_BYTES), os.fspath(path), kind, foreign=foreign)
+
+
+def json_lines(path: str | os.PathLike[str], *, only_whole: bool = False) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one on each line; empty lines are left out.
+
+    With `only_whole` a last line without a line feed, which a killed process leaves, is left out too.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        CorruptFileError: naming the first line that is not a JSON object.
+    """
+    lines = _read_bytes(path, MAX_JSON_BYTES).split(b"\n")
+    for number, line in enumerate(lines[:-1] if only_whole else lines, 1):
+        if line.strip():
+            yield parse_json(line, f"{os.fspath(path)}, line {number},", dict, remedy="Correct or remove the line.")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file, without the byte order mark that it may begin with; line ends become line feeds.
 
     Raises:
+        MissingFileError: if there is no such file.
         CorruptFileError: if it is not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = _read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def not_utf8(path: str | os.PathLike[str], error: UnicodeDecodeError) -> CorruptFileError:
@@ -121,40 +140,20 @@ def not_utf8(path: str | os.PathLike[str], error: UnicodeDecodeError) -> Corrupt
     return CorruptFileError(f"{os.fspath(path)} is not UTF-8 text ({error}). Convert it, or leave it out.")
 
 
-def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write a file through a temporary neighbour, fsync and rename, making its folder. Returns the path.
-
-    Raises:
-        InvalidInputError: if the path is a folder.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise InvalidInputError(f"{target} is a folder and can't be written as a file. Name a file.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    # surrogates come from tokens that are half a character; they must not stop a run from being saved
-    raw = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
+def _read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
+    """The bytes of a regular file: reading a pipe or a device might never end."""
     try:
-        with open(partial, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(target.parent)
-    return target
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+            raise InvalidInputError(f"{os.fspath(path)} is {kind}, not a file. Name a file.")
+        if limit is not None and found.st_size > limit:
+            raise CorruptFileError(
+                f"{os.fspath(path)} has {found.st_size:,} bytes; at most {limit:,} are read. Name the right file."
+            )
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFileError(f"No file {path}. Check the path, or run the step that writes it.") from None
 
 
 def _float_to_json(value: float) -> Any:
@@ -194,7 +193,7 @@ def _name_of(cls: Any) -> str:
 def _wrong(where: str, expected: Any, data: Any) -> InvalidInputError:
     shown = repr(data) if len(repr(data)) <= 60 else repr(data)[:57] + "…"
     expected = expected if isinstance(expected, str) else _name_of(expected)
-    return InvalidInputError(f"{where}: {shown} is a {type(data).__name__}; expected {expected}. Mend that value.")
+    return InvalidInputError(f"{where}: {shown} is a {type(data).__name__}; expected {expected}. Correct that value.")
 
 
 def _decode(cls: Any, data: Any, where: str) -> Any:
@@ -238,9 +237,9 @@ def _decode_plain(cls: Any, data: Any, where: str) -> Any:
 def _decode_float(data: Any, where: str) -> float:
     if data is None:
         return math.nan
-    if isinstance(data, dict) and data.keys() == {_FLOAT_TAG}:
-        return float(data[_FLOAT_TAG])
-    if isinstance(data, int | float) and not isinstance(data, bool):
+    if isinstance(data, dict) and data.keys() == {_FLOAT_TAG} and data[_FLOAT_TAG] in tuple(_INFINITIES):
+        return _INFINITIES[data[_FLOAT_TAG]]
+    if isinstance(data, float) or (type(data) is int and data.bit_length() <= 1023):
         return float(data)
     raise _wrong(where, float, data)
 
@@ -254,7 +253,7 @@ def _decode_container(kind: Any, args: tuple[Any, ...], data: Any, where: str) -
             raise _wrong(where, "an object", data)
         key_type, value_type = args or (str, Any)
         return {
-            (int(key) if key_type is int else key): _decode(value_type, item, f"{where}[{key!r}]")
+            (_decode_key(key, where) if key_type is int else key): _decode(value_type, item, f"{where}[{key!r}]")
             for key, item in data.items()
         }
     if not isinstance(data, list | tuple):
@@ -267,6 +266,13 @@ def _decode_container(kind: Any, args: tuple[Any, ...], data: Any, where: str) -
     if set(map(type, data)) <= _as_they_are(item_type):
         return kind(data)
     return kind(_decode(item_type, item, f"{where}[{i}]") for i, item in enumerate(data))
+
+
+def _decode_key(key: str, where: str) -> int:
+    try:
+        return int(key)
+    except ValueError:
+        raise _wrong(f"{where}: the key", "an integer", key) from None
 
 
 @functools.cache

@@ -16,11 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from workbench.blocks import Section, flat_metrics
-from workbench.errors import InvalidInputError, MissingFileError, WorkbenchError, did_you_mean
-from workbench.records import from_jsonable, load_json, save_json, sync_folder, to_jsonable, write_atomic
+from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, WorkbenchError, did_you_mean
+from workbench.jsontext import content_of
+from workbench.records import from_jsonable, json_lines, load_json, save_json, sync_folder, to_jsonable, write_atomic
 from workbench.rundir.environment import environment, git_state
 from workbench.rundir.listing import RunInfo, find_run, list_runs
-from workbench.rundir.lock import lock_folder, lock_moved, unlock_folder
+from workbench.rundir.lock import lock_folder, lock_moved, remove_dead, unlock_folder
 
 __all__ = ["SCHEMA", "RunDir", "RunInfo", "find_run", "list_runs", "settings_of"]
 
@@ -48,6 +49,7 @@ class RunDir:
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
+        self._made: tuple[Path, ...] = ()  # folders around it that are its own
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r}, steps={list(self.steps())}, finished={self.finished})"
@@ -62,22 +64,24 @@ class RunDir:
             InvalidInputError: if the name can't be part of a folder name.
         """
         _check_name("run", name)
-        now = datetime.datetime.now(datetime.UTC)
-        short_id = secrets.token_hex(3)
-        path = Path(root) / f"{now:%Y%m%dT%H%M%SZ}-{name}-{short_id}"
-        settings = settings_of(config)
+        settings, folder = settings_of(config), Path(root)
         seed = settings.get("seed") if isinstance(settings, dict) else None
+        for left in folder.glob(".*.partial"):  # of processes that were killed here
+            remove_dead(left)
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        now = datetime.datetime.now(datetime.UTC)
         # made under another name first: a folder that can be seen is complete
-        partial = path.with_name(f".{path.name}.partial")
+        partial, path = _locked_partial(folder, f"{now:%Y%m%dT%H%M%SZ}-{name}")
         for sub in ("steps", "artifacts", "plots"):
-            (partial / sub).mkdir(parents=True)
+            (partial / sub).mkdir()
         save_json(partial / "config.json", settings)
         save_json(partial / "env.json", {"name": name, "started": now.isoformat()} | environment(seed))
-        lock_folder(partial)
         os.replace(partial, path)
         lock_moved(partial, path)
         sync_folder(path.parent)
-        return cls(path, name)
+        run = cls(path, name)
+        run._made = tuple(made)
+        return run
 
     @classmethod
     def resume_or_create(
@@ -110,7 +114,7 @@ class RunDir:
             raise MissingFileError(
                 f"{folder} is no run folder (no config.json and env.json). `workbench runs` lists those that exist."
             )
-        return cls(folder, str(load_json(folder / "env.json").get("name", folder.name)))
+        return cls(folder, str(load_json(folder / "env.json", dict).get("name", folder.name)))
 
     @property
     def artifacts(self) -> Path:
@@ -132,12 +136,13 @@ class RunDir:
     @property
     def env(self) -> dict[str, Any]:
         """The recorded environment."""
-        return load_json(self.path / "env.json")
+        return load_json(self.path / "env.json", dict)
 
     def steps(self) -> tuple[str, ...]:
         """Names of the saved steps, in the order in which they were first saved."""
-        orders = {file.stem: load_json(file)["order"] for file in (self.path / "steps").glob("*.json")}
-        return tuple(sorted((name for name in orders if not name.startswith(".")), key=lambda name: orders[name]))
+        files = [file for file in (self.path / "steps").glob("*.json") if not file.name.startswith(".")]
+        orders = {file.stem: self._record(file.stem)["order"] for file in files}
+        return tuple(sorted(orders, key=lambda name: orders[name]))
 
     def has(self, step: str) -> bool:
         """Whether the step was saved, by this process or by one before it."""
@@ -147,7 +152,7 @@ class RunDir:
         """Keep the result of a step; from here on a kill does not lose it. Saving again replaces it."""
         _check_name("step", step)
         done = self.steps()
-        order = load_json(self._step_file(step))["order"] if step in done else len(done)
+        order = self._record(step)["order"] if step in done else len(done)
         record = {"schema": SCHEMA, "name": step, "order": order, "saved": _now(), "section": section}
         save_json(self._step_file(step), record)
 
@@ -159,7 +164,7 @@ class RunDir:
         """
         if not self.has(step):
             raise MissingFileError(f"{self.path} has no step {step!r}. {did_you_mean(step, self.steps())}")
-        return from_jsonable(Section, load_json(self._step_file(step))["section"])
+        return from_jsonable(Section, self._record(step)["section"])
 
     def metrics(self, name: str, value: int | float, step: int) -> None:
         """Append one point of a curve to metrics.jsonl; null if not finite."""
@@ -171,9 +176,9 @@ class RunDir:
         """All points; of points written twice (a step done again after a kill) the last, in order of writing."""
         file = self.path / "metrics.jsonl"
         rows: dict[tuple[str, int], dict[str, Any]] = {}
-        for line in file.read_bytes().split(b"\n")[:-1] if file.exists() else ():
-            row = json.loads(line)
-            rows[row["name"], row["step"]] = row
+        with content_of(file):
+            for row in json_lines(file, only_whole=True) if file.exists() else ():
+                rows[row["name"], row["step"]] = row
         return list(rows.values())
 
     def note_model(self, model: Any) -> None:
@@ -210,7 +215,7 @@ class RunDir:
 
         sections = {step: self.load_step(step) for step in self.steps()}
         env = self.env
-        mirrored = load_json(self.path / "mirror.json") if (self.path / "mirror.json").exists() else {}
+        mirrored = load_json(self.path / "mirror.json", dict) if (self.path / "mirror.json").exists() else {}
         page = Page(
             title=str(env.get("title") or self.name),
             run=self.path.name,
@@ -237,6 +242,9 @@ class RunDir:
         if isinstance(error, WorkbenchError) and not self._has_results():  # wrong input leaves no folder behind
             shutil.rmtree(self.path, ignore_errors=True)  # while no other process can take it up
             unlock_folder(self.path)
+            with contextlib.suppress(OSError):  # unless somebody has put something there
+                for folder in self._made:
+                    folder.rmdir()
             return
         reason = "the program ended before the run was finished" if kind is None else f"stopped by {kind.__name__}"
         done = ", ".join(self.steps()) or "none"
@@ -258,6 +266,15 @@ class RunDir:
 
     def _step_file(self, step: str) -> Path:
         return self.path / "steps" / f"{step}.json"
+
+    def _record(self, step: str) -> dict[str, Any]:
+        record = load_json(self._step_file(step), dict)
+        if type(record.get("order")) is not int or "section" not in record:
+            raise CorruptFileError(
+                f"{self._step_file(step)} is not the record of a step (order and section). Delete it, and the same "
+                "command does the step again."
+            )
+        return record
 
     def _write_result(self) -> dict[str, Any]:
         env, metrics, findings = self.env, {}, []
@@ -309,6 +326,16 @@ def _check_name(what: str, name: str) -> None:
         raise InvalidInputError(
             f"{name!r} can't name a {what}. Use letters, digits, '.', '_' and '-', beginning with a letter or digit."
         )
+
+
+def _locked_partial(root: Path, stem: str) -> tuple[Path, Path]:
+    """A new hidden folder that this process holds, and the name that it gets when it is complete."""
+    while True:
+        path = root / f"{stem}-{secrets.token_hex(3)}"
+        partial = path.with_name(f".{path.name}.partial")
+        partial.mkdir(parents=True)
+        if lock_folder(partial):
+            return partial, path
 
 
 def _now() -> str:

@@ -85,7 +85,7 @@ def test_the_command_goes_on_and_tidies_up(folder: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         patched.setattr("workbench.features.explain._tested", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(words) == 130
-    assert list((folder / "stop" / ".rules").rglob("rules-0.json")) and not (folder / "stop" / "cards.json").exists()
+    assert list((folder / "stop" / ".rules").rglob("rules-0.json")) and not (folder / "stop" / "cards.parquet").exists()
     monkeypatch.setattr("workbench.features.explain.fit_rule", lambda *_: pytest.fail("rules were kept"))
     assert main(words) == 0
     assert not (folder / "stop" / ".rules").exists() and len(CardSet.load(folder / "stop")) == 2

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from workbench.errors import CorruptFileError, InvalidInputError, MismatchError,
 from workbench.features import ScoreOptions, cardset, explain, lens_tokens, score_features
 from workbench.features.cardmaking import CardOptions, bars, feature_cards, flags_of
 from workbench.features.cards import FeatureCard
-from workbench.features.cardset import CARDS_FILE, META_FILE, CardSet
+from workbench.features.cardset import CARDS_FILE, CardSet
 from workbench.features.examples import ExampleOptions
 from workbench.features.lens import lens_ends
 from workbench.features.windows import N_BINS, WindowOptions, bin_edges
@@ -108,7 +109,7 @@ def test_saved_cards_are_read_back_one_group_at_a_time(
     assert again[33] == cards[33]
     assert again.features == cards.features == tuple(range(40))
     assert again.meta == json.loads(json.dumps(cards.meta))
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [META_FILE, CARDS_FILE]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [CARDS_FILE]
     assert isinstance(iter(again), Iterator)
     assert all(len(vars(again._source)["_cards"]) <= 7 for _ in again)
 
@@ -119,13 +120,33 @@ def test_missing_and_damaged_cards_are_refused(cards: CardSet, tmp_path: Path) -
     folder = cards.save(tmp_path / "c")
     with pytest.raises(InvalidInputError, match="no card of feature 99"):
         cards[99]
-    meta = json.loads((folder / META_FILE).read_text())
-    (folder / META_FILE).write_text(json.dumps({**meta, "features": [1, 2]}))
-    with pytest.raises(CorruptFileError, match="does not belong"):
+    rows = pq.read_table(folder / CARDS_FILE)
+    pq.write_table(rows.replace_schema_metadata(None), folder / CARDS_FILE)
+    with pytest.raises(CorruptFileError, match="has no header"):
+        CardSet.load(folder)
+    pq.write_table(rows.drop_columns(["feature"]), folder / CARDS_FILE)
+    with pytest.raises(CorruptFileError, match="can't be read"):
         CardSet.load(folder)
     (folder / CARDS_FILE).write_bytes(b"PAR1 no")
     with pytest.raises(CorruptFileError, match="can't be read"):
         CardSet.load(folder)
+
+
+def test_a_writer_that_is_stopped_leaves_the_old_cards(
+    cards: CardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cards.save(tmp_path / "c")
+    other = CardSet(cards.features[:2], {**cards.meta, "n_tokens": 1}, cards._source)
+    monkeypatch.setattr("os.replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        other.save(folder)
+    assert [p.name for p in folder.iterdir()] == [CARDS_FILE]
+    again = CardSet.load(folder)
+    assert (again.features, again.meta) == (cards.features, json.loads(json.dumps(cards.meta)))
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_some_features_and_another_model(store: ActivationStore, cards: CardSet) -> None:

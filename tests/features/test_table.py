@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.features.test_input_score import make_store
@@ -89,7 +90,13 @@ def test_damaged_and_missing_tables_are_refused(table: FeatureTable, tmp_path: P
     with pytest.raises(MissingFileError, match="features score"):
         FeatureTable.load(tmp_path)
     table.save(tmp_path)
-    (tmp_path / "features.parquet").write_bytes(b"PAR1 no")
+    file = tmp_path / "features.parquet"
+    assert [path.name for path in tmp_path.iterdir()] == [file.name], "meta and rows can't be mixed"
+    rows = pq.read_table(file)
+    pq.write_table(rows.set_column(rows.column_names.index("contexts"), "contexts", [[1] * len(rows)]), file)
+    with pytest.raises(CorruptFileError, match="not iterable"):
+        FeatureTable.load(tmp_path)
+    file.write_bytes(b"PAR1 no")
     with pytest.raises(CorruptFileError):
         FeatureTable.load(tmp_path)
 

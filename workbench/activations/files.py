@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, did_you_mean
+from workbench.jsontext import parse_json
 from workbench.records import not_utf8, read_text
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -85,10 +85,7 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
 
 
 def _text_of_line(line: str, column: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CorruptFileError(f"{where} is not JSON ({error}). Mend or remove the line.") from None
+    value = parse_json(line, where, foreign=True, remedy="Correct or remove the line.")
     if not isinstance(value, dict):
         raise InvalidInputError(f"{where} holds a {type(value).__name__}, not an object with the key {column!r}.")
     if not isinstance(value.get(column), str):
@@ -97,7 +94,7 @@ def _text_of_line(line: str, column: str, where: str) -> str:
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
 
     file = _open_parquet(path, column)
     number = 0
@@ -111,17 +108,17 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
                     )
                 yield value
                 number += 1
-    except (ArrowInvalid, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise _not_parquet(path, error) from None
 
 
 def _open_parquet(path: Path, column: str) -> Any:
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         file = ParquetFile(path)
-    except (ArrowInvalid, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise _not_parquet(path, error) from None
     names = file.schema_arrow.names
     if column not in names:

@@ -13,6 +13,7 @@ from workbench.activations.folder import Folder
 from workbench.activations.keep import SINK_FACTOR
 from workbench.activations.quant import Int8Code
 from workbench.errors import CorruptFileError, InvalidInputError
+from workbench.jsontext import parse_json
 from workbench.records import from_jsonable, to_jsonable
 
 MANIFEST = "manifest.json"
@@ -150,11 +151,8 @@ def load_manifest(folder: Folder, name: str = MANIFEST) -> Manifest:
         CorruptFileError: if it is not one, or of a version that is not known here.
     """
     where = f"{folder.where}/{name}"
-    try:
-        raw = json.loads(folder.read(name))
-    except ValueError as error:
-        raise CorruptFileError(f"{where} is not JSON ({error}). Delete it and run the same harvest again.") from None
-    version = raw.get("version") if isinstance(raw, dict) else type(raw).__name__
+    raw = parse_json(folder.read(name), where, dict, remedy="Delete it and run the same harvest again.")
+    version = raw.get("version")
     if version not in READABLE_VERSIONS:
         raise CorruptFileError(
             f"{where} has format version {version!r}; this version reads {READABLE_VERSIONS}. Update the workbench, or "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.activations.folder import Folder, Part
 from workbench.errors import CorruptFileError
+from workbench.jsontext import parse_json
 
 _DTYPES = {torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8"}
 """In the order of the file: wide types first keep every tensor aligned."""
@@ -46,7 +47,7 @@ def read_tensor(folder: Folder, file: str, name: str) -> Tensor:
     """
     size = int.from_bytes(folder.read(file, 0, 8), "little")
     try:
-        entry = json.loads(folder.read(file, 8, 8 + size))[name]
+        entry = parse_json(folder.read(file, 8, 8 + size), f"{folder.where}/{file}", dict)[name]
         start, end = (8 + size + offset for offset in entry["data_offsets"])
         dtype = next(dtype for dtype, code in _DTYPES.items() if code == entry["dtype"])
         raw = bytearray(folder.read(file, start, end))

@@ -36,6 +36,8 @@ class Runs(BaseCommand):
             return
         for info in shown:
             yield f"{info.started[:16].replace('T', ' ')}  {info.status:<10}  {info.path}"
+            if info.problem:
+                yield f"    {info.problem}"
             for name, metric in list(info.metrics.items())[: self.metrics]:
                 yield f"    {name} = {_metric(metric)}"
         if total > len(shown):
@@ -60,10 +62,8 @@ class Report(BaseCommand):
 
 
 def _metric(metric: dict[str, Any]) -> str:
-    value = metric["value"]
-    if value is None:
-        return "n/a"
-    text = value if isinstance(value, str) else f"{value:.4g}"
-    if metric.get("low") is None or metric.get("high") is None:
+    value, low, high = (metric.get(key) for key in ("value", "low", "high"))
+    text = f"{value:.4g}" if isinstance(value, int | float) else "n/a" if value is None else str(value)
+    if not isinstance(low, int | float) or not isinstance(high, int | float):
         return text
-    return f"{text} [{metric['low']:.3g}, {metric['high']:.3g}] (n={metric['n']} {metric['unit']})"
+    return f"{text} [{low:.3g}, {high:.3g}] (n={metric.get('n')} {metric.get('unit')})"

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from workbench.atomic import replacing
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError
 from workbench.features.cards import FeatureCard
+from workbench.features.parquetheader import HEADER, header, read_header
+from workbench.jsontext import content_of, parse_json
 from workbench.progress import track
-from workbench.records import from_jsonable, load_json, save_json, sync_folder, to_jsonable
+from workbench.records import from_jsonable, to_jsonable
 
 CARDS_FILE = "cards.parquet"
-META_FILE = "cards.json"
-VERSION = 1
+VERSION = 2
+AGAIN = "Make the cards again."
 ROW_GROUP = 32
 """Cards that are read at once."""
 
@@ -64,25 +65,20 @@ class CardSet:
         return (self._source.card(place) for place in range(len(self)))
 
     def save(self, path: str | Path) -> Path:
-        """Writes `cards.json` and `cards.parquet` into a folder; returns it. Memory does not grow with the cards."""
+        """Writes `cards.parquet` into a folder; returns the folder. Memory does not grow with the cards.
+
+        A process that is killed leaves the cards that were there before, or the new ones.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / CARDS_FILE
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         fields = [("feature", pa.int64()), ("frequency", pa.float64()), ("max_act", pa.float64())]
         schema = pa.schema([*fields, ("flags", pa.list_(pa.string())), ("card", pa.string())])
-        try:
-            with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-                for group in _groups(track(self, total=len(self), description="cards", unit="cards")):
-                    writer.write_table(pa.Table.from_pylist([_row(card) for card in group], schema=schema))
-            save_json(folder / META_FILE, {"version": VERSION, "meta": self.meta, "features": list(self.features)})
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_folder(folder)
+        schema = schema.with_metadata({HEADER: header({"version": VERSION, "meta": self.meta})})
+        with replacing(folder / CARDS_FILE) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for group in _groups(track(self, total=len(self), description="cards", unit="cards")):
+                writer.write_table(pa.Table.from_pylist([_row(card) for card in group], schema=schema))
         return folder
 
     @classmethod
@@ -101,14 +97,12 @@ class CardSet:
             raise MissingFileError(
                 f"No feature cards in {folder}: it has no {CARDS_FILE}. Make them with feature_cards."
             )
-        record = load_json(folder / META_FILE)
-        try:
+        with content_of(folder / CARDS_FILE, AGAIN, pa.ArrowException, OSError):
             file = pq.ParquetFile(folder / CARDS_FILE)
-            stored = file.read(columns=["feature"])["feature"].to_pylist()
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise CorruptFileError(f"{folder / CARDS_FILE} can't be read ({error}). Make the cards again.") from None
-        if not isinstance(record, dict) or record.get("version") != VERSION or record.get("features") != stored:
-            raise CorruptFileError(f"{folder / META_FILE} does not belong to {CARDS_FILE}. Make the cards again.")
+            record = read_header(file.schema_arrow.metadata, folder / CARDS_FILE, AGAIN)
+            if record.get("version") != VERSION or not isinstance(record.get("meta"), dict):
+                raise CorruptFileError(f"{folder / CARDS_FILE} holds no cards of format {VERSION}. {AGAIN}")
+            stored = [int(feature) for feature in file.read(columns=["feature"])["feature"].to_pylist()]
         return cls(tuple(stored), record["meta"], _Stored(folder / CARDS_FILE, file))
 
     def __repr__(self) -> str:
@@ -125,16 +119,16 @@ class _Stored:
         self._first = [sum(sizes[:i]) for i in range(len(sizes))]
 
     def card(self, place: int) -> FeatureCard:
+        import pyarrow as pa
+
         group = bisect.bisect_right(self._first, place) - 1
         if group != self._group:
-            self._cards = self._file.read_row_group(group, columns=["card"])["card"].to_pylist()
+            with content_of(self._path, AGAIN, pa.ArrowException, OSError):
+                self._cards = self._file.read_row_group(group, columns=["card"])["card"].to_pylist()
             self._group = group
-        try:
-            return from_jsonable(FeatureCard, json.loads(self._cards[place - self._first[group]]))
-        except ValueError as error:
-            raise CorruptFileError(
-                f"{self._path}: card {place} can't be read ({error}). Make the cards again."
-            ) from None
+        where = f"{self._path}: card {place}"
+        with content_of(where, AGAIN):
+            return from_jsonable(FeatureCard, parse_json(self._cards[place - self._first[group]], where, remedy=AGAIN))
 
 
 def _groups(cards: Iterator[FeatureCard]) -> Iterator[list[FeatureCard]]:

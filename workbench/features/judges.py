@@ -20,6 +20,7 @@ import torch
 
 from workbench.errors import CorruptFileError, InvalidInputError, ModelUnavailableError
 from workbench.features.judge import parse_rating, parse_reply
+from workbench.jsontext import content_of, parse_json
 from workbench.models.model import Model
 from workbench.progress import track
 from workbench.records import read_text
@@ -335,12 +336,7 @@ def _lines(path: Path, key: str) -> dict[str, str]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
+        with content_of(f"{path}, line {number},", f'A line is {{"id": ..., "{key}": ...}}. Correct or remove it.'):
+            entry = parse_json(line, f"{path}, line {number},", dict, remedy="Correct or remove that line.")
             found[str(entry["id"])] = str(entry[key])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptFileError(
-                f'{path}, line {number}: {line[:60]!r} is not {{"id": ..., "{key}": ...}} ({type(error).__name__}). '
-                "Mend or remove that line."
-            ) from None
     return found

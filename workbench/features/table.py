@@ -20,13 +20,15 @@ from workbench.errors import (
     did_you_mean,
 )
 from workbench.features.origin import origin, require_same_origin
+from workbench.features.parquetheader import HEADER, header, read_header
 from workbench.features.report import FeatureScoreReport, score_report
-from workbench.records import load_json, save_json, write_atomic
+from workbench.jsontext import content_of
+from workbench.records import from_jsonable, write_atomic
 
 IN_RUN = "artifacts/features"
 """Where `workbench features score` saves a table in its run folder."""
 TABLE_FILE = "features.parquet"
-META_FILE = "features.json"
+AGAIN = "Score the features again."
 COLUMNS = (
     "feature", "input_score", "output_score", "output_score_delta", "confidence_delta", "frequency", "max_act",
     "n_contexts", "best_token", "top_tokens", "top_token_ids", "contexts", "context_token_ids",
@@ -150,11 +152,15 @@ class FeatureTable:
         return score_report(self.df, self.meta, self.controls, threshold, high)
 
     def save(self, path: str | Path) -> Path:
-        """Writes `features.parquet` and `features.json` into a folder; returns it. Atomic, the Parquet file last."""
+        """Writes `features.parquet` into a folder, whole or not at all; returns the folder."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         folder = Path(path)
         buffer = io.BytesIO()
-        self.df.to_parquet(buffer, index=False)
-        save_json(folder / META_FILE, {"version": 1, "meta": self.meta, "controls": self.controls})
+        rows = pa.Table.from_pandas(self.df, preserve_index=False)
+        said = {HEADER: header({"version": 2, "meta": self.meta, "controls": self.controls})}
+        pq.write_table(rows.replace_schema_metadata({**(rows.schema.metadata or {}), **said}), buffer)
         write_atomic(folder / TABLE_FILE, buffer.getvalue())
         return folder
 
@@ -166,8 +172,8 @@ class FeatureTable:
             MissingFileError: if there is none.
             CorruptFileError: if its files can't be read.
         """
-        import pandas as pd
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
         folder = Path(path)
         if not (folder / TABLE_FILE).is_file() and (folder / IN_RUN / TABLE_FILE).is_file():
@@ -176,24 +182,16 @@ class FeatureTable:
             raise MissingFileError(
                 f"No feature table in {folder}: it has no {TABLE_FILE}. Make one with `workbench features score`."
             )
-        record = load_json(folder / META_FILE)
-        try:
-            df = pd.read_parquet(folder / TABLE_FILE)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CorruptFileError(
-                f"{folder / TABLE_FILE} is not a Parquet file ({error}). Score the features again."
-            ) from error
-        missing = [column for column in COLUMNS if column not in df]
-        if missing or not isinstance(record, dict) or not {"meta", "controls"} <= set(record):
-            raise CorruptFileError(
-                f"{folder} is not a feature table; missing: {missing}. {did_you_mean('feature', df.columns)}"
-            )
-        for column in ("top_tokens", "top_token_ids", "contexts", "context_token_ids"):
-            df[column] = [list(value) for value in df[column]]
-        controls = {
-            name: tuple(float("nan") if v is None else v for v in values) for name, values in record["controls"].items()
-        }
-        return cls(df, record["meta"], controls)
+        with content_of(folder / TABLE_FILE, AGAIN, pa.ArrowException, OSError):
+            rows = pq.read_table(folder / TABLE_FILE)
+            record = read_header(rows.schema.metadata, folder / TABLE_FILE, AGAIN)
+            if missing := [column for column in COLUMNS if column not in rows.column_names]:
+                raise CorruptFileError(f"{folder / TABLE_FILE} lacks the columns {', '.join(missing)}. {AGAIN}")
+            df = rows.to_pandas()
+            for column in ("top_tokens", "top_token_ids", "contexts", "context_token_ids"):
+                df[column] = [list(value) for value in df[column]]
+            controls = from_jsonable(dict[str, tuple[float, ...]], record["controls"])
+            return cls(df, from_jsonable(dict[str, Any], record["meta"]), controls)
 
     def __repr__(self) -> str:
         where = f"{self.meta.get('site')} in {self.meta.get('model')}"

@@ -17,7 +17,7 @@ from workbench.glitch.journal import Journal
 from workbench.glitch.probing import dtype_name
 from workbench.glitch.result import shown
 from workbench.progress import task
-from workbench.records import from_jsonable, to_jsonable, write_atomic
+from workbench.records import from_jsonable, json_lines, to_jsonable, write_atomic
 from workbench.report import Report, Section, Table, Text
 from workbench.stats import Estimate, clopper_pearson, mcnemar, paired_difference
 
@@ -244,8 +244,7 @@ def save_items(path: str | Path, items: Iterable[AdtItem]) -> Path:
 
 def load_items(path: str | Path) -> tuple[AdtItem, ...]:
     """The items of a file that `save_items` wrote."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return tuple(from_jsonable(AdtItem, json.loads(line)) for line in lines if line)
+    return tuple(from_jsonable(AdtItem, line) for line in json_lines(path))
 
 
 def _gold(item: AdtItem) -> list[str]:

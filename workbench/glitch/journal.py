@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import CorruptFileError, InvalidInputError, MismatchError
+from workbench.jsontext import parse_json
 from workbench.records import to_jsonable
 
 TOKEN = "token_id"
@@ -97,15 +98,8 @@ class Journal:
             self._done.setdefault(row[self.row_id], {}).update(row)
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorruptFileError(
-                f"{self.path}, line {number}: not JSON ({error}). Delete the line, and its token is tested again."
-            ) from None
-        if not isinstance(row, dict):
-            raise CorruptFileError(f"{self.path}, line {number}: a {type(row).__name__}, not an object. Delete it.")
-        return row
+        remedy = "Delete the line, and its token is tested again."
+        return parse_json(line, f"{self.path}, line {number},", dict, remedy=remedy)
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n" for row in rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -56,7 +55,7 @@ def save_repaired(made: Repair, source: str | Path, out: str | Path, *, untie: b
     matrices = in_folder(source)
     again = _from_files(made, matrices, source)
     copies = _copies(source, matrices.E_in)
-    new_head = _new_head(again, copies, load_json(source / "config.json"), untie)
+    new_head = _new_head(again, copies, load_json(source / "config.json", dict, foreign=True), untie)
     changes = _changes(again, matrices, copies, new_head)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
@@ -194,7 +193,7 @@ def _changed(name: str, tensor: Tensor, values: Tensor | None, ids: Sequence[int
 
 
 def _untie_config(path: Path) -> None:
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config: dict[str, Any] = load_json(path, dict, foreign=True)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False

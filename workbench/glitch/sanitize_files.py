@@ -136,7 +136,7 @@ def _claim(file: Path, key: dict[str, str]) -> None:
     """Notes what a new file depends on, and refuses one that depends on something else or says nothing about it."""
     noted = file.with_name(f"{file.name}.key.json")
     if file.is_file() and file.stat().st_size:
-        require_same(file, load_json(noted) if noted.is_file() else {}, key)
+        require_same(file, load_json(noted, dict) if noted.is_file() else {}, key)
     else:
         save_json(noted, key)
 

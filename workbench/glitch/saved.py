@@ -16,6 +16,7 @@ from workbench.errors import CorruptFileError, MissingFileError, UnknownNameErro
 from workbench.glitch.report import GlitchReport
 from workbench.glitch.result import cell_text, shown
 from workbench.glitch.tokenizer import LossyByte, analyse
+from workbench.jsontext import content_of
 from workbench.records import load_json
 
 GRADES: dict[str, str] = {
@@ -162,23 +163,19 @@ def load_scan(path: str | Path) -> SavedScan:
         CorruptFileError: if a file is not what a scan writes.
     """
     file = _scan_file(Path(path).expanduser())
-    facts = load_json(file)
-    if not isinstance(facts, dict) or not {"model", "candidates", "tokenizer"} <= facts.keys():
+    facts = load_json(file, dict)
+    if not {"model", "candidates", "tokenizer"} <= facts.keys():
         raise CorruptFileError(
             f"{file} is not the glitch.json of a scan. Name a run folder of `workbench glitch scan`."
         )
     table = file.with_name("tokens.csv")
-    try:
+    with content_of(file.parent, "Scan the model again.", csv.Error):
         tokens = _from_csv(table) if table.is_file() else _from_json(facts)
         lossy = tuple(LossyByte(int(x["byte"]), x["text"], x["back"]) for x in facts["tokenizer"].get("lossy", []))
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise CorruptFileError(
-            f"{file.parent} does not hold a readable scan ({type(error).__name__}: {error}). Scan the model again."
-        ) from error
-    return SavedScan(
-        str(facts["model"]), str(path), tokens, table.is_file(), lossy, facts.get("indicator") is not None,
-        str(facts["tokenizer"].get("vocabulary", "")),
-    )  # fmt: skip
+        return SavedScan(
+            str(facts["model"]), str(path), tokens, table.is_file(), lossy, facts.get("indicator") is not None,
+            str(facts["tokenizer"].get("vocabulary", "")),
+        )  # fmt: skip
 
 
 def _scan_file(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownNameError
+from workbench.records import load_json
 
 BLOCK_ROWS = 16_384
 """Rows per block: 16k rows of width 8,192 are half a GiB in fp32."""
@@ -249,10 +249,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{path} is not valid JSON ({error}). Fetch it again.") from error
+    return load_json(path, dict, foreign=True)
 
 
 def _candidates(names: dict[str, Path], kinds: tuple[str, ...], like: Matrix | None = None) -> list[str]:

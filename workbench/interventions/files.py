@@ -19,6 +19,7 @@ from workbench.hooks.sites import Site
 from workbench.interventions import bytoken, gates, ops, replacing, saes, shapes
 from workbench.interventions.op import Op
 from workbench.interventions.scopes import Scope
+from workbench.jsontext import content_of
 from workbench.records import load_json, save_json, write_atomic
 
 FORMAT = 1
@@ -61,19 +62,15 @@ def load(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not (folder / _JSON).is_file():
         raise MissingFileError(f"{folder} holds no intervention: {_JSON} not found. Make one with Intervention.save.")
-    record = load_json(folder / _JSON)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    record = load_json(folder / _JSON, dict)
+    if record.get("format") != FORMAT:
         raise CorruptFileError(f"{folder / _JSON}: not an intervention of format {FORMAT}.")
     tensors = {}
     if (folder / _TENSORS).is_file():
-        try:
+        with content_of(folder / _TENSORS, "Save the intervention again.", safetensors.SafetensorError, OSError):
             tensors = safetensors.torch.load_file(folder / _TENSORS)
-        except safetensors.SafetensorError as error:
-            raise CorruptFileError(f"{folder / _TENSORS} can't be read: {error}.") from error
-    try:
+    with content_of(folder / _JSON, "Save the intervention again."):
         content = _Reader(folder, tensors).value(record["content"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(f"{folder / _JSON} is not a saved intervention: {error!r}.") from error
     if not isinstance(content, dict):
         raise CorruptFileError(f"{folder / _JSON} is not a saved intervention: its content is no object.")
     return content

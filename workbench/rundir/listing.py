@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import CorruptFileError, MissingFileError, did_you_mean
+from workbench.jsontext import content_of
 from workbench.records import load_json
 from workbench.rundir.lock import locked_elsewhere
+
+Status = Literal["finished", "running", "unfinished", "unreadable"]
 
 
 @dataclass(frozen=True)
@@ -20,23 +23,24 @@ class RunInfo:
         path: the folder.
         name: what was run.
         started: UTC time in ISO form.
-        status: "finished", "running" (another process works in it) or "unfinished" (will be continued).
+        status: "finished", "running" (another process works in it), "unfinished" (will be continued) or "unreadable".
         metrics: the flat metrics of result.json; empty until the run is finished.
+        problem: why an unreadable run can't be read.
     """
 
     path: Path
     name: str
     started: str
-    status: Literal["finished", "running", "unfinished"]
+    status: Status
     metrics: dict[str, Any]
+    problem: str = ""
 
 
 def list_runs(root: str | os.PathLike[str] = "runs") -> tuple[RunInfo, ...]:
-    """The run folders directly inside `root`, newest first; none if there is no such folder."""
+    """The run folders directly inside `root`, newest first, then the unreadable; none if there is no such folder."""
     folder = Path(root)
-    paths = [path for path in folder.iterdir() if _is_run(path)] if folder.is_dir() else []
-    infos = [info for path in paths if (info := _info(path)) is not None]
-    return tuple(sorted(infos, key=lambda info: info.started, reverse=True))
+    paths = sorted(path for path in folder.iterdir() if _is_run(path)) if folder.is_dir() else []
+    return tuple(sorted(map(_info, paths), key=lambda info: info.started, reverse=True))
 
 
 def find_run(asked: str | os.PathLike[str], root: str | os.PathLike[str] = "runs") -> Path:
@@ -48,7 +52,7 @@ def find_run(asked: str | os.PathLike[str], root: str | os.PathLike[str] = "runs
     text = os.fspath(asked)
     if _is_run(Path(text)):
         return Path(text)
-    runs = list_runs(root)
+    runs = [info for info in list_runs(root) if info.status != "unreadable"]
     if text == "latest" and runs:
         return runs[0].path
     names = [info.path.name for info in runs]
@@ -66,18 +70,21 @@ def _is_run(path: Path) -> bool:
     return not path.name.startswith(".") and (path / "config.json").is_file() and (path / "env.json").is_file()
 
 
-def _info(path: Path) -> RunInfo | None:
+def _info(path: Path) -> RunInfo:
     try:
-        env = load_json(path / "env.json")
-        result = load_json(path / "result.json") if (path / "result.json").is_file() else {}
-    except (CorruptFileError, MissingFileError):
-        return None
+        env = load_json(path / "env.json", dict)
+        load_json(path / "config.json")
+        result = load_json(path / "result.json", dict) if (path / "result.json").is_file() else {}
+        with content_of(path / "result.json"):
+            metrics = {str(name): dict(metric) for name, metric in result.get("metrics", {}).items()}
+    except (CorruptFileError, MissingFileError) as error:
+        return RunInfo(path, path.name, "", "unreadable", {}, str(error))
     status = _status(path)
-    metrics = result.get("metrics", {}) if status == "finished" else {}
-    return RunInfo(path, str(env.get("name", path.name)), str(env.get("started", "")), status, metrics)
+    name, started = str(env.get("name", path.name)), str(env.get("started", ""))
+    return RunInfo(path, name, started, status, metrics if status == "finished" else {})
 
 
-def _status(path: Path) -> Literal["finished", "running", "unfinished"]:
+def _status(path: Path) -> Status:
     if (path / "DONE").exists():
         return "finished"
     return "running" if locked_elsewhere(path) else "unfinished"

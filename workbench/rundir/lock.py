@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from pathlib import Path
 
 try:
@@ -18,14 +20,19 @@ def lock_folder(folder: Path) -> bool:
     key = folder.resolve()
     if key in _held or fcntl is None:
         return True
-    handle = os.open(key / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(key / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:  # another process has just removed the folder
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return False
-    _held[key] = handle
-    return True
+        if os.path.samestat(os.fstat(handle), os.stat(key / ".lock")):
+            _held[key] = handle
+            return True
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    return False
 
 
 def unlock_folder(folder: Path) -> None:
@@ -33,6 +40,18 @@ def unlock_folder(folder: Path) -> None:
     handle = _held.pop(folder.resolve(), None)
     if handle is not None:
         os.close(handle)
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove a folder that no live process works in."""
+    if fcntl is None or folder.resolve() in _held:
+        return
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # killed before it was locked
+        return
+    if (folder / ".lock").exists() and lock_folder(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        unlock_folder(folder)
 
 
 def lock_moved(old: Path, new: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,16 @@ import safetensors.torch
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
-from workbench.errors import CorruptFileError, MismatchError
-from workbench.records import load_json, sync_folder, to_jsonable, write_atomic
+from workbench.atomic import replacing
+from workbench.errors import MismatchError
+from workbench.jsontext import content_of, parse_json
+from workbench.records import json_lines, load_json, to_jsonable, write_atomic
 from workbench.saes.config import SAEConfig
 from workbench.saes.io import CONFIG_FILE, WEIGHTS_FILE
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"
+_RETRAIN = "Delete it to train from the start."
 FREE_TO_CHANGE = ("checkpoint_seconds", "device")
 """Fields that may differ when a run is continued."""
 
@@ -32,17 +33,9 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, 
 
     A process that is killed at any moment leaves the previous checkpoint or the new one.
     """
-    target = folder / CHECKPOINT_FILE
-    partial = folder / f".{CHECKPOINT_FILE}.{secrets.token_hex(4)}.tmp"
-    try:
-        safetensors.torch.save_file(tensors, partial, metadata={"state": json.dumps(state)})
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(folder)
-    return target
+    with replacing(folder / CHECKPOINT_FILE) as file:
+        safetensors.torch.save_file(tensors, file.name, metadata={"state": json.dumps(state)})
+    return folder / CHECKPOINT_FILE
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -51,13 +44,11 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     Raises:
         CorruptFileError: if it can't be read.
     """
-    for partial in folder.glob(f".{CHECKPOINT_FILE}.*.tmp"):
-        partial.unlink(missing_ok=True)
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
         return None
     with _readable(path), safetensors.safe_open(path, framework="pt") as file:
-        state = json.loads(file.metadata()["state"])
+        state = _state(path, file)
         return {key: file.get_tensor(key) for key in file.keys()}, state  # noqa: SIM118 - not a dict
 
 
@@ -71,15 +62,17 @@ def checkpoint_state(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with _readable(path), safetensors.safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["state"])
+        return _state(path, file)
+
+
+def _state(path: Path, file: Any) -> dict[str, Any]:
+    return parse_json(file.metadata()["state"], str(path), dict, foreign=True, remedy=_RETRAIN)
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    try:
+    with content_of(path, _RETRAIN, safetensors.SafetensorError, OSError):
         yield
-    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CorruptFileError(f"{path} can't be read ({error}). Delete it to train from the start.") from None
 
 
 def store_id(store: ActivationStore) -> str:
@@ -110,17 +103,19 @@ def finished_metrics(folder: Path, config: SAEConfig, store: ActivationStore) ->
     """
     if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         return None
-    ours = load_json(folder / CONFIG_FILE).get("metadata", {}).get("workbench")
-    if not ours:
-        raise MismatchError(f"{folder} holds an SAE that was not trained here. Use another folder.")
-    check_same(folder / CONFIG_FILE, ours["config"], ours["store"], config, store)
-    return ours["metrics"]
+    file = folder / CONFIG_FILE
+    with content_of(file, "Use another folder, or delete it."):
+        ours = load_json(file, dict, foreign=True).get("metadata", {}).get("workbench")
+        if not ours:
+            raise MismatchError(f"{folder} holds an SAE that was not trained here. Use another folder.")
+        check_same(file, ours["config"], ours["store"], config, store)
+        return ours["metrics"]
 
 
 def truncate_metrics(folder: Path, step: int) -> None:
     """Drops the lines after a step, which is made again; with step 0 all of them."""
     path = folder / METRICS_FILE
     if path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_atomic(path, "".join(line + "\n" for line in kept))
+        with content_of(path):
+            kept = [line for line in json_lines(path, only_whole=True) if line["step"] <= step]
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -11,7 +11,7 @@ from workbench.activations.folder import in_use
 from workbench.activations.store import ActivationStore, open_store
 from workbench.errors import InvalidInputError
 from workbench.saes.batches import OrderKey
-from workbench.saes.checkpoint import finished_metrics
+from workbench.saes.checkpoint import CHECKPOINT_FILE, finished_metrics
 from workbench.saes.config import OPTIONS, SAEConfig
 from workbench.saes.group import Group
 from workbench.saes.member import Log
@@ -162,4 +162,7 @@ def _train(store: ActivationStore, members: Sequence[tuple[SAEConfig, Path]], lo
 def _finished(store: ActivationStore, members: Sequence[tuple[SAEConfig, Path]]) -> dict[Path, SAERun]:
     """The runs that need no training, by folder."""
     found = {folder: finished_metrics(folder, config, store) for config, folder in members}
-    return {folder: SAERun(folder, metrics) for folder, metrics in found.items() if metrics is not None}
+    runs = {folder: SAERun(folder, metrics) for folder, metrics in found.items() if metrics is not None}
+    for folder in runs:
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # of a process killed after its last step
+    return runs

@@ -199,8 +199,8 @@ def merge_lora(hf: nn.Module, folder: str | Path) -> MergedLora:
     for name in (_CONFIG, _TENSORS):
         if not (folder / name).is_file():
             raise MissingFileError(f"{folder} holds no LoRA adapter: {name} not found.")
-    config = load_json(folder / _CONFIG)
-    if not isinstance(config, dict) or not isinstance(config.get("target_modules"), list) or not config.get("r"):
+    config = load_json(folder / _CONFIG, dict, foreign=True)
+    if not isinstance(config.get("target_modules"), list) or not config.get("r"):
         raise CorruptFileError(f"{folder / _CONFIG} is not the config of a LoRA adapter with a list of modules.")
     other = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(key)]
     if other:

@@ -28,13 +28,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CorruptFileError: if it is not an object.
     """
-    try:
-        config = load_json(path)
-    except RecursionError as error:
-        raise CorruptFileError(f"{path} does not describe an SAE: its JSON is nested too deeply.") from error
-    if not isinstance(config, dict):
-        raise CorruptFileError(f"{path} does not describe an SAE: it holds a {type(config).__name__}, not an object.")
-    return config
+    return load_json(path, dict, foreign=True)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
