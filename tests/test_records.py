@@ -14,8 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workbench import atomic
+from workbench.atomic import replacing, write_atomic
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownConfigKeyError
-from workbench.records import from_jsonable, load_json, read_text, save_json, to_jsonable, write_atomic
+from workbench.jsontext import content_of, parse_json
+from workbench.records import from_jsonable, json_lines, load_json, read_text, save_json, to_jsonable
 
 
 class Colour(enum.Enum):
@@ -155,6 +158,100 @@ def test_missing_and_broken_files_say_so(tmp_path: Path) -> None:
         load_json(tmp_path / "nothing.json")
     with pytest.raises(CorruptFileError, match="is not JSON"):
         load_json(write_atomic(tmp_path / "a.json", "{"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 200_000, "nested more than 64"),
+        ('{"a":' * 70 + "1" + "}" * 70, "nested more than 64"),
+        ("9" * 5000, "5000 digits"),
+        ("9" * 21, "21 digits"),
+        ("1e999", "too large"),
+        ("[NaN]", "NaN is no JSON"),
+        ('{"a": -Infinity}', "-Infinity is no JSON"),
+        ('{"a": 1, "a": 2}', "'a' occurs twice"),
+        ("\x00", "is not JSON"),
+        ("", "is not JSON"),
+    ],
+)
+def test_json_that_can_not_be_used_is_refused_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(CorruptFileError, match=said) as caught:
+        load_json(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_json_of_other_programs_may_hold_what_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"limit": [0.0, Infinity], "max": 1000000000000000019884624838656, "max": 1}')
+    assert load_json(tmp_path / "a.json", dict, foreign=True) == {"limit": [0.0, float("inf")], "max": 1}
+    for text in ("[" * 200_000, "9" * 5000, "{"):
+        with pytest.raises(CorruptFileError):
+            parse_json(text, "here", foreign=True)
+
+
+def test_only_json_files_of_the_right_kind_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(CorruptFileError, match="utf-8"):
+        load_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[1]")
+    with pytest.raises(CorruptFileError, match="holds a list, not an object"):
+        load_json(tmp_path / "a.json", dict)
+    with pytest.raises(InvalidInputError, match="is a folder"):
+        load_json(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InvalidInputError, match="a pipe"):
+        load_json(tmp_path / "pipe")
+    with open(tmp_path / "huge.json", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(CorruptFileError, match=r"1,099,511,627,776 bytes"):
+        load_json(tmp_path / "huge.json")
+
+
+def test_lines_of_json_name_the_wrong_one(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"a": "\u2028"}\n\n{"b": 2}\n{"c"')
+    assert list(json_lines(file, only_whole=True)) == [{"a": "\u2028"}, {"b": 2}]
+    with pytest.raises(CorruptFileError, match="line 4"):
+        list(json_lines(file))
+    file.write_text("[]")
+    with pytest.raises(CorruptFileError, match="line 1, holds a list"):
+        list(json_lines(file))
+
+
+@pytest.mark.parametrize("data", [{"$float": "x"}, {"$float": [1]}, {"$float": None}, 10**400])
+def test_what_is_no_float_is_refused(data: object) -> None:
+    with pytest.raises(InvalidInputError):
+        from_jsonable(float, data)
+    with pytest.raises(InvalidInputError):
+        from_jsonable(dict[int, float], {"x": 1.0})
+
+
+def test_errors_of_a_file_s_content_name_the_file() -> None:
+    for wrong in (lambda: {}["a"], lambda: int("x"), lambda: 1 / 0, lambda: None.items(), lambda: [][0]):  # type: ignore
+        with (
+            pytest.raises(CorruptFileError, match=r"^a\.json can't be read \(\w+: .+\)\. Delete it"),
+            content_of("a.json"),
+        ):
+            wrong()
+    with pytest.raises(MissingFileError), content_of("a.json"):
+        raise MissingFileError("no")
+
+
+def test_what_killed_writers_left_is_removed_and_what_live_ones_write_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "_swept", set())
+    (tmp_path / ".b.json.0123abcd.wb.tmp").write_text("left")
+    (tmp_path / ".b.json.0123abcd.tmp").write_text("another program's")
+    with replacing(tmp_path / "a.json") as file:
+        monkeypatch.setattr(atomic, "_swept", set())
+        write_atomic(tmp_path / "b.json", "1")
+        assert Path(file.name).exists()
+        file.write(b"2")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", ".b.json.0123abcd.tmp"}
+    assert (tmp_path / "a.json").read_text() == "2"
 
 
 _json = st.recursive(

@@ -13,9 +13,9 @@ import pytest
 
 import workbench.rundir.mirror as mirror_module
 from workbench.errors import InvalidInputError, MissingFileError
-from workbench.records import load_json
+from workbench.records import load_json, save_json
 from workbench.report import Bars, Section, Table
-from workbench.rundir.lock import lock_folder
+from workbench.rundir.lock import lock_folder, unlock_folder
 from workbench.runs import RunDir, find_run, list_runs
 from workbench.stats import wilson
 
@@ -175,6 +175,47 @@ def test_runs_are_listed_newest_first_and_found_by_part_of_the_name(tmp_path: Pa
         RunDir.open(tmp_path)
 
 
+def test_unreadable_runs_are_listed_and_end_nothing(tmp_path: Path) -> None:
+    good, bad = (RunDir.create(name, Config(), tmp_path) for name in ("good", "bad"))
+    unlock_folder(bad.path)
+    for name, text in (("env.json", "[" * 5000), ("config.json", "{"), ("result.json", '{"metrics": 7}')):
+        (bad.path / name).write_text(text)
+        infos = list_runs(tmp_path)
+        assert [(info.status, name in info.problem) for info in infos] == [("unfinished", False), ("unreadable", True)]
+        assert find_run("latest", tmp_path) == good.path
+        save_json(bad.path / name, {})
+    assert RunDir.resume_or_create("good", Config(), tmp_path).path == good.path
+
+
+def test_refused_work_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for root in ("new/runs", "own"):
+        with pytest.raises(InvalidInputError), RunDir.create("x", Config(), tmp_path / root):
+            raise InvalidInputError("no")
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    with pytest.raises(InvalidInputError), RunDir.create("x", Config(), tmp_path / "shared"):
+        other = RunDir.create("y", Config(), tmp_path / "shared")
+        raise InvalidInputError("no")
+    assert list((tmp_path / "shared").iterdir()) == [other.path]
+
+
+def test_folders_of_killed_processes_are_removed_and_those_of_live_ones_stay(tmp_path: Path) -> None:
+    dead, empty, live = (tmp_path / f".20200101T000000Z-x-{i}.partial" for i in range(3))
+    for folder in (dead, empty, live):
+        folder.mkdir()
+    (dead / ".lock").touch()
+    (dead / "config.json").touch()
+    code = "import sys; from workbench.rundir.lock import *; lock_folder(Path(sys.argv[1])); print(1, flush=1); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(live)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_env()
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        RunDir.create("y", Config(), tmp_path)
+        assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == [live]
+        process.communicate("\n")
+
+
 # One driver forks a child per moment, which kills itself just before or after its n-th rename.
 DRIVER = """
 import json, os, signal, sys
@@ -254,6 +295,7 @@ def test_a_run_killed_at_any_write_is_finished_by_the_next_start(tmp_path: Path)
         ], where
         assert "found b" in (run.path / "report.html").read_text()
         assert not list(run.path.rglob(".*.tmp")), where
+        assert not list(run.path.parent.glob(".*")), where
     redone = {json.dumps(load_json(Path(row["folder"]) / "redone.json")) for row in rows}
     assert redone == {'["a", "b"]', '["b"]', "[]"}  # what was saved is not done again
 
@@ -312,9 +354,30 @@ assert "torch" not in sys.modules
     assert "no W&B credentials" in outcome["reason"]
     files = {path.name for path in (run.path / outcome["folder"] / "files").rglob("*")}
     assert {"config.json", "env.json", "metrics.jsonl", "result.json", "report.html"} <= files
-    recorded = next((run.path / outcome["folder"]).glob("*.wandb")).read_bytes()
-    assert b"one.share" in recorded
-    assert b"loss" in recorded
+    assert _mirrored(next((run.path / outcome["folder"]).glob("*.wandb"))) == {"loss": 0.5, "one.share": 0.25}
+
+
+def _mirrored(file: Path) -> dict[str, float]:
+    """The numbers in the curves and the summary of a W&B file, a log of protobuf records in the format of LevelDB."""
+    from wandb.proto import wandb_internal_pb2
+
+    raw, at, body, found = file.read_bytes(), 7, b"", {}
+    while at + 7 <= len(raw):
+        if (left := -at % 2**15) < 7:  # no header crosses the end of a block
+            at += left
+            continue
+        size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        body += raw[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (2, 3):  # the first or a middle part
+            continue
+        record = wandb_internal_pb2.Record.FromString(body)
+        body = b""
+        for item in (*record.history.item, *record.summary.update):
+            name = item.key or ".".join(item.nested_key)
+            if name in ("loss", "one.share"):
+                found[name] = json.loads(item.value_json)
+    return found
 
 
 def test_a_mirror_that_fails_is_told_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

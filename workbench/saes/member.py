@@ -176,7 +176,7 @@ class Member:
         if not math.isfinite(line["loss"]):
             return
         with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(to_jsonable(line), allow_nan=False) + "\n")
         if self.log is not None:
             self.log(self.name, dict(line))
 
