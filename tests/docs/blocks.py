@@ -1,18 +1,18 @@
 """Runs the code blocks of `docs/coming-from.md`: one namespace per task, which begins with what task 1 loaded.
 
 Needs neither this package nor pytest, so that the blocks of nnsight can be run in an environment of their own, in the
-folder that holds the model:
+folder that holds the model that `test_coming_from.write_model` writes:
 
-    PYTHONPATH=<repository> python -c "
-    from tests.docs.blocks import run_page
-    import torch
-    torch.save({n: space['result'] for n, space in run_page('nnsight').items()}, 'nnsight.pt')"
+    PYTHONPATH=<repository> python -m tests.docs.blocks > <repository>/tests/docs/nnsight.json
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import linecache
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +48,24 @@ def _run(code: str, name: str, space: dict[str, Any]) -> dict[str, Any]:
     linecache.cache[f"<{name}>"] = (len(code), None, code.splitlines(keepends=True), f"<{name}>")
     exec(compile(code, f"<{name}>", "exec"), space)
     return space
+
+
+def sampled(result: Any) -> dict[str, Any]:
+    """Shape of a tensor and at most 64 of its values, evenly spread."""
+    flat = result.detach().flatten().double()
+    places = [round(i * (len(flat) - 1) / 63) for i in range(64)] if len(flat) > 64 else range(len(flat))
+    return {"shape": list(result.shape), "values": [float(f"{float(flat[i]):.7g}") for i in places]}
+
+
+def fingerprint(tool: str) -> str:
+    """Changes with the code of a tool on the page."""
+    shared, *tasks = sections()
+    code = [block(shared, "names"), *(block(text, tool) for text in tasks)]
+    return hashlib.sha256("\n".join(code).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    spaces = run_page("nnsight")
+    version = sys.modules["nnsight"].__version__
+    tasks = {number: sampled(space["result"]) for number, space in spaces.items()}
+    json.dump({"nnsight": version, "code": fingerprint("nnsight"), "tasks": tasks}, sys.stdout)

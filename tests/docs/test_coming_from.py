@@ -13,18 +13,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import workbench as wb
-from tests.docs.blocks import PAGE, TOOLS, block, run_page, sections
+from tests.docs.blocks import PAGE, TOOLS, block, fingerprint, run_page, sampled, sections
 from tests.tiny import FP32_LOGITS, tiny_tokenizer
 from workbench.errors import EditError, MissingFileError, UnknownSiteError
 from workbench.hooks.sites import KINDS, Site
 from workbench.models.tiny import TINY
+from workbench.records import load_json
 
 Spaces = dict[str, dict[int, dict[str, Any]]]
 TASKS = range(1, 11)
 RESID = "blocks.5.hook_resid_post"
 
 
-def _write_model(folder: Path) -> None:
+def write_model(folder: Path) -> None:
     """A random Llama of seven layers with a tokenizer that adds no BOS."""
     model_type, sizes = TINY["llama"]
     ids = {"vocab_size": len(tiny_tokenizer()), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -45,7 +46,7 @@ def spaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spaces]:
     logging.disable_progress_bar()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("page"))
-        _write_model(Path("my-llama"))
+        write_model(Path("my-llama"))
         yield {tool: run_page(tool) for tool in ("here", "transformer_lens")}
 
 
@@ -64,6 +65,25 @@ def test_both_give_the_same_numbers(spaces: Spaces, task: int) -> None:
     ours, theirs = (spaces[tool][task]["result"].detach() for tool in ("here", "transformer_lens"))
     assert ours.shape == theirs.shape and bool((ours != 0).any())
     torch.testing.assert_close(ours, theirs, atol=FP32_LOGITS, rtol=FP32_LOGITS)
+
+
+@pytest.fixture(scope="module")
+def nnsight() -> dict[str, Any]:
+    """What nnsight gave; `tests/docs/blocks.py` says how to run it again."""
+    return load_json(Path(__file__).parent / "nnsight.json")
+
+
+def test_nnsight_was_run_on_the_code_that_the_page_shows(nnsight: dict[str, Any]) -> None:
+    assert nnsight["code"] == fingerprint("nnsight")
+    assert f"nnsight {nnsight['nnsight']}" in PAGE.read_text(encoding="utf-8")
+    assert nnsight["tasks"].keys() == {str(task) for task in TASKS}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_nnsight_gives_the_same_numbers(spaces: Spaces, nnsight: dict[str, Any], task: int) -> None:
+    ours, theirs = sampled(spaces["here"][task]["result"]), nnsight["tasks"][str(task)]
+    assert ours["shape"] == theirs["shape"]
+    assert ours["values"] == pytest.approx(theirs["values"], abs=FP32_LOGITS, rel=FP32_LOGITS)
 
 
 @pytest.mark.parametrize("task", [6, 7])

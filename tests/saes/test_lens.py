@@ -114,15 +114,15 @@ def test_the_running_threshold_does_not_start_at_zero(tmp_path: Path) -> None:
 
 
 def test_dead_features_are_revived() -> None:
-    ours, _ = _pair("topk", aux_loss_coefficient=0.5)
+    ours, stock = _pair("topk", aux_loss_coefficient=0.5)
+    found = _step(ours, torch.arange(M) < 8).losses["auxiliary_reconstruction_loss"].detach()
     with torch.no_grad():
-        ours.b_enc[:8] -= 50
-    step = _step(ours, dead=torch.arange(M) < 8)
-    step.loss.backward()
-    assert float(step.losses["auxiliary_reconstruction_loss"]) >= 0
-    with torch.no_grad():
-        ours.b_enc[:8] += 50
-    ours.zero_grad()
+        x = next(_batches(seed=5))
+        residual = x - _step(stock, None, logging=True).sae_out
+        pre = ((x - ours.b_dec) @ ours.W_enc + ours.b_enc)[:, :8] * ours.W_dec[:8].norm(dim=1)
+        acts = (pre * (pre >= pre.topk(6).values[:, -1:])).relu() / ours.W_dec[:8].norm(dim=1)  # 6 = D / 2
+        variance = (residual - residual.mean(0)).square().sum()
+        torch.testing.assert_close(found, 0.5 * (acts @ ours.W_dec[:8] - residual).square().sum() / variance)
     _step(ours, dead=None).loss.backward()
     quiet = ours.W_dec.grad[:8].clone()
     ours.zero_grad()
