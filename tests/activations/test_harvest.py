@@ -19,7 +19,7 @@ from workbench.activations.keep import KeepRule
 from workbench.activations.manifest import MANIFEST
 from workbench.activations.plan import estimate_harvest
 from workbench.activations.ring import RingBuffer
-from workbench.activations.sources import SelfText, TokenRows
+from workbench.activations.sources import SelfText, TextFiles, TokenRows
 from workbench.activations.store import open_store
 from workbench.errors import (
     CorruptFileError,
@@ -252,6 +252,17 @@ def test_manifests_can_not_name_files_elsewhere(model: Model, tmp_path: Path) ->
         open_store(tmp_path / "s")
     with pytest.raises(MissingFileError, match="workbench harvest"):
         open_store(tmp_path / "nothing")
+
+
+def test_a_store_says_that_its_source_ended_early_and_repeats(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefgh " * 10)
+    store = harvest(model, TextFiles(tmp_path / "a.txt", tokens=1000, context=9), [SITE], tmp_path / "s", options=SMALL)
+    assert repr(store).endswith(
+        f"The source ended after {store.manifest.n_tokens} of the 1000 tokens that were asked for."
+    )
+    twice = harvest(model, TokenRows(_rows(6).repeat(2, 1), batch_rows=4), [SITE], tmp_path / "t", options=SMALL)
+    assert repr(twice).endswith("50% of rows repeat an earlier one)")
+    assert "repeat" not in repr(harvest(model, _source(), [SITE], tmp_path / "u", options=SMALL))
 
 
 def test_the_store_names_what_it_has(model: Model, tmp_path: Path) -> None:

@@ -138,6 +138,14 @@ class Manifest:
         """Share of the packed rows that are left when exact repetitions are taken out."""
         return None if self.unique_rows is None else self.unique_rows * self.context / self.n_tokens
 
+    @property
+    def shortfall(self) -> str | None:
+        """A sentence if the source ended before it gave the tokens that were asked for."""
+        asked = self.source.get("tokens")
+        if not isinstance(asked, int) or not self.done or self.n_tokens + self.context > asked:
+            return None
+        return f"The source ended after {self.n_tokens} of the {asked} tokens that were asked for."
+
     def save(self, folder: Folder, name: str = MANIFEST) -> None:
         """Writes the manifest of a store."""
         text = json.dumps(to_jsonable(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -34,6 +34,8 @@ from workbench.hooks.sites import Site
 
 Split = Literal["all", "train", "heldout"]
 
+REPEATS_SHOWN = 0.99
+"""A store says that rows repeat if fewer than this share are different."""
 SCALE = "/scale"
 """Follows the name of a site in the name of its int8 scales."""
 
@@ -254,10 +256,12 @@ class ActivationStore:
         return f"{self.path}/{shard.file}"
 
     def __repr__(self) -> str:
-        m = self.manifest
+        m, share = self.manifest, self.manifest.unique_share
+        repeats = "" if share is None or share > REPEATS_SHOWN else f", {1 - share:.0%} of rows repeat an earlier one"
         return (
             f"ActivationStore({self.path}: {m.kept} kept of {m.n_tokens} tokens ({m.kept_share:.1%}), "
-            f"sites {', '.join(self.sites)}, {m.dtype}, {m.model_name})"
+            f"sites {', '.join(self.sites)}, {m.dtype}, {m.model_name}{repeats})"
+            + (f" {m.shortfall}" if m.shortfall else "")
         )
 
 

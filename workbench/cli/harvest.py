@@ -91,8 +91,8 @@ class Harvest(Command):
             return
         dropped = ", ".join(f"{n} {reason}" for reason, n in m.dropped.items())
         lines = [f"Kept {m.kept} of {m.n_tokens} tokens ({m.kept_share:.1%}); dropped: {dropped}."]
-        if m.n_tokens + m.context <= self.tokens:
-            lines.insert(0, f"The source ended after {m.n_tokens} of the {self.tokens} tokens that were asked for.")
+        if m.shortfall:
+            lines.insert(0, m.shortfall)
         if m.unique_share is not None:
             lines.append(f"Rows that are no exact repetition: {m.unique_share:.1%}.")
         self.emit(summary, [*lines, f"Store: {store.path}"])
