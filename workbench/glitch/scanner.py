@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from workbench.codec import Codec, codec_in, codec_of
+from workbench.codec import Codec, codec_in, codec_of, codec_of_gguf
 from workbench.errors import (
     DegenerateInputError,
     InvalidInputError,
@@ -19,6 +19,7 @@ from workbench.errors import (
     UnknownNameError,
     did_you_mean,
 )
+from workbench.gguffile import read_gguf
 from workbench.glitch.chat import FORMS, Forms, PromptSet, prompt_set
 from workbench.glitch.contexts import Contexts, in_contexts, line_options, make_lines
 from workbench.glitch.fragments import same_text
@@ -160,8 +161,10 @@ def _open(model: Any) -> tuple[str, TokenMatrices, Codec]:
             f"scan({type(model).__name__}): give a Model, a folder, a .gguf file, a hub id or 'embedded'."
         )
     path = local_path(model)
-    name = "SmolLM2-135M-Instruct" if str(model) == "embedded" else path.stem if path.suffix == ".gguf" else str(model)
-    return name, in_gguf(path) if path.suffix == ".gguf" else in_folder(path), codec_in(path)
+    if path.suffix == ".gguf":
+        file = read_gguf(path)
+        return path.stem, in_gguf(file), codec_of_gguf(file)
+    return "SmolLM2-135M-Instruct" if str(model) == "embedded" else str(model), in_folder(path), codec_in(path)
 
 
 def local_path(name: str | Path) -> Path:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownNameError
+from workbench.gguffile import GGUFFile, GGUFTensor, read_gguf
 from workbench.records import load_json
 
 BLOCK_ROWS = 16_384
@@ -121,40 +122,35 @@ def in_folder(folder: Path) -> TokenMatrices:
     return _untied(E_in, _safetensors(names, output), bias, "config and files hold two matrices")
 
 
-def in_gguf(path: Path) -> TokenMatrices:
-    """The matrices of a GGUF file, dequantised block by block.
+def in_gguf(file: GGUFFile | Path) -> TokenMatrices:
+    """The matrices of a GGUF file, dequantised block by block; of a split file all parts are read.
 
     Raises:
-        MissingFileError: if there is no such file.
+        MissingFileError: if the file, or a part of a split one, is missing.
         CorruptFileError: if it is not a GGUF file with a token embedding.
     """
-    tensors = {tensor.name: tensor for part in _gguf_parts(path) for tensor in _gguf_tensors(part)}
+    file = read_gguf(file) if isinstance(file, Path) else file
+    tensors = dict(file.tensors)
+    for part in _other_parts(file.path):
+        tensors |= read_gguf(part).tensors
     if "token_embd.weight" not in tensors:
-        raise CorruptFileError(f"{path} holds no token_embd.weight; it has {_some(tensors)}. Use a language model.")
+        raise CorruptFileError(
+            f"{file.path} holds no token_embd.weight; it has {_some(tensors)}. Use a language model."
+        )
     E_in = _of_gguf(tensors["token_embd.weight"])
-    bias = torch.from_numpy(tensors["output.bias"].data.copy()).float() if "output.bias" in tensors else None
+    bias = torch.from_numpy(tensors["output.bias"].rows(0, 1)[0]) if "output.bias" in tensors else None
     if "output.weight" not in tensors:
         return TokenMatrices(E_in, E_in, bias, True, "the file holds no output.weight")
     return _untied(E_in, _of_gguf(tensors["output.weight"]), bias, "the file holds output.weight")
 
 
-def _gguf_parts(path: Path) -> list[Path]:
-    """The file, or all parts of a split one: without the last part an untied model would look tied."""
+def _other_parts(path: Path) -> list[Path]:
+    """The other parts of a split file: without the last part an untied model would look tied."""
     split = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
     if split is None:
-        return [path]
-    return [path.with_name(f"{split[1]}-{k:05d}-of-{split[3]}.gguf") for k in range(1, int(split[3]) + 1)]
-
-
-def _gguf_tensors(path: Path) -> list[Any]:
-    from gguf import GGUFReader
-
-    if not path.is_file():
-        raise MissingFileError(f"There is no GGUF file {path}. Check the path; a split model needs all its parts.")
-    try:
-        return GGUFReader(path).tensors
-    except (ValueError, IndexError) as error:
-        raise CorruptFileError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
+        return []
+    parts = (path.with_name(f"{split[1]}-{k:05d}-of-{split[3]}.gguf") for k in range(1, int(split[3]) + 1))
+    return [part for part in parts if part != path]
 
 
 def _untied(E_in: Matrix, E_out: Matrix, bias: Tensor | None, why: str) -> TokenMatrices:
@@ -173,14 +169,12 @@ def _of_tensor(name: str, weight: Tensor) -> Matrix:
     return Matrix(name, weight.shape[0], weight.shape[1], stored, lambda start, stop: weight[start:stop])
 
 
-def _of_gguf(tensor: Any) -> Matrix:
-    from gguf import dequantize
-
-    def read(start: int, stop: int) -> Tensor:
-        return torch.from_numpy(dequantize(tensor.data[start:stop], tensor.tensor_type).copy())
-
-    width, n_rows = (int(size) for size in tensor.shape)
-    return Matrix(tensor.name, n_rows, width, tensor.tensor_type.name, read)
+def _of_gguf(tensor: GGUFTensor) -> Matrix:
+    if len(tensor.shape) != 2:
+        raise CorruptFileError(f"{tensor.path}: {tensor.name} has the shape {tensor.shape}, not one row per token.")
+    return Matrix(
+        tensor.name, *tensor.shape, tensor.kind, lambda start, stop: torch.from_numpy(tensor.rows(start, stop))
+    )
 
 
 def _safetensors(names: dict[str, Path], name: str) -> Matrix:

@@ -20,7 +20,7 @@ from workbench.errors import (
     ResourceError,
     WorkbenchError,
 )
-from workbench.models.embedded import cache_dir, convert_gguf, embedded_folder, quiet_transformers
+from workbench.models.embedded import embedded_folder, gguf_folder, quiet_transformers
 from workbench.models.model import Model
 from workbench.models.weights import (
     pickled_class,
@@ -96,7 +96,8 @@ def _folder(name: str) -> Path | None:
         return embedded_folder()
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        return _converted(path)
+        with _loading(name):
+            return gguf_folder(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise MissingFileError(
@@ -110,19 +111,6 @@ def _folder(name: str) -> Path | None:
             f"There is no model {name!r}. Give 'embedded', a folder, a .gguf file or a hub id such as org/name."
         )
     return None
-
-
-def _converted(gguf: Path) -> Path:
-    if not gguf.is_file():
-        raise MissingFileError(f"There is no GGUF file {gguf}.")
-    stamp = f"{gguf.stem}-{gguf.stat().st_size}-{int(gguf.stat().st_mtime)}"
-    folder = cache_dir() / "gguf" / stamp
-    if not (folder / "config.json").is_file():
-        scratch = folder.with_name(f".{folder.name}.tmp")
-        scratch.mkdir(parents=True, exist_ok=True)
-        convert_gguf(gguf, scratch)
-        scratch.rename(folder)
-    return folder
 
 
 def _from_pretrained(where: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
