@@ -15,6 +15,7 @@ from circuits.task import word_pattern
 from workbench.errors import InvalidInputError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.report import EditReport
+from workbench.interventions.saecode import Basis
 from workbench.interventions.saes import SAEAblate
 from workbench.interventions.scopes import Mask
 from workbench.models.model import Model
@@ -25,12 +26,12 @@ from workbench.tokens import TokenBatch
 
 @dataclass(frozen=True, eq=False)
 class PooledTexts:
-    """Mean over the readable tokens of each text.
+    """Mean over the readable tokens of each text; on the CPU, where probes are fitted.
 
     Attributes:
         texts: the texts.
         x: activations at the probe's site.
-        acts: feature activations per site of an SAE.
+        acts: feature activations per site of an SAE, in the units of the stream (`Basis.contributions`).
         frequency: share of the readable tokens on which each feature is active, per site.
         n_tokens: readable tokens.
         n_left_out: tokens of the texts that are not read (first, special, sinks).
@@ -50,21 +51,21 @@ class Reader:
 
     Attributes:
         model: the model.
-        bases: an SAE per site.
+        bases: a basis per site.
         probe_site: where the probe reads.
         max_norm: norm above which a token is an attention sink, at the probe's site.
         batch_size: texts per forward pass.
     """
 
     model: Model
-    bases: Mapping[str, Any]
+    bases: Mapping[str, Basis]
     probe_site: str
     max_norm: float
     batch_size: int = 32
 
     @classmethod
     def fitted(
-        cls, model: Model, bases: Mapping[str, Any], probe_site: str, texts: Sequence[str], batch_size: int = 32
+        cls, model: Model, bases: Mapping[str, Basis], probe_site: str, texts: Sequence[str], batch_size: int = 32
     ) -> Reader:
         """A reader whose sink norm is estimated on the first batch of texts."""
         batch = model.tokens(list(texts[:batch_size]))
@@ -89,10 +90,10 @@ class Reader:
         for batch in self._batches(texts, what):
             found = self.model.capture(batch, list(dict.fromkeys([self.probe_site, *self.bases])))
             keep = self.keep(batch, found.flat(self.probe_site))
-            x.append(mean_pool(found.flat(self.probe_site), keep))
+            x.append(mean_pool(found.flat(self.probe_site), keep).cpu())
             n_tokens, n_left_out = n_tokens + int(keep.sum()), n_left_out + batch.n_tokens - int(keep.sum())
-            for site, sae in self.bases.items():
-                pooled, counts = pooled_features(sae, found.flat(site), keep)
+            for site, basis in self.bases.items():
+                pooled, counts = pooled_features(basis, found.flat(site), keep)
                 acts[site].append(pooled)
                 active[site].append(counts)
         frequency = {site: torch.stack(parts).sum(0) / n_tokens for site, parts in active.items()}
@@ -107,8 +108,8 @@ class Reader:
             return self.ablated_by_model(pooled, nodes)[0]
         # Mean and decoder are linear: the mean of the edited tokens is the edited mean.
         features = torch.tensor([node.feature for node in nodes])
-        written = self.bases[self.probe_site].W_dec.detach().float()[features]
-        return pooled.x - pooled.acts[self.probe_site][:, features] @ written
+        rows = self.bases[self.probe_site].rows(features).to(pooled.x)
+        return pooled.x - pooled.acts[self.probe_site][:, features] @ rows
 
     def ablated_by_model(
         self, pooled: PooledTexts, nodes: Sequence[Node]
@@ -118,17 +119,17 @@ class Reader:
         for batch in self._batches(pooled.texts, "ablating"):
             keep = self.keep(batch, self.model.capture(batch, [self.probe_site]).flat(self.probe_site))
             with self.model.plan(self.intervention(nodes, keep)) as plan:
-                x.append(mean_pool(self.model.capture(batch, [self.probe_site]).flat(self.probe_site), keep))
+                x.append(mean_pool(self.model.capture(batch, [self.probe_site]).flat(self.probe_site), keep).cpu())
             reports += plan.report
         return torch.cat(x), tuple(reports)
 
     def intervention(self, nodes: Sequence[Node], keep: Bool[Tensor, "batch pos"]) -> Intervention:
         """Zeroes the features at their sites, in the order of the sites."""
         edits = Intervention()
-        for site, sae in self.bases.items():
+        for site, basis in self.bases.items():
             features = [node.feature for node in nodes if node.site == site]
             if features:
-                edits += Intervention.at(site, SAEAblate(sae, features), Mask(keep))
+                edits += Intervention.at(site, SAEAblate(basis.sae, features), Mask(keep))
         return edits
 
     def _batches(self, texts: Sequence[str], what: str) -> Any:
@@ -137,19 +138,18 @@ class Reader:
             yield self.model.tokens(list(texts[start : start + self.batch_size]))
 
 
-@torch.no_grad()
 def pooled_features(
-    sae: Any, x: Float[Tensor, "batch pos d"], keep: Bool[Tensor, "batch pos"]
+    basis: Basis, x: Float[Tensor, "batch pos d"], keep: Bool[Tensor, "batch pos"]
 ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, " d_sae"]]:
-    """Mean feature activation over the kept tokens of each row, and on how many tokens each feature is active.
+    """Mean contribution over the kept tokens of each row, and on how many tokens each feature is active; on the CPU.
 
     One row at a time, so that no more than `(pos, d_sae)` is in memory.
     """
-    means, active = [], torch.zeros(sae.W_dec.shape[0], device=x.device)
-    for row, kept in zip(x, keep, strict=True):
-        acts = sae.encode(row[kept].to(sae.W_dec)).float()
-        means.append(acts.mean(0))
-        active += (acts > 0).sum(0)
+    means, active = [], torch.zeros(basis.d_sae)
+    for row, kept in zip(x, keep.to(x.device), strict=True):
+        parts = basis.contributions(row[kept])
+        means.append(parts.mean(0).cpu())
+        active += (parts != 0).sum(0).cpu()
     return torch.stack(means), active
 
 
@@ -170,7 +170,6 @@ class TokenEvidence:
     n_tokens: int
 
 
-@torch.no_grad()
 def token_evidence(
     reader: Reader,
     texts: Sequence[str],
@@ -186,14 +185,12 @@ def token_evidence(
     for batch in reader._batches(texts, "reading contexts"):
         found = reader.model.capture(batch, list(dict.fromkeys([reader.probe_site, *reader.bases])))
         keep = reader.keep(batch, found.flat(reader.probe_site))
-        for site, sae in reader.bases.items():
-            rows = [
-                sae.encode(x[k].to(sae.W_dec)).float()[:, features[site]]
-                for x, k in zip(found.flat(site), keep, strict=True)
-            ]
-            acts[site].append(torch.cat(rows))
+        for site, basis in reader.bases.items():
+            x = found.flat(site)
+            rows = [basis.activations(row[k])[:, features[site]] for row, k in zip(x, keep.to(x.device), strict=True)]
+            acts[site].append(torch.cat(rows).cpu())
         marks = torch.stack([_marked(reader.model, batch, texts, list_, len(strings)) for list_ in words], dim=-1)
-        on_words.append(marks[keep])
+        on_words.append(marks[keep].cpu())
         strings += [_strings(row, k) for row, k in zip(batch.str_tokens, keep, strict=True)]
     flat = [token for row in strings for token in row]
     marks = torch.cat(on_words).float()

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.bases import bases_at, refuse_unreached
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
-from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Map
+from workbench.interventions.saecode import Basis
 from workbench.interventions.scopes import Mask
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, mean_pool
@@ -62,8 +63,8 @@ class LossOfMargin:
 
     def __call__(self, x: Float[Tensor, "batch pos d"], rows: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Minus the signed log-odds, one per row."""
-        pooled = mean_pool(x, self.keep[rows])
-        return -sign_of(self.labels[rows]) * self.probe.logit(pooled)
+        logit = self.probe.logit(mean_pool(x, _taken(self.keep, rows)))
+        return -sign_of(_taken(self.labels, rows)).to(logit.device) * logit
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class NodeEffects:
         effect: one per feature.
         se: standard error over rows.
         error: effect of the SAE's error, patched together with the features.
-        total: measured effect of patching the whole site at once.
+        total: effect of patching the whole site at once: measured, or the sum itself where effects are exact.
         gap: `|sum of effects - total| / |total|`; how far the attribution is from complete.
         n_rows: rows that were averaged.
         method: how the effects were made, in words.
@@ -105,6 +106,7 @@ class AttributionOptions:
         steps: points of the integral.
         baseline: what a patched site is. "zero": all features and the error zero, so the site holds `b_dec`;
             "zero_keep_error": features zero, error kept; "mean": features and error at their mean over all tokens.
+            An SAE that normalises its input keeps the scale and the mean of each token.
             "zero" passes near the origin, where RMS norms make gradients explode: see the gap.
         batch_size: rows per forward pass.
     """
@@ -131,25 +133,30 @@ def sign_of(labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     return 2.0 * labels.float() - 1.0
 
 
+def _taken(values: Tensor, rows: Tensor) -> Tensor:
+    return values[rows.to(values.device)]
+
+
 def linear_effects(
-    acts: Float[Tensor, "rows d_sae"], sae: Any, probe: Probe, labels: Int[Tensor, " rows"]
+    contributions: Float[Tensor, "rows d_sae"], sae: Any, probe: Probe, labels: Int[Tensor, " rows"]
 ) -> NodeEffects:
     """Exact effects of zeroing each feature (error kept) on a linear probe at the SAE's own site.
 
-    Pooling and probe are linear, so the effect is `sign(label) * pooled activation * (w . W_dec[f])`: no gradient, no
+    Pooling and probe are linear, so the effect is `sign(label) * pooled contribution * (w . row of f)`: no gradient, no
     model run, no error of approximation, and effects of sets add up.
 
     Args:
-        acts: feature activations, mean over the tokens that the probe pools.
+        contributions: those of `Basis.contributions` (activations, if the SAE does not normalise its input), mean over
+            the tokens that the probe pools.
         sae: the SAE.
         probe: the probe; its site is the SAE's.
         labels: 0 or 1 per row.
     """
-    writes = sae.W_dec.detach().float() @ probe.w.to(sae.W_dec.device, torch.float32)
-    per_row = sign_of(labels)[:, None] * acts * writes
+    writes = Basis(sae).rows().to(contributions) @ probe.w.to(contributions)
+    per_row = sign_of(labels).to(contributions)[:, None] * contributions * writes
     total = per_row.sum(dim=1).mean()
     return NodeEffects(
-        probe.site, per_row.mean(0), per_row.std(0) / len(acts) ** 0.5, 0.0, float(total), 0.0, len(acts),
+        probe.site, per_row.mean(0), per_row.std(0) / len(per_row) ** 0.5, 0.0, float(total), 0.0, len(per_row),
         "exact (linear probe at the SAE's own site; zero, error kept)",
     )  # fmt: skip
 
@@ -166,7 +173,8 @@ def node_effects(
     """Effects of every SAE feature at every site on the metric, one site at a time.
 
     The SAE stays out of the gradient: its decoder is affine, so moving features and error in a straight line moves
-    the activation in a straight line. One mean gradient `G` per token gives all effects, `G . W_dec[f] * change of f`.
+    the activation in a straight line. One mean gradient `G` per token gives all effects, `G . W_dec[f] * change of f`,
+    where f is measured in the units of the activation (`Basis.contributions`).
 
     Args:
         model: the model.
@@ -177,17 +185,19 @@ def node_effects(
         options: method, steps and baseline.
 
     Raises:
-        MismatchError: if the metric reads below a site.
+        MismatchError: if the metric reads below a site or beside it, or an SAE was made for another model or site.
+        ShapeError: if the mask or an SAE has another shape than the batch or the site.
 
     Source: Marks et al. 2025 (arXiv 2403.19647), section 3 and appendix A; midpoint rule instead of its one-sided sum.
     """
     options = options or AttributionOptions()
     if keep.shape != batch.ids.shape:
         raise ShapeError(f"node_effects: keep {tuple(keep.shape)} and ids {tuple(batch.ids.shape)} must be alike.")
-    return {
-        str(Site.parse(site)): _site_effects(model, str(Site.parse(site)), sae, batch, metric, keep, options)
-        for site, sae in bases.items()
-    }
+    checked = bases_at(model, bases)
+    refuse_unreached(model, checked, metric.site, "The metric")
+    batch = batch.to(model.device)
+    keep = keep.to(model.device)
+    return {site: _site_effects(model, site, basis, batch, metric, keep, options) for site, basis in checked.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,23 +211,20 @@ class _Patch:
 
 
 def _site_effects(
-    model: Model, site: str, sae: Any, batch: TokenBatch, metric: Metric, keep: Tensor, options: AttributionOptions
+    model: Model, site: str, basis: Basis, batch: TokenBatch, metric: Metric, keep: Tensor, options: AttributionOptions
 ) -> NodeEffects:
-    _check_order(model, site, metric.site)
-    chunks = [
-        torch.arange(i, min(i + options.batch_size, len(batch))) for i in range(0, len(batch), options.batch_size)
-    ]
-    mean = _mean_state(model, site, sae, batch, keep, chunks) if options.baseline == "mean" else None
+    chunks = torch.arange(len(batch), device=keep.device).split(options.batch_size)
+    mean = _mean_state(model, site, basis, batch, keep, chunks) if options.baseline == "mean" else None
     alphas = [0.0] if options.method == "atp" else [(k + 0.5) / options.steps for k in range(options.steps)]
     effects, errors, totals = [], [], []
     for rows in chunks:
-        patch = _patch(_clean(model, site, batch, keep, rows), sae, mean, options.baseline)
+        patch = _patch(_clean(model, site, batch, keep, rows), basis, mean, options.baseline)
         run = _Suffix(model, site, batch, metric, keep, rows)
         slope = torch.stack([run.gradient(patch.clean + alpha * patch.change) for alpha in alphas]).mean(0)
         totals.append(run.value(patch.clean + patch.change) - run.value(patch.clean))
-        per_token = (slope @ sae.W_dec.detach().float().T) * patch.feature_change
-        row = keep[rows].nonzero(as_tuple=True)[0]
-        effects.append(torch.zeros(len(rows), per_token.shape[1], device=row.device).index_add_(0, row, per_token))
+        per_token = (slope @ basis.rows().to(slope).T) * patch.feature_change
+        row = keep[rows].nonzero(as_tuple=True)[0].to(per_token.device)
+        effects.append(per_token.new_zeros(len(rows), per_token.shape[1]).index_add_(0, row, per_token))
         errors.append((slope * patch.error_change).sum(dim=1).sum() / len(batch))
     return _collect(site, torch.cat(effects), float(sum(errors)), float(torch.cat(totals).mean()), options)
 
@@ -234,47 +241,38 @@ def _collect(site: str, per_row: Tensor, error: float, total: float, options: At
     return NodeEffects(site, effect, se, error, total, gap, n, f"{rule}; baseline {options.baseline}")
 
 
-def _check_order(model: Model, site: str, read: str) -> None:
-    """The metric must read at the site or after it; only layers can be compared without a run."""
-    here, there = model.resolve(site), model.resolve(read)
-    if here.layer is not None and there.layer is not None and there.layer < here.layer:
-        raise MismatchError(
-            f"The metric reads {there}, below the SAE at {here}: no feature can reach it. Read at {here} or later."
-        )
-
-
 def _clean(model: Model, site: str, batch: TokenBatch, keep: Tensor, rows: Tensor) -> Tensor:
     """Activations of the kept tokens in fp32, in row order."""
     # Rows are taken by hand, so that the padding and with it `keep` stay as they are.
     part = TokenBatch(batch.ids[rows], batch.mask[rows])
-    return model.capture(part, [site]).flat(site)[keep[rows]].float()
+    x = model.capture(part, [site]).flat(site)
+    return x[keep[rows].to(x.device)].float()
 
 
-@torch.no_grad()
-def _patch(clean: Tensor, sae: Any, mean: tuple[Tensor, Tensor] | None, baseline: Baseline) -> _Patch:
-    acts = sae.encode(clean.to(sae.W_dec)).float()
-    decoder, bias = sae.W_dec.detach().float(), sae.b_dec.detach().float()
-    error = clean - acts @ decoder - bias
+def _patch(clean: Tensor, basis: Basis, mean: tuple[Tensor, Tensor] | None, baseline: Baseline) -> _Patch:
+    rows, parts = basis.rows().to(clean), basis.contributions(clean)
+    error = clean - parts @ rows - basis.constant(clean)
     if mean is not None:
-        features, residue = mean[0] - acts, mean[1] - error
+        features, residue = mean[0] - parts, mean[1] - error
     else:
-        features, residue = -acts, torch.zeros_like(error) if baseline == "zero_keep_error" else -error
-    return _Patch(clean, features @ decoder + residue, features, residue)
+        features, residue = -parts, torch.zeros_like(error) if baseline == "zero_keep_error" else -error
+    return _Patch(clean, features @ rows + residue, features, residue)
 
 
-@torch.no_grad()
 def _mean_state(
-    model: Model, site: str, sae: Any, batch: TokenBatch, keep: Tensor, chunks: Sequence[Tensor]
+    model: Model, site: str, basis: Basis, batch: TokenBatch, keep: Tensor, chunks: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Mean features and mean error over all kept tokens."""
-    acts_sum, x_sum, n = 0.0, 0.0, 0
-    for rows in chunks:
-        x = _clean(model, site, batch, keep, rows)
-        acts_sum, x_sum, n = acts_sum + sae.encode(x.to(sae.W_dec)).float().sum(0), x_sum + x.sum(0), n + len(x)
+    """Mean contributions and mean error over all kept tokens."""
+    n = int(keep.sum())
     if n == 0:
         raise DegenerateInputError("node_effects: the mask keeps no token, so there is nothing to patch.")
-    acts, x_mean = torch.as_tensor(acts_sum) / n, torch.as_tensor(x_sum) / n
-    return acts, x_mean - acts @ sae.W_dec.detach().float() - sae.b_dec.detach().float()
+    parts_sum, rest_sum = 0.0, 0.0
+    for rows in chunks:
+        x = _clean(model, site, batch, keep, rows)
+        parts_sum = parts_sum + basis.contributions(x).sum(0)
+        rest_sum = rest_sum + (x - basis.constant(x)).sum(0)
+    parts = torch.as_tensor(parts_sum) / n
+    return parts, torch.as_tensor(rest_sum) / n - parts @ basis.rows().to(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,7 +301,14 @@ class _Suffix:
     def gradient(self, x: Tensor) -> Tensor:
         """Gradient of the metric at `x`; rows are independent, so their sum has the gradients of all."""
         leaf = x.detach().requires_grad_(True)
-        return torch.autograd.grad(self._run(leaf, grad=True).sum(), leaf)[0].float()
+        value = self._run(leaf, grad=True).sum()
+        slope = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
+        if slope is None:
+            raise MismatchError(
+                f"The metric at {self.metric.site} does not depend on {self.site}. Read at a site that the model "
+                "computes from it, without detaching."
+            )
+        return slope.float()
 
 
 def exact_effects(
@@ -320,11 +325,12 @@ def exact_effects(
 
     The reference that an estimate has to agree with; slow.
     """
-    rows = torch.arange(len(batch))
+    ((site, basis),) = bases_at(model, {site: sae}).items()
+    refuse_unreached(model, {site: basis}, metric.site, "The metric")
+    batch, keep = batch.to(model.device), keep.to(model.device)
+    rows = torch.arange(len(batch), device=model.device)
     clean = _clean(model, site, batch, keep, rows)
-    with torch.no_grad():
-        acts = sae.encode(clean.to(sae.W_dec)).float()
     run = _Suffix(model, site, batch, metric, keep, rows)
     before = run.value(clean)
-    decoder = sae.W_dec.detach().float()
-    return torch.stack([(run.value(clean - acts[:, f, None] * decoder[f]) - before).mean() for f in features])
+    parts, decoder = basis.contributions(clean), basis.rows().to(clean)
+    return torch.stack([(run.value(clean - parts[:, f, None] * decoder[f]) - before).mean() for f in features])

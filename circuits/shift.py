@@ -19,16 +19,17 @@ from torch import Tensor
 
 from circuits.activity import PooledTexts, Reader, TokenEvidence, token_evidence
 from circuits.attribution import AttributionOptions, LossOfMargin, NodeEffects, linear_effects, node_effects
+from circuits.bases import bases_at, refuse_unreached
+from circuits.collateral import collateral
+from circuits.editcheck import pooled_by_hooks, require_same_edit
 from circuits.judges import BalancedEvidence, FeatureDossier, Judge, Node, OracleJudge, StatisticsJudge, Verdict
 from circuits.methods import Scorer
-from circuits.shiftreport import AttributionRow, Collateral, JudgedFeature, ShiftReport
+from circuits.shiftreport import AttributionRow, EditCheck, JudgedFeature, ShiftReport
 from circuits.task import ShiftTask, delete_words
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
-from workbench.hooks.sites import Site
-from workbench.interventions.saecode import refuse_transcoder
+from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.interventions.saecode import Basis
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe
-from workbench.stats import Estimate, paired_difference
 from workbench.tokens import TokenBatch
 
 
@@ -106,19 +107,20 @@ def shift(
         plain_text: other text, on which the loss is measured with and without the ablation.
 
     Raises:
-        MismatchError: if an SAE was made for another model or site or is a transcoder, or the probe reads below an SAE.
+        MismatchError: if an SAE was made for another model or site or is a transcoder, or the probe reads where no
+            feature of an SAE can reach it.
         ShapeError: if an SAE has another width than its site.
+        EditError: if the ablation differs from the one made by plain hooks with the SAE's own encode and decode.
     """
     options, judge = options or ShiftOptions(), judge or StatisticsJudge()
-    sites = {str(model.resolve(site)): sae for site, sae in bases.items()}
-    _check_bases(model, sites)
-    study = _read(model, sites, task, options)
-    effects = _effects(study)
+    study = _read(model, bases_at(model, bases), task, options)
+    effects = _effects(study, study.train, task.train.label)
     candidates = _candidates(effects, options.top_k)
     dossiers = _dossiers(study, candidates)
     verdicts = [judge(d if judge.is_oracle else replace(d, balanced=None)) for d in dossiers]
     oracle = [OracleJudge()(dossier) for dossier in dossiers]
     chosen, oracle_chosen = _spurious(verdicts), _spurious(oracle)
+    edit_check = _edit_check(study, chosen or _nodes(candidates))
     draws = _random_features(study, chosen)
     scorer = _score(study, judge, chosen, oracle_chosen, draws)
     probe = study.probe
@@ -129,38 +131,14 @@ def shift(
         judge=judge.name, judge_information=judge.information, attribution=_attribution_rows(effects),
         verdicts=tuple(_judged(d, v, o) for d, v, o in zip(dossiers, verdicts, oracle, strict=True)),
         methods=tuple(scorer.rows), comparisons=_comparisons(scorer), random_draws=len(draws),
-        edit_check=_edit_check(study, chosen or _nodes(candidates)),
-        collateral=None if plain_text is None else _collateral(study.reader, plain_text, chosen, draws[0]),
+        edit_check=edit_check,
+        collateral=None if plain_text is None else collateral(study.reader, plain_text, chosen, draws),
     )  # fmt: skip
 
 
-def _check_bases(model: Model, bases: Mapping[str, Any]) -> None:
-    if not bases:
-        raise DegenerateInputError("shift(bases={}): give an SAE per site, such as {'resid_post.15': sae}.")
-    for site, sae in bases.items():
-        refuse_transcoder(sae, f"shift(bases={{'{site}': ...}})")
-        if sae.W_dec.shape[1] != model.width(site):
-            raise ShapeError(f"The SAE for {site} has width {sae.W_dec.shape[1]}; the site has {model.width(site)}.")
-        metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
-        made_for, made_with = getattr(metadata, "hook_name", None), getattr(metadata, "model_fingerprint", None)
-        if made_for and Site.parse(made_for) != Site.parse(site):
-            raise MismatchError(
-                f"This SAE was trained at {Site.parse(made_for)}, not at {site}. Pass it under its own site."
-            )
-        if made_with and made_with != model.fingerprint:
-            raise MismatchError(
-                f"The SAE for {site} was trained on model {made_with}; this is {model.name}, {model.fingerprint}. "
-                "Load the model that it was trained on, or train one on this model."
-            )
-
-
-def _read(model: Model, bases: Mapping[str, Any], task: ShiftTask, options: ShiftOptions) -> _Study:
-    probe_site = str(model.resolve(options.probe_site or max(bases, key=lambda site: Site.parse(site).layer or 0)))
-    below = [s for s in bases if (Site.parse(s).layer or 0) > (Site.parse(probe_site).layer or 0)]
-    if below:
-        raise MismatchError(
-            f"The probe reads {probe_site}, below the SAE at {below[0]}. Choose a site at or after every SAE."
-        )
+def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: ShiftOptions) -> _Study:
+    probe_site = str(model.resolve(options.probe_site or list(bases)[-1]))
+    refuse_unreached(model, bases, probe_site, "The probe")
     reader = Reader.fitted(model, bases, probe_site, task.train.texts, options.batch_size)
     train = reader.read(task.train.texts, "reading ambiguous texts")
     groups = tuple(task.group_name(a, b) for a, b in zip(task.train.label, task.train.spurious, strict=True))
@@ -175,17 +153,31 @@ def _read(model: Model, bases: Mapping[str, Any], task: ShiftTask, options: Shif
     return _Study(task, reader, options, train, swapped, balanced, test, probe)
 
 
-def _effects(study: _Study) -> dict[str, NodeEffects]:
-    """Effects on the margin of the ambiguous training labels; exact where they can be."""
-    reader, labels, options = study.reader, _ints(study.task.train.label), study.options
+def _effects(study: _Study, pooled: PooledTexts, labels: Sequence[int]) -> dict[str, NodeEffects]:
+    """Effects on the margin of some labels of these texts; exact where they can be."""
+    reader, options = study.reader, study.options
     if reader.is_linear:
         site = reader.probe_site
-        return {site: linear_effects(study.train.acts[site], reader.bases[site], study.probe, labels)}
-    n = min(options.attribution_rows, len(labels))
-    batch = reader.model.tokens(list(study.train.texts[:n]))
+        return {site: linear_effects(pooled.acts[site], reader.bases[site].sae, study.probe, _ints(labels))}
+    rows = _rows_of_each(labels, options.attribution_rows)
+    batch = reader.model.tokens([pooled.texts[row] for row in rows])
     keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site]).flat(reader.probe_site))
-    metric = LossOfMargin(study.probe, labels[:n], keep)
-    return node_effects(reader.model, reader.bases, batch, metric, keep=keep, options=options.attribution)
+    metric = LossOfMargin(study.probe, _ints([labels[row] for row in rows]), keep)
+    saes = {site: basis.sae for site, basis in reader.bases.items()}
+    return node_effects(reader.model, saes, batch, metric, keep=keep, options=options.attribution)
+
+
+def _rows_of_each(labels: Sequence[int], n: int) -> list[int]:
+    """The first rows of each label in turn, `n` in all, in their order.
+
+    >>> _rows_of_each([0, 0, 0, 0, 1, 1], 4)
+    [0, 1, 4, 5]
+    """
+    of_label: dict[int, list[int]] = {}
+    for row, label in enumerate(labels):
+        of_label.setdefault(label, []).append(row)
+    ranked = sorted((i, row) for rows in of_label.values() for i, row in enumerate(rows))
+    return sorted(row for _, row in ranked[:n])
 
 
 def _candidates(effects: Mapping[str, NodeEffects], top_k: int) -> list[tuple[Node, float]]:
@@ -236,7 +228,7 @@ NEIGHBOURS = 20
 
 
 def _random_features(study: _Study, chosen: Sequence[Node]) -> list[list[Node]]:
-    """For each draw, as many other features as chosen, each of about the frequency of the one it stands for."""
+    """For each draw, as many other active features as chosen, each of about the frequency of the one it stands for."""
     return [
         _matched(study, chosen, random.Random(f"{study.options.seed}/random/{draw}"))
         for draw in range(study.options.random_draws)
@@ -248,7 +240,14 @@ def _matched(study: _Study, chosen: Sequence[Node], rng: random.Random) -> list[
     for node in chosen:
         frequency = study.train.frequency[node.site]
         distance = (frequency - frequency[node.feature]).abs().masked_fill(frequency == 0, float("inf"))
-        near = [Node(node.site, f) for f in distance.argsort().tolist() if Node(node.site, f) not in taken]
+        nearest = distance.argsort()[: int((frequency > 0).sum())]
+        near = [Node(node.site, f) for f in nearest.tolist() if Node(node.site, f) not in taken]
+        if not near:
+            raise DegenerateInputError(
+                f"shift: {len(chosen)} features were judged spurious, and {node.site} has too few other active "
+                "features for a random control of as many. Use a larger SAE, or put fewer candidates before the judge "
+                "(top_k)."
+            )
         pick = rng.choice(near[:NEIGHBOURS])
         taken.add(pick)
         drawn.append(pick)
@@ -257,15 +256,12 @@ def _matched(study: _Study, chosen: Sequence[Node], rng: random.Random) -> list[
 
 def _skyline(study: _Study, n: int) -> list[Node]:
     """As many features as SHIFT ablated, by their effect on the attribute's margin over balanced training rows."""
-    labels = _ints(study.task.balanced.spurious)
+    if n == 0:
+        return []
+    effects = _effects(study, study.balanced, study.task.balanced.spurious)
     scores: list[tuple[float, Node]] = []
-    for site, sae in study.reader.bases.items():
-        if study.reader.is_linear:
-            effect = linear_effects(study.balanced.acts[site], sae, study.probe, labels).effect
-        else:
-            acts = study.balanced.acts[site]
-            effect = (acts[labels == 1].mean(0) - acts[labels == 0].mean(0)).abs() / acts.std(0).clamp_min(1e-6)
-        best = effect.topk(min(n, len(effect)))
+    for site, part in effects.items():
+        best = part.effect.topk(min(n, len(part.effect)))
         scores += [(float(v), Node(site, int(f))) for v, f in zip(best.values, best.indices, strict=True)]
     return [node for _, node in sorted(scores, key=lambda pair: -pair[0])[:n]]
 
@@ -277,13 +273,15 @@ def _score(
     scorer, reader, test = Scorer(study.task), study.reader, study.test
     scorer.add("original", "nothing else", 0, [study.probe.predict(test.x)])
 
-    def ablation(name: str, information: str, sets: Sequence[Sequence[Node]]) -> None:
+    def ablation(name: str, information: str, sets: Sequence[Sequence[Node]], *, is_random: bool = False) -> None:
         edited = [(reader.ablated(study.train, nodes), reader.ablated(test, nodes)) for nodes in sets]
         n = len(sets[0])
-        scorer.add(name, information, n, [study.probe.predict(there) for _, there in edited])
-        scorer.add(f"{name} + retrain", information, n, [study.refit(here).predict(there) for here, there in edited])
+        kept = [study.probe.predict(there) for _, there in edited]
+        retrained = [study.refit(here).predict(there) for here, there in edited]
+        scorer.add(name, information, n, kept, is_random=is_random)
+        scorer.add(f"{name} + retrain", information, n, retrained, is_random=is_random)
 
-    ablation("random features", f"activation frequencies; mean of {len(draws)} draws", draws)
+    ablation("random features", f"activation frequencies; mean of {len(draws)} draws", draws, is_random=True)
     ablation("SHIFT", judge.information, [chosen])
     ablation("SHIFT, oracle judge", OracleJudge.information, [oracle_chosen])
     ablation("skyline", "attribute labels of balanced training rows", [_skyline(study, len(chosen))])
@@ -329,39 +327,30 @@ def _comparisons(scorer: Scorer) -> tuple[Any, ...]:
     return tuple(scorer.compare(better, other) for better, other in pairs)
 
 
-def _edit_check(study: _Study, nodes: Sequence[Node]) -> float:
-    """Largest difference between the computed ablation and the one run through the model, relative to the edit."""
-    n = min(8, len(study.test.texts))
-    few = replace(
-        study.test, texts=study.test.texts[:n], x=study.test.x[:n], acts={s: a[:n] for s, a in study.test.acts.items()}
-    )
-    computed, run = study.reader.ablated(few, nodes), study.reader.ablated_by_model(few, nodes)[0]
-    return float((computed - run).norm() / (run - few.x).norm().clamp_min(1e-12))
+CHECKED_ROWS = 8
+"""Texts on which the edit is made a second time."""
 
 
-@torch.no_grad()
-def _collateral(reader: Reader, text: TokenBatch, chosen: Sequence[Node], others: Sequence[Node]) -> Collateral:
-    """Change of the loss per row of plain text; zero where nothing was ablated."""
-    losses: dict[str, list[Tensor]] = {"plain": [], "shift": [], "random": []}
-    for start in range(0, len(text), reader.batch_size):
-        part = text[slice(start, start + reader.batch_size)].to(reader.model.device)
-        keep = reader.keep(part, reader.model.capture(part, [reader.probe_site]).flat(reader.probe_site))
-        losses["plain"].append(reader.model.loss(part).nanmean(dim=1))
-        for name, nodes in (("shift", chosen), ("random", others)):
-            losses[name].append(_edited_loss(reader, part, nodes, keep))
-    mean = {name: torch.cat(parts).double().cpu().numpy() for name, parts in losses.items()}
+def _edit_check(study: _Study, nodes: Sequence[Node]) -> EditCheck:
+    """The ablation against one by plain hooks, on the training texts on which these features are most active.
 
-    def change(name: str) -> Estimate:
-        return paired_difference(mean[name], mean["plain"], unit="rows of text")
-
-    return Collateral(change("shift"), change("random"))
-
-
-def _edited_loss(reader: Reader, part: TokenBatch, nodes: Sequence[Node], keep: Tensor) -> Tensor:
-    if not nodes:
-        return reader.model.loss(part).nanmean(dim=1)
-    with reader.model.plan(reader.intervention(nodes, keep)):
-        return reader.model.loss(part).nanmean(dim=1)
+    Raises:
+        EditError: if they differ by more than rounding explains.
+    """
+    reader, train = study.reader, study.train
+    active = torch.stack([train.acts[node.site][:, node.feature].abs() for node in nodes]).sum(0)
+    rows = active.topk(min(CHECKED_ROWS, len(active))).indices
+    texts = tuple(train.texts[row] for row in rows.tolist())
+    few = replace(train, texts=texts, x=train.x[rows], acts={site: acts[rows] for site, acts in train.acts.items()})
+    batch = reader.model.tokens(list(texts))
+    keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site]).flat(reader.probe_site))
+    ablations = {
+        site: (basis.sae, features)
+        for site, basis in reader.bases.items() if (features := [n.feature for n in nodes if n.site == site])
+    }  # fmt: skip
+    again = pooled_by_hooks(reader.model, batch, keep, ablations, reader.probe_site)
+    difference, allowed = require_same_edit(reader.ablated(few, nodes), again, few.x, reader.model.dtype)
+    return EditCheck(difference, allowed, len(rows))
 
 
 def _judged(dossier: FeatureDossier, verdict: Verdict, oracle: Verdict) -> JudgedFeature:

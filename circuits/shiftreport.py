@@ -9,6 +9,21 @@ from workbench.report import Bars, Metric, Report, Section, Table, Text
 from workbench.stats import Estimate
 
 
+@dataclass(frozen=True, kw_only=True)
+class OverDraws:
+    """A method of several random draws, with intervals over the draws: how much depends on which set was drawn.
+
+    Attributes:
+        label: label accuracy over all test rows.
+        spurious: agreement with the spurious attribute.
+        worst: label accuracy in the worst group.
+    """
+
+    label: Estimate
+    spurious: Estimate
+    worst: Estimate
+
+
 @dataclass(frozen=True)
 class MethodRow:
     """One method on the balanced test set.
@@ -21,6 +36,7 @@ class MethodRow:
         spurious: share of test rows where the prediction equals the spurious attribute; 0.5 is best.
         worst: label accuracy in the worst of the four groups, over its own rows.
         worst_group: which one that is.
+        over_draws: the same three with intervals over random draws, where the method is an average of them.
     """
 
     name: str
@@ -30,6 +46,7 @@ class MethodRow:
     spurious: Estimate
     worst: Estimate
     worst_group: str
+    over_draws: OverDraws | None = None
 
 
 @dataclass(frozen=True)
@@ -41,12 +58,19 @@ class Comparison:
         other: the method that is subtracted.
         label: difference in label accuracy; positive means that `better` is better.
         conflict: the same over the rows in which label and attribute disagree with training.
+        over_draws: `label` with an interval over the random draws of `other`, where it is an average of them.
     """
 
     better: str
     other: str
     label: Estimate
     conflict: Estimate
+    over_draws: Estimate | None = None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether neither other test rows nor other draws of the control are likely to turn the difference round."""
+        return self.label.excludes(0.0) and (self.over_draws is None or self.over_draws.excludes(0.0))
 
 
 @dataclass(frozen=True)
@@ -86,10 +110,32 @@ class AttributionRow:
 
 @dataclass(frozen=True)
 class Collateral:
-    """Change of next-token loss on plain text under ablation, in nats per token, over rows of text."""
+    """Change of next-token loss on plain text under ablation, in nats per token.
+
+    Attributes:
+        shift: of the features that were judged spurious, over rows of text.
+        random: of as many random features, mean over all draws, over rows of text.
+        random_over_draws: the same mean with its interval over draws.
+    """
 
     shift: Estimate
     random: Estimate
+    random_over_draws: Estimate
+
+
+@dataclass(frozen=True)
+class EditCheck:
+    """The ablation against one made by plain hooks with the SAE's own encode and decode.
+
+    Attributes:
+        difference: between the two, relative to the size of the edit.
+        allowed: difference that rounding explains, relative to the size of the edit; a study beyond it raises.
+        n_rows: texts on which both were made.
+    """
+
+    difference: float
+    allowed: float
+    n_rows: int
 
 
 @dataclass(frozen=True)
@@ -111,8 +157,7 @@ class ShiftReport(Report):
         methods: one row per method; controls included.
         comparisons: paired differences.
         random_draws: how many sets of random features were averaged.
-        edit_check: largest difference between the computed ablation and one run through the model, relative to the
-            size of the edit.
+        edit_check: the ablation against one by another path.
         collateral: loss on plain text, or None if no text was given.
     """
 
@@ -130,7 +175,7 @@ class ShiftReport(Report):
     methods: tuple[MethodRow, ...]
     comparisons: tuple[Comparison, ...]
     random_draws: int
-    edit_check: float
+    edit_check: EditCheck
     collateral: Collateral | None
 
     def method(self, name: str) -> MethodRow:
@@ -164,13 +209,15 @@ class ShiftReport(Report):
         lines = []
         for comparison in self.comparisons:
             difference = comparison.label
-            if difference.excludes(0.0):
+            if comparison.excludes_zero:
                 verb = "beats" if difference.value > 0 else "is worse than"
             else:
                 verb = "can't be told from"
+            draws = comparison.over_draws
             lines.append(
                 f"{comparison.better} {verb} {comparison.other}: label accuracy {_points(difference)}, "
-                f"on the rows that break the correlation {_points(comparison.conflict)}."
+                f"on the rows that break the correlation {_points(comparison.conflict)}"
+                + ("." if draws is None else f"; over random sets {_points(draws)}.")
             )
         row, again = self.method("SHIFT"), self.method("SHIFT + retrain")
         lines.append(
@@ -203,7 +250,8 @@ class ShiftReport(Report):
         if self.collateral is not None:
             lines.append(
                 f"Ablating these features changes the loss on plain text by {self.collateral.shift} nats per token, "
-                f"as many random features by {self.collateral.random}."
+                f"as many random features by {self.collateral.random}, over their draws "
+                f"{self.collateral.random_over_draws}."
             )
         return tuple(lines)
 
@@ -227,10 +275,15 @@ class ShiftReport(Report):
             Bars("worst group", names, tuple(m.worst for m in self.methods), "label accuracy", 0.5),
             Table(_METHODS_HEADER[:2] + (label, attribute) + _METHODS_HEADER[2:], rows, _METHODS_CAPTION),
             Table(
-                ("method", "against", "label accuracy", "rows that break the correlation"),
-                tuple((c.better, c.other, c.label, c.conflict) for c in self.comparisons),
-                "Differences over the same test texts; only the templates and words used "
-                "here are covered.",
+                ("control", label, attribute, "worst group"),
+                tuple((m.name, d.label, d.spurious, d.worst) for m in self.methods if (d := m.over_draws)),
+                "Random controls, with intervals over their draws instead of over texts.",
+            ),
+            Table(
+                ("method", "against", "label accuracy", "rows that break the correlation", "label accuracy over draws"),
+                tuple((c.better, c.other, c.label, c.conflict, c.over_draws) for c in self.comparisons),
+                "Differences over the same test texts, and over the draws of a random control; only the templates and "
+                "words used here are covered.",
             ),
             Table(
                 ("site", "method", "total", "gap", "rows", "positive"),
@@ -253,8 +306,9 @@ class ShiftReport(Report):
             "at every pooled "
             f"token, the SAE's error is kept. Random features: {self.random_draws} draws, matched on activation "
             "frequency. "
-            f"Run through the model instead of computed on pooled activations, the edit differs by "
-            f"{self.edit_check:.2g} of its size."
+            f"Made by plain hooks with the SAE's own encode and decode, the edit differs on {self.edit_check.n_rows} "
+            f"texts by {self.edit_check.difference:.2g} of its size; rounding explains up to "
+            f"{self.edit_check.allowed:.2g}."
         )
 
     def _metrics(self) -> dict[str, Metric]:
@@ -262,10 +316,15 @@ class ShiftReport(Report):
         for row in self.methods:
             key = row.name.replace(" + ", "_").replace(" ", "_").lower()
             metrics |= {f"{key}.label": row.label, f"{key}.spurious": row.spurious, f"{key}.worst": row.worst}
+            if row.over_draws is not None:
+                metrics[f"{key}.label.over_draws"] = row.over_draws.label
         for c in self.comparisons:
             metrics[f"{c.better} minus {c.other}".replace(" + ", "_").replace(" ", "_").lower()] = c.label
         if self.collateral is not None:
-            metrics |= {"loss_change.shift": self.collateral.shift, "loss_change.random": self.collateral.random}
+            metrics |= {
+                "loss_change.shift": self.collateral.shift, "loss_change.random": self.collateral.random,
+                "loss_change.random.over_draws": self.collateral.random_over_draws,
+            }  # fmt: skip
         return metrics
 
 

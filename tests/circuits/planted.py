@@ -34,6 +34,9 @@ class PlantedSAE:
         pre = (x - self.b_dec) @ self.W_enc
         return pre * (pre > 0.5)
 
+    def decode(self, acts: Tensor) -> Tensor:
+        return acts @ self.W_dec + self.b_dec
+
 
 def planted_task(n: int = 80, n_test: int = 200) -> ShiftTask:
     """Texts such as "x a M k T": every fourth repeats the label's letter, so that the label outweighs the attribute there."""
@@ -64,13 +67,16 @@ def planted_task(n: int = 80, n_test: int = 200) -> ShiftTask:
 
 
 def planted_model() -> Model:
-    """A tiny model whose blocks write nothing: the stream holds each letter's own dimensions, and a little noise."""
+    """A tiny model whose stream holds each letter's own dimensions, and a little noise.
+
+    The blocks up to the SAE write a tenth of the stream's norm, the block above it more than half.
+    """
     model = tiny_model()
     table = model.hf.get_input_embeddings().weight
     with torch.no_grad():
         for name, parameter in model.hf.named_parameters():
             if "o_proj" in name or "down_proj" in name:
-                parameter.zero_()
+                parameter.mul_(0.1 if ".2." in name else 0.02)
         table.copy_(0.1 * torch.randn(table.shape, generator=torch.Generator().manual_seed(3)))
         for letter, dims in DIMS.items():
             row = table[model.tokenizer.convert_tokens_to_ids(letter)]

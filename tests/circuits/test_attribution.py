@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor
 
 from circuits.attribution import AttributionOptions, LossOfMargin, exact_effects, linear_effects, node_effects
 from tests.circuits.planted import PlantedSAE
+from tests.interventions.builders import ARCHITECTURES, NORMALISATIONS, sae_lens_sae
 from tests.tiny import D_MODEL, tiny_model
-from workbench.errors import MismatchError
+from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.hooks.attach import attached
+from workbench.interventions.saecode import Basis
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, mean_pool, readable_tokens
 from workbench.tokens import TokenBatch
@@ -70,14 +73,39 @@ def test_linear_metric_makes_every_method_exact() -> None:
         assert found.gap < 1e-3 and found.total == pytest.approx(truth.total, abs=1e-5)
 
 
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_sae_has_the_effects_that_zeroing_its_features_has(architecture: str, normalisation: str) -> None:
+    model, batch, keep, metric = _setup("resid_post.1")
+    sae = sae_lens_sae(architecture, normalisation)
+    x = model.capture(batch, ["resid_post.1"])["resid_post.1"]
+    pooled = torch.stack([Basis(sae).contributions(row[k]).mean(0) for row, k in zip(x, keep, strict=True)])
+    linear = linear_effects(pooled, sae, metric.probe, metric.labels).effect
+    options = AttributionOptions(steps=1)  # exact: the metric is linear
+    estimated = node_effects(model, {"resid_post.1": sae}, batch, metric, keep=keep, options=options)["resid_post.1"]
+    # sae_lens itself: one feature less, decoded in the state that encoding the same tokens leaves
+    sign = torch.tensor([-1.0, 1.0, 1.0])
+    some, truth = list(range(0, 40, 4)), torch.zeros(10)
+    for i, f in enumerate(some):
+        for row, k, s in zip(x, keep, sign, strict=True):
+            kept = sae.decode(acts := sae.encode(row[k]))
+            sae.encode(row[k])
+            changed = sae.decode(acts.index_fill(1, torch.tensor([f]), 0.0))
+            truth[i] -= s * ((changed - kept).mean(0) @ metric.probe.w) / 3
+    one_by_one = exact_effects(model, "resid_post.1", sae, batch, metric, some[:4], keep=keep)
+    assert truth[:4].norm() > 0.01
+    for found, wanted in ((linear[some], truth), (estimated.effect[some], truth), (one_by_one, truth[:4])):
+        assert (found - wanted).norm() < 1e-5 * truth.norm()
+
+
 def _spliced(
-    model: Model, batch: TokenBatch, keep: Tensor, sae: PlantedSAE, metric: LossOfMargin, baseline: str, steps: int
+    model: Model, batch: TokenBatch, keep: Tensor, sae: Any, metric: LossOfMargin, baseline: str, steps: int
 ) -> Tensor:
     """Integrated gradients the slow way: the SAE in the graph, features and error interpolated as leaves."""
     point = model.site_map["resid_post.0"]
     clean = model.capture(batch, ["resid_post.0"])["resid_post.0"][keep]
     f = sae.encode(clean)
-    eps = clean - f @ sae.W_dec - sae.b_dec
+    eps = clean - sae.decode(f)
     effect = torch.zeros(f.shape)
     error = 0.0
     for k in range(steps):
@@ -87,7 +115,8 @@ def _spliced(
 
         def write(x: Tensor, leaf: Tensor = leaf, rest: Tensor = rest) -> Tensor:
             out = x.clone()
-            out[keep] = leaf @ sae.W_dec + sae.b_dec + rest
+            sae.encode(clean)  # a normalising SAE decodes in the scale of what it encoded last
+            out[keep] = sae.decode(leaf) + rest
             return out
 
         with attached([(point, write)]):
@@ -99,9 +128,10 @@ def _spliced(
 
 
 @pytest.mark.parametrize("baseline", ["zero", "zero_keep_error"])
-def test_gradients_in_activation_space_equal_those_through_the_spliced_sae(baseline: str) -> None:
+@pytest.mark.parametrize("kind", ["planted", *NORMALISATIONS])
+def test_gradients_in_activation_space_equal_those_through_the_spliced_sae(baseline: str, kind: str) -> None:
     model, batch, keep, metric = _setup("resid_post.2")
-    sae, steps = _sae(), 4
+    sae, steps = _sae() if kind == "planted" else sae_lens_sae("topk_rescaled", kind), 4
     options = AttributionOptions(steps=steps, baseline=baseline, batch_size=2)  # type: ignore[arg-type]
     found = node_effects(model, {"resid_post.0": sae}, batch, metric, keep=keep, options=options)["resid_post.0"]
     expected = _spliced(model, batch, keep, sae, metric, baseline, steps)
@@ -167,7 +197,55 @@ def test_a_row_does_not_depend_on_its_batch_and_masks_are_left_alone() -> None:
     assert torch.equal(keep, before)
 
 
-def test_a_metric_below_the_sae_is_refused() -> None:
-    model, batch, keep, metric = _setup("resid_post.0")
-    with pytest.raises(MismatchError, match="below the SAE"):
-        node_effects(model, {"resid_post.1": _sae()}, batch, metric, keep=keep)
+@pytest.mark.parametrize(
+    ("family", "site", "read", "where"),
+    [
+        ("llama", "resid_post.1", "resid_post.0", "below"),
+        ("llama", "mlp_out.1", "resid_mid.1", "below"),
+        ("llama", "q.1", "k.1", "beside"),
+        ("neox", "attn_out.1", "mlp_out.1", "beside"),
+        ("neox", "mlp_out.1", "attn_out.1", "below"),
+    ],
+)
+def test_a_metric_that_no_feature_reaches_is_refused(family: str, site: str, read: str, where: str) -> None:
+    model = tiny_model(family)
+    batch = model.tokens(TEXTS)
+    metric = Power(torch.ones(model.width(read)), readable_tokens(batch), 1, read)
+    sae = sae_lens_sae(d_in=model.width(site))
+    for effects in (
+        lambda: node_effects(model, {site: sae}, batch, metric, keep=metric.keep),
+        lambda: exact_effects(model, site, sae, batch, metric, [0], keep=metric.keep),
+    ):
+        with pytest.raises(MismatchError, match=f"The metric reads {read}, {where} the SAE at {site}: no feature"):
+            effects()
+
+
+def test_a_metric_that_does_not_depend_on_what_it_reads_is_refused_in_words() -> None:
+    model, batch, keep, _ = _setup("resid_post.2")
+
+    class Detached(Power):
+        def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
+            return super().__call__(x.detach(), rows)
+
+    with pytest.raises(MismatchError, match=r"does not depend on resid_post\.1"):
+        node_effects(
+            model, {"resid_post.1": _sae()}, batch, Detached(torch.ones(D_MODEL), keep, 1, "resid_post.2"), keep=keep
+        )
+
+
+def test_saes_of_another_kind_site_or_width_are_refused() -> None:
+    model, batch, keep, metric = _setup("resid_post.2")
+    transcoder, moved = sae_lens_sae(), sae_lens_sae()
+    transcoder.cfg.metadata.hook_name, transcoder.cfg.metadata.hook_name_out = "resid_mid.1", "mlp_out.1"
+    moved.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    cases: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
+        ({"resid_mid.1": transcoder}, MismatchError, "transcoder"),
+        ({"resid_post.1": moved}, MismatchError, "trained at resid_post.0"),
+        ({"resid_post.1": sae_lens_sae(d_in=D_MODEL + 1)}, ShapeError, "width 17"),
+        ({"resid_post.1": _sae(), "resid_post.-2": _sae()}, MismatchError, "has an SAE already"),
+        ({"resid_post.1": torch.nn.Linear(2, 2)}, InvalidInputError, "Linear is not an SAE"),
+        ({}, DegenerateInputError, "no SAE was given"),
+    )
+    for bases, error, words in cases:
+        with pytest.raises(error, match=words):
+            node_effects(model, bases, batch, metric, keep=keep)

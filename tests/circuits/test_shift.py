@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from circuits.activity import Reader, token_evidence
+from circuits.collateral import collateral
+from circuits.editcheck import pooled_by_hooks, require_same_edit
 from circuits.judges import FeatureDossier, LexiconJudge, Node, OracleJudge, StatisticsJudge, Verdict
+from circuits.methods import Scorer
 from circuits.shift import ShiftOptions, shift
 from circuits.shiftreport import ShiftReport
 from tests.circuits.planted import (
@@ -18,11 +21,18 @@ from tests.circuits.planted import (
     OPPOSING,
     SITE,
     SPURIOUS_FEATURES,
+    PlantedSAE,
     planted_model,
     planted_sae,
     planted_task,
 )
-from workbench.errors import MismatchError, ShapeError
+from tests.interventions.builders import ARCHITECTURES, NORMALISATIONS, sae_lens_sae
+from tests.tiny import n_hooks, tiny_model
+from workbench.errors import DegenerateInputError, EditError, MismatchError, ShapeError
+from workbench.interventions.saecode import Basis
+from workbench.models.model import Model
+from workbench.probes.linear import readable_tokens
+from workbench.stats import sample_mean
 from workbench.tokens import TokenBatch
 
 OPTIONS = ShiftOptions(top_k=10, random_draws=4)
@@ -56,12 +66,15 @@ def _ablated(report: ShiftReport) -> set[int]:
 @pytest.mark.parametrize("probe_site", [SITE, "resid_post.2"])
 def test_shift_picks_the_attribute_and_reaches_the_oracle(probe_site: str) -> None:
     report = _report(probe_site)
-    original, repaired, oracle = (report.method(name) for name in ("original", "SHIFT", "oracle probe"))
+    original, repaired, retrained, oracle = (
+        report.method(name) for name in ("original", "SHIFT", "SHIFT + retrain", "oracle probe")
+    )
     assert original.spurious.value > 0.8 and original.label.value < 0.7
     assert _ablated(report) == SPURIOUS_FEATURES
-    assert repaired.label.value >= oracle.label.value - 0.01
-    assert not repaired.spurious.excludes(0.5)
-    assert report.method("SHIFT + retrain").label.value >= oracle.label.value - 0.01
+    assert retrained.label.value >= oracle.label.value - 0.03 and not retrained.spurious.excludes(0.5)
+    # A block between SAE and probe mixes the ablation into what the old probe reads; a new probe undoes that.
+    assert repaired.label.value >= (0.99 if probe_site == SITE else original.label.value + 0.2)
+    assert report.method("skyline").label == repaired.label
 
 
 def test_random_features_change_nothing_and_have_their_own_interval() -> None:
@@ -121,7 +134,7 @@ def test_statistics_judge_keeps_a_feature_that_does_not_move_and_leaves_rare_one
 
 def test_pooled_ablation_equals_the_edit_run_through_the_model() -> None:
     model, task = planted_model(), planted_task()
-    reader = Reader.fitted(model, {SITE: planted_sae()}, SITE, task.train.texts, batch_size=7)
+    reader = Reader.fitted(model, {SITE: Basis(planted_sae())}, SITE, task.train.texts, batch_size=7)
     texts = tuple(task.test.texts[:15]) + ("a much longer text with M and T",)
     pooled = reader.read(texts, "test")
     nodes = [Node(SITE, f) for f in (0, 2, 3)]
@@ -129,12 +142,12 @@ def test_pooled_ablation_equals_the_edit_run_through_the_model() -> None:
     torch.testing.assert_close(reader.ablated(pooled, nodes), by_model, atol=1e-5, rtol=1e-4)
     assert (by_model - pooled.x).norm() > 0.1
     assert sum(report.tokens for report in reports) == pooled.n_tokens
-    assert _report().edit_check < 1e-4
+    assert _report().edit_check.difference < 1e-5
 
 
 def test_top_tokens_and_shares_are_those_of_the_letters() -> None:
     model, task = planted_model(), planted_task()
-    reader = Reader.fitted(model, {SITE: planted_sae()}, SITE, task.train.texts, batch_size=7)
+    reader = Reader.fitted(model, {SITE: Basis(planted_sae())}, SITE, task.train.texts, batch_size=7)
     words = (task.spurious_words, task.target_words)
     found = token_evidence(
         reader, [*task.train.texts[:9], "a longer one with T"], [Node(SITE, f) for f in (0, 2)], words
@@ -187,3 +200,118 @@ def test_an_sae_of_another_site_model_or_width_is_refused() -> None:
         shift(model, {SITE: replace(planted_sae(), W_dec=torch.zeros(15, 3))}, task)
     with pytest.raises(MismatchError, match="below the SAE"):
         shift(model, {SITE: planted_sae()}, task, options=ShiftOptions(probe_site="resid_post.0"))
+
+
+def _several(where: str) -> tuple[Model, dict[str, Basis], str]:
+    """A tiny model with one SAE at the probe's site, one below it, or one in each of three layers."""
+    sites = {"own site": ["resid_post.1"], "below": ["mlp_out.1"], "several": ["z.0", "resid_mid.1", "resid_pre.2"]}
+    model = tiny_model()
+    saes = {
+        site: Basis(sae_lens_sae("jumprelu", "layer_norm" if i else "none", d_in=model.width(site)))
+        for i, site in enumerate(sites[where])
+    }
+    return model, saes, "resid_post.1" if where == "own site" else "resid_post.2"
+
+
+def _both_ways(model: Model, bases: dict[str, Basis], probe_site: str) -> tuple[torch.Tensor, ...]:
+    """Ablated by the reader and by plain hooks, and unedited."""
+    texts = ("abcdefgh", "ijk", "lmnopq rs")
+    reader = Reader(model, bases, probe_site, float("inf"))
+    pooled = reader.read(texts, "test")
+    nodes = [Node(site, f) for site in bases for f in range(0, 40, 2)]
+    ablations = {site: (basis.sae, range(0, 40, 2)) for site, basis in bases.items()}
+    batch = model.tokens(list(texts))
+    again = pooled_by_hooks(model, batch, readable_tokens(batch), ablations, probe_site)
+    return reader.ablated(pooled, nodes), again, pooled.x
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_computed_ablation_equals_plain_hooks_for_every_architecture(architecture: str, normalisation: str) -> None:
+    model = tiny_model()
+    computed, again, x = _both_ways(model, {SITE: Basis(sae_lens_sae(architecture, normalisation))}, SITE)
+    size = (again - x).norm()
+    assert size > 0.05 * x.norm()
+    assert (computed - again).norm() < 1e-5 * size
+    assert n_hooks(model.hf) == 0
+
+
+@pytest.mark.parametrize("where", ["own site", "below", "several"])
+def test_ablation_through_the_model_equals_plain_hooks_wherever_the_saes_stand(where: str) -> None:
+    model, bases, probe_site = _several(where)
+    ablated, again, x = _both_ways(model, bases, probe_site)
+    difference, allowed = require_same_edit(ablated, again, x, torch.float32)
+    assert difference < 1e-5 < allowed
+    for wrong in (x, 2 * again - x, again + 0.1 * (again - x).roll(1, dims=0), again * float("nan")):
+        with pytest.raises(EditError, match="plain hooks"):
+            require_same_edit(wrong, again, x, torch.float32)
+
+
+class Louder(PlantedSAE):
+    """Decodes to twice what its rows say."""
+
+    def decode(self, acts: torch.Tensor) -> torch.Tensor:
+        return 2 * acts @ self.W_dec + self.b_dec
+
+
+@pytest.mark.parametrize("probe_site", [SITE, "resid_post.2"])
+def test_a_study_whose_ablation_is_not_that_of_the_sae_ends(probe_site: str) -> None:
+    sae = Louder(**vars(planted_sae()))
+    with pytest.raises(EditError, match="differs from the one made by plain hooks"):
+        shift(planted_model(), {SITE: sae}, planted_task(20, 8), options=replace(OPTIONS, probe_site=probe_site))
+
+
+def test_random_controls_have_an_interval_over_all_draws() -> None:
+    report = _report()
+    row, collateral = report.method("random features"), report.collateral
+    assert row.over_draws is not None and collateral is not None
+    assert row.over_draws.label.value == pytest.approx(row.label.value)
+    assert (row.over_draws.label.n, row.over_draws.label.unit) == (OPTIONS.random_draws, "draws")
+    assert report.method("SHIFT").over_draws is None
+    gain = next(c for c in report.comparisons if (c.better, c.other) == ("SHIFT", "random features"))
+    assert gain.over_draws is not None and gain.over_draws.value == pytest.approx(gain.label.value)
+    assert collateral.random_over_draws.value == pytest.approx(collateral.random.value)
+    assert (collateral.random.n, collateral.random_over_draws.n) == (6, OPTIONS.random_draws)
+
+
+def test_one_draw_says_nothing_about_other_draws() -> None:
+    scorer = Scorer(planted_task())
+    right = torch.tensor(planted_task().test.label)
+    scorer.add("better", "", 1, [right])
+    scorer.add("random", "", 1, [1 - right], is_random=True)
+    assert scorer.compare("better", "random").label.excludes(0.0)
+    assert not scorer.compare("better", "random").excludes_zero
+    # two draws, 0 % and 100 % right: the rows agree, the draws do not
+    scorer.add("two", "", 1, [right, 1 - right], is_random=True)
+    over = scorer.rows[-1].over_draws
+    assert over is not None and over.label.value == 0.5 and over.label.high > 1
+    assert scorer.rows[-1].label.low == scorer.rows[-1].label.high == 0.5
+
+
+def test_collateral_is_the_mean_over_every_draw_run_by_itself() -> None:
+    model = planted_model()
+    reader = Reader(model, {SITE: Basis(planted_sae())}, SITE, float("inf"))
+    text = TokenBatch.of_rows(torch.randint(2, 250, (5, 12), generator=torch.Generator().manual_seed(0)))
+    draws = [[Node(SITE, 5)], [Node(SITE, 6)], []]
+    alone = [collateral(reader, text, [], [draw]).random.value for draw in draws]
+    together = collateral(reader, text, draws[0], draws)
+    assert abs(alone[0] - alone[1]) > 1e-6 and alone[2] == 0.0
+    assert together.shift.value == pytest.approx(alone[0])
+    assert together.random.value == pytest.approx(np.mean(alone))
+    assert together.random_over_draws == sample_mean(np.array(alone), unit="random sets")
+
+
+def test_too_few_active_features_for_a_random_control_are_refused() -> None:
+    sae = planted_sae()
+    sae.W_enc[:, [0, 1, *range(4, 15)]] = 0.0  # nothing but the attribute's two letters is ever active
+    with pytest.raises(DegenerateInputError, match="random control"):
+        shift(planted_model(), {SITE: sae}, planted_task(20, 8), options=OPTIONS)
+
+
+def test_a_probe_beside_or_below_an_sae_is_refused_in_words() -> None:
+    task, parallel = planted_task(), tiny_model("neox")
+    sae = sae_lens_sae()
+    with pytest.raises(MismatchError, match=r"reads resid_mid\.1, below the SAE at mlp_out\.1"):
+        shift(planted_model(), {"mlp_out.1": sae}, task, options=ShiftOptions(probe_site="resid_mid.1"))
+    with pytest.raises(MismatchError, match=r"reads mlp_out\.1, beside the SAE at attn_out\.1"):
+        shift(parallel, {"attn_out.1": sae, "mlp_out.1": sae}, task)

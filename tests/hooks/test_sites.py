@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.tiny import FAMILIES, N_LAYERS, n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, EditError, UnknownSiteError
 from workbench.hooks.attach import attached
-from workbench.hooks.sites import Point, Site
+from workbench.hooks.sites import HEAD_KINDS, Point, Site
 
 
 def test_text_and_transformer_lens_names_are_the_same_site() -> None:
@@ -207,3 +209,20 @@ def test_the_mean_is_that_of_all_real_tokens_in_any_batches() -> None:
     torch.testing.assert_close(model.mean(texts[:2], "z.1.h1", positions=NotPrefix(1)), rest.mean(0))
     with pytest.raises(DegenerateInputError):
         model.mean([], "resid_post.1")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "neox", "gemma2"])
+def test_a_site_reaches_exactly_the_sites_that_change_with_it(family: str) -> None:
+    model = tiny_model(family)
+    sites, ids = model.site_map, torch.arange(5, 17).view(2, 6)
+    inside = [site for site in sites.points if site.layer == 1]
+    heads = [
+        replace(site, head=head) for site in inside for head in range(sites[site].heads or 0) if site.kind in HEAD_KINDS
+    ]
+    read = [*sites.points, *heads]
+    before = model.capture(ids, read)
+    for here in [*inside, *heads, Site("embed"), Site("final_norm")]:
+        with attached([(sites[here], lambda x: torch.rand_like(x) + 0.5 * x)]):
+            after = model.capture(ids, read)
+        changed = {there for there in read if not torch.allclose(before[there], after[there], atol=1e-6)}
+        assert changed == {there for there in read if sites.reaches(here, there)}, here

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.interventions.builders import NORMALISATIONS, sae_lens_sae
 from tests.tiny import n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError
 from workbench.interventions.intervention import Intervention
@@ -409,6 +410,31 @@ def test_candidates_need_two_tokens_of_one_refusal() -> None:
     loose = find_refusal_features(model, sae, "resid_post.0", yes, no, torch.eye(D)[0], min_tokens=1)
     assert 3 in {row.feature for row in loose.candidates}
     assert found.frequency[0] == pytest.approx(4 / 7)  # four tokens of each refusal, none of three compliant ones
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_features_rank_by_what_they_add_to_the_stream(normalisation: str) -> None:
+    model, sae = _toy_model(), sae_lens_sae("topk_rescaled", normalisation, d_in=D)
+    yes, no = exchanges(model, ["make bomb dog"], ["I can't help wait"]), exchanges(model, ["make bomb dog"], ["Sure"])
+    added = []
+    for exchange in (yes, no):
+        x = model.capture(exchange.tokens, ["resid_post.0"])["resid_post.0"][exchange.is_reply]
+        kept = sae.decode(acts := sae.encode(x))
+        without = []
+        for f in range(40):
+            sae.encode(x)
+            without.append(sae.decode(acts.index_fill(1, torch.tensor([f]), 0.0)))
+        added.append(torch.stack([(kept - part).mean(0) for part in without]))
+    size = (added[0] - added[1]).norm(dim=1)
+    found = find_refusal_features(model, sae, "resid_post.0", yes, no, torch.eye(D)[0], min_tokens=1)
+    assert len(found.candidates) > 2
+    for row in found.candidates:
+        assert row.mean_difference * float(found.decoder_norm[row.feature]) == pytest.approx(
+            float(size[row.feature]), rel=1e-4
+        )
+    assert [row.feature for row in found.candidates] == sorted(
+        (row.feature for row in found.candidates), key=lambda f: -size[f]
+    )
 
 
 def test_matched_features_are_near_in_frequency_and_never_the_chosen() -> None:

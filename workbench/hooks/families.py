@@ -252,4 +252,4 @@ def build_site_map(hf: nn.Module) -> SiteMap:
         block.build(configs)
         points.update(block.points)
         missing.update(block.missing)
-    return SiteMap(points, missing, len(blocks))
+    return SiteMap(points, missing, len(blocks), _is_parallel(hf, components["blocks"]))

@@ -22,6 +22,14 @@ LAYER_KINDS = (
 MODEL_KINDS = ("embed", "final_norm", "logits")
 KINDS = LAYER_KINDS + MODEL_KINDS
 
+_ORDER = (
+    "resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post",
+)  # fmt: skip
+"""The kinds of one layer in the order in which a forward pass computes them."""
+_SIDE_BY_SIDE = {"q": ("k", "v"), "k": ("v",), "v": ("pattern",)}
+"""Later kinds of the same layer that do not depend on a kind."""
+_ATTENTION, _MLP = ("q", "k", "v", "pattern", "z", "attn_out"), ("mlp_pre", "mlp_post", "mlp_out")
+
 _TL_PATTERNS = {
     "resid_pre": "blocks.{}.hook_resid_pre", "resid_mid": "blocks.{}.hook_resid_mid",
     "resid_post": "blocks.{}.hook_resid_post", "attn_out": "blocks.{}.hook_attn_out",
@@ -69,6 +77,13 @@ class Site:
     def __str__(self) -> str:
         layer = "" if self.layer is None else f".{self.layer}"
         return f"{self.kind}{layer}" + ("" if self.head is None else f".h{self.head}")
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts sites in the order in which a forward pass computes them; layers count from the start."""
+        if self.layer is None:
+            return (-1, 0) if self.kind == "embed" else (1 << 30, MODEL_KINDS.index(self.kind))
+        return self.layer, _ORDER.index(self.kind)
 
     @property
     def tl_name(self) -> str:
@@ -219,11 +234,19 @@ class Point:
 
 @dataclass(frozen=True)
 class SiteMap:
-    """All sites of one model: where they are, or why they are not."""
+    """All sites of one model: where they are, or why they are not.
+
+    Attributes:
+        points: the sites that it has.
+        missing: why it lacks the others.
+        n_layers: number of blocks.
+        is_parallel: whether attention and MLP of a block read the same stream, so that neither reaches the other.
+    """
 
     points: Mapping[Site, Point]
     missing: Mapping[Site, str]
     n_layers: int
+    is_parallel: bool = False
 
     def __getitem__(self, site: str | Site) -> Point:
         """The point of a site.
@@ -259,7 +282,26 @@ class SiteMap:
     def without(self, reasons: Mapping[Site, str]) -> SiteMap:
         """The same map with some sites withdrawn, each with the reason."""
         points = {site: point for site, point in self.points.items() if site not in reasons}
-        return SiteMap(points, {**self.missing, **reasons}, self.n_layers)
+        return replace(self, points=points, missing={**self.missing, **reasons})
+
+    def reaches(self, here: str | Site, there: str | Site) -> bool:
+        """Whether a change at one site can change another one, or is that site; heads count.
+
+        Raises:
+            UnknownSiteError: if this model lacks one of them.
+        """
+        first, then = self[here], self[there]
+        a, b = first.site, then.site
+        if a.layer is None or a.layer != b.layer:
+            return a.order <= b.order
+        if a.order > b.order or b.kind in _SIDE_BY_SIDE.get(a.kind, ()):
+            return False
+        if self.is_parallel and a.kind in _ATTENTION and b.kind in _MLP:
+            return False
+        if a.head is None or b.head is None:
+            return True
+        # Several query heads read one head of keys and values.
+        return b.head // max(1, (then.heads or 1) // (first.heads or 1)) == a.head
 
     def _instead(self, site: Site) -> str:
         there = [kind for kind in KINDS if Site(kind, site.layer if kind in LAYER_KINDS else None) in self.points]

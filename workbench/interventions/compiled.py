@@ -21,11 +21,6 @@ from workbench.interventions.report import Tally
 from workbench.interventions.scopes import Scope
 from workbench.interventions.step import Step
 
-# Order in which the kinds of site of one layer are computed.
-_ORDER = (
-    "resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post",
-)  # fmt: skip
-
 
 class GateState:
     """What one gate has decided."""
@@ -192,7 +187,7 @@ class Compiled:
     def explain(self) -> str:
         """One line per site and group."""
         lines = []
-        for point in sorted(self.points, key=order):
+        for point in sorted(self.points, key=lambda point: point.site.order):
             reads = [f"read by {type(gate).__name__} per {gate.when}" for gate in self.gates_at(point)]
             for group in self.groups_at(point):
                 names = " + ".join(op.name for op in group.ops)
@@ -202,7 +197,7 @@ class Compiled:
                 reads.append(f"{names}{merged} on {group.scope}{gate}")
             lines.append(f"{point.site} ({point.path}, {point.side}put): " + "; ".join(reads))
         if lines:
-            first = min(self.points, key=order).site
+            first = min((point.site for point in self.points), key=lambda site: site.order)
             lines.append(f"everything before {first} is as without the plan and need not be run again for another edit")
         return "\n".join(lines) or "no edits"
 
@@ -223,14 +218,6 @@ def refuse_unmet(edit: Edit, fired: int) -> NoReturn:
     if fired == 0:
         raise EditError(f"{edit}: the hook never ran. Nothing was edited; was the model called inside the block?")
     raise EditError(f"{edit}: no token was in scope in {fired} forward passes, so nothing was edited.")
-
-
-def order(point: Point) -> tuple[int, int]:
-    """Sorts points in the order in which a forward pass reaches them."""
-    kind, layer = point.site.kind, point.site.layer
-    if layer is None:
-        return (-1, 0) if kind == "embed" else (1 << 30, ("final_norm", "logits").index(kind))
-    return layer, _ORDER.index(kind)
 
 
 def compile_edits(sites: SiteMap, intervention: Intervention, device: torch.device) -> Compiled:
@@ -311,7 +298,7 @@ def _check_width(what: str, width: int | None, point: Point) -> None:
 def _add_gate(compiled: Compiled, sites: SiteMap, edit: Edit, gate: Gate, point: Point) -> Site:
     read_at = point if gate.site is None else sites[gate.site]
     _check_width(f"{edit}, its gate", gate.width, read_at)
-    late = order(read_at) > order(point)
+    late = read_at.site.order > point.site.order
     if late and (gate.when == "token" or edit.scope.touches_prompt):
         raise InvalidInputError(
             f"{edit}: the gate reads {read_at.site}, which is computed after {point.site}. Read an earlier site, or "

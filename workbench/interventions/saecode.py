@@ -1,20 +1,82 @@
-"""Encoding and decoding with a sae_lens SAE without its module state: only the features asked for, in fp32."""
+"""Encoding and decoding with a sae_lens SAE without its module state: only the features asked for, in fp32.
+
+Results are on the SAE's device, except where the docstring says on the device of `x`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.errors import MismatchError, UnknownSiteError
+from workbench.errors import InvalidInputError, MismatchError, UnknownSiteError
 from workbench.hooks.sites import Site
 
 _PER_FEATURE = ("standard", "jumprelu", "gated")
 _STATE = ("ln_mu", "ln_std", "x_norm_coeff")
 """What sae_lens keeps on the SAE from `encode` to `decode`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """The features of an SAE as summands of the activations `x` that it reads, in fp32 and without gradient.
+
+    `x = contributions(x) @ rows() + constant(x) + error`. A contribution is the feature's activation times the factor
+    by which the SAE scales its output back to the size of the token, so zeroing a feature subtracts its contribution
+    times its row, also under `layer_norm` and `constant_norm_rescale`. The factor differs from token to token: a mean
+    over tokens is exact for contributions, not for activations.
+
+    Attributes:
+        sae: an SAE in the sae_lens form.
+
+    Raises:
+        MismatchError: for a transcoder.
+        InvalidInputError: for the temporal SAE of sae_lens.
+    """
+
+    sae: Any
+
+    def __post_init__(self) -> None:
+        if _kind(self.sae) == "temporal":
+            raise InvalidInputError(
+                "A temporal SAE of sae_lens predicts each token from those before it, so its features are no summands "
+                "of one token. Give an SAE of another kind."
+            )
+        refuse_transcoder(self.sae, "A basis of features")
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return int(self.sae.W_dec.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Width of the activations."""
+        return int(self.sae.W_dec.shape[1])
+
+    @torch.no_grad()
+    def activations(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d_sae"]:
+        """Feature activations in the SAE's own units, on the device of `x`."""
+        return encode(self.sae, x).to(x.device)
+
+    @torch.no_grad()
+    def contributions(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d_sae"]:
+        """By how many of its rows each feature moves each token: activation times `output_scale`, where `x` is."""
+        return self.activations(x) * output_scale(self.sae, x)
+
+    def rows(self, features: Int[Tensor, " f"] | None = None) -> Float[Tensor, "f d"]:
+        """What one unit of contribution adds to a token; of all features by default."""
+        return decoder_rows(self.sae, torch.arange(self.d_sae) if features is None else features)
+
+    @torch.no_grad()
+    def constant(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """The reconstruction without any feature, where `x` is: the decoder's bias in the scale of each token."""
+        bias = _bias(self.sae).float().to(x.device)
+        return (bias * output_scale(self.sae, x) + _mean(self.sae, x)).expand(len(x), -1)
 
 
 def encode(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
@@ -33,18 +95,18 @@ def encode_some(sae: Any, x: Float[Tensor, "n d_in"], features: Int[Tensor, " f"
     with torch.no_grad():
         features = features.to(sae.W_dec.device)
         if _kind(sae) not in _PER_FEATURE:
-            return encode(sae, x)[:, features.to(x.device)]
+            return encode(sae, x)[:, features]
         return _activate(sae, _input(sae, x), features).float()
 
 
 def decode(sae: Any, acts: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
     """The reconstruction of `x` from feature activations, fp32."""
     with torch.no_grad():
+        acts, x = acts.to(sae.W_dec), x.to(sae.W_dec.device).float()
         if _rescales(sae):
             acts = acts / _norms(sae.W_dec).to(acts)
-        out = (acts.to(sae.W_dec) @ sae.W_dec + sae.b_dec).float()
-        mean = x.mean(-1, keepdim=True) if _normalisation(sae) == "layer_norm" else 0.0
-        return out * output_scale(sae, x) + mean
+        out = (acts @ sae.W_dec + _bias(sae)).float()
+        return out * output_scale(sae, x) + _mean(sae, x)
 
 
 def decoder_rows(sae: Any, features: Int[Tensor, "*f"]) -> Float[Tensor, "*f d_in"]:
@@ -54,8 +116,11 @@ def decoder_rows(sae: Any, features: Int[Tensor, "*f"]) -> Float[Tensor, "*f d_i
 
 
 def output_scale(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"] | float:
-    """By what the decoder's output is multiplied to be in the units of `x`: 1 unless the SAE normalises its input."""
-    kind = _normalisation(sae)
+    """By what the decoder's output is multiplied to be in the units of `x`: 1 unless the SAE normalises its input.
+
+    In fp32, on the device of `x`.
+    """
+    kind, x = _normalisation(sae), x.float()
     if kind == "constant_norm_rescale":
         return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
     if kind == "layer_norm":
@@ -123,8 +188,22 @@ def _normalisation(sae: Any) -> str:
     return str(getattr(getattr(sae, "cfg", None), "normalize_activations", "none"))
 
 
+def _bias(sae: Any) -> Float[Tensor, " d_in"]:
+    """What the decoder adds: matching pursuit adds `b_dec` only where it subtracted it."""
+    b_dec = sae.b_dec.detach()
+    left_out = _kind(sae) == "matching_pursuit" and not sae.cfg.apply_b_dec_to_input
+    return torch.zeros_like(b_dec) if left_out else b_dec
+
+
+def _mean(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"] | float:
+    """The mean of each token, which `layer_norm` takes off and adds again."""
+    return x.float().mean(-1, keepdim=True) if _normalisation(sae) == "layer_norm" else 0.0
+
+
 def _input(sae: Any, x: Tensor) -> Tensor:
-    kind = _normalisation(sae)
+    kind, x = _normalisation(sae), x.to(sae.W_enc.device)
+    if kind != "none":
+        x = x.float()  # a norm or a mean that is taken in bf16 is off by up to 0.4 %
     if kind == "constant_norm_rescale":
         x = x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True))
     elif kind == "layer_norm":

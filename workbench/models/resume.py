@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from workbench.errors import InvalidInputError
 from workbench.hooks.attach import attached
 from workbench.hooks.sites import Point, Site, SiteMap
-from workbench.interventions.compiled import order
 from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
@@ -222,7 +221,7 @@ class Resume:
         return f"{blocks} of {n}, on {tokens}"
 
     def _require_behind(self, plan: Plan) -> None:
-        before = [point for point in plan.points if order(point) < order(self._point)]
+        before = [point for point in plan.points if point.site.order < self._point.site.order]
         edits = plan.intervention.edits
         if self._last and not all(edit.scope.only_last and not edit.op.gated for edit in edits):
             raise InvalidInputError(
@@ -254,7 +253,7 @@ def earliest(sites: SiteMap, interventions: Sequence[Intervention]) -> Site | No
             points.append(sites[edit.site])
             if isinstance(edit.op, When) and edit.op.gate.site is not None:
                 points.append(sites[edit.op.gate.site])
-    return min(points, key=order).site if points else None
+    return min((point.site for point in points), key=lambda site: site.order, default=None)
 
 
 def _first_block(point: Point, n_layers: int) -> int:

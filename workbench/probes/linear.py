@@ -87,7 +87,7 @@ def readable_tokens(
     if batch.special is not None:
         keep &= ~batch.special
     if x is not None:
-        keep &= x.float().norm(dim=-1) <= max_norm
+        keep &= (x.float().norm(dim=-1) <= max_norm).to(keep.device)
     if not bool(keep.any(dim=1).all()):
         short = int((~keep.any(dim=1)).nonzero()[0])
         raise DegenerateInputError(
@@ -99,7 +99,7 @@ def readable_tokens(
 
 def sink_norm(batch: TokenBatch, x: Float[Tensor, "batch pos d"]) -> float:
     """Norm above which a token counts as an attention sink: ten times the median of the tokens that are not first."""
-    return SINK_FACTOR * float(x.float().norm(dim=-1)[readable_tokens(batch)].median())
+    return SINK_FACTOR * float(x.float().norm(dim=-1)[readable_tokens(batch).to(x.device)].median())
 
 
 def mean_pool(x: Float[Tensor, "batch pos d"], keep: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch d"]:
@@ -111,6 +111,7 @@ def mean_pool(x: Float[Tensor, "batch pos d"], keep: Bool[Tensor, "batch pos"]) 
     >>> mean_pool(torch.tensor([[[9.0], [1.0], [3.0]]]), torch.tensor([[False, True, True]]))  # (1 + 3) / 2
     tensor([[2.]])
     """
+    keep = keep.to(x.device)
     counts = keep.sum(dim=1, keepdim=True)
     if not bool((counts > 0).all()):
         raise DegenerateInputError("mean_pool: a row keeps no token, so it has no mean. Check the mask.")

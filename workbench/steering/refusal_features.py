@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.errors import DegenerateInputError
 from workbench.interventions.intervention import Intervention
+from workbench.interventions.saecode import Basis, output_scale
 from workbench.interventions.saes import SAEClamp
 from workbench.interventions.scopes import All, Pos
 from workbench.metrics import auroc
@@ -31,11 +32,11 @@ class FeatureRow:
 
     Attributes:
         feature: its index in the SAE.
-        mean_difference: mean activation over reply tokens, refusals minus compliant replies.
-        auroc: how well its mean activation over a reply tells refusals (1) from compliance (0).
+        mean_difference: mean contribution (`Basis.contributions`) over reply tokens, refusals minus compliant replies.
+        auroc: how well its mean contribution over a reply tells refusals (1) from compliance (0).
         cosine: of its decoder row with the refusal direction.
         frequency: share of reply tokens on which it is active.
-        max_act: largest activation on a reply token.
+        max_act: largest activation on a reply token, in the SAE's units.
         reply_tokens: most tokens of one refusal on which it is active.
         screened: change of the refusal log-odds when it is clamped on harmful prompts of the validation part.
     """
@@ -58,7 +59,7 @@ class FeatureContrast:
         candidates: features that refusals use more, best first by mean difference times decoder norm.
         frequency: share of reply tokens on which each feature is active.
         max_act: largest activation of each feature on a reply token.
-        decoder_norm: length of each decoder row.
+        decoder_norm: length of what one unit of each feature's contribution adds.
     """
 
     candidates: tuple[FeatureRow, ...]
@@ -75,18 +76,18 @@ class _Side:
     n_tokens: int
 
 
-@torch.no_grad()
-def _encode_replies(model: Any, sae: Any, site: str, exchange: Exchange) -> _Side:
+def _encode_replies(model: Any, basis: Basis, site: str, exchange: Exchange) -> _Side:
     means, counts, peaks = [], [], []
     for start in range(0, len(exchange.tokens), ROWS_PER_PASS):
         part = exchange.tokens[slice(start, start + ROWS_PER_PASS)]
         x = model.capture(part, [site]).flat(site)
         is_reply = exchange.is_reply[start : start + ROWS_PER_PASS, -part.ids.shape[1] :]
-        for row, chosen in zip(x, is_reply, strict=True):
-            acts = sae.encode(row[chosen].to(sae.W_dec)).float()
-            means.append(acts.mean(0))
-            counts.append((acts > 0).float().sum(0))
-            peaks.append(acts.amax(0))
+        for row, chosen in zip(x, is_reply.to(x.device), strict=True):
+            read = row[chosen]
+            acts = basis.activations(read)
+            means.append((acts * output_scale(basis.sae, read)).mean(0).cpu())
+            counts.append((acts > 0).float().sum(0).cpu())
+            peaks.append(acts.amax(0).cpu())
     return _Side(torch.stack(means), torch.stack(counts), torch.stack(peaks).amax(0), int(exchange.is_reply.sum()))
 
 
@@ -107,16 +108,18 @@ def find_refusal_features(
     Source: O'Brien et al. 2024, "Steering language model refusal with sparse autoencoders" (active on two tokens of a
     refusal); ranked here by contrast instead of by clamping every one of them.
     """
-    yes, no = (_encode_replies(model, sae, site, side) for side in (refusals, compliant))
+    basis = Basis(sae)
+    yes, no = (_encode_replies(model, basis, site, side) for side in (refusals, compliant))
+    decoder = basis.rows().cpu()
     difference = yes.means.mean(0) - no.means.mean(0)
     labels = torch.cat([torch.ones(len(yes.means)), torch.zeros(len(no.means))]).bool()
-    norm = sae.W_dec.detach().float().norm(dim=1)
+    norm = decoder.norm(dim=1)
     frequency = (yes.counts.sum(0) + no.counts.sum(0)) / (yes.n_tokens + no.n_tokens)
     reply_tokens, peak = yes.counts.amax(0), torch.maximum(yes.peak, no.peak)
     allowed = (reply_tokens >= min_tokens) & (difference > 0)
     order = (difference * norm).masked_fill(~allowed, float("-inf")).argsort(descending=True)[: int(allowed.sum())]
     area = auroc(torch.cat([yes.means, no.means])[:, order], labels) if len(order) else torch.zeros(0)
-    alike = cosine(sae.W_dec.detach()[order].float(), direction.to(sae.W_dec.device))
+    alike = cosine(decoder[order], direction.cpu())
     rows = tuple(
         FeatureRow(
             f,

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from workbench.errors import NotExactlyExportable
 from workbench.hooks.families import position_tables
 from workbench.hooks.sites import Point, Site, SiteMap
-from workbench.interventions.compiled import order
 from workbench.interventions.export.folds import Fold, fold_of, refused
 from workbench.interventions.intervention import Edit, Intervention
 
@@ -116,7 +115,7 @@ def folded_writers(hf: nn.Module, sites: SiteMap, intervention: Intervention) ->
     edits = [(sites[edit.site], edit) for edit in intervention.edits]
     for point, edit in edits:
         _check_site(point, edit)
-    edits.sort(key=lambda item: order(item[0]))  # stable: edits at one site stay in list order
+    edits.sort(key=lambda item: item[0].site.order)  # stable: edits at one site stay in list order
     stream, positions = _Stream(), position_tables(hf)
     events = _events(sites, bool(positions))
     at = {name: i for i, name in enumerate(events)}

@@ -17,7 +17,6 @@ from workbench.errors import InvalidInputError
 from workbench.hooks.attach import attached
 from workbench.hooks.families import position_tables
 from workbench.hooks.sites import Point, Site, SiteMap
-from workbench.interventions.compiled import order
 from workbench.interventions.export.folds import Fold, fold_of, refused
 from workbench.interventions.export.result import Exported, Probe
 from workbench.interventions.intervention import Edit, Intervention
@@ -213,7 +212,7 @@ def _at_outputs(hf: nn.Module, sites: SiteMap, intervention: Intervention) -> It
         if point.side != "out" or point.columns is not None or point.heads is not None:
             raise refused(edit, f"{edit.site} is not the output of a module of its own, and this file edits only those")
         found.append((point, edit, fold))
-    yield from sorted(found, key=lambda item: order(item[0]))
+    yield from sorted(found, key=lambda item: item[0].site.order)
 
 
 def _ends_with(out: Path, kind: str, suffix: str) -> None:
