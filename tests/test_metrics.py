@@ -79,3 +79,14 @@ def test_log_probabilities_of_some_tokens_do_not_add_the_largest_logit_back(dtyp
     assert confidence(logits, 3).double() == pytest.approx(-expected.topk(3).values.mean(1), abs=2e-6)
     logits[0, 5] = float("nan")
     assert metrics.token_log_probabilities(logits, ids)[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_standing_is_that_of_a_softmax_in_float64_across_blocks_and_ties(dtype: torch.dtype) -> None:
+    logits = (torch.randn(5, 60_001, generator=torch.Generator().manual_seed(0)) * 4 + 200).to(dtype)
+    logits[:, 60_000] = logits[:, 3]  # a tie in another block is not above
+    found = metrics.standing(logits, logits[:, 3])
+    log_p = logits.double().log_softmax(1)
+    assert torch.equal(found.above, (logits > logits[:, 3:4]).sum(1))
+    ours = logits[:, 3].float() - found.top - found.log_total
+    assert torch.allclose(ours.double(), log_p[:, 3], rtol=0, atol=4e-6)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.features.toys import constant_sae, identity_model, random_sae
 from tests.tiny import D_MODEL, FAMILIES, n_hooks, tiny_model
@@ -16,7 +17,9 @@ from workbench.features.output_score import (
     output_score_delta,
     output_scores,
     rank_score,
+    score_hidden,
 )
+from workbench.features.resume import LastToken
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import All, Last
@@ -182,6 +185,44 @@ def test_rank_counts_strictly_greater() -> None:
     score, token = rank_score(torch.zeros(2, D_MODEL), torch.tensor([[3], [7]]))
     assert score.tolist() == pytest.approx([1 / D_MODEL] * 2)
     assert token.tolist() == [3, 7]
+
+
+class CountedExponentials(TorchDispatchMode):
+    """Counts the values that go through an exponential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in ("aten.exp", "softmax", "logsumexp")):
+            self.values += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("confidence_k", [1, 3])
+def test_an_edit_takes_one_exponential_per_token(confidence_k: int) -> None:
+    model, n = tiny_model(), 12
+    run = LastToken(model, model.tokens("abc").ids, model.resolve("resid_post.0"), n)
+    hidden, lens = run.hidden(torch.randn(n, D_MODEL)), torch.arange(n)[:, None]
+    with CountedExponentials() as counted:
+        score, sure, _, _ = score_hidden(run, hidden, lens, OutputOptions(rows=n, confidence_k=confidence_k))
+    assert n * model.d_vocab <= counted.values <= n * (model.d_vocab + 2)
+    logits = run.head.exact(hidden)
+    assert torch.allclose(score, rank_score(logits, lens)[0]) and torch.allclose(sure, confidence(logits, confidence_k))
+
+
+def test_the_unsteered_scores_of_all_features_are_those_of_its_one_row_of_logits() -> None:
+    model, sae = tiny_model(), random_sae(D_MODEL, 12)
+    options = OutputOptions("abc", k=5)
+    found = output_scores(model, sae, site="resid_post.0", options=options)
+    expected = rank_score(model.logits("abc").expand(12, -1), found.lens.ids)[0]
+    torch.testing.assert_close(found.score - found.delta, expected, atol=1e-6, rtol=0)
+    with CountedExponentials() as few:
+        output_scores(model, sae, [0], "resid_post.0", options)
+    with CountedExponentials() as many:
+        output_scores(model, sae, None, "resid_post.0", options)
+    assert many.values - few.values < 11 * model.d_vocab * 1.5  # what is done for the unsteered model is done once
 
 
 @pytest.mark.embedded

@@ -16,7 +16,9 @@ from workbench.models.model import Model
 from workbench.saes.formats.names import named_target
 from workbench.saes.io import check_sae_fits
 
-_SLAB_VALUES = 2**24
+_SLAB_VALUES, _LEAST_ROWS = 2**24, 128
+"""Logits held at once, and the rows from which on a product with the unembedding reads it often enough."""
+
 IN_RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 """Kinds of sites whose activations are in the coordinates of the residual stream, which the lens reads."""
 
@@ -30,8 +32,8 @@ class LensTokens:
 
 
 def slab_rows(d_vocab: int) -> int:
-    """How many rows of logits are held at once: 64 MiB of fp32, whatever the vocabulary."""
-    return max(1, _SLAB_VALUES // d_vocab)
+    """How many rows of logits are held at once: 64 MiB of fp32, or as many as a product needs to be efficient."""
+    return max(_LEAST_ROWS, _SLAB_VALUES // d_vocab)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from workbench.features.lens import LensTokens, feature_ids, lens_tokens, slab_r
 from workbench.features.resume import LastToken, fp32_copy
 from workbench.hooks.sites import Site
 from workbench.interventions.saecode import decoder_rows, encode, output_scale
-from workbench.metrics import token_log_probabilities
+from workbench.metrics import Standing, standing
 from workbench.models.model import Model
 from workbench.progress import Task, task
 
@@ -103,8 +103,16 @@ def confidence(logits: Float[Tensor, "rows d_vocab"], k: int = 1) -> Float[Tenso
     >>> confidence(torch.zeros(1, 4)).item() == torch.tensor(4.0).log().item()  # p = 1/4
     True
     """
-    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return -token_log_probabilities(logits, top).mean(dim=1)
+    top = logits.amax(dim=1)
+    return _confidence(logits, standing(logits, top), k)
+
+
+def _confidence(logits: Tensor, known: Standing, k: int) -> Tensor:
+    """The same where the sum over the vocabulary is known."""
+    if k == 1:  # the largest logit is at log p = -log_total
+        return known.log_total
+    top = logits.topk(min(k, logits.shape[1]), dim=1).values.float()
+    return known.log_total - (top - known.top[:, None]).mean(dim=1)
 
 
 def rank_score(
@@ -121,11 +129,23 @@ def rank_score(
     >>> score.item(), token.item()
     (0.5, 1)
     """
+    score, token, _ = _rank_score(logits, lens_ids)
+    return score, token
+
+
+def _rank_score(logits: Tensor, lens_ids: Tensor) -> tuple[Tensor, Tensor, Standing]:
     best, place = logits.gather(1, lens_ids).max(dim=1)
-    rank = (logits > best[:, None]).sum(dim=1)
-    token = lens_ids.gather(1, place[:, None])
-    p = token_log_probabilities(logits, token).exp().squeeze(1)
-    return (1 - rank / logits.shape[1]) * p, token.squeeze(1)
+    known = standing(logits, best)
+    p = (best.float() - known.top - known.log_total).exp()
+    return (1 - known.above / logits.shape[1]) * p, lens_ids.gather(1, place[:, None]).squeeze(1), known
+
+
+def _one_row_scores(logits: Float[Tensor, " d_vocab"], lens_ids: Int[Tensor, "rows k"]) -> Float[Tensor, " rows"]:
+    """`rank_score` of one row of logits for many choices of lens tokens: the row is sorted once."""
+    best = logits[lens_ids].amax(dim=1)
+    above = len(logits) - torch.searchsorted(logits.sort().values, best, right=True)
+    known = standing(logits[None], logits.amax()[None])
+    return (1 - above / len(logits)) * (best.float() - known.top - known.log_total).exp()
 
 
 def output_scores(
@@ -218,10 +238,10 @@ def _score_prompt(model: Model, sae: Any, wanted: _Wanted, options: OutputOption
     ids = model.tokens(wanted.prompt).ids
     run = LastToken(model, ids, wanted.site, min(options.rows, len(directions)))
     a_max = _largest_activation(sae, run.x, wanted.prompt)
-    base = torch.cat([rank_score(run.logits.expand(len(part), -1), part)[0] for part in lens_ids.split(options.rows)])
+    base = _one_row_scores(run.logits, lens_ids)
     found: list[tuple[Tensor, ...]] = []
     for part, part_ids in zip(directions.split(options.rows), lens_ids.split(options.rows), strict=True):
-        found.append(_score_part(run, options.strength * a_max * part, part_ids, options))
+        found.append(score_hidden(run, run.hidden(options.strength * a_max * part), part_ids, options))
         progress.advance(len(part))
     score, change, bound, token = (torch.cat(column).cpu() for column in zip(*found, strict=True))
     unsteered = float(confidence(run.logits[None], options.confidence_k))
@@ -239,11 +259,10 @@ def _largest_activation(sae: Any, x: Tensor, prompt: str) -> float:
     return a_max
 
 
-def _score_part(
-    run: LastToken, change: Tensor, lens_ids: Tensor, options: OutputOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Score, confidence, upper bound and best token of one batch of edits."""
-    hidden = run.hidden(change)
+def score_hidden(
+    run: LastToken, hidden: Float[Tensor, "rows d_model"], lens_ids: Int[Tensor, "rows k"], options: OutputOptions
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"], Float[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Score, confidence, upper bound and best token of edits, from what reaches the unembedding."""
     if options.screen > 0:
         bound, token = _upper_bound(run, hidden, lens_ids)
         survivors = (bound >= options.screen).nonzero().flatten()
@@ -254,8 +273,8 @@ def _score_part(
     sure = score.clone()
     for some in survivors.split(slab_rows(run.logits.shape[0])):
         logits = run.head.exact(hidden[some])
-        score[some], token[some] = rank_score(logits, lens_ids[some])
-        sure[some] = confidence(logits, options.confidence_k)
+        score[some], token[some], known = _rank_score(logits, lens_ids[some])
+        sure[some] = _confidence(logits, known, options.confidence_k)
     bound[survivors] = score[survivors]
     return score, sure, bound, token
 
