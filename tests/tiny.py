@@ -9,7 +9,7 @@ from typing import Any
 
 import jaxtyping
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from workbench.models import tiny
@@ -41,6 +41,47 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}<bos>assistant\n"
     )
     return tokenizer
+
+
+_WORDS = "▁ ▁the ▁dog . ▁ran t h e d o g r a n th the do dog ra ran"
+_MERGES = "t h,th e,d o,do g,r a,ra n,▁ the,▁ dog,▁ ran"
+
+
+@functools.cache
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """Tokenizer of SentencePiece's kind: a ▁ in front of every text, pieces for bytes, BOS in front."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *_WORDS.split(" ")]
+    merges = [tuple(pair.split()) for pair in _MERGES.split(",")]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+@functools.cache
+def prefixed_tokenizer(kind: str = "template") -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with a post-processor: [gMASK]<sop> in front, or [CLS] and [SEP] around a text."""
+    backend = Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
+    backend.add_special_tokens(["[gMASK]", "<sop>", "[CLS]", "[SEP]"])
+    mask, sop, cls, sep = ((name, backend.token_to_id(name)) for name in ("[gMASK]", "<sop>", "[CLS]", "[SEP]"))
+    template = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B", special_tokens=[mask, sop]
+    )
+    backend.post_processor = {
+        "template": template,
+        "sequence": processors.Sequence([processors.ByteLevel(trim_offsets=False), template]),
+        "bert": processors.BertProcessing(sep, cls),
+        "roberta": processors.RobertaProcessing(sep, cls, add_prefix_space=False),
+    }[kind]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
 
 
 def tiny_hf(family: str = "llama", seed: int = 0) -> Any:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from workbench.errors import InvalidInputError, MissingFileError
 from workbench.gguffile import GGUFFile, gguf_backend, read_gguf
 from workbench.records import load_json
+from workbench.tokenizer import NoTokenizer
 
-ByteStyle = Literal["byte_level", "byte_fallback", "none"]
+ByteStyle = Literal["byte_level", "byte_fallback", "raw_bytes", "none"]
 
 
 def _byte_table() -> dict[str, int]:
@@ -36,7 +37,7 @@ class Codec(abc.ABC):
     Attributes:
         raw: vocabulary string of each id; None where an id below the largest has no token.
         special: ids that the tokenizer itself marks as special.
-        style: how bytes are written in the vocabulary.
+        style: how bytes are written in the vocabulary; "raw_bytes" are characters of the same number (ByT5).
     """
 
     raw: tuple[str | None, ...]
@@ -54,6 +55,11 @@ class Codec(abc.ABC):
     @abc.abstractmethod
     def normalize(self, text: str) -> str:
         """The text after the tokenizer's own normalisation."""
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """Marks that decoding leaves in the text: before a piece that continues a word, behind one that ends it."""
+        return "", ""
 
     def digest(self) -> str:
         """Twelve hex digits of everything that encoding depends on, as far as it is known."""
@@ -91,6 +97,14 @@ class FastCodec(Codec):
         """The text after the tokenizer's own normalisation."""
         return text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
 
+    @property
+    def marks(self) -> tuple[str, str]:
+        """The marks of the model, where there is no decoder."""
+        if self.backend.decoder is not None:
+            return "", ""
+        model = self.backend.model
+        return getattr(model, "continuing_subword_prefix", None) or "", getattr(model, "end_of_word_suffix", None) or ""
+
     def digest(self) -> str:
         """Twelve hex digits of the whole tokenizer."""
         return _hash(self.backend.to_str())
@@ -117,7 +131,9 @@ class SlowCodec(Codec):
         known = [(byte, ids[char]) for char, byte in BYTE_OF_CHAR.items() if byte <= 0x20 and char in ids]
         back = self.decode([[i] for _, i in known])
         same = sum(text == chr(byte) for (byte, _), text in zip(known, back, strict=True))
-        return "byte_level" if same > len(known) / 2 else "none"
+        if same <= len(known) / 2:
+            return "raw_bytes" if self.encode(["é"]) == [[ids.get(chr(b), -1) for b in "é".encode()]] else "none"
+        return "byte_level"
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row of ids."""
@@ -149,9 +165,9 @@ def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:
     """What each token id adds to a text, in bytes; empty for ids without a token.
 
     A leading space is part of the token (`▁the` and `Ġthe` are both `b" the"`), half a character is its bytes, and a
-    special token is the text that it is shown as.
+    special token is the text that it is shown as. Nothing where there is no tokenizer.
     """
-    return bytes_of(codec_of(tokenizer))
+    return () if isinstance(tokenizer, NoTokenizer) else bytes_of(codec_of(tokenizer))
 
 
 def bytes_of(codec: Codec) -> tuple[bytes, ...]:
@@ -170,6 +186,8 @@ def _written_bytes(raw: str | None, style: ByteStyle) -> bytes | None:
     """The bytes that the vocabulary string itself spells out, or None where only decoding can tell."""
     if raw is None:
         return b""
+    if style == "raw_bytes" and len(raw) == 1 and raw < "\u0100":
+        return bytes([ord(raw)])
     if style == "byte_level":
         return bytes(BYTE_OF_CHAR[c] for c in raw) if all(c in BYTE_OF_CHAR for c in raw) else None
     if style == "byte_fallback" and len(raw) == 6 and raw.startswith("<0x") and raw.endswith(">"):

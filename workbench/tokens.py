@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import html
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from workbench.chats import Chat, is_chat, rendered
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.tokenizer import NoTokenizer, affixes, decoded, pieces, special_ids, text_ids
 
-Chat = Sequence[Mapping[str, str]]
 Bos = Literal["auto"] | bool
+
+
+_SHOWN_ROWS, _SHOWN_TOKENS = 8, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +29,14 @@ class TokenBatch:
     Attributes:
         ids: token ids; padding columns hold `pad_id` and are False in `mask`.
         mask: True at real tokens. Padding is known from here, never from the ids.
-        str_tokens: the text of each real token, one tuple per row.
-        note: what was done about BOS, templates and padding, in words.
-        special: True at BOS and other special tokens that were put in front of the text.
+        note: what was done about BOS and other prefixes, templates and padding, in words.
+        tokenizer: that the ids belong to, or None.
     """
 
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
-    str_tokens: tuple[tuple[str, ...], ...] = ()
     note: str = ""
-    special: Bool[Tensor, "batch pos"] | None = None
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape != self.mask.shape:
@@ -87,12 +90,26 @@ class TokenBatch:
     def __getitem__(self, rows: slice | Int[Tensor, " chosen"]) -> TokenBatch:
         ids, mask = self.ids[rows], self.mask[rows]
         keep = slice(ids.shape[1] - int(mask.sum(1).max()), None)
-        special = None if self.special is None else self.special[rows][:, keep]
-        strings = self.str_tokens
-        if strings:
-            chosen = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
-            strings = tuple(strings[i] for i in chosen)
-        return TokenBatch(ids[:, keep], mask[:, keep], strings, self.note, special)
+        return replace(self, ids=ids[:, keep], mask=mask[:, keep])
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return not (self.tokenizer is None or isinstance(self.tokenizer, NoTokenizer))
+
+    @functools.cached_property
+    def str_tokens(self) -> tuple[tuple[str, ...], ...]:
+        """The text of each real token, one tuple per row: joined, a row is its decoded text; empty without a tokenizer.
+
+        A character that several tokens make up belongs to the last of them.
+        """
+        return () if not self._has_tokenizer else tuple(pieces(self.tokenizer, row.tolist()) for row in self.rows())
+
+    @functools.cached_property
+    def special(self) -> Bool[Tensor, "batch pos"] | None:
+        """True at special tokens, and at all that the tokenizer puts around a text; None without a tokenizer."""
+        if not self._has_tokenizer:
+            return None
+        return torch.isin(self.ids, torch.tensor(special_ids(self.tokenizer), device=self.ids.device)) & self.mask
 
     def rows(self) -> list[Int[Tensor, " pos"]]:
         """The real tokens of each row, without padding."""
@@ -100,15 +117,21 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        special = None if self.special is None else self.special.to(device)
-        return TokenBatch(self.ids.to(device), self.mask.to(device), self.str_tokens, self.note, special)
+        return replace(self, ids=self.ids.to(device), mask=self.mask.to(device))
 
     def hf(self) -> dict[str, Tensor]:
         """Keyword arguments for the Hugging Face model, position ids included."""
         return {"input_ids": self.ids, "attention_mask": self.mask.long(), "position_ids": self.positions}
 
+    def _shown(self, rows: int, tokens: int) -> list[tuple[str, ...]]:
+        """The texts of the first tokens of the first rows, `…` where there are more."""
+        if not self._has_tokenizer:
+            return []
+        start = [pieces(self.tokenizer, row[:tokens].tolist()) for row in self[:rows].rows()]
+        return [(*row, "…") if int(n) > tokens else row for row, n in zip(start, self.lengths[:rows], strict=True)]
+
     def __repr__(self) -> str:
-        shown = "; ".join("|".join(row[:12]) + ("|…" if len(row) > 12 else "") for row in self.str_tokens[:3])
+        shown = "; ".join("|".join(row) for row in self._shown(3, 12))
         return (
             f"TokenBatch({len(self)} rows, {self.n_tokens} tokens, width {self.ids.shape[1]}: {shown!r}; {self.note})"
         )
@@ -116,55 +139,80 @@ class TokenBatch:
     def _repr_html_(self) -> str:
         rows = "".join(
             "<tr><td>" + "</td><td>".join(f"<sub>{i}</sub> {html.escape(repr(t)[1:-1])}" for i, t in enumerate(row))
-            for row in self.str_tokens[:8]
+            for row in self._shown(_SHOWN_ROWS, _SHOWN_TOKENS)
         )
         return f"<div>{html.escape(self.note)}<table>{rows}</table></div>"
 
 
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and bool(value) and isinstance(value[0], Mapping)
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether this tokenizer puts a BOS in front of a text by itself."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-
-
 def _encode_text(tokenizer: Any, text: str, bos: Bos) -> tuple[list[int], str]:
-    bos_id = tokenizer.bos_token_id
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    wanted = adds_bos(tokenizer) if bos == "auto" else bool(bos)
-    if not wanted:
-        return ids, "no BOS added" + (" (this tokenizer adds none)" if bos == "auto" else "")
-    if bos_id is None:
-        raise InvalidInputError("tokens(bos=True): this tokenizer has no BOS token. Use bos='auto' or bos=False.")
-    if ids[:1] == [bos_id]:
-        return ids, "the text already starts with BOS; none added"
-    return [bos_id, *ids], "BOS added"
+    ids = text_ids(tokenizer, text)
+    if bos is False:
+        return ids, "no BOS added"
+    around = affixes(tokenizer)
+    prefix = around.prefix
+    if bos is True and not prefix:
+        if tokenizer.bos_token_id is None:
+            raise InvalidInputError(
+                "tokens(bos=True): this tokenizer has no BOS token and puts nothing in front of a text. Use bos='auto' "
+                "or bos=False."
+            )
+        prefix = (int(tokenizer.bos_token_id),)
+    note = _prefix_note(tokenizer, prefix, ids)
+    if around.suffix:
+        note += f"; {decoded(tokenizer, around.suffix)} of the tokenizer left off, so that the text stays open"
+    return [*prefix[: len(prefix) - _present(prefix, ids)], *ids], note
 
 
-def encode(tokenizer: Any, value: str | Sequence[str] | Chat | Sequence[Chat], bos: Bos = "auto") -> TokenBatch:
+def _present(prefix: Sequence[int], ids: Sequence[int]) -> int:
+    """How much of the prefix's end the text itself starts with: it is not put there twice."""
+    return next((n for n in range(len(prefix), 0, -1) if list(ids[:n]) == list(prefix[-n:])), 0)
+
+
+def _prefix_note(tokenizer: Any, prefix: Sequence[int], ids: Sequence[int]) -> str:
+    if not prefix:
+        return "no BOS added (this tokenizer adds none)"
+    name = "BOS" if tuple(prefix) == (tokenizer.bos_token_id,) else f"prefix {decoded(tokenizer, prefix)}"
+    missing = len(prefix) - _present(prefix, ids)
+    if not missing:
+        return f"the text already starts with {name}; none added"
+    return f"{name} added" + ("" if missing == len(prefix) else ", of which the text has the end already")
+
+
+def encode(
+    tokenizer: Any, value: str | Sequence[str] | Chat | Sequence[Chat], bos: Bos = "auto", **template_options: Any
+) -> TokenBatch:
     """Token ids of a text, a list of texts, a chat, or a list of chats.
+
+    What a tokenizer puts behind a text (`</s>`, `[SEP]`) is left off, since a prompt is to be continued.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         value: what to encode. Chats go through the tokenizer's template with the generation prompt.
-        bos: "auto" follows the tokenizer's habit; True and False overrule it. A second BOS is never added.
+        bos: "auto" puts in front of a text what the tokenizer puts there: BOS, several tokens such as `[gMASK]<sop>`,
+            or none. True does the same, and adds BOS where the tokenizer adds none; False adds nothing. What the text
+            starts with already is never added again. Chats have what their template writes.
+        **template_options: for the chat template, such as `enable_thinking=False`.
 
     Raises:
         DegenerateInputError: for an empty list or a text that encodes to nothing.
-        InvalidInputError: for a chat without a template, or BOS without a BOS token.
+        InvalidInputError: for a chat that the template can't or does not write, an option that it does not know, BOS
+            without a BOS token, or a text with half a character.
     """
-    items: list[Any] = [value] if isinstance(value, str) or _is_chat(value) else list(value)
+    items: list[Any] = [value] if isinstance(value, str) or is_chat(value) else list(value)
     if not items:
         raise DegenerateInputError("tokens([]): there is no text. Give a text, a list of texts, or chat messages.")
     rows, notes = [], []
     for item in items:
         if isinstance(item, str):
+            if template_options:
+                raise InvalidInputError(
+                    f"tokens({', '.join(template_options)}): these are options of a chat template, and {item[:40]!r} "
+                    "is a text. Give chat messages, or leave them out."
+                )
             ids, note = _encode_text(tokenizer, item, bos)
-        elif _is_chat(item):
-            ids, note = _encode_chat(tokenizer, item), "chat template with generation prompt; the template decides BOS"
+        elif is_chat(item):
+            ids = text_ids(tokenizer, rendered(tokenizer, item, template_options))
+            note = "chat template with generation prompt; the template decides BOS"
         else:
             raise InvalidInputError(f"tokens: cannot encode {type(item).__name__}; give text or chat messages.")
         if not ids:
@@ -173,15 +221,6 @@ def encode(tokenizer: Any, value: str | Sequence[str] | Chat | Sequence[Chat], b
         notes.append(note)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     padded = len({len(row) for row in rows}) > 1
-    note = "; ".join(dict.fromkeys(notes)) + ("; left-padded" if padded else "; no padding")
-    batch = TokenBatch.pad(rows, pad, note)
-    special = torch.isin(batch.ids, torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)) & batch.mask
-    strings = tuple(tuple(tokenizer.decode([i]) for i in row) for row in rows)
-    return TokenBatch(batch.ids, batch.mask, strings, note, special)
-
-
-def _encode_chat(tokenizer: Any, chat: Chat) -> list[int]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise InvalidInputError("tokens(chat): this tokenizer has no chat template. Give plain text instead.")
-    text = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    options = "".join(f"; {name}={value!r}" for name, value in template_options.items())
+    note = "; ".join(dict.fromkeys(notes)) + options + ("; left-padded" if padded else "; no padding")
+    return replace(TokenBatch.pad(rows, pad, note), tokenizer=tokenizer)

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import prefixed_tokenizer, tiny_model, tiny_tokenizer
+from workbench.activations.harvest import harvest
+from workbench.activations.packing import packing_of
 from workbench.activations.sources import HubDataset, SelfText, TextFiles, TokenRows
 from workbench.errors import CorruptFileError, DegenerateInputError, InvalidInputError, MissingFileError
+from workbench.models import tiny
+from workbench.models.loading import load_model, load_tokenizer
 from workbench.models.model import Model
 
 
@@ -110,3 +114,45 @@ def test_half_a_character_in_a_document_is_named(model: Model, tmp_path: Path) -
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "not \\ud800 fine"}\n', "utf-8")
     with pytest.raises(InvalidInputError, match=r"Document 1 \(from 0\) holds half a character, .ud800 at 4"):
         _all(TextFiles(tmp_path / "a.jsonl", context=4), model)
+
+
+def test_rows_start_with_all_that_the_tokenizer_puts_in_front(tmp_path: Path) -> None:
+    tokenizer = prefixed_tokenizer()
+    model = Model(tiny.tiny_hf("llama", len(tokenizer)), tokenizer)
+    start = tokenizer("")["input_ids"]
+    assert len(start) == 2
+    (tmp_path / "a.txt").write_text("abcdefghij" * 3, "utf-8")
+    for source, first in ((TextFiles(tmp_path / "a.txt", context=8), [tmp_path / "a.txt"]), (SelfText(16, 8), [16])):
+        rows = _all(source, model)
+        assert rows[:, :2].tolist() == [start] * len(rows) and rows.shape[1] == 8
+        packing = packing_of(source, tokenizer)
+        assert f"[gMASK]<sop> (ids {start})" in packing.row_start and packing.starts_with_bos
+        with pytest.raises(InvalidInputError, match=r"context=2.*Raise context"):
+            _all(type(source)(*first, context=2), model)
+    store = harvest(model, SelfText(tokens=64, context=8), ["resid_post.0"], tmp_path / "s")
+    assert set(start) <= set(store.manifest.special_ids)
+    assert not torch.isin(store.token_rows("all")[:, 2:], torch.tensor(start)).all()
+
+
+def test_a_line_whose_text_is_no_text_says_so(tmp_path: Path, model: Model) -> None:
+    (tmp_path / "n.jsonl").write_text('{"text": null, "body": "a"}\n', "utf-8")
+    with pytest.raises(
+        InvalidInputError, match=r"line 1 has None in 'text', not a text; set column= to one of \['body'\]"
+    ):
+        _all(TextFiles(tmp_path / "n.jsonl", context=4), model)
+    with pytest.raises(InvalidInputError, match=r"line 1 has no 'txt'. Did you mean text"):
+        _all(TextFiles(tmp_path / "n.jsonl", context=4, column="txt"), model)
+
+
+def test_rows_of_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    model = Model(tiny.tiny_hf("llama", 60), None)
+    ids = torch.arange(2, 50).view(6, 8)
+    store = harvest(model, TokenRows(ids), ["resid_post.1"], tmp_path / "s")
+    assert torch.equal(store.token_rows("all"), ids) and store.manifest.tokenizer_sha256 is None
+    with pytest.raises(InvalidInputError, match="no tokenizer"):
+        harvest(model, SelfText(tokens=16, context=8), ["resid_post.1"], tmp_path / "t")
+    model.hf.save_pretrained(tmp_path / "m")
+    loaded = load_model(tmp_path / "m", dtype="float32")
+    assert torch.equal(loaded.logits(ids), model.logits(ids)) and "no tokenizer" in repr(loaded)
+    with pytest.raises(MissingFileError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path / "m")

@@ -28,6 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         "sites --model no-such-model",
         "check --model no-such-folder/",
         "tokens hello --model MODEL --bos maybe",
+        "tokens hello --model MODEL --chat --template-option enable_thinking=false",
+        "generate hello --model MODEL --chat --template-option enable_thinking",
         "capture hello --model MODEL --sites resid_pst.1",
         "capture hello --model MODEL --sites resid_post.99",
         "generate hello --model MODEL --temperature -1",

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import N_UNUSED, SPECIAL, WORDS, byte_level, sentencepiece
-from workbench.codec import FastCodec, bytes_of, codec_in, codec_of
+from workbench.codec import FastCodec, bytes_of, codec_in, codec_of, token_bytes
 from workbench.errors import MissingFileError
 from workbench.glitch.survival import Survival
 from workbench.glitch.tokenizer import IMPOSSIBLE_BYTES, analyse
@@ -288,3 +288,24 @@ def test_the_embedded_tokenizer_has_the_known_counts(embedded: Model) -> None:
     expected = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
     assert set(vocabulary.missing_bytes) == expected | IMPOSSIBLE_BYTES
     assert {item.byte for item in vocabulary.lossy} == expected
+
+
+@pytest.mark.parametrize("mark", [{"continuing_subword_prefix": "##"}, {"end_of_word_suffix": "</w>"}])
+def test_marks_of_words_that_no_decoder_takes_away_are_no_text(mark: dict[str, str]) -> None:
+    backend = Tokenizer(models.BPE(unk_token="[UNK]", **mark))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["[UNK]"], show_progress=False, **mark)
+    backend.train_from_iterator(["the cat sat on the mat and the dog ran to the house"] * 3, trainer)
+    vocabulary = analyse(FastCodec.of(backend))
+    assert not [raw for raw, kind in zip(vocabulary.raw, vocabulary.category, strict=True) if "unreach" in kind]
+    assert not any(text.startswith("##") or text.endswith("</w>") for text in vocabulary.text)
+
+
+def test_a_byte_vocabulary_without_a_backend_has_bytes() -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    vocabulary = analyse(codec_of(tokenizer))
+    kinds = [vocabulary.category[3 + byte] for byte in range(256)]
+    assert kinds == ["ok"] * 128 + ["partial_utf8"] * 128
+    assert vocabulary.byte[3:].tolist() == list(range(256)) and not vocabulary.missing_bytes and not vocabulary.lossy
+    assert vocabulary.text[3 + 0xC3] == "<0xC3>"
+    assert token_bytes(tokenizer)[3 + 0xC3] == b"\xc3"

@@ -7,18 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from tests.interventions.builders import bad_sae, edited, padded, sae_lens_sae
-from tests.tiny import D_MODEL, FP32_LOGITS, n_hooks, tiny_model
-from workbench.errors import EditError, MismatchError
+from tests.tiny import D_MODEL, FP32_LOGITS, n_hooks, spaced_tokenizer, tiny_model
+from workbench.errors import EditError, InvalidInputError, MismatchError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add, Map, PerRow, ProjectOut
 from workbench.interventions.plan import active_plans
 from workbench.interventions.replacing import Ablate
 from workbench.interventions.saes import SAEAddMax, SAEClamp
 from workbench.interventions.scopes import After, All, Generated, Last, Mask, NotPrefix, Pos, Prompt, Scope, TokenIs
+from workbench.models import tiny
+from workbench.models.choice import chosen_tokens
 from workbench.models.model import Model
 from workbench.tokens import TokenBatch
+from workbench.wording import Wording
 
 IDS = torch.arange(10, 22).view(2, 6)
 V = torch.linspace(-1, 1, D_MODEL)
@@ -436,3 +441,65 @@ def test_an_intervention_of_another_model_is_refused_unless_that_is_meant() -> N
             other.logits(IDS)
     with pytest.raises(MismatchError, match="different models"):
         _ = mine + Intervention(ADD.edits, other.fingerprint)
+
+
+def spaced_model() -> Model:
+    tokenizer = spaced_tokenizer()
+    return Model(tiny.tiny_hf("llama", len(tokenizer)), tokenizer)
+
+
+def edited_strings(model: Model, text: str, scope: Scope) -> list[str]:
+    """The strings of the tokens that a scope chooses."""
+    batch = model.tokens(text)
+    chosen = chosen_tokens(batch, scope, Wording(model.tokenizer))[0].tolist()
+    return [string for string, wanted in zip(batch.str_tokens[0], chosen, strict=True) if wanted]
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [(" the", [" the", " the"]), ("the", ["the"]), (".", ["."]), (" dog", [" dog"]), ("<s>", ["<s>"])],
+)
+def test_a_text_is_the_token_that_reads_so_in_running_text(text: str, chosen: list[str]) -> None:
+    assert edited_strings(spaced_model(), "the dogthe. the", TokenIs(text)) == chosen
+
+
+def test_a_text_of_several_tokens_is_refused_with_what_comes_close() -> None:
+    model = spaced_model()
+    for text, says in (
+        ("The", r"4 tokens, '' \(259\), 'T'.*come close: ' the' \(260\), 'the' \(274\)"),
+        ("the dog", r"2 tokens, 'the' \(260\), ' dog' \(261\)\. Give"),
+    ):
+        with pytest.raises(InvalidInputError, match=says):
+            model.plan(Intervention.at("resid_post.0", Add(V), TokenIs(text)))
+
+
+@pytest.mark.parametrize(
+    ("marker", "behind"),
+    [
+        ("</think>", ["the", " ran", ".", " the"]),
+        ("k>the", [" ran", ".", " the"]),
+        (" ran", [".", " the"]),
+        ("the", ["<", "/", "th", "i", "n", "k", ">", "the", " ran", ".", " the"]),
+    ],
+)
+def test_a_marker_is_found_behind_a_word_and_across_tokens(marker: str, behind: list[str]) -> None:
+    assert edited_strings(spaced_model(), "dogthe</think>the ran. the", After(marker)) == behind
+
+
+def test_words_of_a_vocabulary_without_spaces() -> None:
+    words = ["[UNK]", "[CLS]", "[SEP]", "the", "dog", "##s", "##the", "<", "/", "think", ">", "a", "test"]
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+    backend.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[SEP]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    model = Model(tiny.tiny_hf("llama", len(words)), tokenizer)
+    text = "The dogs</think>the"
+    assert edited_strings(model, text, TokenIs("the")) == edited_strings(model, text, TokenIs(" The")) == [" the"] * 2
+    assert edited_strings(model, text, After("</think>")) == [" the"]
+    with pytest.raises(InvalidInputError, match=r"TokenIs\('dogs'\).*2 tokens"):
+        edited_strings(model, text, TokenIs("dogs"))
+    with pytest.raises(InvalidInputError, match=r"TokenIs\('cat'\)"):
+        edited_strings(model, text, TokenIs("cat"))

@@ -6,16 +6,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, n_hooks, tiny_model
+from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, n_hooks, spaced_tokenizer, tiny_model
 from workbench.errors import EditError, InvalidInputError
 from workbench.interventions.gates import ProbeGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
-from workbench.interventions.scopes import After, All, Generated, Last, Mask, Pos, Prompt, Scope
+from workbench.interventions.scopes import After, All, Generated, Last, Mask, Pos, Prompt, Scope, TokenIs
+from workbench.models import tiny
 from workbench.models.decoding import Decoder
 from workbench.models.generation import Generation
 from workbench.models.model import Model
 from workbench.models.sampling import Sampling
+from workbench.tokenizer import continuation
 from workbench.tokens import TokenBatch
 
 PROMPTS = ["abcdef", "xy", "qrs"]
@@ -381,3 +383,38 @@ def test_prompts_with_padding_that_no_row_fills_are_not_mixed_up() -> None:
     decoder = Decoder(model.hf, Sampling(max_new_tokens=2))
     together = decoder.prefill(wide, share=True).logits
     torch.testing.assert_close(together, decoder.prefill(wide).logits, atol=FP32_LOGITS, rtol=1e-4)
+
+
+def test_a_text_continues_its_prompt_with_the_space_in_front() -> None:
+    tokenizer = spaced_tokenizer()
+    model = Model(tiny.tiny_hf("llama", len(tokenizer)), tokenizer)
+    prompt = model.tokens(["the dog", "ran"])
+    out = model.generate(prompt, 12, temperature=0.0)
+    for ids, new, text in zip(prompt.rows(), out.ids, out.texts, strict=True):
+        before, whole = (tokenizer.decode(row, skip_special_tokens=True) for row in (ids, [*ids, *new]))
+        assert before + text == whole
+    words = [i for i, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if piece == "▁ran"]
+    assert continuation(tokenizer, [1, 260], words) == " ran" != tokenizer.decode(words)
+    whole = [3 + byte for byte in "日".encode()]
+    assert continuation(tokenizer, [1, 260, *whole[:2]], whole[2:]) == "日", "what the prompt has begun"
+
+
+def test_without_a_tokenizer_ids_are_generated_and_texts_are_refused() -> None:
+    model = Model(tiny_model().hf, None)
+    ids = torch.tensor([[5, 6, 7]])
+    out = model.generate(ids, 2, temperature=0.0)
+    assert torch.equal(out.ids[0], tiny_model().generate(ids, 2, temperature=0.0).ids[0])
+    assert out.texts == ("".join(f"⟨{i}⟩" for i in out.ids[0].tolist()),)
+    assert "no tokenizer" in repr(model) and model.tokenizer is not None and not model.tokenizer
+    edit = Intervention.at("resid_post.0", Add(VECTOR), TokenIs("a"))
+    for call in (
+        lambda: model.tokens("a"), lambda: model.logits("a"), lambda: model.session(), lambda: model.plan(edit),
+        lambda: model.generate(ids, 1, stop="a"), lambda: model.tokenizer.decode([1]),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInputError, match=r"no tokenizer.*Give token ids"):
+            call()
+    assert model.variants(ids, [edit_of_last()]).logits.shape == (1, 1, model.d_vocab)
+
+
+def edit_of_last() -> Intervention:
+    return Intervention.at("resid_post.0", Add(VECTOR), Last())

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, n_hooks, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, n_hooks, spaced_tokenizer, tiny_model, tiny_tokenizer
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.interventions.scopes import All, Generated, Last, Scope
+from workbench.models import tiny
 from workbench.models.decoding import Decoder
 from workbench.models.model import Model
 from workbench.models.session import Session
@@ -321,3 +322,29 @@ def test_the_embedded_model_keeps_its_cache_between_turns(embedded: Model, fed: 
     assert second == embedded.generate(embedded.tokens(session.messages[:-1]), 12, temperature=0.0).texts[0]
     session.backtrack()
     torch.testing.assert_close(session.logits(), fresh_logits(embedded, session), atol=1e-3, rtol=1e-3)
+
+
+def test_a_reply_goes_back_as_the_tokens_that_were_sampled() -> None:
+    tokenizer = copy.deepcopy(spaced_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}</s>{% endfor %}a"
+    model = Model(tiny.tiny_hf("llama", len(tokenizer)), tokenizer)
+    allowed = torch.zeros(model.d_vocab, dtype=torch.bool)
+    allowed[[2, 260, 261, 263]] = True  # </s>, and words with a space in front
+    model.hf.lm_head.register_forward_hook(lambda _m, _i, out: out.masked_fill(~allowed, -1e9))
+    session = model.session(temperature=0.0, max_new_tokens=4)
+    reply = session.turn("dog")
+    assert reply.startswith(" ") and session.messages[-1]["content"] == reply.removeprefix(" ")
+    known = list(session._ids)
+    session.turn("the")
+    assert session._ids[: len(known)] == known
+
+
+def test_options_of_the_template_hold_for_every_turn() -> None:
+    model = chat_model()
+    model.tokenizer.chat_template = "{{ style }}" + TEMPLATE
+    session = model.session(max_new_tokens=1, style="x")
+    session.turn("a")
+    session.turn("b")
+    assert model.tokenizer.decode(session._ids).startswith("x<bos>u")
+    with pytest.raises(InvalidInputError, match="no such option. Did you mean style"):
+        model.session(stile="x").turn("a")

@@ -88,8 +88,14 @@ def _text_of_line(line: str, column: str, where: str) -> str:
     value = parse_json(line, where, foreign=True, remedy="Correct or remove the line.")
     if not isinstance(value, dict):
         raise InvalidInputError(f"{where} holds a {type(value).__name__}, not an object with the key {column!r}.")
-    if not isinstance(value.get(column), str):
-        raise InvalidInputError(f"{where} has no text in {column!r}. {did_you_mean(column, list(value))} Set column=.")
+    if column not in value:
+        raise InvalidInputError(f"{where} has no {column!r}. {did_you_mean(column, list(value))} Set column=.")
+    if not isinstance(value[column], str):
+        texts = [name for name, other in value.items() if isinstance(other, str)]
+        instead = f"set column= to one of {texts}, or leave" if texts else "leave"
+        raise InvalidInputError(
+            f"{where} has {value[column]!r:.40} in {column!r}, not a text; {instead} such lines out of the file."
+        )
     return value[column]
 
 

@@ -18,6 +18,7 @@ from workbench.activations.store import ActivationStore
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.progress import track
 from workbench.stats import Estimate
+from workbench.tokenizer import special_ids
 
 CLASSES = ("BOS", "first", "special", "punctuation", "other")
 """Classes of tokens: a special token that opens its row; the first other token of the row; special tokens elsewhere;
@@ -272,7 +273,7 @@ def all_but_the_top(x: Float[Tensor, "n d"], components: int) -> Float[Tensor, "
 
 def token_kinds(model: Any) -> tuple[Int[Tensor, " d_vocab"], tuple[int, ...]]:
     """Class of each token by its text alone ("special", "punctuation" or "other"), and the special ids."""
-    special = tuple(sorted(int(i) for i in model.tokenizer.all_special_ids))
+    special = special_ids(model.tokenizer)
     known = min(model.d_vocab, len(model.tokenizer))
     kinds = torch.full((model.d_vocab,), CLASSES.index("other"))
     for i, text in enumerate(model.tokenizer.batch_decode([[i] for i in range(known)])):

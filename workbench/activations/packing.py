@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from workbench.activations.manifest import Packing
 from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.tokens import adds_bos
+from workbench.tokenizer import affixes, decoded, require_unicode, text_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +68,16 @@ def packing_of(source: Source, tokenizer: Any) -> Packing:
 
 def packing_of_text(tokenizer: Any) -> Packing:
     """The rule of `packed` with this tokenizer."""
-    end = _end(tokenizer)
+    end, prefix = _end(tokenizer), affixes(tokenizer).prefix
+    start = "no BOS; the text goes on"
+    if prefix:
+        is_bos = prefix == (tokenizer.bos_token_id,)
+        start = f"BOS (id {prefix[0]})" if is_bos else f"prefix {decoded(tokenizer, prefix)} (ids {list(prefix)})"
     return Packing(
-        row_start=f"BOS (id {tokenizer.bos_token_id})" if adds_bos(tokenizer) else "no BOS; the text goes on",
+        row_start=start,
         separator=f"end token (id {end[0]})" if end else "nothing: the tokenizer has no end token",
         crosses_documents=True,
-        starts_with_bos=adds_bos(tokenizer),
+        starts_with_bos=bool(prefix),
     )
 
 
@@ -83,25 +86,31 @@ def packed(
 ) -> Iterator[PackedRows]:
     """Documents as full rows of tokens: an end token after each document, no padding, batch by batch.
 
-    A row starts with BOS where the tokenizer adds one by itself, because such models are trained with it, and with the
-    next token of the text where it adds none. Less than one row is lost at the end.
+    A row starts with what the tokenizer puts in front of a text (BOS, or several tokens), because such models are
+    trained with it, and with the next token of the text where it puts nothing. What it puts behind a text is left off.
+    Less than one row is lost at the end.
 
     Args:
         texts: the documents.
         tokenizer: of the model.
-        context: tokens per row, BOS included.
+        context: tokens per row, prefix included.
         batch_rows: rows per batch.
         tokens: stop after so many, rounded up to whole rows; None takes all.
         start_row: rows to skip; their text is read again.
 
     Raises:
         DegenerateInputError: if the text does not fill one row.
-        InvalidInputError: for a document that is not Unicode text.
+        InvalidInputError: for a document that is not Unicode text, or rows that hold no more than the prefix.
     """
-    bos = (int(tokenizer.bos_token_id),) if adds_bos(tokenizer) else ()
-    width = context - len(bos)
+    prefix = affixes(tokenizer).prefix
+    width = context - len(prefix)
+    if width < 1:
+        raise InvalidInputError(
+            f"context={context}: the tokenizer puts {len(prefix)} tokens in front of a row ({list(prefix)}), so no "
+            "text fits. Raise context."
+        )
     limit = None if tokens is None else -(-tokens // context)
-    rows = _Rows(width, bos)
+    rows = _Rows(width, prefix)
     done = 0
     for document, text in enumerate(texts):
         rows.add([*_ids(tokenizer, text, document), *_end(tokenizer)], document)
@@ -124,8 +133,8 @@ def packed(
 class _Rows:
     """Tokens that wait for their row; joined only when rows are taken, so that a long document costs no more."""
 
-    def __init__(self, width: int, bos: tuple[int, ...]) -> None:
-        self.width, self.bos, self.waiting = width, bos, 0
+    def __init__(self, width: int, prefix: tuple[int, ...]) -> None:
+        self.width, self.prefix, self.waiting = width, prefix, 0
         self._ids: list[Tensor] = []
         self._documents: list[Tensor] = []
 
@@ -146,9 +155,9 @@ class _Rows:
         ids, documents = torch.cat(self._ids), torch.cat(self._documents)
         self._ids, self._documents, self.waiting = [ids[size:]], [documents[size:]], self.waiting - size
         ids, documents = ids[:size].view(n, self.width), documents[:size].view(n, self.width)
-        if self.bos:
-            ids = torch.cat([torch.full((n, 1), self.bos[0]), ids], dim=1)
-            documents = torch.cat([documents[:, :1], documents], dim=1)
+        if self.prefix:
+            ids = torch.cat([torch.tensor(self.prefix).expand(n, -1), ids], dim=1)
+            documents = torch.cat([documents[:, :1].expand(n, len(self.prefix)), documents], dim=1)
         return PackedRows(ids.contiguous(), documents.contiguous())
 
 
@@ -165,16 +174,8 @@ def check_sizes(tokens: int, context: int, batch_rows: int = 1) -> None:
 
 
 def _ids(tokenizer: Any, text: str, document: int) -> list[int]:
-    try:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    except (TypeError, UnicodeEncodeError) as error:
-        lone = re.search("[\ud800-\udfff]", text)
-        if lone is None:
-            raise
-        raise InvalidInputError(
-            f"Document {document} (from 0) holds half a character, \\u{ord(lone[0]):04x} at {lone.start()}, which no "
-            "tokenizer takes. Mend it or leave it out."
-        ) from error
+    require_unicode(text, f"Document {document} (from 0)")
+    return text_ids(tokenizer, text)
 
 
 def _end(tokenizer: Any) -> list[int]:

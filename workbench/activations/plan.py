@@ -21,6 +21,7 @@ from workbench.activations.packing import PackedRows, Source, packing_of
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
 from workbench.progress import clock
 from workbench.records import to_jsonable
+from workbench.tokenizer import NoTokenizer, special_ids
 
 BYTES_PER_TOKEN = 14
 """Token, row and document ids as int32, position as int16 (int32 in rows of more than `MOST_INT16` tokens)."""
@@ -166,21 +167,27 @@ def make_plan(model: Any, source: Source, sites: tuple[str, ...], options: Harve
             "Lower context."
         )
     rows = -(-options.shard_tokens // source.context)
-    vocabulary = json.dumps(sorted(model.tokenizer.get_vocab().items()))
     return Manifest(
         model_name=model.name,
         model_fingerprint=model.fingerprint,
         source=to_jsonable(source.describe()),
         sites={site: SiteStats(d=model.width(site), max_norm=0.0) for site in sites},
         context=source.context,
-        special_ids=tuple(sorted(int(i) for i in model.tokenizer.all_special_ids)),
+        special_ids=special_ids(model.tokenizer),
         shard_rows=-(-rows // source.batch_rows) * source.batch_rows,
         batch_rows=-(-options.batch_tokens // source.context),
         dtype=cast(Dtype, options.dtype),
-        tokenizer_sha256=hashlib.sha256(vocabulary.encode(errors="backslashreplace")).hexdigest(),
+        tokenizer_sha256=_vocabulary_hash(model.tokenizer),
         packing=packing_of(source, model.tokenizer),
         model_dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _vocabulary_hash(tokenizer: Any) -> str | None:
+    if isinstance(tokenizer, NoTokenizer):
+        return None
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode(errors="backslashreplace")).hexdigest()
 
 
 def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:

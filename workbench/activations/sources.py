@@ -17,17 +17,18 @@ from workbench.activations.manifest import Packing
 from workbench.activations.packing import PackedRows, check_sizes, packed, packing_of_text
 from workbench.activations.packing import Source as Source
 from workbench.errors import DegenerateInputError, InvalidInputError, did_you_mean
+from workbench.tokenizer import decoded, start_ids
 
 
 @dataclass(frozen=True)
 class SelfText:
-    """Text that the model writes itself: from BOS alone, temperature 1, no truncation of the distribution.
+    """Text that the model writes itself: from the tokenizer's prefix (BOS), temperature 1, no truncated distribution.
 
     No outside data enters. A text that ends is followed by whatever the model writes after its end token, so every row
     is full. Each row is a document.
 
     Attributes:
-        tokens: how many tokens, BOS included; rounded up to whole rows.
+        tokens: how many tokens, prefix included; rounded up to whole rows.
         context: tokens per row.
         seed: with the row number it decides each row.
         batch_size: rows that are written at once.
@@ -55,9 +56,13 @@ class SelfText:
         return {"source": "self_text", **asdict(self)}
 
     def packing(self, tokenizer: Any) -> Packing:
-        """Each row is what the model writes after its start token."""
+        """Each row is what the model writes after its start tokens."""
+        start = start_ids(tokenizer)
+        named = (
+            f"token (id {start[0]})" if len(start) == 1 else f"tokens {decoded(tokenizer, start)} (ids {list(start)})"
+        )
         return Packing(
-            row_start=f"start token (id {_start(tokenizer)}), as prompt",
+            row_start=f"start {named}, as prompt",
             separator="none added: a row is one text, with what the model writes after its own end token",
             crosses_documents=False,
             starts_with_bos=True,
@@ -69,22 +74,20 @@ class SelfText:
 
     def batches(self, model: Any, start_row: int = 0) -> Iterator[PackedRows]:
         """Writes the rows from `start_row` on, batch by batch."""
-        start_id = _start(model.tokenizer)
+        start = torch.tensor(start_ids(model.tokenizer))
+        if len(start) >= self.context:
+            raise InvalidInputError(
+                f"SelfText(context={self.context}): the model's texts start from {len(start)} tokens, so rows of "
+                f"{self.context} hold no text. Raise context."
+            )
         for first in range(start_row, self.n_rows(), self.batch_size):
             n = min(self.batch_size, self.n_rows() - first)
-            prompt = torch.full((n, 1), start_id)
-            new = model.sample(prompt, self.context - 1, seed=self.seed, temperature=1.0, first_row=first).cpu()
+            prompt = start.expand(n, -1).contiguous()
+            new = model.sample(
+                prompt, self.context - len(start), seed=self.seed, temperature=1.0, first_row=first
+            ).cpu()
             rows = torch.arange(first, first + n)[:, None].expand(n, self.context)
             yield PackedRows(torch.cat([prompt, new], dim=1), rows.contiguous())
-
-
-def _start(tokenizer: Any) -> int:
-    start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start_id is None:
-        raise InvalidInputError(
-            "SelfText: this tokenizer has neither BOS nor EOS to start from. Use TextFiles instead."
-        )
-    return start_id
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +137,8 @@ class TextFiles:
     """Documents from files: a text file is one, each line of a `.jsonl` file, each row of a `.parquet` file.
 
     Documents are packed one after the other into rows of `context` tokens, an end token after each; nothing is padded
-    and less than one row is lost at the end. A row starts with BOS if the tokenizer adds one by itself. Attention
-    crosses document borders inside a row.
+    and less than one row is lost at the end. A row starts with what the tokenizer puts in front of a text, such as BOS.
+    Attention crosses document borders inside a row.
 
     Attributes:
         paths: the files, in order; a folder or a pattern such as `data/*.parquet` stands for its files, by name.

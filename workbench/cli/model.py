@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from workbench.cli.base import Command
+from workbench.errors import InvalidInputError
 from workbench.interventions.intervention import Intervention
 from workbench.models.generation import Generation
 from workbench.models.loading import load_model, load_tokenizer
@@ -27,6 +29,20 @@ class ModelCommand(Command):
     def load(self, *, check: bool = False) -> Model:
         """The model that was asked for."""
         return load_model(self.model, dtype=self.dtype, device=self.device, check=check)
+
+
+def _template_options(given: tuple[str, ...]) -> dict[str, Any]:
+    """`name=value` pairs; a value that is JSON (true, 3) is read as such, any other as text."""
+    found: dict[str, Any] = {}
+    for pair in given:
+        name, sign, value = pair.partition("=")
+        if not name or not sign:
+            raise InvalidInputError(f"--template-option {pair}: write name=value, such as enable_thinking=false.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +80,20 @@ class Tokens(ModelCommand):
     chat: bool = False
     """Treat the text as a user message and apply the chat template."""
     bos: Annotated[str, tyro.conf.arg(metavar="auto|yes|no")] = "auto"
-    """Put BOS in front: auto follows the tokenizer's habit."""
+    """Put BOS in front: auto puts there what the tokenizer puts there, such as [gMASK]<sop>."""
+    template_option: tuple[str, ...] = ()
+    """Options of the chat template, such as enable_thinking=false."""
 
     def run(self) -> None:
         """Prints id and text of every token."""
-        from workbench.errors import InvalidInputError
         from workbench.tokens import encode
 
         choices = {"auto": "auto", "yes": True, "no": False}
         if self.bos not in choices:
             raise InvalidInputError(f"--bos {self.bos}: use auto, yes or no.")
         value = [{"role": "user", "content": self.text}] if self.chat else self.text
-        batch = encode(load_tokenizer(self.model), value, choices[self.bos])
+        options = _template_options(self.template_option)
+        batch = encode(load_tokenizer(self.model), value, choices[self.bos], **options)
         ids = batch.ids[0].tolist()
         lines = [
             f"{i:4d}  {token:7d}  {text!r}"
@@ -135,6 +153,8 @@ class Generate(ModelCommand):
     """Sample among tokens with at least this share of the highest probability; 0 for all."""
     stop: tuple[str, ...] = ()
     """Strings that end the continuation."""
+    template_option: tuple[str, ...] = ()
+    """Options of the chat template, such as enable_thinking=false."""
     intervention: Path | None = None
     """Folder of a saved intervention; the unedited continuation is shown beside the edited one."""
 
@@ -142,7 +162,8 @@ class Generate(ModelCommand):
         """Prints the continuation and its mean log-probability."""
         edits = None if self.intervention is None else Intervention.load(self.intervention)
         model = self.load()
-        prompt = model.tokens([{"role": "user", "content": self.text}] if self.chat else self.text)
+        value = [{"role": "user", "content": self.text}] if self.chat else self.text
+        prompt = model.tokens(value, **_template_options(self.template_option))
 
         def continued(intervention: Intervention | None) -> Generation:
             return model.generate(

@@ -29,7 +29,7 @@ class TokenizerFacts:
 
     Attributes:
         n_tokens: ids that have a token.
-        style: how bytes are written: byte_level, byte_fallback, none.
+        style: how bytes are written: byte_level, byte_fallback, raw_bytes, none.
         adds_space: whether it puts a space in front of a text.
         counts: ids per category (keys of `workbench.glitch.tokenizer.CATEGORIES`); absent means zero.
         n_byte_tokens: single-byte tokens.

@@ -112,6 +112,12 @@ def analyse(codec: Codec) -> Vocabulary:
     needs_anchor = adds_space or (writes_space and codec.decode(codec.encode([" test"])) != [" test"])
     anchor = _anchor(codec) if needs_anchor else ((), "")
     decoded = _decode_in_context(codec, ids, anchor)
+    if codec.style == "raw_bytes":  # decoding may drop half a character, and with it the token
+        raw_bytes = [_byte_of(codec.raw[i] or "", codec.style) for i in ids]
+        decoded = [
+            shown if byte < 0 else bytes([byte]).decode(errors="replace")
+            for shown, byte in zip(decoded, raw_bytes, strict=True)
+        ]
     if codec.style == "none" and not writes_space:
         decoded = _without_mark(codec, ids, decoded)
     back = _encode_in_context(codec, decoded, anchor)
@@ -186,6 +192,9 @@ def _without_mark(codec: Codec, ids: Sequence[int], alone: list[str]) -> list[st
     """Continuation pieces (WordPiece's ##ing) as they read inside a word; other tokens as they read alone."""
     word = tuple(codec.encode(["a"])[0])
     inside = _decode_in_context(codec, ids, (word, codec.decode([word])[0]))
+    prefix, suffix = codec.marks
+    if prefix or suffix:
+        inside = alone = [one.removeprefix(prefix).removesuffix(suffix) or one for one in alone]
     return [one if full.lstrip(" ") == one.lstrip(" ") else full for full, one in zip(inside, alone, strict=True)]
 
 
@@ -217,6 +226,8 @@ def _byte_of(raw: str, style: ByteStyle) -> int:
     >>> _byte_of("Ġ", "byte_level"), _byte_of("<0x0A>", "byte_fallback"), _byte_of("ab", "byte_level")
     (32, 10, -1)
     """
+    if style == "raw_bytes":
+        return ord(raw) if len(raw) == 1 and raw < "\u0100" else -1
     if style == "byte_level":
         return BYTE_OF_CHAR.get(raw, -1)
     written = _HEX_TOKEN.match(raw)
@@ -225,6 +236,8 @@ def _byte_of(raw: str, style: ByteStyle) -> int:
 
 def _readable(raw: str, style: ByteStyle) -> str:
     """A token with stray bytes, as text with each stray byte as <0xNN>."""
+    if style == "raw_bytes" and len(raw) == 1:
+        return f"<0x{ord(raw):02X}>"
     if style != "byte_level" or any(c not in BYTE_OF_CHAR for c in raw):
         return raw
     data = bytes(BYTE_OF_CHAR[c] for c in raw)

@@ -13,7 +13,8 @@ from workbench.errors import CorruptFileError, InvalidInputError, MismatchError,
 from workbench.hooks.sites import Site
 from workbench.interventions.files import load, save
 from workbench.interventions.op import Op
-from workbench.interventions.scopes import All, Encode, Scope
+from workbench.interventions.scopes import All, Scope
+from workbench.wording import Wording
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ class Intervention:
         """The same intervention for a choice of batch rows."""
         return self._mapped(lambda edit: Edit(edit.site, edit.op.take(rows), edit.scope.take(rows)))
 
-    def resolve(self, encode: Encode) -> Intervention:
-        """The same intervention with texts in scopes replaced by token ids."""
-        return self._mapped(lambda edit: replace(edit, scope=edit.scope.resolve(encode)))
+    def resolve(self, wording: Wording) -> Intervention:
+        """The same intervention for one tokenizer: with what texts in its scopes stand for there."""
+        return self._mapped(lambda edit: replace(edit, scope=edit.scope.resolve(wording)))
 
     def parameters(self) -> Iterator[Tensor]:
         """Tensors of the edits that are being trained, each once."""

@@ -13,9 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.interventions.step import Step
-
-Encode = Callable[[str], list[int]]
+from workbench.interventions.step import Step, ends_of
+from workbench.wording import Marker, Wording
 
 
 class Scope:
@@ -51,9 +50,9 @@ class Scope:
             raise ShapeError(f"{self}: its parts are for {sorted(map(str, sizes))} rows; they must agree.")
         return next(iter(sizes), None)
 
-    def resolve(self, encode: Encode) -> Scope:
-        """The same scope with texts replaced by token ids."""
-        return self._mapped(lambda inner: inner.resolve(encode))
+    def resolve(self, wording: Wording) -> Scope:
+        """The same scope for one tokenizer: with what its texts stand for there."""
+        return self._mapped(lambda inner: inner.resolve(wording))
 
     def inner_scopes(self) -> list[Scope]:
         """The scopes that this one is made of."""
@@ -165,21 +164,33 @@ class Pos(Scope):
 
 @dataclass(frozen=True)
 class NotPrefix(Scope):
-    """Every token but the first `n` of its row; `NotPrefix(1)` leaves out BOS, or the attention sink in its place."""
+    """Every token but the first `n` of its row; `NotPrefix(1)` leaves out BOS, or the attention sink in its place.
 
-    n: int
+    `NotPrefix()` leaves out all that the tokenizer puts in front of a text, and at least one token.
+    """
+
+    n: int | None = None
 
     def __post_init__(self) -> None:
-        if self.n < 0:
+        if self.n is not None and self.n < 0:
             raise InvalidInputError(f"NotPrefix({self.n}): give the number of tokens to leave out, 0 or more.")
 
+    def resolve(self, wording: Wording) -> Scope:
+        return NotPrefix(max(1, wording.n_prefix)) if self.n is None else self
+
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
+        if self.n is None:
+            raise InvalidInputError("NotPrefix(): its length is known when a Model makes the plan; give a number here.")
         return step.position >= self.n
 
 
 @dataclass(frozen=True)
 class TokenIs(Scope):
-    """Every token whose id is one of these; a text stands for the one token that it encodes to."""
+    """Every token whose id is one of these; a text stands for the single tokens that read so in running text.
+
+    A space in front counts: " the" and "the" are two tokens where the vocabulary has both, also under tokenizers that
+    put a space in front of every text.
+    """
 
     ids: tuple[int | str, ...]
 
@@ -193,8 +204,8 @@ class TokenIs(Scope):
             raise DegenerateInputError("TokenIs: the model was given embeddings, so there are no token ids to compare.")
         return torch.isin(step.ids, torch.tensor(_numbers(self, self.ids), device=step.ids.device))
 
-    def resolve(self, encode: Encode) -> Scope:
-        return TokenIs(*(i for part in self.ids for i in ([part] if isinstance(part, int) else _one(encode, part))))
+    def resolve(self, wording: Wording) -> Scope:
+        return TokenIs(*(i for part in self.ids for i in ([part] if isinstance(part, int) else wording.tokens(part))))
 
 
 @dataclass(frozen=True)
@@ -202,8 +213,8 @@ class After(Scope):
     """Every token behind a marker: `After("[/INST]")`, `After("</think>")`, or token ids.
 
     Attributes:
-        marker: the text, or its token ids. A text is encoded by itself; where the tokenizer joins it with its
-            surroundings, give the ids.
+        marker: the text, or its token ids. A text is found however the row cuts it into tokens; where it ends inside
+            a token, the next token is the first one behind it.
         occurrence: "first" in the row, prompt or generated; or the "last" one in the prompt.
     """
 
@@ -222,8 +233,12 @@ class After(Scope):
     def needs_history(self) -> bool:
         return True
 
-    def resolve(self, encode: Encode) -> Scope:
-        return After(tuple(encode(self.marker)), self.occurrence) if isinstance(self.marker, str) else self
+    def resolve(self, wording: Wording) -> Scope:
+        if not isinstance(self.marker, str):
+            return self
+        out = After(self.marker, self.occurrence)
+        object.__setattr__(out, "_text", wording.marker(self.marker))
+        return out
 
     def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
         if step.history is None or step.history_real is None:
@@ -231,12 +246,11 @@ class After(Scope):
                 "After: the token ids of the whole row are not known. Enter the plan before the prompt is run, and "
                 "give the model input_ids, not embeddings."
             )
-        ids = torch.tensor(_numbers(self, self.marker), device=step.history.device)
-        found = torch.zeros_like(step.history_real)
-        if step.history.shape[1] >= len(ids):
-            windows = step.history.unfold(1, len(ids), 1) == ids
-            real = step.history_real.unfold(1, len(ids), 1)
-            found[:, len(ids) - 1 :] = (windows & real).all(2)
+        text: Marker | None = getattr(self, "_text", None)
+        if text is None:
+            found = ends_of(_numbers(self, self.marker), step.history, step.history_real)
+        else:
+            found = text.ends(step.history, step.history_real)
         column = torch.arange(found.shape[1], device=found.device)
         if self.occurrence == "last":
             ends = step.history_real.long().cumsum(1) > step.prompt_length[:, None]
@@ -380,12 +394,3 @@ def _numbers(scope: Scope, ids: str | tuple[int | str, ...]) -> list[int]:
     if isinstance(ids, str) or any(isinstance(i, str) for i in ids):
         raise InvalidInputError(f"{scope}: texts become token ids when a Model makes the plan; give ids here.")
     return [int(i) for i in ids]
-
-
-def _one(encode: Encode, text: str) -> list[int]:
-    ids = encode(text)
-    if len(ids) != 1:
-        raise InvalidInputError(
-            f"TokenIs({text!r}): this is {len(ids)} tokens, {ids}; give single tokens, or After(...)."
-        )
-    return ids

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -42,3 +44,14 @@ class Step:
             self, ids=ids, column=self.column[-n:], position=self.position[:, -n:], is_real=self.is_real[:, -n:],
             is_prompt=self.is_prompt[:, -n:],
         )  # fmt: skip
+
+
+def ends_of(
+    run: Sequence[int], history: Int[Tensor, "batch columns"], real: Bool[Tensor, "batch columns"]
+) -> Bool[Tensor, "batch columns"]:
+    """True at the tokens where this run of ids ends."""
+    found, n = torch.zeros_like(real), len(run)
+    if history.shape[1] >= n:
+        same = history.unfold(1, n, 1) == torch.tensor(run, device=history.device)
+        found[:, n - 1 :] = (same & real.unfold(1, n, 1)).all(2)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
@@ -14,11 +14,12 @@ from workbench.errors import DegenerateInputError
 from workbench.interventions.scopes import Scope
 from workbench.interventions.step import Step
 from workbench.tokens import TokenBatch
+from workbench.wording import Wording
 
 T = TypeVar("T")
 
 
-def chosen_tokens(batch: TokenBatch, scope: Scope, encode: Callable[[str], list[int]]) -> Bool[Tensor, "rows width"]:
+def chosen_tokens(batch: TokenBatch, scope: Scope, wording: Wording) -> Bool[Tensor, "rows width"]:
     """True at the tokens of the batch that are in the scope; every token counts as prompt, padding never counts.
 
     Raises:
@@ -36,7 +37,7 @@ def chosen_tokens(batch: TokenBatch, scope: Scope, encode: Callable[[str], list[
         history=batch.ids,
         history_real=batch.mask,
     )
-    mask = scope.resolve(encode).mask(step)
+    mask = scope.resolve(wording).mask(step)
     missing = [part for part in scope.parts if not bool(part.mask(step).any())]
     if len(missing) not in (0, len(scope.parts)):
         raise DegenerateInputError(f"positions={scope}: no row has a token at {', '.join(map(str, missing))}.")

@@ -20,6 +20,7 @@ from workbench.models.decoding import ENDED, Decoder, Recorder, Rows
 from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
 from workbench.progress import track
+from workbench.tokenizer import continuation
 from workbench.tokens import TokenBatch
 
 Record = dict[str, tuple[Tensor, ...]]
@@ -30,7 +31,8 @@ class Generation:
     """Continuations of a batch of prompts.
 
     Attributes:
-        texts: the continuations, without the prompts.
+        texts: the continuations, without the prompts: what the new tokens add to the text of their prompt, a space in
+            front included, special tokens left out.
         ids: new token ids of each row, without the stop token; the token that completes a stop string is there.
         logprobs: log-probability (nats) of each new token under the model that generated, at temperature 1 and
             without top_k, top_p and min_p.
@@ -149,7 +151,7 @@ def collected(
     tokenizer: Any, found: Sequence[tuple[Rows, TokenBatch, Record]], reports: Sequence[Sequence[EditReport]]
 ) -> Generation:
     """One generation of several batches, with the edit reports of each batch."""
-    ids, logprobs, ended, lengths = [], [], [], []
+    ids, logprobs, ended, lengths, prompts = [], [], [], [], []
     for new, batch, _ in found:
         why = [ENDED[code] for code in new.why.tolist()]
         # The stop token is not part of a row.
@@ -158,8 +160,9 @@ def collected(
         logprobs += [row[:n].cpu() for row, n in zip(new.logprobs, counts, strict=True)]
         ended += why
         lengths += batch.lengths.tolist()
+        prompts += batch.rows()
     return Generation(
-        tuple(tokenizer.decode(row, skip_special_tokens=True) for row in ids),
+        tuple(continuation(tokenizer, p.tolist(), row.tolist()) for p, row in zip(prompts, ids, strict=True)),
         tuple(ids),
         tuple(logprobs),
         tuple(EditReport.merged(same) for same in zip(*reports, strict=True)),

@@ -35,6 +35,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _LONGEST_TEXT = 300
 _WEIGHTS_PER_BYTE = 8
 """More than any way of storing weights packs into a byte."""
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
 
 
 def load_model(
@@ -45,7 +46,7 @@ def load_model(
     revision: str | None = None,
     check: bool = True,
 ) -> Model:
-    """A model ready for reading, editing and generating.
+    """A model ready for reading, editing and generating; without a tokenizer, where its folder holds none, from ids.
 
     Args:
         name: "embedded", a folder, a .gguf file, or a Hugging Face hub id.
@@ -78,8 +79,18 @@ def load_model(
 
 
 def load_tokenizer(name: str | Path = "embedded", *, revision: str | None = None) -> Any:
-    """The tokenizer of a model, without loading the model. Same names and errors as `load_model`."""
-    return _tokenizer(str(_folder(str(name)) or name), revision)
+    """The tokenizer of a model, without loading the model.
+
+    Raises:
+        MissingFileError: for a folder without a tokenizer; otherwise the errors of `load_model`.
+    """
+    where = str(_folder(str(name)) or name)
+    if not _has_tokenizer(where):
+        raise MissingFileError(
+            f"{where} holds no tokenizer (no tokenizer.json or other file of one). Save the model's tokenizer there "
+            "with save_pretrained, or give token ids instead of text."
+        )
+    return _tokenizer(where, revision)
 
 
 def _short_name(name: str | Path) -> str:
@@ -124,7 +135,13 @@ def _from_pretrained(where: str, dtype: torch.dtype, revision: str | None) -> tu
         )  # fmt: skip
         hf, loaded = both
         require_every_weight(hf, loaded, where)
-    return hf, _tokenizer(where, revision)
+    return hf, _tokenizer(where, revision) if _has_tokenizer(where) else None
+
+
+def _has_tokenizer(where: str) -> bool:
+    """Whether a tokenizer is to be expected: always, but for a folder without any of its files."""
+    names = [file.name for file in Path(where).iterdir()] if Path(where).is_dir() else ["tokenizer.json"]
+    return any(name.startswith(_TOKENIZER_FILES) or name.endswith((".model", ".tiktoken")) for name in names)
 
 
 def _tokenizer(where: str, revision: str | None) -> Any:

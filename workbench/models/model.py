@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.chats import Chat
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.hooks.capture import Activations, capture
 from workbench.hooks.sites import Site
@@ -31,7 +32,7 @@ from workbench.models.session import Session
 from workbench.models.sitetable import SiteTable
 from workbench.models.wrapped import Batch, Wrapped
 from workbench.progress import task
-from workbench.tokens import Bos, Chat, TokenBatch
+from workbench.tokens import Bos, TokenBatch
 
 
 class Model(Wrapped):
@@ -41,7 +42,7 @@ class Model(Wrapped):
 
     Attributes:
         hf: the Hugging Face model.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; one that refuses every use where the model has none.
         name: a name for people.
         site_map: where its sites are.
     """
@@ -98,7 +99,7 @@ class Model(Wrapped):
         tokens = self._batch(batch)
         if positions is None:
             return capture(self.hf, self.site_map, self._inputs(tokens), sites, grad=grad)
-        chosen = chosen_tokens(tokens, positions, self._encode)
+        chosen = chosen_tokens(tokens, positions, self._wording)
         acts = capture(self.hf, self.site_map, self._inputs(tokens), sites, grad=grad, chosen=chosen)
         acts.positions = tokens.positions[chosen]
         return acts
@@ -144,8 +145,8 @@ class Model(Wrapped):
     ) -> Float[Tensor, " width"]:
         """Mean activation at a site over all real tokens of the texts, or over those in a scope; fp32.
 
-        Summed in fp64, one batch in memory at a time; what `Ablate("mean", ...)` takes. `NotPrefix(1)` leaves out the
-        first token of each text, whose activation can be hundreds of times as large as the others.
+        Summed in fp64, one batch in memory at a time; what `Ablate("mean", ...)` takes. `NotPrefix()` leaves out
+        the tokenizer's prefix, or the first token of each text, whose activation can be hundreds of times as large.
 
         Raises:
             DegenerateInputError: if there is no text, or no token in the scope.
@@ -186,7 +187,7 @@ class Model(Wrapped):
         if isinstance(keep, str) and keep not in ("last", "all"):
             raise InvalidInputError(f"logits(keep={keep!r}): use 'last', 'all' or a scope such as Pos(0).")
         ids = None if tokens is None else vocabulary_ids(tokens, self.d_vocab, self.device)
-        chosen = None if keep == "all" else chosen_tokens(part, Last() if keep == "last" else keep, self._encode)
+        chosen = None if keep == "all" else chosen_tokens(part, Last() if keep == "last" else keep, self._wording)
         return self.head.logits(self._inputs(part), chosen, ids)
 
     def resume(self, batch: Batch, site: str | Site, *, last: bool = False) -> Resume:
@@ -260,7 +261,7 @@ class Model(Wrapped):
                 f"The intervention was made for the model {intervention.made_for}; this is {self.name} "
                 f"({self.fingerprint}). Its vectors mean nothing here; pass any_model=True if they do."
             )
-        return Plan(self.hf, self.site_map, intervention.resolve(self._encode))
+        return Plan(self.hf, self.site_map, intervention.resolve(self._wording))
 
     def active_edits(self) -> tuple[str, ...]:
         """The edits that are on at this moment, in words, outermost plan first."""
@@ -317,6 +318,7 @@ class Model(Wrapped):
         seed: int = 0,
         temperature: float = 1.0,
         max_new_tokens: int = 200,
+        **template_options: Any,
     ) -> Session:
         """A conversation with this model, one `turn` at a time; the KV cache is kept between turns.
 
@@ -326,12 +328,15 @@ class Model(Wrapped):
             seed: decides all draws.
             temperature: 0 takes the most probable token; otherwise logits are divided by it.
             max_new_tokens: longest reply, in tokens.
+            **template_options: for the chat template, such as `enable_thinking=False`.
 
         Raises:
-            InvalidInputError: if the tokenizer has no chat template.
+            InvalidInputError: if the tokenizer has no chat template, or the template has no such option.
         """
         options = Sampling(max_new_tokens, temperature, seed, self.stop_ids)
-        return Session(self._parts, options, system=system, intervention=intervention)
+        return Session(
+            self._parts, options, system=system, intervention=intervention, template_options=template_options
+        )
 
     @property
     def _parts(self) -> Parts:
@@ -383,5 +388,6 @@ class Model(Wrapped):
         return (
             f"Model({self.name}: {type(self.hf).__name__}, {self.n_layers} layers, d_model {self.d_model}, "
             f"d_vocab {self.d_vocab}, {self.dtype} on {self.device}, fingerprint {self.fingerprint}"
+            + ("" if self.tokenizer else ", no tokenizer")
             + ("".join(f"; edited: {edit}" for edit in self.active_edits()) + ")")
         )

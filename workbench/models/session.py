@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -43,14 +43,20 @@ class Session:
     """
 
     def __init__(
-        self, parts: Parts, sampling: Sampling, *, system: str | None = None, intervention: Intervention | None = None
+        self,
+        parts: Parts,
+        sampling: Sampling,
+        *,
+        system: str | None = None,
+        intervention: Intervention | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not getattr(parts.tokenizer, "chat_template", None):
             raise InvalidInputError(
                 f"session: the tokenizer of {type(parts.hf).__name__} has no chat template, so it is not known how a "
                 "conversation is written. Use a chat model, set tokenizer.chat_template, or use Model.generate."
             )
-        self._parts, self._sampling = parts, sampling
+        self._parts, self._sampling, self._template_options = parts, sampling, dict(template_options or {})
         self._messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self._start = len(self._messages)
         self._plan = None if intervention is None else parts.plan(intervention)
@@ -68,7 +74,7 @@ class Session:
 
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
-        """The conversation up to now, system message included."""
+        """The conversation up to now, system message included; replies without a space that the template writes."""
         return tuple(dict(message) for message in self._messages)
 
     @property
@@ -106,8 +112,18 @@ class Session:
         self._ids += sampled
         self._is_generated += [True] * len(sampled)
         self.last = collected(self._parts.tokenizer, [(new, batch, {})], [self.report] if self._plan else [])
-        reply = self.last.texts[0]
-        self._messages = [*messages, {"role": "assistant", "content": reply}]
+        self._messages = [*messages, {"role": "assistant", "content": self._content(messages, self.last.texts[0])}]
+        return self.last.texts[0]
+
+    def _content(self, messages: Sequence[dict[str, str]], reply: str) -> str:
+        """The reply as the template wants it: without its first space where the template or tokenizer writes one."""
+        if not reply.startswith(" ") or not reply.strip():
+            return reply
+        for content in (reply, reply.removeprefix(" ")):
+            next_turn = [*messages, {"role": "assistant", "content": content}, {"role": "user", "content": "a"}]
+            batch = encode(self._parts.tokenizer, next_turn, **self._template_options)
+            if batch.ids[0, : len(self._ids)].tolist() == self._ids:
+                return content
         return reply
 
     def logits(self) -> Float[Tensor, " d_vocab"]:
@@ -140,7 +156,7 @@ class Session:
 
     def _fed(self, decoder: Decoder, messages: Sequence[dict[str, str]]) -> tuple[TokenBatch, Prefilled]:
         """Brings the cache to these messages: what it shares with them stays, the rest is fed."""
-        batch = encode(self._parts.tokenizer, messages).to(self._parts.hf.device)
+        batch = encode(self._parts.tokenizer, messages, **self._template_options).to(self._parts.hf.device)
         ids: list[int] = batch.ids[0].tolist()
         known = next((i for i, (a, b) in enumerate(zip(ids, self._ids, strict=False)) if a != b), None)
         known = min(len(ids), len(self._ids)) if known is None else known

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.codec import token_bytes
+from workbench.tokenizer import NoTokenizer, require_unicode
 
 
 class StopStrings:
@@ -20,7 +21,11 @@ class StopStrings:
     """
 
     def __init__(self, tokenizer: Any, strings: Sequence[str], d_vocab: int) -> None:
+        for string in strings:
+            require_unicode(string)
         self._wanted = [string.encode() for string in strings]
+        if isinstance(tokenizer, NoTokenizer):
+            tokenizer("")  # which says that stop strings need one
         self._bytes = token_bytes(tokenizer)
         self._reach = max(map(len, self._wanted)) - 1
         ends = {wanted[i:] for wanted in self._wanted for i in range(len(wanted))}

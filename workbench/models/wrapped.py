@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.chats import Chat
 from workbench.errors import InvalidInputError, ShapeError
 from workbench.hooks.families import build_site_map, position_tables
 from workbench.models.head import Head
 from workbench.models.identity import fingerprint
-from workbench.tokens import Bos, Chat, TokenBatch, encode
+from workbench.tokenizer import NoTokenizer
+from workbench.tokens import Bos, TokenBatch, encode
+from workbench.wording import Wording
 
 Texts = str | Sequence[str] | Chat | Sequence[Chat]
 Batch = TokenBatch | Texts | Int[Tensor, "batch pos"]
@@ -25,7 +29,8 @@ class Wrapped:
     """A Hugging Face causal language model and its tokenizer; `Model` adds what can be done with them."""
 
     def __init__(self, hf: Any, tokenizer: Any, name: str = "model") -> None:
-        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.hf, self.name = hf, name
+        self.tokenizer = NoTokenizer() if tokenizer is None else tokenizer
         self.site_map = build_site_map(hf)
         self._unembedding: tuple[tuple[int, int], Tensor] | None = None
 
@@ -66,15 +71,25 @@ class Wrapped:
         """Twelve hex digits that tell this model from others: its config and a sample of every weight."""
         return fingerprint(self.hf)
 
-    def tokens(self, value: Texts, bos: Bos = "auto") -> TokenBatch:
-        """Token ids of text, texts or chat messages; the result says what was done about BOS and padding."""
-        return encode(self.tokenizer, value, bos).to(self.device)
+    def tokens(self, value: Texts, bos: Bos = "auto", **template_options: Any) -> TokenBatch:
+        """Token ids of text, texts or chat messages; the result says what was done about BOS and padding.
+
+        Args:
+            value: a text, texts, a chat or chats.
+            bos: "auto" puts in front of a text what the tokenizer puts there, all of it; True adds BOS where that is
+                nothing; False adds nothing.
+            **template_options: for the chat template, such as `enable_thinking=False`.
+
+        Raises:
+            InvalidInputError: for a chat that the template can't or does not write, or an option that it does not have.
+        """
+        return encode(self.tokenizer, value, bos, **template_options).to(self.device)
 
     def _batch(self, batch: Batch) -> TokenBatch:
         if isinstance(batch, Tensor) and (batch.ndim != 2 or batch.dtype != torch.long):
             raise ShapeError(f"Token ids have shape {tuple(batch.shape)} and {batch.dtype}; give (batch, pos) int64.")
         if isinstance(batch, Tensor):
-            batch = TokenBatch.of_rows(batch)
+            batch = replace(TokenBatch.of_rows(batch), tokenizer=self.tokenizer)
         tokens = batch.to(self.device) if isinstance(batch, TokenBatch) else self.tokens(batch)
         low, high = (int(bound) for bound in tokens.ids.aminmax())
         rows = self.hf.get_input_embeddings().weight.shape[0]
@@ -125,8 +140,9 @@ class Wrapped:
                 "positions. Give shorter texts, or fewer new tokens."
             )
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    @property
+    def _wording(self) -> Wording:
+        return Wording(self.tokenizer)
 
     def _inputs(self, tokens: TokenBatch) -> dict[str, Tensor]:
         inputs = tokens.hf()
@@ -145,9 +161,8 @@ class Wrapped:
         """Token ids that end a text."""
         eos = getattr(self.hf.generation_config, "eos_token_id", None)
         found = [eos] if isinstance(eos, int) else list(eos or [])
-        return tuple(
-            dict.fromkeys([*found, *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])])
-        )
+        own = None if isinstance(self.tokenizer, NoTokenizer) else self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys([*found, *([] if own is None else [own])]))
 
     def text_length(self, row: Int[Tensor, " new"]) -> int:
         """Number of new tokens of a row before its first stop token."""

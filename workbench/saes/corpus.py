@@ -13,6 +13,7 @@ from torch import Tensor
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.report import Metric, Report, Section, Table
 from workbench.stats import Estimate
+from workbench.tokenizer import special_ids, start_ids
 
 CENTRAL = 1 - 0.05 / 3
 """Share of the draws in a null's range: three ranges decide together, with 95 % for the model's own text."""
@@ -188,21 +189,9 @@ def check_corpus(
     )  # fmt: skip
 
 
-def start_id(model: Any) -> int:
-    """The token that the model's own texts start from: BOS, or else EOS.
-
-    Raises:
-        InvalidInputError: if the tokenizer has neither.
-    """
-    for found in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id):
-        if found is not None:
-            return int(found)
-    raise InvalidInputError("This tokenizer has neither BOS nor EOS, so no token starts a text. Use another model.")
-
-
 def start_distribution(model: Any) -> Float[Tensor, " d_vocab"]:
     """The model's distribution of the first token of a text, in fp64; sums to 1."""
-    logits = model.logits(torch.tensor([[start_id(model)]]))[0].double().cpu()
+    logits = model.logits(torch.tensor([start_ids(model.tokenizer)]))[0].double().cpu()
     p = logits.softmax(0)
     return p / p.sum()
 
@@ -211,13 +200,13 @@ def first_tokens(model: Any, rows: Int[Tensor, "rows context"]) -> Int[Tensor, "
     """The first token of the corpus, and every token that follows a special token; special tokens themselves not.
 
     In the model's own text a text that has ended is followed by another one without a new start token. Only what
-    follows the start token at the beginning of a row is drawn from the start distribution, so if all rows begin with
-    that token, these are taken alone.
+    follows the start tokens at the beginning of a row is drawn from the start distribution, so if all rows begin with
+    them, these are taken alone.
     """
-    start = start_id(model)
-    if bool((rows[:, 0] == start).all()):
-        return rows[:, 1]
-    special = torch.isin(rows, torch.tensor(sorted(model.tokenizer.all_special_ids)))
+    start = torch.tensor(start_ids(model.tokenizer))
+    if rows.shape[1] > len(start) and bool((rows[:, : len(start)] == start).all()):
+        return rows[:, len(start)]
+    special = torch.isin(rows, torch.tensor(special_ids(model.tokenizer)))
     flat, before = rows.flatten(), torch.cat([torch.ones(len(rows), 1, dtype=torch.bool), special[:, :-1]], dim=1)
     before[1:, 0] = False
     return flat[(before & ~special).flatten()]

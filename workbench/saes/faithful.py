@@ -17,12 +17,12 @@ from workbench.errors import DegenerateInputError, InvalidInputError, MismatchEr
 from workbench.metrics import squared_error
 from workbench.progress import track
 from workbench.report import Metric, Report, Section, Table
-from workbench.saes.corpus import start_id
 from workbench.saes.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.io import check_sae_fits, sae_keep_rule
 from workbench.saes.splice import RULE_ROWS, estimate_rules
 from workbench.similarity import RESAMPLES
 from workbench.stats import Estimate, sample_mean
+from workbench.tokenizer import special_ids, start_ids
 from workbench.tokens import TokenBatch
 
 CHUNK = 1024
@@ -120,16 +120,17 @@ class FakeFeatures(Report):
 
 
 def random_rows(model: Any, tokens: int, context: int, seed: int) -> Int[Tensor, "rows context"]:
-    """Rows of a start token and ids drawn uniformly from the tokenizer's vocabulary without its special tokens.
+    """Rows of the start tokens and ids drawn uniformly from the tokenizer's vocabulary without its special tokens.
 
     Embeddings beyond the tokenizer's vocabulary, which no text reaches, are left out as well.
     """
-    special = set(map(int, model.tokenizer.all_special_ids))
+    special = set(special_ids(model.tokenizer))
     known = min(model.d_vocab, len(model.tokenizer))
     ordinary = torch.tensor([i for i in range(known) if i not in special])
     random = torch.Generator().manual_seed(seed)
     rows = ordinary[torch.randint(len(ordinary), (-(-tokens // context), context), generator=random)]
-    rows[:, 0] = start_id(model)
+    start = torch.tensor(start_ids(model.tokenizer))
+    rows[:, : len(start)] = start
     return rows
 
 

@@ -21,6 +21,7 @@ from workbench.report import Report, Section, Table
 from workbench.saes.coder import Coder
 from workbench.saes.formats.names import named_site, named_target
 from workbench.stats import paired_difference
+from workbench.tokenizer import special_ids
 from workbench.tokens import TokenBatch
 
 FVU_LIMIT = 1.0
@@ -325,7 +326,7 @@ class _Trial:
         self, model: Any, coder: Coder, tokens: TokenBatch, sites: tuple[Site, ...], target: Site | None
     ) -> None:
         self.coder, self.tokens, self.target = coder, tokens, target
-        special = torch.tensor(sorted(model.tokenizer.all_special_ids), device=tokens.ids.device)
+        special = torch.tensor(special_ids(model.tokenizer), device=tokens.ids.device)
         self.ordinary = tokens.mask & (tokens.positions > 0) & ~torch.isin(tokens.ids, special)
         names = dict.fromkeys(map(str, sites if target is None else (*sites, target)))
         with torch.no_grad():

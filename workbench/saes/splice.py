@@ -18,6 +18,7 @@ from workbench.interventions.replacing import Patch
 from workbench.interventions.scopes import Mask
 from workbench.metrics import kl_divergence
 from workbench.saes.io import check_sae_fits, sae_keep_rule
+from workbench.tokenizer import special_ids
 from workbench.tokens import TokenBatch
 
 RULE_ROWS = 16
@@ -117,7 +118,7 @@ def estimate_rules(model: Any, sites: list[str], batches: Iterable[TokenBatch]) 
     Raises:
         DegenerateInputError: if all of their tokens are first or special ones.
     """
-    special = tuple(int(i) for i in model.tokenizer.all_special_ids)
+    special = special_ids(model.tokenizer)
     norms: dict[str, list[Tensor]] = {site: [] for site in sites}
     n_rows = 0
     for batch in batches:

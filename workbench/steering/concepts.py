@@ -37,6 +37,7 @@ from workbench.steering.report import (
     verdict,
 )
 from workbench.steering.steer import Bench, check_prompts, random_like
+from workbench.tokenizer import special_ids
 
 DIRECTION_ARMS = ("random", "negated")
 SAE_ARM = "best SAE feature"
@@ -153,7 +154,7 @@ def _tokens_of(model: Model, concepts: Sequence[Concept], k: int) -> Int[Tensor,
     for concept in concepts:
         sides = [model.tokens(list(texts)).to("cpu").rows() for texts in (concept.positives, concept.negatives)]
         given = torch.tensor(list(dict.fromkeys(concept.tokens)), dtype=torch.long)
-        special = model.tokenizer.all_special_ids
+        special = special_ids(model.tokenizer)
         found.append(given if len(given) else concept_tokens(sides[0], sides[1], model.d_vocab, k, without=special))
     shortest = min(k, *(len(row) for row in found))
     return torch.stack([row[:shortest] for row in found])

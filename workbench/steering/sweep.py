@@ -36,6 +36,7 @@ from workbench.steering.measures import (
     text_losses,
 )
 from workbench.steering.options import SCOPES, SteerOptions
+from workbench.tokenizer import continuation
 from workbench.tokens import TokenBatch
 
 HARM_TOKENS = 4096
@@ -164,7 +165,9 @@ class Sweep:
     def unsteered(self, progress: Task) -> Written:
         """Continuations of every prompt without an edit."""
         lens = torch.zeros(1, 1, dtype=torch.long)
-        return self._collected(len(self.prompts), lens, lambda rows: (*self.continue_rows(rows, None), ()), progress)
+        return self._collected(
+            len(self.prompts), lens, lambda rows: (*self.continue_rows(rows, None), ()), self.prompts, progress
+        )
 
     def write(self, pushes: Pushes, lens: Int[Tensor, "pushes k"], progress: Task) -> Written:
         """Continuations of every prompt under every push."""
@@ -176,7 +179,7 @@ class Sweep:
                 ids, logits = self.continue_rows(rows % n, plan)
             return ids, logits, plan.report
 
-        return self._collected(n * len(pushes), lens, steered, progress)
+        return self._collected(n * len(pushes), lens, steered, self.prompts, progress)
 
     def instructed(self, prompts: TokenBatch, lens: Int[Tensor, "instructions k"], progress: Task) -> Written:
         """Continuations of prompts with an instruction before them, instruction by instruction; no edit.
@@ -188,9 +191,11 @@ class Sweep:
             start = self._decoder.prefill(prompts[rows], share=True)
             return self._run(start, rows % len(self.prompts), None), start.logits, ()
 
-        return self._collected(len(prompts), lens, unedited, progress)
+        return self._collected(len(prompts), lens, unedited, prompts, progress)
 
-    def _collected(self, total: int, lens: Tensor, make: Callable[[Tensor], _Batch], progress: Task) -> Written:
+    def _collected(
+        self, total: int, lens: Tensor, make: Callable[[Tensor], _Batch], prompts: TokenBatch, progress: Task
+    ) -> Written:
         """Rows `0 .. total` in even batches; row i continues prompt `i % prompts`."""
         n, lens = len(self.prompts), lens.to(self.model.device)
         every: list[Tensor] = []
@@ -203,7 +208,10 @@ class Sweep:
             compared = self._compared(rows % n, logits, lens[(rows // n).to(lens.device)])
             columns.append((self._fluency(rows % n, ids), *compared))
             progress.advance(len(rows))
-        texts = tuple(self.model.tokenizer.decode(row, skip_special_tokens=True) for row in every)
+        before = [row.tolist() for row in prompts.rows()]
+        texts = tuple(
+            continuation(self.model.tokenizer, before[i % len(before)], row.tolist()) for i, row in enumerate(every)
+        )
         nll, log_odds, kl = (torch.cat(column) for column in zip(*columns, strict=True))
         return Written(tuple(every), texts, nll, log_odds, kl, tuple(edits))
 
@@ -301,6 +309,6 @@ class Harm:
 
     def _some(self, pushes: Pushes, which: Tensor) -> Tensor:
         op = pushes.op(self._sae, which.repeat_interleave(len(self._texts)))
-        with self._model.plan(Intervention.at(self._site, op, NotPrefix(1))) as plan:
+        with self._model.plan(Intervention.at(self._site, op, NotPrefix())) as plan:
             hidden = self._run.hidden(plan, len(which))
         return (text_losses(self._model, self._texts, hidden) - self._base[:, None]).T
