@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
+
+import torch
 
 from workbench import errors
 from workbench.cli.page import help_page
 from workbench.hooks.families import build_site_map
 from workbench.hooks.sites import KINDS, LAYER_KINDS, Site, SiteMap
+from workbench.models.head import Head
 from workbench.models.selfcheck import self_check
 from workbench.models.tiny import TINY, tiny_hf
+from workbench.models.tinyfamilies import model_types, tiny_of
 
 HERE = Path(__file__).parent
 
@@ -35,7 +40,8 @@ SITES_ABOUT = """\
 What each family has, found on models of three layers with random weights (`d_model` 16, two heads of 8, one key and
 value head where the family can share them, `d_mlp` 24, GPT-2's 64). Every site in the tables passed the self-check:
 its identity, where it has one; noise added there changes the logits; gradients reach it. What a site means is in
-[edits](edits.md). `model.sites()` shows the same for a loaded model.
+[edits](edits.md). `model.sites()` shows the same for a loaded model. These families have tests of every feature;
+[model types](families.md) says what the self-check finds on all others that can be built.
 """
 
 
@@ -44,10 +50,7 @@ def _cell(sites: SiteMap, kind: str, reasons: list[str]) -> str:
     site = Site(kind, 1 if kind in LAYER_KINDS else None)
     if site in sites.points:
         return " × ".join(str(size) for size in sites.points[site].shape[1:])
-    why = sites.missing[site]
-    if why not in reasons:
-        reasons.append(why)
-    return f"no ({reasons.index(why) + 1})"
+    return f"no ({_number(sites.missing[site], reasons)})"
 
 
 def sites_page() -> str:
@@ -69,7 +72,88 @@ def sites_page() -> str:
     return f"# Sites by family\n\n{SITES_ABOUT}\n" + "\n\n".join(tables) + f"\n\nWhy not:\n\n{why}\n"
 
 
-PAGES = {"errors.md": errors_page, "commands.md": commands_page, "sites.md": sites_page}
+FAMILIES_ABOUT = """\
+Every model type that `AutoModelForCausalLM` of transformers {version} builds and that TransformerLens has an adapter
+for, each tried as a model of two layers with random weights: the [self-check](sites.md) that `load_model` runs, and the
+logits of chosen tokens against all logits. A hybrid has one layer of each kind. Sites that a check withdrew and sites
+that the adapter has no module for are listed with the reason; asking for one of them is an error with this reason. The
+same check runs on each real model when it is loaded.
+"""
+
+
+def families_page() -> str:
+    """What of each model type is offered, for all that can be built; about 20 s."""
+    import transformers
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    reasons: list[str] = []
+    types = model_types()
+    rows = [f"| `{kind}` | {name} | {_offered(kind, reasons)} |" for kind, name in types.items()]
+    why = "\n".join(f"{i}. {reason}." for i, reason in enumerate(reasons, start=1))
+    rest = ", ".join(sorted(set(SUPPORTED_ARCHITECTURES) - set(types.values())))
+    return (
+        f"# Model types\n\n{FAMILIES_ABOUT.format(version=transformers.__version__)}\n"
+        f"| type | class | sites |\n|---|---|---|\n" + "\n".join(rows) + f"\n\nWhy not:\n\n{why}\n\n## Not tried\n\n"
+        "TransformerLens names these classes too. `AutoModelForCausalLM` does not build them from a model type alone: "
+        "they are encoders, encoder-decoders and models of other modalities, or come with code of their own. Whether "
+        f"one of them works is what its self-check says.\n\n{rest}.\n"
+    )
+
+
+def _offered(kind: str, reasons: list[str]) -> str:
+    """The sites of a model type: all of them, or which are missing, with numbers of reasons."""
+    try:
+        hf = tiny_of(kind)
+    except ImportError:
+        return "not tried: it needs a package that is not part of the developer's environment"
+    try:
+        sites = build_site_map(hf)
+    except errors.UnknownSiteError as error:
+        return f"none ({_number(str(error).partition('. ')[0], reasons)})"
+    report = self_check(hf, sites)
+    if not report.ok:
+        failed = "; ".join(check.name for check in report.checks if not check.ok)
+        return f"refused by its self-check ({_number(f'it fails: {failed}', reasons)})"
+    _same_logits(Head(hf))
+    return _differences(sites.without(report.withdrawn), reasons)
+
+
+def _same_logits(head: Head) -> None:
+    inputs, some = {"input_ids": torch.arange(6)[None]}, torch.tensor([3, 5])
+    torch.testing.assert_close(
+        head.logits(inputs, None, some), head.logits(inputs, None, None)[..., some], atol=1e-4, rtol=1e-4
+    )
+
+
+def _differences(sites: SiteMap, reasons: list[str]) -> str:
+    gone: dict[tuple[str, str], list[str]] = {}
+    for site in KINDS:
+        here = [s for s in sites.points if s.kind == site]
+        for why in dict.fromkeys(_general(why) for s, why in sites.missing.items() if s.kind == site):
+            gone.setdefault((why, "on some layers" if here else ""), []).append(f"`{site}`")
+    parts = [
+        f"{', '.join(kinds)}{f' {where}' if where else ''} ({_number(why, reasons)})"
+        for (why, where), kinds in gone.items()
+    ]
+    return "all" if not parts else f"all but {'; '.join(parts)}"
+
+
+def _general(why: str) -> str:
+    """A reason without the figures of one layer of one model."""
+    why = re.sub(r" by [\d.e+-]+( \(relative\))?| at layer \d+", "", why)
+    why = re.sub(r"(Site \w+)\.\d+", r"\1", why)
+    return re.sub(r"TransformerLens' \w+ maps", "TransformerLens' adapter maps", why).rstrip(".")
+
+
+def _number(why: str, reasons: list[str]) -> int:
+    if why not in reasons:
+        reasons.append(why)
+    return reasons.index(why) + 1
+
+
+PAGES = {
+    "errors.md": errors_page, "commands.md": commands_page, "sites.md": sites_page, "families.md": families_page,
+}  # fmt: skip
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

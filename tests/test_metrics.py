@@ -52,6 +52,14 @@ def test_kl_is_zero_for_equal_and_has_the_right_direction() -> None:
     share = math.exp(2) / (1 + math.exp(2))
     expected = share * math.log(share / 0.5) + (1 - share) * math.log((1 - share) / 0.5)
     assert metrics.kl_divergence(p, q) == pytest.approx(expected, rel=1e-5)
+    out = torch.tensor([1.0, 2.0, -math.inf])  # a token that is ruled out on both sides, or on one
+    other = (out + torch.tensor([0.1, 0.0, 0.0])).requires_grad_()
+    kl = metrics.kl_divergence(out, other)
+    assert kl.item() == pytest.approx(metrics.kl_divergence(out[:2], other[:2]).item())
+    assert torch.autograd.grad(kl, other)[0].isfinite().all()
+    assert metrics.kl_divergence(torch.zeros(3), out) == math.inf
+    many = torch.randn(2000, 50, generator=torch.Generator().manual_seed(0))
+    assert metrics.kl_divergence(many, many * (1 + 1e-7)).min() >= 0
 
 
 def test_mean_max_cosine_is_signed() -> None:

@@ -149,13 +149,16 @@ def dead_share(fired: Bool[Tensor, " d_sae"]) -> float:
 def kl_divergence(
     logits_p: Float[Tensor, "*rows d_vocab"], logits_q: Float[Tensor, "*rows d_vocab"]
 ) -> Float[Tensor, "*rows"]:
-    """KL(p || q) of next-token distributions in nats, computed in the dtype of the logits.
+    """KL(p || q) of next-token distributions in nats, computed in the dtype of the logits; never below 0.
+
+    A token that p rules out (a logit of -inf) counts nothing; one that q alone rules out makes it infinite.
 
     >>> kl_divergence(torch.zeros(2), torch.tensor([0.0, torch.log(torch.tensor(3.0))])).round(decimals=4)
     tensor(0.1438)
     """
     log_p, log_q = logits_p.log_softmax(-1), logits_q.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1).clamp_min(0)
 
 
 @torch.no_grad()

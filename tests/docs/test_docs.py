@@ -25,6 +25,11 @@ def test_generated_pages_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == _generate().PAGES[name](), "run `make docs`"
 
 
+@pytest.mark.slow
+def test_every_model_type_that_can_be_built_is_what_its_page_says() -> None:
+    assert (ROOT / "docs" / "families.md").read_text(encoding="utf-8") == _generate().families_page(), "run `make docs`"
+
+
 def _python_in(path: Path) -> str:
     if path.suffix == ".ipynb":
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]

@@ -121,12 +121,14 @@ def capture(
         chosen: tokens to keep; each tensor is then `(tokens, width)`, and only these are held in memory.
 
     Raises:
-        UnknownSiteError: if a site does not exist in this model.
+        UnknownSiteError: if a site does not exist in this model, or with `grad` has no gradient.
         EditError: if a hook did not fire.
     """
     if not wanted:
         raise DegenerateInputError("capture(sites=[]): name at least one site, such as resid_post.0.")
     points: list[Point] = list(dict.fromkeys(sites[site] for site in wanted))
+    if grad:
+        sites.require_gradient(point.site for point in points)
     found: dict[Site, Tensor] = {}
 
     def read(point: Point) -> Fn:

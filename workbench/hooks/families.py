@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -206,18 +207,18 @@ def _part(parent: Module, bridge: Any, name: str) -> Module | None:
 def position_tables(hf: Any) -> list[Module]:
     """Modules that add a learned or stored row per absolute position to the token embeddings."""
     tokens = hf.get_input_embeddings()
-    names = ("wpe", "embed_positions", "position_embeddings")
+    # next to the token embeddings: another tower of the model, such as that of images, has a table of its own
+    beside = next(path for path, module in hf.named_modules() if module is tokens).rpartition(".")[0]
     return [
-        (path, module)
-        for path, module in hf.named_modules()
-        if module is not tokens
-        and getattr(getattr(module, "weight", getattr(module, "weights", None)), "ndim", 0) == 2
-        and (path.rpartition(".")[2] in names or _is_table(module, tokens))
+        (f"{beside}.{path}" if beside else path, module)
+        for path, module in hf.get_submodule(beside).named_modules()
+        if re.search("wpe|pos", path.rpartition(".")[2]) and (isinstance(module, nn.Embedding) or _stored(module))
     ]
 
 
-def _is_table(module: nn.Module, tokens: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) and module.embedding_dim == tokens.get_parameter("weight").shape[1]
+def _stored(module: nn.Module) -> bool:
+    """Whether it is a table that was computed once, as of sinusoids."""
+    return getattr(getattr(module, "weights", None), "ndim", 0) == 2
 
 
 def build_site_map(hf: nn.Module) -> SiteMap:
@@ -243,9 +244,12 @@ def build_site_map(hf: nn.Module) -> SiteMap:
             missing[Site(kind)] = f"TransformerLens' {type(adapter).__name__} maps no module to it"
         else:
             points[Site(kind)] = Point(Site(kind), found[0], found[1], "out", width)
-    stack = _child(hf, components["blocks"])
+    stack = _child(hf, components.get("blocks"))
     if stack is None:
-        raise UnknownSiteError(f"{type(hf).__name__} has no module {components['blocks'].name} that holds its blocks.")
+        raise UnknownSiteError(
+            f"{type(hf).__name__}: TransformerLens' {type(adapter).__name__} maps no stack of blocks that this model "
+            "has, so it has no sites. Use a model whose blocks follow one another."
+        )
     blocks, configs = list(stack[1].children()), _configs(hf)
     for layer, module in enumerate(blocks):
         block = _Block(hf, adapter, layer, f"{stack[0]}.{layer}", module)

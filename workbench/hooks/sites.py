@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -241,12 +241,14 @@ class SiteMap:
         missing: why it lacks the others.
         n_layers: number of blocks.
         is_parallel: whether attention and MLP of a block read the same stream, so that neither reaches the other.
+        no_gradient: sites that gradients do not reach, and why.
     """
 
     points: Mapping[Site, Point]
     missing: Mapping[Site, str]
     n_layers: int
     is_parallel: bool = False
+    no_gradient: Mapping[Site, str] = field(default_factory=dict)
 
     def __getitem__(self, site: str | Site) -> Point:
         """The point of a site.
@@ -303,9 +305,19 @@ class SiteMap:
         # Several query heads read one head of keys and values.
         return b.head // max(1, (then.heads or 1) // (first.heads or 1)) == a.head
 
+    def without_gradient(self, reasons: Mapping[Site, str]) -> SiteMap:
+        """The same map with some sites withdrawn for gradients, each with the reason."""
+        return replace(self, no_gradient={**self.no_gradient, **reasons})
+
+    def require_gradient(self, sites: Iterable[Site]) -> None:
+        """Raises UnknownSiteError if gradients are known not to reach one of these sites."""
+        for site in sites:
+            if (why := self.no_gradient.get(replace(site, head=None))) is not None:
+                raise UnknownSiteError(f"Site {site} has no gradient in this model: {why}. Read it without grad=True.")
+
     def _instead(self, site: Site) -> str:
-        there = [kind for kind in KINDS if Site(kind, site.layer if kind in LAYER_KINDS else None) in self.points]
-        return f" It has {', '.join(there)} there." if there else ""
+        there = [s.kind for s in self.points if s.layer == site.layer]
+        return f" It has {', '.join(kind for kind in KINDS if kind in there)} there." if there else ""
 
 
 def flattened(site: Site, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch pos width"]:

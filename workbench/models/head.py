@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +25,8 @@ class Head:
 
     def __init__(self, hf: Any) -> None:
         self._hf = hf
-        config = hf.config
-        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        self._cap = getattr(config, "final_logit_softcapping", None)
-        self._checked = False
+        self._finish = finisher(hf)
+        self._known: bool | None = None  # whether a forward pass confirmed it
 
     @property
     def _unembed(self) -> Any:
@@ -61,35 +60,130 @@ class Head:
 
     def finish(self, logits: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """What the model does to the output of its unembedding, in fp32; monotone, token by token."""
-        logits = logits.float() * self._scale if self._scale != 1.0 else logits.float()
-        return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+        return self._finish(logits.float())
 
     def require(self, hidden: Float[Tensor, "n d_model"], logits: Float[Tensor, "n d_vocab"]) -> None:
-        """Checks on a real forward pass that nothing else happens between unembedding and logits.
+        """Checks on a real forward pass that `all` gives the logits of the model.
 
         Raises:
             InvalidInputError: if the logits are not reproduced.
         """
-        if not agree(self.all(hidden), logits, hidden.dtype):
+        if not self._gives(hidden, logits):
             raise InvalidInputError(
-                f"{type(self._hf).__name__} does more between its unembedding and its logits than a soft cap or a "
-                "scale, so the logits of chosen tokens can't be computed alone. Ask for all of them (tokens=None)."
+                f"{type(self._hf).__name__} does more between its unembedding and its logits than can be followed "
+                "token by token, so those of chosen tokens can't be computed alone. Ask for all of them (tokens=None)."
             )
-        self._checked = True
+
+    def _gives(self, hidden: Float[Tensor, "n d_model"], logits: Float[Tensor, "n d_vocab"]) -> bool:
+        if not self._known:
+            self._known = agree(self.all(hidden), logits, hidden.dtype)
+        return self._known
 
     def logits(
         self, inputs: dict[str, Any], chosen: Bool[Tensor, "batch pos"] | None, ids: Int[Tensor, " k"] | None
     ) -> Float[Tensor, "*rows k"]:
-        """Logits of a forward pass at the chosen positions, of some tokens or (`ids=None`) of all."""
+        """Logits of a forward pass at the chosen positions, of some tokens or (`ids=None`) of all.
+
+        Where `all` does not give the logits of this model, the model computes those of every token itself.
+        """
         edited = edits_logits(self._hf)
-        hidden, logits = forward(self._hf, inputs, chosen, unembed=edited or ids is None or not self._checked)
-        if edited or ids is None:
+        hidden, logits = forward(self._hf, inputs, chosen, unembed=edited or ids is None or not self._known)
+        if ids is None or edited:
             assert logits is not None
             return logits if ids is None else logits[..., ids]
         flat = hidden.flatten(0, -2)
-        if logits is not None and not self._checked:
-            self.require(flat[-1:], logits.flatten(0, -2)[-1:])
+        if logits is not None and not self._gives(flat[-1:], logits.flatten(0, -2)[-1:]):
+            return logits[..., ids]
         return self.shared(flat, ids).unflatten(0, hidden.shape[:-1])
+
+
+Finish = Callable[[Tensor], Tensor]
+
+
+def finisher(hf: Any) -> Finish:
+    """What the model's own code does between its unembedding and its logits, as a function of fp32 logits.
+
+    A scale and a soft cap are recognised by what they do to a few numbers, whatever the config calls them; anything
+    else is left to the model's code. Where that can't be run alone, or mixes tokens, the logits are taken as they are:
+    `Head.require` finds out whether they are right.
+    """
+    own = _own_code(hf)
+    if own is None:
+        return _unchanged
+    probe = torch.tensor([-1e30, -300.0, -7.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 7.0, 300.0, 1e30])
+    with torch.no_grad():
+        after, alone = own(probe), own(probe[6:])
+    if not torch.equal(after[6:], alone) or bool((after.diff() < 0).any()):
+        return _unchanged  # not token by token, or not monotone
+    if torch.equal(after, probe):
+        return _unchanged
+    scale, cap = float(after[7]), float(after[-1])
+    if torch.allclose(after, probe * scale, rtol=1e-6):
+        return lambda logits: logits * scale
+    if torch.allclose(after, cap * torch.tanh(probe / cap), rtol=1e-6):
+        return lambda logits: cap * torch.tanh(logits / cap)
+    return own
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
+
+
+class _Given(nn.Module):
+    """Gives one value, whatever it is called with; everything else about it is the module that it replaces."""
+
+    def __init__(self, value: Any, replaced: nn.Module) -> None:
+        super().__init__()
+        self.value = value
+        object.__setattr__(self, "replaced", replaced)  # not registered as a part
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.value
+
+    def __getattr__(self, name: str) -> Any:
+        there = getattr(self.__dict__["replaced"], name)
+        return _Given(self.value, there) if isinstance(there, nn.Module) else there
+
+
+class _Outputs(tuple[Tensor]):
+    """The outputs of a body that has its last hidden state to give, and None for whatever else is asked of it."""
+
+    __slots__ = ()
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _own_code(hf: Any) -> Finish | None:
+    """The model's forward pass without its body and its unembedding, or None where the latter is not a direct part.
+
+    It runs on a copy that shares weights but neither parts nor hooks, so an active plan does not see it.
+    """
+    unembed = hf.get_output_embeddings()
+    if all(part is not unembed for part in hf.children()):
+        return None
+    ids = torch.zeros(1, 1, dtype=torch.long, device=hf.get_input_embeddings().weight.device)
+
+    def run(logits: Tensor) -> Tensor:
+        rows = logits.reshape(1, -1, logits.shape[-1])
+        outputs = _Outputs((rows.new_zeros(*rows.shape[:2], unembed.weight.shape[1]),))
+        copied = copy.copy(hf)
+        copied._modules = {
+            name: _Given(rows if part is unembed else outputs, part) for name, part in hf.named_children()
+        }
+        # by its class: hooks, a compiled call and whatever else was put on the model belong to the whole of it
+        return type(hf).forward(copied, input_ids=ids, use_cache=False).logits.float().reshape(logits.shape)
+
+    try:
+        run(torch.zeros(3))
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+        return None  # a body with outputs of its own kind
+    return run
 
 
 def edits_logits(hf: Any) -> bool:
@@ -102,7 +196,9 @@ def agree(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], computed_in: torch.d
     if a.shape != b.shape:
         return False
     tolerance = 3e-2 if computed_in in (torch.bfloat16, torch.float16) else 1e-3
-    a, b = a.float(), b.float()
+    # a logit of -inf, of a token that is ruled out, equals itself
+    ruled_out = (a == b) & b.isinf()
+    a, b = a.float().masked_fill(ruled_out, 0), b.float().masked_fill(ruled_out, 0)
     distance = (a - b).norm(dim=1) / (b - b.mean(1, keepdim=True)).norm(dim=1).clamp_min(1e-12)
     return float(distance.max()) <= tolerance
 

@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import EditError
-from workbench.hooks.attach import attached
+from workbench.hooks.attach import Fn, attached
 from workbench.hooks.capture import capture
 from workbench.hooks.sites import Site, SiteMap
 
-_OFF = -100.0
-"""Every usual gate (silu, gelu, relu and their approximations) is 0 here."""
+_ON, _OFF = 1.0, -2.0
+"""Two inputs of an activation; none in use but the identity has them in this ratio."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ class Check:
 
 def relative_error(left: Float[Tensor, "... d"], right: Float[Tensor, "... d"]) -> float:
     """Largest difference, relative to the largest entry of the vector of `right`."""
-    scale = right.float().abs().amax(-1, keepdim=True).clamp_min(1e-6)
-    return float(((left.float() - right.float()).abs() / scale).max())
+    left, right = left.float(), right.float()
+    # a logit of -inf, of a token that is ruled out, equals itself
+    same = left == right
+    scale = right.abs().masked_fill(~right.isfinite(), 0).amax(-1, keepdim=True).clamp_min(1e-6)
+    return float((torch.where(same, 0, left - right).abs() / scale).max())
 
 
 def weighted_values(
@@ -58,15 +61,15 @@ def sublayer_checks(
 ) -> tuple[list[Check], dict[Site, str]]:
     """Checks inside the blocks, and the sites to withdraw on all layers because a checked layer breaks its identity.
 
-    `pattern @ v == z`; with q = 0 the pattern is what it is with k = 0, and not what it was; with mlp_pre far below
-    zero, mlp_post is 0.
+    `pattern @ v == z`; with q = 0 the pattern is what it is with k = 0, and not what it was; mlp_post with mlp_pre at
+    one number is a multiple of mlp_post with mlp_pre at another, by the factor of an activation.
     """
     withdrawn: dict[Site, str] = {}
     checks = []
     for kinds, blamed, statement, measure in (
         (("pattern", "v", "z"), ("pattern", "z"), "pattern @ v == z", _values),
         (("q", "k", "pattern"), ("q", "k"), "q = 0 and k = 0 give the same pattern", _scores),
-        (("mlp_pre", "mlp_post"), ("mlp_pre",), f"mlp_pre = {_OFF:g} makes mlp_post 0", _gate),
+        (("mlp_pre", "mlp_post"), ("mlp_pre",), "mlp_post is an activation of mlp_pre, gating or alone", _gate),
     ):
         there = [site for site in sites.points if site not in withdrawn]
         layers = [n for n in _layers(sites) if all(Site(kind, n) in there for kind in kinds)]
@@ -105,9 +108,30 @@ def _scores(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Seque
 
 
 def _gate(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
-    """Largest entry of mlp_post with mlp_pre switched off, relative to what it is otherwise."""
-    posts = [Site("mlp_post", n) for n in layers]
-    clean = capture(hf, sites, inputs, posts)
-    with attached([(sites[Site("mlp_pre", n)], lambda x: torch.full_like(x, _OFF)) for n in layers]):
-        closed = capture(hf, sites, inputs, posts)
-    return max(float(closed[s].float().abs().max() / clean[s].float().abs().max().clamp_min(1e-6)) for s in posts)
+    """How far mlp_post is from `activation(mlp_pre) * gated`, whatever the activation; infinite if it is not at all.
+
+    With mlp_pre at the same number everywhere, the activation is one factor. Where it gates another projection that
+    factor must not be the number itself: what is gated is linear in mlp_post too, and would pass.
+    """
+    ids = inputs["input_ids"][:1].expand(2, -1)
+
+    def hold(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[0], x[1] = _ON, _OFF
+        return x
+
+    # layer by layer: what is gated would differ between the rows behind an edited layer
+    return max(_factor_error(hf, sites, {"input_ids": ids}, layer, hold) for layer in layers)
+
+
+def _factor_error(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layer: int, hold: Fn) -> float:
+    post = Site("mlp_post", layer)
+    clean = capture(hf, sites, inputs, [post])[post].double()
+    with attached([(sites[Site("mlp_pre", layer)], hold)]):
+        on, off = capture(hf, sites, inputs, [post])[post].double()
+    factor = float((on * off).sum() / (on * on).sum().clamp_min(1e-30))
+    alone = bool((on - on.flatten()[0]).abs().max() <= 1e-2 * on.abs().max())
+    linear = not alone and abs(factor - _OFF / _ON) < 1e-2
+    if linear or torch.equal(on, clean[0]):
+        return float("inf")
+    return float((off - factor * on).abs().max() / clean.abs().max().clamp_min(1e-6))

@@ -50,7 +50,7 @@ class Model(Wrapped):
     def self_check(self) -> CheckReport:
         """Verifies identities, perturbations and gradients on this model; withdraws sites that break their identity."""
         report = self_check(self.hf, self.site_map)
-        self.site_map = self.site_map.without(report.withdrawn)
+        self.site_map = self.site_map.without(report.withdrawn).without_gradient(report.no_gradient)
         return report
 
     def sites(self) -> SiteTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,10 +19,17 @@ from workbench.models.innerchecks import Check, relative_error, sublayer_checks
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Result of the self-check; `withdrawn` lists sites that were found not to be what their name says."""
+    """Result of the self-check.
+
+    Attributes:
+        checks: what must hold.
+        withdrawn: sites that were found not to be what their name says, with the reason.
+        no_gradient: sites that can be read and edited, and that gradients do not reach, with the reason.
+    """
 
     checks: tuple[Check, ...]
     withdrawn: Mapping[Site, str]
+    no_gradient: Mapping[Site, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -41,6 +48,7 @@ class CheckReport:
     def __str__(self) -> str:
         lines = [f"{'ok  ' if c.ok else 'FAIL'} {c.name}: {c.detail}" for c in self.checks]
         lines += [f"withdrawn {site}: {why}" for site, why in self.withdrawn.items()]
+        lines += [f"no gradient at {site}: {why}" for site, why in self.no_gradient.items()]
         return "\n".join(lines)
 
 
@@ -60,8 +68,9 @@ def self_check(hf: Any, sites: SiteMap) -> CheckReport:
     Checked on every layer: `resid_pre + attn_out == resid_mid`, `resid_mid + mlp_out == resid_post` (or the parallel
     form), `resid_post == next resid_pre`; once: `unembed(final_norm(last resid_post)) == logits`, and the sum again
     with an edited resid_mid; on the first, middle and last layer: `pattern @ v == z`, that q and k make the pattern,
-    that mlp_pre gates mlp_post; a perturbation at each kind of site changes the logits; gradients reach each kind of
-    site. A site inside a block that breaks its identity is withdrawn.
+    that mlp_pre makes mlp_post; a perturbation at each kind of site changes the logits; gradients reach each kind of
+    site; no token sees a later one. A site that breaks its identity is withdrawn; one inside a sublayer that gradients
+    do not reach, as in quantised weights without a backward pass, is kept for reading and editing.
     """
     ids = _probe_ids(hf)
     inputs = {"input_ids": ids}
@@ -83,19 +92,32 @@ def self_check(hf: Any, sites: SiteMap) -> CheckReport:
     withdrawn |= _stream_writes(hf, sites.without(withdrawn), inputs, tolerance)
     remaining = sites.without(withdrawn)
     checks += _perturbations(hf, remaining, inputs)
-    checks.append(_gradients(hf, remaining, {"input_ids": ids[:1]}))
+    checks.append(_causal(hf, ids))
+    reached, no_gradient = _gradients(hf, remaining, {"input_ids": ids[:1]})
+    checks.append(reached)
     again = capture(hf, sites, inputs, outer[-1:])
     if not torch.equal(again[outer[-1]], acts[outer[-1]]):
         checks.append(Check(f"{outer[-1]} is bit-equal after the hooks are gone", False, "it differs"))
-    return CheckReport(tuple(checks), withdrawn)
+    return CheckReport(tuple(checks), withdrawn, no_gradient)
+
+
+def _causal(hf: Any, ids: Tensor) -> Check:
+    """Another last token leaves the logits before it as they were."""
+    other = ids.clone()
+    other[:, -1] = ids[:, 0] + (ids[:, 0] == ids[:, -1]).long()
+    with torch.no_grad():
+        before, after = (hf(input_ids=x, use_cache=False).logits[:, :-1] for x in (ids, other))
+    error = relative_error(after, before)
+    tolerance = 8 * torch.finfo(next(hf.parameters()).dtype).eps
+    return Check("no token sees a later one", error <= tolerance, f"relative error {error:.2g}")
 
 
 def _misshapen(outer: list[Site], acts: Activations, ids: Tensor) -> dict[Site, str]:
-    """Sites whose module joins batch and position, so that no token could be told from another."""
+    """Sites whose module has no vector per token: it joins batch and position, or keeps several streams."""
     return {
-        site: f"its module is given {tuple(acts[site].shape)} for {tuple(ids.shape)} tokens, not (batch, pos, ...)"
+        site: f"its module is given {tuple(acts[site].shape)} for {tuple(ids.shape)} tokens, not (batch, pos, d)"
         for site in outer
-        if acts[site].shape[:2] != ids.shape
+        if acts[site].shape[:-1] != ids.shape
     }
 
 
@@ -116,11 +138,13 @@ def _identities(sites: SiteMap, acts: Activations, tolerance: float) -> tuple[li
     withdrawn: dict[Site, str] = {}
     worst = {"block": 0.0, "stream": 0.0}
     for layer in range(sites.n_layers):
+        if not {Site("resid_pre", layer), Site("resid_post", layer)} <= sites.points.keys():
+            continue
         error, broken = _block_identity(sites, acts, layer, tolerance)
         withdrawn.update(broken)
         if not broken:
             worst["block"] = max(worst["block"], error)
-        if layer:
+        if layer and Site("resid_post", layer - 1) in sites.points:
             stream = relative_error(acts[f"resid_pre.{layer}"], acts[f"resid_post.{layer - 1}"])
             worst["stream"] = max(worst["stream"], stream)
     checks.append(
@@ -133,14 +157,15 @@ def _identities(sites: SiteMap, acts: Activations, tolerance: float) -> tuple[li
               f"largest relative error {worst['block']:.2g}")
     )  # fmt: skip
     last = f"resid_post.{sites.n_layers - 1}"
-    if Site("final_norm") in sites.points and Site("logits") in sites.points:
+    if all(site in sites.points for site in (Site("final_norm"), Site("logits"), Site.parse(last))):
         norm, unembed = sites["final_norm"].module, sites["logits"].module
         with torch.no_grad():
             again = unembed(norm(acts[last]))
-        error = relative_error(again, acts["logits"])
-        checks.append(
-            Check("unembed(final_norm(last resid_post)) == logits", error <= tolerance, f"relative error {error:.2g}")
-        )
+        error, statement = relative_error(again, acts["logits"]), "unembed(final_norm(last resid_post)) == logits"
+        if error <= tolerance:
+            checks.append(Check(statement, True, f"relative error {error:.2g}"))
+        else:
+            withdrawn[Site("final_norm")] = f"{statement} fails by {error:.2g} (relative)"
     return checks, withdrawn
 
 
@@ -218,7 +243,7 @@ def _perturbations(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor]) -> lis
         def fn(x: Tensor) -> Tensor:
             noise = torch.randn(x[row].shape, generator=torch.Generator().manual_seed(seed)).to(x)
             out = x.clone()
-            out[row] += noise * x[row].float().std().to(x)
+            out[row] += noise * x[row][x[row].isfinite()].float().std().to(x)
             return out
 
         return fn
@@ -231,15 +256,17 @@ def _perturbations(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor]) -> lis
             clean = hf(input_ids=ids, use_cache=False).logits
         with attached([(point, push(row, row)) for row, point in enumerate(points)]):
             changed = hf(input_ids=ids, use_cache=False).logits
-        shifts = (changed - clean).float().abs().amax(dim=(1, 2)).tolist()
+        # where both are -inf, as for a token that is ruled out, their difference is not a number
+        moved = torch.where(changed == clean, 0, changed.float() - clean.float())
+        shifts = moved.abs().amax(dim=(1, 2)).tolist()
     return [
         Check(f"perturbing {point.site} changes the logits", shift > 0, f"largest change {shift:.3g}")
         for point, shift in zip(points, shifts, strict=True)
     ]
 
 
-def _gradients(hf: nn.Module, sites: SiteMap, inputs: Mapping[str, Tensor]) -> Check:
-    """Gradients of the logits must reach one site of each kind."""
+def _gradients(hf: nn.Module, sites: SiteMap, inputs: Mapping[str, Tensor]) -> tuple[Check, dict[Site, str]]:
+    """Gradients of the logits must reach the stream; the kinds inside the sublayers that they do not reach."""
     leaves: dict[str, Tensor] = {}
 
     def leaf(point: Point) -> Fn:
@@ -257,7 +284,11 @@ def _gradients(hf: nn.Module, sites: SiteMap, inputs: Mapping[str, Tensor]) -> C
     missing = [str(p.site) for p in points if str(p.site) not in leaves]
     if missing:
         raise EditError(f"self_check: the hooks at {', '.join(missing)} never ran.")
-    dead = [name for name, leaf in leaves.items() if leaf.grad is None or not bool((leaf.grad != 0).any())]
-    return Check(
-        f"gradients reach {len(leaves)} kinds of site", not dead, "all" if not dead else f"not {', '.join(dead)}"
+    dead = [p.site for p in points if (g := leaves[str(p.site)].grad) is None or not bool((g != 0).any())]
+    cut = ", ".join(str(site) for site in dead if site.kind in _STREAM)
+    inside = {site.kind for site in dead if site.kind not in _STREAM}
+    why = "gradients of the logits do not reach it; the modules behind it have no backward pass"
+    return (
+        Check(f"gradients reach {len(leaves) - len(inside)} kinds of site", not cut, f"not {cut}" if cut else "all"),
+        {site: why for site in sites.points if site.kind in inside},
     )

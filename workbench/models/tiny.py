@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,8 +47,13 @@ def tiny_hf(family: str, d_vocab: int, seed: int = 0) -> Any:
         raise InvalidInputError(f"There is no tiny model of family {family!r}. {did_you_mean(family, TINY)}")
     model_type, sizes = TINY[family]
     ids = {"vocab_size": d_vocab, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return randomised(lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **ids)), seed)
+
+
+def randomised(build: Callable[[], Any], seed: int) -> Any:
+    """What `build` makes, with every parameter random: norm weights around 1, all others around 0."""
     torch.manual_seed(seed)
-    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **ids)).eval()
+    hf = build().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in hf.named_parameters():

@@ -61,10 +61,10 @@ class Wrapped:
 
     @property
     def n_ctx(self) -> int:
-        """Longest sequence the model was made for."""
-        return int(
-            getattr(self.hf.config, "max_position_embeddings", 0) or getattr(self.hf.config, "n_positions", 2048)
-        )
+        """Longest sequence the model was made for; 2048 where its config does not say."""
+        config = self.hf.config.get_text_config()
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "seq_length")
+        return int(next((value for name in names if (value := getattr(config, name, None))), 2048))
 
     @functools.cached_property
     def fingerprint(self) -> str:
