@@ -113,7 +113,7 @@ UP, HEAD = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
         (config(num_attention_heads=0), ModelUnavailableError, "ZeroDivisionError"),
         (config(hidden_size=10**9), MismatchError, "its files hold 44,"),
         (config(num_hidden_layers=10**12), MismatchError, "describes 1,000,000,000,000 layers"),
-        (config(vocab_size=10**30), ModelUnavailableError, "could not be loaded"),
+        (config(vocab_size=10**30), WorkbenchError, "a number has 31 digits|could not be loaded"),
         (config(hidden_act="nonsense"), ModelUnavailableError, "nonsense"),
         (text("generation_config.json", "["), CorruptFileError, "generation_config.json is not JSON"),
         (text("tokenizer.json", "{}"), ModelUnavailableError, "could not be loaded"),
