@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workbench.chats import Chat, is_chat, rendered
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.tokenizer import NoTokenizer, affixes, decoded, pieces, special_ids, text_ids
+from workbench.tokenizer import Affixes, NoTokenizer, affixes, decoded, pieces, special_ids, text_ids
 
 Bos = Literal["auto"] | bool
 
@@ -144,11 +144,10 @@ class TokenBatch:
         return f"<div>{html.escape(self.note)}<table>{rows}</table></div>"
 
 
-def _encode_text(tokenizer: Any, text: str, bos: Bos) -> tuple[list[int], str]:
+def _encode_text(tokenizer: Any, text: str, bos: Bos, around: Affixes | None) -> tuple[list[int], str]:
     ids = text_ids(tokenizer, text)
-    if bos is False:
+    if around is None:
         return ids, "no BOS added"
-    around = affixes(tokenizer)
     prefix = around.prefix
     if bos is True and not prefix:
         if tokenizer.bos_token_id is None:
@@ -202,6 +201,7 @@ def encode(
     if not items:
         raise DegenerateInputError("tokens([]): there is no text. Give a text, a list of texts, or chat messages.")
     rows, notes = [], []
+    around = affixes(tokenizer) if bos is not False and any(isinstance(item, str) for item in items) else None
     for item in items:
         if isinstance(item, str):
             if template_options:
@@ -209,7 +209,7 @@ def encode(
                     f"tokens({', '.join(template_options)}): these are options of a chat template, and {item[:40]!r} "
                     "is a text. Give chat messages, or leave them out."
                 )
-            ids, note = _encode_text(tokenizer, item, bos)
+            ids, note = _encode_text(tokenizer, item, bos, around)
         elif is_chat(item):
             ids = text_ids(tokenizer, rendered(tokenizer, item, template_options))
             note = "chat template with generation prompt; the template decides BOS"

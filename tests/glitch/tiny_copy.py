@@ -70,7 +70,6 @@ class Parrot:
 def wordy_model(family: str = "llama", seed: int = 0) -> Model:
     """A random model whose vocabulary has words, six padding rows and three planted rows beside them."""
     hf = tiny_hf(family, N + len(PADDING), seed)
-    hf.config.max_position_embeddings = 512  # of a rotary model: the lines of other contexts are longer than 128
     with torch.no_grad():
         rows = matrix(N + len(PADDING), [*PADDING, *PLANTED], seed=seed, width=D_MODEL, noise=0.01)
         hf.get_output_embeddings().weight.copy_(0.4 * rows)

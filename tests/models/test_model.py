@@ -169,19 +169,19 @@ def test_logits_and_loss_of_padded_rows_are_those_of_single_rows() -> None:
 
 def test_a_row_longer_than_the_model_was_made_for_is_refused() -> None:
     model = tiny_model()  # rotary: nothing in the model itself would fail
-    assert model.max_tokens == 128
-    assert model.logits("a" * 128).shape == (1, model.d_vocab)
-    with pytest.raises(InvalidInputError, match=r"row of 129 tokens.*takes 128 positions"):
-        model.logits("a" * 129)
+    assert model.max_tokens == 512
+    assert model.logits("a" * 512).shape == (1, model.d_vocab)
+    with pytest.raises(InvalidInputError, match=r"row of 513 tokens.*takes 512 positions"):
+        model.logits("a" * 513)
 
 
 @pytest.mark.parametrize(
     ("rope", "room"),
     [
-        ({"rope_type": "default"}, 128),
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
-        ({"rope_type": "linear", "factor": 2.0}, 256),
+        ({"rope_type": "linear", "factor": 2.0}, 1024),
     ],
 )
 def test_stretched_rotary_positions_are_counted(rope: dict[str, Any], room: int) -> None:

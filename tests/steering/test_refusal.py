@@ -301,7 +301,7 @@ def test_planted_direction_is_found_and_makes_the_model_refuse(toy_report: Refus
     assert toy_report.refusal_tokens == ("I", "Sorry")
     assert strong.refused_harmful.value == 1.0
     assert strong.control_harmful is not None and strong.control_harmful.low > 2.0
-    assert strong.example_harmful.startswith("I I")
+    assert strong.example_harmful.startswith(" I I")
     weak = toy_report.arm("refusal direction x0.5")
     assert toy_report.arms[0].log_odds_harmful.value < weak.log_odds_harmful.value < strong.log_odds_harmful.value
     assert strong.norm == pytest.approx(4 * toy_report.contrast.reply, rel=1e-3), "strength 1 adds the difference once"

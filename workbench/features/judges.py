@@ -24,6 +24,7 @@ from workbench.jsontext import content_of, parse_json
 from workbench.models.model import Model
 from workbench.progress import track
 from workbench.records import read_text
+from workbench.tokenizer import continuation, text_ids
 
 PROMPTS_FILE = "export-prompts.jsonl"
 REPLIES_FILE = "import-replies.jsonl"
@@ -33,6 +34,7 @@ ALL_REFUSED = 3
 """So many refusals without a reply before them are taken as the server's word on all prompts."""
 LONGEST_REASONS = 300
 """Tokens that a server may write before and with a rating."""
+_BEFORE = "Rating:"
 LEAST_MASS = 0.05
 """Probability of the two digits together below which a reply is read as text."""
 
@@ -81,14 +83,16 @@ class LogProbJudge:
 
     def _digits(self, digits: str) -> tuple[str, list[int]]:
         """What stands between a prompt and the digit, and the ids of the digits."""
-        every = [self.model.tokenizer(f" {d}", add_special_tokens=False)["input_ids"] for d in digits]
+        # Behind a text, since alone a SentencePiece tokenizer would put a second space in front.
+        before = text_ids(self.model.tokenizer, _BEFORE)
+        every = [text_ids(self.model.tokenizer, f"{_BEFORE} {d}")[len(before) :] for d in digits]
         first, *others = every
         if any(ids[:-1] != first[:-1] for ids in others) or len({ids[-1] for ids in every}) < len(every):
             raise InvalidInputError(
                 f"The tokenizer of {self.model.name} writes the digits {' '.join(digits)} behind a space as {every}, "
                 "which do not differ in their last token alone. Use another judge."
             )
-        return self.model.tokenizer.decode(first[:-1]) if len(first) > 1 else "", [ids[-1] for ids in every]
+        return continuation(self.model.tokenizer, before, first[:-1]), [ids[-1] for ids in every]
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -12,7 +12,7 @@ from workbench.errors import InvalidInputError, did_you_mean
 D_MODEL, N_LAYERS = 16, 3
 _SIZE = {
     "hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2, "intermediate_size": 24,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 512,
 }  # fmt: skip
 _GROUPED = {**_SIZE, "num_key_value_heads": 1}
 _GEMMA = {**_GROUPED, "head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8}
