@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,28 +15,30 @@ from workbench.hooks.sites import Point
 from workbench.models.model import Model
 from workbench.tokens import TokenBatch
 
-SHARE_OF_EDIT = 0.01
-"""Difference that is allowed, as a share of the edit: by rounding a feature may cross its threshold at a token."""
-ROUNDINGS = 2.0
-"""Difference that is allowed besides, in roundings of the model's dtype at the size of the activations."""
 
-
-def allowed_difference(edit: float, x: float, dtype: torch.dtype) -> float:
+def allowed_difference(edit: float, x: float, dtypes: Iterable[torch.dtype]) -> float:
     """Largest difference between two computations of one edit that rounding explains.
+
+    One rounding of the activations; of the edit 1 % and 16 roundings, because a feature near its threshold may be
+    active in one computation and not in the other.
 
     Args:
         edit: norm of the edit.
         x: norm of the activations.
-        dtype: of the model.
+        dtypes: of the model and of the SAEs; the coarsest counts.
 
-    >>> round(allowed_difference(1.0, 100.0, torch.float32), 6)  # 0.01 * 1 + 2 * 1.19e-7 * 100
-    0.010024
+    >>> round(allowed_difference(1.0, 100.0, [torch.float32]), 6)  # 0.01 + 16 * 1.19e-7 + 1.19e-7 * 100
+    0.010014
     """
-    return SHARE_OF_EDIT * edit + ROUNDINGS * torch.finfo(dtype).eps * x
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return (0.01 + 16 * eps) * edit + eps * x
 
 
 def require_same_edit(
-    computed: Float[Tensor, "rows d"], run: Float[Tensor, "rows d"], x: Float[Tensor, "rows d"], dtype: torch.dtype
+    computed: Float[Tensor, "rows d"],
+    run: Float[Tensor, "rows d"],
+    x: Float[Tensor, "rows d"],
+    dtypes: Iterable[torch.dtype],
 ) -> tuple[float, float]:
     """Difference between two computations of one edit and the difference allowed, both relative to the edit.
 
@@ -44,19 +46,19 @@ def require_same_edit(
         computed: edited activations.
         run: the same by another path.
         x: unedited activations.
-        dtype: of the model.
+        dtypes: of the model and of the SAEs.
 
     Raises:
         EditError: if they differ by more than rounding explains, or are not finite.
     """
     size, off = float((run - x).norm()), float((computed - run).norm())
-    allowed = allowed_difference(size, float(x.norm()), dtype)
+    allowed = allowed_difference(size, float(x.norm()), dtypes)
     if not off <= allowed:
         raise EditError(
             "The ablation differs from the one made by plain hooks with the SAE's own encode and decode: by "
-            f"{off:.3g}, where the edit's norm is {size:.3g} and rounding to {str(dtype).removeprefix('torch.')} "
-            f"explains {allowed:.3g}. Every number of the study would be wrong, so it ends here. Does the SAE decode "
-            "as acts @ W_dec + b_dec, in the units of the activations or of its own input normalisation?"
+            f"{off:.3g}, where the edit's norm is {size:.3g} and rounding explains {allowed:.3g}. Every number of the "
+            "study would be wrong, so it ends here. Does the SAE decode as acts @ W_dec + b_dec, in the units of the "
+            "activations or of its own input normalisation?"
         )
     return (off / size, allowed / size) if size else (0.0, 0.0)
 

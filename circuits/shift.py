@@ -349,7 +349,8 @@ def _edit_check(study: _Study, nodes: Sequence[Node]) -> EditCheck:
         for site, basis in reader.bases.items() if (features := [n.feature for n in nodes if n.site == site])
     }  # fmt: skip
     again = pooled_by_hooks(reader.model, batch, keep, ablations, reader.probe_site)
-    difference, allowed = require_same_edit(reader.ablated(few, nodes), again, few.x, reader.model.dtype)
+    dtypes = [reader.model.dtype, *(basis.sae.W_dec.dtype for basis in reader.bases.values())]
+    difference, allowed = require_same_edit(reader.ablated(few, nodes), again, few.x, dtypes)
     return EditCheck(difference, allowed, len(rows))
 
 

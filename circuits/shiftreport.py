@@ -298,6 +298,12 @@ class ShiftReport(Report):
         )  # fmt: skip
 
     def _method_text(self) -> str:
+        check = self.edit_check
+        checked = f"texts by {check.difference:.2g} of its size; rounding explains up to {check.allowed:.2g}" + (
+            ", so this edit is too small for the dtype of the model and the SAE to be checked."
+            if check.allowed >= 1
+            else "."
+        )
         return (
             f"{self.task}. Probe: L2 logistic regression on the mean of {self.probe_site} over {self.tokens}; "
             "cross-validated "
@@ -306,9 +312,7 @@ class ShiftReport(Report):
             "at every pooled "
             f"token, the SAE's error is kept. Random features: {self.random_draws} draws, matched on activation "
             "frequency. "
-            f"Made by plain hooks with the SAE's own encode and decode, the edit differs on {self.edit_check.n_rows} "
-            f"texts by {self.edit_check.difference:.2g} of its size; rounding explains up to "
-            f"{self.edit_check.allowed:.2g}."
+            f"Made by plain hooks with the SAE's own encode and decode, the edit differs on {check.n_rows} {checked}"
         )
 
     def _metrics(self) -> dict[str, Metric]:

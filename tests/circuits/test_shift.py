@@ -240,11 +240,23 @@ def test_computed_ablation_equals_plain_hooks_for_every_architecture(architectur
 def test_ablation_through_the_model_equals_plain_hooks_wherever_the_saes_stand(where: str) -> None:
     model, bases, probe_site = _several(where)
     ablated, again, x = _both_ways(model, bases, probe_site)
-    difference, allowed = require_same_edit(ablated, again, x, torch.float32)
+    difference, allowed = require_same_edit(ablated, again, x, [torch.float32])
     assert difference < 1e-5 < allowed
     for wrong in (x, 2 * again - x, again + 0.1 * (again - x).roll(1, dims=0), again * float("nan")):
         with pytest.raises(EditError, match="plain hooks"):
-            require_same_edit(wrong, again, x, torch.float32)
+            require_same_edit(wrong, again, x, [torch.float32])
+
+
+@pytest.mark.parametrize("where", ["own site", "several"])
+def test_rounding_alone_does_not_end_a_study_in_bfloat16(where: str) -> None:
+    model, bases, probe_site = _several(where)
+    model.hf.to(torch.bfloat16)
+    bases = {site: Basis(basis.sae.to(dtype=torch.bfloat16)) for site, basis in bases.items()}
+    ablated, again, x = _both_ways(model, bases, probe_site)
+    difference, allowed = require_same_edit(ablated, again, x, [torch.float32, torch.bfloat16])
+    assert 1e-4 < difference < allowed < 0.3
+    with pytest.raises(EditError, match="plain hooks"):
+        require_same_edit(x + 0.5 * (ablated - x), again, x, [torch.bfloat16])
 
 
 class Louder(PlantedSAE):
