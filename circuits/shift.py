@@ -183,8 +183,8 @@ def _rows_of_each(labels: Sequence[int], n: int) -> list[int]:
 def _candidates(effects: Mapping[str, NodeEffects], top_k: int) -> list[tuple[Node, float]]:
     """The features that support the label most; those that oppose it are never candidates."""
     found = [
-        (Node(site, int(f)), float(part.effect[f]))
-        for site, part in effects.items() for f in (part.effect > 0).nonzero()[:, 0].tolist()
+        (Node(site, f), effect)
+        for site, part in effects.items() for f, effect in enumerate(part.effect.tolist()) if effect > 0
     ]  # fmt: skip
     if not found:
         raise DegenerateInputError(
@@ -259,10 +259,9 @@ def _skyline(study: _Study, n: int) -> list[Node]:
     if n == 0:
         return []
     effects = _effects(study, study.balanced, study.task.balanced.spurious)
-    scores: list[tuple[float, Node]] = []
-    for site, part in effects.items():
-        best = part.effect.topk(min(n, len(part.effect)))
-        scores += [(float(v), Node(site, int(f))) for v, f in zip(best.values, best.indices, strict=True)]
+    scores = [
+        (effect, Node(site, f)) for site, part in effects.items() for f, effect in enumerate(part.effect.tolist())
+    ]
     return [node for _, node in sorted(scores, key=lambda pair: -pair[0])[:n]]
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.interventions.builders import ARCHITECTURES, D_SAE, NORMALISATIONS, sae_lens_sae
+from tests.interventions.builders import (
+    ARCHITECTURES,
+    D_SAE,
+    NORMALISATIONS,
+    sae_lens_sae,
+)
 from tests.tiny import D_MODEL
 from workbench.errors import MismatchError, ShapeError
 from workbench.interventions.op import Where
-from workbench.interventions.saecode import decode, decoder_rows, encode, encode_some, output_scale
+from workbench.interventions.saecode import Basis, decode, decoder_rows, encode, encode_some, output_scale
 from workbench.interventions.saes import SAEAblate, SAEAdd, SAEAddMax, SAEClamp, SAEScale
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
@@ -41,6 +46,42 @@ def test_encoding_and_decoding_equal_those_of_sae_lens(architecture: str, normal
     torch.testing.assert_close(decode(sae, acts, h), wanted, **CLOSE)
     some = torch.tensor([7, 0, 23])
     torch.testing.assert_close(encode_some(sae, h, some), acts[:, some], **CLOSE)
+
+
+@ALL
+def test_activations_in_bfloat16_are_normalised_in_fp32(architecture: str, normalisation: str, b_dec_in: bool) -> None:
+    sae, h = sae_lens_sae(architecture, normalisation, b_dec_in=b_dec_in), hidden().bfloat16()
+    acts = sae.encode(h.float())
+    torch.testing.assert_close(encode(sae, h), acts, **CLOSE)
+    torch.testing.assert_close(decode(sae, acts, h), sae.decode(acts), **CLOSE)
+
+
+@ALL
+def test_contributions_rows_constant_and_error_add_up(architecture: str, normalisation: str, b_dec_in: bool) -> None:
+    sae, h = sae_lens_sae(architecture, normalisation, b_dec_in=b_dec_in), hidden()
+    basis = Basis(sae)
+    acts = sae.encode(h)
+    torch.testing.assert_close(basis.contributions(h) @ basis.rows() + basis.constant(h), sae.decode(acts), **CLOSE)
+    sae.encode(h)
+    torch.testing.assert_close(basis.constant(h), sae.decode(torch.zeros_like(acts)), **CLOSE)
+    # Pooled: exact for contributions, not for activations of a normalising SAE.
+    sae.encode(h)
+    gone = (sae.decode(acts) - basis.constant(h)).mean(0)
+    torch.testing.assert_close(basis.contributions(h).mean(0) @ basis.rows(), gone, **CLOSE)
+    assert (normalisation == "none") == torch.allclose(acts.mean(0) @ basis.rows(), gone, atol=1e-3)
+
+
+@pytest.mark.parametrize("b_dec_in", [True, False])
+def test_matching_pursuit_adds_its_bias_only_where_it_subtracted_it(b_dec_in: bool) -> None:
+    from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
+
+    config = MatchingPursuitSAEConfig(
+        d_in=D_MODEL, d_sae=D_SAE, dtype="float32", device="cpu", apply_b_dec_to_input=b_dec_in, max_iterations=4
+    )
+    sae, h = MatchingPursuitSAE(config), hidden()
+    sae.b_dec.data = torch.linspace(-1, 1, D_MODEL)
+    acts = encode(sae, h)
+    torch.testing.assert_close(decode(sae, acts, h), sae.decode(acts).detach(), **CLOSE)
 
 
 def test_a_transcoder_is_not_edited_where_it_reads() -> None:

@@ -70,7 +70,7 @@ class Basis:
 
     def rows(self, features: Int[Tensor, " f"] | None = None) -> Float[Tensor, "f d"]:
         """What one unit of contribution adds to a token; of all features by default."""
-        return decoder_rows(self.sae, torch.arange(self.d_sae) if features is None else features)
+        return decoder_rows(self.sae, features)
 
     @torch.no_grad()
     def constant(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -109,9 +109,13 @@ def decode(sae: Any, acts: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"])
         return out * output_scale(sae, x) + _mean(sae, x)
 
 
-def decoder_rows(sae: Any, features: Int[Tensor, "*f"]) -> Float[Tensor, "*f d_in"]:
-    """What one unit of each feature's activation adds to the reconstruction, before `output_scale`, fp32."""
-    rows = sae.W_dec.detach()[features.to(sae.W_dec.device)].float()
+def decoder_rows(sae: Any, features: Int[Tensor, "*f"] | None = None) -> Float[Tensor, "*f d_in"]:
+    """What one unit of each feature's activation adds to the reconstruction, before `output_scale`, fp32.
+
+    Of all features by default.
+    """
+    W_dec = sae.W_dec.detach()
+    rows = (W_dec if features is None else W_dec[features.to(W_dec.device)]).float()
     return rows / _norms(rows)[..., None] if _rescales(sae) else rows
 
 

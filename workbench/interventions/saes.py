@@ -106,7 +106,7 @@ def _changed(h: Tensor, sae: Any, change: Tensor, features: Tensor, where: Where
     """`h + sum_f change_f W_dec[f]`; tokens without a change stay bit-identical."""
     rows = decoder_rows(sae, features).to(h)
     written = change @ rows if features.ndim == 1 else torch.einsum("nf,nfd->nd", change, rows[where.rows])
-    return torch.where((change != 0).any(1, keepdim=True), h + (written * output_scale(sae, h)).to(h), h)
+    return torch.where((change != 0).any(1, keepdim=True), h + written * output_scale(sae, h), h)
 
 
 def features_of(sae: Any, features: Sequence[int] | Tensor) -> Int[Tensor, "*rows f"]:
@@ -328,7 +328,7 @@ class SAEAddMax(_SAEOp):
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         where = where or Where.of(h)
-        a_max = (encode(self.sae, h).to(h.device).amax(dim=1, keepdim=True) * output_scale(self.sae, h)).to(h)
+        a_max = encode(self.sae, h).to(h).amax(dim=1, keepdim=True) * output_scale(self.sae, h)
         direction, strength = self._per_token("direction", where, h), self._per_token("strength", where, h)
         return h + strength[..., None].to(h) * a_max * direction
 
