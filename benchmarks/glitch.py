@@ -158,7 +158,7 @@ def compare(model: Model, templates: tuple[Template, ...], tokens: torch.Tensor,
         f"{np.abs(ours.p[:few] - exact).max():.1e} batched, {np.abs(theirs - exact).max():.1e} one by one; {changed} "
         "other verdicts"
     )
-    if changed:
+    if changed and model.dtype == torch.float32:  # in bf16 a verdict near the threshold depends on the batch
         print(f"{said}; NOT EQUAL, no ratio is printed")
         return
     print(

@@ -2,11 +2,11 @@
 
 usage: python benchmarks/steering.py [--features 8] [--strengths 5] [--prompts 50] [--new-tokens 20] [--single 16]
 
-In fp32 both write the same texts, which is checked on the rows that are run both ways. In lower precision
-(`--dtype model`) a matrix product rounds differently in a batch of one row, so that texts part sooner or later; the
-share of equal ones is printed. Only generation is timed, on both sides with the same plan, sampler and stop rule, and
-without measures of the texts. One row at a time is run on a random
-choice of `--single` rows and its time per row is multiplied by the number of rows: an extrapolation, printed as such.
+Both are first shown to write the same texts in fp32, on `--single` rows. The time is taken in the dtype that
+`load_model` chooses. In lower precision a matrix product rounds differently in a batch of one row, so that texts part
+sooner or later; the share of equal ones is printed. Only generation is timed, on both sides with the same plan, sampler
+and stop rule, and without measures of the texts. One row at a time is run on a random choice of `--single` rows and its
+time per row is multiplied by the number of rows: an extrapolation, printed as such.
 """
 
 from __future__ import annotations
@@ -91,6 +91,27 @@ def one_by_one(
     return found, time.perf_counter() - start
 
 
+def swept(model: Model, sae: Any, site: str, o: argparse.Namespace, prompts: int) -> tuple[Sweep, list[Pushes]]:
+    options = SteerOptions(new_tokens=o.new_tokens, batch_size=o.batch)
+    sizes = torch.full((o.features,), 20.0) if o.a_max == "dataset" else None
+    pushes = [Pushes(sae.W_dec.detach()[: o.features], 0.5 * (i + 1), sizes) for i in range(o.strengths)]
+    assert sizes is None or isinstance(pushes[0].op(sae, torch.tensor([0])), Add)
+    return Sweep(model, sae, model.resolve(site), model.tokens(prompts_of(prompts)), options), pushes
+
+
+def both(
+    model: Model, sae: Any, sweep: Sweep, pushes: list[Pushes], single: int
+) -> tuple[list[list[Tensor]], float, list[tuple[int, int]], float, int]:
+    """Texts and seconds of the batches; the rows also run alone, their seconds, and how many texts are equal."""
+    ours, seconds = in_batches(sweep, sae, pushes)
+    each = len(ours[0])
+    picks = torch.randperm(len(pushes) * each, generator=torch.Generator().manual_seed(1))[:single].tolist()
+    chosen = [(i // each, i % each) for i in picks]
+    theirs, alone = one_by_one(model, sae, sweep, pushes, chosen)
+    equal = sum(torch.equal(a, ours[s][r]) for a, (s, r) in zip(theirs, chosen, strict=True))
+    return ours, seconds, chosen, alone, equal
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
@@ -100,41 +121,32 @@ def main() -> None:
         ("batch", 256),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", choices=("float32", "model"), default="float32")
     parser.add_argument("--a-max", choices=("token", "dataset"), default="token")
     o = parser.parse_args()
     model = load_model(o.model, check=False)
-    if o.dtype == "float32":
-        model = fp32_copy(model)
     site = str(model.resolve(f"resid_post.{o.layer if o.layer is not None else model.n_layers // 2}"))
     print(f"{model}, {torch.get_num_threads()} threads, {site}")
     sae = sae_of(model, site, o.d_sae)
-    options = SteerOptions(new_tokens=o.new_tokens, batch_size=o.batch)
-    vectors = sae.W_dec.detach()[: o.features]
-    sizes = torch.full((o.features,), 20.0) if o.a_max == "dataset" else None
-    pushes = [Pushes(vectors, 0.5 * (i + 1), sizes) for i in range(o.strengths)]
-    assert sizes is None or isinstance(pushes[0].op(sae, torch.tensor([0])), Add)
+
+    exact = fp32_copy(model)
+    chosen, _, equal = both(exact, sae, *swept(exact, sae, site, o, min(o.prompts, 4)), o.single)[2:]
+    print(f"texts equal in float32: {equal} of {len(chosen)}")
+    if equal < 0.9 * len(chosen):
+        raise SystemExit("the two do not write the same; no ratio is printed")
 
     start = time.perf_counter()
-    sweep = Sweep(model, sae, model.resolve(site), model.tokens(prompts_of(o.prompts)), options)
+    sweep, pushes = swept(model, sae, site, o, o.prompts)
     prefill = time.perf_counter() - start
-    ours, seconds = in_batches(sweep, sae, pushes)
+    one_by_one(model, sae, sweep, pushes, [(0, 0)])
+    ours, seconds, chosen, alone, equal = both(model, sae, sweep, pushes, o.single)
     seconds += prefill
     rows = o.features * o.strengths * o.prompts
     tokens = sum(len(ids) for part in ours for ids in part)
-
-    picks = torch.randperm(rows, generator=torch.Generator().manual_seed(1))[: o.single].tolist()
-    chosen = [(i // (o.features * o.prompts), i % (o.features * o.prompts)) for i in picks]
-    one_by_one(model, sae, sweep, pushes, chosen[:1])
-    theirs, single = one_by_one(model, sae, sweep, pushes, chosen)
-    equal = sum(torch.equal(a, ours[s][r]) for a, (s, r) in zip(theirs, chosen, strict=True))
-    print(f"texts equal: {equal} of {len(chosen)}")
-    if o.dtype == "float32" and equal < 0.9 * len(chosen):
-        raise SystemExit("the two do not write the same; no ratio is printed")
+    print(f"{model.dtype}: texts equal: {equal} of {len(chosen)}")
     print(f"{rows} rows, {tokens} tokens, in batches of at most {o.batch}: {seconds:.1f} s")
-    print(f"one row at a time: {len(chosen)} rows in {single:.1f} s, extrapolated to {rows} rows: "
-          f"{single / len(chosen) * rows:.0f} s")  # fmt: skip
-    print(f"ratio: {single / len(chosen) * rows / seconds:.1f}x")
+    print(f"one row at a time: {len(chosen)} rows in {alone:.1f} s, extrapolated to {rows} rows: "
+          f"{alone / len(chosen) * rows:.0f} s")  # fmt: skip
+    print(f"ratio: {alone / len(chosen) * rows / seconds:.1f}x")
 
 
 if __name__ == "__main__":

@@ -206,6 +206,8 @@ def main() -> int:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     size = chosen.rows - chosen.rows % (PROMPTS * BATCHES_PER_SHARD)  # the peer drops what fills no buffer
+    if not size:
+        parser.error(f"--rows {chosen.rows}: give at least {PROMPTS * BATCHES_PER_SHARD}")
     x = torch.randn(size, chosen.context, chosen.d, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     with tempfile.TemporaryDirectory() as scratch:
         fine = compare_stores(x, chosen.repeats, Path(scratch))

@@ -188,15 +188,17 @@ def test_rank_counts_strictly_greater() -> None:
 
 
 class CountedExponentials(TorchDispatchMode):
-    """Counts the values that go through an exponential."""
+    """Counts the values that go through an exponential, and keeps the least of them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.values = 0
+        self.values, self.least = 0, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in str(func) for name in ("aten.exp", "softmax", "logsumexp")):
+        if any(name in str(func) for name in ("aten.exp.", "aten.exp_.", "softmax", "logsumexp")):
             self.values += args[0].numel()
+            if args[0].ndim == 2:  # a vocabulary, not one probability per row
+                self.least = min(self.least, float(args[0].min()))
         return func(*args, **(kwargs or {}))
 
 
@@ -204,11 +206,13 @@ class CountedExponentials(TorchDispatchMode):
 def test_an_edit_takes_one_exponential_per_token(confidence_k: int) -> None:
     model, n = tiny_model(), 12
     run = LastToken(model, model.tokens("abc").ids, model.resolve("resid_post.0"), n)
-    hidden, lens = run.hidden(torch.randn(n, D_MODEL)), torch.arange(n)[:, None]
+    hidden, lens = 50 * run.hidden(torch.randn(n, D_MODEL)), torch.arange(n)[:, None]
     with CountedExponentials() as counted:
         score, sure, _, _ = score_hidden(run, hidden, lens, OutputOptions(rows=n, confidence_k=confidence_k))
     assert n * model.d_vocab <= counted.values <= n * (model.d_vocab + 2)
     logits = run.head.exact(hidden)
+    assert float((logits - logits.amax(1, keepdim=True)).min()) < -100
+    assert counted.least > -87, "exponentials below this are subnormal: ten times as slow"
     assert torch.allclose(score, rank_score(logits, lens)[0]) and torch.allclose(sure, confidence(logits, confidence_k))
 
 
