@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -399,7 +400,7 @@ def test_a_text_continues_its_prompt_with_the_space_in_front() -> None:
     assert continuation(tokenizer, [1, 260, *whole[:2]], whole[2:]) == "日", "what the prompt has begun"
 
 
-def test_without_a_tokenizer_ids_are_generated_and_texts_are_refused() -> None:
+def test_without_a_tokenizer_ids_are_generated_and_texts_are_refused(tmp_path: Path) -> None:
     model = Model(tiny_model().hf, None)
     ids = torch.tensor([[5, 6, 7]])
     out = model.generate(ids, 2, temperature=0.0)
@@ -414,6 +415,8 @@ def test_without_a_tokenizer_ids_are_generated_and_texts_are_refused() -> None:
         with pytest.raises(InvalidInputError, match=r"no tokenizer.*Give token ids"):
             call()
     assert model.variants(ids, [edit_of_last()]).logits.shape == (1, 1, model.d_vocab)
+    saved = model.export(Intervention.at("resid_post.0", Add(VECTOR)), "weights", tmp_path / "e").path
+    assert saved is not None and not (saved / "tokenizer.json").exists()
 
 
 def edit_of_last() -> Intervention:

@@ -376,7 +376,7 @@ class Model(Wrapped):
         """
         with quiet_transformers():
             done = export(self.hf, self.site_map, self.plan(intervention).intervention, kind, out, tolerance)
-        if kind == "weights" and done.path is not None:
+        if kind == "weights" and done.path is not None and self.tokenizer:
             self.tokenizer.save_pretrained(done.path)
         return done
 
