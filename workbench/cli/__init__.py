@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
 from typing import Any
 
@@ -13,6 +14,9 @@ from workbench.errors import WorkbenchError
 
 USER_ERROR = 2
 """Exit code for wrong input."""
+
+MIN_COLUMNS, MAX_COLUMNS = 40, 500
+"""Width of what is printed; help texts of a few columns are laid out for ever."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -28,25 +32,50 @@ def main(arguments: list[str] | None = None) -> int:
     Everything that a user can do wrong gives one line on stderr and exit code 2. A traceback means a defect, or that
     `--debug` (or WORKBENCH_DEBUG=1) asked for it.
     """
+    prepare_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("WORKBENCH_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--debug"]
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()  # what is wrong with the place that it goes to is met here and not at exit
+        return code
     except KeyboardInterrupt as error:
         if debug:
             raise
         notes = getattr(error, "__notes__", None) or ["No run folder was open; files already written stay."]
         return _fail("Interrupted. " + " ".join(notes), INTERRUPTED, label="")
     except BrokenPipeError:
-        # the reader (head, less) has gone; what is still buffered must not raise again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader (head, less) has gone
         return 0
     except Exception as error:
         message = None if debug else explain(error)
         if message is None:
             raise
+        if isinstance(error, OSError):
+            _drop_output()
         return _fail(message, USER_ERROR)
+
+
+def prepare_streams() -> None:
+    """Makes both streams take any text and any width: no encoding and no terminal may stop a result."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - closed (>&-): None
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    columns = shutil.get_terminal_size((100, 24)).columns
+    if not MIN_COLUMNS <= columns <= MAX_COLUMNS:
+        os.environ["COLUMNS"] = str(min(max(columns, MIN_COLUMNS), MAX_COLUMNS))
+
+
+def _drop_output() -> None:
+    """Sends what is still buffered nowhere, if it can't be written: it would raise again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: BaseException) -> str | None:
@@ -67,7 +96,9 @@ def explain(error: BaseException) -> str | None:
 
 def _dispatch(words: list[str]) -> int:
     from workbench.cli import commands, page
+    from workbench.cli.limits import check_numbers, check_text
 
+    check_text(words)
     if not words or words[0] in ("-h", "--help", "help"):
         sys.stdout.write(page.help_page())
         return 0
@@ -83,7 +114,10 @@ def _dispatch(words: list[str]) -> int:
         sys.stdout.write(page.group_page(words[0]))
         return 0
     command = parse(entry.load(), rest, f"workbench {entry.words}")
-    return 0 if command is None else run(command)
+    if command is None:
+        return 0
+    check_numbers(command)
+    return run(command)
 
 
 def parse(cls: Any, arguments: list[str], prog: str) -> Any:

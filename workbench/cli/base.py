@@ -49,7 +49,13 @@ class BaseCommand:
             stdout.write(json.dumps(to_jsonable(summary), allow_nan=False) + "\n")
             stdout.flush()
             return
-        from rich.console import Console
+        from rich.console import Console as RichConsole
+
+        class Console(RichConsole):
+            """Leaves a closed pipe to `main`; rich ends the program with exit code 1."""
+
+            def on_broken_pipe(self) -> None:
+                raise
 
         console = Console(file=stdout, soft_wrap=True)
         for line in lines:
