@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         InvalidInputError: if the path is a folder.
     """
     target = Path(path)
+    refuse_address(target)
     if target.is_dir():
         raise InvalidInputError(f"{target} is a folder and can't be written as a file. Name a file.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +60,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(target.parent)
+
+
+def refuse_address(path: str | os.PathLike[str]) -> None:
+    """Refuses an address such as s3://bucket/name, which as a path would be a folder `s3:` here.
+
+    Raises:
+        InvalidInputError: unless a folder of that name is there.
+    """
+    first = next(iter(Path(path).parts), "")
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", first) and not Path(first).exists():
+        raise InvalidInputError(
+            f"{os.fspath(path)} is an address; name a place on this machine, and copy what is written there."
+        )
 
 
 def sync_folder(folder: Path) -> None:

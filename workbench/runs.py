@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from workbench.atomic import refuse_address
 from workbench.blocks import Section, flat_metrics
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, WorkbenchError, did_you_mean
 from workbench.jsontext import content_of
@@ -64,6 +65,7 @@ class RunDir:
             InvalidInputError: if the name can't be part of a folder name.
         """
         _check_name("run", name)
+        refuse_address(root)
         settings, folder = settings_of(config), Path(root)
         seed = settings.get("seed") if isinstance(settings, dict) else None
         for left in folder.glob(".*.partial"):  # of processes that were killed here

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import unquote
 
+from workbench.atomic import refuse_address
 from workbench.errors import InvalidInputError, MissingFileError, ResourceError, did_you_mean
 from workbench.models.embedded import cache_dir
 from workbench.records import sync_folder
@@ -98,6 +99,7 @@ def require_local(where: str | Path) -> None:
     Raises:
         InvalidInputError: for an address, also one that lost a slash as a `Path`, or as `check_writable`.
     """
+    refuse_address(where)
     folder = open_folder(where)
     if not isinstance(folder, LocalFolder):
         raise InvalidInputError(f"{where} is an address; name a folder of this machine, and copy it from there.")

@@ -96,7 +96,7 @@ def explain(error: BaseException) -> str | None:
 
 def _dispatch(words: list[str]) -> int:
     from workbench.cli import commands, page
-    from workbench.cli.limits import check_numbers, check_text
+    from workbench.cli.limits import check_numbers, check_places, check_text
 
     check_text(words)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -117,6 +117,7 @@ def _dispatch(words: list[str]) -> int:
     if command is None:
         return 0
     check_numbers(command)
+    check_places(command)
     return run(command)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 if TYPE_CHECKING:
     from workbench.runs import RunDir
@@ -32,6 +32,11 @@ def only_results_on_stdout() -> Iterator[None]:
 @dataclass(frozen=True, kw_only=True)
 class BaseCommand:
     """A command that needs no model."""
+
+    takes_addresses: ClassVar[bool] = False
+    """Whether `out` may be an address such as s3://bucket/name."""
+    writes_a_file: ClassVar[bool] = False
+    """Whether `out` is a file; otherwise it is a folder."""
 
     json: bool = dataclasses.field(default=False, metadata={"config": False})
     """Print one JSON object on stdout and nothing else there, for scripts."""
@@ -83,7 +88,7 @@ class Command(BaseCommand):
         from workbench.activations.folder import require_local
         from workbench.runs import RunDir
 
-        require_local(self.out or "runs")
+        require_local(self.out or "runs")  # also for those who call it without the command line
         return RunDir.resume_or_create(name, self, root=self.out or "runs", fresh=fresh)
 
 

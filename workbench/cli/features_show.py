@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import tyro
 
@@ -23,6 +23,8 @@ _MUCH = 60_000_000
 @dataclass(frozen=True, kw_only=True)
 class FeaturesShow(BaseCommand):
     """Write the feature browser: one HTML file with a table and a card of every feature, offline."""
+
+    writes_a_file: ClassVar[bool] = True
 
     folder: tyro.conf.Positional[Path]
     """Folder of feature cards or of a feature table, or the SAE or run folder that holds one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -93,6 +93,8 @@ class GlitchDiff(BaseCommand):
 @dataclass(frozen=True, kw_only=True)
 class GlitchExport(BaseCommand):
     """Write the flagged tokens of a scan as a ban list for an inference engine."""
+
+    writes_a_file: ClassVar[bool] = True
 
     scan: tyro.conf.Positional[Path]
     """Run folder or glitch.json of `workbench glitch scan`."""

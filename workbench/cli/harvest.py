@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from workbench.activations.plan import HarvestEstimate, HarvestOptions, estimate_harvest
 from workbench.activations.sources import HubDataset, SelfText, Source, TextFiles
@@ -16,6 +16,8 @@ from workbench.errors import InvalidInputError
 @dataclass(frozen=True, kw_only=True)
 class Harvest(Command):
     """Store activations: from the model's own text, from text files or from a data set."""
+
+    takes_addresses: ClassVar[bool] = True
 
     sites: tuple[str, ...] = ()
     """Where to read; by default the residual stream after the middle layer."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from workbench.atomic import refuse_address
 from workbench.errors import InvalidInputError
 
 MAX_COUNT = 2**31 - 1
@@ -29,8 +30,8 @@ def check_text(words: Sequence[str]) -> None:
     for number, word in enumerate(words, 1):
         if "\0" in word or any(0xD800 <= ord(char) <= 0xDFFF for char in word):
             raise InvalidInputError(
-                f"Argument {number} ({ascii(word)[:60]}) is no text in the encoding of this terminal. Type it again, or "
-                "rename the file."
+                f"Argument {number} ({ascii(word)[:60]}) is no text in the encoding of this terminal. Type it "
+                "again, or rename the file."
             )
 
 
@@ -50,6 +51,24 @@ def check_numbers(command: Any) -> None:
                 # Several tokens are ids, which begin with 0.
                 counts = field.name in _AT_LEAST_ONE and not (field.name == "tokens" and isinstance(value, tuple))
                 _check_integer(option, field.name, number, int(counts))
+
+
+def check_places(command: Any) -> None:
+    """Refuses places that results can't go to, before any work is done for them.
+
+    Raises:
+        InvalidInputError: for an address, unless the command takes them, and for what can't be written to.
+    """
+    from workbench.activations.folder import require_local
+
+    for name in ("out", "save_model"):
+        place = getattr(command, name, None)
+        if place is None or command.takes_addresses:
+            continue
+        if command.writes_a_file:
+            refuse_address(place)
+            place = place.parent
+        require_local(place)
 
 
 def _check_integer(option: str, name: str, number: int, least: int) -> None:

@@ -15,6 +15,7 @@ from workbench.interventions.intervention import Intervention
 from workbench.models.generation import Generation
 from workbench.models.loading import load_model, load_tokenizer
 from workbench.models.model import Model
+from workbench.records import write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,19 +111,21 @@ class Capture(ModelCommand):
     """The text."""
     sites: tuple[str, ...] = ("resid_post.0",)
     """Sites, such as resid_post.10 mlp_out.3 embed."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
     def run(self) -> None:
         """Writes `activations.safetensors` into `out` (default: the current folder) and prints shapes and norms."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
+        file = (self.out or Path()) / "activations.safetensors"
+        if file.exists() and not self.overwrite:
+            raise InvalidInputError(f"{file} is there already. Name another folder with --out, or add --overwrite.")
         model = self.load()
         batch = model.tokens(self.text)
         acts = model.capture(batch, self.sites)
-        folder = self.out or Path()
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "activations.safetensors"
         header = {"model": model.name, "fingerprint": model.fingerprint, "text": self.text}
-        save_file({site: acts[site].contiguous().cpu() for site in acts}, file, metadata=header)
+        write_atomic(file, save({site: acts[site].contiguous().cpu() for site in acts}, metadata=header))
         shapes = {
             site: {"shape": list(acts[site].shape), "mean_norm": float(acts[site].float().norm(dim=-1).mean())}
             for site in acts

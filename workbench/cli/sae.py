@@ -112,12 +112,10 @@ class SaeTrain(BaseCommand):
 
     def run(self) -> None:
         """Trains, saves, and prints the held-out numbers."""
-        from workbench.activations.folder import require_local
         from workbench.activations.store import open_store
         from workbench.rundir.live import WandbLog
         from workbench.saes.train import sweep_names, train_sae, train_saes
 
-        require_local(self.out)
         store = open_store(self.store)
         configs = self.configs(store)
         names = [self.out.name] if len(configs) == 1 else sweep_names(configs)
