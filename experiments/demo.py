@@ -14,7 +14,7 @@ from typing import Any
 from experiments import glitch_tokens, refusal, score_features, self_text_sae, shift, steering_features
 from workbench.activations.store import open_store
 from workbench.cli.base import Command
-from workbench.errors import InvalidInputError
+from workbench.errors import InvalidInputError, WorkbenchError
 from workbench.features.table import FeatureTable
 from workbench.models.loading import load_model
 from workbench.models.model import Model
@@ -22,6 +22,7 @@ from workbench.report import Section, Table
 from workbench.runs import RunDir, list_runs, settings_of
 from workbench.saes.config import SAEConfig
 from workbench.saes.io import load_sae
+from workbench.steering import refusal_data
 from workbench.tokens import TokenBatch
 
 
@@ -60,8 +61,10 @@ class Demo(Command):
     def _finished(self) -> RunDir | None:
         """The newest run of this configuration if it is finished; a newer one that was interrupted goes on instead."""
         for info in list_runs(self.out or "runs"):
+            if info.name != "demo" or info.status == "unreadable":
+                continue
             run = RunDir.open(info.path)
-            if info.name == "demo" and run.config == settings_of(self):
+            if run.config == settings_of(self):
                 return run if run.finished else None
         return None
 
@@ -69,16 +72,19 @@ class Demo(Command):
         run = self.start("demo", fresh=self.fresh)
         with run:
             study = _Study(self, run)
+            if not run.has("sae"):
+                study.require_possible()
             for number, (name, title, step) in enumerate(STEPS, 1):
                 if run.has(name):
                     _say(f"[{number}/{len(STEPS)}] {title}: done before")
                     continue
                 _say(f"[{number}/{len(STEPS)}] {title}")
                 start = time.perf_counter()
-                section = step(study)
+                reason = study.reason_against(name)
+                section = step(study) if reason is None else Section(title, (), (f"Left out: {reason}",))
                 seconds = time.perf_counter() - start
                 run.save_step(name, replace(section, metrics={**section.metrics, "seconds": round(seconds, 1)}))
-                _say(f"      {seconds:.0f} s")
+                _say(f"      {seconds:.0f} s" if reason is None else f"      left out: {reason}")
             run.finish(f"Workbench demo: {study.model.name}")
         return run
 
@@ -100,6 +106,31 @@ class _Study:
         model = load_model(self.config.model, check=False)
         self.run.note_model(model)
         return model
+
+    @functools.cached_property
+    def sae_config(self) -> SAEConfig:
+        config = self.config
+        return SAEConfig(
+            d_sae=config.expansion * self.model.d_model, k=config.k, tokens=config.training_tokens, seed=config.seed
+        )
+
+    def require_possible(self) -> None:
+        """Refuses what a later step would refuse: a layer or a k that there is not, a model without a tokenizer."""
+        if self.model.tokenizer is None:
+            raise InvalidInputError(
+                f"{self.model.name} has no tokenizer, and the demo reads and writes text. Save one in its folder."
+            )
+        _ = self.site, self.sae_config
+
+    def reason_against(self, step: str) -> str | None:
+        """Why this model can't do a step; None if it can."""
+        if step != "refusal":
+            return None
+        try:
+            self.model.tokens(refusal_data.as_chats(["Hello"]))
+        except WorkbenchError as error:
+            return f"refusals are answers to chat messages. {error}"
+        return None
 
     @property
     def site(self) -> str:
@@ -155,9 +186,7 @@ def _sae(study: _Study) -> Section:
         seed=config.seed,
         # A quarter of a short text would not fill one training batch.
         shares=(0.25,) if config.tokens >= 32_768 else (),
-        sae=SAEConfig(
-            d_sae=config.expansion * study.model.d_model, k=config.k, tokens=config.training_tokens, seed=config.seed
-        ),
+        sae=study.sae_config,
     )
     report = self_text_sae.study(study.model, study.site, study.store_folder, study.sae_folder, options)
     return report.section()

@@ -94,7 +94,10 @@ def test_damaged_and_missing_tables_are_refused(table: FeatureTable, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == [file.name], "meta and rows can't be mixed"
     rows = pq.read_table(file)
     pq.write_table(rows.set_column(rows.column_names.index("contexts"), "contexts", [[1] * len(rows)]), file)
-    with pytest.raises(CorruptFileError, match="not iterable"):
+    with pytest.raises(CorruptFileError, match="can't be read"):
+        FeatureTable.load(tmp_path)
+    pq.write_table(rows.set_column(0, "feature", [[None] * len(rows)]), file)
+    with pytest.raises(CorruptFileError, match="feature is missing"):
         FeatureTable.load(tmp_path)
     file.write_bytes(b"PAR1 no")
     with pytest.raises(CorruptFileError):

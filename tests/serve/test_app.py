@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from tests.serve.toys import BASE, TOKEN, asked, events, tiny_app, tiny_playground
+from tests.tiny import n_hooks
+from workbench.errors import InvalidInputError
 from workbench.serve.ask import Ask
 from workbench.serve.desk import Desk
 from workbench.serve.guard import HEADERS, Guard
-from workbench.serve.playground import Playground
+from workbench.serve.playground import Playground, Stopped
 
 EDITS = [{"feature": 3, "strength": 4.0}]
 
@@ -132,6 +134,10 @@ def test_a_run_answers_line_by_line_with_the_edit_report(client: Any, playground
         (asked(edits=[{"feature": 99}]), "features 0 to 23"),
         (asked(extra=1), "no key 'extra'"),
         (asked(temperature="hot"), "expected float"),
+        (asked(temperature={"$float": "x"}), "expected float"),
+        (asked(seed=2**70), "Seed"),
+        (asked(prompt="a" * 100_001), "100,001 characters"),
+        (asked(edits=[{"feature": 1}] * 65), "at most 64"),
         ([1, 2], "JSON object"),
         ("text", "JSON object"),
         (None, "JSON object"),
@@ -153,6 +159,24 @@ def test_what_is_no_json_is_refused_in_words(client: Any) -> None:
         assert answer.status_code == 400
         assert answer.json()["error"]
     assert client.post("/api/run", json=asked()).status_code == 400, "a run needs a name"
+
+
+def test_bodies_are_read_to_a_limit(client: Any) -> None:
+    answer = client.post("/api/run?name=one", content=b" " * 2**21, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, "1,048,576 bytes" in answer.json()["error"]) == (413, True)
+
+
+def test_a_run_is_stopped_inside_a_pass(playground: Playground) -> None:
+    calls = iter([False] * 3)
+    with pytest.raises(Stopped):
+        playground.run(Ask.read(asked()), lambda _: None, lambda: next(calls, True))
+    assert n_hooks(playground.model.hf) == 0
+
+
+def test_prompts_have_a_longest_length(playground: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.serve.playground.MAX_PROMPT_TOKENS", 3)
+    with pytest.raises(InvalidInputError, match="The prompt has 5 tokens"):
+        playground.run(Ask.read(asked(prompt="hello")), lambda _: None, lambda: False)
 
 
 def test_half_characters_and_hostile_prompts_come_back_as_they_are_shown(client: Any) -> None:

@@ -82,7 +82,15 @@ class Serve(ModelCommand):
         guard = Guard(secrets.token_urlsafe(32), port, open=not is_loopback(host))
         desk = Desk()
 
+        def greet() -> None:
+            self._greet(playground, address(host, port, guard.token), guard.open)
+
         class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                if self.started:  # from here on the address answers
+                    greet()
+
             def handle_exit(self, sig: int, frame: Any) -> None:
                 # First of all, because the server waits for the answers that are being given.
                 desk.stop_all()
@@ -92,7 +100,6 @@ class Serve(ModelCommand):
             playground_app(playground, guard, desk, index), log_level="warning", access_log=False, ws="none",
             server_header=False, timeout_graceful_shutdown=10,
         )  # fmt: skip
-        self._greet(playground, address(host, port, guard.token), guard.open)
         # Raised after the runs have ended, and not at all where the process was started with SIGINT ignored.
         with contextlib.suppress(KeyboardInterrupt):
             Server(config).run(sockets=[listener])

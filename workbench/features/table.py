@@ -187,7 +187,7 @@ class FeatureTable:
             record = read_header(rows.schema.metadata, folder / TABLE_FILE, AGAIN)
             if missing := [column for column in COLUMNS if column not in rows.column_names]:
                 raise CorruptFileError(f"{folder / TABLE_FILE} lacks the columns {', '.join(missing)}. {AGAIN}")
-            df = rows.to_pandas()
+            df = _typed(rows, folder / TABLE_FILE).to_pandas()
             for column in ("top_tokens", "top_token_ids", "contexts", "context_token_ids"):
                 df[column] = [list(value) for value in df[column]]
             controls = from_jsonable(dict[str, tuple[float, ...]], record["controls"])
@@ -206,6 +206,21 @@ class FeatureTable:
         )
         caption = f"{len(self)} features; the 20 with the highest output score"
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+
+
+def _typed(rows: Any, path: Path) -> Any:
+    """The Arrow table with each of `COLUMNS` in its type; only scores may be missing."""
+    import pyarrow as pa
+
+    types = dict.fromkeys(COLUMNS, pa.float64()) | {"feature": pa.int64(), "n_contexts": pa.int64()}
+    types |= {"best_token": pa.large_string(), "top_tokens": pa.list_(pa.string()), "contexts": pa.list_(pa.string())}
+    types |= {"top_token_ids": pa.list_(pa.int64()), "context_token_ids": pa.list_(pa.int64())}
+    for name, kind in types.items():
+        column = rows.column(name).cast(kind)
+        if column.null_count and kind != pa.float64():
+            raise CorruptFileError(f"{path}: {name} is missing in {column.null_count} rows. {AGAIN}")
+        rows = rows.set_column(rows.column_names.index(name), name, column)
+    return rows
 
 
 def _cell(value: Any) -> str:

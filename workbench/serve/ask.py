@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,12 @@ Mode = Literal["steer", "clamp", "scale", "ablate"]
 
 MAX_NEW_TOKENS = 2000
 """Longest continuation; every token of it is measured under every model and drawn."""
+MAX_PROMPT = 100_000
+"""Characters of a prompt."""
+MAX_PROMPT_TOKENS = 8192
+"""Tokens of a prompt: it is read by every model twice, once to write and once to measure."""
+MAX_EDITS = 64
+"""Features that are edited together; more than a page can show."""
 _NOTHING: dict[str, tuple[float, str]] = {
     "steer": (0.0, "adds nothing"),
     "scale": (1.0, "leaves the activation as it is"),
@@ -75,8 +82,16 @@ class Ask:
     edits: tuple[FeatureEdit, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.edits) > MAX_EDITS:
+            raise InvalidInputError(f"{len(self.edits)} edits: at most {MAX_EDITS} are made at once. Remove some.")
         if not self.prompt:
             raise InvalidInputError("The prompt is empty. Write something to be continued.")
+        if len(self.prompt) > MAX_PROMPT:
+            raise InvalidInputError(
+                f"The prompt has {len(self.prompt):,} characters; the playground takes {MAX_PROMPT:,}. Shorten it."
+            )
+        if not 0 <= self.seed < 2**63:
+            raise InvalidInputError(f"Seed {self.seed}: give 0 to {2**63 - 1}.")
         if any(0xD800 <= ord(char) <= 0xDFFF for char in self.prompt):
             raise InvalidInputError("The prompt holds half a character (a lone surrogate). Remove it.")
         if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
@@ -85,8 +100,8 @@ class Ask:
             )
         if not 0 <= self.temperature < math.inf:
             raise InvalidInputError(f"Temperature {self.temperature}: give 0 (most probable token) or more.")
-        twice = {edit.feature for edit in self.edits if sum(edit.feature == e.feature for e in self.edits) > 1}
-        if twice:
+        counts = Counter(edit.feature for edit in self.edits)
+        if twice := [feature for feature, n in counts.items() if n > 1]:
             raise InvalidInputError(f"Feature {min(twice)} is there twice. Give each feature one mode and strength.")
 
     @classmethod

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+MAX_BODY = 2**20
+"""Bytes of a request that are read: a prompt fills a context window with less."""
+
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -136,9 +139,26 @@ class Gate:
             await send(message)
 
         if refusal is None:
-            await self._app(scope, receive, with_headers)
+            await self._app(scope, _limited(receive), with_headers)
         elif scope["type"] == "http":
             await JSONResponse({"error": refusal.message}, refusal.status)(scope, receive, with_headers)
         else:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
+
+
+def _limited(receive: Receive) -> Receive:
+    """The request's messages, until they hold more than is read."""
+    from starlette.exceptions import HTTPException
+
+    size = 0
+
+    async def limited() -> Any:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > MAX_BODY:
+            raise HTTPException(413, f"The request has more than {MAX_BODY:,} bytes")
+        return message
+
+    return limited

@@ -22,7 +22,7 @@ from workbench.metrics import token_log_probabilities
 from workbench.models.generation import Generation
 from workbench.models.head import forward
 from workbench.models.model import Model
-from workbench.serve.ask import MAX_NEW_TOKENS, Ask
+from workbench.serve.ask import MAX_NEW_TOKENS, MAX_PROMPT_TOKENS, Ask
 from workbench.serve.edits import control, steered, words
 from workbench.steering.measures import kl_divergence
 from workbench.steering.options import SCOPES
@@ -127,14 +127,22 @@ class Playground:
         Args:
             ask: what was asked for.
             say: told how far it is, and each token that is written.
-            stopped: asked between tokens.
+            stopped: asked between tokens, and before each block of the model.
 
         Raises:
             Stopped: if `stopped` says so.
             EditError: if an edit did not happen.
         """
         self.check(ask)
+        with stoppable(self.model, stopped):
+            return self._run(ask, say, stopped)
+
+    def _run(self, ask: Ask, say: Say, stopped: Callable[[], bool]) -> dict[str, Any]:
         batch = self.model.tokens([{"role": "user", "content": ask.prompt}] if ask.chat else ask.prompt)
+        if batch.n_tokens > MAX_PROMPT_TOKENS:
+            raise InvalidInputError(
+                f"The prompt has {batch.n_tokens:,} tokens; the playground takes {MAX_PROMPT_TOKENS:,}. Shorten it."
+            )
         self.model.require_room(batch.n_tokens + ask.max_new_tokens)
         edits = self._interventions(ask)
         texts: dict[str, Generation] = {}
@@ -267,3 +275,20 @@ def watched(hf: nn.Module, fed: Callable[[Tensor], None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def stoppable(model: Model, stopped: Callable[[], bool]) -> Iterator[None]:
+    """Inside the block, the model asks before each of its layers whether to go on; a long prompt is one long pass."""
+
+    def ask(*_: Any) -> None:
+        if stopped():
+            raise Stopped
+
+    stacks = (m for m in model.hf.modules() if isinstance(m, nn.ModuleList) and len(m) == model.n_layers)
+    handles = [block.register_forward_pre_hook(ask) for block in next(stacks, ())]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
