@@ -25,6 +25,9 @@ from workbench.saes.io import load_sae
 from workbench.steering import refusal_data
 from workbench.tokens import TokenBatch
 
+LONGEST = 512
+"""Tokens of the longest row that the steps run, with a tokenizer that makes a token of every byte."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Command):
@@ -115,11 +118,12 @@ class _Study:
         )
 
     def require_possible(self) -> None:
-        """Refuses what a later step would refuse: a layer or a k that there is not, a model without a tokenizer."""
+        """Refuses what a later step would refuse: a layer or a k that there is not, rows that are too long."""
         if self.model.tokenizer is None:
             raise InvalidInputError(
                 f"{self.model.name} has no tokenizer, and the demo reads and writes text. Save one in its folder."
             )
+        self.model.require_room(LONGEST)
         _ = self.site, self.sae_config
 
     def reason_against(self, step: str) -> str | None:

@@ -13,6 +13,7 @@ import tyro
 from workbench.cli.base import Command
 from workbench.errors import WorkbenchError
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, examine, scan
+from workbench.glitch.prompts import probes_from
 from workbench.glitch.scoring import VERIFIED
 
 
@@ -85,6 +86,8 @@ class GlitchScan(Command):
         from workbench.models.loading import load_model
 
         options = self.options()
+        if self.prompts is not None:
+            probes_from(self.prompts)  # refused before the weights are read
         with self.start("glitch-scan") as run:
             try:
                 report, model = study(self.model, options=options), None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -284,6 +285,66 @@ sys.exit(cli.main(["runs", "--out", {str(tmp_path)!r}]))
 
 def _env() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp1252", "utf-8"])
+def test_streams_of_any_encoding_take_any_text(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+    assert cli.main(["study", "--features", "7", "--what", ""]) == 0
+    sys.stdout.write("日本 …")
+    sys.stdout.flush()
+    assert (
+        raw.getvalue()
+        .decode(encoding)
+        .endswith(
+            "日本 …" if encoding == "utf-8" else ("\\u65e5\\u672c " + ("…" if encoding == "cp1252" else "\\u2026"))
+        )
+    )
+
+
+@pytest.mark.parametrize(("columns", "bounded"), [("1", "40"), ("0", "40"), ("1000000000", "500"), ("80", "80")])
+def test_terminals_of_any_width_get_a_page(
+    columns: str, bounded: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((1, 1)))
+    monkeypatch.setenv("COLUMNS", columns)
+    assert cli.main(["study", "--help"]) == 0
+    assert os.environ["COLUMNS"] == bounded
+    assert "--features" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["reader that has gone", "/dev/full", "closed"])
+def test_output_that_can_not_be_written_ends_in_no_traceback(target: str) -> None:
+    code = "import sys; from workbench import cli; sys.exit(cli.main(['--help']))"
+    if target == "closed":
+        done = subprocess.run(["sh", "-c", f'{sys.executable} -c "{code}" >&-'], stderr=subprocess.PIPE, env=_env())
+    elif target == "/dev/full":
+        with open(target, "wb") as full:
+            done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, env=_env())
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, env=_env())
+        os.close(writer)
+    full = target == "/dev/full"
+    assert (done.returncode, done.stderr) == ((2, b"error: No space left on device.\n") if full else (0, b""))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--what", "caf\udce9"], "Argument 3 ('caf\\udce9') is no text"),
+        (["--what", "a\0b"], "is no text"),
+        (["--seed", "-1"], "--seed -1: give 0 to"),
+        (["--seed", "9" * 400], "--seed a number of about 400 digits"),
+        (["--features", str(2**31)], "--features 2147483648"),
+        (["--out", "s3://bucket/x"], "is an address"),
+        (["--out", __file__ + "/x"], "is a file"),
+    ],
+)
+def test_what_no_option_may_be_is_refused(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    assert said in _failed(capsys, "study", *words)
 
 
 def test_passages_are_the_lines_that_hold_text(tmp_path: Path) -> None:

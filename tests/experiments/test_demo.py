@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments import demo
 from tests.tiny import tiny_hf, tiny_tokenizer
+from workbench import cli
+from workbench.report import Section
 
 STEPS = ["model", "glitch", "sae", "features", "steering", "shift", "refusal"]
 
@@ -20,7 +24,9 @@ STEPS = ["model", "glitch", "sae", "features", "steering", "shift", "refusal"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_hf().save_pretrained(where)
+    hf = tiny_hf()
+    hf.config.max_position_embeddings = 1024
+    hf.save_pretrained(where)
     tiny_tokenizer().save_pretrained(where)
     return where
 
@@ -34,6 +40,34 @@ def start(folder: Path, out: Path) -> subprocess.Popen[str]:
 
 def saved(out: Path) -> dict[str, float]:
     return {file.stem: file.stat().st_mtime for file in out.glob("*/steps/*.json")}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--k", "999"], "k=999"), (["--layer", "9"], "layer 9"), (["--expansion", "0"], "--expansion 0")],
+)
+def test_what_a_later_step_would_refuse_is_refused_before_any_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert cli.main(["demo", "--model", str(folder), "--out", str(tmp_path / "runs"), *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_that_a_model_can_not_do_is_left_out_and_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    done = tuple((name, title, lambda _: Section("done")) for name, title, _ in demo.STEPS)
+    monkeypatch.setattr(demo, "STEPS", done)
+    for model, left_out in ((folder, 0), (plain, 1)):
+        out = tmp_path / f"runs-{model.name}"
+        assert cli.main(["demo", "--model", str(model), "--out", str(out)]) == 0
+        captured = capsys.readouterr()
+        assert captured.err.count("left out: refusals are answers to chat messages") == left_out
+        assert captured.out.count("Left out: refusals are answers to chat messages") == left_out
+        assert ("Left out: refusals" in next(out.glob("*/report.html")).read_text()) == bool(left_out)
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ def tiny_sae(model: Model, site: str = "resid_post.1") -> Any:
 def tiny_playground(family: str = "llama", with_sae: bool = True) -> Playground:
     """A fresh one; float32 and without stop tokens, so that texts have the length that was asked for."""
     model = tiny_model(family)
+    if family == "llama":  # rotary positions have no table
+        model.hf.config.max_position_embeddings = 2048
     model.hf.generation_config.eos_token_id = None
     model.tokenizer = EndlessTokenizer(model.tokenizer)
     return Playground(model, tiny_sae(model) if with_sae else None)
