@@ -64,7 +64,7 @@ FOUNDATION = {
     "view": {"errors", "records", "stats", "blocks"},
     "report": {"errors", "records", "stats", "blocks", "view"},
     "rundir": {"errors", "jsontext", "records"},
-    "runs": {"errors", "jsontext", "records", "stats", "blocks", "view", "report", "progress", "rundir"},
+    "runs": {"errors", "atomic", "jsontext", "records", "stats", "blocks", "view", "report", "progress", "rundir"},
 }
 """Parts that know only these others."""
 
