@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,3 +173,19 @@ def test_a_config_of_sparsify_that_says_nothing_usable_is_refused(tmp_path: Path
     (tmp_path / "cfg.json").write_text(json.dumps({"d_in": 8, "num_latents": 16, "k": 3} | change))
     with pytest.raises(CorruptFileError, match=r"cfg.json"):
         load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.int, lambda w: w[:-1].clone()])
+def test_weights_of_another_type_or_shape_are_refused_in_one_line(tmp_path: Path, change: Any) -> None:
+    tensors = load_file(_edited(tmp_path) / "sae_weights.safetensors")
+    save_file({**tensors, "W_dec": change(tensors["W_dec"])}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(CorruptFileError, match="W_dec is stored as I32|size mismatch for W_dec") as raised:
+        load_sae(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pickled_module_is_named_without_the_advice_of_torch(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
+    with pytest.raises(CorruptFileError, match=r"holds a pickled torch\.nn\.modules\.linear\.Linear") as raised:
+        load_sae(tmp_path / "x.pth")
+    assert "option" not in str(raised.value) and "\n" not in str(raised.value)

@@ -113,11 +113,11 @@ def _gate(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequenc
     With mlp_pre at the same number everywhere, the activation is one factor. Where it gates another projection that
     factor must not be the number itself: what is gated is linear in mlp_post too, and would pass.
     """
-    ids = inputs["input_ids"][:1].expand(2, -1)
+    ids = inputs["input_ids"][:1].expand(3, -1)  # as it is, on, off
 
     def hold(x: Tensor) -> Tensor:
         x = x.clone()
-        x[0], x[1] = _ON, _OFF
+        x[1], x[2] = _ON, _OFF
         return x
 
     # layer by layer: what is gated would differ between the rows behind an edited layer
@@ -126,12 +126,11 @@ def _gate(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequenc
 
 def _factor_error(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layer: int, hold: Fn) -> float:
     post = Site("mlp_post", layer)
-    clean = capture(hf, sites, inputs, [post])[post].double()
     with attached([(sites[Site("mlp_pre", layer)], hold)]):
-        on, off = capture(hf, sites, inputs, [post])[post].double()
+        clean, on, off = capture(hf, sites, inputs, [post])[post].double()
     factor = float((on * off).sum() / (on * on).sum().clamp_min(1e-30))
     alone = bool((on - on.flatten()[0]).abs().max() <= 1e-2 * on.abs().max())
     linear = not alone and abs(factor - _OFF / _ON) < 1e-2
-    if linear or torch.equal(on, clean[0]):
+    if linear or torch.equal(on, clean):
         return float("inf")
     return float((off - factor * on).abs().max() / clean.abs().max().clamp_min(1e-6))

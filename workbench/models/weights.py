@@ -44,6 +44,15 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
     return stored
 
 
+def is_float(stored: str) -> bool:
+    """Whether a data type of a safetensors header is one of floating-point numbers.
+
+    >>> is_float("BF16"), is_float("F8_E4M3"), is_float("I8"), is_float("C64")
+    (True, True, False, False)
+    """
+    return _FLOAT.match(stored) is not None
+
+
 def require_real_numbers(hf: Any, stored: Mapping[str, str], where: str) -> None:
     """Checks that no weight is stored as integers, truth values or complex numbers, unless the config quantises.
 
@@ -54,7 +63,7 @@ def require_real_numbers(hf: Any, stored: Mapping[str, str], where: str) -> None
         return
     parameters = {name for name, _ in hf.named_parameters()}
     for name, dtype in stored.items():
-        if not _FLOAT.match(dtype) and {name, f"{hf.base_model_prefix}.{name}"} & parameters:
+        if not is_float(dtype) and {name, f"{hf.base_model_prefix}.{name}"} & parameters:
             raise CorruptFileError(
                 f"Model {where!r}: {name} is stored as {dtype}, which is no floating-point type, and its config names "
                 "no quantisation. Fetch both again from the same revision."

@@ -20,6 +20,7 @@ from workbench.errors import (
     WorkbenchError,
     did_you_mean,
 )
+from workbench.models.weights import is_float, stored_dtypes
 from workbench.records import from_jsonable
 from workbench.saes.fit import check_sae
 from workbench.saes.formats import releases
@@ -173,6 +174,9 @@ def _load_path(path: Path, name: str, overrides: Overrides, device: str, dtype: 
         return build(_checkpoint(path, config, overrides), device, dtype)
     register_own_classes()
     try:
+        for tensor, stored in stored_dtypes(path).items():
+            if tensor.startswith(("W_", "b_")) and not is_float(stored):
+                raise CorruptFileError(f"{path}: {tensor} is stored as {stored}; an SAE has floating-point weights.")
         with warnings.catch_warnings():
             # sae_lens warns about SAEs that have no model name; here the metadata decides.
             warnings.simplefilter("ignore")
@@ -180,7 +184,8 @@ def _load_path(path: Path, name: str, overrides: Overrides, device: str, dtype: 
     except (RuntimeError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
         if isinstance(error, WorkbenchError):
             raise
-        raise CorruptFileError(f"sae_lens can't load {path}: {type(error).__name__}: {error}.") from error
+        said = " ".join(str(error).split())[:300]
+        raise CorruptFileError(f"sae_lens can't load {path}: {type(error).__name__}: {said}.") from error
     return _folded(sae, overrides, _scale_beside(path, overrides), device, dtype)
 
 
