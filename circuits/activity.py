@@ -13,11 +13,11 @@ from torch import Tensor
 from circuits.judges import Node
 from circuits.task import word_pattern
 from workbench.errors import InvalidInputError
+from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.report import EditReport
 from workbench.interventions.saecode import Basis
 from workbench.interventions.saes import SAEAblate
-from workbench.interventions.scopes import Mask
 from workbench.models.model import Model
 from workbench.probes.linear import mean_pool, readable_tokens, sink_norm
 from workbench.progress import track
@@ -129,7 +129,7 @@ class Reader:
         for site, basis in self.bases.items():
             features = [node.feature for node in nodes if node.site == site]
             if features:
-                edits += Intervention.at(site, SAEAblate(basis.sae, features), Mask(keep))
+                edits += Intervention.at(site, SAEAblate(basis.sae, features), Mask(keep, may_skip_rows=True))
         return edits
 
     def _batches(self, texts: Sequence[str], what: str) -> Any:

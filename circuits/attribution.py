@@ -12,10 +12,10 @@ from torch import Tensor
 
 from circuits.bases import bases_at, refuse_unreached
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Map
 from workbench.interventions.saecode import Basis
-from workbench.interventions.scopes import Mask
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, mean_pool
 from workbench.tokens import TokenBatch
@@ -288,7 +288,7 @@ class _Suffix:
 
     def _run(self, x: Tensor, *, grad: bool) -> Tensor:
         part = TokenBatch(self.batch.ids[self.rows], self.batch.mask[self.rows])
-        edit = Intervention.at(self.site, Map(lambda _: x), Mask(self.keep[self.rows]))
+        edit = Intervention.at(self.site, Map(lambda _: x), Mask(self.keep[self.rows], may_skip_rows=True))
         with self.model.plan(edit):
             read = self.model.capture(part, [self.metric.site], grad=grad).flat(self.metric.site)
         with torch.set_grad_enabled(grad):

@@ -23,6 +23,7 @@ PACKAGES = ("workbench", "circuits", "experiments")
 LAYERS = (
     (
         "errors",
+        "arguments",
         "stats",
         "metrics",
         "similarity",
@@ -54,6 +55,7 @@ LAYERS = (
 
 FOUNDATION = {
     "errors": set(),
+    "arguments": {"errors"},
     "stats": {"errors"},
     "atomic": {"errors"},
     "jsontext": {"errors"},

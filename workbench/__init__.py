@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from workbench.features import CardSet, FeatureTable, feature_cards, score_features
     from workbench.hooks.sites import Site
     from workbench.interventions.bytoken import MixEntries, ReplaceTokens
+    from workbench.interventions.chosen import Mask
     from workbench.interventions.everywhere import ablate_everywhere
     from workbench.interventions.export.lora import MergedLora, merge_lora
     from workbench.interventions.export.result import Exported
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from workbench.interventions.replacing import Ablate, Patch, Replace
     from workbench.interventions.report import EditReport
     from workbench.interventions.saes import SAEAblate, SAEAdd, SAEAddMax, SAEClamp, SAEScale
-    from workbench.interventions.scopes import After, All, Generated, Last, Mask, NotPrefix, Pos, Prompt, TokenIs
+    from workbench.interventions.scopes import After, All, Generated, Last, NotPrefix, Pos, Prompt, TokenIs
     from workbench.interventions.shapes import Cap, ClampProjection, EqualNorm, NormPreserve, Rotate, Threshold
     from workbench.models.generation import Generation
     from workbench.models.loading import load_model
@@ -87,7 +88,7 @@ _HOMES = {
     "Last": "workbench.interventions.scopes",
     "LowRank": "workbench.interventions.ops",
     "Map": "workbench.interventions.ops",
-    "Mask": "workbench.interventions.scopes",
+    "Mask": "workbench.interventions.chosen",
     "MergedLora": "workbench.interventions.export.lora",
     "MixEntries": "workbench.interventions.bytoken",
     "Model": "workbench.models.model",

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import D_MODEL, N_LAYERS, n_hooks, tiny_model
+from tests.tiny import D_MODEL, N_LAYERS, n_hooks, tiny_hf, tiny_model, tiny_tokenizer
 from workbench.errors import DegenerateInputError, EditError, InvalidInputError, UnknownSiteError
 from workbench.hooks.attach import attached
 from workbench.hooks.sites import KINDS, LAYER_KINDS, Point, Site
+from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
-from workbench.interventions.scopes import Last, Mask, Pos, TokenIs
+from workbench.interventions.scopes import Last, Pos, TokenIs
 from workbench.models.model import Model
 
+IDS = torch.arange(10, 16)[None]
 TEXTS = ["abcdef", "xy", "lmn"]
 SITES = ["resid_post.1", "z.1", "pattern.0", "v.2.h0"]
 
@@ -70,7 +72,7 @@ def test_the_model_depends_on_what_is_captured_with_gradients(site: str, family:
     (slope,) = torch.autograd.grad(whole["resid_post.2"].square().sum(), whole[site])
     mask = torch.zeros(2, 6, dtype=torch.bool)
     mask[1, 2:4] = True
-    some = model.capture(ids, [site, "resid_post.2"], positions=Mask(mask), grad=True)
+    some = model.capture(ids, [site, "resid_post.2"], positions=Mask(mask, may_skip_rows=True), grad=True)
     everything = model.capture(ids, ["resid_post.2"], grad=True)["resid_post.2"]
     assert torch.equal(everything[1, 2:4], some["resid_post.2"])
     (part,) = torch.autograd.grad(some["resid_post.2"].square().sum(), some[site])
@@ -234,3 +236,23 @@ def test_a_bad_edit_is_refused_inside_the_block_too(kind: str, bad: Any) -> None
     with pytest.raises(EditError), attached([(model.site_map[f"{kind}.1"], bad)]):
         model.logits(["abc", "abd"])
     assert n_hooks(model.hf) == 0
+
+
+def test_a_compiled_model_whose_hooks_cannot_run_is_named_as_the_reason() -> None:
+    model = tiny_model()
+    done = model.hf(IDS, use_cache=False)
+    model.hf._compiled_call_impl = lambda **_inputs: done  # as after nn.Module.compile, no module and no hook runs
+    with pytest.raises(EditError, match=r"captured at resid_post\.1.*LlamaForCausalLM\), and no hooks run"):
+        model.capture(IDS, ["resid_post.1"])
+    with pytest.raises(EditError, match="The model is compiled"):
+        with model.plan(Intervention.at("resid_post.1", Add(torch.ones(D_MODEL)))):
+            model.hf(input_ids=IDS, use_cache=False)
+
+
+def test_a_wrapper_is_refused_with_the_place_of_the_model_inside() -> None:
+    wrapper = torch.nn.Module()
+    wrapper.base_model = torch.nn.Module()
+    wrapper.base_model.model = tiny_hf()
+    wrapper.config = wrapper.base_model.model.config
+    with pytest.raises(InvalidInputError, match=r"wrapper\.base_model\.model"):
+        Model(wrapper, tiny_tokenizer())

@@ -13,7 +13,8 @@ from torch.overrides import _get_current_function_mode_stack
 from tests.tiny import FAMILIES, FP32_LOGITS, MIXTURES, n_hooks, tiny_model
 from workbench.errors import EditError
 from workbench.hooks.attach import attached
-from workbench.hooks.pattern import eager
+from workbench.hooks.handles import Hooks
+from workbench.hooks.pattern import make_eager
 from workbench.models.model import Model
 
 IDS = torch.arange(10, 22).view(2, 6)
@@ -45,7 +46,8 @@ def test_the_pattern_is_what_hugging_face_reports(family: str) -> None:
     # Its own model: Hugging Face leaves hooks on a model that was asked for attentions.
     model = tiny_model(family)
     configs = {id(m.config): m.config for m in model.hf.modules() if hasattr(m, "config")}.values()
-    with eager(tuple(configs)):
+    with Hooks() as on:
+        make_eager(on, tuple(configs))
         reported = model.hf(IDS, output_attentions=True, use_cache=False).attentions
     acts = model.capture(IDS, ["pattern.0", "pattern.2"])
     for layer in (0, 2):

@@ -25,6 +25,7 @@ from workbench.errors import (
 from workbench.hooks.sites import Site
 from workbench.interventions import gates, saes
 from workbench.interventions.bytoken import MixEntries, ReplaceTokens
+from workbench.interventions.chosen import Mask, Rows
 from workbench.interventions.gates import CASTGate, CosineGate, FnGate, Gate, ProbeGate, SAEGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op, Where
@@ -38,12 +39,10 @@ from workbench.interventions.scopes import (
     Either,
     Generated,
     Last,
-    Mask,
     Not,
     NotPrefix,
     Pos,
     Prompt,
-    Rows,
     Scope,
     TokenIs,
 )

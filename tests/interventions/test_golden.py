@@ -95,13 +95,12 @@ def _neutral() -> list[Op]:
         Rotate(None, 0.0, plane=torch.stack([v, v.flip(0) + 1])), NormPreserve(Add(v, 0.0)),
         Affine(torch.eye(D_MODEL)), Map(lambda h: h), PerRow((Add(v),), torch.tensor([-1, -1])),
         LowRank(torch.eye(D_MODEL)[:2], torch.eye(D_MODEL)[:2]),
-        SAEAblate(sae, []), SAEClamp(sae, [], 4.0), SAEScale(sae, [], 3.0), SAEAdd(sae, [], 3.0),
         SAEScale(sae, [0, 4], 1.0), SAEAdd(sae, [0, 4], 0.0), SAEAddMax(sae, v, 0.0),
         SAEClamp(sae, [0, 4], -1.0, mode="min"), SAEClamp(sae, [0, 4], 1e9, mode="max"),
     ]  # fmt: skip
     for architecture in ("jumprelu", "gated", "topk_rescaled"):
         real = sae_lens_sae(architecture, "layer_norm")
-        ops += [SAEScale(real, [1, 5], 1.0), SAEAdd(real, [1, 5], 0.0), SAEAblate(real, [])]
+        ops += [SAEScale(real, [1, 5], 1.0), SAEAdd(real, [1, 5], 0.0)]
     return ops
 
 

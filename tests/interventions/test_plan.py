@@ -5,9 +5,10 @@ import torch
 
 from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, N_LAYERS, n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, EditError, ShapeError
+from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add, Map, ProjectOut
-from workbench.interventions.scopes import All, Generated, Last, Mask, Pos, Prompt, Scope, TokenIs
+from workbench.interventions.scopes import All, Generated, Last, Pos, Prompt, Scope, TokenIs
 from workbench.tokens import TokenBatch
 
 IDS = torch.arange(10, 22).view(2, 6)
@@ -186,7 +187,7 @@ def test_mask_scope_follows_batch_columns_into_generation() -> None:
     model = tiny_model()
     chosen = torch.zeros(2, 6, dtype=torch.bool)
     chosen[0, 2] = True
-    with model.plan(Intervention.at("resid_post.0", Add(VECTOR), Mask(chosen))) as plan:
+    with model.plan(Intervention.at("resid_post.0", Add(VECTOR), Mask(chosen, may_skip_rows=True))) as plan:
         model.hf.generate(**TokenBatch.of_rows(IDS).hf(), max_new_tokens=3, do_sample=False)
     assert plan.report[0].tokens == 1
     with pytest.raises(DegenerateInputError):

@@ -8,13 +8,14 @@ import torch
 from tests.interventions.builders import bad_sae
 from tests.tiny import D_MODEL, tiny_model
 from workbench.errors import EditError
+from workbench.interventions.chosen import Mask
 from workbench.interventions.gates import FnGate, ProbeGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op
 from workbench.interventions.ops import Add, AddScaled, Map, PerRow, ProjectOut
 from workbench.interventions.report import EditReport
 from workbench.interventions.saes import SAEAdd, SAEAddMax
-from workbench.interventions.scopes import All, Generated, Last, Mask, Pos, Prompt
+from workbench.interventions.scopes import All, Generated, Last, Pos, Prompt
 from workbench.interventions.shapes import NormPreserve
 from workbench.tokens import TokenBatch
 
@@ -157,7 +158,6 @@ def test_edits_that_may_change_nothing_do_not_raise() -> None:
         Map(lambda h: h),
         Add(V, 0.0),
         PerRow((Add(V, 1e-30),), torch.tensor([-1, -1, -1])),
-        SAEAdd(bad_sae(), [], 3.0),
     ):
         with model.plan(Intervention.at(SITE, op)):
             assert torch.equal(model.logits(IDS), clean)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from tests.interventions.builders import bad_sae, edited, sae_lens_sae
 from tests.tiny import D_MODEL, FP32_LOGITS, tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError, ShapeError
+from workbench.interventions.chosen import Mask, Rows
 from workbench.interventions.gates import ProbeGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op, Where
 from workbench.interventions.ops import Add, AddScaled, Affine, LowRank, Map, PerRow, ProjectOut
 from workbench.interventions.replacing import Ablate, Patch, Replace
 from workbench.interventions.saes import SAEAblate, SAEAdd, SAEAddMax, SAEClamp, SAEScale
-from workbench.interventions.scopes import Generated, Last, Mask, Pos
+from workbench.interventions.scopes import Generated, Last, Pos, Scope
 from workbench.interventions.shapes import Cap, ClampProjection, NormPreserve, Rotate, Threshold
 from workbench.interventions.variants import variants
+from workbench.models.model import Model
 from workbench.tokens import TokenBatch
 
 IDS = torch.arange(10, 28).view(3, 6)
@@ -98,7 +102,7 @@ def _pairs() -> list[tuple[str, list[Intervention]]]:
         ("stacked", [at(site, Threshold(V, 0.5, 3.0)), at(site, Threshold(V, 1.5, vectors[:, 0]))]),
         ("apart", [Intervention(), at(site, Add(V, 2.0))]),
         ("apart", [at(site, Add(V, 2.0)), at(site, ProjectOut(V)), at("mlp_out.0", Add(vectors), Pos(0))]),
-        ("apart", [at(site, Add(V), Mask(mask)), at(site, Add(V), Last())]),
+        ("apart", [at(site, Add(V), Mask(mask, may_skip_rows=True)), at(site, Add(V), Last())]),
         ("apart", [at(site, Ablate("resample", _R, seed=3)), at(site, ProjectOut(V))]),
         ("apart", [at(site, NormPreserve(Add(vectors))), at(site, NormPreserve(Add(V, 3.0)))]),
         ("apart, shared", [at(site, NormPreserve(_SHARED)), at(site, NormPreserve(_SHARED))]),
@@ -148,7 +152,7 @@ def test_variants_generate_the_same_in_batches_that_hold_only_some_of_them() -> 
     mask[2, 1:] = True
     several = [
         Intervention(), Intervention.at("resid_post.1", Add(V, 3.0), Generated()),
-        Intervention.at("resid_post.0", Add(V, 9.0), Mask(mask)),
+        Intervention.at("resid_post.0", Add(V, 9.0), Mask(mask, may_skip_rows=True)),
     ]  # fmt: skip
     batch = TokenBatch.of_rows(IDS.repeat(3, 1))
     whole = model.generate(batch, 5, intervention=variants(several, 3), temperature=0.0)
@@ -242,3 +246,83 @@ def test_an_edit_without_a_strength_cannot_be_scaled() -> None:
     ):
         with pytest.raises(InvalidInputError, match="no strength"):
             _ = (Intervention.at("resid_post.1", Add(V)) + Intervention.at("resid_post.1", op)) * 2
+
+
+def _uses(model: Model, iv: Intervention, prompts: list[str]) -> dict[str, Callable[[], object]]:
+    """Every way to run an intervention on prompts."""
+    batch = model.tokens(prompts)
+
+    def planned() -> None:
+        with model.plan(iv):
+            model.hf(**batch.hf())
+
+    def cached() -> None:
+        with model.plan(iv):
+            model.hf.generate(**batch.hf(), max_new_tokens=2, do_sample=False)
+
+    def resumed() -> None:
+        run = model.resume(batch, "resid_post.0")
+        with model.plan(iv) as plan:
+            run.hidden(plan, 1)
+
+    def said() -> None:
+        model.session(intervention=iv, max_new_tokens=2).turn("a")
+
+    return {
+        "plan": planned, "hf.generate": cached, "resume": resumed, "session": said,
+        "generate": lambda: model.generate(batch, 3, intervention=iv),
+        "generate in parts": lambda: model.generate(batch, 3, intervention=iv, batch_size=1),
+        "variants": lambda: model.variants(batch, [Intervention(), iv]),
+    }  # fmt: skip
+
+
+def test_parameters_for_other_rows_than_there_are_prompts_are_refused_everywhere() -> None:
+    model = tiny_model()
+    three = Intervention.at("resid_post.1", Add(_random(3, D_MODEL)))
+    for prompts in (["abc"], ["abc", "abd"], ["abc"] * 4):
+        for how, run in _uses(model, three, prompts).items():
+            with pytest.raises(ShapeError, match="for 3 rows"):
+                run()
+                pytest.fail(how)
+    one = Intervention.at("resid_post.1", Add(_random(1, D_MODEL)))
+    for run in _uses(model, one, ["abc", "abd"]).values():
+        run()
+    alone = Intervention.at("resid_post.1", Add(_random(1, D_MODEL)[0]))
+    found = [model.generate(["abc", "abd"], 4, intervention=iv).texts for iv in (one, alone)]
+    assert found[0] == found[1]
+
+
+def test_parameters_per_row_under_embeddings_are_those_of_the_rows() -> None:
+    model, two = tiny_model(), Intervention.at("resid_post.1", Add(_random(2, D_MODEL)))
+    x = _random(4, 3, D_MODEL)
+    with pytest.raises(ShapeError, match="not each row repeated 2 times"), model.plan(two):
+        model.hf(inputs_embeds=x)
+    with model.plan(two):
+        model.hf(inputs_embeds=x[:2].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("scope", [Pos(4), Pos(-5) & Rows(torch.tensor([True, True])), "mask"], ids=str)
+def test_a_row_without_the_positions_that_were_asked_for_is_named(scope: Scope | str) -> None:
+    model, prompts = tiny_model(), ["abcdef", "ab"]
+    if isinstance(scope, str):
+        mask = torch.zeros(2, 6, dtype=torch.bool)
+        mask[0, 3], mask[1, 2] = True, True  # the second is padding there
+        scope = Mask(mask)
+    iv = Intervention.at("resid_post.1", Add(V), scope)
+    both = _uses(model, iv, prompts)
+    for how in ("plan", "variants", "resume"):
+        with pytest.raises(EditError, match=r"row [13] has no token there"):
+            both[how]()
+            pytest.fail(how)
+    with pytest.raises(DegenerateInputError, match="no token in row 1"):
+        Mask(torch.tensor([[True], [False]]))
+
+
+def test_a_row_that_is_named_has_its_number_in_the_whole_job_and_rows_that_ended_are_excused() -> None:
+    model = tiny_model()
+    iv = Intervention.at("resid_post.1", Add(V), Pos(-5))
+    with pytest.raises(EditError, match="row 2 has no token there"):
+        model.generate(["abcdef", "abcdef", "ab"], 3, intervention=iv, batch_size=1)
+    with pytest.raises(EditError, match="row 1 has no token there"), model.plan(iv):
+        model.logits(["abcdef", "ab"])
+        model.logits(["abcdef", "abcdeg"])

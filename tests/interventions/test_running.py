@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import sys
 import threading
+import weakref
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -13,12 +20,16 @@ from transformers import PreTrainedTokenizerFast
 from tests.interventions.builders import bad_sae, edited, padded, sae_lens_sae
 from tests.tiny import D_MODEL, FP32_LOGITS, n_hooks, spaced_tokenizer, tiny_model
 from workbench.errors import EditError, InvalidInputError, MismatchError
+from workbench.hooks import attach, handles, pattern
+from workbench.interventions import jobs
+from workbench.interventions import plan as plans
+from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add, Map, PerRow, ProjectOut
-from workbench.interventions.plan import active_plans
+from workbench.interventions.plan import Plan, active_plans
 from workbench.interventions.replacing import Ablate
 from workbench.interventions.saes import SAEAddMax, SAEClamp
-from workbench.interventions.scopes import After, All, Generated, Last, Mask, NotPrefix, Pos, Prompt, Scope, TokenIs
+from workbench.interventions.scopes import After, All, Generated, Last, NotPrefix, Pos, Prompt, Scope, TokenIs
 from workbench.models import tiny
 from workbench.models.choice import chosen_tokens
 from workbench.models.model import Model
@@ -318,6 +329,91 @@ def test_after_an_exception_there_is_no_hook_no_active_plan_and_no_changed_bit(
             model.logits(IDS)
     with model.plan(ADD):
         assert not torch.equal(model.logits(IDS), clean)
+
+
+def interrupts(run: Callable[[], object]) -> Iterator[tuple[str, int, str]]:
+    """Runs it again and again, each time with a KeyboardInterrupt at another line of what puts hooks on and off."""
+    seen: set[tuple[str, int, str]] = set()
+    files = {handles.__file__, attach.__file__, pattern.__file__, plans.__file__, jobs.__file__, contextlib.__file__}
+
+    def trace(frame: FrameType, event: str, _arg: object) -> Any:
+        code = frame.f_code
+        if code.co_filename not in files and not code.co_name.startswith("register_forward"):
+            return None
+        place = (code.co_filename, frame.f_lineno, code.co_name)
+        if place not in seen and code.co_name != "__del__":
+            seen.add(place)
+            hit.append(place)
+            raise KeyboardInterrupt  # Python stops tracing here
+        return trace
+
+    while True:
+        hit: list[tuple[str, int, str]] = []
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            run()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        if not hit:
+            return
+        yield hit[0]
+
+
+@pytest.mark.parametrize("kind", ["plan", "capture", "attached"])
+def test_an_interrupt_at_any_line_leaves_no_hook_and_no_setting_behind(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a third of the time
+    model = tiny_model()
+    clean, points = model.logits(IDS), [model.site_map[site] for site in ("resid_mid.0", "pattern.0", "mlp_out.0")]
+    both = Intervention.at("pattern.0", Map(lambda h: 2 * h)) + Intervention.at("resid_mid.1", Add(V, 3.0))
+    held: list[Plan] = []
+
+    def run() -> None:
+        if kind == "capture":
+            model.capture(IDS[:1, :2], ["pattern.0"])
+        elif kind == "attached":
+            with attach.attached([(point, lambda x: x + 1) for point in points]):
+                pass
+        else:
+            held[:] = [model.plan(both)]
+            with pytest.raises(EditError, match="never ran"), held[0]:
+                pass
+
+    def left() -> tuple[object, ...]:
+        setting = model.hf.config._attn_implementation_internal
+        return n_hooks(model.hf), len(active_plans(model.hf)), "generate" in vars(model.hf), setting
+
+    nothing, n = left(), 0
+    for _file, _line, name in interrupts(run):
+        n += 1
+        if name == "__exit__" and kind == "plan" and left() != nothing:
+            # Before the first line of __exit__ nothing can be done; the plan takes its hooks off when it is freed.
+            held.clear()
+        assert left() == nothing, (_file, _line, name)
+    assert n > 40
+    model.capture(IDS, ["pattern.0"])
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert torch.equal(model.logits(IDS), clean)
+
+
+def test_a_plan_that_is_left_open_keeps_no_model_in_memory_and_ends_when_it_is_freed() -> None:
+    model = tiny_model()
+    clean = model.logits(IDS)
+    plan = model.plan(ADD + Intervention.at("pattern.0", Map(lambda h: 2 * h)))
+    plan.__enter__()
+    assert not torch.equal(model.logits(IDS), clean)
+    plan = model.plan(ADD)
+    assert n_hooks(model.hf) == 0
+    assert torch.equal(model.logits(IDS), clean)
+    plan.__enter__()
+    weak = weakref.ref(model.hf)
+    del model, plan
+    gc.collect()
+    assert weak() is None
 
 
 def test_hooks_of_others_stay_and_fire() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.interventions.builders import padded
 from tests.tiny import tiny_model
 from workbench.errors import EditError
+from workbench.interventions.chosen import Mask, Rows
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op, Where
 from workbench.interventions.plan import Plan
@@ -26,12 +27,10 @@ from workbench.interventions.scopes import (
     Either,
     Generated,
     Last,
-    Mask,
     Not,
     NotPrefix,
     Pos,
     Prompt,
-    Rows,
     Scope,
     TokenIs,
 )
@@ -176,7 +175,7 @@ def built(values: dict[str, Any]) -> Case:
         if kind in ("first", "last"):
             return After(tuple(parts[0]), kind)
         known = {
-            "mask": lambda: Mask(table),
+            "mask": lambda: Mask(table, may_skip_rows=True),
             "rows": lambda: Rows(chosen),
             "pos": Pos,
             "token": TokenIs,
@@ -197,9 +196,9 @@ def recording(scope: Scope, *, expected: bool = True) -> Iterator[tuple[Plan, _R
     with contextlib.nullcontext() if expected else pytest.raises(EditError, match="no token was in scope"):
         with model().plan(Intervention.at("resid_post.0", op, scope)) as plan:
             yield plan, op
-            # Positions that no row has are refused by name, which is tested elsewhere.
+            # Positions that no row has, or that some row lacks, are refused by name, which is tested elsewhere.
             for tally in plan._compiled.tallies:
-                tally.missing = []
+                tally.missing, tally.waiting, tally.empty = [], None, None
 
 
 def _forward(ids: torch.Tensor, mask: torch.Tensor, past: Any, width: int, *, cached: bool) -> Any:

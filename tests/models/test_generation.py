@@ -9,10 +9,11 @@ import torch
 
 from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, n_hooks, spaced_tokenizer, tiny_model
 from workbench.errors import EditError, InvalidInputError
+from workbench.interventions.chosen import Mask
 from workbench.interventions.gates import ProbeGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
-from workbench.interventions.scopes import After, All, Generated, Last, Mask, Pos, Prompt, Scope, TokenIs
+from workbench.interventions.scopes import After, All, Generated, Last, Pos, Prompt, Scope, TokenIs
 from workbench.models import tiny
 from workbench.models.decoding import Decoder
 from workbench.models.generation import Generation
@@ -190,7 +191,7 @@ def test_edits_of_rows_follow_the_rows_that_stay(scope: Scope | str, shapes: lis
     batch = model.tokens(MANY)
     if isinstance(scope, str):
         chosen = batch.mask & (torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
-        scope = Mask(chosen) | Generated()
+        scope = Mask(chosen, may_skip_rows=True) | Generated()
     options = {
         "seed": 3, "stop": STOP, "capture": ["resid_post.1"], "intervention": _edit(scope), "temperature": 1.5,
     }  # fmt: skip

@@ -8,10 +8,11 @@ from jaxtyping import TypeCheckError
 
 from tests.tiny import FAMILIES, FP32_LOGITS, N_LAYERS, n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, EditError, InvalidInputError
+from workbench.interventions.chosen import Mask, Rows
 from workbench.interventions.gates import CosineGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add, Map, ProjectOut
-from workbench.interventions.scopes import All, Last, Mask, Pos, Rows, Scope
+from workbench.interventions.scopes import All, Last, Pos, Scope
 from workbench.models.head import Head
 from workbench.models.model import Model
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import EditError
-from workbench.hooks.pattern import pattern_hook, unwatched
+from workbench.hooks.handles import Hooks
+from workbench.hooks.pattern import add_pattern_hook, unwatched
 from workbench.hooks.sites import Point
 
 Fn = Callable[[Tensor], Tensor | None]
@@ -107,14 +108,17 @@ def attached(hooks: Sequence[tuple[Point, Fn]]) -> Iterator[None]:
     Raises:
         EditError: if a function returns another shape or dtype, or makes non-finite values.
     """
-    with contextlib.ExitStack() as stack:
-        for point, fn in hooks:
-            if point.side == "inside":
-                stack.enter_context(pattern_hook(point, _pattern_write(point, fn)))
-                continue
-            if point.side == "in":
-                handle = point.module.register_forward_pre_hook(_input_hook(point, fn), with_kwargs=True)
-            else:
-                handle = point.module.register_forward_hook(_output_hook(point, fn))
-            stack.callback(handle.remove)
+    with Hooks() as on:
+        attach(on, hooks)
         yield
+
+
+def attach(on: Hooks, hooks: Sequence[tuple[Point, Fn]]) -> None:
+    """Adds to `on` what runs `fn` on the canonical tensor of each point; see `attached`."""
+    for point, fn in hooks:
+        if point.side == "inside":
+            add_pattern_hook(on, point, _pattern_write(point, fn))
+        elif point.side == "in":
+            on.add(point.module, _input_hook(point, fn), before=True)
+        else:
+            on.add(point.module, _output_hook(point, fn))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from workbench.errors import UnknownSiteError
+from workbench.errors import InvalidInputError, UnknownSiteError
 from workbench.hooks.sites import (
     LAYER_KINDS,
     Point,
@@ -221,12 +221,30 @@ def _stored(module: nn.Module) -> bool:
     return getattr(getattr(module, "weights", None), "ndim", 0) == 2
 
 
+def _refuse_wrapper(hf: Any) -> None:
+    """Raises InvalidInputError for torch.compile, PEFT, DDP and others that hold the model itself inside."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(hf, nn.Module):
+        raise InvalidInputError(f"Model({type(hf).__name__}): give a Hugging Face causal language model.")
+    if isinstance(hf, PreTrainedModel):
+        return
+    for path, inner in hf.named_modules():
+        if isinstance(inner, PreTrainedModel):
+            raise InvalidInputError(
+                f"Model({type(hf).__name__}): this is a wrapper around a {type(inner).__name__}, and hooks need the "
+                f"model itself. Give wrapper.{path}; adapters that PEFT has put into it stay on."
+            )
+
+
 def build_site_map(hf: nn.Module) -> SiteMap:
     """Maps every site to a module of the model, by the TransformerLens adapter of its family.
 
     Raises:
+        InvalidInputError: for what is no model, or a wrapper around one.
         UnknownSiteError: if TransformerLens has no adapter for this architecture.
     """
+    _refuse_wrapper(hf)
     adapter = _adapter(hf)
     components: Mapping[str, Any] = adapter.component_mapping
     points: dict[Site, Point] = {}

@@ -5,34 +5,31 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from workbench.errors import EditError
+from workbench.hooks.handles import Hooks
 from workbench.hooks.sites import Point
 
 Write = Callable[[Tensor], Tensor]
 _SOFTMAX = frozenset({torch.softmax, torch.nn.functional.softmax, Tensor.softmax})
 _MATMUL = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__})
+_SETTING = "_attn_implementation_internal"
 
 
-@contextlib.contextmanager
-def eager(configs: Sequence[Any]) -> Iterator[None]:
-    """Makes the model compute attention step by step inside the block; masks are built to match at each call.
+def make_eager(on: Hooks, configs: Sequence[Any]) -> None:
+    """Makes the model compute attention step by step while `on` is on; masks are built to match at each call.
 
     The setting belongs to the model's config, so another thread that runs the model meanwhile does the same.
     """
-    before = [config._attn_implementation_internal for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = "eager"
-        yield
-    finally:
-        for config, value in zip(configs, before, strict=True):
-            config._attn_implementation_internal = value
+    for config in configs:
+        on.note(partial(setattr, config, _SETTING, getattr(config, _SETTING)))
+        setattr(config, _SETTING, "eager")
 
 
 class _Watch(TorchFunctionMode):
@@ -45,7 +42,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.module, self.heads = module, heads
         self.writes: list[Write] = []
-        self.seen = False
+        self.seen = self.is_closed = False
         self._followed: list[Tensor] = []
 
     def __torch_function__(
@@ -53,7 +50,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         x = args[0] if args else None
-        if self.seen or _RUNNING.paused or not isinstance(x, Tensor):
+        if self.seen or self.is_closed or _RUNNING.paused or not isinstance(x, Tensor):
             return func(*args, **kwargs)
         if func in _SOFTMAX:
             out = func(*args, **kwargs)
@@ -77,11 +74,11 @@ class _Watch(TorchFunctionMode):
 
 
 class _Running(threading.local):
-    """The watches that are on, innermost last, and how many functions of hooks are running, which they overlook."""
+    """The watches that are on, innermost last, and whether the function of a hook is running, which they overlook."""
 
     def __init__(self) -> None:
         self.watches: list[_Watch] = []
-        self.paused = 0
+        self.paused = False
 
 
 _RUNNING = _Running()
@@ -90,11 +87,15 @@ _RUNNING = _Running()
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
     """Softmax and products inside the block, as in the function of a hook, are not taken for those of attention."""
-    _RUNNING.paused += 1
+    before = _RUNNING.paused
     try:
-        yield
+        try:
+            _RUNNING.paused = True
+            yield
+        finally:
+            _RUNNING.paused = before
     finally:
-        _RUNNING.paused -= 1
+        _RUNNING.paused = before  # an interrupt on the line above may not end the watch for good
 
 
 class _Hook:
@@ -104,20 +105,24 @@ class _Hook:
         self.point, self.write = point, write
         self.watch: _Watch | None = None
 
-    def enter(self, module: nn.Module, _args: Any) -> None:
+    def enter(self, module: nn.Module, *_: Any) -> None:
         running = _RUNNING.watches
         if running and running[-1].module is module:
             running[-1].writes.append(self.write)
             return
         assert self.point.heads is not None
-        watch = _Watch(module, self.point.heads)
+        for mode in _get_current_function_mode_stack():
+            # After an interrupt inside torch's own handling of modes, torch puts a closed one back.
+            if isinstance(mode, _Watch) and mode.is_closed:
+                _switch_off(mode)
+        self.watch = watch = _Watch(module, self.point.heads)
         watch.writes.append(self.write)
-        watch.__enter__()
         running.append(watch)
-        self.watch = watch
+        watch.__enter__()
 
     def leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        watch = self.close()
+        watch = self.watch
+        self.close()
         # After an exception in the forward pass there is no output, and the exception speaks for itself.
         if watch is not None and output is not None and not watch.seen:
             raise EditError(
@@ -125,28 +130,33 @@ class _Hook:
                 "q_pos, k_pos) result of a softmax with v, so its pattern can't be read or written."
             )
 
-    def close(self) -> _Watch | None:
+    def close(self) -> None:
         """Switches the watch off if it is on."""
-        watch, self.watch = self.watch, None
-        if watch is not None:
-            _RUNNING.watches.remove(watch)
-            watch.__exit__(None, None, None)
-        return watch
+        if self.watch is not None:
+            _switch_off(self.watch)
+            self.watch = None
 
 
-@contextlib.contextmanager
-def pattern_hook(point: Point, write: Write) -> Iterator[None]:
+def _switch_off(watch: _Watch) -> None:
+    """Takes a watch off, wherever it is; once more does no harm."""
+    watch.is_closed = True
+    above = []
+    while any(mode is watch for mode in _get_current_function_mode_stack()):
+        mode = _pop_mode()
+        above += [] if mode is watch else [mode]
+    for mode in reversed(above):
+        _push_mode(mode)
+    if watch in _RUNNING.watches:
+        _RUNNING.watches.remove(watch)
+
+
+def add_pattern_hook(on: Hooks, point: Point, write: Write) -> None:
     """Runs `write` on the pattern that the attention module of `point` multiplies with v; its result takes its place.
 
-    Attention is computed in eager mode inside the block.
-
-    Raises:
-        EditError: in a forward pass in which no pattern is found.
+    Attention is computed in eager mode while `on` is on. A forward pass in which no pattern is found raises EditError.
     """
     hook = _Hook(point, write)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(eager(point.configs))
-        stack.callback(hook.close)
-        stack.callback(point.module.register_forward_pre_hook(hook.enter).remove)
-        stack.callback(point.module.register_forward_hook(hook.leave, always_call=True).remove)
-        yield
+    make_eager(on, point.configs)
+    on.note(hook.close)
+    on.add(point.module, hook.enter, before=True)
+    on.add(point.module, hook.leave, always=True)

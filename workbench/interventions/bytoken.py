@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.interventions.op import Op, Where, floats
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ReplaceTokens(Op):
     """Sets the activation at each of these tokens to a value of its own; other tokens stay as they are.
@@ -55,6 +57,7 @@ class ReplaceTokens(Op):
         return self.values.shape[-1]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class MixEntries(Op):
     """Sets some entries of the activation to weighted sums of its entries, all read before any is set.
@@ -87,6 +90,8 @@ class MixEntries(Op):
         mean_weight = floats(self.mean_weight, "MixEntries: mean_weight", (1,), "(k,)")
         bias = floats(self.bias, "MixEntries: bias", (1,), "(k,)")
         sizes = {len(entries), len(weights), len(mean_weight), len(bias)}
+        if bool((self.sources < 0).any()):
+            raise InvalidInputError(f"MixEntries: source {int(self.sources.min())}; entries are numbered from 0.")
         if self.sources.shape != weights.shape or len(sizes) > 1:
             raise ShapeError(
                 f"MixEntries: {len(entries)} entries, sources {tuple(self.sources.shape)}, weights "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import EditError, InvalidInputError, ShapeError
@@ -92,11 +92,12 @@ class Group:
             )
         return ~decided if self.negated else decided
 
-    def count(self, n: int, chosen: Tensor | None, step: Step) -> None:
-        """Notes that the hook ran on `n` tokens in scope, and how many passed the gate."""
+    def count(self, row: Int[Tensor, " n"], chosen: Tensor | None, step: Step) -> None:
+        """Notes that the hook ran on tokens in scope, of which rows they are, and how many passed the gate."""
+        n = len(row)
         for tally in self.tallies:
             tally.in_scope += n
-            tally.look_for(step)
+            tally.look_for(step, row)
             if self.negated:
                 continue
             tally.fired += 1
@@ -157,10 +158,20 @@ class Compiled:
         """Edits that met no token, although their scope may hold some."""
         return [tally for tally in self.tallies if tally.in_scope == 0 and not tally.edit.scope.is_empty]
 
-    def prove(self) -> None:
-        """Raises EditError if an edit met tokens and did not change them as it had to."""
+    def prove(self, first_row: int = 0) -> None:
+        """Raises EditError if an edit met tokens and did not change them as it had to, or met none in some row.
+
+        Args:
+            first_row: number of the first row of the batch in the whole job, for the text of the error.
+        """
         for tally in self.tallies:
             done = tally.report()
+            n_empty, row = tally.rows_without()
+            if n_empty:
+                raise EditError(
+                    f"{done.edit}: row {row + first_row} has no token there, so it was not edited ({n_empty} such rows "
+                    "in all). Leave them out of the batch, or give longer prompts."
+                )
             if not math.isfinite(done.mean_norm_applied) or not math.isfinite(done.mean_norm_before):
                 raise EditError(
                     f"{done.edit}: the activations there hold non-finite values, with or without the edit. Look for "
@@ -208,8 +219,10 @@ def refuse_missing(edit: Edit, missing: Sequence[Scope]) -> NoReturn:
     raise EditError(f"{edit}: no row has a token at {places}. Leave it out, or give longer prompts.")
 
 
-def refuse_unmet(edit: Edit, fired: int) -> NoReturn:
-    """Raises EditError for an edit that met no token."""
+def refuse_unmet(edit: Edit, fired: int, why_silent: str = "") -> NoReturn:
+    """Raises EditError for an edit that met no token; `why_silent` says why no hook could run, if that is known."""
+    if fired == 0 and why_silent:
+        raise EditError(f"{edit}: the hook never ran. Nothing was edited.{why_silent}")
     if fired == 0 and not edit.scope.touches_prompt:
         raise EditError(
             f"{edit}: no generated token went through the model, so nothing was edited. A token is edited when it is "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownConfigKeyError, did_you_mean
 from workbench.hooks.sites import Site
-from workbench.interventions import bytoken, gates, ops, replacing, saes, shapes
+from workbench.interventions import bytoken, chosen, gates, ops, replacing, saes, shapes
 from workbench.interventions.op import Op
 from workbench.interventions.scopes import Scope
 from workbench.jsontext import content_of
@@ -28,7 +28,7 @@ _REGISTRIES: dict[str, Mapping[str, type]] = {"op": Op.registry, "scope": Scope.
 # Scopes that take any number of arguments, and the field that keeps them.
 _ANY_NUMBER = {"Pos": "positions", "TokenIs": "ids"}
 _WITH_FUNCTIONS = ("Map", "FnGate")
-_KNOWN = (bytoken, gates, ops, replacing, saes, shapes)  # importing them fills the registries
+_KNOWN = (bytoken, chosen, gates, ops, replacing, saes, shapes)  # importing them fills the registries
 
 
 def save(folder: str | Path, content: Mapping[str, Any]) -> Path:

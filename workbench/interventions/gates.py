@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench.errors import InvalidInputError, ShapeError, did_you_mean
+from workbench.arguments import checked
+from workbench.errors import InvalidInputError, ShapeError
 from workbench.hooks.sites import Site
 from workbench.interventions.op import Op, Where, changed, floats, unit
 from workbench.interventions.saecode import encode_some
@@ -20,6 +21,7 @@ from workbench.interventions.saes import features_of
 Reduce = Literal["mean", "last", "max"]
 
 
+@checked
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Gate:
     """A score of activations and a threshold on it.
@@ -46,10 +48,6 @@ class Gate:
         Gate.registry[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        for name, known in (("when", ("prompt", "token")), ("reduce", ("mean", "last", "max"))):
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise InvalidInputError(f"{type(self).__name__}({name}={value!r}): {did_you_mean(str(value), known)}")
         if self.at is not None:
             object.__setattr__(self, "at", Site.parse(self.at))
 
@@ -95,6 +93,7 @@ class Gate:
         return dataclasses.replace(self, **moved) if moved else self
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ProbeGate(Gate):
     """The logit of a linear probe: `h . weight + bias`.
@@ -119,6 +118,7 @@ class ProbeGate(Gate):
         return h @ self.weight.to(h) + self.bias
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class CosineGate(Gate):
     """Signed cosine between the activation and a direction; 0 for a zero activation.
@@ -131,10 +131,7 @@ class CosineGate(Gate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.direction.ndim != 1:
-            raise ShapeError(
-                f"{type(self).__name__}: direction {tuple(self.direction.shape)}; give one direction (d,)."
-            )
+        floats(self.direction, type(self).__name__, (1,), "one direction (d,)")
         object.__setattr__(self, "direction", unit(self.direction, type(self).__name__))
 
     @property
@@ -145,6 +142,7 @@ class CosineGate(Gate):
         return (h @ self.direction.to(h)) / h.norm(dim=1).clamp_min(torch.finfo(h.dtype).tiny)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class CASTGate(CosineGate):
     """The condition of CAST (Lee et al. 2024): `cos(h, tanh((h . c) c))` for the unit direction c.
@@ -166,6 +164,7 @@ class CASTGate(CosineGate):
         return ((h * image).sum(1) / lengths).masked_fill(none, 0.0)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class SAEGate(Gate):
     """The activation of an SAE feature.
@@ -190,6 +189,7 @@ class SAEGate(Gate):
         return encode_some(self.sae, h, torch.tensor([self.feature]))[:, 0]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class FnGate(Gate):
     """Any function from activations `(n, d)` in fp32 to scores `(n,)`."""
@@ -203,6 +203,7 @@ class FnGate(Gate):
         return scores.float()
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class When(Op):
     """An edit that is made only where a gate is open; tokens behind a closed gate are not touched at all.

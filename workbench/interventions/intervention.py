@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import CorruptFileError, InvalidInputError, MismatchError, ShapeError
 from workbench.hooks.sites import Site
 from workbench.interventions.files import load, save
@@ -29,6 +32,7 @@ class Edit:
         return f"{self.op.name} at {self.site} on {self.scope}"
 
 
+@checked
 @dataclass(frozen=True)
 class Intervention:
     """An ordered list of edits, without reference to a model.
@@ -51,14 +55,6 @@ class Intervention:
         Raises:
             UnknownSiteError: if there is no such kind of site.
         """
-        if not isinstance(op, Op):
-            raise InvalidInputError(
-                f"Intervention.at: {type(op).__name__} is not an op; give Add(vector), SAEAblate(...)."
-            )
-        if scope is not None and not isinstance(scope, Scope):
-            raise InvalidInputError(
-                f"Intervention.at: {type(scope).__name__} is not a scope; give All(), Last(), Pos(0)."
-            )
         return cls((Edit(Site.parse(site), op, scope or All()),))
 
     def __add__(self, other: Intervention) -> Intervention:
@@ -69,8 +65,18 @@ class Intervention:
             )
         return Intervention(self.edits + other.edits, self.made_for or other.made_for)
 
-    def __mul__(self, factor: int | float) -> Intervention:
+    def scaled(self, factor: int | float) -> Intervention:
+        """The same intervention with `factor` times the strength; written `factor * intervention`.
+
+        Raises:
+            InvalidInputError: if an edit has no strength, or for an infinite factor.
+        """
+        if math.isinf(factor):
+            raise InvalidInputError(f"Intervention * {factor}: give a finite number.")
         return self._mapped(lambda edit: replace(edit, op=edit.op.scaled(float(factor))))
+
+    def __mul__(self, factor: int | float) -> Intervention:
+        return self.scaled(factor)
 
     __rmul__ = __mul__
 
@@ -81,6 +87,24 @@ class Intervention:
         if len(sizes) > 1:
             raise ShapeError(f"The edits have parameters for {sorted(map(str, sizes))} rows; they must agree.")
         return next(iter(sizes), None)
+
+    def for_rows(self, batch: int) -> Intervention:
+        """The same intervention with parameters for so many rows, where it has parameters per row.
+
+        Parameters of one row are those of every row; a mask of one row is not.
+
+        Raises:
+            ShapeError: if it has parameters for another number of rows.
+        """
+        n = self.n_rows
+        if n is None or n == batch:
+            return self
+        if n > 1 or any(edit.scope.n_rows is not None for edit in self.edits):
+            raise ShapeError(
+                f"The intervention has parameters for {n} rows; there are {batch} prompts. Give parameters for "
+                f"{batch} rows, or without an axis of rows for all of them."
+            )
+        return self.take(torch.zeros(batch, dtype=torch.long))
 
     @property
     def edits_prompt(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +13,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from workbench.errors import EditError
+
+_REPLACED = "_replaced_by_watch_generate"
+"""Attribute of our `generate`: what stood in its place on the instance, or None for the method of the class."""
 
 
 @dataclass(eq=False)
@@ -46,18 +49,15 @@ class Watcher(Protocol):
     job: Job | None
 
 
-@contextlib.contextmanager
-def watching_generate(hf: nn.Module, watcher: Watcher) -> Iterator[None]:
-    """Inside the block, `hf.generate` tells the watcher how wide its prompts are.
+def watch_generate(hf: nn.Module, watchers: Callable[[], Iterable[Watcher]]) -> None:
+    """From now on `hf.generate` tells those who watch at the time of a call how wide its prompts are.
 
     A forward pass can't know: the prompt may come in chunks, with candidate tokens behind it, or without a cache again
-    and again.
+    and again. Watching twice is watching once.
     """
     inner = getattr(hf, "generate", None)
-    if not callable(inner):
-        yield
+    if not callable(inner) or hasattr(inner, _REPLACED):
         return
-    own = "generate" in vars(hf)
 
     @functools.wraps(inner)
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -65,20 +65,29 @@ def watching_generate(hf: nn.Module, watcher: Watcher) -> Iterator[None]:
         ids = args[0] if ids is None and args else ids
         source = kwargs.get("inputs_embeds") if ids is None else ids
         mask = kwargs.get("attention_mask")
-        watcher.job = None if source is None else Job(source.shape[1], None if mask is None else mask.bool())
+        told = tuple(watchers())
+        for watcher in told:
+            watcher.job = None if source is None else Job(source.shape[1], None if mask is None else mask.bool())
         try:
             return inner(*args, **kwargs)
         finally:
-            watcher.job = None
+            for watcher in told:
+                watcher.job = None
 
+    setattr(generate, _REPLACED, vars(hf).get("generate"))
     vars(hf)["generate"] = generate
-    try:
-        yield
-    finally:
-        if own:
-            vars(hf)["generate"] = inner
-        else:
-            del vars(hf)["generate"]
+
+
+def unwatch_generate(hf: nn.Module) -> None:
+    """Takes back `watch_generate`; without it, does nothing."""
+    generate = vars(hf).get("generate")
+    if not hasattr(generate, _REPLACED):
+        return
+    replaced = getattr(generate, _REPLACED)
+    if replaced is None:
+        del vars(hf)["generate"]
+    else:
+        vars(hf)["generate"] = replaced
 
 
 def cached_columns(given: Mapping[str, Any]) -> int:

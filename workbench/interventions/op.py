@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.arguments import shown
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 
 
@@ -198,22 +200,46 @@ def changed(op: Op, changes: Mapping[str, Any]) -> Op:
     return out
 
 
-def floats(value: Tensor, name: str, ndims: tuple[int, ...], shapes: str) -> Float[Tensor, ...]:
+def floats(
+    value: Tensor, name: str, ndims: tuple[int, ...], shapes: str, *, infinite: bool = False
+) -> Float[Tensor, ...]:
     """A parameter in fp32, checked to be finite and of one of the expected numbers of axes.
 
     Raises:
         ShapeError: for another number of axes.
-        InvalidInputError: for non-finite values.
+        DegenerateInputError: for a tensor without numbers.
+        InvalidInputError: for tensors that are sparse, complex, boolean or have no memory, and for non-finite values;
+            infinity is allowed where it has a meaning.
     """
-    if not isinstance(value, Tensor):
-        raise InvalidInputError(f"{name}: got {type(value).__name__}; give a torch tensor of shape {shapes}.")
+    usable = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if not usable or value.is_quantized or value.is_complex() or value.dtype == torch.bool:
+        raise InvalidInputError(f"{name}: got {shown(value)}; give a dense torch tensor of real numbers, {shapes}.")
     if value.ndim not in ndims:
         raise ShapeError(f"{name}: shape {tuple(value.shape)}; give {shapes}.")
+    if not value.numel():
+        raise DegenerateInputError(f"{name}: shape {tuple(value.shape)} holds no number; give {shapes}.")
     if not value.requires_grad:
         value = value.detach().float()
-    if not bool(torch.isfinite(value).all()):
+    if bool((value.isnan() if infinite else ~torch.isfinite(value)).any()):
         raise InvalidInputError(f"{name}: the tensor of shape {tuple(value.shape)} holds non-finite values.")
     return value
+
+
+def set_numbers(op: Op, *names: str, infinite: bool = False) -> None:
+    """Checks parameters that are a number, or one per batch row, and that all parameters are for the same rows.
+
+    Raises:
+        ShapeError: for another number of axes, or other rows than those of the other parameters.
+        InvalidInputError: for non-finite numbers; infinity is allowed where it has a meaning.
+    """
+    for name in names:
+        value = getattr(op, name)
+        if isinstance(value, Tensor):
+            shapes = "a number, or (rows,) for one per row"
+            object.__setattr__(op, name, floats(value, f"{op.name}.{name}", (0, 1), shapes, infinite=infinite))
+        elif not infinite and math.isinf(value):
+            raise InvalidInputError(f"{op.name}({name}={value}): give a finite number.")
+    _ = op.n_rows
 
 
 def vector(value: Tensor, name: str) -> Float[Tensor, "*rows d"]:

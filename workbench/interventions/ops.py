@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,10 +11,24 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import EditError, InvalidInputError, ShapeError
-from workbench.interventions.op import LowRankForm, Op, Where, basis, floats, moves, project, same_width, unit, vector
+from workbench.interventions.op import (
+    LowRankForm,
+    Op,
+    Where,
+    basis,
+    floats,
+    moves,
+    project,
+    same_width,
+    set_numbers,
+    unit,
+    vector,
+)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Add(Op):
     """`h + strength * vector`.
@@ -33,6 +48,7 @@ class Add(Op):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vector", vector(self.vector, "Add"))
+        set_numbers(self, "strength")
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         where = where or Where.of(h)
@@ -53,6 +69,7 @@ class Add(Op):
         return LowRankForm(nothing, nothing, bias)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class AddScaled(Op):
     """`h + strength * size * direction`: an addition whose size follows the residual stream.
@@ -74,8 +91,9 @@ class AddScaled(Op):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vector", unit(self.vector, "AddScaled"))
-        if isinstance(self.size, str) and self.size != "norm":
-            raise InvalidInputError(f"AddScaled(size={self.size!r}): use 'norm' or a number.")
+        set_numbers(self, "strength")
+        if not isinstance(self.size, str) and not 0 < self.size < math.inf:
+            raise InvalidInputError(f"AddScaled(size={self.size}): give 'norm' or a finite number above 0.")
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         where = where or Where.of(h)
@@ -92,6 +110,7 @@ class AddScaled(Op):
         return bool((torch.as_tensor(self.strength) != 0).any())
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ProjectOut(Op):
     """Removes a direction or a subspace: `h - sum_i (h . r_i) r_i` over an orthonormal basis.
@@ -125,6 +144,7 @@ class ProjectOut(Op):
         return LowRankForm(-self.directions, self.directions, self.directions.new_zeros(self.directions.shape[-1]))
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Affine(Op):
     """`h W^T + b`, with W as in `torch.nn.Linear`.
@@ -157,6 +177,7 @@ class Affine(Op):
         return self.weight.shape[0]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class LowRank(Op):
     """`h + R^T (W h + b - R h)`: the intervention of LoReFT (Wu et al. 2024, equation 1).
@@ -198,6 +219,7 @@ class LowRank(Op):
         return LowRankForm(self.W - self.R, self.R, bias)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Map(Op):
     """Any function of the hidden states, `(n, d) -> (n, d)` in fp32.
@@ -216,6 +238,7 @@ class Map(Op):
         return out
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class PerRow(Op):
     """A choice of edits, one for each batch row.
@@ -230,6 +253,8 @@ class PerRow(Op):
     per_row: ClassVar[Mapping[str, int]] = {"owner": 0}
 
     def __post_init__(self) -> None:
+        if self.owner.ndim != 1 or not self.owner.numel() or not self.ops:
+            raise ShapeError(f"PerRow: {len(self.ops)} ops, owner {tuple(self.owner.shape)}; give ops and (rows,).")
         if not -1 <= int(self.owner.min()) <= int(self.owner.max()) < len(self.ops):
             raise InvalidInputError(
                 f"PerRow: owners {self.owner.tolist()} of {len(self.ops)} ops; use -1 to {len(self.ops) - 1}."

@@ -6,7 +6,8 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,24 +15,34 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from workbench.errors import EditError, ShapeError
-from workbench.hooks.attach import Fn, attached
+from workbench.hooks.attach import Fn, attach
+from workbench.hooks.handles import Hooks, why_silent
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.compiled import Compiled, GateState, compile_edits, refuse_missing, refuse_unmet
 from workbench.interventions.intervention import Intervention
-from workbench.interventions.jobs import Job, cached_columns, watching_generate
+from workbench.interventions.jobs import Job, cached_columns, unwatch_generate, watch_generate
 from workbench.interventions.op import Where
 from workbench.interventions.report import EditReport
 from workbench.interventions.scopes import Scope
 from workbench.interventions.step import Step
 
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Plan]] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Plan]]] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()  # a plan that is freed while the lock is held takes its hooks off under it
 
 
 def active_plans(hf: nn.Module) -> tuple[Plan, ...]:
     """The plans that are on for a model, outermost first."""
     with _LOCK:
-        return tuple(_ACTIVE.get(hf, ()))
+        plans = [plan() for plan in _ACTIVE.get(hf, ())]
+    return tuple(plan for plan in plans if plan is not None)
+
+
+def _deactivate(hf: nn.Module, plan: weakref.ref[Plan]) -> None:
+    with _LOCK:
+        left = [known for known in _ACTIVE.get(hf, ()) if known is not plan and known() is not None]
+        _ACTIVE[hf] = left
+        if not left:
+            unwatch_generate(hf)
 
 
 def require_met(plans: Sequence[Plan]) -> None:
@@ -39,7 +50,7 @@ def require_met(plans: Sequence[Plan]) -> None:
     for tallies in zip(*(plan._compiled.tallies for plan in plans), strict=True):
         edit = tallies[0].edit
         if all(tally in plan._compiled.unmet for tally, plan in zip(tallies, plans, strict=True)):
-            refuse_unmet(edit, sum(tally.fired for tally in tallies))
+            refuse_unmet(edit, sum(tally.fired for tally in tallies), why_silent(plans[0]._hf))
         missing = [part for part in tallies[0].missing if all(part in tally.missing for tally in tallies)]
         if missing:
             refuse_missing(edit, missing)
@@ -50,24 +61,27 @@ class Plan:
 
     One hook per site; edits of a site in list order, computed in fp32 and rounded to the model's dtype once; edits of
     the form `h + (h U^T) V + b` that follow each other are merged. Leaving the block raises `EditError` if an edit
-    never ran, met no token, or changed nothing although it had to. Plans may be nested; they belong to one thread.
+    never ran, met no token, or changed nothing although it had to. Plans may be nested; they belong to one thread. The
+    edits are on as long as the block lasts and the plan is referred to: a plan that is freed takes its hooks off.
 
     Attributes:
         report: one `EditReport` per edit, up to now.
         proves_scope: whether leaving raises for an edit that met no token. Where one job is done in several blocks, as
             a generation in batches, this is asked of all of them together, by `require_met`.
+        first_row: number of the batch's first row in the whole job, for the texts of errors.
         keeps_counts: whether a second block goes on counting, as the turns of a session do, instead of beginning anew.
     """
 
     proves_scope = True
     keeps_counts = False
+    first_row = 0
 
     def __init__(self, hf: nn.Module, sites: SiteMap, intervention: Intervention) -> None:
         self._hf, self._intervention = hf, intervention
         self._n_rows = intervention.n_rows
         self._compiled: Compiled = compile_edits(sites, intervention, next(hf.parameters()).device)
         self._wants_history = any(edit.scope.needs_history for edit in intervention.edits)
-        self._stack: contextlib.ExitStack | None = None
+        self._hooks = Hooks()
         self._forget()
 
     def _forget(self) -> None:
@@ -102,7 +116,7 @@ class Plan:
     # Entering and leaving.
 
     def __enter__(self) -> Plan:
-        if self._stack is not None:
+        if self._hooks:
             raise EditError("This plan is already active. Leave its block first, or make a second plan.")
         if self._hf.training and any(getattr(m, "gradient_checkpointing", False) for m in self._hf.modules()):
             raise EditError(
@@ -112,42 +126,41 @@ class Plan:
         if not self.keeps_counts:
             self._compiled.reset()
         self._thread = threading.get_ident()
-        with contextlib.ExitStack() as stack:
-            self._register(stack)
+        try:
+            self._activate(self._hooks)
             # The base model as well, for calls that do not go through the language model head.
             for module in dict.fromkeys((self._hf, getattr(self._hf, "base_model", self._hf))):
-                stack.callback(module.register_forward_pre_hook(self._begin_step, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(self._end_step, always_call=True).remove)
-            stack.enter_context(watching_generate(self._hf, self))
-            stack.enter_context(attached([(point, self.at(point)) for point in self._compiled.points]))
-            self._stack = stack.pop_all()
-        return self
+                self._hooks.add(module, _weakly(self._begin_step), before=True)
+                self._hooks.add(module, _weakly(self._end_step), always=True)
+            attach(self._hooks, [(point, self.at(point)) for point in self._compiled.points])
+            return self
+        except BaseException:
+            self._hooks.remove()
+            raise
 
-    def _register(self, stack: contextlib.ExitStack) -> None:
+    def _activate(self, hooks: Hooks) -> None:
+        this: weakref.ref[Plan] = weakref.ref(self)
         with _LOCK:
-            plans = _ACTIVE.setdefault(self._hf, [])
-            others = [plan for plan in plans if plan._thread != self._thread]
+            others = [plan for plan in active_plans(self._hf) if plan._thread != self._thread]
             if others:
                 raise EditError(
                     f"{others[0]} is active on this model in another thread; the edits of both would reach both. "
                     "Put the edits of both into one plan, or give each thread a model of its own."
                 )
-            plans.append(self)
-        stack.callback(self._unregister)
-
-    def _unregister(self) -> None:
-        with _LOCK:
-            _ACTIVE[self._hf].remove(self)
+            hooks.note(partial(_deactivate, self._hf, this))
+            _ACTIVE.setdefault(self._hf, []).append(this)
+            watch_generate(self._hf, partial(active_plans, self._hf))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        assert self._stack is not None
-        self._stack.close()
-        self._stack = None
+        try:
+            self._hooks.remove()
+        finally:
+            self._hooks.remove()
         self._forget()
         if kind is None:
             if self.proves_scope:
                 require_met([self])
-            self._compiled.prove()
+            self._compiled.prove(self.first_row)
 
     # What is known about the tokens of a forward pass.
 
@@ -174,10 +187,14 @@ class Plan:
                 setattr(self, name, value[index.to(value.device)])
         for gate in self._gates.values():
             gate.select(index)
+        for tally in self._compiled.tallies:
+            tally.keep_rows(index)
 
     def ignore_rows(self, ended: Bool[Tensor, " batch"]) -> None:
         """States which rows of the batch only keep their place: they are not edited, and not counted."""
         self._ignored = ended
+        for tally in self._compiled.tallies:
+            tally.end_rows(ended)
 
     @property
     def points(self) -> Sequence[Point]:
@@ -196,7 +213,7 @@ class Plan:
         self._forget()
         self._prompt_width = ids.shape[1]
         self._history = ids[:, :past] if past else None
-        self._set_step(ids[:, past:], (ids.shape[0], ids.shape[1] - past), mask, past)
+        self._set_step(ids[:, past:], ids[:, past:], mask, past)
         try:
             yield
         finally:
@@ -227,7 +244,7 @@ class Plan:
                 plain = torch.cat([prompt, new], 1)[:, : past + width]
         elif plain is None:
             plain = torch.ones(batch, past + width, dtype=torch.bool, device=source.device)
-        self._set_step(ids, (batch, width), plain, past)
+        self._set_step(ids, source, plain, past)
         self._began = module
 
     def _end_step(self, module: nn.Module, *_: object) -> None:
@@ -235,18 +252,20 @@ class Plan:
         if module is self._began and threading.get_ident() == self._thread:
             self._step = self._began = None
 
-    def _set_step(self, ids: Tensor | None, shape: tuple[int, ...], mask: Tensor, past: int) -> None:
-        batch, width = shape
+    def _set_step(self, ids: Tensor | None, source: Tensor, mask: Tensor, past: int) -> None:
+        batch, width = source.shape[:2]
         mask = mask[:, : past + width]
         job = self.job
         if job.fresh if job is not None else past == 0:
             self._prompt_width, self._row, self._ignored = width if job is None else job.width, None, None
             if job is not None:
                 job.fresh, self._roles, self._history = False, None, None
+            for tally in self._compiled.tallies:
+                tally.begin_batch()
         elif self._prompt_width == 0:
             self._prompt_width = past + width
         if self._row is None or len(self._row) != batch:
-            self._row = self._rows_of(ids, batch, mask.device)
+            self._row = self._rows_of(source, batch, mask.device)
         if self._wants_history:
             self._remember(ids, past)
         roles = self._roles
@@ -278,8 +297,11 @@ class Plan:
         else:
             self._history = ids
 
-    def _rows_of(self, ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
-        """The row of per-row parameters for each batch row; beams and returned sequences repeat each row."""
+    def _rows_of(self, source: Tensor, batch: int, device: torch.device) -> Tensor:
+        """The row of per-row parameters for each batch row; beams and returned sequences repeat each row.
+
+        `source` holds the ids or the embeddings of the pass.
+        """
         n = self._n_rows
         if n is None:
             return torch.arange(batch, device=device)
@@ -287,8 +309,8 @@ class Plan:
             raise ShapeError(f"The intervention has parameters for {n} rows; the batch has {batch} rows.")
         repeats = batch // n
         masks = any(edit.scope.n_rows is not None for edit in self._intervention.edits)
-        if repeats > 1 and ids is not None and (n > 1 or masks):
-            groups = ids.view(n, repeats, -1)
+        if repeats > 1 and (n > 1 or masks):
+            groups = source.reshape(n, repeats, -1)
             if not bool((groups == groups[:, :1]).all()):
                 raise ShapeError(
                     f"The intervention has parameters for {n} rows; the batch has {batch} rows, and they are not each "
@@ -299,15 +321,18 @@ class Plan:
     # Reading gates and writing edits.
 
     def at(self, point: Point) -> Fn:
-        """The function that reads the gates and makes the edits of one site."""
-        gates, groups = self._compiled.gates_at(point), self._compiled.groups_at(point)
+        """The function that reads the gates and makes the edits of one site, as long as this plan exists."""
+        gates, groups, this = self._compiled.gates_at(point), self._compiled.groups_at(point), weakref.ref(self)
 
         def run(x: Tensor) -> Tensor | None:
+            plan = this()
+            if plan is None:
+                return None
             flat = point.flat(x)
-            step = self._step_for(point, flat)
+            step = plan._step_for(point, flat)
             for gate in gates:
-                self._gates.setdefault((id(gate), point.site), GateState()).read(gate, flat, step)
-            edited = self._write(flat, step, groups)
+                plan._gates.setdefault((id(gate), point.site), GateState()).read(gate, flat, step)
+            edited = plan._write(flat, step, groups)
             return None if edited is None else point.unflat(edited, x)
 
         return run
@@ -317,7 +342,7 @@ class Plan:
         if step is None:
             raise EditError(
                 f"Site {point.site} was reached without a call of the model itself; call model.hf(...), "
-                "not one of its blocks."
+                f"not one of its blocks.{why_silent(self._hf)}"
             )
         if flat.shape[0] != step.is_real.shape[0] or flat.shape[1] > step.is_real.shape[1]:
             raise EditError(
@@ -342,7 +367,7 @@ class Plan:
         for group in groups:
             row, column = self._select(group.scope, step, flat.device)
             chosen = group.through_gate(self._gates, row, column, flat.shape[1])
-            group.count(len(row), chosen, step)
+            group.count(row, chosen, step)
             if chosen is not None:
                 row, column = row[chosen], column[chosen]
             if row.numel() == 0:
@@ -367,6 +392,17 @@ class Plan:
         for group, row, column, before, where in done:
             group.measure(before, change[row, column], where)
         return written
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method as a hook that does not keep its object, and so the model that the object belongs to, in memory."""
+    weak = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> Any:
+        live = weak()
+        return None if live is None else live(*args)
+
+    return hook
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import EditError, InvalidInputError, ShapeError, did_you_mean
 from workbench.interventions.op import LowRankForm, Op, Where, basis, changed, floats, project, same_width
 from workbench.tokens import TokenBatch
@@ -17,6 +18,7 @@ from workbench.tokens import TokenBatch
 AblateKind = Literal["zero", "mean", "resample"]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Ablate(Op):
     """Replaces the activation, or its part in a subspace, by zero, by a mean, or by that of another sample.
@@ -54,6 +56,8 @@ class Ablate(Op):
             object.__setattr__(self, "reference", floats(self.reference, f"Ablate({self.kind})", (ndim,), shapes))
         if self.directions is not None:
             object.__setattr__(self, "directions", basis(self.directions, "Ablate"))
+        if isinstance(self.seed, Tensor) and self.seed.ndim != 1:
+            raise ShapeError(f"Ablate: seed {tuple(self.seed.shape)}; give a number, or (rows,) for one per row.")
         if self.reference is not None and self.directions is not None:
             same_width("Ablate", reference=self.reference, directions=self.directions)
 
@@ -76,7 +80,8 @@ class Ablate(Op):
         return x.remainder(n)
 
     def _seeds(self, rows: Tensor) -> Tensor:
-        return rows * 0x2545F4914F6CDD1D + int(self.seed) * 7919
+        # Modulo 2**64, as the product with the rows is.
+        return rows * 0x2545F4914F6CDD1D + ((int(self.seed) * 7919 + 2**63) % 2**64 - 2**63)
 
     def take(self, rows: Int[Tensor, " chosen"]) -> Op:
         return changed(self, {"seed": self.seed[rows] if isinstance(self.seed, Tensor) else self._seeds(rows)})
@@ -97,6 +102,7 @@ class Ablate(Op):
         return LowRankForm(-self.directions, self.directions, project(bias[None], self.directions)[0])
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Replace(Op):
     """Sets the activation to a given value.
@@ -123,6 +129,7 @@ class Replace(Op):
         return self.value.shape[-1]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Patch(Op):
     """Sets the activation, or its part in a subspace, to that of another run at the same row and position.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.interventions.intervention import Edit
@@ -92,6 +92,10 @@ class Tally:
         """Begins to count anew."""
         self.of_rows: Tensor | None = None
         self.missing: list[Scope] = list(self.edit.scope.parts)
+        # Rows of the batch that wait for a token at a position asked for by name, with their numbers.
+        self.waiting: tuple[Tensor, Tensor] | None = None
+        # Of the batches before it: how many rows met none, and the number of one of them.
+        self.empty: tuple[Tensor, Tensor] | None = None
         self.fired = self.tokens = self.in_scope = 0
         self.intended: Tensor | float = 0.0
         self.applied: Tensor | float = 0.0
@@ -110,10 +114,43 @@ class Tally:
             of_rows = self.of_rows.to(applied.device)
             self.of_rows = of_rows.index_add(1, rows, torch.stack([torch.ones_like(applied), applied]).float())
 
-    def look_for(self, step: Step) -> None:
-        """Notes which of the positions that were asked for by name are in this forward pass."""
+    def look_for(self, step: Step, row: Int[Tensor, " n"]) -> None:
+        """Notes which of the positions that were asked for by name are in this forward pass, and in which rows."""
         if self.missing:
             self.missing = [part for part in self.missing if not bool(part.mask(step).any())]
+        wanted = self.edit.scope.wanted_rows(step)
+        if wanted is None:
+            return
+        if self.waiting is None or len(self.waiting[0]) != len(wanted):
+            self.waiting = wanted.clone(), step.row
+        self.waiting[0][row.to(wanted.device)] = False
+
+    def begin_batch(self) -> None:
+        """Other prompts follow."""
+        self.empty, self.waiting = self._all_empty(), None
+
+    def _all_empty(self) -> tuple[Tensor, Tensor] | None:
+        if self.waiting is None:
+            return self.empty
+        waiting, number = self.waiting
+        n, row = waiting.sum(), number.masked_fill(~waiting.to(number.device), -1).amax()
+        return (n, row) if self.empty is None else (n + self.empty[0], torch.maximum(row, self.empty[1]))
+
+    def keep_rows(self, index: Int[Tensor, " kept"]) -> None:
+        """The batch goes on with these rows; the others have ended and need no token any more."""
+        if self.waiting is not None:
+            waiting, number = self.waiting
+            self.waiting = waiting[index.to(waiting.device)], number[index.to(number.device)]
+
+    def end_rows(self, ended: Bool[Tensor, " batch"]) -> None:
+        """These rows have ended and need no token any more."""
+        if self.waiting is not None and len(self.waiting[0]) == len(ended):
+            self.waiting[0].masked_fill_(ended.to(self.waiting[0].device), False)
+
+    def rows_without(self) -> tuple[int, int]:
+        """How many rows had to meet a token and met none, and the number of one of them."""
+        empty = self._all_empty()
+        return (0, -1) if empty is None else (int(empty[0]), int(empty[1]))
 
     def unchanged_rows(self) -> list[int]:
         """Rows of the parameters that met tokens and changed none of them."""

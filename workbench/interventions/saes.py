@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.errors import InvalidInputError, ShapeError, did_you_mean
-from workbench.interventions.op import Op, Where, moves, vector
+from workbench.arguments import checked, shown
+from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.interventions.op import Op, Where, floats, moves, same_width, set_numbers, vector
 from workbench.interventions.saecode import decode, decoder_rows, encode, encode_some, output_scale, refuse_transcoder
 
 ErrorTerm = Literal["keep", "drop"]
@@ -45,23 +47,27 @@ class _FeatureOp(_SAEOp):
         raise NotImplementedError
 
     def _check(self, name: str | None = None) -> None:
+        object.__setattr__(self, "features", features_of(self.sae, self.features))
         if self._reads:
             refuse_transcoder(self.sae, self.name)
-        object.__setattr__(self, "features", features_of(self.sae, self.features))
         assert isinstance(self.features, Tensor)
         ordered = self.features.sort(-1).values
         twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
         if twice.numel():
             raise InvalidInputError(f"{self.name}: feature {int(twice[0])} is named twice; name each feature once.")
         value = None if name is None else getattr(self, name)
-        if isinstance(value, Tensor):
+        if name is not None and isinstance(value, Tensor):
+            shapes = "a number, (f,), (rows,) or (rows, f)"
+            object.__setattr__(self, name, floats(value, f"{self.name}.{name}", (1, 2), shapes))
             # (f,) for features (f,), (rows,) for features (rows, f), or (rows, f) for either.
             known = self.features.shape
             whole = value.ndim == 2 and value.shape[1] == known[-1] and (len(known) == 1 or len(value) == known[0])
             if not whole and value.shape != known[:1]:
                 raise ShapeError(f"{self.name}: {name} {tuple(value.shape)} does not fit features {tuple(known)}.")
-        if self.error not in ("keep", "drop"):
-            raise InvalidInputError(f"{self.name}(error={self.error!r}): {did_you_mean(self.error, ('keep', 'drop'))}")
+        elif value is not None and math.isinf(value):
+            raise InvalidInputError(f"{self.name}({name}={value}): give a finite number.")
+        if not self.features.numel() and self.error == "keep":
+            raise DegenerateInputError(f"{self.name}: there is no feature, so nothing would be edited. Name one.")
 
     def _values(self, name: str, where: Where, acts: Tensor) -> Tensor:
         """A parameter as `(n, f)` or `(n, 1)`: a number, one per feature, one per row, or one per row and feature."""
@@ -116,19 +122,27 @@ def features_of(sae: Any, features: Sequence[int] | Tensor) -> Int[Tensor, "*row
         InvalidInputError: if a feature does not exist.
         ShapeError: for more axes.
     """
+    W_dec = getattr(sae, "W_dec", None)
+    if not isinstance(W_dec, Tensor) or W_dec.ndim != 2:
+        raise InvalidInputError(f"{type(sae).__name__} is no SAE: it has no W_dec (d_sae, d_in). Use wb.load_sae.")
     try:
-        ids = torch.as_tensor(features, dtype=torch.long)
-    except (OverflowError, RuntimeError, ValueError) as error:  # by which of them depends on how large they are
-        raise InvalidInputError(f"features={features!r}: these are no feature numbers ({error}).") from None
+        ids = torch.as_tensor(features)
+        ids = ids if ids.numel() else ids.long()
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # which of them depends on how large they are
+        raise InvalidInputError(f"features={shown(features)}: these are no feature numbers ({error}).") from None
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InvalidInputError(f"features={shown(features)}: these are no feature numbers; give whole numbers.")
+    ids = ids.long()
     if ids.ndim not in (1, 2):
         raise ShapeError(f"features: shape {tuple(ids.shape)}; give (f,) for all rows or (rows, f) for each row.")
-    d_sae = sae.W_dec.shape[0]
+    d_sae = len(W_dec)
     bad = ids[(ids < 0) | (ids >= d_sae)]
     if bad.numel():
         raise InvalidInputError(f"Feature {int(bad[0])} does not exist; this SAE has features 0 to {d_sae - 1}.")
     return ids
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class SAEClamp(_FeatureOp):
     """Sets or bounds feature activations: `x + sum_f (a'_f - a_f) W_dec[f]`.
@@ -159,11 +173,6 @@ class SAEClamp(_FeatureOp):
 
     def __post_init__(self) -> None:
         self._check("value")
-        for name, known in (("when", ("always", "active")), ("mode", ("set", "min", "max"))):
-            if getattr(self, name) not in known:
-                raise InvalidInputError(
-                    f"SAEClamp({name}={getattr(self, name)!r}): {did_you_mean(getattr(self, name), known)}"
-                )
 
     def _new(self, acts: Tensor, where: Where) -> Tensor:
         value = self._values("value", where, acts).expand_as(acts)
@@ -174,6 +183,7 @@ class SAEClamp(_FeatureOp):
         return _row_values(self, "value")
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class SAEScale(_FeatureOp):
     """Multiplies feature activations: `x + sum_f (factor - 1) a_f W_dec[f]`. Inactive features change nothing.
@@ -207,6 +217,7 @@ class SAEScale(_FeatureOp):
         return _row_values(self, "factor")
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class SAEAblate(_FeatureOp):
     """Zeroes feature activations: `x - sum_f a_f W_dec[f]`. Inactive features change nothing.
@@ -235,6 +246,7 @@ class SAEAblate(_FeatureOp):
         return torch.zeros_like(acts)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class SAEAdd(_FeatureOp):
     """Adds to feature activations, without encoding: `x + sum_f amount_f W_dec[f]`.
@@ -291,6 +303,7 @@ def _row_values(op: _FeatureOp, name: str) -> dict[str, Tensor]:
     return found
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class SAEAddMax(_SAEOp):
     """Adds `strength * a_max * direction`, a_max being the largest feature activation at the token.
@@ -317,8 +330,11 @@ class SAEAddMax(_SAEOp):
     strength_name: ClassVar[str | None] = "strength"
 
     def __post_init__(self) -> None:
+        features_of(self.sae, [])
         refuse_transcoder(self.sae, self.name)
         object.__setattr__(self, "direction", vector(self.direction, self.name))
+        same_width(self.name, direction=self.direction, W_dec=self.sae.W_dec)
+        set_numbers(self, "strength")
 
     @classmethod
     def of_features(cls, sae: Any, features: Sequence[int], strength: float | Tensor = 1.0) -> SAEAddMax:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.interventions.step import Step, ends_of
 from workbench.wording import Marker, Wording
@@ -76,6 +76,14 @@ class Scope:
         """Single positions that were asked for by name; each of them has to exist in some row."""
         return ()
 
+    def wanted_rows(self, step: Step) -> Bool[Tensor, " batch"] | None:  # noqa: ARG002
+        """The rows that must hold a token, because their positions were asked for by name; None for no row."""
+        return None
+
+    def only_rows(self, step: Step) -> Bool[Tensor, " batch"] | None:  # noqa: ARG002
+        """The rows of which this scope holds every token, if it chooses among rows only."""
+        return None
+
     @property
     def is_empty(self) -> bool:
         """Whether this scope certainly holds no token, as where `take` chose other rows than it is about."""
@@ -135,6 +143,7 @@ class Last(Scope):
         return step.is_prompt & (step.position == step.prompt_length[:, None] - 1)
 
 
+@checked
 @dataclass(frozen=True)
 class Pos(Scope):
     """Absolute positions in the row; negative ones count from the end of the prompt."""
@@ -153,6 +162,9 @@ class Pos(Scope):
             hit |= step.position == wanted
         return hit
 
+    def wanted_rows(self, step: Step) -> Bool[Tensor, " batch"] | None:
+        return torch.ones_like(step.row, dtype=torch.bool)
+
     @property
     def only_last(self) -> bool:
         return set(self.positions) == {-1}
@@ -162,6 +174,7 @@ class Pos(Scope):
         return tuple(Pos(position) for position in self.positions)
 
 
+@checked
 @dataclass(frozen=True)
 class NotPrefix(Scope):
     """Every token but the first `n` of its row; `NotPrefix(1)` leaves out BOS, or the attention sink in its place.
@@ -260,52 +273,7 @@ class After(Scope):
         return (step.column > end[:, None]) & some[:, None]
 
 
-@dataclass(frozen=True, eq=False)
-class _Chosen(Scope):
-    """Shared by the scopes that are an explicit choice, one row of it per row of the intervention."""
-
-    chosen: Bool[Tensor, "rows ..."]
-    counted: ClassVar[str]
-
-    @property
-    def n_rows(self) -> int | None:
-        return len(self.chosen)
-
-    @property
-    def is_empty(self) -> bool:
-        return not bool(self.chosen.any())
-
-    def take(self, rows: Int[Tensor, " chosen"]) -> Scope:
-        # Copied, not made anew: that some of the rows hold no token is not what the user asked for.
-        out = copy.copy(self)
-        object.__setattr__(out, "chosen", self.chosen[rows.to(self.chosen.device)])
-        return out
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({int(self.chosen.sum())} of {self.chosen.numel()} {self.counted})"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Mask(_Chosen):
-    """An explicit choice of prompt tokens: True where the batch column is to be edited."""
-
-    chosen: Bool[Tensor, "batch pos"]
-    counted: ClassVar[str] = "columns"
-
-    def __post_init__(self) -> None:
-        if self.chosen.ndim != 2 or not bool(self.chosen.any()):
-            raise DegenerateInputError(
-                f"Mask of shape {tuple(self.chosen.shape)} chooses no token; nothing would be edited."
-            )
-
-    def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
-        if bool((step.row >= self.chosen.shape[0]).any()):
-            raise ShapeError(f"Mask has {self.chosen.shape[0]} rows; the batch has {step.is_real.shape[0]}.")
-        chosen = self.chosen.to(step.column.device)[step.row]
-        inside = step.column < chosen.shape[1]
-        return chosen[:, step.column.clamp_max(chosen.shape[1] - 1)] & inside
-
-
+@checked
 @dataclass(frozen=True)
 class Both(Scope):
     """Tokens in both scopes; written `left & right`."""
@@ -324,6 +292,11 @@ class Both(Scope):
     def only_last(self) -> bool:
         return self.left.only_last or self.right.only_last
 
+    def wanted_rows(self, step: Step) -> Bool[Tensor, " batch"] | None:
+        wanted, rows = self.left.wanted_rows(step), self.right.only_rows(step)
+        # Behind another scope than rows, a position may be left out on purpose.
+        return None if wanted is None or rows is None else wanted & rows.to(wanted.device)
+
     @property
     def is_empty(self) -> bool:
         return self.left.is_empty or self.right.is_empty
@@ -332,6 +305,7 @@ class Both(Scope):
         return f"({self.left} & {self.right})"
 
 
+@checked
 @dataclass(frozen=True)
 class Either(Scope):
     """Tokens in one scope or the other; written `left | right`."""
@@ -358,6 +332,7 @@ class Either(Scope):
         return f"({self.left} | {self.right})"
 
 
+@checked
 @dataclass(frozen=True)
 class Not(Scope):
     """Tokens outside a scope; written `~scope`."""
@@ -373,21 +348,6 @@ class Not(Scope):
 
     def __repr__(self) -> str:
         return f"~{self.inner}"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Rows(_Chosen):
-    """Every token of some batch rows."""
-
-    chosen: Bool[Tensor, " rows"]
-    counted: ClassVar[str] = "rows"
-
-    def __post_init__(self) -> None:
-        if self.chosen.ndim != 1 or not bool(self.chosen.any()):
-            raise DegenerateInputError(f"Rows of shape {tuple(self.chosen.shape)} chooses no row.")
-
-    def tokens(self, step: Step) -> Bool[Tensor, "batch pos"]:
-        return self.chosen.to(step.row.device)[step.row][:, None].expand_as(step.is_real)
 
 
 def _numbers(scope: Scope, ids: str | tuple[int | str, ...]) -> list[int]:

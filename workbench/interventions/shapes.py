@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import InvalidInputError, did_you_mean
-from workbench.interventions.op import Op, Where, basis, unit
+from workbench.arguments import checked
+from workbench.errors import InvalidInputError, ShapeError
+from workbench.interventions.op import Op, Where, basis, set_numbers, unit
 
 ProjectionMode = Literal["set", "min", "max", "subspace"]
-_MODES = ("set", "min", "max", "subspace")
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ClampProjection(Op):
     """Sets or bounds the projection on a direction: `h + (p' - p) v` with `p = h . v`, v of unit length.
@@ -39,8 +40,7 @@ class ClampProjection(Op):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vector", unit(self.vector, "ClampProjection"))
-        if self.mode not in _MODES:
-            raise InvalidInputError(f"ClampProjection(mode={self.mode!r}): {did_you_mean(self.mode, _MODES)}")
+        set_numbers(self, "value")
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         where = where or Where.of(h)
@@ -58,6 +58,7 @@ class ClampProjection(Op):
         return self.vector.shape[-1]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Cap(Op):
     """Limits the projection on a direction from above: `h - relu(h . v - tau) v`, v of unit length.
@@ -79,6 +80,7 @@ class Cap(Op):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vector", unit(self.vector, "Cap"))
+        set_numbers(self, "tau", infinite=True)
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         where = where or Where.of(h)
@@ -90,6 +92,7 @@ class Cap(Op):
         return self.vector.shape[-1]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Threshold(Op):
     """Adds only where there is little of the direction yet: `h + amount * v` if `h . v < tau`, v of unit length.
@@ -112,6 +115,8 @@ class Threshold(Op):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vector", unit(self.vector, "Threshold"))
+        set_numbers(self, "tau", infinite=True)
+        set_numbers(self, "amount")
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         where = where or Where.of(h)
@@ -124,6 +129,7 @@ class Threshold(Op):
         return self.vector.shape[-1]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Rotate(Op):
     """Turns the activation by an angle and keeps its norm.
@@ -150,8 +156,9 @@ class Rotate(Op):
             raise InvalidInputError("Rotate: give either the vector to turn towards or the plane to turn in.")
         if self.vector is not None:
             object.__setattr__(self, "vector", unit(self.vector, "Rotate"))
+        set_numbers(self, "theta")
+        if self.plane is None:
             return
-        assert self.plane is not None
         if self.plane.ndim != 2 or self.plane.shape[0] != 2 or basis(self.plane, "Rotate").shape[0] != 2:
             raise InvalidInputError(f"Rotate: plane {tuple(self.plane.shape)} must be two independent vectors (2, d).")
         first = unit(self.plane[0], "Rotate")
@@ -186,6 +193,7 @@ class Rotate(Op):
         return False
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class NormPreserve(Op):
     """Another edit, after which every activation is rescaled to the norm that it had.
@@ -216,6 +224,7 @@ class NormPreserve(Op):
         return f"NormPreserve({self.op.name})"
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class EqualNorm(Op):
     """The control of other edits: the norm of their change at each token, along one random direction.
@@ -234,7 +243,13 @@ class EqualNorm(Op):
     direction: Float[Tensor, " d"]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "direction", unit(self.direction, "EqualNorm"))
+        direction = unit(self.direction, "EqualNorm")
+        if direction.ndim != 1 or not self.ops or {op.width for op in self.ops} - {None, len(direction)}:
+            raise ShapeError(
+                f"EqualNorm: {len(self.ops)} ops of widths {[op.width for op in self.ops]}, direction "
+                f"{tuple(direction.shape)}; give ops and one direction (d,) of their width."
+            )
+        object.__setattr__(self, "direction", direction)
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         """The hidden states with a change of equal norm along the direction."""

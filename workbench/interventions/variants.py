@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, ShapeError
+from workbench.errors import DegenerateInputError
+from workbench.interventions.chosen import Rows
 from workbench.interventions.intervention import Edit, Intervention
 from workbench.interventions.op import Op, changed
 from workbench.interventions.ops import PerRow
-from workbench.interventions.scopes import All, Rows
+from workbench.interventions.scopes import All
 
 
 def variants(interventions: Sequence[Intervention], batch: int) -> Intervention:
@@ -33,9 +34,7 @@ def variants(interventions: Sequence[Intervention], batch: int) -> Intervention:
     """
     if not interventions:
         raise DegenerateInputError("variants([]): there is no intervention to compare. Give at least one.")
-    for intervention in interventions:
-        if intervention.n_rows not in (None, batch):
-            raise ShapeError(f"variants: parameters for {intervention.n_rows} rows; there are {batch} prompts.")
+    interventions = [intervention.for_rows(batch) for intervention in interventions]
     made_for = sum(interventions, Intervention()).made_for
     stacked = _stacked(interventions, batch)
     if stacked is not None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError
+from workbench.errors import DegenerateInputError, ShapeError
 from workbench.interventions.scopes import Scope
 from workbench.interventions.step import Step
 from workbench.tokens import TokenBatch
@@ -26,6 +26,10 @@ def chosen_tokens(batch: TokenBatch, scope: Scope, wording: Wording) -> Bool[Ten
         DegenerateInputError: if no token is in it.
     """
     rows, width = batch.ids.shape
+    if scope.n_rows not in (None, rows):
+        raise ShapeError(
+            f"positions={scope} is for {scope.n_rows} rows; the batch has {rows}. Give one for these rows."
+        )
     step = Step(
         ids=batch.ids,
         column=torch.arange(width, device=batch.ids.device),

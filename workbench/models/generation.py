@@ -85,6 +85,7 @@ def generate(
     batch_size: int = 128,
 ) -> Generation:
     """Continuations of left-padded prompts, `batch_size` rows at a time; see `Model.generate`."""
+    intervention = None if intervention is None else intervention.for_rows(len(batch))
     points = Recorder.points_of(parts.site_map, capture)
     stops = parts.stops(options)
     found: list[tuple[Rows, TokenBatch, Record]] = []
@@ -94,7 +95,7 @@ def generate(
         part = batch[rows] if _spares_prompt(intervention) else TokenBatch(batch.ids[rows], batch.mask[rows])
         plan = None if intervention is None else parts.plan(intervention.take(rows))
         if plan is not None:
-            plan.proves_scope = False
+            plan.proves_scope, plan.first_row = False, int(rows[0])
             plans.append(plan)
         recorder = Recorder(points, len(rows), part.ids.shape[1] + options.max_new_tokens)
         new = _one_batch(Decoder(parts.hf, options, stops, recorder), part, rows, plan, recorder)

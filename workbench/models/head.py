@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.errors import InvalidInputError
+from workbench.hooks.handles import Hooks
 from workbench.interventions.plan import active_plans
 
 _ROWS = 16_384
@@ -236,22 +237,21 @@ def forward(
 
     thread = threading.get_ident()
 
-    def choose(_module: Any, args: tuple[Any, ...]) -> Any:
+    def choose(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != thread:
             return None  # another thread's use of the same model
         # An edit of the logits needs them with their batch and position.
         caught.append(args[0] if chosen is None or edited else args[0][chosen.to(args[0].device)])
         if not unembed and not edited:
             raise _Caught
-        return (caught[0], *args[1:])
+        return (caught[0], *args[1:]), kwargs
 
-    handle = hf.get_output_embeddings().register_forward_pre_hook(choose)
-    try:
-        logits = hf(**{"use_cache": False, **inputs}).logits.float()
-    except _Caught:
-        return caught[0], None
-    finally:
-        handle.remove()
+    with Hooks() as on:
+        on.add(hf.get_output_embeddings(), choose, before=True)
+        try:
+            logits = hf(**{"use_cache": False, **inputs}).logits.float()
+        except _Caught:
+            return caught[0], None
     if edited and chosen is not None:
         return caught[0][chosen], logits[chosen]
     return caught[0], logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.errors import InvalidInputError
-from workbench.hooks.attach import attached
+from workbench.hooks.attach import attach
+from workbench.hooks.handles import Hooks
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
@@ -92,11 +92,11 @@ class Resume:
             hidden.append(args[0] if args else kwargs["hidden_states"])
 
         seen: list[Tensor] = []
-        with contextlib.ExitStack() as stack:
+        with Hooks() as on:
             for block in self._blocks:
-                stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
-            stack.callback(self._norm.register_forward_pre_hook(lambda _m, args: hidden.append(args[0])).remove)
-            stack.enter_context(attached([(self._point, seen.append)]))
+                on.add(block, note, before=True)
+            on.add(self._norm, lambda _module, args, _kwargs: hidden.append(args[0]), before=True)
+            attach(on, [(self._point, seen.append)])
             width = 1 if self._last else self._batch.ids.shape[1]
             at_end = torch.zeros(len(self._batch), width, dtype=torch.bool, device=self._batch.ids.device)
             at_end[torch.arange(len(self._batch)), self._ends()] = True

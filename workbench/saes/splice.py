@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from workbench.activations.keep import SINK_FACTOR, KeepRule
 from workbench.errors import DegenerateInputError, MismatchError
+from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.replacing import Patch
-from workbench.interventions.scopes import Mask
 from workbench.metrics import kl_divergence
 from workbench.saes.io import check_sae_fits, sae_keep_rule
 from workbench.tokenizer import special_ids
@@ -167,7 +167,9 @@ class Splicer:
     def _hidden(self, x_hat: Tensor, tokens: Tensor) -> Tensor:
         if not bool(tokens.any()):
             return self._clean
-        edit = Intervention.at(self._site, Patch.of_run(x_hat, self._part.batch), scope=Mask(tokens))
+        edit = Intervention.at(
+            self._site, Patch.of_run(x_hat, self._part.batch), scope=Mask(tokens, may_skip_rows=True)
+        )
         with self._model.plan(edit) as plan:
             return self._resume.hidden(plan, 1)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from workbench.errors import InvalidInputError
 from workbench.features.lens import lens_ends, lens_tokens, slab_rows, target_site
 from workbench.features.vocab import Vocabulary
+from workbench.hooks.handles import Hooks
 from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.saecode import decoder_rows
@@ -270,11 +271,9 @@ def watched(hf: nn.Module, fed: Callable[[Tensor], None]) -> Iterator[None]:
     def tell(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         fed(kwargs["input_ids"])
 
-    handle = hf.register_forward_pre_hook(tell, with_kwargs=True)
-    try:
+    with Hooks() as on:
+        on.add(hf, tell, before=True)
         yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
@@ -286,9 +285,7 @@ def stoppable(model: Model, stopped: Callable[[], bool]) -> Iterator[None]:
             raise Stopped
 
     stacks = (m for m in model.hf.modules() if isinstance(m, nn.ModuleList) and len(m) == model.n_layers)
-    handles = [block.register_forward_pre_hook(ask) for block in next(stacks, ())]
-    try:
+    with Hooks() as on:
+        for block in next(stacks, ()):
+            on.add(block, ask, before=True)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import EditError
+from workbench.hooks.handles import Hooks
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op
 from workbench.interventions.ops import PerRow
@@ -105,11 +106,9 @@ def _first_logits(hf: Any) -> Iterator[list[Tensor]]:
             # A copy: choosing the next token overwrites the logits.
             kept.append(out.logits[:, -1].detach().to(torch.float32, copy=True))
 
-    handle = hf.register_forward_hook(keep)
-    try:
+    with Hooks() as on:
+        on.add(hf, keep)
         yield kept
-    finally:
-        handle.remove()
 
 
 def text_loss(model: Any, arm: Arm, rows: TokenBatch, site: str, scope: Scope) -> np.ndarray:

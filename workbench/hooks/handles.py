@@ -1,0 +1,87 @@
+"""Hooks and settings that are put on together and taken off together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+
+class Hooks:
+    """What a block puts on a model; all of it is taken off when the block ends, also after an interrupt.
+
+    What takes a hook off is noted before the hook is put on, and running it twice does no harm. So a
+    KeyboardInterrupt between any two lines loses no hook. Python runs a few instructions before the first line of an
+    `__exit__`; after an interrupt there, the hooks are taken off when this object is freed. Nothing that a hook refers
+    to may therefore refer to this object.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def __bool__(self) -> bool:
+        """Whether anything is on."""
+        return bool(self._undo)
+
+    def note(self, undo: Callable[[], object]) -> None:
+        """Notes what takes back the next step; it may run before that step and more than once."""
+        self._undo.append(undo)
+
+    def add(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False, always: bool = False) -> None:
+        """Registers a forward hook.
+
+        Args:
+            module: where.
+            hook: called with the module, its arguments and its output.
+            before: called with the module, its positional and its named arguments before the module runs.
+            always: called after an exception as well.
+        """
+        self.note(partial(_take_off, module, hook))
+        if before:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+        else:
+            module.register_forward_hook(hook, always_call=always)
+
+    def remove(self) -> None:
+        """Takes everything off, last first."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.remove()
+        finally:
+            self.remove()
+
+    def __del__(self) -> None:
+        if getattr(self, "_undo", None):
+            self.remove()
+
+
+def _take_off(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Removes a hook by its identity: an interrupt in torch's registration leaves no handle to remove it with."""
+    for hooks, more in (
+        (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
+        (module._forward_hooks, [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]),
+    ):
+        for key in [key for key, known in hooks.items() if known is hook]:
+            for table in (*more, hooks):
+                table.pop(key, None)
+
+
+def why_silent(model: nn.Module) -> str:
+    """A sentence that says that hooks can't run in a compiled model, with a space in front; empty for others."""
+    for path, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            what = f"its part {path}" if path else "it"
+            return (
+                f" The model is compiled ({what}, a {type(module).__name__}), and no hooks run inside compiled code. "
+                "Use the model without torch.compile."
+            )
+    return ""
