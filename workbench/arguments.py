@@ -29,6 +29,18 @@ Check = Callable[[Any], Any]
 """Gives the value as the function is to see it, or `_WRONG`."""
 
 _WRONG: Any = object()
+
+
+class _Model(typing.Protocol):
+    hf: Any
+
+
+class _SAE(typing.Protocol):
+    W_dec: Any
+
+
+_BY_NAME = {"model": _Model, "sae": _SAE}
+"""What parameters of these names hold where they are declared as Any, since other libraries' objects fit as well."""
 _LISTS = (Sequence, Iterable, typing.get_origin(typing.Collection[int]), list, tuple, set, frozenset)
 
 
@@ -98,6 +110,8 @@ def _checks_of(fn: Callable[..., Any], signature: inspect.Signature) -> dict[str
     found: dict[str, tuple[Check, Any]] = {}
     for name, parameter in signature.parameters.items():
         annotation = _resolved(parameter.annotation, names)
+        if annotation is Any and name in _BY_NAME:
+            annotation = _BY_NAME[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
             annotation = tuple[annotation, ...]
         check = _of_filters(annotation, names) if parameter.kind is parameter.VAR_KEYWORD else _check_of(annotation)
@@ -142,7 +156,8 @@ def _check_of(annotation: Any) -> Check | None:
     if annotation is Any or origin is typing.Annotated:
         return _check_of(parts[0]) if parts else None
     if origin in (typing.Union, types.UnionType):
-        return _any_of([_check_of(part) for part in parts])
+        has_path = any(isinstance(part, type) and issubclass(part, PurePath) for part in parts)
+        return _any_of([_path if has_path and part is str else _check_of(part) for part in parts])
     if origin is Literal:
         return lambda value: value if any(type(value) is type(one) and value == one for one in parts) else _WRONG
     if annotation in (None, type(None)):
@@ -158,10 +173,26 @@ def _check_of(annotation: Any) -> Check | None:
     if kind is Callable:
         return lambda value: value if callable(value) else _WRONG
     if isinstance(kind, type) and issubclass(kind, PurePath):
-        return _is(os.PathLike)
-    # Protocols have no run-time form, arrays of numpy are made of anything that holds numbers.
-    usable = isinstance(kind, type) and kind is not object and kind.__module__ != "numpy"
-    return _is(kind) if usable and not getattr(kind, "_is_protocol", False) else None
+        return lambda value: _WRONG if isinstance(value, str) else _path(value)
+    if getattr(kind, "_is_protocol", False):
+        return _like(kind)
+    # Arrays of numpy are made of anything that holds numbers.
+    return _is(kind) if isinstance(kind, type) and kind is not object and kind.__module__ != "numpy" else None
+
+
+def _like(kind: type) -> Check:
+    """The check of a protocol: every public member is there."""
+    wanted = [name for name in (*vars(kind), *getattr(kind, "__annotations__", {})) if not name.startswith("_")]
+    return lambda value: value if all(hasattr(value, name) for name in wanted) else _WRONG
+
+
+def _path(value: Any) -> Any:
+    """A path that an operating system can take: no half characters, no zero byte."""
+    try:
+        text = os.fspath(value)
+        return value if b"\0" not in os.fsencode(text) and not isinstance(text, bytes) else _WRONG
+    except (TypeError, UnicodeEncodeError):
+        return _WRONG
 
 
 def _is(kind: type) -> Check:
@@ -179,7 +210,8 @@ def whole(value: Any) -> Any:
         value = value.item() if plain else None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         return _WRONG
-    return int(value)
+    number = int(value)
+    return number if -(2**63) <= number < 2**63 else _WRONG
 
 
 def real(value: Any) -> Any:
@@ -193,7 +225,9 @@ def real(value: Any) -> Any:
         number = float(value)
     except OverflowError:
         return _WRONG
-    return _WRONG if math.isnan(number) else value if isinstance(value, int) else number
+    if math.isnan(number):
+        return _WRONG
+    return value if isinstance(value, int) and abs(number) < 2**63 else number
 
 
 def _tensor(value: Any) -> Any:
@@ -219,8 +253,9 @@ def _any_of(checks: Sequence[Check | None]) -> Check | None:
 
     def check(value: Any) -> Any:
         found = [new for one in known if (new := one(value)) is not _WRONG]
-        # A tensor stays a tensor where both are declared.
-        return next((new for new in found if new is value), found[0] if found else _WRONG)
+        # A tensor of several numbers stays a tensor where a number is declared as well.
+        number = next((new for new in found if isinstance(value, Tensor) and not isinstance(new, Tensor)), None)
+        return number if number is not None else next((new for new in found if new is value), [*found, _WRONG][0])
 
     return check
 
@@ -232,7 +267,8 @@ def _list_of(kind: Any, parts: tuple[Any, ...]) -> Check:
 
     def check(value: Any) -> Any:
         if isinstance(value, (Tensor, *_arrays())):
-            if parts[:1] not in ((int,), (float,)) or value.ndim != 1:
+            unreadable = isinstance(value, Tensor) and _tensor(value) is _WRONG
+            if unreadable or parts[:1] not in ((int,), (float,)) or value.ndim != 1:
                 return _WRONG
             value = value.tolist()
         if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
@@ -281,8 +317,8 @@ def _words(annotation: Any) -> list[str]:
     if origin is Literal:
         return [repr(part) for part in parts]
     plain = {
-        int: "a whole number", float: "a number that is not nan", str: "a text", bool: "True or False",
-        type(None): "None", Tensor: "a dense tensor", Any: "any value",
+        int: "a whole number of at most 64 bits", float: "a number that is not nan", str: "a text",
+        bool: "True or False", type(None): "None", Tensor: "a dense tensor", Any: "any value",
     }  # fmt: skip
     if annotation in plain:
         return [plain[annotation]]
@@ -299,4 +335,4 @@ def _words(annotation: Any) -> list[str]:
         return ["a function"]
     if isinstance(kind, type) and issubclass(kind, Mapping):
         return ["a dict"]
-    return [f"a {getattr(kind, '__name__', kind)}"]
+    return [f"a {getattr(kind, '__name__', str(kind)).strip('_')}"]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.chats import Chat, is_chat, rendered
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.tokenizer import Affixes, NoTokenizer, affixes, decoded, pieces, special_ids, text_ids
@@ -22,6 +23,7 @@ Bos = Literal["auto"] | bool
 _SHOWN_ROWS, _SHOWN_TOKENS = 8, 64
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
     """Token ids of a batch, left-padded, with everything that a forward pass needs.

@@ -116,7 +116,7 @@ def test_a_stream_refuses_before_it_reads_anything() -> None:
         model.stream(never(), ["resid_pots.1"])
     for texts, sites, size, says in (
         (never(), "resid_post.1", 8, "give a list"),
-        ("abc", ["resid_post.1"], 8, "iterable of texts"),
+        ("abc", ["resid_post.1"], 8, "got one text; give a list"),
         (never(), ["resid_post.1"], 0, "at least 1"),
     ):
         with pytest.raises(InvalidInputError, match=says):

@@ -35,6 +35,7 @@ from workbench.activations.shardfile import safetensors_parts
 from workbench.activations.sources import SelfText, TokenRows
 from workbench.activations.store import SCALE, ActivationStore, first_not_finite, open_store
 from workbench.activations.write_behind import write_behind
+from workbench.arguments import checked
 from workbench.errors import CorruptFileError, InvalidInputError, MismatchError
 from workbench.progress import Task, task
 
@@ -42,6 +43,7 @@ STATISTICS_TOKENS = 100_000
 """Kept tokens of the first shard from which the channels are standardised for int8, at most."""
 
 
+@checked
 def harvest(
     model: Any,
     source: Source,

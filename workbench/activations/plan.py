@@ -18,6 +18,7 @@ from workbench.activations.folder import Folder, open_folder
 from workbench.activations.keep import KeepRule
 from workbench.activations.manifest import MANIFEST, Dtype, Manifest, SiteStats
 from workbench.activations.packing import PackedRows, Source, packing_of
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
 from workbench.progress import clock
 from workbench.records import to_jsonable
@@ -34,6 +35,7 @@ WORKING_WIDTHS = 64
 """Memory of a forward pass, in fp32 values per token and unit of width, generously."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class HarvestOptions:
     """How a harvest is cut into pieces and stored; the activations don't depend on it beyond rounding.
@@ -223,6 +225,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
     return f"{name} is {old!r}, asked for {new!r}"
 
 
+@checked
 def estimate_harvest(
     model: Any, source: Source, sites: Sequence[str], out: str | Path = ".", *, options: HarvestOptions | None = None
 ) -> HarvestEstimate:

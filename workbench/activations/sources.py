@@ -16,10 +16,12 @@ from workbench.activations.files import about_tokens, documents, text_files
 from workbench.activations.manifest import Packing
 from workbench.activations.packing import PackedRows, check_sizes, packed, packing_of_text
 from workbench.activations.packing import Source as Source
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, InvalidInputError, did_you_mean
 from workbench.tokenizer import decoded, start_ids
 
 
+@checked
 @dataclass(frozen=True)
 class SelfText:
     """Text that the model writes itself: from the tokenizer's prefix (BOS), temperature 1, no truncated distribution.
@@ -90,6 +92,7 @@ class SelfText:
             yield PackedRows(torch.cat([prompt, new], dim=1), rows.contiguous())
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class TokenRows:
     """Rows of token ids as given; each row is a document."""
@@ -132,6 +135,7 @@ class TokenRows:
             yield PackedRows(ids, torch.arange(first, first + len(ids))[:, None].expand(ids.shape).contiguous())
 
 
+@checked
 @dataclass(frozen=True)
 class TextFiles:
     """Documents from files: a text file is one, each line of a `.jsonl` file, each row of a `.parquet` file.
@@ -207,6 +211,7 @@ class TextFiles:
         )  # fmt: skip
 
 
+@checked
 @dataclass(frozen=True)
 class HubDataset:
     """Documents from a Hugging Face data set (or a local folder of one), streamed and packed as in `TextFiles`.

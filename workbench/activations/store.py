@@ -21,6 +21,7 @@ from workbench.activations.manifest import DROP_REASONS as DROP_REASONS
 from workbench.activations.manifest import MANIFEST, Manifest, Shard, load_manifest
 from workbench.activations.manifest import SiteStats as SiteStats
 from workbench.activations.shardfile import read_tensor
+from workbench.arguments import checked
 from workbench.errors import (
     CorruptFileError,
     DegenerateInputError,
@@ -62,6 +63,7 @@ class Block:
         return Block(*(t[chosen] for t in (self.acts, self.tokens, self.positions, self.rows, self.documents)))
 
 
+@checked
 class ActivationStore:
     """Stored activations, read as a stream; open one with `open_store`."""
 
@@ -279,6 +281,7 @@ def checked_split(split: Split) -> Split:
     return split
 
 
+@checked
 def open_store(path: str | Path | Folder | ActivationStore) -> ActivationStore:
     """The store in a folder, or at an address such as s3://bucket/acts.
 

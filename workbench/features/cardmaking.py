@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
+from workbench.arguments import checked
 from workbench.errors import InvalidInputError
 from workbench.features.cards import Explanation, FeatureCard, LensToken, Neighbour, Window
 from workbench.features.cardset import CardSet
@@ -68,6 +69,7 @@ class CardOptions:
             raise InvalidInputError(f"{self}: needs 0 <= shown <= windows.top, per_decile >= 0, lens_k >= 1.")
 
 
+@checked
 def feature_cards(
     model: Model,
     sae: Any,

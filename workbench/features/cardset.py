@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from workbench.arguments import checked
 from workbench.atomic import replacing
 from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError
 from workbench.features.cards import FeatureCard
@@ -32,6 +33,7 @@ class CardSource(Protocol):
         ...
 
 
+@checked
 class CardSet:
     """Cards of some features, made or read when they are asked for; `cards[i]` is the card of feature i.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
+from workbench.arguments import checked
 from workbench.errors import InvalidInputError, did_you_mean
 from workbench.features.contexts import MISSING, ContextOptions, TopContexts, top_contexts
 from workbench.features.input_score import input_score
@@ -48,6 +49,7 @@ class ScoreOptions:
     seed: int = 0
 
 
+@checked
 def score_features(
     model: Model,
     sae: Any,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.arguments import checked
 from workbench.errors import (
     CorruptFileError,
     DegenerateInputError,
@@ -35,6 +36,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class FeatureTable:
     """Scores of SAE features.

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from workbench.arguments import checked
 from workbench.errors import UnknownSiteError, did_you_mean
 
 Side = Literal["in", "out", "inside"]
@@ -50,6 +51,7 @@ _TL_WITHOUT_SITE = {
 }  # fmt: skip
 
 
+@checked
 @dataclass(frozen=True, order=True)
 class Site:
     """One place in the network; text form `resid_post.10`, `z.10.h3` for one head, or `embed` outside the blocks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import UnknownSiteError
 from workbench.hooks.sites import Site, SiteMap
 from workbench.interventions.intervention import Edit, Intervention
@@ -12,6 +13,7 @@ from workbench.interventions.ops import ProjectOut
 from workbench.interventions.scopes import All
 
 
+@checked
 def ablate_everywhere(sites: SiteMap, directions: Float[Tensor, "*k d_model"]) -> Intervention:
     """Keeps the residual stream free of a direction or a subspace, from the embedding to the last block.
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from workbench.arguments import checked
 from workbench.errors import EditError, ShapeError
 from workbench.hooks.attach import Fn, attach
 from workbench.hooks.handles import Hooks, why_silent
@@ -56,6 +57,7 @@ def require_met(plans: Sequence[Plan]) -> None:
             refuse_missing(edit, missing)
 
 
+@checked
 class Plan:
     """An intervention bound to a model; a context manager in which every use of the model is edited.
 

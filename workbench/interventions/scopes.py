@@ -197,6 +197,7 @@ class NotPrefix(Scope):
         return step.position >= self.n
 
 
+@checked
 @dataclass(frozen=True)
 class TokenIs(Scope):
     """Every token whose id is one of these; a text stands for the single tokens that read so in running text.
@@ -221,6 +222,7 @@ class TokenIs(Scope):
         return TokenIs(*(i for part in self.ids for i in ([part] if isinstance(part, int) else wording.tokens(part))))
 
 
+@checked
 @dataclass(frozen=True)
 class After(Scope):
     """Every token behind a marker: `After("[/INST]")`, `After("</think>")`, or token ids.

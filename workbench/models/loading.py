@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from workbench.arguments import checked
 from workbench.errors import (
     CorruptFileError,
     InvalidInputError,
@@ -38,6 +39,7 @@ _WEIGHTS_PER_BYTE = 8
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
 
 
+@checked
 def load_model(
     name: str | Path = "embedded",
     *,

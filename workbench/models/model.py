@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.arguments import checked
 from workbench.chats import Chat
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.hooks.capture import Activations, capture
@@ -35,6 +36,7 @@ from workbench.progress import task
 from workbench.tokens import Bos, TokenBatch
 
 
+@checked
 class Model(Wrapped):
     """A Hugging Face causal language model and its tokenizer, readable and editable at named sites.
 

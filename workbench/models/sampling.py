@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.arguments import checked
 from workbench.errors import InvalidInputError
 
 _BLOCK = 256
@@ -24,6 +25,7 @@ class Filters(TypedDict, total=False):
     min_p: float
 
 
+@checked
 @dataclass(frozen=True)
 class Sampling:
     """How to choose the next token, and when to stop.

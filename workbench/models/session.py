@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, InvalidInputError, did_you_mean
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.report import EditReport
@@ -24,6 +25,7 @@ from workbench.tokens import TokenBatch, encode
 _OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "top_k", "top_p", "min_p")
 
 
+@checked
 class Session:
     """A conversation with a chat model; each turn feeds only what the model has not seen yet.
 

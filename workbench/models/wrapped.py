@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.arguments import checked, shown
 from workbench.chats import Chat
 from workbench.errors import InvalidInputError, ShapeError
 from workbench.hooks.families import build_site_map, position_tables
@@ -25,6 +26,7 @@ Texts = str | Sequence[str] | Chat | Sequence[Chat]
 Batch = TokenBatch | Texts | Int[Tensor, "batch pos"]
 
 
+@checked
 class Wrapped:
     """A Hugging Face causal language model and its tokenizer; `Model` adds what can be done with them."""
 
@@ -171,6 +173,10 @@ class Wrapped:
 
     def final_norm(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """The final normalisation, weight included, computed in fp32."""
+        if x.shape[-1:] != (self.d_model,):
+            raise ShapeError(
+                f"The final norm of {shown(x)}: give vectors of the residual stream, (..., {self.d_model})."
+            )
         # A copy at every call, which costs a vector: the weights may change between calls.
         norm = copy.deepcopy(self.site_map["final_norm"].module).float()
         with torch.no_grad():

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from workbench.arguments import checked
 from workbench.errors import InvalidInputError, UnknownNameError, did_you_mean
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated")
@@ -35,6 +36,7 @@ OPTIONS = {
 Kernel = Literal["auto", "csr", "csr_bf16", "dense", "triton", "reference"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
     """An SAE or transcoder and its training.

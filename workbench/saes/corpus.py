@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.report import Metric, Report, Section, Table
 from workbench.stats import Estimate
@@ -145,6 +146,7 @@ def null_range(null: Estimate) -> str:
     return f"{null.low:.4g} to {null.high:.4g}"
 
 
+@checked
 def check_corpus(
     model: Any,
     rows: Int[Tensor, "rows context"],

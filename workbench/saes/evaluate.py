@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.metrics import dead_share, decoder_norm_summary, squared_error
 from workbench.progress import task
@@ -28,6 +29,7 @@ SPLICES = ("sae", "sae_sinks", "zero_all", "zero", "mean", "random", "identity")
 DENSE = {"1%": 0.01, "10%": 0.10}
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """How an SAE is evaluated.
@@ -47,6 +49,7 @@ class EvalOptions:
             raise InvalidInputError(f"{self}: evaluate at least two rows, so that there is an interval.")
 
 
+@checked
 def evaluate_sae(model: Any, sae: Any, rows: Rows, *, options: EvalOptions | None = None) -> SAEReport:
     """Reconstruction and splice quality of an SAE or transcoder, beside its controls.
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.activations.keep import KeepRule
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.metrics import squared_error
 from workbench.progress import track
@@ -134,6 +135,7 @@ def random_rows(model: Any, tokens: int, context: int, seed: int) -> Int[Tensor,
     return rows
 
 
+@checked
 def fake_features(
     model: Any,
     saes: Mapping[str, Any],

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workbench.activations.keep import SINK_FACTOR
 from workbench.activations.store import ActivationStore
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, MismatchError
 from workbench.hooks.sites import Site
 from workbench.metrics import fvu
@@ -193,6 +194,7 @@ class FitReport(Report):
 Batch = Sequence[str] | Int[Tensor, "rows pos"] | TokenBatch | ActivationStore
 
 
+@checked
 def check_sae(model: Any, sae: Any, batch: Batch | None = None) -> FitReport:
     """Runs an SAE on real activations at its site, and where that is not good elsewhere and at other scales.
 

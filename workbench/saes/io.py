@@ -11,6 +11,7 @@ import safetensors
 import torch
 
 from workbench.activations.keep import KeepRule
+from workbench.arguments import checked
 from workbench.errors import (
     CorruptFileError,
     InvalidInputError,
@@ -53,6 +54,7 @@ class Reading(TypedDict, total=False):
     subtracts_b_dec: bool | None
 
 
+@checked
 def load_sae(
     where: str | Path,
     device: str | torch.device = "cpu",

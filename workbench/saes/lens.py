@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import InvalidInputError
 from workbench.saes.architectures import (
     Architecture,
@@ -83,6 +84,7 @@ _KINDS = {
 }  # fmt: skip
 
 
+@checked
 def register_with_sae_lens() -> dict[str, tuple[type, type]]:
     """Makes `workbench_relu, _topk, _batchtopk, _jumprelu, _gated, _matryoshka` training architectures of sae_lens.
 

@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
+from workbench.arguments import checked, shown
 from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.interventions.op import floats
 from workbench.report import Metric, Report, Section, Table
 from workbench.similarity import RESAMPLES, Assignment, Overlap, assign_candidates, assign_directions, entries, overlap
 from workbench.stats import Estimate, sample_mean, wilson
@@ -28,7 +30,9 @@ CHUNK = 1024
 def directions(sae: Any, which: Which = "decoder") -> Float[Tensor, "d_sae d_in"]:
     """One direction per feature: the decoder rows of an SAE, or its encoder columns. A matrix is taken as it is."""
     if isinstance(sae, Tensor):
-        return sae.detach().float()
+        return floats(sae, "directions", (2,), "(d_sae, d_in), one direction per feature")
+    if not hasattr(sae, "W_dec"):
+        raise InvalidInputError(f"directions({shown(sae)}): give an SAE, as from load_sae, or a matrix (d_sae, d_in).")
     weight = sae.W_dec if which == "decoder" else sae.W_enc.T
     return weight.detach().float().cpu()
 
@@ -81,6 +85,7 @@ class SharedFeatures(Report):
         return Section("Shared features", (table,), self.findings(), metrics)
 
 
+@checked
 def shared_features(
     a: Any, b: Any, *, which: Which = "decoder", threshold: float = SHARED_COSINE, draws: int = 3, seed: int = 0
 ) -> SharedFeatures:
@@ -292,6 +297,7 @@ class MatchOptions:
             raise InvalidInputError(f"{self}: read at least 2 tokens, and count features that fired at least once.")
 
 
+@checked
 @torch.no_grad()
 def match_by_activations(
     a: Any, b: Any, acts: ActivationStore | Iterable[Tensor], *, options: MatchOptions | None = None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, MismatchError
 from workbench.report import Report, Section
 from workbench.saes.absorption import AbsorptionOptions, AbsorptionReport, first_letter_absorption
@@ -85,6 +86,7 @@ class SuiteReport(Report):
         return Section(f"SAE suite, {self.quality.site}", blocks, self.findings(), metrics)
 
 
+@checked
 def run_suite(
     model: Any, sae: Any, rows: Rows, *, texts: Sequence[LabelledTexts] = (), options: SuiteOptions | None = None
 ) -> SuiteReport:

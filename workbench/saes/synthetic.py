@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import InvalidInputError, ShapeError
 from workbench.metrics import fvu
 from workbench.report import Report, Section, Table
@@ -160,6 +161,7 @@ class SyntheticReport(Report):
         return Section("SAE on synthetic data", (table,), self.findings(), metrics)
 
 
+@checked
 def evaluate_on_synthetic(sae: Any, truth: SyntheticTruth, *, n_tokens: int = 20_000, seed: int = 1) -> SyntheticReport:
     """An SAE against the features that made its data.
 

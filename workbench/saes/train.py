@@ -9,6 +9,7 @@ from pathlib import Path
 
 from workbench.activations.folder import in_use
 from workbench.activations.store import ActivationStore, open_store
+from workbench.arguments import checked
 from workbench.errors import InvalidInputError
 from workbench.saes.batches import OrderKey
 from workbench.saes.checkpoint import CHECKPOINT_FILE, finished_metrics
@@ -33,6 +34,7 @@ class SAERun:
     metrics: dict[str, float]
 
 
+@checked
 def train_sae(
     store: ActivationStore | str | Path, config: SAEConfig, out: str | Path, *, log: Log | None = None
 ) -> SAERun:
@@ -57,6 +59,7 @@ def train_sae(
     return _train(opened, [(_with_sites(opened, config), Path(out).expanduser())], log)[0]
 
 
+@checked
 def train_saes(
     store: ActivationStore | str | Path,
     configs: Sequence[SAEConfig],

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.arguments import checked
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.features.lens import feature_ids, lens_tokens, target_site
 from workbench.features.table import FeatureTable
@@ -36,6 +37,7 @@ NEAREST = 20
 ALIKE = 1.5
 
 
+@checked
 def steer(
     model: Model,
     sae: Any,

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from workbench.arguments import checked
 from workbench.errors import CorruptFileError, DegenerateInputError, EditError, MissingFileError, ShapeError
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.export.folds import refused
@@ -182,6 +183,7 @@ class MergedLora:
         self.unmerge()
 
 
+@checked
 def merge_lora(hf: nn.Module, folder: str | Path) -> MergedLora:
     """Merges a LoRA adapter in the files of PEFT into a model, until it is unmerged.
 
