@@ -24,6 +24,7 @@ from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.ring import RingBuffer
 from workbench.activations.sources import TokenRows
 from workbench.activations.store import ActivationStore, open_store
+from workbench.tokenizer import NoTokenizer
 
 SITE = "resid_post.0"
 PROMPTS, BATCHES_PER_SHARD = 16, 8
@@ -38,17 +39,10 @@ class _Acts:
         return self.x
 
 
-class _Tokenizer:
-    all_special_ids: tuple[int, ...] = ()
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
-
-
 class RandomModel:
     """Hands out given activations, in order of the rows that the ids name."""
 
-    name, fingerprint, tokenizer = "random", "0", _Tokenizer()
+    name, fingerprint, tokenizer, dtype = "random", "0", NoTokenizer(), torch.float32
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x
