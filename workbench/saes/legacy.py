@@ -3,8 +3,8 @@
 An audit of SAE benchmarks (arXiv 2605.18229) finds that TPP falls while an SAE improves, and that SCR with many
 ablated features is anti-correlated with ground truth. Don't choose between SAEs by them.
 
-Activations are in the units of what the SAE reads, as `Basis.contributions` gives them; those of an SAE that normalises its
-input are not.
+Activations are in the units of what the SAE reads, as `Basis.contributions` gives them; those of an SAE that normalises
+its input are not.
 """
 
 from __future__ import annotations
