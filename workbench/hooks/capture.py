@@ -113,6 +113,8 @@ def capture(
 ) -> Activations:
     """Activations at `wanted` sites from one forward pass that stops after the last of them.
 
+    They are on the device of the inputs, wherever the block is that made them; with `grad` they stay where they are.
+
     Args:
         hf: the Hugging Face model.
         sites: its site map.
@@ -131,11 +133,12 @@ def capture(
     if grad:
         sites.require_gradient(point.site for point in points)
     found: dict[Site, Tensor] = {}
+    device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
 
     def read(point: Point) -> Fn:
         def fn(x: Tensor) -> Tensor | None:
             kept, written = _kept(point, x, chosen, grad)
-            found[point.site] = kept if grad else kept.detach()
+            found[point.site] = kept if grad else kept.detach().to(device)
             if len(found) == len(points):
                 raise _Enough
             return written

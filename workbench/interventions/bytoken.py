@@ -105,10 +105,10 @@ class MixEntries(Op):
         top = int(max(self.entries.max(), self.sources.max() if self.sources.numel() else 0))
         if top >= h.shape[1]:
             raise ShapeError(f"MixEntries: entry {top} of activations that are {h.shape[1]} wide.")
-        new = torch.einsum("nkm,km->nk", h[:, self.sources], self.weights.to(h))
+        new = torch.einsum("nkm,km->nk", h[:, self.sources.to(h.device)], self.weights.to(h))
         new = new + h.mean(1, keepdim=True) * self.mean_weight.to(h) + self.bias.to(h)
         out = h.clone()
-        out[:, self.entries] = new
+        out[:, self.entries.to(h.device)] = new
         return out
 
 

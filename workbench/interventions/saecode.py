@@ -1,6 +1,6 @@
 """Encoding and decoding with a sae_lens SAE without its module state: only the features asked for, in fp32.
 
-Results are on the SAE's device, except where the docstring says on the device of `x`.
+The SAE may be on another device than the activations: results are on the device of `x`, decoder rows on the SAE's.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Basis:
     @torch.no_grad()
     def activations(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d_sae"]:
         """Feature activations in the SAE's own units, on the device of `x`."""
-        return encode(self.sae, x).to(x.device)
+        return encode(self.sae, x)
 
     @torch.no_grad()
     def contributions(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d_sae"]:
@@ -84,7 +84,7 @@ def encode(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
     with torch.no_grad():
         if _kind(sae) not in (*_PER_FEATURE, "topk"):
             return _encode_by_itself(sae, x)
-        return _activate(sae, _input(sae, x), None).float()
+        return _activate(sae, _input(sae, x), None).float().to(x.device)
 
 
 def encode_some(sae: Any, x: Float[Tensor, "n d_in"], features: Int[Tensor, " f"]) -> Float[Tensor, "n f"]:
@@ -95,18 +95,18 @@ def encode_some(sae: Any, x: Float[Tensor, "n d_in"], features: Int[Tensor, " f"
     with torch.no_grad():
         features = features.to(sae.W_dec.device)
         if _kind(sae) not in _PER_FEATURE:
-            return encode(sae, x)[:, features]
-        return _activate(sae, _input(sae, x), features).float()
+            return encode(sae, x)[:, features.to(x.device)]
+        return _activate(sae, _input(sae, x), features).float().to(x.device)
 
 
 def decode(sae: Any, acts: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
     """The reconstruction of `x` from feature activations, fp32."""
     with torch.no_grad():
-        acts, x = acts.to(sae.W_dec), x.to(sae.W_dec.device).float()
+        acts, near = acts.to(sae.W_dec), x.to(sae.W_dec.device)
         if _rescales(sae):
             acts = acts / _norms(sae.W_dec).to(acts)
         out = (acts @ sae.W_dec + _bias(sae)).float()
-        return out * output_scale(sae, x) + _mean(sae, x)
+        return (out * output_scale(sae, near) + _mean(sae, near)).to(x.device)
 
 
 def decoder_rows(sae: Any, features: Int[Tensor, "*f"] | None = None) -> Float[Tensor, "*f d_in"]:
@@ -235,7 +235,7 @@ def _activate(sae: Any, x: Tensor, features: Tensor | None) -> Tensor:
 def _encode_by_itself(sae: Any, x: Tensor) -> Tensor:
     """What the SAE's own code gives, with its state as it was."""
     before = {name: vars(sae)[name] for name in _STATE if name in vars(sae)}
-    acts = sae.encode(x.to(sae.W_dec)).float()
+    acts = sae.encode(x.to(sae.W_dec)).float().to(x.device)
     for name in _STATE:
         vars(sae).pop(name, None)
     vars(sae).update(before)

@@ -21,7 +21,7 @@ _ROWS = 16_384
 class Head:
     """The unembedding of a model and what it does to its output: a scale or a soft cap.
 
-    All results are in fp32 and follow autograd's present mode.
+    All results are in fp32, on the device of what is given, and follow autograd's present mode.
     """
 
     def __init__(self, hf: Any) -> None:
@@ -36,7 +36,8 @@ class Head:
     def all(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         """The logits of every token; hooks on the unembedding do not run."""
         head = self._unembed
-        return self.finish(nn.functional.linear(hidden, head.weight, head.bias))
+        logits = nn.functional.linear(hidden.to(head.weight.device), head.weight, head.bias)
+        return self.finish(logits).to(hidden.device)
 
     def exact(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         """The logits of every token with products in fp32, whatever the model's dtype, as `some` and `shared` have."""
@@ -44,20 +45,26 @@ class Head:
         if head.weight.dtype == torch.float32:
             return self.all(hidden.float())
         # block by block: a copy of the whole matrix in fp32 is twice the size of that of the model
-        z = torch.cat([hidden.float() @ rows.float().T for rows in head.weight.split(_ROWS)], dim=-1)
-        return self.finish(z if head.bias is None else z + head.bias.float())
+        near = hidden.to(head.weight.device, torch.float32)
+        z = torch.cat([near @ rows.float().T for rows in head.weight.split(_ROWS)], dim=-1)
+        return self.finish(z if head.bias is None else z + head.bias.float()).to(hidden.device)
 
     def some(self, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """The logits of a few tokens, other ones for each row."""
-        head = self._unembed
-        z = torch.einsum("nd,nkd->nk", hidden.float(), head.weight.detach()[ids].float())
-        return self.finish(z if head.bias is None else z + head.bias.detach()[ids].float())
+        head, near, ids = self._near(hidden, ids)
+        z = torch.einsum("nd,nkd->nk", near, head.weight.detach()[ids].float())
+        return self.finish(z if head.bias is None else z + head.bias.detach()[ids].float()).to(hidden.device)
 
     def shared(self, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, " k"]) -> Float[Tensor, "n k"]:
         """The logits of a few tokens, the same ones for all rows."""
+        head, near, ids = self._near(hidden, ids)
+        z = near @ head.weight.detach()[ids].float().T
+        return self.finish(z if head.bias is None else z + head.bias.detach()[ids].float()).to(hidden.device)
+
+    def _near(self, hidden: Tensor, ids: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """The unembedding, and both tensors on its device, which differs in a model over several."""
         head = self._unembed
-        z = hidden.float() @ head.weight.detach()[ids].float().T
-        return self.finish(z if head.bias is None else z + head.bias.detach()[ids].float())
+        return head, hidden.to(head.weight.device, torch.float32), ids.to(head.weight.device)
 
     def finish(self, logits: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """What the model does to the output of its unembedding, in fp32; monotone, token by token."""
@@ -230,10 +237,10 @@ def forward(
 
     Returns:
         The unembedding's input and the logits (None unless `unembed`) at the chosen tokens in row order, `(n, ...)`;
-        with `chosen=None` at all positions, `(batch, pos, ...)`.
+        with `chosen=None` at all positions, `(batch, pos, ...)`. Both on the device of the inputs.
     """
     caught: list[Tensor] = []
-    edited = edits_logits(hf)
+    edited, device = edits_logits(hf), inputs["input_ids"].device
 
     thread = threading.get_ident()
 
@@ -241,7 +248,8 @@ def forward(
         if threading.get_ident() != thread:
             return None  # another thread's use of the same model
         # An edit of the logits needs them with their batch and position.
-        caught.append(args[0] if chosen is None or edited else args[0][chosen.to(args[0].device)])
+        hidden = args[0].to(device)
+        caught.append(hidden if chosen is None or edited else hidden[chosen.to(device)])
         if not unembed and not edited:
             raise _Caught
         return (caught[0], *args[1:]), kwargs

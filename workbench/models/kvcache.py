@@ -62,13 +62,19 @@ def can_select(cache: Any) -> bool:
 def select_rows(cache: Any, index: Int[Tensor, " kept"]) -> None:
     """From here on the batch of this cache consists of these of its rows, in this order, repeats included."""
     for layer in cache.layers:
-        layer.batch_select_indices(index)
+        layer.batch_select_indices(_near(index, layer))
 
 
 def take_columns(cache: Any, index: Int[Tensor, "batch columns"]) -> None:
     """From a cache of one row to one of many: column `c` of row `r` becomes column `index[r, c]` of the old row."""
     for layer in cache.layers:
-        layer.take_columns(index)
+        layer.take_columns(_near(index, layer))
+
+
+def _near(index: Tensor, layer: Any) -> Tensor:
+    """The index on the layer's device; layers without keys yet, or with other names for them, take it as it is."""
+    keys = getattr(layer, "keys", None)
+    return index if keys is None else index.to(keys.device)
 
 
 def crop(cache: Any, length: int) -> bool:

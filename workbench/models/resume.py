@@ -102,7 +102,7 @@ class Resume:
             at_end[torch.arange(len(self._batch)), self._ends()] = True
             out, logits = forward(self._hf, self._inputs(1, self._prefix), at_end)
         self._head.require(out, _present(logits))
-        self._start, self.x, self.logits, self._hidden = hidden[0], seen[0], _present(logits), out
+        self._start, self.x, self.logits, self._hidden = hidden[0], seen[0].to(out.device), _present(logits), out
         self._crop(self._prefix)
 
     def _ends(self) -> Int[Tensor, " batch"]:
@@ -170,7 +170,7 @@ class Resume:
                 h = out if isinstance(out, Tensor) else out[0]
         finally:
             self._crop(cache)
-        return self._norm(h)
+        return self._norm(h).to(self._batch.ids.device)
 
     def hidden_from(self, x: Float[Tensor, "rows pos d_model"], repeats: int) -> Float[Tensor, "rows pos d_model"]:
         """The unembedding's input when the residual stream at the site is `x`, without any plan.

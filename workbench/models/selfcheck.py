@@ -60,7 +60,7 @@ def _probe_ids(hf: Any) -> Tensor:
     """A few fixed, ordinary token ids that any vocabulary has."""
     vocab = hf.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocab, (2, 8), generator=generator).to(next(hf.parameters()).device)
+    return torch.randint(0, vocab, (2, 8), generator=generator).to(hf.get_input_embeddings().weight.device)
 
 
 def self_check(hf: Any, sites: SiteMap) -> CheckReport:
@@ -161,7 +161,7 @@ def _identities(sites: SiteMap, acts: Activations, tolerance: float) -> tuple[li
     if all(site in sites.points for site in (Site("final_norm"), Site("logits"), Site.parse(last))):
         norm, unembed = sites["final_norm"].module, sites["logits"].module
         with torch.no_grad():
-            again = unembed(norm(acts[last]))
+            again = unembed(norm(acts[last])).to(acts["logits"].device)
         error, statement = relative_error(again, acts["logits"]), "unembed(final_norm(last resid_post)) == logits"
         if error <= tolerance:
             checks.append(Check(statement, True, f"relative error {error:.2g}"))

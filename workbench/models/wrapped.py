@@ -43,8 +43,8 @@ class Wrapped:
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.hf.parameters()).device
+        """Device of the inputs: that of the embeddings, where a model is on several."""
+        return self.hf.get_input_embeddings().weight.device
 
     @property
     def n_layers(self) -> int:
@@ -180,7 +180,7 @@ class Wrapped:
         # A copy at every call, which costs a vector: the weights may change between calls.
         norm = copy.deepcopy(self.site_map["final_norm"].module).float()
         with torch.no_grad():
-            return norm(x.float())
+            return norm(x.to(next(norm.parameters(), x).device, torch.float32)).to(x.device)
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -194,4 +194,4 @@ class Wrapped:
 
     def lens(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Logit lens: unembedding of the final norm of `x`, fp32, without bias and soft cap."""
-        return self.final_norm(x) @ self.W_U
+        return (self.final_norm(x).to(self.W_U.device) @ self.W_U).to(x.device)

@@ -71,7 +71,7 @@ class Coder:
                 return saecode.decode(sae, acts, x)
             out = sae.decode(acts.to(sae.W_dec)).float()
             skip = getattr(sae, "W_skip", None)
-            return out if skip is None else out + (x.to(skip) @ skip.T).float()
+            return (out if skip is None else out + (x.to(skip) @ skip.T).float()).to(x.device)
 
         transcodes = "transcoder" in kind or bool(sae.cfg.metadata.get("hook_name_out"))
         b_dec, d_in = sae.b_dec.detach().float(), int(sae.cfg.d_in)
@@ -90,11 +90,13 @@ class Coder:
         W_enc = W_dec if not like.transcodes else _unit_rows(d_sae, like.d_in, random).to(device)
 
         def encode(x: Tensor) -> Tensor:
-            top = ((x if like.transcodes else x - like.b_dec) @ W_enc.T).topk(k, dim=1)
-            return torch.zeros(len(x), d_sae, device=x.device).scatter_(1, top.indices, top.values.relu())
+            near = x.to(device)
+            top = ((near if like.transcodes else near - like.b_dec) @ W_enc.T).topk(k, dim=1)
+            acts = torch.zeros(len(x), d_sae, device=device).scatter_(1, top.indices, top.values.relu())
+            return acts.to(x.device)
 
-        def decode(acts: Tensor, _x: Tensor) -> Tensor:
-            return acts @ W_dec + like.b_dec
+        def decode(acts: Tensor, x: Tensor) -> Tensor:
+            return (acts.to(device) @ W_dec + like.b_dec).to(x.device)
 
         return cls(encode, decode, W_dec, like.b_dec, like.d_in, "random SAE", like.transcodes)
 

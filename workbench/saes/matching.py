@@ -321,7 +321,8 @@ def match_by_activations(
     for x in _chunks(acts, options.max_tokens):
         for name, sae in (("a", a), ("b", b)):
             _check_width(name, sae, x)
-        mine, theirs = a.encode(x), b.encode(x)
+        # The sums are kept on the CPU, wherever the SAEs are.
+        mine, theirs = (sae.encode(x.to(getattr(sae, "W_enc", x).device)).cpu() for sae in (a, b))
         if same is None or shuffled is None:
             same, shuffled = (CoActivation(mine.shape[1], theirs.shape[1]) for _ in range(2))
         same.add(mine, theirs)

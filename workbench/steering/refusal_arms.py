@@ -66,7 +66,7 @@ class Replies:
     """
 
     texts: tuple[str, ...]
-    ids: tuple[Int[Tensor, " new"], ...]
+    ids: tuple[Int[Tensor, " _"], ...]
     logits: Float[Tensor, "batch d_vocab"]
     applied: Applied
 
@@ -121,11 +121,11 @@ def text_loss(model: Any, arm: Arm, rows: TokenBatch, site: str, scope: Scope) -
     return loss.double().nanmean(dim=1).cpu().numpy()
 
 
-def reply_nats(model: Any, prompts: TokenBatch, replies: Sequence[Int[Tensor, " new"]]) -> np.ndarray:
+def reply_nats(model: Any, prompts: TokenBatch, replies: Sequence[Int[Tensor, " _"]]) -> np.ndarray:
     """Mean loss (nats per token) of each reply after its prompt under the unsteered model; nan for an empty reply."""
     return continuation_nll(model, prompts, replies).double().cpu().numpy()
 
 
-def distinct_bigrams(replies: Sequence[Int[Tensor, " new"]]) -> np.ndarray:
+def distinct_bigrams(replies: Sequence[Int[Tensor, " _"]]) -> np.ndarray:
     """Share of different bigrams of each reply; nan with fewer than two tokens."""
     return np.array([distinct_2(ids) for ids in replies])

@@ -1,0 +1,407 @@
+"""The studies on devices that exist in name only; run by `tests/test_devices.py` in a process of its own.
+
+Each study gives the numbers of the CPU wherever the model, the SAE and the rows are. That no operation met two devices
+is checked too, so a mismatch that some caller survives does not pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from experiments import geometry, glitch_tokens, refusal, score_features
+from tests import devices
+from tests.features.toys import random_sae
+from tests.glitch.tiny_copy import PLANTED, wordy_model
+from tests.interventions.test_files import OPS
+from tests.saes.stores import small_store
+from tests.tiny import D_MODEL, tiny_model
+from workbench.activations.harvest import HarvestOptions, harvest
+from workbench.activations.sources import SelfText
+from workbench.activations.store import ActivationStore
+from workbench.codec import codec_of
+from workbench.errors import WorkbenchError
+from workbench.features import ScoreOptions
+from workbench.features import score_features as score_features_
+from workbench.features.cardmaking import CardOptions, feature_cards
+from workbench.features.examples import ExampleOptions
+from workbench.features.profile import depth_scores
+from workbench.features.windows import WindowOptions
+from workbench.glitch.census_result import CensusOptions
+from workbench.glitch.census_run import plan_census, run_census
+from workbench.glitch.chat import prompt_set
+from workbench.glitch.gradient import GradientOptions, climb, uncertainty
+from workbench.glitch.probing import SHORT
+from workbench.glitch.prompts import PROBES
+from workbench.glitch.repairing import repair
+from workbench.glitch.sae_features import FeatureOptions, glitch_features
+from workbench.glitch.scanner import ScanOptions
+from workbench.glitch.tokenizer import analyse
+from workbench.interventions.gates import CosineGate, ProbeGate, SAEGate, When
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.op import Op
+from workbench.interventions.ops import Add
+from workbench.interventions.saes import SAEAblate, SAEAddMax, SAEClamp
+from workbench.interventions.scopes import Generated, Last, NotPrefix
+from workbench.models.model import Model
+from workbench.probes.linear import ProbeOptions, fit_probe
+from workbench.saes.config import ARCHITECTURES, SAEConfig
+from workbench.saes.corpus import CorpusOptions, check_corpus
+from workbench.saes.evaluate import EvalOptions, evaluate_sae
+from workbench.saes.faithful import FakeFeatureOptions, fake_features
+from workbench.saes.fit import check_sae
+from workbench.saes.io import load_sae
+from workbench.saes.matching import match_by_activations, shared_features
+from workbench.saes.sparse_probing import ProbingOptions
+from workbench.saes.suite import SuiteOptions, run_suite
+from workbench.saes.train import train_sae
+from workbench.steering import SteerOptions, steer
+from workbench.steering.baselines import Concept, DirectionOptions, concept_directions
+from workbench.steering.concepts import best_feature
+from workbench.steering.reft import ReftOptions
+from workbench.steering.refusal import RefusalOptions
+from workbench.steering.study import selection_study
+from workbench.steering.study_groups import Depth, StudyOptions
+from workbench.tokens import TokenBatch
+
+SITE = "resid_post.1"
+TEXTS = tuple(f"{a}zz {b}zzz {a}zz{b}" for a, b in ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"))
+PLAIN = tuple(f"{a}qr {b}stu {a}vw{b}" for a, b in ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"))
+STEERING = SteerOptions(new_tokens=4, k=5, plain_texts=("a plain text", "another one"))
+CARDS = CardOptions(
+    shown=4, lens_k=3, windows=WindowOptions(top=8, sample=60, before=5, after=4), examples=ExampleOptions(fewest=3)
+)
+PROMPTS = ("one day", "the", "for now, I", "he said")
+V = torch.linspace(-1, 2, D_MODEL)
+PLACES = (("gpu:0", "cpu"), ("cpu", "gpu:0"), ("gpu:0", "gpu:1"))
+"""Devices of the model and of the SAE."""
+
+
+@pytest.fixture(autouse=True)
+def _no_mismatch_at_all() -> Iterator[None]:
+    devices.MET.clear()
+    with devices.devices():
+        yield
+    assert not devices.MET
+
+
+@functools.cache
+def model_on(device: str, family: str = "llama") -> Model:
+    model = tiny_model(family)
+    if device == "both":
+        devices.spread(model.hf)
+    else:
+        model.hf.to(device)
+    return model
+
+
+def placed(model: Model, like: Model) -> Model:
+    """The model where another one is."""
+    if hasattr(like.hf, "hf_device_map"):
+        devices.spread(model.hf)
+    else:
+        model.hf.to(like.device)
+    return model
+
+
+def sae_on(device: str) -> Any:
+    return random_sae().to(device)
+
+
+def assert_same(found: Any, wanted: Any, where: str = "") -> None:
+    """Equal within 1e-5, whatever devices the numbers are on."""
+    if isinstance(wanted, Tensor):
+        torch.testing.assert_close(
+            found.detach().cpu(), wanted.detach(), atol=1e-5, rtol=1e-4, equal_nan=True, msg=lambda m: f"{where}: {m}"
+        )
+    elif isinstance(wanted, np.ndarray):
+        assert_same(torch.from_numpy(found), torch.from_numpy(wanted), where)
+    elif isinstance(wanted, pd.DataFrame):
+        assert_same(found.to_dict("list"), wanted.to_dict("list"), where)
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, abs=1e-5, rel=1e-4, nan_ok=True), where
+    elif dataclasses.is_dataclass(wanted):
+        for field in dataclasses.fields(wanted):
+            if "seconds" not in field.name:
+                assert_same(getattr(found, field.name), getattr(wanted, field.name), f"{where}.{field.name}")
+    elif isinstance(wanted, Mapping):
+        assert list(found) == list(wanted), where
+        for key in wanted:
+            assert_same(found[key], wanted[key], f"{where}[{key}]")
+    elif isinstance(wanted, Sequence) and not isinstance(wanted, str):
+        assert len(found) == len(wanted), where
+        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    elif type(wanted).__eq__ is not object.__eq__:
+        assert found == wanted, where
+
+
+IDS = torch.randint(2, 200, (12, 10), generator=torch.Generator().manual_seed(0))
+
+
+def _reads(model: Model) -> Any:
+    acts = model.capture(
+        list(PROMPTS),
+        [str(s) for s in ("resid_pre.0", "resid_mid.1", SITE, "q.0", "pattern.1", "mlp_post.1", "logits")],
+    )
+    some = model.capture(list(PROMPTS), [SITE, "z.0.h1"], positions=NotPrefix(1))
+    grad = model.capture("one day", [SITE], grad=True)
+    return {
+        **acts,
+        **{f"some {k}": v for k, v in some.items()},
+        "rows": some.rows,
+        "positions": some.positions,
+        "grad": torch.autograd.grad(grad[SITE].square().sum(), grad[SITE])[0],
+        "mean": model.mean(PROMPTS, SITE),
+        "loss": model.loss(list(PROMPTS)),
+        "logits of some": model.logits(list(PROMPTS), tokens=[3, 5]),
+        "all": model.logits(IDS, "all"),
+        "pos": model.logits(list(PROMPTS), NotPrefix(1), tokens=[3]),
+        "lens": model.lens(V[None].to(model.device)),
+        "W_U": model.W_U,
+    }
+
+
+def _texts(model: Model) -> Any:
+    edit = Intervention.at(SITE, Add(V, 4.0), Generated())
+    always = Intervention.at(SITE, Add(V, 4.0))
+    session = model.session(intervention=always, max_new_tokens=4)
+    turns = [session.turn("a"), session.turn("bc"), session.logits()]
+    with model.plan(always):
+        hf = model.hf.generate(**model.tokens(list(PROMPTS)).hf(), max_new_tokens=4, do_sample=False)
+    return [
+        model.generate(list(PROMPTS), 6, temperature=0.0, capture=[SITE]),
+        model.generate(list(PROMPTS), 6, intervention=edit, seed=1, batch_size=3, stop=["e"]),
+        model.generate([*PROMPTS, *PROMPTS], 8, intervention=always, seed=2, top_k=20, top_p=0.9, min_p=0.01),
+        turns, hf,
+    ]  # fmt: skip
+
+
+def _compared(model: Model) -> Any:
+    edits = [Intervention.at(SITE, Add(V, s), Last()) for s in (1.0, -2.0)] + [Intervention.at("mlp_out.0", Add(V))]
+    variants = model.variants(list(PROMPTS), [*edits, Intervention()], tokens=[4, 9, 2])
+    resume = model.resume(list(PROMPTS), model.resolve(SITE), last=True)
+    return variants.logits, variants.clean, resume.x, resume.logits, resume.skips_blocks
+
+
+@pytest.mark.parametrize("device", ["gpu:0", "both"])
+@pytest.mark.parametrize("study", [_reads, _texts, _compared])
+def test_a_model_on_devices_reads_writes_and_compares_as_on_the_cpu(study: Any, device: str) -> None:
+    assert_same(study(model_on(device)), study(model_on("cpu")))
+
+
+@pytest.mark.parametrize("device", ["gpu:0", "both"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "neox", "mixtral"])
+def test_fingerprint_and_self_check(family: str, device: str) -> None:
+    model, cpu = model_on(device, family), model_on("cpu", family)
+    assert model.fingerprint == cpu.fingerprint
+    found, wanted = model.self_check(), cpu.self_check()
+    found.require()
+    assert [check.name for check in found.checks] == [check.name for check in wanted.checks]
+    assert found.withdrawn == wanted.withdrawn
+
+
+def _all_ops(model: Model, sae: Any, store: ActivationStore) -> Any:
+    ids = torch.tensor([[7, 8, 9], [5, 7, 8]])
+    wide = torch.cat([V, V])[: model.width("mlp_post.0")]
+    gates = [
+        ProbeGate(V, at="resid_post.0"), ProbeGate(V, at="resid_post.0", when="token"), CosineGate(V, at="resid_post.0"),
+        SAEGate(sae, 3, at="resid_post.0"), 
+    ]  # fmt: skip
+    ops: list[Op] = [*OPS, *(When(gate, Add(V), Add(-V)) for gate in gates)]
+    ops += [SAEClamp(sae, [1, 3], 2.0), SAEAblate(sae, [1, 3], error="drop"), SAEAddMax(sae, sae.W_dec[2], 2.0)]
+    found = {}
+    for i, op in enumerate(ops):
+        for scope in (NotPrefix(0),):
+            try:
+                with model.plan(Intervention.at("resid_post.2", op)) as plan:
+                    found[f"{i} {type(op).__name__}"] = model.logits(ids, "all"), plan.report
+            except WorkbenchError as error:
+                found[f"{i} {type(op).__name__}"] = str(error)
+    return found
+
+
+def _evaluated(model: Model, sae: Any, store: ActivationStore) -> Any:
+    return evaluate_sae(model, sae, IDS, options=EvalOptions(batch_rows=5)), evaluate_sae(model, sae, store)
+
+
+def _scores(model: Model, sae: Any, store: ActivationStore) -> Any:
+    options = ScoreOptions(k=5, rows=16, random_directions=4)
+    table = score_features.study(model, sae, store, options=options)
+    model_only = score_features_(model, sae, scores=("output",), options=replace(options, precision="model"))
+    return table.df, table.controls, model_only.df
+
+
+def _cards(model: Model, sae: Any, store: ActivationStore) -> Any:
+    return list(feature_cards(model, sae, store, [1, 3, 5], options=CARDS))
+
+
+def _depths(model: Model, sae: Any, store: ActivationStore) -> Any:
+    return depth_scores(model, sae.W_dec[:3], prompt="one day", n_random=3)
+
+
+def _steered(model: Model, sae: Any, store: ActivationStore) -> Any:
+    return steer(model, sae, [3, 8], (1.0, 3.0), PROMPTS, [20, 21], options=STEERING)
+
+
+def _selected(model: Model, sae: Any, store: ActivationStore) -> Any:
+    table = score_features_(model, sae, scores=("output",), options=ScoreOptions(k=5, rows=16, random_directions=4))
+    deeper = random_sae(site="resid_post.2").to(sae.W_dec.device)
+    options = StudyOptions(n_features=2, strengths=(1.0,), prompts=PROMPTS, steering=replace(STEERING, plain_texts=()))
+    return selection_study(model, [Depth(sae, table), Depth(deeper, table)], options)
+
+
+def _concepts(model: Model, sae: Any, store: ActivationStore) -> Any:
+    concept = Concept("z", TEXTS, PLAIN)
+    directions = concept_directions(model, concept, SITE, DirectionOptions(reft=ReftOptions(epochs=2)))
+    return directions, best_feature(model, sae, concept, SITE)
+
+
+def _refused(model: Model, sae: Any, store: ActivationStore) -> Any:
+    options = RefusalOptions(
+        n_train=6, n_val=4, n_test=4, strengths=(1.0,), clamps=(1.0,), n_features=1, n_candidates=3, new_tokens=4
+    )
+    return refusal.study(model, sae, TokenBatch.of_rows(IDS[:4]), options=options)
+
+
+def _fits(model: Model, sae: Any, store: ActivationStore) -> Any:
+    return check_sae(model, sae), check_sae(model, sae, store)
+
+
+def _suite(model: Model, sae: Any, store: ActivationStore) -> Any:
+    options = SuiteOptions(
+        evaluation=EvalOptions(max_rows=12, batch_rows=7), probing=ProbingOptions(ks=(1,), reseeds=2, per_class=20),
+        absorption=None, synthetic=None,
+    )  # fmt: skip
+    return run_suite(
+        model, sae, [f"{i} Some words, and more; then {i * 7} of them." for i in range(16)], options=options
+    )
+
+
+def _matched(model: Model, sae: Any, store: ActivationStore) -> Any:
+    other = random_sae(seed=1)
+    return match_by_activations(sae, other, store), shared_features(sae, other)
+
+
+def _corpus(model: Model, sae: Any, store: ActivationStore) -> Any:
+    fake = fake_features(model, {"a": sae}, IDS, options=FakeFeatureOptions(tokens=60, context=10, seeds=2))
+    return check_corpus(model, IDS, options=CorpusOptions(draws=100)), fake
+
+
+def _repaired(model: Model, sae: Any, store: ActivationStore) -> Any:
+    words = placed(wordy_model(), model)
+    ids = PLANTED[:2]
+    made = repair(words, ids)
+    with words.plan(made.intervention):
+        logits = words.logits(IDS)
+    return logits
+
+
+def _glitches(model: Model, sae: Any, store: ActivationStore) -> Any:
+    words = placed(wordy_model(), model)
+    probes = prompt_set(words, analyse(codec_of(words.tokenizer)), [SHORT], "raw").templates
+    found = uncertainty(words, probes[0], torch.tensor([40, 77]))
+    walk = climb(words, probes[0], np.arange(20, 60), lambda ids: ids % 2 == 0, GradientOptions(iterations=2))
+    plan = plan_census(words, options=CensusOptions(confirm=PROBES[2:], again=(), batch_size=100), measure_both=False)
+    census = run_census(words, plan)
+    scan = glitch_tokens.study(words, "top", options=ScanOptions(top=3, controls=3, symptoms=True, contexts=1))
+    return found.entropy, found.gradient, walk.asked, census.best, census.short, scan.table.indicator, [
+        scan.row(i)["max_prob"] for i in scan.candidates()
+    ]  # fmt: skip
+
+
+def _glitch_features(model: Model, sae: Any, store: ActivationStore) -> Any:
+    return glitch_features(model, sae, list(range(60, 69)), options=FeatureOptions(controls=3))
+
+
+def _stored(model: Model, sae: Any, store: ActivationStore) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        sites = [SITE, "mlp_out.0"]
+        options = HarvestOptions(shard_tokens=200, batch_tokens=200)
+        made = harvest(model, SelfText(tokens=240, context=12), sites, Path(folder) / "s", options=options)
+        return made.token_rows("all"), *(block.acts for site in sites for block in made.blocks(site))
+
+
+def _trained(model: Model, sae: Any, store: ActivationStore) -> Any:
+    device = str(sae.W_dec.device)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ARCHITECTURES:
+            k = {"k": 4} if name in ("topk", "batchtopk", "matryoshka") else {}
+            config = SAEConfig(architecture=name, d_sae=32, tokens=800, batch=100, device=device, **k)
+            run = train_sae(store, config, Path(folder) / name)
+            trained = load_sae(run.path, device=device)
+            found.append((run.metrics["fvu"], trained.W_dec))
+    return found
+
+
+def _probed(model: Model, sae: Any, store: ActivationStore) -> Any:
+    acts = model.capture(IDS, [SITE])[SITE].mean(1)
+    probe = fit_probe(acts, torch.arange(12, device=acts.device) % 2, SITE, options=ProbeOptions(folds=0))
+    return probe.w, probe.b, probe.logit(acts), probe.logit(acts.cpu())
+
+
+def _measured(model: Model, sae: Any, store: ActivationStore) -> Any:
+    return geometry.study(model, IDS.repeat(4, 1), (SITE, "resid_post.2"), geometry.Options(clipped_rows=8))
+
+
+def _exported(model: Model, sae: Any, store: ActivationStore) -> Any:
+    edit = Intervention.at("resid_post.1", Add(V, 2.0))
+    with tempfile.TemporaryDirectory() as folder:
+        found = model.export(edit, "weights", Path(folder) / "w")
+        return found.error if hasattr(found, "error") else str(found)[:40]
+
+
+def _played(model: Model, sae: Any, store: ActivationStore) -> Any:
+    return None
+
+
+STUDIES: dict[str, Callable[[Model, Any, ActivationStore], Any]] = {
+    "ops": _all_ops,
+    "evaluate": _evaluated,
+    "scores": _scores,
+    "cards": _cards,
+    "depths": _depths,
+    "steer": _steered,
+    "selection": _selected,
+    "concepts": _concepts,
+    "refusal": _refused,
+    "fit": _fits,
+    "suite": _suite,
+    "matching": _matched,
+    "corpus": _corpus,
+    "repair": _repaired,
+    "glitch": _glitches,
+    "glitch features": _glitch_features,
+    "harvest": _stored,
+    "train": _trained,
+    "probe": _probed,
+    "geometry": _measured,
+    "export": _exported,
+}
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    return small_store(tmp_path_factory.mktemp("store") / "s")
+
+
+@functools.cache
+def _on_cpu(study: str, store: ActivationStore) -> Any:
+    return STUDIES[study](model_on("cpu"), sae_on("cpu"), store)
+
+
+@pytest.mark.parametrize(("model", "sae"), [*PLACES, ("both", "gpu:1")])
+@pytest.mark.parametrize("study", STUDIES)
+def test_studies(study: str, model: str, sae: str, store: ActivationStore) -> None:
+    assert_same(STUDIES[study](model_on(model), sae_on(sae), store), _on_cpu(study, store))
