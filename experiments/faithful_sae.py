@@ -200,8 +200,8 @@ def _pooled(model: Any, saes: dict[str, Any], site: str, texts: Labelled, option
         limit = sink_norm(batch, x) if limit is None else limit
         keep = readable_tokens(batch, x, limit)
         for name, sae in saes.items():
-            acts = x if sae is None else torch.stack([sae.encode(row).float() for row in x])
-            pooled[name].append(mean_pool(acts, keep).cpu())
+            acts = x if sae is None else torch.stack([sae.encode(row).float() for row in x.to(sae.W_dec.device)])
+            pooled[name].append(mean_pool(acts.to(x.device), keep).cpu())
     return {name: torch.cat(parts) for name, parts in pooled.items()}
 
 

@@ -11,6 +11,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from circuits.attribution import LossOfMargin, exact_effects, node_effects
+from circuits.shift import ShiftOptions, shift
 from experiments import geometry, glitch_tokens, refusal, score_features
 from tests import devices
+from tests.circuits.planted import planted_model, planted_sae, planted_task
 from tests.features.toys import random_sae
 from tests.glitch.tiny_copy import PLANTED, wordy_model
 from tests.interventions.test_files import OPS
@@ -54,11 +58,11 @@ from workbench.interventions.ops import Add
 from workbench.interventions.saes import SAEAblate, SAEAddMax, SAEClamp
 from workbench.interventions.scopes import Generated, Last, NotPrefix
 from workbench.models.model import Model
-from workbench.probes.linear import ProbeOptions, fit_probe
+from workbench.probes.linear import Probe, ProbeOptions, fit_probe, readable_tokens
 from workbench.saes.config import ARCHITECTURES, SAEConfig
 from workbench.saes.corpus import CorpusOptions, check_corpus
 from workbench.saes.evaluate import EvalOptions, evaluate_sae
-from workbench.saes.faithful import FakeFeatureOptions, fake_features
+from workbench.saes.faithful import FakeFeatureOptions, fake_features, quality
 from workbench.saes.fit import check_sae
 from workbench.saes.io import load_sae
 from workbench.saes.matching import match_by_activations, shared_features
@@ -83,8 +87,6 @@ CARDS = CardOptions(
 )
 PROMPTS = ("one day", "the", "for now, I", "he said")
 V = torch.linspace(-1, 2, D_MODEL)
-PLACES = (("gpu:0", "cpu"), ("cpu", "gpu:0"), ("gpu:0", "gpu:1"))
-"""Devices of the model and of the SAE."""
 
 
 @pytest.fixture(autouse=True)
@@ -213,21 +215,17 @@ def test_fingerprint_and_self_check(family: str, device: str) -> None:
 
 def _all_ops(model: Model, sae: Any, store: ActivationStore) -> Any:
     ids = torch.tensor([[7, 8, 9], [5, 7, 8]])
-    wide = torch.cat([V, V])[: model.width("mlp_post.0")]
-    gates = [
-        ProbeGate(V, at="resid_post.0"), ProbeGate(V, at="resid_post.0", when="token"), CosineGate(V, at="resid_post.0"),
-        SAEGate(sae, 3, at="resid_post.0"), 
-    ]  # fmt: skip
+    at: dict[str, Any] = {"at": "resid_post.0"}
+    gates = [ProbeGate(V, **at), ProbeGate(V, when="token", **at), CosineGate(V, **at), SAEGate(sae, 3, **at)]
     ops: list[Op] = [*OPS, *(When(gate, Add(V), Add(-V)) for gate in gates)]
     ops += [SAEClamp(sae, [1, 3], 2.0), SAEAblate(sae, [1, 3], error="drop"), SAEAddMax(sae, sae.W_dec[2], 2.0)]
-    found = {}
-    for i, op in enumerate(ops):
-        for scope in (NotPrefix(0),):
-            try:
-                with model.plan(Intervention.at("resid_post.2", op)) as plan:
-                    found[f"{i} {type(op).__name__}"] = model.logits(ids, "all"), plan.report
-            except WorkbenchError as error:
-                found[f"{i} {type(op).__name__}"] = str(error)
+    found = []
+    for op in ops:
+        try:
+            with model.plan(Intervention.at("resid_post.2", op)) as plan:
+                found.append((model.logits(ids, "all"), plan.report))
+        except WorkbenchError as error:
+            found.append(str(error))
     return found
 
 
@@ -295,29 +293,24 @@ def _matched(model: Model, sae: Any, store: ActivationStore) -> Any:
 
 def _corpus(model: Model, sae: Any, store: ActivationStore) -> Any:
     fake = fake_features(model, {"a": sae}, IDS, options=FakeFeatureOptions(tokens=60, context=10, seeds=2))
-    return check_corpus(model, IDS, options=CorpusOptions(draws=100)), fake
+    return check_corpus(model, IDS, options=CorpusOptions(draws=100)), fake, quality(model, sae, IDS)
 
 
 def _repaired(model: Model, sae: Any, store: ActivationStore) -> Any:
     words = placed(wordy_model(), model)
-    ids = PLANTED[:2]
-    made = repair(words, ids)
-    with words.plan(made.intervention):
-        logits = words.logits(IDS)
-    return logits
+    with words.plan(repair(words, PLANTED[:2]).intervention()):
+        return words.logits(torch.tensor([[20, PLANTED[0], 30, PLANTED[1]]]))
 
 
 def _glitches(model: Model, sae: Any, store: ActivationStore) -> Any:
     words = placed(wordy_model(), model)
-    probes = prompt_set(words, analyse(codec_of(words.tokenizer)), [SHORT], "raw").templates
-    found = uncertainty(words, probes[0], torch.tensor([40, 77]))
-    walk = climb(words, probes[0], np.arange(20, 60), lambda ids: ids % 2 == 0, GradientOptions(iterations=2))
-    plan = plan_census(words, options=CensusOptions(confirm=PROBES[2:], again=(), batch_size=100), measure_both=False)
-    census = run_census(words, plan)
-    scan = glitch_tokens.study(words, "top", options=ScanOptions(top=3, controls=3, symptoms=True, contexts=1))
-    return found.entropy, found.gradient, walk.asked, census.best, census.short, scan.table.indicator, [
-        scan.row(i)["max_prob"] for i in scan.candidates()
-    ]  # fmt: skip
+    probe = prompt_set(words, analyse(codec_of(words.tokenizer)), [SHORT], "raw").templates[0]
+    walk = climb(words, probe, np.arange(20, 60), lambda ids: ids % 2 == 0, GradientOptions(iterations=2))
+    options = CensusOptions(confirm=PROBES[2:], again=(), batch_size=100)
+    census = run_census(words, plan_census(words, options=options, measure_both=False))
+    scan = glitch_tokens.study(words, "top", options=ScanOptions(top=2, controls=2, contexts=1, sides=False))
+    said = [scan.row(i)["max_prob"] for i in scan.candidates()]
+    return uncertainty(words, probe, torch.tensor([40, 77])), walk.asked, census.best, scan.table.indicator, said
 
 
 def _glitch_features(model: Model, sae: Any, store: ActivationStore) -> Any:
@@ -333,15 +326,14 @@ def _stored(model: Model, sae: Any, store: ActivationStore) -> Any:
 
 
 def _trained(model: Model, sae: Any, store: ActivationStore) -> Any:
-    device = str(sae.W_dec.device)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for name in ARCHITECTURES:
-            k = {"k": 4} if name in ("topk", "batchtopk", "matryoshka") else {}
-            config = SAEConfig(architecture=name, d_sae=32, tokens=800, batch=100, device=device, **k)
-            run = train_sae(store, config, Path(folder) / name)
-            trained = load_sae(run.path, device=device)
-            found.append((run.metrics["fvu"], trained.W_dec))
+            k: dict[str, Any] = {"k": 4} if name in ("topk", "batchtopk", "matryoshka") else {}
+            # Few steps: rounding decides near ties of TopK, after which two trainings go their own ways.
+            config = SAEConfig(architecture=name, d_sae=32, tokens=300, batch=100, kernel="csr", **k)
+            run = train_sae(store, replace(config, device=str(sae.W_dec.device)), Path(folder) / name)
+            found.append((run.metrics["fvu"], load_sae(run.path, device=sae.W_dec.device).W_dec))
     return found
 
 
@@ -355,40 +347,28 @@ def _measured(model: Model, sae: Any, store: ActivationStore) -> Any:
     return geometry.study(model, IDS.repeat(4, 1), (SITE, "resid_post.2"), geometry.Options(clipped_rows=8))
 
 
-def _exported(model: Model, sae: Any, store: ActivationStore) -> Any:
-    edit = Intervention.at("resid_post.1", Add(V, 2.0))
-    with tempfile.TemporaryDirectory() as folder:
-        found = model.export(edit, "weights", Path(folder) / "w")
-        return found.error if hasattr(found, "error") else str(found)[:40]
+def _shifted(model: Model, sae: Any, store: ActivationStore) -> Any:
+    like, near = planted_sae(), sae.W_dec.device
+    known = replace(like, W_enc=like.W_enc.to(near), W_dec=like.W_dec.to(near), b_dec=like.b_dec.to(near))
+    options = ShiftOptions(top_k=10, random_draws=2, probe_site="resid_post.2")
+    task, text = planted_task(24, 24), TokenBatch.of_rows(IDS[:6])
+    return shift(placed(planted_model(), model), {SITE: known}, task, options=options, plain_text=text)
 
 
-def _played(model: Model, sae: Any, store: ActivationStore) -> Any:
-    return None
+def _attributed(model: Model, sae: Any, store: ActivationStore) -> Any:
+    batch = model.tokens(list(PROMPTS))
+    keep = readable_tokens(batch)
+    metric = LossOfMargin(Probe(V, 0.3, "resid_post.2"), torch.tensor([0, 1, 1, 0]), keep)
+    effects = node_effects(model, {SITE: sae}, batch, metric, keep=keep)
+    return effects, exact_effects(model, SITE, sae, batch, metric, range(4), keep=keep)
 
 
-STUDIES: dict[str, Callable[[Model, Any, ActivationStore], Any]] = {
-    "ops": _all_ops,
-    "evaluate": _evaluated,
-    "scores": _scores,
-    "cards": _cards,
-    "depths": _depths,
-    "steer": _steered,
-    "selection": _selected,
-    "concepts": _concepts,
-    "refusal": _refused,
-    "fit": _fits,
-    "suite": _suite,
-    "matching": _matched,
-    "corpus": _corpus,
-    "repair": _repaired,
-    "glitch": _glitches,
-    "glitch features": _glitch_features,
-    "harvest": _stored,
-    "train": _trained,
-    "probe": _probed,
-    "geometry": _measured,
-    "export": _exported,
-}
+Study = Callable[[Model, Any, ActivationStore], Any]
+SHORT_STUDIES: tuple[Study, ...] = (
+    _all_ops, _evaluated, _scores, _cards, _depths, _concepts, _fits, _matched, _corpus, _repaired, _glitch_features,
+    _stored, _trained, _probed, _measured, _attributed,
+)  # fmt: skip
+LONG_STUDIES: tuple[Study, ...] = (_steered, _selected, _refused, _suite, _glitches, _shifted)
 
 
 @pytest.fixture(scope="session")
@@ -397,11 +377,55 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 
 
 @functools.cache
-def _on_cpu(study: str, store: ActivationStore) -> Any:
-    return STUDIES[study](model_on("cpu"), sae_on("cpu"), store)
+def _on_cpu(study: Study, store: ActivationStore) -> Any:
+    return study(model_on("cpu"), sae_on("cpu"), store)
 
 
-@pytest.mark.parametrize(("model", "sae"), [*PLACES, ("both", "gpu:1")])
-@pytest.mark.parametrize("study", STUDIES)
-def test_studies(study: str, model: str, sae: str, store: ActivationStore) -> None:
-    assert_same(STUDIES[study](model_on(model), sae_on(sae), store), _on_cpu(study, store))
+@pytest.mark.parametrize("study", [*SHORT_STUDIES, *(pytest.param(s, marks=pytest.mark.slow) for s in LONG_STUDIES)])
+def test_a_study_with_a_model_over_both_devices_and_the_sae_on_the_second(study: Study, store: ActivationStore) -> None:
+    assert_same(study(model_on("both"), sae_on("gpu:1"), store), _on_cpu(study, store))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "sae"), [("gpu:0", "cpu"), ("cpu", "gpu:0"), ("gpu:0", "gpu:1")])
+@pytest.mark.parametrize("study", [_all_ops, _evaluated, _scores, _fits, _matched, _attributed])
+def test_a_study_with_model_and_sae_on_any_two_devices(study: Study, model: str, sae: str, store: Any) -> None:
+    assert_same(study(model_on(model), sae_on(sae), store), _on_cpu(study, store))
+
+
+# ---- the devices themselves
+
+
+def test_mixtures_raise_and_copies_do_not() -> None:
+    cpu, first, second = torch.ones(3), torch.ones(3, device="gpu:0"), torch.ones(3).to("gpu:1")
+    assert (first.device, second.device, (first + 1).device) == (
+        torch.device("gpu:0"),
+        torch.device("gpu:1"),
+        first.device,
+    )
+    mixtures = [
+        lambda: first + cpu, lambda: first + second, lambda: torch.cat([first, cpu]), lambda: cpu[second.long()],
+        lambda: torch.where(cpu > 0, first, 0.0), lambda: cpu.add_(first), lambda: torch.tensor(1.0).add_(first[0]),
+        lambda: torch.equal(first, cpu), lambda: first.masked_fill(cpu > 0, 0.0), lambda: first[second.long()],
+        lambda: torch.rand(2, device="gpu:0", generator=torch.Generator()), lambda: cpu @ first,
+    ]  # fmt: skip
+    for mixture in mixtures:
+        with pytest.raises(devices.DeviceMismatch):
+            mixture()
+    for read in (first.numpy, lambda: np.asarray(first)):
+        with pytest.raises(TypeError, match="numpy"):
+            read()
+    assert len(devices.MET) == len(mixtures) + 2
+    devices.MET.clear()
+    first[:2] = cpu[:2] * 5
+    assert first.tolist() == [5.0, 5.0, 1.0] and (first * torch.tensor(2.0)).device == first.device
+    assert first[torch.tensor([2])].item() == 1.0 and first[cpu > 0].device == first.device
+    assert (first + second.to("gpu:0")).cpu().tolist() == [6.0, 6.0, 2.0]
+
+
+def test_gradients_cross_devices_and_tied_weights_stay_tied() -> None:
+    x = torch.ones(3, requires_grad=True)
+    (x.to("gpu:0") * 2).to("gpu:1").sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [2.0] * 3 and x.grad.device.type == "cpu"
+    model = model_on("gpu:0", "gpt2")
+    assert model.hf.get_output_embeddings().weight is model.hf.get_input_embeddings().weight

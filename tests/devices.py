@@ -11,6 +11,7 @@ tests of devices run in a process of their own (`tests/test_devices.py`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch, backend_registration
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 NAME = "gpu"
 _aten: Any = torch.ops.aten
@@ -82,7 +83,12 @@ class Claimed(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor, device: torch.device) -> Claimed:
         return torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=device
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device,
         )
 
     def __init__(self, held: Tensor, device: torch.device) -> None:
@@ -106,7 +112,9 @@ class Claimed(Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         if force:
             return self.detach().cpu().numpy()
-        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
+        text = f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first."
+        MET.append(text)
+        raise TypeError(text)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.numpy()
@@ -120,79 +128,109 @@ def _device(tensor: Tensor) -> torch.device:
     return tensor.device if isinstance(tensor, Claimed) else torch.device("cpu")
 
 
-def _meeting(func: Any, tensors: list[Tensor], args: Any, kwargs: dict[str, Any]) -> torch.device:
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What is known of an operation: its name, and the places and names of the arguments that it changes."""
+
+    name: str
+    at: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    @functools.cache
+    def of(cls, func: Any) -> _Rule:
+        changed = [
+            (i, argument)
+            for i, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        name = func._schema.name.removeprefix("aten::")
+        return cls(name, tuple(i for i, _ in changed), tuple(argument.name for _, argument in changed))
+
+    def written(self, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for i, name in zip(self.at, self.names, strict=True):
+            found += _tensors(args[i] if i < len(args) else kwargs.get(name))
+        return found
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, list | tuple):
+        return [tensor for part in tree for tensor in _tensors(part)]
+    return []
+
+
+def _meeting(rule: _Rule, tensors: list[Tensor], written: list[Tensor], args: Any, kwargs: Any) -> torch.device:
     """The one device of an operation's tensors.
 
     Raises:
         DeviceMismatch: if they have several.
     """
-    name = func._schema.name.removeprefix("aten::")
-    if name in _RESHAPES:
-        raise NotImplementedError(f"{name} of a tensor on {NAME}: the shape of a Claimed tensor is fixed.")
-    if name in _COPIES:
+    if rule.name in _RESHAPES:
+        raise NotImplementedError(f"{rule.name} of a tensor on {NAME}: the shape of a Claimed tensor is fixed.")
+    if rule.name in _COPIES:
         return _device(tensors[0])
-    fixed = tensors
-    if name in _INDEXING:
-        values = [args[2]] if "put" in name else []
-        fixed = [args[0], *values]
-        if isinstance(args[0], Claimed):
-            fixed += [i for i in args[1] if isinstance(i, Claimed)]
-        else:
-            fixed += [i for i in args[1] if i is not None]
-    written = _written(func, args, kwargs)
-    strict = name.rstrip("_") in _STRICT
-    binding = [t for t in fixed if strict or t.dim() or isinstance(t, Claimed) or any(t is w for w in written)]
-    devices = {_device(tensor) for tensor in binding}
+    bound = tensors
+    if rule.name in _INDEXING:
+        # A tensor on the CPU takes indices from the CPU alone; others take them from there too.
+        indices = [i for i in args[1] if i is not None and (isinstance(i, Claimed) or not isinstance(args[0], Claimed))]
+        bound = [args[0], *indices, *([args[2]] if "put" in rule.name else [])]
+    if rule.name.rstrip("_") not in _STRICT:
+        bound = [t for t in bound if t.dim() or isinstance(t, Claimed) or any(t is w for w in written)]
+    devices = {_device(tensor) for tensor in bound}
     if kwargs.get("generator") is not None:
         devices.add(kwargs["generator"].device)
         devices |= {_indexed(kwargs["device"])} if kwargs.get("device") is not None else set()
     if len(devices) > 1:
         found = " and ".join(sorted(map(str, devices)))
-        raise DeviceMismatch(f"Expected all tensors to be on the same device, but found {found} in {name}.")
+        raise DeviceMismatch(f"Expected all tensors to be on the same device, but found {found} in {rule.name}.")
     return devices.pop() if devices else torch.device("cpu")
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The arguments that an operation changes in place, in the order of its results."""
-    found = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = kwargs.get(argument.name) if argument.kwarg_only or i >= len(args) else args[i]
-            found += [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
-    return found
-
-
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-    if kwargs.get("device") is None and not any(isinstance(tensor, Claimed) for tensor in tensors):
+    tensors = _tensors(args) + _tensors(list(kwargs.values()))
+    wanted = kwargs.get("device")
+    if (wanted is None or torch.device(wanted).type != NAME) and not any(isinstance(t, Claimed) for t in tensors):
         return func(*args, **kwargs)
-    device = _meeting(func, tensors, args, kwargs)
-    if kwargs.get("device") is not None:
-        device = _indexed(kwargs["device"])
-        kwargs = {**kwargs, "device": torch.device("cpu")}
-    kwargs = {key: False if key == "pin_memory" else value for key, value in kwargs.items()}
-    written = {id(held(t)): t for t in _written(func, args, kwargs)}
     if func is _aten.histc.default and not args[0].is_floating_point():
         # Devices count integers; the CPU does not.
         return _run(func, (args[0].float(), *args[1:]), kwargs).to(args[0].dtype)
+    rule = _Rule.of(func)
+    written = rule.written(args, kwargs)
+    device = _meeting(rule, tensors, written, args, kwargs)
+    if wanted is not None:
+        device = _indexed(wanted)
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    own = {id(held(tensor)): tensor for tensor in written}
     out = func(*held(args), **held(kwargs))
+    return _claimed(out, device, own)
 
-    def wrapped(value: Any) -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, Claimed):
-            return value
-        return written[id(value)] if id(value) in written else value if device.type == "cpu" else Claimed(value, device)
 
-    return tree_map(wrapped, out)
+def held(tree: Any) -> Any:
+    """The data on the CPU of every tensor in a nest of lists and dicts."""
+    if isinstance(tree, Claimed):
+        return tree.held
+    if isinstance(tree, list | tuple):
+        return type(tree)(held(part) for part in tree)
+    return {key: held(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _claimed(out: Any, device: torch.device, own: dict[int, Tensor]) -> Any:
+    """Results on their device; an argument that was changed in place is itself."""
+    if isinstance(out, list | tuple):
+        return type(out)(_claimed(part, device, own) for part in out)
+    if not isinstance(out, Tensor) or isinstance(out, Claimed):
+        return out
+    return own[id(out)] if id(out) in own else out if device.type == "cpu" else Claimed(out, device)
 
 
 def _indexed(device: torch.device | str) -> torch.device:
     device = torch.device(device)
     return torch.device(NAME, device.index or 0) if device.type == NAME else device
-
-
-def held(tree: Any) -> Any:
-    """The data on the CPU of every tensor in a nest of lists and dicts."""
-    return tree_map(lambda value: value.held if isinstance(value, Claimed) else value, tree)
 
 
 class _Factories(_python_dispatch.TorchDispatchMode):

@@ -215,9 +215,9 @@ def _read(model: Any, reader: SpliceReader, coder: Coder, ids: Sequence[int], op
         for batch in batches:
             part = reader.read(batch)
             keep: Bool[Tensor, " rows"] = part.keep[:, -1]
-            inputs, target = part.x[:, -1], part.target[:, -1].to(coder.W_dec.device)
+            inputs, target = part.x[:, -1], part.target[:, -1]
             rows = np.arange(start, start + len(batch)) % len(ids)
-            rows, inputs, target = rows[keep.cpu().numpy()], inputs[keep].to(coder.W_dec.device), target[keep]
+            rows, inputs, target = rows[keep.cpu().numpy()], inputs[keep], target[keep]
             for chosen, some in coder.chunks(inputs):
                 acts[rows[chosen]] += some.cpu().numpy()
             error[rows] += squared_error(target, coder.reconstruct(inputs)).cpu().numpy()

@@ -337,7 +337,7 @@ def quality(model: Any, sae: Any, rows: Int[Tensor, "rows context"], *, options:
     ev, l2 = [], []
     for ids in rows[: options.max_rows].split(options.batch_rows):
         x = model.capture(TokenBatch.of_rows(ids), [site]).flat(site).float()
-        x_hat = torch.stack([sae.decode(sae.encode(row)).float() for row in x])
+        x_hat = torch.stack([sae.decode(sae.encode(row)).float() for row in x.to(sae.W_dec.device)]).to(x.device)
         ev.append(scalar_explained_variance(x, x_hat))
         l2.append(squared_error(x.flatten(0, 1), x_hat.flatten(0, 1)).view(x.shape[:2]).mean(1) / x.shape[2])
 
