@@ -273,12 +273,11 @@ def spread(hf: Any) -> None:
 
     place: dict[str, str] = {}
     for name, child in hf.base_model.named_children():
-        path = f"{hf.base_model_prefix}.{name}"
+        path, is_norm = f"{hf.base_model_prefix}.{name}", "norm" in name or name == "ln_f"
         if isinstance(child, nn.ModuleList):
             place |= {f"{path}.{i}": f"{NAME}:{(i + 1) % 2}" for i in range(len(child))}
         else:
-            place[path] = f"{NAME}:0"
-    place[path] = f"{NAME}:1"  # the final norm, apart from the head
+            place[path] = f"{NAME}:{int(is_norm)}"  # the final norm is apart from the head
     head = next(name for name, module in hf.named_modules() if module is hf.get_output_embeddings())
     dispatch_model(hf, device_map={**place, head: f"{NAME}:0"})
 

@@ -84,6 +84,9 @@ class Model(Wrapped):
     ) -> Activations:
         """Activations at named sites, in the model's dtype; the forward pass stops after the last site needed.
 
+        They are on `model.device`, where the ids are, also if the model is on several; with `grad` each is where its
+        block is.
+
         Shapes are those of `model.sites()`; with `positions`, each is `(tokens, width)` in row order, heads side by
         side, and `acts.rows` and `acts.positions` say which token each line is.
 
