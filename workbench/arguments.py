@@ -335,4 +335,5 @@ def _words(annotation: Any) -> list[str]:
         return ["a function"]
     if isinstance(kind, type) and issubclass(kind, Mapping):
         return ["a dict"]
-    return [f"a {getattr(kind, '__name__', str(kind)).strip('_')}"]
+    name = getattr(kind, "__name__", str(kind)).strip("_")
+    return [f"{'an' if name[0] in 'AEIO' or name.startswith('SAE') else 'a'} {name}"]

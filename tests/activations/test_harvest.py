@@ -239,7 +239,7 @@ def test_rows_longer_than_the_positions_are_refused_before_text_is_written(famil
 def test_wrong_sites_are_refused_before_anything_is_written(model: Model, tmp_path: Path) -> None:
     with pytest.raises(UnknownSiteError, match="layer 9"):
         harvest(model, _source(), ["resid_post.9"], tmp_path / "s")
-    with pytest.raises(InvalidInputError, match="list of sites"):
+    with pytest.raises(InvalidInputError, match="got one text; give a list"):
         harvest(model, _source(), SITE, tmp_path / "s")
     assert not (tmp_path / "s").exists()
 

@@ -254,7 +254,7 @@ def test_logits_of_every_token_can_be_kept() -> None:
 
 def test_what_cannot_be_captured_is_refused() -> None:
     model = tiny_model()
-    with pytest.raises(InvalidInputError, match="list of sites"):
+    with pytest.raises(InvalidInputError, match="got one text; give a list"):
         model.generate("abc", 2, capture="resid_post.1")
     with pytest.raises(InvalidInputError, match="Model.capture"):
         model.generate("abc", 2, capture=["pattern.1"])
@@ -373,7 +373,7 @@ def test_whether_an_edit_met_a_token_is_asked_of_all_batches_together() -> None:
     for batch_size in (1, 2):
         out = model.generate(PROMPTS[:2], 4, intervention=iv, temperature=0.0, batch_size=batch_size)
         assert out.report[1].tokens == len(out.ids[1]) - (out.ended[1] == "length")
-    with pytest.raises(EditError, match="no token was in scope"):
+    with pytest.raises(EditError, match="row 0 has no token there"):
         model.generate(PROMPTS, 4, intervention=Intervention.at("resid_post.1", Add(VECTOR), Pos(99)), batch_size=1)
 
 

@@ -151,7 +151,7 @@ def test_stores_texts_and_rows_are_accepted(model: Model, tmp_path: Path) -> Non
 
 def test_wrong_input_is_refused(model: Model, tmp_path: Path) -> None:
     sae = load_sae(save_topk(_weights(), 5, tmp_path / "sae", _origin(model)))
-    with pytest.raises(InvalidInputError, match="list of texts"):
+    with pytest.raises(InvalidInputError, match="got one text; give a"):
         evaluate_sae(model, sae, "one text")
     with pytest.raises(DegenerateInputError, match="fewer than two rows"):
         evaluate_sae(model, sae, _rows(1))

@@ -63,7 +63,6 @@ class Block:
         return Block(*(t[chosen] for t in (self.acts, self.tokens, self.positions, self.rows, self.documents)))
 
 
-@checked
 class ActivationStore:
     """Stored activations, read as a stream; open one with `open_store`."""
 

@@ -280,7 +280,7 @@ class Model(Wrapped):
         intervention: Intervention | None = None,
         seed: int = 0,
         temperature: float = 1.0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         capture: Sequence[str | Site] = (),
         batch_size: int = 128,
         **filters: Unpack[Filters],
@@ -357,6 +357,7 @@ class Model(Wrapped):
         first_row: int = 0,
     ) -> Int[Tensor, "rows new"]:
         """Exactly `new_tokens` sampled ids per row, going on after stop tokens; rows are numbered from `first_row`."""
+        self.require_room(prompt_ids.shape[-1] + new_tokens)
         rows = torch.arange(first_row, first_row + len(prompt_ids))
         options = Sampling(new_tokens, temperature, seed)
         total = len(prompt_ids) * new_tokens

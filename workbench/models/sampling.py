@@ -15,6 +15,8 @@ from workbench.errors import InvalidInputError
 
 _BLOCK = 256
 _FIRST_TOP = 64
+MAX_NEW_TOKENS = 10**7
+"""More than any model's context; the draws of a row are made before its first token."""
 
 
 class Filters(TypedDict, total=False):
@@ -54,9 +56,10 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not 0 <= self.temperature < math.inf:
+        if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS or not 0 <= self.temperature < math.inf:
             raise InvalidInputError(
-                f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}: they must be >= 1 and >= 0."
+                f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}: give 1 to {MAX_NEW_TOKENS} "
+                "tokens and a temperature of 0 or more."
             )
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise InvalidInputError(
