@@ -10,7 +10,7 @@ from typing import Any
 import jaxtyping
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from workbench.models import tiny
 from workbench.models.model import Model
@@ -24,6 +24,20 @@ FAMILIES = (
 )  # fmt: skip
 MIXTURES = ("mixtral", "gpt_oss")
 """Mixtures of experts, which lack the sites inside the MLP."""
+
+_STATE = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+CACHES: dict[str, dict[str, Any]] = {
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 24,
+             "block_multiple_of": 8},
+    "falcon_h1": {**_STATE, "mamba_d_ssm": 32, "head_dim": 8},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
+              "num_experts_per_tok": 1, "mamba_d_state": 4, "use_mamba_kernels": False},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
+    "qwen3_next": {"num_hidden_layers": 4, "head_dim": 8, "linear_num_value_heads": 2, "linear_num_key_heads": 2,
+                   "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1,
+                   "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+}  # fmt: skip
+"""Families whose caches hold other things than keys and values of every token, and sizes that show it."""
 
 
 @functools.cache
@@ -103,6 +117,19 @@ def as_user() -> Iterator[None]:
         yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", was)
+
+
+def cached_model(kind: str) -> Model:
+    """A random model of a family with an unusual cache, from `CACHES`."""
+    size = {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "intermediate_size": 24, "vocab_size": len(tiny_tokenizer()), "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**size, **CACHES[kind]})).eval()
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise)
+    return Model(hf.requires_grad_(False), tiny_tokenizer(), name=kind)
 
 
 def n_hooks(hf: torch.nn.Module) -> int:

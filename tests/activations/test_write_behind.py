@@ -145,10 +145,10 @@ def test_ctrl_c_keeps_every_shard_that_was_made(tmp_path: Path) -> None:
     model, forward = tiny_model(), iter(range(100))
     real = model.capture
 
-    def capture(ids: torch.Tensor, sites: list[str]) -> Any:
+    def capture(ids: torch.Tensor, sites: list[str], **named: bool) -> Any:
         if next(forward) == 5:  # the first look, two for each of two shards, and the first of the third
             raise KeyboardInterrupt
-        return real(ids, sites)
+        return real(ids, sites, **named)
 
     object.__setattr__(model, "capture", capture)
     with pytest.raises(KeyboardInterrupt) as error:

@@ -115,6 +115,8 @@ def test_files_become_ids_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
     ]
     assert (report.cuts[0].replaced, report.cuts[0].pieces, report.documents) == (53, (" ", "ember"), 4)
     assert report.tokens_after - report.tokens == 53
+    assert [row["decodes_to"] for row in rows] == ["text", "other", "text", "text"]  # half a character becomes �
+    assert (report.changed, report.by_cuts) == (1, 0) and report.first_changed.endswith("a.jsonl document 2")
     (tmp_path / "ids.jsonl").write_bytes(whole[: len(whole) // 2])
     again = sanitize_files(sanitizer, paths, tmp_path / "ids.jsonl")
     assert (tmp_path / "ids.jsonl").read_bytes() == whole and again.cuts == report.cuts
@@ -132,6 +134,23 @@ def test_files_become_ids_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
         sanitize_files(sanitizer, paths, tmp_path / "foreign.jsonl")
     with pytest.raises(MissingFileError):
         sanitize_files(sanitizer, [tmp_path / "absent"], tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize(("make", "content", "changed"), [
+    (byte_level, b"alpha ember\r\n  delta\t", 0),
+    (byte_level, "caf\xe9 ember".encode("latin-1"), 1),
+    (wordpiece, b"Alpha ember", 1),
+    (sentencepiece, b"alpha ember", 0),
+])  # fmt: skip
+def test_each_document_is_decoded_and_held_against_its_file(
+    make: object, content: bytes, changed: int, tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_bytes(content)
+    report = sanitize_files(_sanitizer(make(), "delta"), [tmp_path / "t.txt"], tmp_path / "ids.jsonl")  # type: ignore[operator]
+    said = " ".join(report.findings())
+    assert report.changed == changed and report.by_cuts == 0
+    assert ("every document decodes to the text of its file" in said) == (not changed)
+    assert ("t.txt document 1. 1 of them do not without the cuts either" in said) == bool(changed)
 
 
 def test_a_batch_is_ready_for_generation() -> None:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, n_hooks, spaced_tokenizer, tiny_model
+from tests.tiny import CACHES, D_MODEL, FAMILIES, FP32_LOGITS, cached_model, n_hooks, spaced_tokenizer, tiny_model
 from workbench.errors import EditError, InvalidInputError
 from workbench.interventions.chosen import Mask
 from workbench.interventions.gates import ProbeGate, When
@@ -79,6 +80,18 @@ def test_the_result_of_a_row_does_not_depend_on_its_batch() -> None:
     split = model.generate(PROMPTS, 10, seed=5, batch_size=2)
     assert together.texts == split.texts
     assert together.texts != model.generate(PROMPTS, 10, seed=6).texts
+
+
+@pytest.mark.parametrize("scope", [None, All()], ids=str)
+@pytest.mark.parametrize("family", CACHES)
+def test_rows_of_any_cache_are_shared_and_leave_as_if_alone(family: str, scope: Scope | None) -> None:
+    model = cached_model(family)
+    iv = None if scope is None else Intervention.at("resid_post.1", Add(VECTOR), scope)
+    prompts = ["abcdef", "abcdef", "xy", "abcdef", "q"]
+    _same(
+        model.generate(prompts, 9, intervention=iv, seed=4, stop=STOP),
+        model.generate(prompts, 9, intervention=iv, seed=4, stop=STOP, batch_size=1),
+    )
 
 
 def test_logprobs_are_those_of_a_forward_pass() -> None:
@@ -422,3 +435,117 @@ def test_without_a_tokenizer_ids_are_generated_and_texts_are_refused(tmp_path: P
 
 def edit_of_last() -> Intervention:
     return Intervention.at("resid_post.0", Add(VECTOR), Last())
+
+
+RULES = [
+    {"suppress_tokens": range(60, 250)},
+    {"begin_suppress_tokens": range(0, 200)},
+    {"bad_words_ids": [[i] for i in range(90, 240)] + [[7, 8]]},
+    {"sequence_bias": [[[40], 30.0], [[40, 41], 30.0]]},
+    {"no_repeat_ngram_size": 1},
+    {"min_new_tokens": 4, "sequence_bias": [[[1], 50.0]]},
+    {"min_length": 5, "sequence_bias": [[[1], 50.0]]},
+    {"forced_eos_token_id": 1},
+    {"exponential_decay_length_penalty": (2, 9.0)},
+    {"eos_token_id": [1, 40, 41], "sequence_bias": [[[41], 20.0]], "min_new_tokens": 2},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: "+".join(rules))
+def test_rules_of_the_generation_config_are_those_of_hugging_face(rules: dict[str, Any]) -> None:
+    model = tiny_model()
+    for name, value in rules.items():
+        setattr(model.hf.generation_config, name, list(value) if isinstance(value, range) else value)
+    mine = model.generate(PROMPTS, 6, temperature=0.0)
+    for prompt, row in zip(PROMPTS, mine.ids, strict=True):
+        batch = model.tokens(prompt)
+        (want,) = model.hf.generate(**batch.hf(), max_new_tokens=6, do_sample=False)[:, batch.ids.shape[1] :]
+        want = want[: model.text_length(want)]
+        assert row.tolist() == want.tolist()
+    _same(mine, model.generate(PROMPTS, 6, temperature=0.0, batch_size=1))
+    assert mine.note == "" and mine.texts != tiny_model().generate(PROMPTS, 6, temperature=0.0).texts
+    session = model.session(temperature=0.0, max_new_tokens=6)
+    assert session.turn("ab") == model.generate(model.tokens(session.messages[:1]), 6, temperature=0.0).texts[0]
+
+
+def test_rules_hold_for_sampled_tokens_too_and_log_probabilities_stay_those_of_the_model() -> None:
+    model = tiny_model()
+    model.hf.generation_config.suppress_tokens = list(range(200))
+    out = model.generate(PROMPTS, 12, seed=3, top_p=0.9)
+    assert min(int(row.min()) for row in out.ids) >= 200
+    ids = torch.cat([model.tokens(PROMPTS[0]).ids[0], out.ids[0]])[None]
+    want = model.logits(ids, keep="all").log_softmax(-1)[0, -1 - len(out.ids[0]) : -1]
+    torch.testing.assert_close(out.logprobs[0], want.gather(1, out.ids[0][:, None])[:, 0], atol=FP32_LOGITS, rtol=1e-4)
+    assert int(model.sample(model.tokens("abc").ids, 9).min()) >= 200
+
+
+def test_sampling_settings_of_the_generation_config_are_left_aside_and_named() -> None:
+    model = tiny_model()
+    plain = model.generate(PROMPTS, 6, seed=1)
+    config = model.hf.generation_config
+    config.temperature, config.top_k, config.repetition_penalty, config.do_sample = 0.3, 5, 1.3, True
+    out = model.generate(PROMPTS, 6, seed=1)
+    assert out.texts == plain.texts and plain.note == ""
+    assert out.note == (
+        "left aside of the model's generation settings: temperature=0.3, top_k=5, repetition_penalty=1.3"
+    )
+    config.stop_strings = ["a", "b"]
+    config.suppress_tokens = [i for i in range(258) if model.tokenizer.decode([i]) not in "abc"]
+    stopped = model.generate(PROMPTS, 30, seed=1)
+    assert set(stopped.ended) == {"stop_string"} and all(text[-1] in "ab" for text in stopped.texts)
+
+
+def test_rules_that_cannot_be_used_are_refused_in_words() -> None:
+    model = tiny_model()
+    for rules in ({"bad_words_ids": [[9000]]}, {"bad_words_ids": 3}, {"suppress_tokens": list(range(258))}):
+        for name, value in {"bad_words_ids": None, **rules}.items():
+            setattr(model.hf.generation_config, name, value)
+        with pytest.raises(InvalidInputError, match=r"generation_config.json|rule out all tokens"):
+            model.generate(PROMPTS, 3)
+
+
+def test_no_nan_passes_as_an_answer() -> None:
+    model = tiny_model()
+    model.hf.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    for what, ask in {
+        "Row 0, token 0": lambda: model.generate(PROMPTS, 3),
+        "Row 0, token": lambda: model.session(max_new_tokens=3).turn("ab"),
+        "logits: NaN, first in row 0 at position 5": lambda: model.logits(PROMPTS),
+        "logits: NaN, first in row 0 at position 0": lambda: model.logits(PROMPTS, keep="all", tokens=[5]),
+        "capture: NaN at resid_post.1, first in row 0": lambda: model.capture(
+            PROMPTS, ["resid_post.0", "resid_post.1"]
+        ),
+        "row 0 at position 1": lambda: model.capture(
+            PROMPTS[1:] + PROMPTS, ["resid_post.1"], positions=Pos(-4) | Pos(-1)
+        ),
+        "loss: NaN": lambda: model.loss(PROMPTS),
+        "without any edit": lambda: model.variants(PROMPTS, [Intervention.at("resid_post.1", Add(VECTOR))]),
+    }.items():
+        with pytest.raises(InvalidInputError, match=what):
+            ask()
+    kept = model.capture(PROMPTS, ["resid_post.0", "resid_post.1"], allow_nan=True)
+    assert bool(kept["resid_post.1"].isnan().all()) and bool(kept["resid_post.0"].isfinite().all())
+
+
+def test_a_row_that_becomes_nan_later_is_named_with_its_step() -> None:
+    model = tiny_model("qwen2")  # whose unembedding has weights of its own
+    third = model.generate(PROMPTS, 6, temperature=0.0).ids
+    token = next(int(i) for i in third[2] if i not in third[0] and i not in third[1])
+    step = third[2].tolist().index(token) + 1
+    model.hf.get_input_embeddings().weight[token] = torch.nan
+    for batch_size in (3, 1):
+        with pytest.raises(InvalidInputError, match=f"Row 2, token {step}"):
+            model.generate(PROMPTS, 6, temperature=0.0, batch_size=batch_size)
+
+
+def test_nan_at_padding_is_no_answer() -> None:
+    model = tiny_model()
+    batch = model.tokens(PROMPTS)
+    handle = model.hf.model.layers[0].register_forward_hook(
+        lambda _m, _a, out: out.masked_fill(~batch.mask[..., None], torch.nan)
+    )
+    model.hf.model.layers[1].forward = lambda hidden_states, *_a, **_k: hidden_states
+    model.hf.model.layers[2].forward = lambda hidden_states, *_a, **_k: hidden_states
+    assert bool(model.capture(batch, ["resid_post.0"])["resid_post.0"].isnan().any())
+    assert bool(model.logits(batch, keep="all")[batch.mask].isfinite().all())
+    handle.remove()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from tests.tiny import FAMILIES, FP32_LOGITS, N_LAYERS, n_hooks, tiny_model
+from tests.tiny import CACHES, FAMILIES, FP32_LOGITS, N_LAYERS, cached_model, n_hooks, tiny_model
 from workbench.errors import DegenerateInputError, EditError, InvalidInputError
+from workbench.features.resume import LastToken
 from workbench.interventions.chosen import Mask, Rows
 from workbench.interventions.gates import CosineGate, When
 from workbench.interventions.intervention import Intervention
@@ -140,9 +143,8 @@ def test_variants_in_small_parts_are_the_same_and_each_edit_is_proven() -> None:
     batch = model.tokens(TEXTS)
     ivs = [Intervention.at("resid_post.1", Add(torch.full((16,), float(s)))) for s in range(1, 8)]
     whole = model.variants(batch, ivs)
-    parts = compare(
-        model.site_map, lambda site, last: model.resume(batch, site, last=last), batch, ivs, model.plan, max_tokens=24
-    )
+    start = functools.partial(model.resume, batch)
+    parts = compare(model.site_map, start, batch, ivs, model.plan, max_tokens=24)
     torch.testing.assert_close(parts.logits, whole.logits, atol=FP32_LOGITS, rtol=1e-4)
     assert sum(r.tokens for r in whole.report) == sum(r.tokens for r in parts.report) == 7 * batch.n_tokens
     with pytest.raises(EditError, match="no token"):
@@ -244,3 +246,32 @@ def test_families_that_arrange_batch_and_heads_in_their_own_way_are_right_or_ref
     for got, iv in zip(found.logits, ivs, strict=True):
         with model.plan(iv):
             torch.testing.assert_close(got, model.logits(TEXTS), atol=FP32_LOGITS, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*CACHES, "llama", "mistral"])
+@pytest.mark.parametrize("texts", [["abcdef", "xyz"], ["a"], ["q", "abc"]], ids=len)
+def test_last_tokens_over_any_cache_are_the_uncached_run(family: str, texts: list[str]) -> None:
+    model = cached_model(family) if family in CACHES else tiny_model(family)
+    vector = torch.linspace(-3, 3, 16)
+    ivs = [Intervention.at("resid_post.1", Add(s * vector), Last()) for s in (1.0, -2.0)]
+    found = model.variants(texts, ivs)
+    for got, iv in zip(found.logits, ivs, strict=True):
+        with model.plan(iv):
+            torch.testing.assert_close(got, model.logits(texts), atol=FP32_LOGITS, rtol=1e-4)
+    run = model.resume(texts[0], "resid_post.1", last=True)
+    torch.testing.assert_close(run.logits, model.logits(texts[0]), atol=FP32_LOGITS, rtol=1e-4)
+    last = LastToken(model, model.tokens(texts[0]).ids, model.resolve("resid_post.1"), rows=2)
+    with model.plan(ivs[0]):
+        want = model.logits(texts[0])
+    torch.testing.assert_close(model.head.all(last.hidden(vector[None])), want, atol=FP32_LOGITS, rtol=1e-4)
+
+
+def test_a_model_that_ignores_its_cache_is_not_resumed_from_it() -> None:
+    model = tiny_model()
+    plain = model.hf.model.forward
+    model.hf.model.forward = lambda *args, past_key_values=None, **named: plain(*args, **named)
+    run = model.resume("abcdef", "resid_post.1", last=True)
+    assert not run.last
+    torch.testing.assert_close(run.logits, model.logits("abcdef"), atol=FP32_LOGITS, rtol=1e-4)
+    with pytest.raises(InvalidInputError, match="outside of the cache"):
+        model.generate("abcdef", 3)

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, n_hooks, spaced_tokenizer, tiny_model, tiny_tokenizer
+from tests.tiny import (
+    CACHES,
+    D_MODEL,
+    FAMILIES,
+    FP32_LOGITS,
+    cached_model,
+    n_hooks,
+    spaced_tokenizer,
+    tiny_model,
+    tiny_tokenizer,
+)
 from workbench.errors import DegenerateInputError, InvalidInputError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
@@ -30,7 +40,7 @@ TEMPLATE = (
 
 def chat_model(family: str = "llama") -> Model:
     """A tiny model whose template opens an answer as it writes one."""
-    model = tiny_model(family)
+    model = cached_model(family) if family in CACHES else tiny_model(family)
     model.tokenizer = copy.deepcopy(model.tokenizer)
     model.tokenizer.chat_template = TEMPLATE
     return model
@@ -348,3 +358,35 @@ def test_options_of_the_template_hold_for_every_turn() -> None:
     assert model.tokenizer.decode(session._ids).startswith("x<bos>u")
     with pytest.raises(InvalidInputError, match="no such option. Did you mean style"):
         model.session(stile="x").turn("a")
+
+
+@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("family", CACHES)
+def test_caches_that_cannot_be_cut_back_or_continued_are_computed_again(family: str, steered: bool) -> None:
+    model, iv = letters_only(chat_model(family)), edit(All()) if steered else None
+    session = model.session(intervention=iv, temperature=0.0, max_new_tokens=4)
+    for text in ("hi", "oh", "so", None, "no"):
+        if text is None:
+            session.backtrack()
+            continue
+        reply = session.turn(text)
+        assert (
+            reply == model.generate(model.tokens(session.messages[:-1]), 4, intervention=iv, temperature=0.0).texts[0]
+        )
+    torch.testing.assert_close(session.logits(), fresh_logits(model, session, iv), atol=FP32_LOGITS, rtol=1e-4)
+
+
+def test_a_conversation_that_outgrows_the_model_is_refused_and_stays_as_it_was() -> None:
+    model = letters_only(chat_model())
+    session = model.session(temperature=0.0, max_new_tokens=4)
+    session.turn("hello")
+    before, room = session.messages, model.max_tokens
+    assert room is not None
+    with pytest.raises(InvalidInputError, match=f"takes {room} positions"):
+        session.turn("again", max_new_tokens=room)
+    with pytest.raises(InvalidInputError, match="positions"):
+        session.turn("a" * room)
+    assert session.messages == before
+    torch.testing.assert_close(session.logits(), fresh_logits(model, session), atol=FP32_LOGITS, rtol=1e-4)
+    with pytest.raises(InvalidInputError, match="positions"):
+        model.sample(model.tokens("abc").ids, room)

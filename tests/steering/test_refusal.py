@@ -360,6 +360,10 @@ def test_report_shows_itself(toy_report: RefusalReport) -> None:
 def test_same_seed_same_report_and_without_sae_only_the_direction(toy_report: RefusalReport) -> None:
     model = _toy_model()
     assert refusal_study(model, _toy_sae(model), data=_toy_data(), options=OPTIONS) == toy_report
+    with pytest.raises(InvalidInputError, match="new ones included"):
+        refusal_study(
+            model, None, site="resid_post.1", data=_toy_data(), options=dataclasses.replace(OPTIONS, new_tokens=10**5)
+        )
     alone = refusal_study(model, None, site="resid_post.1", data=_toy_data(), options=OPTIONS)
     assert not alone.features and not alone.family("refusal features")
     assert any("No SAE feature" in finding for finding in alone.findings())

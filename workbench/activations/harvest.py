@@ -310,7 +310,7 @@ class _Harvest:
         reasons, n = [], 0
         for start in range(0, len(ids), manifest.batch_rows):
             part = ids[start : start + manifest.batch_rows]
-            acts = self.model.capture(part, list(manifest.sites))
+            acts = self.model.capture(part, list(manifest.sites), allow_nan=True)  # refused below, with its row
             on_cpu = {site: acts.flat(site).cpu() for site in manifest.sites}
             reason = torch.zeros_like(part)
             for site, x in on_cpu.items():

@@ -175,14 +175,15 @@ class Generate(ModelCommand):
             )  # fmt: skip
 
         out = continued(edits)
+        note = "; ".join(filter(None, (prompt.note, out.note)))
         logprobs = [round(float(x), 4) for x in out.logprobs[0]]
         mean = f"{sum(logprobs) / len(logprobs):.3f} nats" if logprobs else "no token was generated"
         summary = {
             "text": out.texts[0], "ids": out.ids[0].tolist(), "logprobs": logprobs, "ended": out.ended[0],
-            "note": prompt.note,
+            "note": note,
         }  # fmt: skip
         ended = out.ended[0].replace("_", " ")
-        said = f"[{len(logprobs)} tokens, ended by {ended}, mean log-probability {mean}; {prompt.note}]"
+        said = f"[{len(logprobs)} tokens, ended by {ended}, mean log-probability {mean}; {note}]"
         lines = [out.texts[0], said]
         if edits is not None:
             summary["unedited"] = continued(None).texts[0]

@@ -14,6 +14,7 @@ from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
+from workbench.models.numbers import has_nan
 
 
 class LastToken:
@@ -44,7 +45,14 @@ class LastToken:
         for part in change.split(self._rows):
             full = torch.cat([part, part[-1:].expand(self._rows - len(part), -1)]) if len(part) < self._rows else part
             parts.append(self._edited(full)[: len(part), -1])
-        return torch.cat(parts)
+        hidden = torch.cat(parts)
+        if has_nan(hidden):
+            edit = int(hidden.amax(-1).isnan().nonzero()[0])
+            raise InvalidInputError(
+                f"{self._site}: what reaches the unembedding is NaN under edit {edit} of {len(change)}, whose norm is "
+                f"{float(change[edit].float().norm()):.3g}. Make it weaker, or load the model with dtype='float32'."
+            )
+        return hidden
 
     def _edited(self, change: Tensor) -> Tensor:
         if self.skips_blocks:

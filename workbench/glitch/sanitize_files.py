@@ -1,11 +1,11 @@
-"""Files as token ids without flagged tokens: one JSON line per document, which decodes to the text as it was."""
+"""Files as token ids without flagged tokens: one JSON line per document, which says whether it decodes to its text."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from workbench.progress import track
 from workbench.records import load_json, save_json
 from workbench.report import Report, Section, Table, Text
 from workbench.stats import clopper_pearson
+
+_LINES = "2"
+"""Changes with what a line holds."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class SanitizeReport(Report):
         tokens: ids before.
         tokens_after: ids after.
         cuts: every flagged token that occurred.
+        changed: number of documents whose ids decode to another text than the file has.
+        first_changed: the first of them, "" if there is none.
+        by_cuts: how many of them decode to their text without the cuts.
         check: probability of copying before and after, or None if it was not measured.
     """
 
@@ -60,6 +66,9 @@ class SanitizeReport(Report):
     tokens: int
     tokens_after: int
     cuts: tuple[Cut, ...]
+    changed: int
+    first_changed: str
+    by_cuts: int
     check: CopyCheck | None = None
 
     def findings(self) -> tuple[str, ...]:
@@ -67,9 +76,16 @@ class SanitizeReport(Report):
         replaced, left = sum(cut.replaced for cut in self.cuts), sum(cut.left for cut in self.cuts)
         said = [
             f"{self.documents:,} documents, {self.tokens:,} tokens: {replaced:,} occurrences of "
-            f"{sum(cut.replaced > 0 for cut in self.cuts):,} flagged tokens were cut into others; every document "
-            f"decodes to the same text. {self.tokens_after:,} tokens after."
+            f"{sum(cut.replaced > 0 for cut in self.cuts):,} flagged tokens were cut into others. "
+            f"{self.tokens_after:,} tokens after."
         ]
+        said.append(
+            "Checked: every document decodes to the text of its file."
+            if not self.changed
+            else f"CHANGED: {self.changed:,} documents do not decode to the text of their file, first "
+            f"{self.first_changed}. {self.changed - self.by_cuts:,} of them do not without the cuts either: the "
+            "tokenizer changes case, spaces or characters, or the file is not UTF-8."
+        )
         if left:
             said.append(f"IMPOSSIBLE: {left:,} occurrences stay, since no other tokens give their text.")
         if self.check is not None:
@@ -81,7 +97,9 @@ class SanitizeReport(Report):
     def metrics(self) -> dict[str, Metric]:
         """Counts, and the share of flagged occurrences that could be cut."""
         replaced, left = sum(cut.replaced for cut in self.cuts), sum(cut.left for cut in self.cuts)
-        found: dict[str, Metric] = {"documents": self.documents, "replaced": replaced, "left": left}
+        found: dict[str, Metric] = {
+            "documents": self.documents, "replaced": replaced, "left": left, "changed_documents": self.changed,
+        }  # fmt: skip
         if replaced + left:
             found["cut_share"] = clopper_pearson(replaced, replaced + left, unit="occurrences")
         return found if self.check is None else found | {"copy_gain": self.check.gain}
@@ -99,8 +117,9 @@ def sanitize_files(
 ) -> SanitizeReport:
     """Writes the ids of every document to `target`, flagged tokens cut; a stopped run goes on where it was.
 
-    A line holds file, document, ids, tokens_before, `replaced` (old position, old id, new ids) and `impossible` (old
-    position, id).
+    A line holds file, document, ids, tokens_before, `replaced` (old position, old id, new ids), `impossible` (old
+    position, id) and `decodes_to`: "text" if the ids decode to the text of the file, "other" if the tokenizer's own ids
+    do not either, "other_by_cuts" if they do.
 
     Args:
         sanitizer: which tokens are cut.
@@ -129,7 +148,7 @@ def _key(sanitizer: Sanitizer, paths: Sequence[Path], column: str) -> dict[str, 
     stats = [(str(path), status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),)]
     parts = {"flagged": sorted(sanitizer.flagged), "files": stats, "column": column}
     hashes = {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:12] for name, part in parts.items()}
-    return {"tokenizer": sanitizer.codec.digest()} | hashes
+    return {"tokenizer": sanitizer.codec.digest(), "lines": _LINES} | hashes
 
 
 def _claim(file: Path, key: dict[str, str]) -> None:
@@ -143,14 +162,28 @@ def _claim(file: Path, key: dict[str, str]) -> None:
 
 def _document(sanitizer: Sanitizer, parts: Iterable[str]) -> dict[str, Any]:
     ids: list[int] = []
-    replaced, impossible, before = [], [], 0
-    for piece in windows(sanitizer.codec, parts):
+    before: list[int] = []
+    texts: list[str] = []
+    replaced, impossible = [], []
+    for piece in windows(sanitizer.codec, _noted(parts, texts)):
         made = sanitizer(piece.ids)
         ids += made.ids
-        replaced += [(before + at, old, new) for at, old, new in made.replaced]
-        impossible += [(before + at, piece.ids[at]) for at in made.impossible]
-        before += len(piece.ids)
-    return {"ids": ids, "tokens_before": before, "replaced": replaced, "impossible": impossible}
+        replaced += [(len(before) + at, old, new) for at, old, new in made.replaced]
+        impossible += [(len(before) + at, piece.ids[at]) for at in made.impossible]
+        before += piece.ids
+    text = "".join(texts)
+    after, plain = sanitizer.codec.decode([ids, before if replaced else []])
+    decodes_to = "text" if after == text else "other_by_cuts" if replaced and plain == text else "other"
+    return {
+        "ids": ids, "tokens_before": len(before), "replaced": replaced, "impossible": impossible,
+        "decodes_to": decodes_to,
+    }  # fmt: skip
+
+
+def _noted(parts: Iterable[str], seen: list[str]) -> Iterator[str]:
+    for part in parts:
+        seen.append(part)
+        yield part
 
 
 def _mend(file: Path) -> int:
@@ -171,17 +204,23 @@ def _summary(sanitizer: Sanitizer, file: Path) -> SanitizeReport:
     left: Counter[int] = Counter()
     pieces: dict[int, Sequence[int]] = {}
     documents = before = after = 0
+    changed: list[str] = []
+    by_cuts = 0
     with file.open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):
             documents, before, after = documents + 1, before + row["tokens_before"], after + len(row["ids"])
             replaced.update(old for _, old, _ in row["replaced"])
             pieces |= {old: new for _, old, new in row["replaced"]}
             left.update(old for _, old in row["impossible"])
+            by_cuts += row["decodes_to"] == "other_by_cuts"
+            if row["decodes_to"] != "text":
+                changed.append(f"{row['file']} document {row['document']}")
     cuts = [
         Cut(i, _text(sanitizer, i), tuple(_text(sanitizer, j) for j in pieces.get(i, ())), replaced[i], left[i])
         for i in sorted(replaced.keys() | left.keys(), key=lambda i: -(replaced[i] + left[i]))
     ]
-    return SanitizeReport(str(file), documents, before, after, tuple(cuts))
+    first = changed[0] if changed else ""
+    return SanitizeReport(str(file), documents, before, after, tuple(cuts), len(changed), first, by_cuts)
 
 
 def _text(sanitizer: Sanitizer, i: int) -> str:

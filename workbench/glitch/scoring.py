@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from workbench.glitch.prompts import Template
 from workbench.interventions.plan import active_plans
 from workbench.metrics import token_log_probabilities
 from workbench.models.head import forward
-from workbench.models.kvcache import can_select, new_cache, select_rows
+from workbench.models.kvcache import holds, keeps_columns, new_cache, select_rows, takes_cache
 from workbench.progress import task
 from workbench.tokens import TokenBatch
 
@@ -184,16 +183,16 @@ def greedy_logits(
         InvalidInputError: if the model has a table of positions that is too short.
     """
     hf = getattr(model, "hf", None) if cached else None
-    if hf is None or "past_key_values" not in inspect.signature(hf.forward).parameters:
+    if hf is None or not takes_cache(hf):
         yield from _uncached(model, rows, steps)
         return
     model.require_room(rows.shape[1] + steps - 1)
     rows = rows.to(model.device)
     cache = new_cache(hf.config, rows.shape[1] + steps)
     start = 0
-    if 0 < shared < rows.shape[1] and len(rows) > 1 and can_select(cache) and not active_plans(hf):
+    if 0 < shared < rows.shape[1] and len(rows) > 1 and keeps_columns(cache) and not active_plans(hf):
         _last(hf, cache, rows[:1, :shared], 0)
-        if cache.get_seq_length() != shared:
+        if not holds(cache, shared):
             yield from _uncached(model, rows, steps)
             return
         select_rows(cache, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
@@ -205,7 +204,7 @@ def greedy_logits(
             return
         rows = torch.cat([rows, logits.argmax(1)[:, None]], dim=1)
         start = rows.shape[1] - 1
-        if cache.get_seq_length() != start:
+        if not holds(cache, start):
             yield from _uncached(model, rows, steps - step - 1)
             return
 

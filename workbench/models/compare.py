@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError
-from workbench.hooks.sites import Site, SiteMap
+from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.hooks.sites import SiteMap
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
 from workbench.interventions.report import EditReport
 from workbench.interventions.variants import variants
+from workbench.models.numbers import has_nan
 from workbench.models.resume import Resume, earliest
 from workbench.progress import track
 from workbench.tokens import TokenBatch
@@ -40,7 +41,7 @@ class VariantLogits:
 @torch.no_grad()
 def compare(
     sites: SiteMap,
-    resume: Callable[[Site, bool], Resume],
+    resume: Callable[..., Resume],
     batch: TokenBatch,
     interventions: Sequence[Intervention],
     make_plan: Callable[[Intervention], Plan],
@@ -51,7 +52,7 @@ def compare(
 
     Args:
         sites: the model's site map.
-        resume: starts the prompts at a site, the last tokens alone or not.
+        resume: starts the prompts at a site; with `last=True` the last tokens alone.
         batch: the prompts.
         interventions: what to compare.
         make_plan: binds an intervention to the model.
@@ -68,7 +69,7 @@ def compare(
     ends_in_token = bool(batch.mask[:, -1].all())
     last = ends_in_token and all(edit.scope.only_last for edit in edits) and not any(e.op.gated for e in edits)
     whole = any(edit.site.kind == "logits" for edit in edits)
-    run = resume(sites["final_norm"].site if whole else site, last and not whole)
+    run = resume(sites["final_norm"].site if whole else site, last=last and not whole)
     clean = run.logits if tokens is None else run.logits[:, tokens]
     size = max(1, max_tokens // (len(batch) * (1 if last else batch.ids.shape[1])))
     found, reports = [], []
@@ -82,6 +83,13 @@ def compare(
             found.append(_logits(run, plan, len(part), tokens, whole=whole))
         reports.extend(plan.report)
     logits = torch.cat(found).unflatten(0, (len(resolved), len(batch)))
+    if has_nan(logits):
+        variant, row = logits.amax(-1).isnan().nonzero()[0].tolist()
+        edits = "; ".join(map(str, resolved[variant].edits))
+        raise InvalidInputError(
+            f"variants: the logits of row {row} are NaN under intervention {variant} ({edits}). Make it weaker, or "
+            "load the model with dtype='float32'."
+        )
     return VariantLogits(logits, clean, tuple(reports), run.how if not whole else "the whole model was run")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,19 @@ from torch import Tensor
 from workbench.errors import InvalidInputError
 from workbench.hooks.attach import attached
 from workbench.hooks.sites import Point, Site, SiteMap
-from workbench.models.kvcache import can_select, is_plain, new_cache, select_rows, take_columns
-from workbench.models.sampling import Sampling, choose, uniforms
+from workbench.models.folderrules import FolderRules
+from workbench.models.kvcache import holds, is_plain, keeps_columns, new_cache, select_rows, take_columns, takes_cache
+from workbench.models.sampling import Noise, Sampling, choose
 from workbench.models.stopping import StopStrings
 from workbench.tokens import TokenBatch
 
 _WORTH = 64
 """Tokens that a common prefix must save before it gets a forward pass of its own."""
+
+_NO_CACHE = (
+    "{} keeps a recurrent state outside of the cache that it can be given, which this generation does not carry. Use "
+    "model.hf.generate, without an intervention."
+)
 
 ENDED = ("length", "stop_token", "stop_string")
 """Why a row ended, by code."""
@@ -34,11 +39,13 @@ class Prefilled:
     Attributes:
         cache: keys and values of every column.
         logits: of the last column.
-        mask: True at real tokens of the columns so far.
+        ids: tokens of the columns so far.
+        mask: True at real tokens among them.
     """
 
     cache: Any
     logits: Float[Tensor, "batch vocab"]
+    ids: Int[Tensor, "batch columns"]
     mask: Bool[Tensor, "batch columns"]
 
 
@@ -145,11 +152,8 @@ class Decoder:
     def __init__(
         self, hf: Any, options: Sampling, stops: StopStrings | None = None, recorder: Recorder | None = None
     ) -> None:
-        if "past_key_values" not in inspect.signature(hf.forward).parameters:
-            raise InvalidInputError(
-                f"{type(hf).__name__} keeps a recurrent state instead of keys and values, which this generation does "
-                "not carry. Use model.hf.generate, without an intervention."
-            )
+        if not takes_cache(hf):
+            raise InvalidInputError(_NO_CACHE.format(type(hf).__name__))
         self.hf, self._options, self._stops = hf, options, stops
         self._recorder = recorder or Recorder((), 0, 0)
         self._keep = 0 if self._recorder.wants_logits else 1
@@ -164,9 +168,9 @@ class Decoder:
         """
         ids, mask, position = batch.ids, batch.mask, batch.positions
         cache = new_cache(self.hf.config, ids.shape[1] + self._options.max_new_tokens)
-        if not share or len(batch) == 1 or not can_select(cache):
+        if not share or len(batch) == 1 or not keeps_columns(cache):
             self._recorder.expect(slice(None), 0)
-            return Prefilled(cache, self._last_logits(cache, ids, mask, position), mask)
+            return self._prefilled(cache, self._last_logits(cache, ids, mask, position), ids, mask)
         first, owner = _distinct(ids, mask)
         start = _shared_columns(ids[first], mask[first]) if is_plain(cache) else 0
         if start:
@@ -182,13 +186,19 @@ class Decoder:
         if len(first) < len(batch):
             select_rows(cache, owner)
             logits = logits[owner]
-        return Prefilled(cache, logits, mask)
+        return self._prefilled(cache, logits, ids, mask)
 
     def extend(self, cache: Any, ids: Int[Tensor, "1 columns"], start: int) -> Prefilled:
         """The columns of one row from `start` on through the model; `cache` holds those before, and is extended."""
         mask = torch.ones_like(ids, dtype=torch.bool)
         position = torch.arange(start, ids.shape[1], device=ids.device)[None]
-        return Prefilled(cache, self._last_logits(cache, ids[:, start:], mask, position, padded=False), mask)
+        logits = self._last_logits(cache, ids[:, start:], mask, position, padded=False)
+        return self._prefilled(cache, logits, ids, mask)
+
+    def _prefilled(self, cache: Any, logits: Tensor, ids: Tensor, mask: Tensor) -> Prefilled:
+        if not holds(cache, ids.shape[1]):
+            raise InvalidInputError(_NO_CACHE.format(type(self.hf).__name__))
+        return Prefilled(cache, logits, ids, mask)
 
     @torch.no_grad()
     def _last_logits(
@@ -228,17 +238,20 @@ class Decoder:
             on_ended: told before each forward pass which rows of the batch have ended and only keep their place.
         """
         options, cache, mask, logits = self._options, start.cache, start.mask, start.logits
+        history, rules = start.ids, FolderRules.of(self.hf, options, mask.device)
         n, device = options.max_new_tokens, mask.device
-        draws = uniforms(rows, n, options.seed) if options.temperature else torch.zeros(len(rows), n)
-        draws = draws.to(device)
+        noise = None if options.is_greedy else Noise(rows, options.seed)
         whole = Rows.empty(len(rows), n, options.stop_at[0] if options.stop_at else 0, device)
         part, live = whole, torch.arange(len(rows), device=device)
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)
         position, padded = mask.sum(1, keepdim=True), not bool(mask.all())
-        drops = on_select if can_select(cache) else None
+        drops = on_select if keeps_columns(cache) else None
         stop_at = torch.tensor(options.stop_at, device=device, dtype=torch.long)
         for step in range(n):
-            chosen, logprob = choose(logits, draws[:, step], options)
+            drawn = None if noise is None else noise.next(logits.shape[1]).to(device)
+            allowed = None if rules is None else rules(history, mask, step, logits)
+            chosen, logprob = choose(logits, drawn, options, allowed)
+            _require_numbers(logprob, rows, live, done, step)
             part.ids[:, step] = torch.where(done, part.ids[:, step], chosen)
             part.logprobs[:, step] = torch.where(done, part.logprobs[:, step], logprob)
             if on_step is not None:
@@ -253,7 +266,12 @@ class Decoder:
                 drops(keep)
                 whole[live] = part
                 part, live = part[keep], live[keep]
-                chosen, draws, position, mask, done = (x[keep] for x in (chosen, draws, position, mask, done))
+                chosen, position, mask, done = (x[keep] for x in (chosen, position, mask, done))
+                history = history[keep]
+                if noise is not None:
+                    noise.keep(keep)
+            if rules is not None:
+                history = torch.cat([history, chosen[:, None]], dim=1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             self._recorder.expect(live, mask.shape[1] - 1)
             if on_ended is not None:
@@ -277,6 +295,17 @@ class Decoder:
         part.sampled.masked_fill_(fresh, step + 1)
         done |= fresh
         return int(done.sum())
+
+
+def _require_numbers(logprob: Tensor, rows: Tensor, live: Tensor, done: Tensor, step: int) -> None:
+    """Raises where a row that has not ended got no probability: its logits hold NaN or inf, or rule out every token."""
+    bad = (logprob.isnan() & ~done).nonzero()
+    if len(bad):
+        raise InvalidInputError(
+            f"Row {int(rows[int(live[bad[0]])])}, token {step}: its logits hold NaN or inf, or rule out all tokens, "
+            "so none can be chosen. Load the model with dtype='float32', or make the intervention weaker; "
+            "Model.capture(..., allow_nan=True) shows where it begins."
+        )
 
 
 def _distinct(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

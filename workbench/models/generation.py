@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan, require_met
 from workbench.interventions.report import EditReport
 from workbench.models.decoding import ENDED, Decoder, Recorder, Rows
+from workbench.models.folderrules import left_aside
 from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
 from workbench.progress import track
@@ -42,6 +44,8 @@ class Generation:
         activations: by site, one tensor `(tokens, ...)` per row: its prompt tokens, then its new tokens as far as they
             were fed back to the model. The last token that was sampled is not: of a row that ended with a stop token
             that is the stop token, of others the last of `ids`.
+        note: settings of the model's generation config that were left aside, in words; the rules about which tokens
+            may come, such as `suppress_tokens`, are always kept.
     """
 
     texts: tuple[str, ...]
@@ -51,6 +55,7 @@ class Generation:
     ended: tuple[str, ...] = ()
     prompt_lengths: tuple[int, ...] = ()
     activations: Mapping[str, tuple[Float[Tensor, ...], ...]] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,17 +67,14 @@ class Parts:
         site_map: where its sites are.
         tokenizer: its tokenizer.
         plan: binds an intervention to it.
+        require_room: refuses a row of so many tokens if the model was not made for them.
     """
 
     hf: Any
     site_map: SiteMap
     tokenizer: Any
     plan: Callable[[Intervention], Plan]
-
-    def stops(self, options: Sampling) -> StopStrings | None:
-        """The finder of the stop strings, if there are any."""
-        d_vocab = self.hf.get_output_embeddings().weight.shape[0]
-        return StopStrings(self.tokenizer, options.stop, d_vocab) if options.stop else None
+    require_room: Callable[[int], None]
 
 
 def generate(
@@ -87,7 +89,7 @@ def generate(
     """Continuations of left-padded prompts, `batch_size` rows at a time; see `Model.generate`."""
     intervention = None if intervention is None else intervention.for_rows(len(batch))
     points = Recorder.points_of(parts.site_map, capture)
-    stops = parts.stops(options)
+    stops = StopStrings.of(parts.hf, parts.tokenizer, options)
     found: list[tuple[Rows, TokenBatch, Record]] = []
     plans: list[Plan] = []
     for rows in track(torch.arange(len(batch)).split(batch_size), description="generating", unit="batches"):
@@ -101,7 +103,8 @@ def generate(
         new = _one_batch(Decoder(parts.hf, options, stops, recorder), part, rows, plan, recorder)
         found.append((new, part, {str(site): _per_row(x, part, new) for site, x in recorder.found.items()}))
     require_met(plans)
-    return collected(parts.tokenizer, found, [plan.report for plan in plans])
+    done = collected(parts.tokenizer, found, [plan.report for plan in plans])
+    return dataclasses.replace(done, note=left_aside(parts.hf))
 
 
 def _spares_prompt(intervention: Intervention | None) -> bool:

@@ -1,7 +1,8 @@
-"""The KV cache of a generation: allocated once, and its rows and columns can be chosen."""
+"""The cache of a generation: what its layers can do, and how its rows and columns are chosen."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from jaxtyping import Int
@@ -49,14 +50,53 @@ def new_cache(config: Any, width: int) -> Any:
     return cache
 
 
+def takes_cache(hf: Any) -> bool:
+    """Whether the model can be given a cache; others keep a recurrent state under another name, or recompute."""
+    return "past_key_values" in inspect.signature(hf.forward).parameters
+
+
+def length(cache: Any) -> int:
+    """Number of columns that the layers of a cache have seen; 0 where none of them tells."""
+    return max((int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0)
+
+
+def holds(cache: Any, columns: int) -> bool:
+    """Whether a cache into which so many columns were fed holds all that the model keeps of them.
+
+    False for a model that ignores the cache, or keeps a part of its state in its modules.
+    """
+    lengths = {int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")}
+    states = [layer for layer in cache.layers if hasattr(layer, "conv_states")]
+    # layers that read the keys of other layers stay empty
+    is_full = lengths - {0} == {columns} if lengths else bool(states)
+    return is_full and (not states or any(_has_state(layer) for layer in states))
+
+
+def _has_state(layer: Any) -> bool:
+    return any((*layer.is_conv_states_initialized.values(), *layer.is_recurrent_states_initialized.values()))
+
+
+def keeps_columns(cache: Any) -> bool:
+    """Whether every layer keeps keys and values by row and column, and nothing else.
+
+    Only then can rows be chosen, columns be taken back, and several tokens be fed after others. What is not known to be
+    so counts as not: a recurrent or convolutional state, also one beside keys and values, moves in one direction, and
+    some families start it from nothing when they are fed several tokens at once.
+    """
+    from transformers import cache_utils
+
+    names = ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer")
+    kinds = [getattr(cache_utils, name, None) for name in names]
+    return bool(cache.layers) and all(_is_preallocated(layer) or type(layer) in kinds for layer in cache.layers)
+
+
 def is_plain(cache: Any) -> bool:
-    """Whether every layer keeps every column, so that columns can be moved."""
-    return bool(cache.layers) and all(getattr(layer, "is_preallocated", False) for layer in cache.layers)
+    """Whether every layer keeps every column in one piece of memory, so that columns can be moved."""
+    return bool(cache.layers) and all(map(_is_preallocated, cache.layers))
 
 
-def can_select(cache: Any) -> bool:
-    """Whether rows can be chosen: every layer keeps keys and values per row and nothing else."""
-    return bool(cache.layers) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+def _is_preallocated(layer: Any) -> bool:
+    return getattr(layer, "is_preallocated", False)
 
 
 def select_rows(cache: Any, index: Int[Tensor, " kept"]) -> None:
@@ -77,23 +117,23 @@ def _near(index: Tensor, layer: Any) -> Tensor:
     return index if keys is None else index.to(keys.device)
 
 
-def crop(cache: Any, length: int) -> bool:
-    """Keeps the first `length` columns; False, and nothing done, if this cache no longer has what it would need."""
-    excess = int(cache.get_seq_length()) - length
-    if excess <= 0:
-        return excess == 0
-    if not can_crop(cache, length + excess):
-        return False
-    for layer in cache.layers:
-        layer.crop(-excess)
-    return True
-
-
 def can_crop(cache: Any, width: int) -> bool:
     """Whether a cache that holds `width` columns can give some of them back.
 
-    A sliding window that has been full has lost what would come back in, and a recurrent state can't be taken back.
+    A sliding window that has been full has lost what would come back in.
     """
     windows = (getattr(layer, "sliding_window", None) for layer in cache.layers)
-    croppable = all(getattr(layer, "is_croppable", False) for layer in cache.layers)
-    return bool(cache.layers) and croppable and all(window is None or width < window for window in windows)
+    return keeps_columns(cache) and all(window is None or width < window for window in windows)
+
+
+def crop(cache: Any, columns: int) -> bool:
+    """Keeps the first `columns` columns, to be continued; False, and nothing done, where that is not possible."""
+    excess = length(cache) - columns
+    if excess < 0 or not keeps_columns(cache) or (excess and not can_crop(cache, columns + excess)):
+        return False
+    # layer by layer, since a pass that failed half-way has reached some of them only
+    for layer in cache.layers:
+        surplus = int(layer.get_seq_length()) - columns if hasattr(layer, "get_seq_length") else 0
+        if surplus > 0:
+            layer.crop(-surplus)
+    return True

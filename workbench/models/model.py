@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -26,6 +27,7 @@ from workbench.models.embedded import quiet_transformers
 from workbench.models.generation import Generation, Parts, generate, sample
 from workbench.models.head import vocabulary_ids
 from workbench.models.identity import transformer_lens_bridge
+from workbench.models.numbers import require_activations, without_nan
 from workbench.models.resume import Resume
 from workbench.models.sampling import Filters, Sampling
 from workbench.models.selfcheck import CheckReport, self_check
@@ -59,28 +61,14 @@ class Model(Wrapped):
         """The sites of this model, with shapes, and why others are missing."""
         return SiteTable.of(self.site_map)
 
-    def resolve(self, site: str | Site) -> Site:
-        """The site of this name.
-
-        Raises:
-            UnknownSiteError: if this model does not have it.
-        """
-        return self.site_map[site].site
-
-    def width(self, site: str | Site) -> int:
-        """Size of one token's vector at a site, heads side by side.
-
-        Raises:
-            UnknownSiteError: if this model does not have it.
-            InvalidInputError: if it depends on the input, as for pattern.
-        """
-        width = self.site_map[site].width
-        if width is None:
-            raise InvalidInputError(f"The width of {site} depends on the length of the input; capture it instead.")
-        return width
-
     def capture(
-        self, batch: Batch, sites: Sequence[str | Site], *, positions: Scope | None = None, grad: bool = False
+        self,
+        batch: Batch,
+        sites: Sequence[str | Site],
+        *,
+        positions: Scope | None = None,
+        grad: bool = False,
+        allow_nan: bool = False,
     ) -> Activations:
         """Activations at named sites, in the model's dtype; the forward pass stops after the last site needed.
 
@@ -95,18 +83,20 @@ class Model(Wrapped):
             sites: where to read, such as `["resid_post.10", "z.3.h1"]`.
             positions: the tokens to keep, such as `Last()`; None keeps all, padding included.
             grad: keep the autograd graph.
+            allow_nan: return NaN too, to look for where it begins.
 
         Raises:
             UnknownSiteError: for a site that this model does not have.
             DegenerateInputError: if no token is in `positions`.
+            InvalidInputError: if an activation of a real token is NaN.
         """
         self._refuse_unknown("capture", sites)
         tokens = self._batch(batch)
-        if positions is None:
-            return capture(self.hf, self.site_map, self._inputs(tokens), sites, grad=grad)
-        chosen = chosen_tokens(tokens, positions, self._wording)
+        chosen = None if positions is None else chosen_tokens(tokens, positions, self._wording)
         acts = capture(self.hf, self.site_map, self._inputs(tokens), sites, grad=grad, chosen=chosen)
-        acts.positions = tokens.positions[chosen]
+        acts.positions = None if chosen is None else tokens.positions[chosen]
+        if not allow_nan:
+            require_activations(acts, tokens.mask, tokens.mask if chosen is None else chosen)
         return acts
 
     def stream(
@@ -187,13 +177,15 @@ class Model(Wrapped):
 
         Raises:
             DegenerateInputError: if no token is in the scope.
+            InvalidInputError: if a logit is NaN.
         """
         part = self._batch(batch)
         if isinstance(keep, str) and keep not in ("last", "all"):
             raise InvalidInputError(f"logits(keep={keep!r}): use 'last', 'all' or a scope such as Pos(0).")
         ids = None if tokens is None else vocabulary_ids(tokens, self.d_vocab, self.device)
         chosen = None if keep == "all" else chosen_tokens(part, Last() if keep == "last" else keep, self._wording)
-        return self.head.logits(self._inputs(part), chosen, ids)
+        logits = self.head.logits(self._inputs(part), chosen, ids)
+        return without_nan("logits", logits, part.mask, part.mask if chosen is None else chosen)
 
     def resume(self, batch: Batch, site: str | Site, *, last: bool = False) -> Resume:
         """The prompts, run once up to a site, to be continued from there under any number of plans.
@@ -222,16 +214,17 @@ class Model(Wrapped):
             EditError: if an edit did not happen.
         """
         ids = None if tokens is None else vocabulary_ids(tokens, self.d_vocab, self.device)
-        tokens_of = self._batch(batch)
-
-        def start(site: Site, last: bool) -> Resume:
-            return self.resume(tokens_of, site, last=last)
-
-        return compare(self.site_map, start, tokens_of, interventions, self.plan, ids)
+        part = self._batch(batch)
+        start = functools.partial(Resume, self.hf, self.site_map, self.head, part)
+        return compare(self.site_map, start, part, interventions, self.plan, ids)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Float[Tensor, "batch targets"]:
-        """Next-token cross-entropy in nats, one per target (`pos - 1` per row); nan where a target is padding."""
+        """Next-token cross-entropy in nats, one per target (`pos - 1` per row); nan where a target is padding.
+
+        Raises:
+            InvalidInputError: if the loss of a real token is NaN.
+        """
         tokens = self._batch(batch)
         if tokens.ids.shape[1] < 2:
             raise DegenerateInputError("loss: rows of one token have no next token to predict.")
@@ -243,7 +236,9 @@ class Model(Wrapped):
                 for z, t in zip(logits, target, strict=True)
             ]
         )
-        return loss.masked_fill(~(tokens.mask[:, 1:] & tokens.mask[:, :-1]), float("nan"))
+        real = tokens.mask[:, 1:] & tokens.mask[:, :-1]
+        without_nan("loss", loss[..., None], tokens.mask[:, :-1], real)
+        return loss.masked_fill(~real, float("nan"))
 
     def plan(self, intervention: Intervention, *, any_model: bool = False) -> Plan:
         """The intervention bound to this model: a context manager in which every use of the model is edited.
@@ -287,7 +282,9 @@ class Model(Wrapped):
     ) -> Generation:
         """Continuations of the prompts; with an intervention, every forward pass is edited.
 
-        Rows are sampled from the seed and the row number, so a row's draws do not depend on its batch. Where nothing
+        A row's noise depends on the seed and the row number alone. In fp32 its text does too; in bf16 and fp16 rounding
+        depends on the batch, and texts part where two tokens are nearly as good. Rules of the model's generation config
+        about which tokens may come are kept, and other settings of it are named in `Generation.note`. Where nothing
         edits the prompts, what they have in common goes through the model once; rows that have ended leave the batch.
 
         Args:
@@ -305,7 +302,8 @@ class Model(Wrapped):
 
         Raises:
             EditError: if an edit did not happen.
-            InvalidInputError: for options that cannot be used, or a site that cannot be kept while generating.
+            InvalidInputError: for options that cannot be used, a site that cannot be kept while generating, a prompt
+                that with its new tokens is longer than the model was made for, or logits that are NaN.
         """
         if batch_size < 1:
             raise InvalidInputError(f"generate(batch_size={batch_size}): it must be at least 1.")
@@ -313,7 +311,8 @@ class Model(Wrapped):
         self.require_room(int(batch.lengths.max()) + max_new_tokens)
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
         options = Sampling(max_new_tokens, temperature, seed, self.stop_ids, strings, **filters)
-        return generate(self._parts, batch, options, intervention=intervention, capture=capture, batch_size=batch_size)
+        parts = Parts(self.hf, self.site_map, self.tokenizer, self.plan, self.require_room)
+        return generate(parts, batch, options, intervention=intervention, capture=capture, batch_size=batch_size)
 
     def session(
         self,
@@ -339,13 +338,8 @@ class Model(Wrapped):
             InvalidInputError: if the tokenizer has no chat template, or the template has no such option.
         """
         options = Sampling(max_new_tokens, temperature, seed, self.stop_ids)
-        return Session(
-            self._parts, options, system=system, intervention=intervention, template_options=template_options
-        )
-
-    @property
-    def _parts(self) -> Parts:
-        return Parts(self.hf, self.site_map, self.tokenizer, self.plan)
+        parts = Parts(self.hf, self.site_map, self.tokenizer, self.plan, self.require_room)
+        return Session(parts, options, system=system, intervention=intervention, template_options=template_options)
 
     def sample(
         self,
@@ -360,8 +354,8 @@ class Model(Wrapped):
         self.require_room(prompt_ids.shape[-1] + new_tokens)
         rows = torch.arange(first_row, first_row + len(prompt_ids))
         options = Sampling(new_tokens, temperature, seed)
-        total = len(prompt_ids) * new_tokens
-        with task(total=total, description="writing", unit="tokens") as running:
+        self.require_room(prompt_ids.shape[1] + new_tokens)
+        with task(total=len(prompt_ids) * new_tokens, description="writing", unit="tokens") as running:
             return sample(self.hf, self._batch(prompt_ids), options, rows, running.advance)[0]
 
     def export(

@@ -18,7 +18,8 @@ from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
 from workbench.models.head import Head, agree, edits_logits, forward
-from workbench.models.kvcache import can_crop, select_rows
+from workbench.models.kvcache import can_crop, crop, holds, new_cache, select_rows, takes_cache
+from workbench.models.numbers import has_nan
 from workbench.tokens import TokenBatch
 
 
@@ -57,20 +58,21 @@ class Resume:
         self._expanded: tuple[int, Any, list[Any]] | None = None
         with torch.no_grad():
             self._prefix = self._prefill() if last else None
-            if self._prefix is not None and not can_crop(self._prefix, batch.ids.shape[1]):
-                self._prefix, self._last = None, False
+            self._last = self._prefix is not None
             self._record()
             self.skips_blocks = self._reproduces(1) and self._reproduces(2)
 
     def _prefill(self) -> Any:
-        """Keys and values of every token but the last of each row."""
-        from transformers.cache_utils import DynamicCache
-
-        cache = DynamicCache(config=self._hf.config)
-        if self._batch.ids.shape[1] > 1:
-            inputs = {name: value[:, :-1] for name, value in self._batch.hf().items()}
-            self._hf(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
+        """Keys and values of every token but the last of each row; None where they can't be kept, or there are none."""
+        width = self._batch.ids.shape[1]
+        if width == 1 or not takes_cache(self._hf):
+            return None
+        cache = new_cache(self._hf.config, width)
+        if not can_crop(cache, width):
+            return None
+        inputs = {name: value[:, :-1] for name, value in self._batch.hf().items()}
+        self._hf(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache if holds(cache, width - 1) else None
 
     def _inputs(self, repeats: int, cache: Any) -> dict[str, Any]:
         inputs = self._batch.hf()
@@ -101,6 +103,12 @@ class Resume:
             at_end = torch.zeros(len(self._batch), width, dtype=torch.bool, device=self._batch.ids.device)
             at_end[torch.arange(len(self._batch)), self._ends()] = True
             out, logits = forward(self._hf, self._inputs(1, self._prefix), at_end)
+        if has_nan(_present(logits)):
+            row = int(_present(logits).amax(-1).isnan().nonzero()[0])
+            raise InvalidInputError(
+                f"{self._point.site}: the logits after the last token of row {row} are NaN without any edit. Load the "
+                "model with dtype='float32', or look for where it begins with Model.capture(..., allow_nan=True)."
+            )
         self._head.require(out, _present(logits))
         self._start, self.x, self.logits, self._hidden = hidden[0], seen[0].to(out.device), _present(logits), out
         self._crop(self._prefix)
@@ -113,11 +121,8 @@ class Resume:
         return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
 
     def _crop(self, cache: Any) -> None:
-        # Layer by layer, since a pass that failed half-way has reached some of them only.
-        for layer in () if cache is None else cache.layers:
-            excess = int(layer.get_seq_length()) - (self._batch.ids.shape[1] - 1)
-            if excess > 0:
-                layer.crop(-excess)
+        if cache is not None:
+            crop(cache, self._batch.ids.shape[1] - 1)
 
     def _reproduces(self, repeats: int) -> bool:
         if len(self._calls) != len(self._blocks) or self._point.site.kind == "embed":
@@ -208,7 +213,7 @@ class Resume:
     @property
     def last(self) -> bool:
         """Whether the last tokens are run alone; not where a cache can't take a token back."""
-        return self._last
+        return self._last or self._batch.ids.shape[1] == 1
 
     @property
     def how(self) -> str:
@@ -264,8 +269,7 @@ def _first_block(point: Point, n_layers: int) -> int:
 
 def _repeated_cache(cache: Any, batch: int, repeats: int) -> Any:
     repeated = copy.deepcopy(cache)
-    if repeated.get_seq_length():
-        select_rows(repeated, torch.arange(batch * repeats) % batch)
+    select_rows(repeated, torch.arange(batch * repeats) % batch)
     return repeated
 
 

@@ -1,4 +1,4 @@
-"""Choosing the next token: one uniform number per row and step, so a row's choice is the same in any batch."""
+"""Choosing the next token: by noise that belongs to the row, so that a row's draws are the same in any batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from workbench.errors import InvalidInputError
 _BLOCK = 256
 _FIRST_TOP = 64
 MAX_NEW_TOKENS = 10**7
-"""More than any model's context; the draws of a row are made before its first token."""
+"""More than any model's context."""
+_GREEDY = 1e-5
+"""Temperature below which differences of the size of rounding errors in fp32 (1e-6) would decide."""
+_HOT = 1e30
+"""Temperature that stands for all above it: every token is as likely, and -inf stays impossible."""
 
 
 class Filters(TypedDict, total=False):
@@ -34,7 +38,8 @@ class Sampling:
 
     Attributes:
         max_new_tokens: longest continuation, in tokens.
-        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        temperature: logits are divided by it; 0, and anything below 1e-5, where rounding would decide, takes the most
+            probable token.
         seed: with the row number it decides every draw of a row, whatever batch the row is in.
         stop_at: token ids that end a row.
         stop: strings that end a row at the first token after which its new text contains one of them.
@@ -70,46 +75,64 @@ class Sampling:
             raise InvalidInputError(f"stop={self.stop!r}: give a tuple of strings that are not empty, such as ('.',).")
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken."""
+        return self.temperature < _GREEDY
+
+    @property
     def is_filtered(self) -> bool:
         """Whether some tokens may not be sampled."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
-def uniforms(rows: Int[Tensor, " batch"], n: int, seed: int) -> Float[Tensor, "batch n"]:
-    """One uniform number per row and step, from the seed and the row number alone."""
-    draws = torch.empty(len(rows), n, dtype=torch.float64)
-    for i, row in enumerate(rows.tolist()):
+class Noise:
+    """Exponential noise of each row and step, from the seed and the row number alone.
+
+    Args:
+        rows: number of each row in the whole job.
+        seed: of the job.
+    """
+
+    def __init__(self, rows: Int[Tensor, " batch"], seed: int) -> None:
         # Odd multiplier: distinct (seed, row) give distinct generator seeds.
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + row * 0xD1342543DE82EF95) % 2**63)
-        draws[i] = torch.rand(n, generator=generator, dtype=torch.float64)
-    return draws
+        self._generators = [
+            torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + row * 0xD1342543DE82EF95) % 2**63)
+            for row in rows.tolist()
+        ]
+
+    def keep(self, index: Int[Tensor, " kept"]) -> None:
+        """From here on only these rows, in this order."""
+        self._generators = [self._generators[i] for i in index.tolist()]
+
+    def next(self, vocab: int) -> Float[Tensor, "batch noise"]:
+        """The next step's noise for `race` over a vocabulary of this size."""
+        drawn = torch.empty(len(self._generators), -(-vocab // _BLOCK) + _BLOCK, dtype=torch.float64)
+        for row, generator in zip(drawn, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return drawn.clamp_min_(torch.finfo(torch.float64).tiny)
 
 
-def inverse_cdf(
-    weights: Float[Tensor, "batch vocab"], u: Float[Tensor, " batch"]
+def race(
+    weights: Float[Tensor, "batch vocab"], noise: Float[Tensor, "batch noise"]
 ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """The token at which the cumulative weight passes `u` times the total, and the total.
+    """The token with the largest weight / noise, which falls on each in proportion to its weight; and the total weight.
 
-    Two levels: sums of blocks first, then one block per row, so the vocabulary is read once.
+    Each token keeps its noise, whatever the others weigh, so small changes of the weights seldom change the choice; one
+    uniform number in the cumulative weights would move with the sum of all changes before it. Two levels, blocks first
+    and then the tokens of one block, need 256 + vocab / 256 numbers per row, and read the vocabulary once.
 
-    >>> inverse_cdf(torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([0.5]))[0]  # 0.5 * 4 = 2 lies in the second
-    tensor([1])
+    Source: the exponential form of the Gumbel-max trick (Maddison et al. 2014).
+
+    >>> race(torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([[1.0, 4.0, 4.0, 1.0] + 253 * [1.0]]))[0]  # 1/4, 2/4, 1/1
+    tensor([2])
     """
     batch, vocab = weights.shape
     padded = (nn.functional.pad(weights, (0, -vocab % _BLOCK)) if vocab % _BLOCK else weights).view(batch, -1, _BLOCK)
     sums = padded.sum(2).double()
-    upto = sums.cumsum(1)
-    target = u.to(upto) * upto[:, -1]
-    block = torch.searchsorted(upto, target[:, None], right=True).squeeze(1).clamp_max(sums.shape[1] - 1)
-    row = torch.arange(batch, device=weights.device)
-    # Rounding may put the target past the last positive block.
-    last_block = (sums > 0).long().mul(torch.arange(1, sums.shape[1] + 1, device=weights.device)).amax(1) - 1
-    block = torch.minimum(block, last_block.clamp_min(0))
-    inside = padded[row, block].double().cumsum(1)
-    left = target - (upto[row, block] - sums[row, block])
-    place = torch.searchsorted(inside, left[:, None], right=True).squeeze(1)
-    last = (padded[row, block] > 0).long().mul(torch.arange(1, _BLOCK + 1, device=weights.device)).amax(1) - 1
-    return (block * _BLOCK + torch.minimum(place, last)).clamp(0, vocab - 1), upto[:, -1].to(weights)
+    block = (sums / noise[:, : sums.shape[1]]).argmax(1)
+    inside = padded[torch.arange(batch, device=weights.device), block]
+    place = (inside / noise[:, -_BLOCK:]).argmax(1)
+    return (block * _BLOCK + place).clamp_max(vocab - 1), sums.sum(1).to(weights)
 
 
 def smallest_kept(scores: Float[Tensor, "batch vocab"], options: Sampling) -> Float[Tensor, "batch 1"]:
@@ -151,19 +174,34 @@ def smallest_kept(scores: Float[Tensor, "batch vocab"], options: Sampling) -> Fl
 
 
 def choose(
-    logits: Float[Tensor, "batch vocab"], u: Float[Tensor, " batch"], options: Sampling
+    logits: Float[Tensor, "batch vocab"],
+    noise: Float[Tensor, "batch noise"] | None,
+    options: Sampling,
+    allowed: Float[Tensor, "batch vocab"] | None = None,
 ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Next token of each row and its log-probability (nats, temperature 1, no filter). `logits` is overwritten."""
+    """Next token of each row and its log-probability (nats, temperature 1, no filter); nan where there is none.
+
+    Args:
+        logits: of the model, overwritten; the log-probability is by them.
+        noise: of this step; None where the most probable token is taken.
+        options: temperature and filters.
+        allowed: logits to choose by, where some tokens may not come; overwritten.
+    """
     logits -= logits.amax(1, keepdim=True)
-    if options.temperature == 0:
-        chosen, total = logits.argmax(1), logits.exp().sum(1)
-    elif options.temperature == 1 and not options.is_filtered:
-        chosen, total = inverse_cdf(logits.exp(), u)
+    if allowed is not None:
+        allowed -= allowed.amax(1, keepdim=True)
+    by = logits if allowed is None else allowed
+    if noise is None:
+        chosen, total = by.argmax(1), logits.exp().sum(1)
+    elif options.temperature == 1 and not options.is_filtered and allowed is None:
+        chosen, total = race(logits.exp(), noise)
     else:
-        scores = logits / options.temperature
+        scores = by / min(options.temperature, _HOT)
         weights = scores.exp()
         if options.is_filtered:
             weights = weights.where(scores >= smallest_kept(scores, options), 0)
-        chosen, _ = inverse_cdf(weights, u)
+        chosen, _ = race(weights, noise)
         total = logits.exp().sum(1)
-    return chosen, logits.gather(1, chosen[:, None]).squeeze(1) - total.log()
+    logprob = logits.gather(1, chosen[:, None]).squeeze(1) - total.log()
+    # a row of which every token is ruled out is nan after the shift
+    return chosen, logprob if allowed is None else logprob + 0 * allowed.gather(1, chosen[:, None]).squeeze(1)

@@ -18,8 +18,9 @@ from workbench.interventions.intervention import Intervention
 from workbench.interventions.report import EditReport
 from workbench.models.decoding import Decoder, Prefilled
 from workbench.models.generation import Generation, Parts, collected
-from workbench.models.kvcache import crop, new_cache
+from workbench.models.kvcache import crop, length, new_cache
 from workbench.models.sampling import Sampling
+from workbench.models.stopping import StopStrings
 from workbench.tokens import TokenBatch, encode
 
 _OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "top_k", "top_p", "min_p")
@@ -34,8 +35,8 @@ class Session:
     the cache. `Generated()` is every token that the model sampled, in this turn or an earlier one; `Prompt()` is the
     rest; `Last()` is the last prompt token of each turn; `Pos(i)` counts from the start of the conversation. A gate
     that decides per prompt decides anew in each turn, from what that turn adds. Where the template or the tokenizer
-    writes a reply with other tokens than were sampled, the reply is processed again, as prompt. Caches that forget old
-    columns (sliding windows that have filled up) are computed anew.
+    writes a reply with other tokens than were sampled, the reply is processed again, as prompt. Caches that can't
+    be cut back (sliding windows that have filled up, recurrent and convolutional states) are computed again.
 
     The edits are made during `turn` and `logits` only. Inside `with session:` they stay on, for any use of the model,
     and are proven at the end of the block instead of after every turn.
@@ -101,13 +102,15 @@ class Session:
 
         Raises:
             EditError: if an edit has not happened in any turn up to now.
-            InvalidInputError: for an unknown option, or one that cannot be used.
+            InvalidInputError: for an unknown option, or one that cannot be used; or if the conversation and
+                `max_new_tokens` are more than the model was made for. Then `backtrack`, or ask for fewer.
         """
         sampling = self._sampling_with(options)
         messages = [*self._messages, {"role": "user", "content": text}]
-        decoder = Decoder(self._parts.hf, sampling, self._parts.stops(sampling))
+        stops = StopStrings.of(self._parts.hf, self._parts.tokenizer, sampling)
+        decoder = Decoder(self._parts.hf, sampling, stops)
         with self._editing():
-            batch, start = self._fed(decoder, messages)
+            batch, start = self._fed(decoder, messages, sampling.max_new_tokens)
             new = decoder.run(start, torch.tensor([self._n_taken]))
         self._n_taken += 1
         sampled = new.ids[0, : int(new.sampled[0])].tolist()
@@ -156,13 +159,16 @@ class Session:
             options["stop"] = (options["stop"],)
         return dataclasses.replace(self._sampling, **options)
 
-    def _fed(self, decoder: Decoder, messages: Sequence[dict[str, str]]) -> tuple[TokenBatch, Prefilled]:
+    def _fed(
+        self, decoder: Decoder, messages: Sequence[dict[str, str]], n_new: int = 0
+    ) -> tuple[TokenBatch, Prefilled]:
         """Brings the cache to these messages: what it shares with them stays, the rest is fed."""
         batch = encode(self._parts.tokenizer, messages, **self._template_options).to(self._parts.hf.device)
         ids: list[int] = batch.ids[0].tolist()
+        self._parts.require_room(len(ids) + n_new)
         known = next((i for i, (a, b) in enumerate(zip(ids, self._ids, strict=False)) if a != b), None)
         known = min(len(ids), len(self._ids)) if known is None else known
-        cached = 0 if self._cache is None else int(self._cache.get_seq_length())
+        cached = 0 if self._cache is None else length(self._cache)
         # The last column is always fed, because its logits are needed.
         keep = min(known, cached, len(ids) - 1)
         if self._cache is None or not crop(self._cache, keep):

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.codec import token_bytes
+from workbench.models.folderrules import stop_strings
+from workbench.models.sampling import Sampling
 from workbench.tokenizer import NoTokenizer, require_unicode
 
 
@@ -35,6 +37,12 @@ class StopStrings:
         for i, token in enumerate(self._bytes):
             if token.startswith(prefixes) or any(wanted in token for wanted in self._wanted):
                 self._may_end[i] = True
+
+    @classmethod
+    def of(cls, hf: Any, tokenizer: Any, options: Sampling) -> StopStrings | None:
+        """The finder of the stop strings of the options and of the model's generation settings; None without any."""
+        strings = (*options.stop, *stop_strings(hf))
+        return cls(tokenizer, strings, hf.get_output_embeddings().weight.shape[0]) if strings else None
 
     def may_end(self, chosen: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
         """Whether a stop string may end inside each of these tokens."""

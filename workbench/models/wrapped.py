@@ -16,6 +16,7 @@ from workbench.arguments import checked, shown
 from workbench.chats import Chat
 from workbench.errors import InvalidInputError, ShapeError
 from workbench.hooks.families import build_site_map, position_tables
+from workbench.hooks.sites import Site
 from workbench.models.head import Head
 from workbench.models.identity import fingerprint
 from workbench.tokenizer import NoTokenizer
@@ -67,6 +68,26 @@ class Wrapped:
         config = self.hf.config.get_text_config()
         names = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "seq_length")
         return int(next((value for name in names if (value := getattr(config, name, None))), 2048))
+
+    def resolve(self, site: str | Site) -> Site:
+        """The site of this name.
+
+        Raises:
+            UnknownSiteError: if this model does not have it.
+        """
+        return self.site_map[site].site
+
+    def width(self, site: str | Site) -> int:
+        """Size of one token's vector at a site, heads side by side.
+
+        Raises:
+            UnknownSiteError: if this model does not have it.
+            InvalidInputError: if it depends on the input, as for pattern.
+        """
+        width = self.site_map[site].width
+        if width is None:
+            raise InvalidInputError(f"The width of {site} depends on the length of the input; capture it instead.")
+        return width
 
     @functools.cached_property
     def fingerprint(self) -> str:

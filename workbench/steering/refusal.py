@@ -106,18 +106,20 @@ def refusal_study(
 
     Raises:
         MismatchError: if the SAE belongs to another model or another site, or is a transcoder.
-        InvalidInputError: if neither SAE nor site is given, or there are too few prompts.
+        InvalidInputError: if neither SAE nor site is given, there are too few prompts, or the replies would be longer
+            than the model was made for.
         EditError: if an edit changed nothing.
     """
     options, data = options or RefusalOptions(), data or refusal_data()
     site = _site(model, sae, site)
     split = data.split(options.n_train, options.n_val, options.n_test, options.seed)
+    prompts = model.tokens(as_chats([p.harmful for p in split.test] + [p.harmless for p in split.test]))
+    model.require_room(int(prompts.lengths.max()) + options.new_tokens)
     tokens = refusal_token_ids(model, data.refusals, data.compliant)
     cells = _cells(model, split.train, data)
     effects, contrast = _direction(model, site, cells)
     rows, matched = _features(model, sae, site, cells, effects.reply, split, tokens, options)
     arms = _arms(effects.reply, sae, rows[: options.n_features], matched, options)
-    prompts = model.tokens(as_chats([p.harmful for p in split.test] + [p.harmless for p in split.test]))
     text = _text_rows(model, data.plain_texts if texts is None else texts, options.text_tokens)
     measured = _measure(model, arms, prompts, text, tokens, site, options)
     return RefusalReport(

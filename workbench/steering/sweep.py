@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import NotPrefix
 from workbench.models.decoding import ENDED, Decoder, Prefilled
 from workbench.models.head import forward
-from workbench.models.kvcache import can_select, new_cache, select_rows
+from workbench.models.kvcache import keeps_columns, new_cache, select_rows
 from workbench.models.model import Model
 from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
@@ -119,8 +120,7 @@ class Sweep:
         self.model, self.sae, self.site, self.prompts, self.options = model, sae, site, prompts, options
         model.require_room(int(prompts.lengths.max()) + options.new_tokens)
         sampling = Sampling(options.new_tokens, options.temperature, options.seed, model.stop_ids, options.stop)
-        stops = StopStrings(model.tokenizer, options.stop, model.d_vocab) if options.stop else None
-        self._decoder = Decoder(model.hf, sampling, stops)
+        self._decoder = Decoder(model.hf, sampling, StopStrings.of(model.hf, model.tokenizer, sampling))
         self.base_logits = self._base_logits()
         self._prefix = self._shared_prefix()
 
@@ -140,7 +140,7 @@ class Sweep:
         if self.options.scope == "all" or not ids.shape[1] or not bool(mask.any(1).all()):
             return None
         cache = new_cache(self.model.hf.config, self.prompts.ids.shape[1] + self.options.new_tokens)
-        if not can_select(cache):
+        if not keeps_columns(cache):
             return None
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": self.prompts.positions[:, :-1]}
         self.model.hf(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -230,13 +230,13 @@ class Sweep:
                 input_ids=batch.ids[:, -1:], position_ids=batch.positions[:, -1:], past_key_values=cache,
                 use_cache=True, logits_to_keep=1, **padded,
             ).logits[:, -1].float()  # fmt: skip
-            start = Prefilled(cache, logits, batch.mask)
+            start = Prefilled(cache, logits, batch.ids, batch.mask)
         return self._run(start, prompt_rows, plan), start.logits
 
     def _run(self, start: Prefilled, prompt_rows: Tensor, plan: Plan | None) -> list[Tensor]:
         on_select = (lambda _: None) if plan is None else plan.select_rows
         # Choosing a token overwrites the logits, which are still to be compared.
-        own = Prefilled(start.cache, start.logits.clone(), start.mask)
+        own = dataclasses.replace(start, logits=start.logits.clone())
         new = self._decoder.run(
             own, prompt_rows, on_select=on_select, on_ended=None if plan is None else plan.ignore_rows
         )
