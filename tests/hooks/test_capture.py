@@ -238,15 +238,28 @@ def test_a_bad_edit_is_refused_inside_the_block_too(kind: str, bad: Any) -> None
     assert n_hooks(model.hf) == 0
 
 
-def test_a_compiled_model_whose_hooks_cannot_run_is_named_as_the_reason() -> None:
+@pytest.mark.parametrize(
+    ("path", "inside"), [("", "resid_post.1"), ("model", "resid_post.1"), ("model.layers.1", "mlp_out.1")]
+)
+def test_sites_inside_a_compiled_module_are_refused_before_anything_runs(path: str, inside: str) -> None:
     model = tiny_model()
-    done = model.hf(IDS, use_cache=False)
-    model.hf._compiled_call_impl = lambda **_inputs: done  # as after nn.Module.compile, no module and no hook runs
-    with pytest.raises(EditError, match=r"captured at resid_post\.1.*LlamaForCausalLM\), and no hooks run"):
+    module = model.hf.get_submodule(path)
+    module._compiled_call_impl = module._call_impl  # what nn.Module.compile sets, without a compiler
+    iv = Intervention.at(inside, Add(torch.ones(D_MODEL)))
+    for use in (
+        lambda: model.capture(IDS, [inside]),
+        lambda: model.plan(iv).__enter__(),
+        lambda: model.variants(IDS, [iv]),
+        lambda: model.resume(IDS, inside),
+        lambda: model.generate(IDS, 2, intervention=iv),
+        lambda: model.generate(IDS, 2, capture=[inside]),
+    ):
+        with pytest.raises(EditError, match=rf"Site {inside}.* inside a compiled"):
+            use()
+    assert n_hooks(model.hf) == 0
+    assert model.generate(IDS, 2).ids[0].shape == (2,)
+    if path == "model.layers.1":
         model.capture(IDS, ["resid_post.1"])
-    with pytest.raises(EditError, match="The model is compiled"):
-        with model.plan(Intervention.at("resid_post.1", Add(torch.ones(D_MODEL)))):
-            model.hf(input_ids=IDS, use_cache=False)
 
 
 def test_a_wrapper_is_refused_with_the_place_of_the_model_inside() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from workbench.errors import DegenerateInputError, EditError, UnknownSiteError, did_you_mean
 from workbench.hooks.attach import Fn, attached
-from workbench.hooks.handles import why_silent
+from workbench.hooks.handles import refuse_compiled
 from workbench.hooks.sites import Point, Site, SiteMap, flattened
 
 
@@ -132,6 +132,7 @@ def capture(
     points: list[Point] = list(dict.fromkeys(sites[site] for site in wanted))
     if grad:
         sites.require_gradient(point.site for point in points)
+    refuse_compiled(hf, points)
     found: dict[Site, Tensor] = {}
     device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
 
@@ -150,9 +151,7 @@ def capture(
         hf(**{"use_cache": False, **inputs})
     silent = [str(point.site) for point in points if point.site not in found]
     if silent:
-        raise EditError(
-            f"Nothing was captured at {', '.join(silent)}: the model never ran that module.{why_silent(hf)}"
-        )
+        raise EditError(f"Nothing was captured at {', '.join(silent)}: the model never ran that module.")
     note = EAGER_NOTE if any(point.side == "inside" for point in points) else ""
     rows = None if chosen is None else chosen.nonzero()[:, 0]
     return Activations({p.site: found[p.site] for p in points}, n_layers=sites.n_layers, rows=rows, note=note)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from torch import nn
+
+from workbench.errors import EditError
+from workbench.hooks.sites import Point
 
 
 class Hooks:
@@ -75,13 +79,31 @@ def _take_off(module: nn.Module, hook: Callable[..., Any]) -> None:
                 table.pop(key, None)
 
 
-def why_silent(model: nn.Module) -> str:
-    """A sentence that says that hooks can't run in a compiled model, with a space in front; empty for others."""
-    for path, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-            what = f"its part {path}" if path else "it"
-            return (
-                f" The model is compiled ({what}, a {type(module).__name__}), and no hooks run inside compiled code. "
-                "Use the model without torch.compile."
-            )
-    return ""
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method as a hook that does not keep its object, and so the model that the object belongs to, in memory."""
+    weak = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> Any:
+        live = weak()
+        return None if live is None else live(*args)
+
+    return hook
+
+
+def refuse_compiled(model: nn.Module, points: Iterable[Point]) -> None:
+    """Raises EditError for points inside a compiled module: there hooks run in some calls and are passed by in others.
+
+    A compiled module's own input and output are outside of it.
+    """
+    for point in points:
+        module: nn.Module | None = model
+        for name in point.path.split("."):
+            if module is None:
+                break
+            if getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules:
+                raise EditError(
+                    f"Site {point.site}: {point.path} is inside a compiled {type(module).__name__}, where hooks "
+                    "do not reliably run. Use the model without torch.compile, or compile its blocks only and edit "
+                    "the residual stream."
+                )
+            module = module._modules.get(name)

@@ -219,10 +219,8 @@ def refuse_missing(edit: Edit, missing: Sequence[Scope]) -> NoReturn:
     raise EditError(f"{edit}: no row has a token at {places}. Leave it out, or give longer prompts.")
 
 
-def refuse_unmet(edit: Edit, fired: int, why_silent: str = "") -> NoReturn:
-    """Raises EditError for an edit that met no token; `why_silent` says why no hook could run, if that is known."""
-    if fired == 0 and why_silent:
-        raise EditError(f"{edit}: the hook never ran. Nothing was edited.{why_silent}")
+def refuse_unmet(edit: Edit, fired: int) -> NoReturn:
+    """Raises EditError for an edit that met no token."""
     if fired == 0 and not edit.scope.touches_prompt:
         raise EditError(
             f"{edit}: no generated token went through the model, so nothing was edited. A token is edited when it is "

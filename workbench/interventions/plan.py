@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from workbench.arguments import checked
 from workbench.errors import EditError, ShapeError
 from workbench.hooks.attach import Fn, attach
-from workbench.hooks.handles import Hooks, why_silent
+from workbench.hooks.handles import Hooks, refuse_compiled, weakly
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.compiled import Compiled, GateState, compile_edits, refuse_missing, refuse_unmet
 from workbench.interventions.intervention import Intervention
@@ -51,7 +51,7 @@ def require_met(plans: Sequence[Plan]) -> None:
     for tallies in zip(*(plan._compiled.tallies for plan in plans), strict=True):
         edit = tallies[0].edit
         if all(tally in plan._compiled.unmet for tally, plan in zip(tallies, plans, strict=True)):
-            refuse_unmet(edit, sum(tally.fired for tally in tallies), why_silent(plans[0]._hf))
+            refuse_unmet(edit, sum(tally.fired for tally in tallies))
         missing = [part for part in tallies[0].missing if all(part in tally.missing for tally in tallies)]
         if missing:
             refuse_missing(edit, missing)
@@ -125,6 +125,7 @@ class Plan:
                 f"{self}: gradient checkpointing runs blocks again, outside of any forward pass that an edit could "
                 "know. Call hf.gradient_checkpointing_disable() first."
             )
+        refuse_compiled(self._hf, self._compiled.points)
         if not self.keeps_counts:
             self._compiled.reset()
         self._thread = threading.get_ident()
@@ -132,8 +133,8 @@ class Plan:
             self._activate(self._hooks)
             # The base model as well, for calls that do not go through the language model head.
             for module in dict.fromkeys((self._hf, getattr(self._hf, "base_model", self._hf))):
-                self._hooks.add(module, _weakly(self._begin_step), before=True)
-                self._hooks.add(module, _weakly(self._end_step), always=True)
+                self._hooks.add(module, weakly(self._begin_step), before=True)
+                self._hooks.add(module, weakly(self._end_step), always=True)
             attach(self._hooks, [(point, self.at(point)) for point in self._compiled.points])
             return self
         except BaseException:
@@ -344,7 +345,7 @@ class Plan:
         if step is None:
             raise EditError(
                 f"Site {point.site} was reached without a call of the model itself; call model.hf(...), "
-                f"not one of its blocks.{why_silent(self._hf)}"
+                f"not one of its blocks."
             )
         if flat.shape[0] != step.is_real.shape[0] or flat.shape[1] > step.is_real.shape[1]:
             raise EditError(
@@ -394,17 +395,6 @@ class Plan:
         for group, row, column, before, where in done:
             group.measure(before, change[row, column], where)
         return written
-
-
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method as a hook that does not keep its object, and so the model that the object belongs to, in memory."""
-    weak = weakref.WeakMethod(method)
-
-    def hook(*args: Any) -> Any:
-        live = weak()
-        return None if live is None else live(*args)
-
-    return hook
 
 
 def _exact(x: Tensor) -> Tensor:

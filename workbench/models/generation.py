@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.hooks.handles import refuse_compiled
 from workbench.hooks.sites import Site, SiteMap
 from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
@@ -89,6 +90,7 @@ def generate(
     """Continuations of left-padded prompts, `batch_size` rows at a time; see `Model.generate`."""
     intervention = None if intervention is None else intervention.for_rows(len(batch))
     points = Recorder.points_of(parts.site_map, capture)
+    refuse_compiled(parts.hf, points)
     stops = StopStrings.of(parts.hf, parts.tokenizer, options)
     found: list[tuple[Rows, TokenBatch, Record]] = []
     plans: list[Plan] = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from workbench.errors import InvalidInputError
 from workbench.hooks.attach import attach
-from workbench.hooks.handles import Hooks
+from workbench.hooks.handles import Hooks, refuse_compiled
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
@@ -94,6 +94,7 @@ class Resume:
             hidden.append(args[0] if args else kwargs["hidden_states"])
 
         seen: list[Tensor] = []
+        refuse_compiled(self._hf, [self._point, self._sites["final_norm"]])
         with Hooks() as on:
             for block in self._blocks:
                 on.add(block, note, before=True)
