@@ -249,7 +249,7 @@ def test_an_address_of_an_unknown_kind_that_lost_a_slash_is_no_folder(
     for address in ("foo://bucket/x", Path("foo://bucket/x")):
         with pytest.raises(InvalidInputError, match="foo"):
             open_folder(address)
-    with pytest.raises(InvalidInputError, match="name a folder of this machine"):
+    with pytest.raises(InvalidInputError, match="is an address"):
         require_local(Path("memory://x/y"))
     require_local(tmp_path / "a")
     Path("foo:").mkdir()
