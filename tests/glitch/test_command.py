@@ -47,11 +47,7 @@ def test_what_the_weights_say_is_kept_where_no_token_can_be_tested(
     command = ["glitch", "scan", str(tmp_path / "m"), "--verify", "top", "--out", str(tmp_path / "runs")]
     assert main(command) == 2
     said = capsys.readouterr().err.strip()
-    assert (
-        f"1 of {model.d_vocab} columns of logits, such as [{model.d_vocab - 1}], hold NaN" in said
-        and "Kept in" in said
-        and "steps glitch" in said
-    )
+    assert ".weight holds NaN" in said and "Kept in" in said and "steps glitch" in said
     (run,) = (tmp_path / "runs").iterdir()
     found = json.loads((run / "artifacts" / "glitch.json").read_text())
     assert found["bad_rows"] == [model.d_vocab - 1]
