@@ -52,10 +52,10 @@ def test_cached_generation_edits_the_tokens_that_are_fed_back() -> None:
     model, prompt = tiny_model("neox"), torch.tensor([[120, 130, 140]])
     said = model.sample(prompt, 8)[0].tolist()
     target = next(i for i in said[:3] if i not in prompt)
-    with model.plan(Intervention.at("embed", ReplaceTokens(torch.tensor([target]), 5 * ROWS[:1]), TokenIs(target))):
+    with model.plan(Intervention.at("embed", ReplaceTokens(torch.tensor([target]), 50 * ROWS[:1]), TokenIs(target))):
         edited = model.sample(prompt, 8)[0].tolist()
     with torch.no_grad():
-        model.hf.get_input_embeddings().weight[target] = 5 * ROWS[0]
+        model.hf.get_input_embeddings().weight[target] = 50 * ROWS[0]
     assert edited == model.sample(prompt, 8)[0].tolist() != said
 
 

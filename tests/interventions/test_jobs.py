@@ -91,7 +91,7 @@ def test_activations_that_are_not_finite_do_not_pass_for_an_edit() -> None:
         model.hf.get_input_embeddings().weight[20] = float("nan")
     iv = Intervention.at("resid_post.1", Add(VECTOR), Last())
     with pytest.raises(EditError, match="non-finite"), model.plan(iv):
-        model.logits(torch.tensor([[10, 20]]))
+        model.hf(torch.tensor([[10, 20]]))
 
 
 def test_a_recurrent_state_and_gradient_checkpointing_are_refused() -> None:
