@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import CACHES, D_MODEL, FAMILIES, FP32_LOGITS, cached_model, n_hooks, spaced_tokenizer, tiny_model
+from tests.tiny import (
+    CACHES,
+    D_MODEL,
+    FAMILIES,
+    FP32_LOGITS,
+    cached_model,
+    n_hooks,
+    spaced_tokenizer,
+    tiny_hf,
+    tiny_model,
+    tiny_tokenizer,
+)
 from workbench.errors import EditError, InvalidInputError
 from workbench.interventions.chosen import Mask
 from workbench.interventions.gates import ProbeGate, When
@@ -486,6 +497,9 @@ def test_sampling_settings_of_the_generation_config_are_left_aside_and_named() -
     config.temperature, config.top_k, config.repetition_penalty, config.do_sample = 0.3, 5, 1.3, True
     out = model.generate(PROMPTS, 6, seed=1)
     assert out.texts == plain.texts and plain.note == ""
+    half = Model(tiny_hf().to(torch.bfloat16), tiny_tokenizer())
+    assert half.generate(PROMPTS, 1).note == "in bfloat16, the tokens of a row may depend on the rows beside it"
+    assert half.generate(PROMPTS[:1], 1).note == ""
     assert out.note == (
         "left aside of the model's generation settings: temperature=0.3, top_k=5, repetition_penalty=1.3"
     )

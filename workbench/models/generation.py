@@ -46,7 +46,8 @@ class Generation:
             were fed back to the model. The last token that was sampled is not: of a row that ended with a stop token
             that is the stop token, of others the last of `ids`.
         note: settings of the model's generation config that were left aside, in words; the rules about which tokens
-            may come, such as `suppress_tokens`, are always kept.
+            may come, such as `suppress_tokens`, are always kept. For several rows in half precision, that rounding
+            makes a row's tokens depend on its batch.
     """
 
     texts: tuple[str, ...]
@@ -106,7 +107,15 @@ def generate(
         found.append((new, part, {str(site): _per_row(x, part, new) for site, x in recorder.found.items()}))
     require_met(plans)
     done = collected(parts.tokenizer, found, [plan.report for plan in plans])
-    return dataclasses.replace(done, note=left_aside(parts.hf))
+    return dataclasses.replace(done, note="; ".join(filter(None, (left_aside(parts.hf), _batch_note(parts.hf, batch)))))
+
+
+def _batch_note(hf: nn.Module, batch: TokenBatch) -> str:
+    """What the precision of a model means for rows that are generated together."""
+    dtype = next(hf.parameters()).dtype
+    if len(batch) == 1 or dtype.itemsize >= torch.float32.itemsize:
+        return ""
+    return f"in {str(dtype).removeprefix('torch.')}, the tokens of a row may depend on the rows beside it"
 
 
 def _spares_prompt(intervention: Intervention | None) -> bool:
