@@ -30,6 +30,23 @@ def same_greedy(model: Model, new: int = 16) -> float:
     return float((ours == theirs[:, 8:]).float().mean())
 
 
+STARTS = ("Once upon a time", "The city of", "In my opinion,", "She opened the door and")
+
+
+def same_in_a_batch(model: Model, new: int = 32) -> str:
+    """How far the sampled texts of 16 prompts agree between rows alone and batches of 8, with the same seed."""
+    prompts = list(STARTS * 4)
+    alone, together = (model.generate(prompts, new, seed=0, batch_size=n).ids for n in (1, 8))
+    agree = []
+    for a, b in zip(alone, together, strict=True):
+        n = min(len(a), len(b))
+        differ = (a[:n] != b[:n]).nonzero()
+        agree.append(int(differ[0]) if len(differ) else n)
+    equal = sum(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    mean = sum(agree) / len(agree)
+    return f"{equal} of {len(prompts)} texts equal; they part after {mean:.1f} of {new} tokens on average"
+
+
 def bound(model: Model, batch: int) -> float:
     """Tokens per second if nothing but the model's matrix products took time."""
     weights = [p for p in model.hf.parameters() if p.ndim == 2]
@@ -55,6 +72,9 @@ def main() -> None:
     print(f"greedy tokens equal to transformers.generate, in float32: {equal:.1%}")
     if equal < 0.99:
         raise SystemExit("the two do not compute the same thing; no ratio is printed")
+    for dtype in ("float32", "bfloat16"):
+        other = load_model(options.model, dtype=dtype, check=False)
+        print(f"rows alone against batches of 8, in {dtype}: {same_in_a_batch(other)}")
     bos = torch.full((options.batch, 1), model.tokenizer.bos_token_id)
     new = options.context - 1
     model.sample(bos, 2)
