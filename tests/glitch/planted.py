@@ -142,7 +142,9 @@ def planted(tied: bool, decay: float, std: float = 0.02, seed: int = 0) -> Plant
     with torch.no_grad():
         E.normal_(std=std)
         E[list(truth().copies)] = E[truth().copies[0]].clone()
-    init, shrunk, losses = E.detach().clone(), 1.0, []
+    hf.double()  # in fp32 the roundings of one machine decide what a training ends at
+    E = hf.get_input_embeddings().weight
+    init, shrunk, losses = E.detach().float(), 1.0, []
     optimizer = torch.optim.AdamW(hf.parameters(), lr=PEAK, weight_decay=decay)
     for step, (ids, targets) in enumerate(batches(seed)):
         lr = PEAK * min(1.0, (step + 1) / 10, (STEPS - step) / (STEPS / 2))
@@ -151,7 +153,7 @@ def planted(tied: bool, decay: float, std: float = 0.02, seed: int = 0) -> Plant
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        shrunk *= float(np.float32(1 - lr * decay))
+        shrunk *= 1 - lr * decay
         losses.append(loss.item())
     torch.set_num_threads(threads)
-    return Planted(hf.eval().requires_grad_(False), init, shrunk, tuple(losses))
+    return Planted(hf.float().eval().requires_grad_(False), init, shrunk, tuple(losses))

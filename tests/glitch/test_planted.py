@@ -75,7 +75,7 @@ def test_an_untied_model_without_decay_needs_the_output_side(undecayed: Planted)
     assert torch.equal(E[TRUTH.unseen], undecayed.init[TRUTH.unseen])
     report = _scan(undecayed)
     assert report.indicator == "I_cos"
-    assert 0.3 < _auc(report, "I_in", NEVER) < 0.8 and _auc(report, "I_cos", NEVER) >= 0.99
+    assert 0.3 < _auc(report, "I_in", NEVER) < 0.85 and _auc(report, "I_cos", NEVER) >= 0.99
 
 
 def test_a_tied_model_pushes_what_it_never_saw_along_one_direction(tied: Planted) -> None:
