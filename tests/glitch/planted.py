@@ -71,7 +71,8 @@ class Truth:
 @functools.cache
 def truth() -> Truth:
     """The plan, drawn once: 32 never, 16 as input only, 16 rare, 16 halves of characters."""
-    raw = {i: text for text, i in tokenizer().get_vocab().items()}
+    # get_vocab comes in another order in each process, and the draws below take ids by their place
+    raw = {i: text for text, i in sorted(tokenizer().get_vocab().items(), key=lambda entry: entry[1])}
     byte_of = {i: BYTE_OF_CHAR[text] for i, text in raw.items() if len(text) == 1}
     rng = np.random.default_rng(1)
     words = rng.permutation([i for i, text in raw.items() if len(text) >= 4 and i > 256]).tolist()
@@ -142,9 +143,7 @@ def planted(tied: bool, decay: float, std: float = 0.02, seed: int = 0) -> Plant
     with torch.no_grad():
         E.normal_(std=std)
         E[list(truth().copies)] = E[truth().copies[0]].clone()
-    hf.double()  # in fp32 the roundings of one machine decide what a training ends at
-    E = hf.get_input_embeddings().weight
-    init, shrunk, losses = E.detach().float(), 1.0, []
+    init, shrunk, losses = E.detach().clone(), 1.0, []
     optimizer = torch.optim.AdamW(hf.parameters(), lr=PEAK, weight_decay=decay)
     for step, (ids, targets) in enumerate(batches(seed)):
         lr = PEAK * min(1.0, (step + 1) / 10, (STEPS - step) / (STEPS / 2))
@@ -153,7 +152,7 @@ def planted(tied: bool, decay: float, std: float = 0.02, seed: int = 0) -> Plant
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        shrunk *= 1 - lr * decay
+        shrunk *= float(np.float32(1 - lr * decay))
         losses.append(loss.item())
     torch.set_num_threads(threads)
-    return Planted(hf.float().eval().requires_grad_(False), init, shrunk, tuple(losses))
+    return Planted(hf.eval().requires_grad_(False), init, shrunk, tuple(losses))

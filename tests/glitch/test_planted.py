@@ -75,15 +75,14 @@ def test_an_untied_model_without_decay_needs_the_output_side(undecayed: Planted)
     assert torch.equal(E[TRUTH.unseen], undecayed.init[TRUTH.unseen])
     report = _scan(undecayed)
     assert report.indicator == "I_cos"
-    assert 0.3 < _auc(report, "I_in", NEVER) < 0.85 and _auc(report, "I_cos", NEVER) >= 0.99
+    assert 0.3 < _auc(report, "I_in", NEVER) < 0.8 and _auc(report, "I_cos", NEVER) >= 0.99
 
 
 def test_a_tied_model_pushes_what_it_never_saw_along_one_direction(tied: Planted) -> None:
     report = _scan(tied)
     assert report.tied and report.indicator == "I_cos" and "I_in" not in report.table.indicators
     assert _auc(report, "I_cos", NEVER) >= 0.99
-    # Roundings differ between runs of one training: 13 trainings gave 0.01 to 0.21.
-    assert _auc(report, "norm", NEVER) < 0.3, "the norm of a tied matrix says the opposite"
+    assert _auc(report, "norm", NEVER) < 0.2, "the norm of a tied matrix says the opposite"
     rows = torch.nn.functional.normalize(tied.hf.get_output_embeddings().weight[NEVER], dim=1)
     assert float((rows @ rows.T).min()) > 0.95
     assert any(set(TRUTH.copies) <= set(ids) for ids in report.identical)
