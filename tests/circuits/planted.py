@@ -69,14 +69,15 @@ def planted_task(n: int = 80, n_test: int = 200) -> ShiftTask:
 def planted_model() -> Model:
     """A tiny model whose stream holds each letter's own dimensions, and a little noise.
 
-    The blocks up to the SAE write a tenth of the stream's norm, the block above it more than half.
+    The blocks up to the SAE write nothing, so that the letters' features hold all of the attribute; the block above it
+    writes more than half of the stream's norm.
     """
     model = tiny_model()
     table = model.hf.get_input_embeddings().weight
     with torch.no_grad():
         for name, parameter in model.hf.named_parameters():
             if "o_proj" in name or "down_proj" in name:
-                parameter.mul_(0.1 if ".2." in name else 0.02)
+                parameter.mul_(0.1 if ".2." in name else 0.0)
         table.copy_(0.1 * torch.randn(table.shape, generator=torch.Generator().manual_seed(3)))
         for letter, dims in DIMS.items():
             row = table[model.tokenizer.convert_tokens_to_ids(letter)]

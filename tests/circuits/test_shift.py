@@ -71,9 +71,11 @@ def test_shift_picks_the_attribute_and_reaches_the_oracle(probe_site: str) -> No
     )
     assert original.spurious.value > 0.8 and original.label.value < 0.7
     assert _ablated(report) == SPURIOUS_FEATURES
-    assert retrained.label.value >= oracle.label.value - 0.03 and not retrained.spurious.excludes(0.5)
-    # A block between SAE and probe mixes the ablation into what the old probe reads; a new probe undoes that.
-    assert repaired.label.value >= (0.99 if probe_site == SITE else original.label.value + 0.2)
+    assert retrained.label.value >= oracle.label.value - 0.01 and not retrained.spurious.excludes(0.5)
+    if probe_site == SITE:
+        assert repaired.label.value >= oracle.label.value - 0.01 and not repaired.spurious.excludes(0.5)
+    else:  # a block in between mixes the ablation into what the old probe reads; the new probe undoes that
+        assert repaired.label.value >= original.label.value + 0.2
     assert report.method("skyline").label == repaired.label
 
 

@@ -237,7 +237,7 @@ def test_a_direction_that_writes_its_token_is_found_to_do_so() -> None:
     sae.W_dec[3] = model.W_U[:, 70] / model.W_U[:, 70].norm()
     with model.plan(Intervention.at("resid_post.2", Add(sae.W_dec[3], 50.0))):
         assert int(model.logits("x").argmax()) in model.lens(sae.W_dec[3]).topk(5).indices.tolist()
-    found = steer(model, sae, [3], (30.0,), PROMPTS, options=replace(OPTIONS, new_tokens=3, temperature=0.2))
+    found = steer(model, sae, [3], (30.0,), PROMPTS, options=replace(OPTIONS, new_tokens=12))
     assert found.differences["unsteered"].low > 0
     assert "more than unsteered" in found.findings()[1]
     assert min(value.low for name, value in found.concept.items() if "both" not in name) > 0
