@@ -25,10 +25,10 @@ import torch
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TextFiles
 from workbench.activations.store import ActivationStore
-from workbench.features.passes import SAEFeatures
-from workbench.features.windows import FeatureWindows, WindowOptions, collect_windows
+from workbench.features.passes.store_pass import SAEFeatures
+from workbench.features.passes.windows import FeatureWindows, WindowOptions, collect_windows
 from workbench.models.loading import load_model
-from workbench.saes.io import sae_lens_module
+from workbench.saes.formats.load import sae_lens_module
 
 TEXTS = sorted(str(path) for path in (Path(__file__).parents[1] / "docs").glob("*.md"))
 TOLERANCE = 1e-4

@@ -21,8 +21,8 @@ from collections.abc import Callable
 import torch
 
 import workbench as wb
+from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
-from workbench.tokens import TokenBatch
 
 TEXT = "The old lighthouse keeper wrote down the weather every evening, and nobody knew for whom he did it."
 

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 import torch
 
 from workbench.features import OutputOptions, output_scores
-from workbench.features.lens import lens_tokens, slab_rows
-from workbench.features.output_score import score_hidden
-from workbench.features.resume import LastToken
+from workbench.features.scores.last_token import LastToken
+from workbench.features.scores.logit_lens import lens_tokens, slab_rows
+from workbench.features.scores.output_score import score_hidden
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import Last
 from workbench.models.loading import load_model
 from workbench.models.model import Model
-from workbench.saes.io import sae_lens_module
+from workbench.saes.formats.load import sae_lens_module
 
 TOLERANCE = 1e-5
 TARGET_RATIO = 20.0

@@ -14,10 +14,10 @@ import time
 
 import torch
 
-from workbench.features.resume import fp32_copy
+from workbench.core.tokens import TokenBatch
+from workbench.features.scores.last_token import fp32_copy
 from workbench.models.loading import load_model
 from workbench.models.model import Model
-from workbench.tokens import TokenBatch
 
 
 def same_greedy(model: Model, new: int = 16) -> float:

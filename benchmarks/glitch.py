@@ -26,13 +26,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from workbench.codec import codec_of
+from workbench.core.codec import codec_of
 from workbench.glitch import scan
-from workbench.glitch.census_result import ranking
-from workbench.glitch.chat import prompt_set
-from workbench.glitch.prompts import Template
-from workbench.glitch.scoring import VERIFIED, Scores, VerifyOptions, score
-from workbench.glitch.tokenizer import analyse
+from workbench.glitch.counting.census_result import ranking
+from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.prompts import Template
+from workbench.glitch.verification.scoring import VERIFIED, Scores, VerifyOptions, score
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.loading import load_model
 from workbench.models.model import Model
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
 from workbench.saes.architectures import Architecture, BatchTopK, Matryoshka, StepOptions, TopK
-from workbench.saes.io import sae_lens_module
-from workbench.saes.optim import adam_step
-from workbench.saes.weights import SAEWeights
+from workbench.saes.formats.load import sae_lens_module
+from workbench.saes.kernels.weights import SAEWeights
+from workbench.saes.training.optim import adam_step
 
 LR, CHECKED_STEPS = 3e-4, 6
 KINDS = ("topk", "batchtopk", "matryoshka")

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.features.resume import fp32_copy
+from workbench.features.scores.last_token import fp32_copy
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.models.loading import load_model
 from workbench.models.model import Model
 from workbench.models.sampling import Sampling
-from workbench.steering.options import SCOPES, SteerOptions
-from workbench.steering.prompts import NEUTRAL_PROMPTS
-from workbench.steering.sweep import Pushes, Sweep
+from workbench.steering.sweep.options import SCOPES, SteerOptions
+from workbench.steering.sweep.prompts import NEUTRAL_PROMPTS
+from workbench.steering.sweep.rows import Pushes, Sweep
 
 ENDINGS = ("", " Then,", " And so")
 
@@ -41,7 +41,7 @@ def prompts_of(n: int) -> list[str]:
 
 def sae_of(model: Model, site: str, d_sae: int) -> Any:
     """A TopK SAE with random unit features: its texts mean nothing, its cost is that of a trained one."""
-    from workbench.saes.io import sae_lens_module
+    from workbench.saes.formats.load import sae_lens_module
 
     sae_lens = sae_lens_module()
     sae = sae_lens.TopKSAE(sae_lens.TopKSAEConfig(d_in=model.width(site), d_sae=d_sae, k=32))

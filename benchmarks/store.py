@@ -24,7 +24,7 @@ from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.ring import RingBuffer
 from workbench.activations.sources import TokenRows
 from workbench.activations.store import ActivationStore, open_store
-from workbench.tokenizer import NoTokenizer
+from workbench.core.tokenizer import NoTokenizer
 
 SITE = "resid_post.0"
 PROMPTS, BATCHES_PER_SHARD = 16, 8

@@ -2,7 +2,7 @@
 
 ```
 import circuits
-report = circuits.shift(model, {"resid_post.15": sae}, circuits.biographies())
+report = circuits.shift(model, {"resid_post.15": sae}, circuits.shift.biographies())
 ```
 """
 
@@ -17,11 +17,19 @@ from circuits.attribution import (
     linear_effects,
     node_effects,
 )
-from circuits.biographies import BiographyOptions, biographies
-from circuits.judges import FeatureDossier, Judge, LexiconJudge, Node, OracleJudge, StatisticsJudge, Verdict
-from circuits.shift import ShiftOptions, shift
-from circuits.shiftreport import ShiftReport
-from circuits.task import LabelledTexts, ShiftTask
+from circuits.shift.biographies import BiographyOptions, biographies
+from circuits.shift.feature_judges import (
+    FeatureDossier,
+    Judge,
+    LexiconJudge,
+    Node,
+    OracleJudge,
+    StatisticsJudge,
+    Verdict,
+)
+from circuits.shift.shift_report import ShiftReport
+from circuits.shift.study import ShiftOptions, shift
+from circuits.shift.task import LabelledTexts, ShiftTask
 
 __all__ = [
     "AttributionOptions",

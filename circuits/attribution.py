@@ -11,14 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.bases import bases_at, refuse_unreached
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.bases.saecode import Basis
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.tokens import TokenBatch
 from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Map
-from workbench.interventions.saecode import Basis
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, mean_pool
-from workbench.tokens import TokenBatch
 
 Method = Literal["ig", "atp"]
 Baseline = Literal["zero", "zero_keep_error", "mean"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.bases.saecode import Basis
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.hooks.sites import Site
-from workbench.interventions.saecode import Basis
 from workbench.models.model import Model
 
 

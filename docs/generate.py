@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from workbench import errors
 from workbench.cli.page import help_page
+from workbench.core import errors
 from workbench.hooks.families import build_site_map
 from workbench.hooks.sites import KINDS, LAYER_KINDS, Site, SiteMap
 from workbench.models.head import Head

@@ -14,16 +14,16 @@ from typing import Any
 from experiments import glitch_tokens, refusal, score_features, self_text_sae, shift, steering_features
 from workbench.activations.store import open_store
 from workbench.cli.base import Command
-from workbench.errors import InvalidInputError, WorkbenchError
-from workbench.features.table import FeatureTable
+from workbench.core.errors import InvalidInputError, WorkbenchError
+from workbench.core.tokens import TokenBatch
+from workbench.features.scores.table import FeatureTable
 from workbench.models.loading import load_model
 from workbench.models.model import Model
-from workbench.report import Section, Table
-from workbench.runs import RunDir, list_runs, settings_of
-from workbench.saes.config import SAEConfig
-from workbench.saes.io import load_sae
-from workbench.steering import refusal_data
-from workbench.tokens import TokenBatch
+from workbench.report.base import Section, Table
+from workbench.runs.run import RunDir, list_runs, settings_of
+from workbench.saes.formats.load import load_sae
+from workbench.saes.training.config import SAEConfig
+from workbench.steering.refusal import data as refusal_data
 
 LONGEST = 512
 """Tokens of the longest row that the steps run, with a tokenizer that makes a token of every byte."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from workbench.blocks import Block
-from workbench.report import Metric, Report, Section, Table, Text
-from workbench.saes.corpus import CorpusReport
-from workbench.saes.faithful import FakeFeatures, Quality, seed_difference, verdict
-from workbench.saes.matching import ActivationMatch, SharedFeatures
-from workbench.stats import Estimate
+from workbench.core.stats import Estimate
+from workbench.report.base import Metric, Report, Section, Table, Text
+from workbench.report.blocks import Block
+from workbench.saes.comparison.corpus import CorpusReport
+from workbench.saes.comparison.faithful import FakeFeatures, Quality, seed_difference, verdict
+from workbench.saes.comparison.matching import ActivationMatch, SharedFeatures
 
 OWN, CORPUS = "own", "corpus"
 DATA = {OWN: "own text", CORPUS: "the corpus"}

@@ -16,22 +16,22 @@ from experiments.local_text import Labelled, library_topics, read_labelled, writ
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import SelfText, TextFiles
 from workbench.activations.store import ActivationStore
+from workbench.bases.saecode import sae_fingerprint
 from workbench.cli.base import Command
-from workbench.errors import InvalidInputError
-from workbench.interventions.saecode import sae_fingerprint
+from workbench.core.errors import InvalidInputError
+from workbench.core.progress import track
+from workbench.core.stats import Estimate
+from workbench.core.tokens import TokenBatch
 from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool, readable_tokens, sink_norm
-from workbench.progress import track
-from workbench.rundir.parts import Parts
-from workbench.saes.checkpoint import store_id
-from workbench.saes.config import SAEConfig
-from workbench.saes.corpus import CorpusOptions, CorpusReport, check_corpus
-from workbench.saes.evaluate import EvalOptions
-from workbench.saes.faithful import FakeFeatureOptions, FakeFeatures, Quality, fake_features, quality
-from workbench.saes.io import load_sae
-from workbench.saes.matching import MatchOptions, match_by_activations, shared_features
-from workbench.saes.train import train_sae
-from workbench.stats import Estimate
-from workbench.tokens import TokenBatch
+from workbench.runs.parts import Parts
+from workbench.saes.comparison.corpus import CorpusOptions, CorpusReport, check_corpus
+from workbench.saes.comparison.faithful import FakeFeatureOptions, FakeFeatures, Quality, fake_features, quality
+from workbench.saes.comparison.matching import MatchOptions, match_by_activations, shared_features
+from workbench.saes.evaluation.evaluate import EvalOptions
+from workbench.saes.formats.load import load_sae
+from workbench.saes.training.checkpoint import store_id
+from workbench.saes.training.config import SAEConfig
+from workbench.saes.training.train import train_sae
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from torch import Tensor
 from workbench.activations.clipping import ClippingCost, clipping_cost
 from workbench.activations.geometry import GeometryOptions, SiteGeometry, measure_geometry
 from workbench.activations.sources import SelfText, TextFiles
-from workbench.blocks import Block
 from workbench.cli.base import Command
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.report import Lines, Metric, Report, Section, Series, Table
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.report.base import Lines, Metric, Report, Section, Series, Table
+from workbench.report.blocks import Block
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from workbench.cli.base import Command
-from workbench.errors import WorkbenchError
+from workbench.core.errors import WorkbenchError
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, examine, scan
-from workbench.glitch.prompts import probes_from
-from workbench.glitch.scoring import VERIFIED
+from workbench.glitch.verification.prompts import probes_from
+from workbench.glitch.verification.scoring import VERIFIED
 
 
 def study(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
@@ -109,7 +109,7 @@ class GlitchScan(Command):
             self.emit(summary, self._lines(report, run.path))
 
     def _save(self, run: Any, report: GlitchReport) -> None:
-        from workbench.records import save_json
+        from workbench.core.records import save_json
 
         report.to_csv(run.artifacts / "tokens.csv")
         save_json(run.artifacts / "glitch.json", report.to_json())

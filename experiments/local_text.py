@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from workbench.errors import CorruptFileError, DegenerateInputError, MissingFileError
-from workbench.jsontext import parse_json
-from workbench.records import read_text, write_atomic
-from workbench.saes.library import library_files, library_root, parsed
+from workbench.core.errors import CorruptFileError, DegenerateInputError, MissingFileError
+from workbench.core.jsontext import parse_json
+from workbench.core.records import read_text, write_atomic
+from workbench.saes.evaluation.stdlib_sources import library_files, library_root, parsed
 
 WEB = ("http", "urllib", "email", "ftplib", "smtplib", "imaplib", "poplib", "xmlrpc", "socketserver", "ssl", "mailbox")
 NUMBERS = (

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from workbench.cli.base import Command, read_passages
-from workbench.steering.refusal import RefusalOptions, refusal_study
-from workbench.steering.refusal_report import RefusalReport
-from workbench.tokens import TokenBatch
+from workbench.core.tokens import TokenBatch
+from workbench.steering.refusal.refusal_report import RefusalReport
+from workbench.steering.refusal.study import RefusalOptions, refusal_study
 
 
 def study(
@@ -68,9 +68,9 @@ class Refusal(Command):
 
     def run(self) -> None:
         """Study, save the run folder, and say what was found."""
+        from workbench.core.records import save_json
         from workbench.models.loading import load_model
-        from workbench.records import save_json
-        from workbench.saes.io import load_sae
+        from workbench.saes.formats.load import load_sae
 
         options, texts = self.options(), read_passages(self.texts)
         sae = None if self.sae is None else load_sae(self.sae)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import tyro
 
 from workbench.cli.sae_eval import SaeMeasurement
-from workbench.saes.absorption import AbsorptionOptions
-from workbench.saes.sparse_probing import ProbingOptions
-from workbench.saes.suite import SuiteOptions
-from workbench.saes.synthetic_training import SyntheticTraining
+from workbench.saes.evaluation.absorption import AbsorptionOptions
+from workbench.saes.evaluation.sparse_probing import ProbingOptions
+from workbench.saes.evaluation.suite import SuiteOptions
+from workbench.saes.evaluation.synthetic_training import SyntheticTraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class SaeSuite(SaeMeasurement):
     def run(self) -> None:
         """Measures, writes the run folder, and says what was found."""
         from workbench.models.loading import load_model
-        from workbench.saes.io import load_sae
-        from workbench.saes.labelled import local_text_sets
-        from workbench.saes.suite import run_suite
+        from workbench.saes.evaluation.labelled import local_text_sets
+        from workbench.saes.evaluation.suite import run_suite
+        from workbench.saes.formats.load import load_sae
 
         rows, sae = self.read_rows(), load_sae(self.sae)
         model = load_model(self.model)

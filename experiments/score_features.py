@@ -67,7 +67,7 @@ class FeaturesScore(Command):
     def run(self) -> None:
         """Score, save the table and the run folder, and say what was found."""
         from workbench.models.loading import load_model
-        from workbench.saes.io import load_sae
+        from workbench.saes.formats.load import load_sae
 
         sae, store = load_sae(self.sae), open_store(self.store) if self.store else None
         model = load_model(self.model)

@@ -11,12 +11,12 @@ from workbench.activations.harvest import harvest
 from workbench.activations.sources import SelfText
 from workbench.activations.store import ActivationStore
 from workbench.cli.base import Command
-from workbench.records import json_lines
-from workbench.report import Lines, Report, Section, Series, Table
-from workbench.saes.config import SAEConfig
-from workbench.saes.evaluate import EvalOptions, SAEReport, evaluate_sae
-from workbench.saes.io import load_sae
-from workbench.saes.train import SAERun, train_sae
+from workbench.core.records import json_lines
+from workbench.report.base import Lines, Report, Section, Series, Table
+from workbench.saes.evaluation.evaluate import EvalOptions, SAEReport, evaluate_sae
+from workbench.saes.formats.load import load_sae
+from workbench.saes.training.config import SAEConfig
+from workbench.saes.training.train import SAERun, train_sae
 
 
 @dataclass(frozen=True, kw_only=True)

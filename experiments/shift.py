@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import circuits
-from circuits.biographies import BiographyOptions, biographies
-from circuits.judges import Judge, LexiconJudge, OracleJudge, StatisticsJudge
-from circuits.shift import ShiftOptions
-from circuits.shiftreport import ShiftReport
+from circuits.shift.biographies import BiographyOptions, biographies
+from circuits.shift.feature_judges import Judge, LexiconJudge, OracleJudge, StatisticsJudge
+from circuits.shift.shift_report import ShiftReport
+from circuits.shift.study import ShiftOptions
 from workbench.cli.base import Command, read_passages
-from workbench.tokens import TokenBatch
+from workbench.core.tokens import TokenBatch
 
 JudgeName = Literal["statistics", "lexicon", "oracle"]
 _JUDGES: dict[JudgeName, type[Any]] = {"statistics": StatisticsJudge, "lexicon": LexiconJudge, "oracle": OracleJudge}
@@ -40,7 +40,7 @@ def study(
         judge: who decides; by default the statistics judge.
         options: probe site, candidates, controls.
     """
-    from workbench.saes.io import sae_site
+    from workbench.saes.formats.load import sae_site
 
     return circuits.shift(
         model, {site or sae_site(sae): sae}, biographies(task), judge, options=options, plain_text=plain_text
@@ -72,9 +72,9 @@ class Shift(Command):
 
     def run(self) -> None:
         """Study, save the run folder, and say what was found."""
+        from workbench.core.records import save_json
         from workbench.models.loading import load_model
-        from workbench.records import save_json
-        from workbench.saes.io import load_sae
+        from workbench.saes.formats.load import load_sae
 
         passages, sae = read_passages(self.texts), load_sae(self.sae)
         task = BiographyOptions(

@@ -14,17 +14,17 @@ import tyro
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import SelfText
 from workbench.cli.base import Command
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
+from workbench.core.progress import clock
 from workbench.features import ContextOptions, FeatureTable, ScoreOptions, score_features
 from workbench.models.model import Model
-from workbench.progress import clock
-from workbench.saes.config import SAEConfig
-from workbench.saes.train import train_saes
+from workbench.saes.training.config import SAEConfig
+from workbench.saes.training.train import train_saes
 from workbench.steering import SteeringReport, SteerOptions, steer
-from workbench.steering.prompts import NEUTRAL_PROMPTS, neutral_prompts
-from workbench.steering.study import selection_study
-from workbench.steering.study_groups import GROUPS, Depth, StudyOptions
-from workbench.steering.study_report import SelectionReport
+from workbench.steering.selection.groups import GROUPS, Depth, StudyOptions
+from workbench.steering.selection.selection_report import SelectionReport
+from workbench.steering.selection.study import selection_study
+from workbench.steering.sweep.prompts import NEUTRAL_PROMPTS, neutral_prompts
 
 STRENGTHS = (1.5, 3.0)
 DEPTHS = (1 / 6, 1 / 2, 5 / 6)
@@ -145,7 +145,7 @@ def selection(model: Model, folder: Path, sizes: Sizes | None = None) -> Selecti
         folder: gets the store, the SAEs and the feature tables.
         sizes: how much of everything.
     """
-    from workbench.saes.io import load_sae
+    from workbench.saes.formats.load import load_sae
 
     sizes = sizes or Sizes()
     sites = [str(model.resolve(f"resid_post.{layer}")) for layer in sizes.layers_of(model)]
@@ -196,7 +196,7 @@ class Steer(Command):
     def run(self) -> None:
         """Steer, save the run folder, and say what was found."""
         from workbench.models.loading import load_model
-        from workbench.saes.io import load_sae
+        from workbench.saes.formats.load import load_sae
 
         if self.table is None and not self.features:
             raise InvalidInputError("steer: no features to steer with. Give --table FOLDER, or --features 12 34.")
@@ -281,7 +281,7 @@ class SteeringStudy(Command):
     def run(self) -> None:
         """The study, its run folder and its findings."""
         from workbench.models.loading import load_model
-        from workbench.saes.io import load_sae
+        from workbench.saes.formats.load import load_sae
 
         if len(self.saes) != len(self.tables):
             raise InvalidInputError(

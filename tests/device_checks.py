@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from circuits.attribution import LossOfMargin, exact_effects, node_effects
-from circuits.shift import ShiftOptions, shift
+from circuits.shift.study import ShiftOptions, shift
 from experiments import geometry, glitch_tokens, refusal, score_features
 from tests import devices
 from tests.circuits.planted import planted_model, planted_sae, planted_task
@@ -33,24 +33,25 @@ from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import SelfText
 from workbench.activations.store import ActivationStore
-from workbench.codec import codec_of
-from workbench.errors import WorkbenchError
+from workbench.core.codec import codec_of
+from workbench.core.errors import WorkbenchError
+from workbench.core.tokens import TokenBatch
 from workbench.features import ScoreOptions
 from workbench.features import score_features as score_features_
-from workbench.features.cardmaking import CardOptions, feature_cards
-from workbench.features.examples import ExampleOptions
-from workbench.features.profile import depth_scores
-from workbench.features.windows import WindowOptions
-from workbench.glitch.census_result import CensusOptions
-from workbench.glitch.census_run import plan_census, run_census
-from workbench.glitch.chat import prompt_set
-from workbench.glitch.gradient import GradientOptions, climb, uncertainty
-from workbench.glitch.probing import SHORT
-from workbench.glitch.prompts import PROBES
-from workbench.glitch.repairing import repair
-from workbench.glitch.sae_features import FeatureOptions, glitch_features
-from workbench.glitch.scanner import ScanOptions
-from workbench.glitch.tokenizer import analyse
+from workbench.features.cards.cardmaking import CardOptions, feature_cards
+from workbench.features.explain.examples import ExampleOptions
+from workbench.features.passes.windows import WindowOptions
+from workbench.features.scores.profile import depth_scores
+from workbench.glitch.counting.census import plan_census, run_census
+from workbench.glitch.counting.census_result import CensusOptions
+from workbench.glitch.repairing.repair import repair
+from workbench.glitch.scanning.sae_features import FeatureOptions, glitch_features
+from workbench.glitch.scanning.scanner import ScanOptions
+from workbench.glitch.searching.gradient import GradientOptions, climb, uncertainty
+from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.probing import SHORT
+from workbench.glitch.verification.prompts import PROBES
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.interventions.gates import CosineGate, ProbeGate, SAEGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op
@@ -59,24 +60,23 @@ from workbench.interventions.saes import SAEAblate, SAEAddMax, SAEClamp
 from workbench.interventions.scopes import Generated, Last, NotPrefix
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe, readable_tokens
-from workbench.saes.config import ARCHITECTURES, SAEConfig
-from workbench.saes.corpus import CorpusOptions, check_corpus
-from workbench.saes.evaluate import EvalOptions, evaluate_sae
-from workbench.saes.faithful import FakeFeatureOptions, fake_features, quality
-from workbench.saes.fit import check_sae
-from workbench.saes.io import load_sae
-from workbench.saes.matching import match_by_activations, shared_features
-from workbench.saes.sparse_probing import ProbingOptions
-from workbench.saes.suite import SuiteOptions, run_suite
-from workbench.saes.train import train_sae
+from workbench.saes.comparison.corpus import CorpusOptions, check_corpus
+from workbench.saes.comparison.faithful import FakeFeatureOptions, fake_features, quality
+from workbench.saes.comparison.matching import match_by_activations, shared_features
+from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
+from workbench.saes.evaluation.sparse_probing import ProbingOptions
+from workbench.saes.evaluation.suite import SuiteOptions, run_suite
+from workbench.saes.formats.load import load_sae
+from workbench.saes.formats.placement import check_sae
+from workbench.saes.training.config import ARCHITECTURES, SAEConfig
+from workbench.saes.training.train import train_sae
 from workbench.steering import SteerOptions, steer
-from workbench.steering.baselines import Concept, DirectionOptions, concept_directions
-from workbench.steering.concepts import best_feature
-from workbench.steering.reft import ReftOptions
-from workbench.steering.refusal import RefusalOptions
-from workbench.steering.study import selection_study
-from workbench.steering.study_groups import Depth, StudyOptions
-from workbench.tokens import TokenBatch
+from workbench.steering.directions.classical import Concept, DirectionOptions, concept_directions
+from workbench.steering.directions.concepts import best_feature
+from workbench.steering.directions.reft import ReftOptions
+from workbench.steering.refusal.study import RefusalOptions
+from workbench.steering.selection.groups import Depth, StudyOptions
+from workbench.steering.selection.study import selection_study
 
 SITE = "resid_post.1"
 TEXTS = tuple(f"{a}zz {b}zzz {a}zz{b}" for a, b in ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"))

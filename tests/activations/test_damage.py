@@ -24,7 +24,7 @@ from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.plan import estimate_harvest
 from workbench.activations.sources import HubDataset, SelfText, Source, TextFiles, TokenRows
 from workbench.activations.store import first_not_finite, open_store
-from workbench.errors import CorruptFileError, InvalidInputError, MismatchError, MissingFileError, ResourceError
+from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError, MissingFileError, ResourceError
 from workbench.models.model import Model
 
 

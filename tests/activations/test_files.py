@@ -17,7 +17,7 @@ from workbench.activations.files import about_tokens, documents, text_files
 from workbench.activations.harvest import harvest
 from workbench.activations.packing import packed
 from workbench.activations.sources import SelfText, TextFiles, TokenRows
-from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError
+from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError
 from workbench.models.model import Model
 
 TEXTS = [f"document number {i} of many" for i in range(40)]

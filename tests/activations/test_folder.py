@@ -18,7 +18,7 @@ from workbench.activations import folder as folder_module
 from workbench.activations.folder import LocalFolder, RemoteFolder, check_writable, in_use, open_folder, require_local
 from workbench.activations.harvest import harvest
 from workbench.activations.store import open_store
-from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, ResourceError
+from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, ResourceError
 from workbench.models.model import Model
 
 

@@ -24,9 +24,9 @@ from workbench.activations.geometry import (
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.moments import Moments
 from workbench.activations.sources import TokenRows
-from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.stats import Estimate
 from workbench.models.model import Model
-from workbench.stats import Estimate
 
 N, D, CONTEXT = 4000, 64, 20
 

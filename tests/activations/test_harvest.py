@@ -21,7 +21,7 @@ from workbench.activations.plan import estimate_harvest
 from workbench.activations.ring import RingBuffer
 from workbench.activations.sources import SelfText, TextFiles, TokenRows
 from workbench.activations.store import open_store
-from workbench.errors import (
+from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
     InvalidInputError,
@@ -30,8 +30,8 @@ from workbench.errors import (
     UnknownNameError,
     UnknownSiteError,
 )
+from workbench.core.records import load_json, save_json
 from workbench.models.model import Model
-from workbench.records import load_json, save_json
 
 SITE = "resid_post.1"
 SMALL = HarvestOptions(shard_tokens=80, batch_tokens=40)

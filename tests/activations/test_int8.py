@@ -11,8 +11,8 @@ from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.quant import Int8Code
 from workbench.activations.sources import TextFiles
 from workbench.activations.store import open_store
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
-from workbench.metrics import fvu
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.core.metrics import fvu
 from workbench.models.model import Model
 
 INT8 = HarvestOptions(shard_tokens=80, batch_tokens=40, dtype="int8")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from workbench.activations.ring import RingBuffer
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 
 
 def _blocks(epoch: int) -> Iterator[Tensor]:

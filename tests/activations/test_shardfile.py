@@ -8,7 +8,7 @@ import torch
 
 from workbench.activations.folder import LocalFolder
 from workbench.activations.shardfile import read_tensor, safetensors_parts
-from workbench.errors import CorruptFileError
+from workbench.core.errors import CorruptFileError
 
 
 def _tensors() -> dict[str, torch.Tensor]:

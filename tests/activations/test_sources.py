@@ -10,7 +10,7 @@ from tests.tiny import prefixed_tokenizer, tiny_model, tiny_tokenizer
 from workbench.activations.harvest import harvest
 from workbench.activations.packing import packing_of
 from workbench.activations.sources import HubDataset, SelfText, TextFiles, TokenRows
-from workbench.errors import CorruptFileError, DegenerateInputError, InvalidInputError, MissingFileError
+from workbench.core.errors import CorruptFileError, DegenerateInputError, InvalidInputError, MissingFileError
 from workbench.models import tiny
 from workbench.models.loading import load_model, load_tokenizer
 from workbench.models.model import Model

@@ -14,7 +14,7 @@ from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.packing import Source
 from workbench.activations.sources import TextFiles, TokenRows
 from workbench.activations.store import open_store
-from workbench.errors import InvalidInputError, MismatchError, MissingFileError
+from workbench.core.errors import InvalidInputError, MismatchError, MissingFileError
 from workbench.models.model import Model
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.task import LabelledTexts, ShiftTask
+from circuits.shift.task import LabelledTexts, ShiftTask
 from tests.tiny import D_MODEL, tiny_model
 from workbench.models.model import Model
 

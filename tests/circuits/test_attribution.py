@@ -11,12 +11,12 @@ from circuits.attribution import AttributionOptions, LossOfMargin, exact_effects
 from tests.circuits.planted import PlantedSAE
 from tests.interventions.builders import ARCHITECTURES, NORMALISATIONS, sae_lens_sae
 from tests.tiny import D_MODEL, tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.bases.saecode import Basis
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.tokens import TokenBatch
 from workbench.hooks.attach import attached
-from workbench.interventions.saecode import Basis
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, mean_pool, readable_tokens
-from workbench.tokens import TokenBatch
 
 TEXTS = ["abcdefgh", "ijk", "lmnopq"]
 

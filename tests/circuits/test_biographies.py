@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from circuits.biographies import (
+from circuits.shift.biographies import (
     _TEMPLATES,
     NAMES,
     PROFESSIONS,
@@ -14,8 +14,8 @@ from circuits.biographies import (
     biographies,
     gender_words,
 )
-from circuits.task import LabelledTexts, ShiftTask, delete_words, word_pattern
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError, UnknownNameError
+from circuits.shift.task import LabelledTexts, ShiftTask, delete_words, word_pattern
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError, UnknownNameError
 
 SMALL = BiographyOptions(n_train=40, n_test=40)
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from circuits.activity import Reader, token_evidence
-from circuits.collateral import collateral
-from circuits.editcheck import pooled_by_hooks, require_same_edit
-from circuits.judges import FeatureDossier, LexiconJudge, Node, OracleJudge, StatisticsJudge, Verdict
-from circuits.methods import Scorer
-from circuits.shift import ShiftOptions, shift
-from circuits.shiftreport import ShiftReport
+from circuits.shift.collateral import collateral
+from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
+from circuits.shift.evidence import Reader, token_evidence
+from circuits.shift.feature_judges import FeatureDossier, LexiconJudge, Node, OracleJudge, StatisticsJudge, Verdict
+from circuits.shift.methods import Scorer
+from circuits.shift.shift_report import ShiftReport
+from circuits.shift.study import ShiftOptions, shift
 from tests.circuits.planted import (
     LABEL_FEATURES,
     OPPOSING,
@@ -28,12 +28,12 @@ from tests.circuits.planted import (
 )
 from tests.interventions.builders import ARCHITECTURES, NORMALISATIONS, sae_lens_sae
 from tests.tiny import n_hooks, tiny_model
-from workbench.errors import DegenerateInputError, EditError, MismatchError, ShapeError
-from workbench.interventions.saecode import Basis
+from workbench.bases.saecode import Basis
+from workbench.core.errors import DegenerateInputError, EditError, MismatchError, ShapeError
+from workbench.core.stats import sample_mean
+from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
 from workbench.probes.linear import readable_tokens
-from workbench.stats import sample_mean
-from workbench.tokens import TokenBatch
 
 OPTIONS = ShiftOptions(top_k=10, random_draws=4)
 

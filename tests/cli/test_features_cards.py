@@ -11,9 +11,9 @@ from tests.tiny import tiny_model
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TextFiles
 from workbench.cli import main
-from workbench.features.cardmaking import CardOptions, feature_cards
-from workbench.features.cardset import CardSet
-from workbench.features.scores import score_features
+from workbench.features.cards.cardmaking import CardOptions, feature_cards
+from workbench.features.cards.cardset import CardSet
+from workbench.features.scores.score_features import score_features
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,14 @@ def test_wrong_input_makes_nothing(folder: Path, capsys: pytest.CaptureFixture[s
 def test_the_command_goes_on_and_tidies_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*_words(folder, "--store", str(folder / "acts"), "--features", "3", "17"), "--out", str(folder / "stop")]
     with monkeypatch.context() as patched:
-        patched.setattr("workbench.features.explain._tested", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(
+            "workbench.features.explain.rule_explanations._tested", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert main(words) == 130
     assert list((folder / "stop" / ".rules").rglob("rules-0.json")) and not (folder / "stop" / "cards.parquet").exists()
-    monkeypatch.setattr("workbench.features.explain.fit_rule", lambda *_: pytest.fail("rules were kept"))
+    monkeypatch.setattr(
+        "workbench.features.explain.rule_explanations.fit_rule", lambda *_: pytest.fail("rules were kept")
+    )
     assert main(words) == 0
     assert not (folder / "stop" / ".rules").exists() and len(CardSet.load(folder / "stop")) == 2
 

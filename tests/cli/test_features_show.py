@@ -7,9 +7,9 @@ import pytest
 
 from tests.features.test_tablecards import make_table
 from workbench.cli.features_show import FeaturesShow
-from workbench.errors import MissingFileError
-from workbench.features.cards import FeatureCard
-from workbench.features.cardset import CardSet
+from workbench.core.errors import MissingFileError
+from workbench.features.card import FeatureCard
+from workbench.features.cards.cardset import CardSet
 
 
 class _Cards:

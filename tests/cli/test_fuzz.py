@@ -23,10 +23,10 @@ from workbench.activations.sources import TokenRows
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.models.loading import load_model
-from workbench.report import Section
-from workbench.runs import RunDir
-from workbench.saes.config import SAEConfig
-from workbench.saes.train import train_sae
+from workbench.report.base import Section
+from workbench.runs.run import RunDir
+from workbench.saes.training.config import SAEConfig
+from workbench.saes.training.train import train_sae
 
 FEW = settings(
     max_examples=25, deadline=None, derandomize=True, database=None,

@@ -19,14 +19,14 @@ from workbench.cli import commands as commands_module
 from workbench.cli.base import Command, read_passages
 from workbench.cli.commands import CommandEntry
 from workbench.cli.page import GROUPS, help_page
-from workbench.errors import (
+from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
     InvalidInputError,
     MissingFileError,
     UnknownSiteError,
 )
-from workbench.report import Section
+from workbench.report.base import Section
 
 ROOT = Path(__file__).parents[2]
 
@@ -262,7 +262,7 @@ from dataclasses import dataclass
 from workbench import cli
 from workbench.cli import commands
 from workbench.cli.base import Command
-from workbench.report import Section
+from workbench.report.base import Section
 @dataclass(frozen=True, kw_only=True)
 class Wait(Command):
     def run(self) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from workbench import cli
-from workbench.report import Section
-from workbench.runs import RunDir
-from workbench.stats import wilson
+from workbench.core.stats import wilson
+from workbench.report.base import Section
+from workbench.runs.run import RunDir
 
 
 @pytest.fixture

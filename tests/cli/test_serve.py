@@ -16,7 +16,7 @@ import pytest
 from tests.features.test_tablecards import make_table
 from tests.serve.toys import asked, events, tiny_playground, tiny_sae
 from workbench.cli.serve import Serve, address, listen
-from workbench.errors import InvalidInputError, MismatchError, MissingFileError, WorkbenchError
+from workbench.core.errors import InvalidInputError, MismatchError, MissingFileError, WorkbenchError
 
 
 def _visit(url: str, seen: dict[str, Any]) -> None:

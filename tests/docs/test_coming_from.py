@@ -15,10 +15,10 @@ from transformers.utils import logging
 import workbench as wb
 from tests.docs.blocks import PAGE, TOOLS, block, fingerprint, run_page, sampled, sections
 from tests.tiny import FP32_LOGITS, tiny_tokenizer
-from workbench.errors import EditError, MissingFileError, UnknownSiteError
+from workbench.core.errors import EditError, MissingFileError, UnknownSiteError
+from workbench.core.records import load_json
 from workbench.hooks.sites import KINDS, Site
 from workbench.models.tiny import TINY
-from workbench.records import load_json
 
 Spaces = dict[str, dict[int, dict[str, Any]]]
 TASKS = range(1, 11)

@@ -16,7 +16,7 @@ import pytest
 from experiments import demo
 from tests.tiny import tiny_hf, tiny_tokenizer
 from workbench import cli
-from workbench.report import Section
+from workbench.report.base import Section
 
 STEPS = ["model", "glitch", "sae", "features", "steering", "shift", "refusal"]
 

@@ -12,12 +12,12 @@ from experiments.faithful_report import CORPUS, OWN, FaithfulReport
 from experiments.faithful_sae import Options, study
 from experiments.local_text import Labelled, docstrings, library_topics, read_labelled, write_corpus
 from tests.tiny import tiny_model
-from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError
-from workbench.saes.config import SAEConfig
-from workbench.saes.corpus import CorpusOptions
-from workbench.saes.evaluate import EvalOptions
-from workbench.saes.faithful import FakeFeatureOptions, Quality
-from workbench.stats import Estimate
+from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError
+from workbench.core.stats import Estimate
+from workbench.saes.comparison.corpus import CorpusOptions
+from workbench.saes.comparison.faithful import FakeFeatureOptions, Quality
+from workbench.saes.evaluation.evaluate import EvalOptions
+from workbench.saes.training.config import SAEConfig
 
 SMALL = Options(
     tokens=1200, context=12, seeds=2, sae=SAEConfig(d_sae=48, k=4, tokens=2000, batch=100),

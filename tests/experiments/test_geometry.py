@@ -10,7 +10,7 @@ import torch
 from experiments.geometry import Geometry, GeometryReport, Options, study
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.geometry import GeometryOptions
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 
 SITES = ("resid_post.0", "resid_post.1", "resid_post.2")
 

@@ -13,8 +13,8 @@ from tests.tiny import tiny_model
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import TokenRows
 from workbench.activations.store import ActivationStore
-from workbench.features.passes import Chunk
-from workbench.features.vocab import Vocabulary
+from workbench.features.passes.store_pass import Chunk
+from workbench.features.token_classes import Vocabulary
 
 SITE = "resid_post.1"
 WORDS = (

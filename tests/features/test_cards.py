@@ -15,14 +15,16 @@ from tests.features.test_input_score import SITE, make_store
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.store import ActivationStore
-from workbench.errors import CorruptFileError, InvalidInputError, MismatchError, MissingFileError
-from workbench.features import ScoreOptions, cardset, explain, lens_tokens, score_features
-from workbench.features.cardmaking import CardOptions, bars, feature_cards, flags_of
-from workbench.features.cards import FeatureCard
-from workbench.features.cardset import CARDS_FILE, CardSet
-from workbench.features.examples import ExampleOptions
-from workbench.features.lens import lens_ends
-from workbench.features.windows import N_BINS, WindowOptions, bin_edges
+from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError, MissingFileError
+from workbench.features import ScoreOptions, lens_tokens, score_features
+from workbench.features.card import FeatureCard
+from workbench.features.cards import cardset
+from workbench.features.cards.cardmaking import CardOptions, bars, feature_cards, flags_of
+from workbench.features.cards.cardset import CARDS_FILE, CardSet
+from workbench.features.explain import rule_explanations as explain
+from workbench.features.explain.examples import ExampleOptions
+from workbench.features.passes.windows import N_BINS, WindowOptions, bin_edges
+from workbench.features.scores.logit_lens import lens_ends
 
 OPTIONS = CardOptions(
     shown=4, lens_k=3, windows=WindowOptions(top=8, sample=60, before=5, after=4), examples=ExampleOptions(fewest=3)

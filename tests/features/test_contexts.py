@@ -8,14 +8,14 @@ import torch
 from tests.features.test_input_score import SITE, make_store
 from tests.features.toys import random_sae
 from tests.tiny import tiny_tokenizer
-from workbench.features.contexts import ContextOptions, top_contexts
+from workbench.features.passes.contexts import ContextOptions, top_contexts
 
 
 @pytest.mark.parametrize(("chosen", "chunk"), [(None, 2048), ([5, 3, 11], 2048), (None, 7)])
 def test_contexts_equal_a_slow_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: list[int] | None, chunk: int
 ) -> None:
-    monkeypatch.setattr("workbench.features.passes.CHUNK_TOKENS", chunk)
+    monkeypatch.setattr("workbench.features.passes.store_pass.CHUNK_TOKENS", chunk)
     store, sae = make_store(tmp_path / "s"), random_sae()
     features = torch.arange(40) if chosen is None else torch.tensor(chosen)
     found = top_contexts(store, sae, tiny_tokenizer(), features, SITE, ContextOptions(per_feature=10, min_contexts=5))

@@ -10,11 +10,11 @@ from tests.features.corpus import SITE, VOCABULARY, Planted, corpus, corpus_stor
 from tests.tiny import tiny_model
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TokenRows
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.features.examples import ExampleOptions, Examples, Windows, examples_of, is_held_out
-from workbench.features.explain import explain_by_rules, score_rules
-from workbench.features.rules import TokenView
-from workbench.features.testing import (
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.features.explain.examples import ExampleOptions, Examples, Windows, examples_of, is_held_out
+from workbench.features.explain.rule_explanations import explain_by_rules, score_rules
+from workbench.features.explain.rules import TokenView
+from workbench.features.explain.testing import (
     MARK_SHARE,
     answer_scores,
     auroc,
@@ -23,7 +23,7 @@ from workbench.features.testing import (
     frequency_weighted,
     fuzzing_items,
 )
-from workbench.features.windows import FeatureWindows, WindowOptions, collect_windows
+from workbench.features.passes.windows import FeatureWindows, WindowOptions, collect_windows
 
 PETS = (word(" dog"), word(" cat"))
 UNITS = Planted((

@@ -14,24 +14,24 @@ from tests.features.test_input_score import make_store
 from tests.features.toys import random_sae
 from tests.glitch.tiny_vocab import sentencepiece
 from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
+from workbench.bases.saecode import decode, decoder_rows, encode
 from workbench.cli.features_show import load_cards
-from workbench.codec import token_bytes
-from workbench.errors import DegenerateInputError, MismatchError, MissingFileError
+from workbench.core.codec import token_bytes
+from workbench.core.errors import DegenerateInputError, MismatchError, MissingFileError
 from workbench.features import ContextOptions, ScoreOptions, feature_cards, output_scores, rank_score, score_features
-from workbench.features.cardmaking import CardOptions
-from workbench.features.contexts import _texts, marked, unmarked
-from workbench.features.examples import ExampleOptions
-from workbench.features.tablecards import table_cards
-from workbench.features.vocab import Vocabulary
-from workbench.features.windows import WindowOptions
+from workbench.features.cards.cardmaking import CardOptions
+from workbench.features.cards.tablecards import table_cards
+from workbench.features.explain.examples import ExampleOptions
+from workbench.features.passes.contexts import _texts, marked, unmarked
+from workbench.features.passes.windows import WindowOptions
+from workbench.features.token_classes import Vocabulary
 from workbench.interventions.intervention import Intervention
-from workbench.interventions.saecode import decode, decoder_rows, encode
 from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.models.tiny import tiny_hf
 from workbench.steering import SteerOptions, steer
-from workbench.steering.steer import matched_features
+from workbench.steering.sweep.steer import matched_features
 
 PROMPT = "From my experience,"
 OPTIONS = CardOptions(
@@ -165,7 +165,7 @@ def test_products_in_fp32_keep_the_bound_of_screening_above_the_score(monkeypatc
 
 def test_marks_in_a_context_do_not_hide_its_token() -> None:
     from tests.features.test_tablecards import make_table
-    from workbench.features.contexts import marked
+    from workbench.features.passes.contexts import marked
 
     table = make_table()
     table.df.at[0, "contexts"] = [marked("Il dit « oui » et le ", "chat", " dort")]
@@ -174,7 +174,7 @@ def test_marks_in_a_context_do_not_hide_its_token() -> None:
 
 
 def test_a_number_too_large_for_a_feature_is_refused_in_words() -> None:
-    from workbench.errors import InvalidInputError
+    from workbench.core.errors import InvalidInputError
     from workbench.interventions.saes import features_of
 
     sae: Any = random_sae()

@@ -10,9 +10,9 @@ from tests.tiny import tiny_model
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import TokenRows
 from workbench.activations.store import ActivationStore
-from workbench.errors import ShapeError
-from workbench.features.contexts import MISSING
-from workbench.features.input_score import input_score
+from workbench.core.errors import ShapeError
+from workbench.features.passes.contexts import MISSING
+from workbench.features.scores.input_score import input_score
 from workbench.models.model import Model
 
 SITE = "resid_post.1"

@@ -15,13 +15,13 @@ import torch
 from tests.features.corpus import SITE, VOCABULARY, Planted, corpus_store, word
 from tests.tiny import tiny_model
 from workbench.activations.store import ActivationStore
-from workbench.errors import CorruptFileError, InvalidInputError, ModelUnavailableError
-from workbench.features.examples import ExampleOptions, Examples, examples_of
-from workbench.features.judge import Gate, GateOptions, Judge, judge_explanations, judge_gate, parse_reply
-from workbench.features.judges import PROMPTS_FILE, REPLIES_FILE, FileJudge, HTTPJudge, LogProbJudge, prompt_id
-from workbench.features.rules import TokenView
-from workbench.features.units import unit_bank
-from workbench.features.windows import WindowOptions, collect_windows
+from workbench.core.errors import CorruptFileError, InvalidInputError, ModelUnavailableError
+from workbench.features.explain.examples import ExampleOptions, Examples, examples_of
+from workbench.features.explain.judging import Gate, GateOptions, Judge, judge_explanations, judge_gate, parse_reply
+from workbench.features.explain.rules import TokenView
+from workbench.features.explain.units import unit_bank
+from workbench.features.passes.windows import WindowOptions, collect_windows
+from workbench.judges.backends import PROMPTS_FILE, REPLIES_FILE, FileJudge, HTTPJudge, LogProbJudge, prompt_id
 
 OPTIONS = GateOptions(per_family=3, per_unit=6)
 

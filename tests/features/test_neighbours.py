@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.errors import InvalidInputError
-from workbench.features import neighbours
-from workbench.features.coactivation import CoSample
-from workbench.features.neighbours import NeighbourOptions, activation_neighbours, decoder_neighbours
+from workbench.core.errors import InvalidInputError
+from workbench.features.cards import neighbours
+from workbench.features.cards.neighbours import NeighbourOptions, activation_neighbours, decoder_neighbours
+from workbench.features.passes.coactivation import CoSample
 
 
 def sample_of(acts: Tensor) -> CoSample:

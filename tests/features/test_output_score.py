@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.features.toys import constant_sae, identity_model, random_sae
 from tests.tiny import D_MODEL, FAMILIES, n_hooks, tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
-from workbench.features.lens import feature_ids, lens_tokens
-from workbench.features.output_score import (
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.features.scores.last_token import LastToken
+from workbench.features.scores.logit_lens import feature_ids, lens_tokens
+from workbench.features.scores.output_score import (
     OutputOptions,
     confidence,
     output_score,
@@ -19,7 +20,6 @@ from workbench.features.output_score import (
     rank_score,
     score_hidden,
 )
-from workbench.features.resume import LastToken
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import All, Last

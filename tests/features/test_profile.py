@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError, UnknownSiteError
-from workbench.features.lens import lens_tokens
-from workbench.features.output_score import rank_score
-from workbench.features.profile import depth_scores
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError, UnknownSiteError
+from workbench.features.scores.logit_lens import lens_tokens
+from workbench.features.scores.output_score import rank_score
+from workbench.features.scores.profile import depth_scores
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.interventions.scopes import Last

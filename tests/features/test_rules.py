@@ -5,13 +5,12 @@ import pytest
 
 from tests.features.corpus import SITE, VOCABULARY, WORDS, Planted, corpus_store, word
 from tests.tiny import tiny_tokenizer
-from workbench.errors import DegenerateInputError
-from workbench.features import rulefit
-from workbench.features.cards import Explanation
-from workbench.features.examples import ExampleOptions
-from workbench.features.explain import RuleExplanation, explain_by_rules, score_rules
-from workbench.features.rulefit import RuleData, fit_rule
-from workbench.features.rules import (
+from workbench.core.errors import DegenerateInputError
+from workbench.features.card import Explanation
+from workbench.features.explain.examples import ExampleOptions
+from workbench.features.explain.rule_explanations import RuleExplanation, explain_by_rules, rulefit, score_rules
+from workbench.features.explain.rulefit import RuleData, fit_rule
+from workbench.features.explain.rules import (
     REACH,
     After,
     At,
@@ -24,8 +23,8 @@ from workbench.features.rules import (
     TokenIn,
     TokenView,
 )
-from workbench.features.vocab import Vocabulary
-from workbench.features.windows import WindowOptions, collect_windows
+from workbench.features.passes.windows import WindowOptions, collect_windows
+from workbench.features.token_classes import Vocabulary
 
 PETS = {word(" dog"), word(" cat")}
 UPPER = {i + 2 for i, w in enumerate(WORDS) if w.strip()[0].isupper() and not w.strip()[1:].isupper()}

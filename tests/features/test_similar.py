@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
-from workbench.features.examples import Examples, Windows
-from workbench.features.explain import RuleTests, rule_scores
-from workbench.features.rules import Never, TokenIn, TokenView
-from workbench.features.similar import hard_items, intruder_score, most_alike, tf_idf
-from workbench.features.testing import detection_items, fuzzing_items
-from workbench.features.vocab import Vocabulary
+from workbench.features.explain.examples import Examples, Windows
+from workbench.features.explain.rule_explanations import RuleTests, rule_scores
+from workbench.features.explain.rules import Never, TokenIn, TokenView
+from workbench.features.explain.similar import hard_items, intruder_score, most_alike, tf_idf
+from workbench.features.explain.testing import detection_items, fuzzing_items
+from workbench.features.token_classes import Vocabulary
 
 
 def windows(rows: list[list[int]], active: int = -1) -> Windows:

@@ -11,7 +11,7 @@ import pytest
 from tests.features.test_input_score import make_store
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
-from workbench.errors import (
+from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
     InvalidInputError,
@@ -21,8 +21,8 @@ from workbench.errors import (
     UnknownSiteError,
 )
 from workbench.features import ContextOptions, FeatureTable, ScoreOptions, input_score, output_scores, score_features
-from workbench.features.output_score import OutputOptions
-from workbench.features.report import co_occurrence
+from workbench.features.scores.output_score import OutputOptions
+from workbench.features.scores.score_report import co_occurrence
 
 OPTIONS = ScoreOptions(k=5, rows=16, random_directions=12, contexts=ContextOptions(per_feature=20))
 
@@ -70,7 +70,9 @@ def test_output_scores_alone_need_no_store() -> None:
 
 
 def test_store_of_another_model_or_site_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workbench.features.scores.direction_scores", lambda *_: pytest.fail("something was computed"))
+    monkeypatch.setattr(
+        "workbench.features.scores.score_features.direction_scores", lambda *_: pytest.fail("something was computed")
+    )
     with pytest.raises(MismatchError):
         score_features(tiny_model(seed=7), random_sae(), make_store(tmp_path / "s", rows=16), options=OPTIONS)
     with pytest.raises(UnknownSiteError, match="not stored"):
@@ -165,7 +167,7 @@ def test_co_occurrence_against_chance() -> None:
 
 
 def test_random_directions_have_the_norms_of_the_features() -> None:
-    from workbench.features.scores import random_like
+    from workbench.features.scores.score_features import random_like
 
     sae: Any = random_sae()
     norms = random_like(3 * sae.W_dec, OPTIONS).norm(dim=1)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from workbench.features.cards import FeatureCard, LensToken
-from workbench.features.table import COLUMNS, FeatureTable
-from workbench.features.tablecards import complete_cards, table_cards
+from workbench.features.card import FeatureCard, LensToken
+from workbench.features.cards.tablecards import complete_cards, table_cards
+from workbench.features.scores.table import COLUMNS, FeatureTable
 
 
 def make_table(**changes: Any) -> FeatureTable:

@@ -14,13 +14,14 @@ from tests.tiny import tiny_model
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import TextFiles, TokenRows
 from workbench.activations.store import ActivationStore, Block
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.features import passes, sampling
-from workbench.features.coactivation import CoActivationSample
-from workbench.features.passes import Chunk, SAEFeatures
-from workbench.features.repeats import repeated_documents
-from workbench.features.sampling import MISSING, BestEntries, uniform
-from workbench.features.windows import OUTSIDE, FeatureWindows, WindowOptions, bin_edges, collect_windows
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.features.passes import sampling
+from workbench.features.passes import store_pass as passes
+from workbench.features.passes.coactivation import CoActivationSample
+from workbench.features.passes.repeats import repeated_documents
+from workbench.features.passes.sampling import MISSING, BestEntries, uniform
+from workbench.features.passes.store_pass import Chunk, SAEFeatures
+from workbench.features.passes.windows import OUTSIDE, FeatureWindows, WindowOptions, bin_edges, collect_windows
 
 SMALL = WindowOptions(top=6, sample=9, before=5, after=3, background=20)
 UNITS = Planted((

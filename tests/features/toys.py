@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny import D_MODEL, tiny_tokenizer
 from workbench.models.model import Model
-from workbench.saes.io import sae_lens_module
+from workbench.saes.formats.load import sae_lens_module
 
 SITE = "resid_post.0"
 

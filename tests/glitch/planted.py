@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from workbench.codec import BYTE_OF_CHAR
+from workbench.core.codec import BYTE_OF_CHAR
 from workbench.models.model import Model
 
 D_VOCAB, N_PADDING, WIDTH = 1024, 64, 128

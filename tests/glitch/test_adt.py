@@ -10,14 +10,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.glitch.tiny_vocab import byte_level
 from workbench.cli import main
-from workbench.codec import FastCodec, codec_of
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
-from workbench.glitch.adt import AdtItem, AdtOptions, lexicon_of, make_items, read_lexicon
-from workbench.glitch.adt_run import AdtAnswer, load_items, prompts_of, run_adt, save_items, words_of
-from workbench.glitch.spans import encode_spans
-from workbench.glitch.tokenizer import analyse
+from workbench.core.codec import FastCodec, codec_of
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
+from workbench.core.stats import mcnemar
+from workbench.glitch.text.adt import AdtItem, AdtOptions, lexicon_of, make_items, read_lexicon
+from workbench.glitch.text.adt_run import AdtAnswer, load_items, prompts_of, run_adt, save_items, words_of
+from workbench.glitch.text.spans import encode_spans
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.loading import load_tokenizer
-from workbench.stats import mcnemar
 
 ENDS = ("counts", "maps", "dots", "rats", "winds")
 STARTS = ("parent", "pixel", "paper", "pond", "pebble")

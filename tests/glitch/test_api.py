@@ -8,9 +8,9 @@ import pytest
 
 import workbench as wb
 from tests.glitch.tiny_copy import PADDING, PLANTED, N, saved, wordy_model
-from workbench.glitch.census_report import CensusReport
-from workbench.glitch.census_result import CensusOptions
-from workbench.glitch.verify import verdict
+from workbench.glitch.counting.census_report import CensusReport
+from workbench.glitch.counting.census_result import CensusOptions
+from workbench.glitch.verification.verify import verdict
 
 MODEL = wordy_model()
 OPTIONS = CensusOptions(confirm=(), shares=(0.1, 0.5), batch_size=50)

@@ -11,9 +11,9 @@ from tests.glitch.tiny_more import scan_with
 from tests.glitch.tiny_vocab import SPECIAL, byte_level
 from tests.tiny import tiny_hf
 from workbench.cli import main
-from workbench.errors import DegenerateInputError, InvalidInputError, UnknownNameError
-from workbench.glitch.banlist import FORMATS, ban_list
-from workbench.glitch.saved import SavedScan, TokenFact
+from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError
+from workbench.glitch.scanning.saved import SavedScan, TokenFact
+from workbench.glitch.text.banlist import FORMATS, ban_list
 
 GRADES = {"ember": "verified", "delta": "borderline", "alpha": "candidate", "z": "verified", SPECIAL: "verified"}
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from tests.glitch.tiny_copy import PADDING, PLANTED, N, slow_best, wordy_model
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch import probing
-from workbench.glitch.census_report import CensusReport
-from workbench.glitch.census_result import CensusOptions, CensusPlan, ranking
-from workbench.glitch.census_run import in_dtype, plan_census, prober_of, run_census
-from workbench.glitch.probing import SHORT_FILE, DtypeChoice
-from workbench.glitch.prompts import PROBES
-from workbench.glitch.saved import load_scan
-from workbench.report import Report
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.glitch.counting.census import in_dtype, plan_census, prober_of, run_census
+from workbench.glitch.counting.census_report import CensusReport
+from workbench.glitch.counting.census_result import CensusOptions, CensusPlan, ranking
+from workbench.glitch.scanning.saved import load_scan
+from workbench.glitch.verification import probing
+from workbench.glitch.verification.probing import SHORT_FILE, DtypeChoice
+from workbench.glitch.verification.prompts import PROBES
+from workbench.report.base import Report
 
 OPTIONS = CensusOptions(confirm=PROBES[2:], again=(), shares=(0.02, 0.1, 0.5), batch_size=50)
 MODEL = wordy_model()
@@ -123,7 +123,7 @@ def test_an_interrupted_census_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    import workbench.glitch.scoring as scoring
+    import workbench.glitch.verification.scoring as scoring
 
     real = scoring.greedy_logits
     monkeypatch.setattr(scoring, "greedy_logits", stopping)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.glitch.tiny_copy import N, saved, wordy_model
 from workbench.cli import main
-from workbench.glitch.probing import SHORT_FILE
+from workbench.glitch.verification.probing import SHORT_FILE
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_census_then_search_with_it(folder: Path, tmp_path: Path, capsys: pytest
 def test_an_interrupted_census_is_continued_by_the_same_command(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import workbench.glitch.census_run as library
+    import workbench.glitch.counting.census as library
 
     words = ("glitch", "census", folder, "--out", tmp_path, "--no-confirm", "--batch-size", "64")
     real = library.run_census

@@ -8,12 +8,12 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.glitch.tiny_vocab import SPECIAL, byte_level, sentencepiece
-from workbench.codec import FastCodec
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch.chat import SYSTEM, chat_text, prompt_set
-from workbench.glitch.prompts import PROBES, Probe, prompt_hash
-from workbench.glitch.tokenizer import Vocabulary, analyse
-from workbench.tokens import TokenBatch, encode
+from workbench.core.codec import FastCodec
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.tokens import TokenBatch, encode
+from workbench.glitch.verification.chat import SYSTEM, chat_text, prompt_set
+from workbench.glitch.verification.prompts import PROBES, Probe, prompt_hash
+from workbench.glitch.vocabulary.tokenizer import Vocabulary, analyse
 
 PLAIN = (
     "{% for m in messages %}<u>{{ m.role }}: {{ m.content }}</u>\n{% endfor %}"

@@ -14,14 +14,16 @@ from tests.glitch import planted as plan
 from tests.glitch.planted import planted, truth
 from tests.glitch.tiny_copy import AT, VOCABULARY, N, wordy_model
 from tests.glitch.tiny_vocab import WORDS
-from workbench.codec import FastCodec
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch import ScanOptions, VerifyOptions, scan, scanner, scoring
-from workbench.glitch.contexts import LINE, Contexts, InContext, in_contexts, make_lines
-from workbench.glitch.prompts import Probe, template
-from workbench.glitch.tokenizer import analyse
+from workbench.core.codec import FastCodec
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.tokens import TokenBatch
+from workbench.glitch import ScanOptions, VerifyOptions, scan
+from workbench.glitch.scanning import scanner
+from workbench.glitch.verification import scoring
+from workbench.glitch.verification.contexts import LINE, Contexts, InContext, in_contexts, make_lines
+from workbench.glitch.verification.prompts import Probe, template
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
-from workbench.tokens import TokenBatch
 
 ODD, COMMON, *PLAIN = (AT(space + word) for space in ("", "Ġ") for word in WORDS)
 

@@ -11,12 +11,12 @@ from tests.glitch.tiny_copy import PADDING, wordy_model
 from tests.glitch.tiny_more import scan_with, wordpiece
 from tests.glitch.tiny_vocab import EMBED, byte_level, folder, matrix, sentencepiece
 from workbench.cli import main
-from workbench.errors import CorruptFileError, MissingFileError, UnknownNameError
-from workbench.glitch.banlist import ban_list
-from workbench.glitch.differences import between, side
-from workbench.glitch.saved import SavedScan, TokenFact, load_scan, of_report
-from workbench.glitch.scanner import ScanOptions, scan
-from workbench.records import save_json
+from workbench.core.errors import CorruptFileError, MissingFileError, UnknownNameError
+from workbench.core.records import save_json
+from workbench.glitch.scanning.differences import between, side
+from workbench.glitch.scanning.saved import SavedScan, TokenFact, load_scan, of_report
+from workbench.glitch.scanning.scanner import ScanOptions, scan
+from workbench.glitch.text.banlist import ban_list
 
 
 @pytest.fixture(autouse=True)

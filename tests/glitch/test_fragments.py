@@ -4,9 +4,9 @@ import numpy as np
 
 from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import sentencepiece
-from workbench.codec import FastCodec
-from workbench.glitch.fragments import same_text, superstrings
-from workbench.glitch.tokenizer import analyse
+from workbench.core.codec import FastCodec
+from workbench.glitch.vocabulary.fragments import same_text, superstrings
+from workbench.glitch.vocabulary.tokenizer import analyse
 
 
 def test_hashing_finds_what_a_search_finds() -> None:

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from tests.glitch.tiny_copy import PLANTED, wordy_model
-from workbench.codec import codec_of
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch.chat import prompt_set
-from workbench.glitch.gradient import GradientOptions, climb, uncertainty
-from workbench.glitch.probing import SHORT
-from workbench.glitch.prompts import Template
-from workbench.glitch.tokenizer import analyse
+from workbench.core.codec import codec_of
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.glitch.searching.gradient import GradientOptions, climb, uncertainty
+from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.probing import SHORT
+from workbench.glitch.verification.prompts import Template
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
 
 MODEL = wordy_model()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.errors import DegenerateInputError, InvalidInputError, MissingFileError, ShapeError
-from workbench.glitch.hunter import HunterOptions, communities, hunt, nearest_pairs, principal_components
-from workbench.glitch.oracle import Asker, in_order
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MissingFileError, ShapeError
+from workbench.glitch.searching.hunter import HunterOptions, communities, hunt, nearest_pairs, principal_components
+from workbench.glitch.searching.oracle import Asker, in_order
 
 N_CLUSTERS, SIZE, WIDTH = 12, 60, 24
 OPTIONS = HunterOptions(neighbours=10, resolution=8.0)
@@ -94,7 +94,7 @@ def test_neighbours_are_the_nearest_by_brute_force_across_blocks(
     monkeypatch: pytest.MonkeyPatch, limit: dict[str, int]
 ) -> None:
     for name, value in limit.items():
-        monkeypatch.setattr(f"workbench.glitch.hunter.{name}", value)
+        monkeypatch.setattr(f"workbench.glitch.searching.hunter.{name}", value)
     x = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
     expected = set()
     for i in range(40):

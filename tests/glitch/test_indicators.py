@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tests.glitch.tiny_vocab import matrix
-from workbench.errors import UnknownNameError
-from workbench.glitch import indicators, reference, weights
-from workbench.glitch.indicators import Separation
-from workbench.glitch.weights import Matrix, TokenMatrices
+from workbench.core.errors import UnknownNameError
+from workbench.glitch.ranking import indicators, reference, weights
+from workbench.glitch.ranking.indicators import Separation
+from workbench.glitch.ranking.weights import Matrix, TokenMatrices
 
 N = 90
 UNUSED = [4, 40, 41, 77]

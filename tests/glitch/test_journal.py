@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from workbench.errors import CorruptFileError, InvalidInputError, MismatchError
-from workbench.glitch.journal import Journal
+from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError
+from workbench.glitch.verification.journal import Journal
 
 KEY = {"model": "abc", "prompts": "def", "dtype": "float32"}
 

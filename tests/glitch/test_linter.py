@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, models
 from tests.glitch.tiny_more import HOSTILE, scan_with, unigram, wordpiece
 from tests.glitch.tiny_vocab import EMBED, SPECIAL, byte_level, folder, matrix, sentencepiece
 from workbench.cli import main
-from workbench.codec import FastCodec
-from workbench.errors import InvalidInputError, MismatchError, MissingFileError, UnknownNameError
-from workbench.glitch import spans
-from workbench.glitch.linter import KINDS, Linter, fragments, linter_for
-from workbench.glitch.spans import encode_spans, windows
+from workbench.core.codec import FastCodec
+from workbench.core.errors import InvalidInputError, MismatchError, MissingFileError, UnknownNameError
+from workbench.glitch.text import spans
+from workbench.glitch.text.linter import KINDS, Linter, fragments, linter_for
+from workbench.glitch.text.spans import encode_spans, windows
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,13 @@ from tokenizers import Tokenizer
 from tests.glitch import planted as plan
 from tests.glitch.planted import D_VOCAB, N_PADDING, Planted, planted, truth
 from tests.glitch.tiny_vocab import EMBED, HEAD, folder
-from workbench.codec import FastCodec
-from workbench.glitch.indicators import auc_lower
-from workbench.glitch.prompts import Probe, template
-from workbench.glitch.report import GlitchReport
-from workbench.glitch.scanner import scan
-from workbench.glitch.tokenizer import analyse
-from workbench.glitch.verify import Verification, verify
+from workbench.core.codec import FastCodec
+from workbench.glitch.ranking.indicators import auc_lower
+from workbench.glitch.scanning.glitch_report import GlitchReport
+from workbench.glitch.scanning.scanner import scan
+from workbench.glitch.verification.prompts import Probe, template
+from workbench.glitch.verification.verify import Verification, verify
+from workbench.glitch.vocabulary.tokenizer import analyse
 
 TRUTH = truth()
 NEVER, INPUT_ONLY, RARE, TRAINED = (list(x) for x in (TRUTH.never, TRUTH.input_only, TRUTH.rare, TRUTH.trained))

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from tests.glitch.tiny_vocab import EMBED, HEAD, SPECIAL, byte_level, folder, matrix
-from workbench.codec import FastCodec
-from workbench.errors import InvalidInputError, MissingFileError
-from workbench.glitch import weights
-from workbench.glitch.report import GlitchReport
-from workbench.glitch.scanner import ScanOptions, _weights_only, scan
-from workbench.glitch.tokenizer import analyse
+from workbench.core.codec import FastCodec
+from workbench.core.errors import InvalidInputError, MissingFileError
+from workbench.glitch.ranking import weights
+from workbench.glitch.scanning.glitch_report import GlitchReport
+from workbench.glitch.scanning.scanner import ScanOptions, _weights_only, scan
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
 from workbench.models.tiny import tiny_hf
 

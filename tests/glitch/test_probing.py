@@ -10,15 +10,15 @@ from torch import Tensor
 from tests.glitch.tiny_copy import AT, LONG_IDS, SHORT_IDS, N, Parrot, wordy_model
 from tests.glitch.tiny_vocab import WORDS
 from tests.tiny import FP32_LOGITS, tiny_model
-from workbench.codec import codec_of
-from workbench.errors import DegenerateInputError, MismatchError
-from workbench.glitch import probing
-from workbench.glitch.chat import prompt_set
-from workbench.glitch.probing import SHORT, SHORT_FILE, Prober, choose_dtype
-from workbench.glitch.scoring import greedy_logits
-from workbench.glitch.tokenizer import Vocabulary, analyse
+from workbench.core.codec import codec_of
+from workbench.core.errors import DegenerateInputError, MismatchError
+from workbench.core.tokens import TokenBatch
+from workbench.glitch.verification import probing
+from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.probing import SHORT, SHORT_FILE, Prober, choose_dtype
+from workbench.glitch.verification.scoring import greedy_logits
+from workbench.glitch.vocabulary.tokenizer import Vocabulary, analyse
 from workbench.models.model import Model
-from workbench.tokens import TokenBatch
 
 IDS = np.array([AT(word) for word in WORDS])
 BAD = {int(IDS[0]): 0.001, int(IDS[1]): 0.009}

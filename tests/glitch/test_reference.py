@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tests.glitch.tiny_vocab import N_UNUSED, byte_level, matrix
-from workbench.codec import FastCodec
-from workbench.errors import InvalidInputError
-from workbench.glitch import reference, weights
-from workbench.glitch.tokenizer import analyse
+from workbench.core.codec import FastCodec
+from workbench.core.errors import InvalidInputError
+from workbench.glitch.ranking import reference, weights
+from workbench.glitch.vocabulary.tokenizer import analyse
 
 VOCABULARY = analyse(FastCodec.of(byte_level()))
 N = len(VOCABULARY)

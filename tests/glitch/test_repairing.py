@@ -14,17 +14,17 @@ from tests.glitch.planted import planted, truth
 from tests.glitch.tiny_vocab import SPECIAL, byte_level
 from tests.tiny import FP32_LOGITS, n_hooks
 from workbench.cli import main
-from workbench.errors import (
+from workbench.core.errors import (
     DegenerateInputError,
     EditError,
     InvalidInputError,
     MismatchError,
     NotExactlyExportable,
 )
-from workbench.glitch.repair_check import RepairCheckOptions, check_repair
-from workbench.glitch.repaired_copy import compare_copy, save_repaired, source_folder
-from workbench.glitch.repairing import Repair, RepairOptions, control_of, mixture, repair
-from workbench.glitch.segments import Speller
+from workbench.glitch.repairing.repair import Repair, RepairOptions, control_of, mixture, repair
+from workbench.glitch.repairing.repair_check import RepairCheckOptions, check_repair
+from workbench.glitch.repairing.repaired_copy import compare_copy, save_repaired, source_folder
+from workbench.glitch.vocabulary.segments import Speller
 from workbench.interventions.intervention import Intervention
 from workbench.models.loading import load_model
 from workbench.models.model import Model

@@ -15,9 +15,10 @@ from tests.glitch.tiny_vocab import SPECIAL, WORDS, byte_level
 from tests.saes.handmade import relu_sae
 from tests.tiny import D_MODEL
 from workbench.cli import main
-from workbench.codec import codec_of, token_bytes
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch.sae_features import (
+from workbench.core.codec import codec_of, token_bytes
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.tokens import TokenBatch
+from workbench.glitch.scanning.sae_features import (
     CONTEXTS,
     FeatureOptions,
     _drawn,
@@ -25,12 +26,11 @@ from workbench.glitch.sae_features import (
     glitch_features,
     matched_controls,
 )
-from workbench.glitch.sae_features_report import GlitchFeatures
-from workbench.glitch.tokenizer import analyse
+from workbench.glitch.scanning.sae_features_report import GlitchFeatures
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.models.tiny import tiny_hf
-from workbench.tokens import TokenBatch
 
 BACKEND = byte_level()
 GLITCH = [BACKEND.token_to_id(word) for word in WORDS[:9]]
@@ -168,7 +168,7 @@ def test_rates_are_those_of_benjamini_and_hochberg() -> None:
 
 
 def test_ranks_taken_once_give_the_tests_of_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workbench.glitch.sae_features._COLUMNS", 5)
+    monkeypatch.setattr("workbench.glitch.scanning.sae_features._COLUMNS", 5)
     rng = np.random.default_rng(0)
     acts = np.maximum(rng.normal(-0.5, 1, (60, 17)), 0)  # many ties at zero
     acts[:, 3] = 1.0

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch.sampling import Stratum, by_rank, draw, recall, tally, total
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.glitch.counting.sampling import Stratum, by_rank, draw, recall, tally, total
 
 N_TOKENS, N_GLITCH, IN_TOP, TOP = 31_747, 137, 76, 637
 SHARES = (TOP / N_TOKENS, 0.05, 0.1, 0.25, 0.5)

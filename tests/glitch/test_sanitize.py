@@ -12,12 +12,12 @@ from tests.glitch.tiny_more import HOSTILE, unigram, wordpiece
 from tests.glitch.tiny_vocab import EMBED, WORDS, byte_level, folder, matrix, sentencepiece
 from tests.tiny import tiny_model
 from workbench.cli import main
-from workbench.codec import FastCodec
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
-from workbench.glitch.copying import copy_check, spliced
-from workbench.glitch.prompts import Probe, Template
-from workbench.glitch.sanitize import Sanitizer
-from workbench.glitch.sanitize_files import sanitize_files
+from workbench.core.codec import FastCodec
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
+from workbench.glitch.text.copying import copy_check, spliced
+from workbench.glitch.text.sanitize import Sanitizer
+from workbench.glitch.text.sanitize_files import sanitize_files
+from workbench.glitch.verification.prompts import Probe, Template
 from workbench.models.model import Model
 
 

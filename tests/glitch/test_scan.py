@@ -16,8 +16,8 @@ from tests.glitch.tiny_copy import PLANTED as TINY_PLANTED
 from tests.glitch.tiny_copy import wordy_model
 from tests.glitch.tiny_vocab import EMBED, HEAD, WORDS, byte_level, folder, matrix, sentencepiece
 from tests.tiny import tiny_model
-from workbench.codec import codec_of
-from workbench.errors import (
+from workbench.core.codec import codec_of
+from workbench.core.errors import (
     DegenerateInputError,
     InvalidInputError,
     MismatchError,
@@ -26,13 +26,13 @@ from workbench.errors import (
     UnknownNameError,
 )
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, scan
-from workbench.glitch.chat import PromptSet, prompt_set
-from workbench.glitch.prompts import Probe, Template, probes_from
-from workbench.glitch.result import cell_text, shown
-from workbench.glitch.tokenizer import analyse
-from workbench.glitch.verify import verify
+from workbench.glitch.scanning.result import cell_text, shown
+from workbench.glitch.verification.chat import PromptSet, prompt_set
+from workbench.glitch.verification.prompts import Probe, Template, probes_from
+from workbench.glitch.verification.verify import verify
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
-from workbench.report import Report, Table
+from workbench.report.base import Report, Table
 
 TOKENIZER = byte_level()
 N = TOKENIZER.get_vocab_size()
@@ -272,7 +272,7 @@ def test_a_loaded_model_is_tested_beside_controls(monkeypatch: pytest.MonkeyPatc
     report = scan(model, options=ScanOptions(reference=(5, 6, 7), percentile=10.0))
     assert report.verification is None and report.model == model.name
     options = ScanOptions(reference=(5, 6, 7), percentile=10.0, top=3, controls=500)
-    monkeypatch.setattr("workbench.glitch.scanner._prompts", lambda *_: _short_templates())
+    monkeypatch.setattr("workbench.glitch.scanning.scanner._prompts", lambda *_: _short_templates())
     tested = scan(model, "top", options=options)
     assert tested.verification is not None
     assert [t.token_id for t in tested.verification.candidates] == tested.candidates()[:3]
@@ -388,7 +388,7 @@ def test_every_part_of_a_test_is_in_the_report_and_in_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
-    monkeypatch.setattr("workbench.glitch.scanner._prompts", lambda *_: _short_templates())
+    monkeypatch.setattr("workbench.glitch.scanning.scanner._prompts", lambda *_: _short_templates())
     options = ScanOptions(reference=(5, 6, 7), percentile=40.0, top=4, controls=6, symptoms=True, spliced=3)
     journal = tmp_path / "tested.jsonl"
     report = scan(model, "top", options=replace(options, journal=journal))

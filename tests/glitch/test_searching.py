@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from tests.glitch.tiny_copy import wordy_model
-from workbench.errors import InvalidInputError, UnknownNameError
-from workbench.glitch.census_result import CensusOptions, CensusPlan, ranking
-from workbench.glitch.census_run import plan_census, prober_of
-from workbench.glitch.gradient import GradientOptions
-from workbench.glitch.hunter import HunterOptions
-from workbench.glitch.oracle import Found
-from workbench.glitch.probing import Prober
-from workbench.glitch.search_report import Arm, SearchReport
-from workbench.glitch.searching import METHODS, SearchOptions, search
-from workbench.report import Report
+from workbench.core.errors import InvalidInputError, UnknownNameError
+from workbench.glitch.counting.census import plan_census, prober_of
+from workbench.glitch.counting.census_result import CensusOptions, CensusPlan, ranking
+from workbench.glitch.searching.gradient import GradientOptions
+from workbench.glitch.searching.hunter import HunterOptions
+from workbench.glitch.searching.oracle import Found
+from workbench.glitch.searching.search import METHODS, SearchOptions, search
+from workbench.glitch.searching.search_report import Arm, SearchReport
+from workbench.glitch.verification.probing import Prober
+from workbench.report.base import Report
 
 MODEL = wordy_model()
 OPTIONS = SearchOptions(

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tests.glitch.tiny_vocab import WORDS, byte_level
-from workbench.codec import codec_of, token_bytes
-from workbench.glitch.sides import measure_sides, which
-from workbench.glitch.tokenizer import analyse
+from workbench.core.codec import codec_of, token_bytes
+from workbench.core.tokens import TokenBatch
+from workbench.glitch.verification.sides import measure_sides, which
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
 from workbench.models.tiny import tiny_hf
-from workbench.tokens import TokenBatch
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=byte_level())
 CODEC = codec_of(TOKENIZER)

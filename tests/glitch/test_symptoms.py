@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.glitch.tiny_vocab import byte_level
-from workbench.codec import codec_of, token_bytes
-from workbench.errors import DegenerateInputError
-from workbench.glitch.symptoms import LABELS, label_of, succeeds, symptoms
-from workbench.glitch.tokenizer import analyse
-from workbench.tokens import TokenBatch
+from workbench.core.codec import codec_of, token_bytes
+from workbench.core.errors import DegenerateInputError
+from workbench.core.tokens import TokenBatch
+from workbench.glitch.verification.symptoms import LABELS, label_of, succeeds, symptoms
+from workbench.glitch.vocabulary.tokenizer import analyse
 
 AT = byte_level().token_to_id
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"

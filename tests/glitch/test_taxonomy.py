@@ -4,9 +4,9 @@ import pytest
 
 from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import WORDS, byte_level, sentencepiece
-from workbench.codec import FastCodec
-from workbench.glitch.taxonomy import KINDS, kind_of, lexicon, natures, script_of, split_words
-from workbench.glitch.tokenizer import analyse
+from workbench.core.codec import FastCodec
+from workbench.glitch.vocabulary.taxonomy import KINDS, kind_of, lexicon, natures, script_of, split_words
+from workbench.glitch.vocabulary.tokenizer import analyse
 
 TOKENIZER = byte_level()
 VOCABULARY = analyse(FastCodec.of(TOKENIZER))

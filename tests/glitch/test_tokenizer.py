@@ -9,10 +9,10 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import N_UNUSED, SPECIAL, WORDS, byte_level, sentencepiece
-from workbench.codec import FastCodec, bytes_of, codec_in, codec_of, token_bytes
-from workbench.errors import MissingFileError
-from workbench.glitch.survival import Survival
-from workbench.glitch.tokenizer import IMPOSSIBLE_BYTES, analyse
+from workbench.core.codec import FastCodec, bytes_of, codec_in, codec_of, token_bytes
+from workbench.core.errors import MissingFileError
+from workbench.glitch.vocabulary.survival import Survival
+from workbench.glitch.vocabulary.tokenizer import IMPOSSIBLE_BYTES, analyse
 from workbench.models.model import Model
 
 

@@ -13,21 +13,21 @@ from tests.glitch.tiny_copy import VOCABULARY as COPY_VOCABULARY
 from tests.glitch.tiny_copy import wordy_model
 from tests.glitch.tiny_vocab import WORDS, byte_level
 from tests.tiny import FP32_LOGITS, tiny_model
-from workbench.codec import FastCodec
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.glitch.chat import prompt_set
-from workbench.glitch.journal import Journal
-from workbench.glitch.prompts import PROBES, Probe, Template, probes_from, template
-from workbench.glitch.scanner import ScanOptions, scan
-from workbench.glitch.scoring import VerifyOptions, greedy_logits, score, target_probabilities
-from workbench.glitch.tokenizer import analyse
-from workbench.glitch.verify import journal_key, max_probabilities, verdict, verify, with_spliced
+from workbench.core.codec import FastCodec
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.stats import clopper_pearson
+from workbench.core.tokens import TokenBatch
+from workbench.glitch.scanning.scanner import ScanOptions, scan
+from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.journal import Journal
+from workbench.glitch.verification.prompts import PROBES, Probe, Template, probes_from, template
+from workbench.glitch.verification.scoring import VerifyOptions, greedy_logits, score, target_probabilities
+from workbench.glitch.verification.verify import journal_key, max_probabilities, verdict, verify, with_spliced
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.hooks.sites import Site
 from workbench.interventions.bytoken import ReplaceTokens
 from workbench.interventions.intervention import Edit, Intervention
 from workbench.interventions.scopes import TokenIs
-from workbench.stats import clopper_pearson
-from workbench.tokens import TokenBatch
 
 TOKENIZER = byte_level()
 CODEC = FastCodec.of(TOKENIZER)

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from tests.glitch.tiny_vocab import EMBED, HEAD, byte_level, folder, matrix
 from tests.tiny import tiny_hf
-from workbench.errors import CorruptFileError, MissingFileError, UnknownNameError
-from workbench.glitch import weights
+from workbench.core.errors import CorruptFileError, MissingFileError, UnknownNameError
+from workbench.glitch.ranking import weights
 
 E, H = matrix(50, []), matrix(50, [], seed=1)
 

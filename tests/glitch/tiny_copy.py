@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tests.glitch.tiny_vocab import SPECIAL, WORDS, byte_level, matrix
-from workbench.codec import FastCodec
-from workbench.glitch.chat import prompt_set
-from workbench.glitch.probing import SHORT
-from workbench.glitch.prompts import PROBES, Template, template
-from workbench.glitch.tokenizer import analyse
+from workbench.core.codec import FastCodec
+from workbench.core.tokens import TokenBatch
+from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.probing import SHORT
+from workbench.glitch.verification.prompts import PROBES, Template, template
+from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
 from workbench.models.tiny import D_MODEL, tiny_hf
-from workbench.tokens import TokenBatch
 
 BACKEND = byte_level()
 N = BACKEND.get_vocab_size()

@@ -7,8 +7,8 @@ from dataclasses import replace
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tests.glitch.tiny_vocab import WORDS
-from workbench.codec import Codec, FastCodec
-from workbench.glitch.saved import SavedScan, TokenFact, of_tokenizer
+from workbench.core.codec import Codec, FastCodec
+from workbench.glitch.scanning.saved import SavedScan, TokenFact, of_tokenizer
 
 HOSTILE = ("\u202eevil", "a\nb", "<script>alert(1)</script>", "\"'`", "a\x00b", "\u2028", "=1+1", "\x1b[2J")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.tiny import D_MODEL, N_LAYERS, n_hooks, tiny_hf, tiny_model, tiny_tokenizer
-from workbench.errors import DegenerateInputError, EditError, InvalidInputError, UnknownSiteError
+from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, UnknownSiteError
 from workbench.hooks.attach import attached
 from workbench.hooks.sites import KINDS, LAYER_KINDS, Point, Site
 from workbench.interventions.chosen import Mask
@@ -170,7 +170,7 @@ def _harvest(model: Model, site: str, folder: Path) -> Any:
 
 def _score(model: Model, site: str, _folder: Path) -> Any:
     from tests.features.toys import random_sae
-    from workbench.features.scores import score_features
+    from workbench.features.scores.score_features import score_features
 
     return score_features(model, random_sae(), site=site, scores=("output",))
 

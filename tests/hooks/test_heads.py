@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import D_MODEL, FAMILIES, MIXTURES, N_LAYERS, tiny_model
-from workbench.errors import EditError, UnknownSiteError
+from workbench.core.errors import EditError, UnknownSiteError
 from workbench.hooks.attach import attached
 from workbench.hooks.sites import Point, Site
 from workbench.models.innerchecks import weighted_values

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
 from tests.tiny import FAMILIES, FP32_LOGITS, MIXTURES, n_hooks, tiny_model
-from workbench.errors import EditError
+from workbench.core.errors import EditError
 from workbench.hooks.attach import attached
 from workbench.hooks.handles import Hooks
 from workbench.hooks.pattern import make_eager

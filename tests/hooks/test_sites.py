@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, N_LAYERS, n_hooks, tiny_model
-from workbench.errors import DegenerateInputError, EditError, UnknownSiteError
+from workbench.core.errors import DegenerateInputError, EditError, UnknownSiteError
 from workbench.hooks.attach import attached
 from workbench.hooks.sites import HEAD_KINDS, Point, Site
 

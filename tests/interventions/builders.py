@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from tests.tiny import D_MODEL
+from workbench.core.tokens import TokenBatch
 from workbench.interventions.intervention import Intervention
 from workbench.models.model import Model
-from workbench.tokens import TokenBatch
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # sae_lens 6.54 imports transformer_lens.utils

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import D_MODEL, FP32_LOGITS, tiny_model
-from workbench.errors import DegenerateInputError, EditError, InvalidInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, ShapeError
 from workbench.interventions.bytoken import MixEntries, ReplaceTokens
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Where

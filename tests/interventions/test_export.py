@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import D_MODEL, FP32_LOGITS, N_LAYERS, n_hooks, tiny_model, tiny_tokenizer
-from workbench.errors import (
+from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
     EditError,

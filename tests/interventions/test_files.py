@@ -13,7 +13,7 @@ import torch
 
 from tests.interventions.builders import D_SAE, sae_lens_sae
 from tests.tiny import D_MODEL, tiny_model
-from workbench.errors import (
+from workbench.core.errors import (
     CorruptFileError,
     InvalidInputError,
     MissingFileError,

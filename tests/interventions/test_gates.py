@@ -7,14 +7,14 @@ import torch
 
 from tests.interventions.builders import bad_sae, edited, padded
 from tests.tiny import D_MODEL, FP32_LOGITS, n_hooks, tiny_model
-from workbench.errors import EditError, InvalidInputError, ShapeError
+from workbench.core.errors import EditError, InvalidInputError, ShapeError
+from workbench.core.tokens import TokenBatch
 from workbench.interventions.gates import CosineGate, FnGate, Gate, ProbeGate, SAEGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add, PerRow, ProjectOut
 from workbench.interventions.scopes import All, Generated, Last, Prompt
 from workbench.interventions.shapes import NormPreserve
 from workbench.models.model import Model
-from workbench.tokens import TokenBatch
 
 IDS = torch.arange(10, 28).view(3, 6)
 V = torch.linspace(-1, 2, D_MODEL)

@@ -9,7 +9,7 @@ import torch
 
 from tests.interventions.builders import bad_sae, golden, sae_lens_sae
 from tests.tiny import D_MODEL, tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.interventions.gates import CASTGate, CosineGate
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op

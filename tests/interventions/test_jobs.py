@@ -10,7 +10,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from tests.tiny import D_MODEL, FP32_LOGITS, tiny_hf, tiny_model
-from workbench.errors import EditError, InvalidInputError
+from workbench.core.errors import EditError, InvalidInputError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add, Map
 from workbench.interventions.scopes import Generated, Last, Pos, Prompt

@@ -9,7 +9,7 @@ import torch
 
 from tests.interventions.builders import edited
 from tests.tiny import D_MODEL, tiny_model
-from workbench.errors import InvalidInputError, ShapeError
+from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.merge import Merged
 from workbench.interventions.op import Op, Where

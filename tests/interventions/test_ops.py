@@ -6,7 +6,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.interventions.ops import Add, ProjectOut
 from workbench.interventions.saes import SAEAblate, SAEAddMax, SAEClamp
 

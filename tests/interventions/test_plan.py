@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.tiny import D_MODEL, FAMILIES, FP32_LOGITS, N_LAYERS, n_hooks, tiny_model
-from workbench.errors import DegenerateInputError, EditError, ShapeError
+from workbench.core.errors import DegenerateInputError, EditError, ShapeError
+from workbench.core.tokens import TokenBatch
 from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add, Map, ProjectOut
 from workbench.interventions.scopes import All, Generated, Last, Pos, Prompt, Scope, TokenIs
-from workbench.tokens import TokenBatch
 
 IDS = torch.arange(10, 22).view(2, 6)
 VECTOR = torch.linspace(-1, 1, D_MODEL)

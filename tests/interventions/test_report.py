@@ -7,7 +7,8 @@ import torch
 
 from tests.interventions.builders import bad_sae
 from tests.tiny import D_MODEL, tiny_model
-from workbench.errors import EditError
+from workbench.core.errors import EditError
+from workbench.core.tokens import TokenBatch
 from workbench.interventions.chosen import Mask
 from workbench.interventions.gates import FnGate, ProbeGate, When
 from workbench.interventions.intervention import Intervention
@@ -17,7 +18,6 @@ from workbench.interventions.report import EditReport
 from workbench.interventions.saes import SAEAdd, SAEAddMax
 from workbench.interventions.scopes import All, Generated, Last, Pos, Prompt
 from workbench.interventions.shapes import NormPreserve
-from workbench.tokens import TokenBatch
 
 IDS = torch.arange(10, 28).view(3, 6)
 V = torch.linspace(-1, 2, D_MODEL)

@@ -9,7 +9,8 @@ import torch
 
 from tests.interventions.builders import bad_sae, edited, sae_lens_sae
 from tests.tiny import D_MODEL, FP32_LOGITS, tiny_model
-from workbench.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.tokens import TokenBatch
 from workbench.interventions.chosen import Mask, Rows
 from workbench.interventions.gates import ProbeGate, When
 from workbench.interventions.intervention import Intervention
@@ -21,7 +22,6 @@ from workbench.interventions.scopes import Generated, Last, Pos, Scope
 from workbench.interventions.shapes import Cap, ClampProjection, NormPreserve, Rotate, Threshold
 from workbench.interventions.variants import variants
 from workbench.models.model import Model
-from workbench.tokens import TokenBatch
 
 IDS = torch.arange(10, 28).view(3, 6)
 V = torch.linspace(-1, 2, D_MODEL)

@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.interventions.builders import bad_sae, edited, padded, sae_lens_sae
 from tests.tiny import D_MODEL, FP32_LOGITS, n_hooks, spaced_tokenizer, tiny_model
-from workbench.errors import EditError, InvalidInputError, MismatchError
+from workbench.core.errors import EditError, InvalidInputError, MismatchError
+from workbench.core.tokens import TokenBatch
+from workbench.core.wording import Wording
 from workbench.hooks import attach, handles, pattern
 from workbench.interventions import jobs
 from workbench.interventions import plan as plans
@@ -33,8 +35,6 @@ from workbench.interventions.scopes import After, All, Generated, Last, NotPrefi
 from workbench.models import tiny
 from workbench.models.choice import chosen_tokens
 from workbench.models.model import Model
-from workbench.tokens import TokenBatch
-from workbench.wording import Wording
 
 IDS = torch.arange(10, 22).view(2, 6)
 V = torch.linspace(-1, 1, D_MODEL)

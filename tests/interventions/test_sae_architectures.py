@@ -12,9 +12,9 @@ from tests.interventions.builders import (
     sae_lens_sae,
 )
 from tests.tiny import D_MODEL
-from workbench.errors import MismatchError, ShapeError
+from workbench.bases.saecode import Basis, decode, decoder_rows, encode, encode_some, output_scale
+from workbench.core.errors import MismatchError, ShapeError
 from workbench.interventions.op import Where
-from workbench.interventions.saecode import Basis, decode, decoder_rows, encode, encode_some, output_scale
 from workbench.interventions.saes import SAEAblate, SAEAdd, SAEAddMax, SAEClamp, SAEScale
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}

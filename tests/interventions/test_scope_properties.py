@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.interventions.builders import padded
 from tests.tiny import tiny_model
-from workbench.errors import EditError
+from workbench.core.errors import EditError
 from workbench.interventions.chosen import Mask, Rows
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op, Where

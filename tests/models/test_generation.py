@@ -20,7 +20,9 @@ from tests.tiny import (
     tiny_model,
     tiny_tokenizer,
 )
-from workbench.errors import EditError, InvalidInputError
+from workbench.core.errors import EditError, InvalidInputError
+from workbench.core.tokenizer import continuation
+from workbench.core.tokens import TokenBatch
 from workbench.interventions.chosen import Mask
 from workbench.interventions.gates import ProbeGate, When
 from workbench.interventions.intervention import Intervention
@@ -31,8 +33,6 @@ from workbench.models.decoding import Decoder
 from workbench.models.generation import Generation
 from workbench.models.model import Model
 from workbench.models.sampling import Sampling
-from workbench.tokenizer import continuation
-from workbench.tokens import TokenBatch
 
 PROMPTS = ["abcdef", "xy", "qrs"]
 VECTOR = torch.linspace(-1, 1, D_MODEL)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_hf, tiny_tokenizer
 from workbench import cli
-from workbench.errors import (
+from workbench.core.errors import (
     CorruptFileError,
     InvalidInputError,
     MismatchError,

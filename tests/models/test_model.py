@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, FP32_LOGITS, tiny_hf, tiny_model, tiny_tokenizer
-from workbench.errors import (
+from workbench.core.errors import (
     CorruptFileError,
     InvalidInputError,
     MissingFileError,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.tiny import FP32_LOGITS, tiny_hf, tiny_model, tiny_tokenizer
-from workbench.errors import UnknownSiteError
+from workbench.core.errors import UnknownSiteError
 from workbench.models.head import Head, finisher
 from workbench.models.model import Model
 from workbench.models.tinyfamilies import tiny_of

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import TypeCheckError
 
 from tests.tiny import CACHES, FAMILIES, FP32_LOGITS, N_LAYERS, cached_model, n_hooks, tiny_model
-from workbench.errors import DegenerateInputError, EditError, InvalidInputError
-from workbench.features.resume import LastToken
+from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError
+from workbench.features.scores.last_token import LastToken
 from workbench.interventions.chosen import Mask, Rows
 from workbench.interventions.gates import CosineGate, When
 from workbench.interventions.intervention import Intervention
@@ -178,7 +178,7 @@ def test_the_last_token_of_right_padded_rows_is_found() -> None:
     model = tiny_model()
     ids = torch.tensor([[20, 21, 22, 23], [30, 31, 1, 1]])
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
-    from workbench.tokens import TokenBatch
+    from workbench.core.tokens import TokenBatch
 
     got = model.logits(TokenBatch(ids, mask))
     torch.testing.assert_close(got[1], model.logits(ids[1:, :2])[0], atol=FP32_LOGITS, rtol=1e-4)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from tests.tiny import tiny_model
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 from workbench.models.sampling import Noise, Sampling, choose, race, smallest_kept
 
 

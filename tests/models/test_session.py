@@ -19,7 +19,7 @@ from tests.tiny import (
     tiny_model,
     tiny_tokenizer,
 )
-from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.interventions.scopes import All, Generated, Last, Scope

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from tests.tiny import tiny_tokenizer
-from workbench.codec import token_bytes
+from workbench.core.codec import token_bytes
 from workbench.models.model import Model
 from workbench.models.stopping import StopStrings
 

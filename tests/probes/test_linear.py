@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool, readable_tokens, sink_norm
 
 

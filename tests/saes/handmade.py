@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from workbench.models.model import Model
-from workbench.saes.io import sae_lens_module
+from workbench.saes.formats.load import sae_lens_module
 
 
 def relu_sae(model: Model, W: Tensor, b_enc: Tensor, site: str = "resid_post.1", tied: bool = True) -> Any:

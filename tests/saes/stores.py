@@ -15,7 +15,7 @@ from tests.tiny import tiny_model
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import TokenRows
 from workbench.activations.store import ActivationStore
-from workbench.saes.member import Member
+from workbench.saes.training.member import Member
 
 SITE, READ, WRITTEN = "resid_post.1", "mlp_post.1", "mlp_out.1"
 

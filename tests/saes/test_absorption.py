@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tests.saes.handmade import word_tokenizer
 from tests.tiny import tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
-from workbench.saes.absorption import AbsorptionOptions, absorption, vocabulary_words
-from workbench.saes.coder import Coder
+from workbench.bases.coder import Coder
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.saes.evaluation.absorption import AbsorptionOptions, absorption, vocabulary_words
 
 LETTERS, WORDS = 4, 10
 N = LETTERS * WORDS

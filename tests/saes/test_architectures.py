@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from workbench.errors import InvalidInputError, ShapeError
+from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.saes.architectures import (
     Architecture,
     AuxTask,
@@ -23,9 +23,9 @@ from workbench.saes.architectures import (
     StepResult,
     TopK,
 )
-from workbench.saes.reference import reference_step
-from workbench.saes.sparse import DenseProducts, Products, SparseProducts
-from workbench.saes.weights import SAEWeights
+from workbench.saes.architectures.dense_reference import reference_step
+from workbench.saes.kernels.sparse import DenseProducts, Products, SparseProducts
+from workbench.saes.kernels.weights import SAEWeights
 
 from .test_select import make_weights, make_x
 

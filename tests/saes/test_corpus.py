@@ -9,9 +9,15 @@ from scipy.stats import binom
 from torch import Tensor
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.models.model import Model
-from workbench.saes.corpus import CorpusOptions, check_corpus, first_tokens, repeated_ngrams, start_distribution
+from workbench.saes.comparison.corpus import (
+    CorpusOptions,
+    check_corpus,
+    first_tokens,
+    repeated_ngrams,
+    start_distribution,
+)
 
 BOS, EOS = 0, 1
 

@@ -14,13 +14,13 @@ from tests.tiny import D_MODEL, n_hooks, tiny_hf, tiny_model, tiny_tokenizer
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.keep import KeepRule
 from workbench.activations.sources import TokenRows
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.bases.coder import Coder
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.models.model import Model
-from workbench.saes.coder import Coder
-from workbench.saes.evaluate import EvalOptions, evaluate_sae
-from workbench.saes.io import load_sae, sae_lens_module
-from workbench.saes.save import Provenance, save_topk
-from workbench.saes.weights import SAEWeights
+from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
+from workbench.saes.formats.load import load_sae, sae_lens_module
+from workbench.saes.formats.save import Provenance, save_topk
+from workbench.saes.kernels.weights import SAEWeights
 
 SITE = "resid_post.1"
 

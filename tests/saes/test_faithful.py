@@ -11,11 +11,10 @@ from torch import Tensor
 from tests.saes.handmade import relu_sae
 from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
 from workbench.activations.keep import KeepRule
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.records import to_jsonable
 from workbench.models.model import Model
-from workbench.records import to_jsonable
-from workbench.saes.evaluate import EvalOptions
-from workbench.saes.faithful import (
+from workbench.saes.comparison.faithful import (
     FakeFeatureOptions,
     common_site,
     fake_features,
@@ -26,6 +25,7 @@ from workbench.saes.faithful import (
     seed_difference,
     verdict,
 )
+from workbench.saes.evaluation.evaluate import EvalOptions
 
 SITE = "resid_post.1"
 SMALL = FakeFeatureOptions(tokens=400, context=10, batch_rows=7)

@@ -8,12 +8,20 @@ import torch
 from torch import Tensor
 
 from tests.tiny import D_MODEL, n_hooks, tiny_model
-from workbench.errors import DegenerateInputError, MismatchError, UnknownSiteError
+from workbench.core.errors import DegenerateInputError, MismatchError, UnknownSiteError
 from workbench.models.model import Model
-from workbench.saes.fit import FVU_LIMIT, Fit, FitReport, _clearly_better, _looks_like, _right_site, check_sae
 from workbench.saes.formats.build import build
+from workbench.saes.formats.load import load_sae
+from workbench.saes.formats.placement import (
+    FVU_LIMIT,
+    Fit,
+    FitReport,
+    _clearly_better,
+    _looks_like,
+    _right_site,
+    check_sae,
+)
 from workbench.saes.formats.raw import RawSAE
-from workbench.saes.io import load_sae
 
 RANK = 10
 FAMILIES = ("llama", "gpt2", "neox", "gemma2")
@@ -25,7 +33,7 @@ def model() -> Model:
 
 
 def _kept(model: Model, site: str) -> Tensor:
-    from workbench.saes.fit import TEXTS
+    from workbench.saes.formats.placement import TEXTS
 
     tokens = model.tokens(list(TEXTS))
     return model.capture(tokens, [site]).flat(site).float()[tokens.mask & (tokens.positions > 0)]

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workbench.errors import (
+from workbench.bases.coder import Coder
+from workbench.core.errors import (
     CorruptFileError,
     InvalidInputError,
     MismatchError,
@@ -27,11 +28,10 @@ from workbench.errors import (
     UnknownSiteError,
     WorkbenchError,
 )
-from workbench.saes.coder import Coder
 from workbench.saes.formats.build import build
+from workbench.saes.formats.load import load_sae, sae_lens_module, sae_site
 from workbench.saes.formats.names import GemmaScopeName, site_of
 from workbench.saes.formats.raw import RawSAE, fold
-from workbench.saes.io import load_sae, sae_lens_module, sae_site
 
 D, M, OUT = 6, 16, 5
 

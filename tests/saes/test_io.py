@@ -10,18 +10,18 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.keep import KeepRule
-from workbench.errors import CorruptFileError, MismatchError, MissingFileError
+from workbench.core.errors import CorruptFileError, MismatchError, MissingFileError
 from workbench.models.model import Model
 from workbench.saes.architectures import TopK
-from workbench.saes.io import (
+from workbench.saes.formats.load import (
     check_sae_fits,
     load_sae,
     sae_keep_rule,
     sae_lens_module,
     sae_site,
 )
-from workbench.saes.save import Provenance, save_topk
-from workbench.saes.weights import SAEWeights
+from workbench.saes.formats.save import Provenance, save_topk
+from workbench.saes.kernels.weights import SAEWeights
 
 SITE = "resid_post.1"
 

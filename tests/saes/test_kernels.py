@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.errors import UnknownNameError
-from workbench.saes import kernels
+from workbench.core.errors import UnknownNameError
 from workbench.saes.architectures import (
     Architecture,
     AuxTask,
@@ -23,10 +22,11 @@ from workbench.saes.architectures import (
     StepResult,
     TopK,
 )
-from workbench.saes.io import sae_lens_module
-from workbench.saes.kernels import available_kernels, choose_kernel, measure_kernels, with_kernel
-from workbench.saes.optim import adam_step
-from workbench.saes.weights import SAEWeights
+from workbench.saes.formats.load import sae_lens_module
+from workbench.saes.kernels.weights import SAEWeights
+from workbench.saes.training import kernel_choice as kernels
+from workbench.saes.training.kernel_choice import available_kernels, choose_kernel, measure_kernels, with_kernel
+from workbench.saes.training.optim import adam_step
 
 from .test_select import make_weights, make_x
 

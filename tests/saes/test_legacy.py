@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from workbench.errors import DegenerateInputError
-from workbench.saes.legacy import effects, positive_effects, scr, tpp
-from workbench.saes.sparse_probing import Examples
+from workbench.core.errors import DegenerateInputError
+from workbench.saes.evaluation.legacy import effects, positive_effects, scr, tpp
+from workbench.saes.evaluation.sparse_probing import Examples
 
 D = 6
 W_DEC = np.eye(D)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.errors import InvalidInputError
-from workbench.saes.io import load_sae, sae_lens_module
-from workbench.saes.lens import register_with_sae_lens
+from workbench.core.errors import InvalidInputError
+from workbench.saes.formats.load import load_sae, sae_lens_module
+from workbench.saes.training.sae_lens_trainer import register_with_sae_lens
 
 D, M, BATCH = 12, 48, 64
 STOCK = {

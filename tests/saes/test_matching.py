@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, ShapeError
-from workbench.saes.matching import CoActivation, MatchOptions, match_by_activations, shared_features
+from workbench.core.errors import DegenerateInputError, ShapeError
+from workbench.saes.comparison.matching import CoActivation, MatchOptions, match_by_activations, shared_features
 
 
 def _random(n: int, d: int, seed: int = 0) -> Tensor:

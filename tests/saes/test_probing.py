@@ -7,9 +7,11 @@ from scipy.sparse import csr_matrix
 
 from tests.saes.handmade import word_tokenizer
 from tests.tiny import tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.saes.labelled import local_text_sets, token_labels, token_texts
-from workbench.saes.sparse_probing import (
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.stats import Estimate
+from workbench.core.tokens import TokenBatch
+from workbench.saes.evaluation.labelled import local_text_sets, token_labels, token_texts
+from workbench.saes.evaluation.sparse_probing import (
     Examples,
     ProbeScore,
     ProbingOptions,
@@ -18,8 +20,6 @@ from workbench.saes.sparse_probing import (
     split_by_document,
     t_mean,
 )
-from workbench.stats import Estimate
-from workbench.tokens import TokenBatch
 
 
 def _planted(seed: int = 0, n: int = 400) -> Examples:

@@ -16,16 +16,16 @@ from workbench.activations.harvest import harvest
 from workbench.activations.keep import KeepRule
 from workbench.activations.sources import TextFiles, TokenRows
 from workbench.activations.store import ActivationStore
-from workbench.errors import InvalidInputError
-from workbench.saes import threshold as threshold_module
+from workbench.core.errors import InvalidInputError
 from workbench.saes.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from workbench.saes.config import SAEConfig
-from workbench.saes.io import load_sae
-from workbench.saes.normalise import Normaliser, SiteScale, fold_decoder_norm
-from workbench.saes.save import Encoder, Provenance, save_sae, save_topk
-from workbench.saes.threshold import RunningThreshold, calibrate_threshold
-from workbench.saes.train import train_sae
-from workbench.saes.weights import SAEWeights
+from workbench.saes.formats.load import load_sae
+from workbench.saes.formats.normalise import Normaliser, SiteScale, fold_decoder_norm
+from workbench.saes.formats.save import Encoder, Provenance, save_sae, save_topk
+from workbench.saes.kernels.weights import SAEWeights
+from workbench.saes.training import threshold as threshold_module
+from workbench.saes.training.config import SAEConfig
+from workbench.saes.training.threshold import RunningThreshold, calibrate_threshold
+from workbench.saes.training.train import train_sae
 
 D_IN, D_OUT, D_SAE, THRESHOLD = 12, 7, 40, 0.7
 KINDS: dict[str, tuple[Architecture, str]] = {
@@ -227,7 +227,7 @@ def test_the_check_of_l0_notices_an_average_that_starts_at_zero(
         return float(self.state[0])
 
     monkeypatch.setattr(RunningThreshold, "value", uncorrected)
-    monkeypatch.setattr("workbench.saes.member.calibrate_threshold", lambda *args, start, **kwargs: start)
+    monkeypatch.setattr("workbench.saes.training.member.calibrate_threshold", lambda *args, start, **kwargs: start)
     assert threshold_module.RATE == 0.01
     config = SAEConfig(architecture="batchtopk", d_sae=64, k=6, tokens=8 * 400, batch=400, site=SITE, kernel="csr")
     train_sae(store, config, tmp_path)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.errors import InvalidInputError
-from workbench.saes import select
-from workbench.saes.select import Encoder, Ranking, select_above, select_batch_topk, select_topk, topk_indices
-from workbench.saes.sparse import SparseActs
-from workbench.saes.weights import SAEWeights
+from workbench.core.errors import InvalidInputError
+from workbench.saes.kernels import select
+from workbench.saes.kernels.select import Encoder, Ranking, select_above, select_batch_topk, select_topk, topk_indices
+from workbench.saes.kernels.sparse import SparseActs
+from workbench.saes.kernels.weights import SAEWeights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

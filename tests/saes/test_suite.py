@@ -9,14 +9,14 @@ import torch
 from experiments.sae_suite import SaeSuite
 from tests.saes.handmade import relu_sae
 from tests.tiny import D_MODEL, n_hooks, tiny_model
-from workbench.errors import InvalidInputError
-from workbench.saes.evaluate import EvalOptions
-from workbench.saes.io import sae_lens_module
-from workbench.saes.labelled import LabelledTexts
-from workbench.saes.sparse_probing import ProbingOptions
-from workbench.saes.suite import SuiteOptions, labelled_examples, run_suite
-from workbench.saes.synthetic import SyntheticOptions
-from workbench.saes.synthetic_training import SyntheticTraining
+from workbench.core.errors import InvalidInputError
+from workbench.saes.evaluation.evaluate import EvalOptions
+from workbench.saes.evaluation.labelled import LabelledTexts
+from workbench.saes.evaluation.sparse_probing import ProbingOptions
+from workbench.saes.evaluation.suite import SuiteOptions, labelled_examples, run_suite
+from workbench.saes.evaluation.synthetic import SyntheticOptions
+from workbench.saes.evaluation.synthetic_training import SyntheticTraining
+from workbench.saes.formats.load import sae_lens_module
 
 TEXTS = [f"{i} Some words, and more; then {i * 7} of them.\nEnd of Passage {i}" for i in range(24)]
 

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from workbench.errors import InvalidInputError, ShapeError
-from workbench.metrics import matched_cosine, mean_max_cosine
-from workbench.saes.coder import Coder
-from workbench.saes.io import sae_lens_module
-from workbench.saes.synthetic import SyntheticOptions, SyntheticTruth, evaluate_on_synthetic
+from workbench.bases.coder import Coder
+from workbench.core.errors import InvalidInputError, ShapeError
+from workbench.core.metrics import matched_cosine, mean_max_cosine
+from workbench.saes.evaluation.synthetic import SyntheticOptions, SyntheticTruth, evaluate_on_synthetic
+from workbench.saes.formats.load import sae_lens_module
 
 EASY = SyntheticTruth.make(SyntheticOptions(n_features=12, d_in=16, mean_active=2.0))
 

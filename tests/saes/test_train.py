@@ -24,7 +24,7 @@ from workbench.activations.folder import in_use
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TokenRows
 from workbench.activations.store import ActivationStore
-from workbench.errors import (
+from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
     InvalidInputError,
@@ -33,12 +33,12 @@ from workbench.errors import (
     UnknownSiteError,
 )
 from workbench.saes.architectures import Gated, JumpReLU
-from workbench.saes.batches import Batches, OrderKey
-from workbench.saes.build import build
-from workbench.saes.config import SAEConfig
-from workbench.saes.io import load_sae
-from workbench.saes.member import Member
-from workbench.saes.train import adam_step, train_sae, train_saes
+from workbench.saes.formats.load import load_sae
+from workbench.saes.training.batches import Batches, OrderKey
+from workbench.saes.training.build import build
+from workbench.saes.training.config import SAEConfig
+from workbench.saes.training.member import Member
+from workbench.saes.training.train import adam_step, train_sae, train_saes
 
 CONFIG = SAEConfig(d_sae=64, k=4, tokens=4000, batch=100, dead_after=500, kernel="csr", buffer=300)
 EACH = {
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
 
         patch.setattr(Member, "restore", remembering)
         before_step(20, lambda: members[0].weights.W_enc.fill_(float("nan")), patch)
-        patch.setattr("workbench.saes.group.SAVING_SHARE", 1e9)
+        patch.setattr("workbench.saes.training.group.SAVING_SHARE", 1e9)
         with pytest.raises(InvalidInputError, match=r"the loss is nan at step 21 .* is kept\. Lower lr"):
             train_sae(store, CONFIG, tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == kept
@@ -287,10 +287,10 @@ def test_an_sae_that_another_process_finished_meanwhile_is_not_overwritten(
         with in_use(path):
             yield
 
-    monkeypatch.setattr("workbench.saes.train.in_use", late)
+    monkeypatch.setattr("workbench.saes.training.train.in_use", late)
     with pytest.raises(MismatchError, match="k=5"):
         train_sae(store, replace(other, k=4), tmp_path)
-    monkeypatch.setattr("workbench.saes.train.in_use", late)
+    monkeypatch.setattr("workbench.saes.training.train.in_use", late)
     assert train_sae(store, other, tmp_path).metrics["steps"] == 3
 
 

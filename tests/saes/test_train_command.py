@@ -10,8 +10,8 @@ import pytest
 from tests.saes.stores import READ, SITE, WRITTEN, small_store
 from workbench.activations.store import ActivationStore
 from workbench.cli import main
-from workbench.rundir.live import WandbLog
-from workbench.saes.io import load_sae
+from workbench.runs.live import WandbLog
+from workbench.saes.formats.load import load_sae
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ import torch
 from tests.saes.stores import SITE, assert_same_tensors, before_finish, before_step, ctrl_c, small_store
 from tests.saes.test_train import CHECKPOINT, CONFIG, EACH
 from workbench.activations.store import ActivationStore
-from workbench.errors import ResourceError
-from workbench.saes.batches import Batches, OrderKey
-from workbench.saes.checkpoint import read_checkpoint, write_checkpoint
-from workbench.saes.kernels import available_kernels
-from workbench.saes.train import train_sae
+from workbench.core.errors import ResourceError
+from workbench.saes.training.batches import Batches, OrderKey
+from workbench.saes.training.checkpoint import read_checkpoint, write_checkpoint
+from workbench.saes.training.kernel_choice import available_kernels
+from workbench.saes.training.train import train_sae
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ from dataclasses import replace
 from pathlib import Path
 from tests.saes.test_train import CONFIG
 from workbench.saes import checkpoint, group
-from workbench.saes.train import train_sae
+from workbench.saes.training.train import train_sae
 real, count = os.replace, 0
 def dying(*args):
     global count

@@ -18,12 +18,12 @@ from tests.saes.stores import (
     tensors,
 )
 from workbench.activations.store import ActivationStore
-from workbench.errors import InvalidInputError
-from workbench.saes import batches as batches_module
-from workbench.saes.config import SAEConfig
-from workbench.saes.io import load_sae
-from workbench.saes.member import Member
-from workbench.saes.train import sweep_names, train_sae, train_saes
+from workbench.core.errors import InvalidInputError
+from workbench.saes.formats.load import load_sae
+from workbench.saes.training import batches as batches_module
+from workbench.saes.training.config import SAEConfig
+from workbench.saes.training.member import Member
+from workbench.saes.training.train import sweep_names, train_sae, train_saes
 
 BASE = SAEConfig(d_sae=48, k=4, tokens=2000, batch=100, dead_after=500, kernel="csr", buffer=300, site=SITE)
 SWEEP = [
@@ -104,7 +104,7 @@ def test_ctrl_c_while_a_short_member_ends_saves_all_of_them(
 ) -> None:
     configs = [replace(BASE, tokens=1000), replace(BASE, tokens=1000, k=8), BASE]
     names = ["short", "other", "long"]
-    monkeypatch.setattr("workbench.saes.train.sweep_names", lambda _: names)
+    monkeypatch.setattr("workbench.saes.training.train.sweep_names", lambda _: names)
     straight = train_saes(store, configs, tmp_path / "straight")
     with monkeypatch.context() as patch:
         if moment == "last step":

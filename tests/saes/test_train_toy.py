@@ -10,14 +10,20 @@ import pytest
 import torch
 
 from tests.saes.stores import tensors
-from workbench.metrics import matched_cosine, mean_max_cosine
-from workbench.saes.batches import Pair
-from workbench.saes.config import SAEConfig
-from workbench.saes.io import sae_lens_module
-from workbench.saes.member import Member
-from workbench.saes.synthetic import SyntheticOptions, SyntheticTruth
-from workbench.saes.synthetic_training import SITE, SyntheticStore, SyntheticTraining, train_on_synthetic, trained_as
-from workbench.saes.train import SAERun, train_saes
+from workbench.core.metrics import matched_cosine, mean_max_cosine
+from workbench.saes.evaluation.synthetic import SyntheticOptions, SyntheticTruth
+from workbench.saes.evaluation.synthetic_training import (
+    SITE,
+    SyntheticStore,
+    SyntheticTraining,
+    train_on_synthetic,
+    trained_as,
+)
+from workbench.saes.formats.load import sae_lens_module
+from workbench.saes.training.batches import Pair
+from workbench.saes.training.config import SAEConfig
+from workbench.saes.training.member import Member
+from workbench.saes.training.train import SAERun, train_saes
 
 TRUTH = SyntheticTruth.make(SyntheticOptions(n_features=256, d_in=64, mean_active=4.0))
 SHORT = SAEConfig(

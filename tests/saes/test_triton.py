@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.errors import ResourceError
-from workbench.saes import triton_kernels
+from workbench.core.errors import ResourceError
 from workbench.saes.architectures import Matryoshka, StepOptions, TopK
-from workbench.saes.kernels import available_kernels, with_kernel
-from workbench.saes.sparse import SparseActs
-from workbench.saes.triton_kernels import TritonProducts
-from workbench.saes.weights import SAEWeights
+from workbench.saes.kernels import triton_kernels
+from workbench.saes.kernels.sparse import SparseActs
+from workbench.saes.kernels.triton_kernels import TritonProducts
+from workbench.saes.kernels.weights import SAEWeights
+from workbench.saes.training.kernel_choice import available_kernels, with_kernel
 
 from .test_architectures import difference, start
 from .test_select import make_x, ragged

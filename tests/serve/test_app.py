@@ -11,7 +11,7 @@ import pytest
 
 from tests.serve.toys import BASE, TOKEN, asked, events, tiny_app, tiny_playground
 from tests.tiny import n_hooks
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 from workbench.serve.ask import Ask
 from workbench.serve.desk import Desk
 from workbench.serve.guard import HEADERS, Guard

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.serve.toys import asked
-from workbench.errors import InvalidInputError, UnknownConfigKeyError
+from workbench.core.errors import InvalidInputError, UnknownConfigKeyError
 from workbench.serve.ask import MAX_NEW_TOKENS, Ask, FeatureEdit
 
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
+from tests.report.browser import Browser, running
+from tests.report.feature_cards import HOSTILE, hostile_card
 from tests.serve.toys import TOKEN, tiny_playground
-from tests.view.browser import Browser, running
-from tests.view.feature_cards import HOSTILE, hostile_card
-from workbench.features.cards import FeatureCard, LensToken
-from workbench.records import to_jsonable
+from workbench.core.records import to_jsonable
+from workbench.features.card import FeatureCard, LensToken
+from workbench.report.features.encode import clip, pack_cards
 from workbench.serve.app import playground_app
 from workbench.serve.desk import Desk
 from workbench.serve.guard import Guard
 from workbench.serve.index import feature_index
 from workbench.serve.playground import Playground
-from workbench.view.features.encode import clip, pack_cards
 
 pytestmark = pytest.mark.browser
 

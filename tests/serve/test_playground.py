@@ -10,12 +10,12 @@ import torch
 from tests.saes.handmade import relu_sae
 from tests.serve.toys import D_SAE, asked, tiny_playground, tiny_sae
 from tests.tiny import D_MODEL, FP32_LOGITS, n_hooks, tiny_model
-from workbench.errors import EditError, InvalidInputError, MismatchError
+from workbench.core.errors import EditError, InvalidInputError, MismatchError
 from workbench.hooks.attach import attached
 from workbench.serve.ask import Ask
 from workbench.serve.edits import control, steered
 from workbench.serve.playground import Playground, Stopped
-from workbench.steering.options import SCOPES
+from workbench.steering.sweep.options import SCOPES
 
 EDITS = [{"feature": 3, "strength": 4.0}, {"feature": 5, "mode": "clamp", "strength": 6.0}]
 

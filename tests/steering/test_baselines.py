@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tests.features.toys import byte_ids, random_sae
 from tests.tiny import D_MODEL, tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.probes.linear import ProbeOptions, fit_probe
-from workbench.steering.baselines import (
+from workbench.steering.directions.classical import (
     METHODS,
     Concept,
     DirectionOptions,
@@ -24,10 +24,10 @@ from workbench.steering.baselines import (
     oriented,
     pca_direction,
 )
-from workbench.steering.concepts import best_feature, steer_concepts
-from workbench.steering.directions import cosine, difference_of_means
-from workbench.steering.options import SteerOptions
-from workbench.steering.reft import ReftOptions, fit_reft, reft_edit
+from workbench.steering.directions.concepts import best_feature, steer_concepts
+from workbench.steering.directions.contrast import cosine, difference_of_means
+from workbench.steering.directions.reft import ReftOptions, fit_reft, reft_edit
+from workbench.steering.sweep.options import SteerOptions
 
 AXIS = torch.eye(6)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.interventions.ops import Add, ProjectOut
-from workbench.steering.directions import (
+from workbench.steering.directions.contrast import (
     TwoByTwo,
     cosine,
     difference_of_means,

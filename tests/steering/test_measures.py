@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.tiny import FP32_LOGITS, tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.features.explain.judging import parse_rating
 from workbench.steering import (
     best_strength,
     continuation_nll,
@@ -23,12 +24,11 @@ from workbench.steering import (
     mean_of_harmonics,
     paper_strength,
     pareto_front,
-    parse_rating,
     repeated,
     two_level,
 )
-from workbench.steering.intervals import two_level_difference, two_level_ratio
-from workbench.steering.measures import text_losses
+from workbench.steering.sweep.intervals import two_level_difference, two_level_ratio
+from workbench.steering.sweep.measures import text_losses
 
 
 def test_generation_success_counts_occurrences_in_the_continuation() -> None:

@@ -14,8 +14,8 @@ import torch
 
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
-from workbench.errors import InvalidInputError, UnknownNameError
-from workbench.features.judges import PROMPTS_FILE, REPLIES_FILE, FileJudge, LogProbJudge
+from workbench.core.errors import InvalidInputError, UnknownNameError
+from workbench.judges.backends import PROMPTS_FILE, REPLIES_FILE, FileJudge, LogProbJudge
 from workbench.steering import (
     SteerOptions,
     harmonic_of_means,
@@ -25,8 +25,8 @@ from workbench.steering import (
     rating_prompts,
     steer,
 )
-from workbench.steering.rating_questions import KINDS, KNOWN, templates_from
-from workbench.steering.rating_report import RatingReport
+from workbench.steering.rating.questions import KINDS, KNOWN, templates_from
+from workbench.steering.rating.rating_report import RatingReport
 
 RIGHT = {text: (concept, request) for concept, request, text in KNOWN}
 

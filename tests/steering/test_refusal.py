@@ -12,31 +12,31 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.interventions.builders import NORMALISATIONS, sae_lens_sae
 from tests.tiny import n_hooks, tiny_model
-from workbench.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError
+from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError
+from workbench.core.stats import wilson
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Where
 from workbench.interventions.ops import Add, Map, PerRow
 from workbench.interventions.saes import SAEAblate, SAEClamp
 from workbench.models.model import Model
-from workbench.stats import wilson
-from workbench.steering.directions import TwoByTwo, mean_activations, random_directions
-from workbench.steering.refusal import RefusalOptions, refusal_study
-from workbench.steering.refusal_arms import Arm, replies_of
-from workbench.steering.refusal_data import PromptPair, RefusalData, as_chats, exchanges, refusal_data
-from workbench.steering.refusal_features import (
+from workbench.steering.directions.contrast import TwoByTwo, mean_activations, random_directions
+from workbench.steering.refusal.arms import Arm, replies_of
+from workbench.steering.refusal.contrast_features import (
     EVERY_TOKEN_BUT_THE_FIRST,
     FeatureContrast,
     FeatureRow,
     find_refusal_features,
     matched_features,
 )
-from workbench.steering.refusal_metrics import (
+from workbench.steering.refusal.data import PromptPair, RefusalData, as_chats, exchanges, refusal_data
+from workbench.steering.refusal.measures import (
     first_token_kl,
     is_refusal,
     refusal_log_odds,
     refusal_token_ids,
 )
-from workbench.steering.refusal_report import RefusalReport
+from workbench.steering.refusal.refusal_report import RefusalReport
+from workbench.steering.refusal.study import RefusalOptions, refusal_study
 
 # ---- metrics
 

@@ -13,19 +13,19 @@ import torch
 
 from tests.features.toys import random_sae
 from tests.tiny import FP32_LOGITS, n_hooks, tiny_model
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.features.table import COLUMNS, FeatureTable
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.progress import task
+from workbench.features.scores.table import COLUMNS, FeatureTable
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import Generated, Last, NotPrefix
-from workbench.progress import task
 from workbench.steering import SteerOptions, kl_divergence, steer
-from workbench.steering.arms import Arm
-from workbench.steering.build import build_report
-from workbench.steering.prompts import neutral_prompts
-from workbench.steering.steer import check_prompts, frequency_ratio, matched_features
-from workbench.steering.sweep import Harm, Pushes, Sweep
+from workbench.steering.sweep.arms import Arm
+from workbench.steering.sweep.build import build_report
+from workbench.steering.sweep.prompts import neutral_prompts
+from workbench.steering.sweep.rows import Harm, Pushes, Sweep
+from workbench.steering.sweep.steer import check_prompts, frequency_ratio, matched_features
 
 PROMPTS = ("one day", "the", "for now, I", "he said", "two", "what a")
 OPTIONS = SteerOptions(new_tokens=6, k=5, temperature=1.0, plain_texts=("a plain text", "another one"))

@@ -13,22 +13,22 @@ import pytest
 from experiments.steering_features import Sizes, selection, study_time
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 from workbench.features import ContextOptions, ScoreOptions
-from workbench.features.table import COLUMNS, FeatureTable
-from workbench.saes.config import SAEConfig
-from workbench.steering.options import SteerOptions
-from workbench.steering.steer import Bench
-from workbench.steering.study import selection_study
-from workbench.steering.study_claims import (
+from workbench.features.scores.table import COLUMNS, FeatureTable
+from workbench.saes.training.config import SAEConfig
+from workbench.steering.selection.claims import (
     cooccurrence_claim,
     depth_claim,
     difference_of_shares,
     filter_claim,
     observed_over_expected,
 )
-from workbench.steering.study_groups import FILTERED, MATCHED, SECOND, UNFILTERED, Depth, StudyOptions, groups_of
-from workbench.steering.study_steer import Measured, Steered
+from workbench.steering.selection.groups import FILTERED, MATCHED, SECOND, UNFILTERED, Depth, StudyOptions, groups_of
+from workbench.steering.selection.steer_groups import Measured, Steered
+from workbench.steering.selection.study import selection_study
+from workbench.steering.sweep.options import SteerOptions
+from workbench.steering.sweep.steer import Bench
 
 PROMPTS = ("one day", "the", "for now, I", "he said")
 STEERING = SteerOptions(new_tokens=3, k=5, plain_texts=())

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError
+from workbench.core.errors import DegenerateInputError
+from workbench.core.stats import Estimate, paired_difference
+from workbench.core.tokens import TokenBatch
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Map
 from workbench.interventions.scopes import All
-from workbench.stats import Estimate, paired_difference
-from workbench.tokens import TokenBatch
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, did_you_mean
-from workbench.jsontext import parse_json
-from workbench.records import not_utf8, read_text
+from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, did_you_mean
+from workbench.core.jsontext import parse_json
+from workbench.core.records import not_utf8, read_text
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 BYTES_PER_TOKEN_OF_TEXT = 3

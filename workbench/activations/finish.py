@@ -11,7 +11,7 @@ import torch
 from workbench.activations.folder import Folder
 from workbench.activations.manifest import DROP_REASONS, Manifest, Shard, SiteStats, load_manifest
 from workbench.activations.store import ActivationStore
-from workbench.errors import DegenerateInputError, MismatchError, MissingFileError
+from workbench.core.errors import DegenerateInputError, MismatchError, MissingFileError
 
 
 def finish(folder: Folder, manifest: Manifest) -> None:

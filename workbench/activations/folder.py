@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import unquote
 
-from workbench.atomic import refuse_address
-from workbench.errors import InvalidInputError, MissingFileError, ResourceError, did_you_mean
+from workbench.core.atomic import refuse_address
+from workbench.core.errors import InvalidInputError, MissingFileError, ResourceError, did_you_mean
+from workbench.core.records import sync_folder
 from workbench.models.embedded import cache_dir
-from workbench.records import sync_folder
 
 Part = bytes | memoryview
 

@@ -15,10 +15,10 @@ from torch.nn.functional import normalize
 from workbench.activations.keep import KeepRule
 from workbench.activations.moments import ClassCounts, Moments, PositionSums, Reservoir, Thresholds
 from workbench.activations.store import ActivationStore
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.progress import track
-from workbench.stats import Estimate
-from workbench.tokenizer import special_ids
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.progress import track
+from workbench.core.stats import Estimate
+from workbench.core.tokenizer import special_ids
 
 CLASSES = ("BOS", "first", "special", "punctuation", "other")
 """Classes of tokens: a special token that opens its row; the first other token of the row; special tokens elsewhere;

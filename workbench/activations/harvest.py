@@ -35,9 +35,9 @@ from workbench.activations.shardfile import safetensors_parts
 from workbench.activations.sources import SelfText, TokenRows
 from workbench.activations.store import SCALE, ActivationStore, first_not_finite, open_store
 from workbench.activations.write_behind import write_behind
-from workbench.arguments import checked
-from workbench.errors import CorruptFileError, InvalidInputError, MismatchError
-from workbench.progress import Task, task
+from workbench.core.arguments import checked
+from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError
+from workbench.core.progress import Task, task
 
 STATISTICS_TOKENS = 100_000
 """Kept tokens of the first shard from which the channels are standardised for int8, at most."""

@@ -12,9 +12,9 @@ import torch
 from workbench.activations.folder import Folder
 from workbench.activations.keep import SINK_FACTOR
 from workbench.activations.quant import Int8Code
-from workbench.errors import CorruptFileError, InvalidInputError
-from workbench.jsontext import parse_json
-from workbench.records import from_jsonable, to_jsonable
+from workbench.core.errors import CorruptFileError, InvalidInputError
+from workbench.core.jsontext import parse_json
+from workbench.core.records import from_jsonable, to_jsonable
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError
+from workbench.core.errors import DegenerateInputError
 
 
 class Moments:

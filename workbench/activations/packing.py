@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.activations.manifest import Packing
-from workbench.errors import DegenerateInputError, InvalidInputError
-from workbench.tokenizer import affixes, decoded, require_unicode, text_ids
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.tokenizer import affixes, decoded, require_unicode, text_ids
 
 
 @dataclass(frozen=True, eq=False)

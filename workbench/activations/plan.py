@@ -18,11 +18,11 @@ from workbench.activations.folder import Folder, open_folder
 from workbench.activations.keep import KeepRule
 from workbench.activations.manifest import MANIFEST, Dtype, Manifest, SiteStats
 from workbench.activations.packing import PackedRows, Source, packing_of
-from workbench.arguments import checked
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
-from workbench.progress import clock
-from workbench.records import to_jsonable
-from workbench.tokenizer import NoTokenizer, special_ids
+from workbench.core.arguments import checked
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
+from workbench.core.progress import clock
+from workbench.core.records import to_jsonable
+from workbench.core.tokenizer import NoTokenizer, special_ids
 
 BYTES_PER_TOKEN = 14
 """Token, row and document ids as int32, position as int16 (int32 in rows of more than `MOST_INT16` tokens)."""

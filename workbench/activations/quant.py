@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float16, Int8
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError
+from workbench.core.errors import DegenerateInputError
 
 ROWS = 1024
 """Rows handled at once, so that the fp32 copy stays in the cache."""

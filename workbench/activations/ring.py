@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 
 Rows = TypeVar("Rows", Tensor, dict[str, Tensor])
 """Rows of one stream, or of several streams that belong together row by row."""

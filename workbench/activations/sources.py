@@ -16,9 +16,9 @@ from workbench.activations.files import about_tokens, documents, text_files
 from workbench.activations.manifest import Packing
 from workbench.activations.packing import PackedRows, check_sizes, packed, packing_of_text
 from workbench.activations.packing import Source as Source
-from workbench.arguments import checked
-from workbench.errors import DegenerateInputError, InvalidInputError, did_you_mean
-from workbench.tokenizer import decoded, start_ids
+from workbench.core.arguments import checked
+from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
+from workbench.core.tokenizer import decoded, start_ids
 
 
 @checked

@@ -21,8 +21,8 @@ from workbench.activations.manifest import DROP_REASONS as DROP_REASONS
 from workbench.activations.manifest import MANIFEST, Manifest, Shard, load_manifest
 from workbench.activations.manifest import SiteStats as SiteStats
 from workbench.activations.shardfile import read_tensor
-from workbench.arguments import checked
-from workbench.errors import (
+from workbench.core.arguments import checked
+from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
     MismatchError,

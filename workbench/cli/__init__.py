@@ -10,7 +10,7 @@ import shutil
 import sys
 from typing import Any
 
-from workbench.errors import WorkbenchError
+from workbench.core.errors import WorkbenchError
 
 USER_ERROR = 2
 """Exit code for wrong input."""
@@ -148,8 +148,8 @@ def parse(cls: Any, arguments: list[str], prog: str) -> Any:
 
 def run(command: Any) -> int:
     """Run a parsed command, progress on stderr; with `json` only its result reaches stdout. Returns the exit code."""
-    from workbench import progress
     from workbench.cli.base import only_results_on_stdout
+    from workbench.core import progress
 
     with only_results_on_stdout() if command.json else contextlib.nullcontext(), progress.shown():
         return command.run() or 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 if TYPE_CHECKING:
-    from workbench.runs import RunDir
+    from workbench.runs.run import RunDir
 
 _results: ContextVar[TextIO | None] = ContextVar("workbench_results", default=None)
 
@@ -49,7 +49,7 @@ class BaseCommand:
         """Print the result: `lines` (text or rich tables) for people, or `summary` as one JSON object with `--json`."""
         stdout = _results.get() or sys.stdout
         if self.json:
-            from workbench.records import to_jsonable
+            from workbench.core.records import to_jsonable
 
             stdout.write(json.dumps(to_jsonable(summary), allow_nan=False) + "\n")
             stdout.flush()
@@ -86,7 +86,7 @@ class Command(BaseCommand):
     def start(self, name: str, fresh: bool = False) -> RunDir:
         """The run folder of this command, continued if an equal one was interrupted; inside `out` or `runs/`."""
         from workbench.activations.folder import require_local
-        from workbench.runs import RunDir
+        from workbench.runs.run import RunDir
 
         require_local(self.out or "runs")  # also for those who call it without the command line
         return RunDir.resume_or_create(name, self, root=self.out or "runs", fresh=fresh)
@@ -100,8 +100,8 @@ def read_passages(path: Path | None) -> list[str] | None:
         DegenerateInputError: if it holds no text.
         CorruptFileError: if it is not UTF-8.
     """
-    from workbench.errors import DegenerateInputError, MissingFileError
-    from workbench.records import read_text
+    from workbench.core.errors import DegenerateInputError, MissingFileError
+    from workbench.core.records import read_text
 
     if path is None:
         return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UnknownNameError, WorkbenchError, did_you_mean
+from workbench.core.errors import UnknownNameError, WorkbenchError, did_you_mean
 
 GROUP = "workbench.commands"
 """Entry-point group; another distribution may add commands to it."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import tyro
 
 from workbench.cli.base import BaseCommand
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from workbench.features.cardmaking import CardOptions
-    from workbench.features.cardset import CardSet
+    from workbench.features.cards.cardmaking import CardOptions
+    from workbench.features.cards.cardset import CardSet
 
 KEPT = ".rules"
 """Folder beside the cards with the rules of an unfinished set."""
@@ -54,9 +54,9 @@ class FeaturesCards(BaseCommand):
 
     def options(self) -> CardOptions:
         """What the library is called with."""
-        from workbench.features.cardmaking import CardOptions
-        from workbench.features.examples import ExampleOptions
-        from workbench.features.windows import WindowOptions
+        from workbench.features.cards.cardmaking import CardOptions
+        from workbench.features.explain.examples import ExampleOptions
+        from workbench.features.passes.windows import WindowOptions
 
         windows = WindowOptions(max_tokens=self.max_tokens, seed=self.seed)
         return CardOptions(explain=self.explain, windows=windows, examples=ExampleOptions(seed=self.seed))
@@ -65,11 +65,11 @@ class FeaturesCards(BaseCommand):
         """Makes the cards, saves them, and says what they hold."""
         from workbench.activations.folder import require_local
         from workbench.activations.store import open_store
-        from workbench.features.cardmaking import feature_cards
-        from workbench.features.cardset import CardSet
-        from workbench.features.table import FeatureTable
+        from workbench.features.cards.cardmaking import feature_cards
+        from workbench.features.cards.cardset import CardSet
+        from workbench.features.scores.table import FeatureTable
         from workbench.models.loading import load_model
-        from workbench.saes.io import load_sae
+        from workbench.saes.formats.load import load_sae
 
         store, options = open_store(self.store), self.options()
         table = None if self.table is None else FeatureTable.load(self.table)
@@ -85,7 +85,7 @@ class FeaturesCards(BaseCommand):
 
     def _spare(self, folder: Path) -> None:
         """Refuses to put cards of some features in the place of cards of others."""
-        from workbench.features.cardset import CARDS_FILE, CardSet
+        from workbench.features.cards.cardset import CARDS_FILE, CardSet
 
         if not self.features or not (folder / CARDS_FILE).is_file():
             return
@@ -99,7 +99,7 @@ class FeaturesCards(BaseCommand):
 
 def findings(cards: CardSet) -> Iterator[str]:
     """What a set of cards holds, in sentences."""
-    from workbench.stats import paired_difference, sample_mean
+    from workbench.core.stats import paired_difference, sample_mean
 
     flags = Counter({"dead": 0, "dense": 0, "outlier": 0})
     tested, lacking = [], Counter[str]()

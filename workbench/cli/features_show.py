@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import tyro
 
 from workbench.cli.base import BaseCommand
-from workbench.errors import MissingFileError
+from workbench.core.errors import MissingFileError
 
 if TYPE_CHECKING:
-    from workbench.features.cards import FeatureCard
-    from workbench.features.table import FeatureTable
+    from workbench.features.card import FeatureCard
+    from workbench.features.scores.table import FeatureTable
 
 _MUCH = 60_000_000
 """Bytes of a page from which on some viewers are slow to open it."""
@@ -39,9 +39,9 @@ class FeaturesShow(BaseCommand):
 
     def run(self) -> None:
         """Writes the page, and says how large it is."""
-        from workbench.features.tablecards import complete_cards
-        from workbench.records import to_jsonable, write_atomic
-        from workbench.view.features import PackOptions, feature_page
+        from workbench.core.records import to_jsonable, write_atomic
+        from workbench.features.cards.tablecards import complete_cards
+        from workbench.report.features import PackOptions, feature_page
 
         cards, table, meta = load_cards(self.folder, self.table)
         if table is not None:
@@ -75,9 +75,9 @@ def load_cards(
         MissingFileError: if there is no such folder, or neither in it.
         MismatchError: if the table is of another SAE.
     """
-    from workbench.features.cardset import CARDS_FILE, CardSet
-    from workbench.features.origin import require_same_origin
-    from workbench.features.table import TABLE_FILE, FeatureTable
+    from workbench.features.cards.cardset import CARDS_FILE, CardSet
+    from workbench.features.scores.origin import require_same_origin
+    from workbench.features.scores.table import TABLE_FILE, FeatureTable
 
     for place in filter(None, (folder, table)):
         if not place.is_dir():

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from workbench.cli.base import BaseCommand, Command
-from workbench.errors import DegenerateInputError
+from workbench.core.errors import DegenerateInputError
 
 if TYPE_CHECKING:
-    from workbench.glitch.sanitize import Sanitizer
-    from workbench.glitch.sanitize_files import SanitizeReport
-    from workbench.report import Report
-    from workbench.runs import RunDir
+    from workbench.glitch.text.sanitize import Sanitizer
+    from workbench.glitch.text.sanitize_files import SanitizeReport
+    from workbench.report.base import Report
+    from workbench.runs.run import RunDir
 
 FOUND = 1
 """Exit code of `glitch lint` if something was found."""
@@ -45,7 +45,7 @@ class GlitchLint(Command):
 
     def run(self) -> int:
         """Lints, saves the run folder with all places, and says what was found."""
-        from workbench.glitch.linter import KINDS, linter_for
+        from workbench.glitch.text.linter import KINDS, linter_for
 
         if not self.files:
             raise DegenerateInputError("glitch lint: no file was named. Give text, .jsonl or .parquet files.")
@@ -77,7 +77,7 @@ class GlitchDiff(BaseCommand):
     def run(self) -> None:
         """Compares, saves the run folder with every change, and says what changed."""
         from workbench.glitch import diff
-        from workbench.runs import RunDir
+        from workbench.runs.run import RunDir
 
         settings = {"a": self.a, "b": self.b, "tokenizer_only": self.tokenizer_only}
         with RunDir.resume_or_create("glitch-diff", settings, root=self.out or "runs") as run:
@@ -115,8 +115,8 @@ class GlitchExport(BaseCommand):
 
     def run(self) -> None:
         """Writes the list and what is in it, and says so."""
-        from workbench.glitch.banlist import FORMATS, ban_list
-        from workbench.glitch.saved import load_scan
+        from workbench.glitch.scanning.saved import load_scan
+        from workbench.glitch.text.banlist import FORMATS, ban_list
 
         bans = ban_list(
             load_scan(self.scan), self.grades, top=self.top, keep=self.keep, include_special=self.include_special,
@@ -147,9 +147,9 @@ class GlitchSanitize(Command):
 
     def run(self) -> None:
         """Writes ids.jsonl into the run folder, and says what was cut."""
-        from workbench.glitch.linter import scan_for
-        from workbench.glitch.sanitize import Sanitizer
-        from workbench.glitch.sanitize_files import sanitize_files
+        from workbench.glitch.text.linter import scan_for
+        from workbench.glitch.text.sanitize import Sanitizer
+        from workbench.glitch.text.sanitize_files import sanitize_files
 
         if not self.files:
             raise DegenerateInputError("glitch sanitize: no file was named. Give text, .jsonl or .parquet files.")
@@ -170,7 +170,7 @@ class GlitchSanitize(Command):
 
         import numpy as np
 
-        from workbench.glitch.copying import copy_check
+        from workbench.glitch.text.copying import copy_check
         from workbench.models.loading import load_model
 
         tokens = [cut.token_id for cut in report.cuts if cut.replaced][: self.check]
@@ -199,10 +199,10 @@ class GlitchAdt(Command):
 
     def run(self) -> None:
         """Makes the items, asks the model, saves the run folder, and says how much worse it does."""
-        from workbench.codec import codec_of
-        from workbench.glitch.adt import AdtOptions, make_items, read_lexicon
-        from workbench.glitch.adt_run import run_adt, save_items
-        from workbench.glitch.tokenizer import analyse
+        from workbench.core.codec import codec_of
+        from workbench.glitch.text.adt import AdtOptions, make_items, read_lexicon
+        from workbench.glitch.text.adt_run import run_adt, save_items
+        from workbench.glitch.vocabulary.tokenizer import analyse
         from workbench.models.loading import load_model, load_tokenizer
 
         words = () if self.lexicon is None else read_lexicon(self.lexicon)
@@ -225,7 +225,7 @@ class GlitchAdt(Command):
 
 def _finish(command: BaseCommand, run: RunDir, name: str, report: Report, lines: Sequence[str]) -> None:
     """Saves report and JSON, and prints the sentences and the lines."""
-    from workbench.records import save_json
+    from workbench.core.records import save_json
 
     found = report.to_json()
     save_json(run.artifacts / f"{name}.json", found)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from workbench.cli.base import Command
-from workbench.errors import MissingFileError
-from workbench.glitch.scanner import ScanOptions
+from workbench.core.errors import MissingFileError
+from workbench.glitch.scanning.scanner import ScanOptions
 
 if TYPE_CHECKING:
-    from workbench.glitch.census_report import CensusReport
-    from workbench.glitch.census_result import CensusOptions, CensusPlan
-    from workbench.glitch.search_report import SearchReport
+    from workbench.glitch.counting.census_report import CensusReport
+    from workbench.glitch.counting.census_result import CensusOptions, CensusPlan
+    from workbench.glitch.searching.search_report import SearchReport
     from workbench.models.model import Model
-    from workbench.runs import RunDir
+    from workbench.runs.run import RunDir
 
 CHOICE = "dtype.json"
 
@@ -42,7 +42,7 @@ class _TestsTokens(Command):
 
     def census_options(self) -> CensusOptions:
         """What the library is called with."""
-        from workbench.glitch.census_result import CensusOptions
+        from workbench.glitch.counting.census_result import CensusOptions
 
         options = CensusOptions(
             batch_size=self.batch_size, seed=self.seed, scan=ScanOptions(reference=self.reference or None)
@@ -51,10 +51,10 @@ class _TestsTokens(Command):
 
     def prepared(self, run: RunDir) -> tuple[Model, CensusPlan]:
         """The model in its dtype and the plan; a run that is continued keeps the dtype that it began with."""
-        from workbench.glitch.census_run import in_dtype, plan_census
-        from workbench.glitch.probing import DtypeChoice
+        from workbench.core.records import from_jsonable, load_json, save_json
+        from workbench.glitch.counting.census import in_dtype, plan_census
+        from workbench.glitch.verification.probing import DtypeChoice
         from workbench.models.loading import load_model
-        from workbench.records import from_jsonable, load_json, save_json
 
         model: Any = load_model(self.model, dtype="float32" if self.dtype == "auto" else self.dtype)
         noted = run.artifacts / CHOICE
@@ -84,7 +84,7 @@ class GlitchCensus(_TestsTokens):
 
     def run(self) -> None:
         """Test the tokens, save the run folder with the table of all tokens, and say what was found."""
-        from workbench.glitch.census_run import run_census
+        from workbench.glitch.counting.census import run_census
 
         with self.start("glitch-census") as run:
             model, plan = self.prepared(run)
@@ -125,11 +125,11 @@ class GlitchSearch(_TestsTokens):
 
     def run(self) -> None:
         """Run the searches, save the run folder, and say what each found."""
-        from workbench.glitch.census_run import prober_of
-        from workbench.glitch.gradient import GradientOptions
-        from workbench.glitch.hunter import HunterOptions
-        from workbench.glitch.searching import SearchOptions, search
-        from workbench.records import save_json
+        from workbench.core.records import save_json
+        from workbench.glitch.counting.census import prober_of
+        from workbench.glitch.searching.gradient import GradientOptions
+        from workbench.glitch.searching.hunter import HunterOptions
+        from workbench.glitch.searching.search import SearchOptions, search
 
         options = SearchOptions(
             methods=self.methods, budget=self.budget, seeds=self.seeds, seed=self.seed,
@@ -154,8 +154,8 @@ class GlitchSearch(_TestsTokens):
 
 def _take_over(census: Path, artifacts: Path) -> None:
     """Copies what a census knows, and the dtype that it ran in; the census itself is left as it is."""
-    from workbench.glitch.probing import CONFIRMED_FILES, SHORT_FILE
-    from workbench.records import write_atomic
+    from workbench.core.records import write_atomic
+    from workbench.glitch.verification.probing import CONFIRMED_FILES, SHORT_FILE
 
     folder = next((place for place in (census / "artifacts", census) if (place / SHORT_FILE).is_file()), None)
     if folder is None:

@@ -35,9 +35,9 @@ class GlitchFeaturesCommand(Command):
 
     def run(self) -> None:
         """Compare, save, and say what was found."""
-        from workbench.glitch.sae_features import FeatureOptions, glitch_features
+        from workbench.glitch.scanning.sae_features import FeatureOptions, glitch_features
         from workbench.models.loading import load_model
-        from workbench.saes.io import load_sae
+        from workbench.saes.formats.load import load_sae
 
         options = FeatureOptions(controls=self.controls, most=self.most, fdr=self.fdr, seed=self.seed)
         tokens, avoid = named_tokens(self.tokens, self.scan)

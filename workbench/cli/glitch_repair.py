@@ -12,9 +12,9 @@ import tyro
 from workbench.cli.base import Command, read_passages
 
 if TYPE_CHECKING:
-    from workbench.glitch.repair_check import RepairCheckOptions
-    from workbench.glitch.repair_report import RepairReport
-    from workbench.glitch.repairing import Repair, RepairOptions
+    from workbench.glitch.repairing.repair import Repair, RepairOptions
+    from workbench.glitch.repairing.repair_check import RepairCheckOptions
+    from workbench.glitch.repairing.repair_report import RepairReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ class GlitchRepair(Command):
 
     def run(self) -> None:
         """Repair, measure, save the intervention, and on request the weights."""
-        from workbench.glitch.repair_check import check_repair
-        from workbench.glitch.repairing import repair
+        from workbench.glitch.repairing.repair import repair
+        from workbench.glitch.repairing.repair_check import check_repair
         from workbench.models.loading import load_model
 
         tokens, avoid = named_tokens(self.tokens, self.scan)
@@ -73,12 +73,12 @@ class GlitchRepair(Command):
             self.emit(summary, self._lines(report, saved, run.path))
 
     def _options(self) -> RepairOptions:
-        from workbench.glitch.repairing import RepairOptions
+        from workbench.glitch.repairing.repair import RepairOptions
 
         return RepairOptions(sources=self.sources, reading=self.reading, writing=self.writing)
 
     def _check(self) -> RepairCheckOptions:
-        from workbench.glitch.repair_check import TEXTS, RepairCheckOptions
+        from workbench.glitch.repairing.repair_check import TEXTS, RepairCheckOptions
 
         texts = read_passages(self.text) or TEXTS
         return RepairCheckOptions(
@@ -87,7 +87,7 @@ class GlitchRepair(Command):
 
     def _require_possible(self) -> None:
         """Refuses a folder that can't be written before anything is computed."""
-        from workbench.errors import InvalidInputError
+        from workbench.core.errors import InvalidInputError
 
         place = self.save_model
         if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -95,7 +95,7 @@ class GlitchRepair(Command):
 
     def _saved(self, model: Any, made: Repair, report: RepairReport) -> Any:
         """The report on the saved copy, loaded again; None if none was asked for or the repair is no success."""
-        from workbench.glitch.repaired_copy import compare_copy, save_repaired, source_folder
+        from workbench.glitch.repairing.repaired_copy import compare_copy, save_repaired, source_folder
 
         if self.save_model is None or not (report.success or self.force):
             return None
@@ -121,13 +121,13 @@ def named_tokens(tokens: tuple[int, ...], scan: Path | None) -> tuple[list[int],
         InvalidInputError: unless they are named in exactly one way.
         DegenerateInputError: if the scan verified none.
     """
-    from workbench.errors import DegenerateInputError, InvalidInputError
+    from workbench.core.errors import DegenerateInputError, InvalidInputError
 
     if bool(tokens) == (scan is not None):
         raise InvalidInputError("Name the tokens by --tokens ID ID … or by --scan RUN_FOLDER, one of the two.")
     if scan is None:
         return list(tokens), []
-    from workbench.glitch.saved import load_scan
+    from workbench.glitch.scanning.saved import load_scan
 
     found = load_scan(scan)
     verified = list(found.flags(("verified",)))

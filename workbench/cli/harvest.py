@@ -10,7 +10,7 @@ from workbench.activations.plan import HarvestEstimate, HarvestOptions, estimate
 from workbench.activations.sources import HubDataset, SelfText, Source, TextFiles
 from workbench.activations.store import ActivationStore
 from workbench.cli.base import Command
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)

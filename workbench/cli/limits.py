@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from workbench.atomic import refuse_address
-from workbench.errors import InvalidInputError
+from workbench.core.atomic import refuse_address
+from workbench.core.errors import InvalidInputError
 
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**63 - 1

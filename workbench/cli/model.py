@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import tyro
 
 from workbench.cli.base import Command
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
+from workbench.core.records import write_atomic
 from workbench.interventions.intervention import Intervention
 from workbench.models.generation import Generation
 from workbench.models.loading import load_model, load_tokenizer
 from workbench.models.model import Model
-from workbench.records import write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Tokens(ModelCommand):
 
     def run(self) -> None:
         """Prints id and text of every token."""
-        from workbench.tokens import encode
+        from workbench.core.tokens import encode
 
         choices = {"auto": "auto", "yes": True, "no": False}
         if self.bos not in choices:

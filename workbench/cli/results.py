@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from workbench.cli.base import BaseCommand
-from workbench.runs import RunDir, RunInfo, find_run, list_runs
+from workbench.runs.run import RunDir, RunInfo, find_run, list_runs
 
 
 @dataclass(frozen=True, kw_only=True)

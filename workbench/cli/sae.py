@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from workbench.cli.base import BaseCommand
-from workbench.errors import InvalidInputError
-from workbench.saes.config import ALIASES, OPTIONS, Kernel, SAEConfig
+from workbench.core.errors import InvalidInputError
+from workbench.saes.training.config import ALIASES, OPTIONS, Kernel, SAEConfig
 
 if TYPE_CHECKING:
     from workbench.activations.store import ActivationStore
-    from workbench.saes.train import SAERun
+    from workbench.saes.training.train import SAERun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +113,8 @@ class SaeTrain(BaseCommand):
     def run(self) -> None:
         """Trains, saves, and prints the held-out numbers."""
         from workbench.activations.store import open_store
-        from workbench.rundir.live import WandbLog
-        from workbench.saes.train import sweep_names, train_sae, train_saes
+        from workbench.runs.live import WandbLog
+        from workbench.saes.training.train import sweep_names, train_sae, train_saes
 
         store = open_store(self.store)
         configs = self.configs(store)

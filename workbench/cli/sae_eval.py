@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from workbench.cli.base import Command, read_passages
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from workbench.saes.evaluate import EvalOptions
+    from workbench.saes.evaluation.evaluate import EvalOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class SaeMeasurement(Command):
 
     def evaluation(self) -> EvalOptions:
         """How many rows, in which batches."""
-        from workbench.saes.evaluate import EvalOptions
+        from workbench.saes.evaluation.evaluate import EvalOptions
 
         return EvalOptions(max_rows=self.rows, batch_rows=self.batch_rows, seed=self.seed)
 
@@ -59,8 +59,8 @@ class SaeEval(SaeMeasurement):
     def run(self) -> None:
         """Evaluates, writes the run folder, and says what was found."""
         from workbench.models.loading import load_model
-        from workbench.saes.evaluate import evaluate_sae
-        from workbench.saes.io import load_sae
+        from workbench.saes.evaluation.evaluate import evaluate_sae
+        from workbench.saes.formats.load import load_sae
 
         rows, sae = self.read_rows(), load_sae(self.sae)
         model = load_model(self.model)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.cli.features_show import load_cards
 from workbench.cli.model import ModelCommand
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from workbench.features.cards import FeatureCard
+    from workbench.features.card import FeatureCard
     from workbench.serve.playground import Playground
 
 
@@ -47,7 +47,7 @@ class Serve(ModelCommand):
             self._serve(playground, self._index(playground), listener)
 
     def _sae(self, model: Any) -> Any:
-        from workbench.saes.io import load_sae
+        from workbench.saes.formats.load import load_sae
 
         return None if self.sae is None else load_sae(self.sae, device=model.device, model=model, check=self.check)
 
@@ -57,9 +57,9 @@ class Serve(ModelCommand):
         return None if playground.sae is None else feature_index(playground, self._cards(playground))
 
     def _cards(self, playground: Playground) -> Iterable[FeatureCard] | None:
-        from workbench.errors import MissingFileError
-        from workbench.features.origin import origin, require_same_origin
-        from workbench.features.tablecards import complete_cards
+        from workbench.core.errors import MissingFileError
+        from workbench.features.cards.tablecards import complete_cards
+        from workbench.features.scores.origin import origin, require_same_origin
 
         folder = self.features or Path(self.sae or "")
         try:

@@ -6,17 +6,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from workbench.errors import UnknownNameError
-from workbench.glitch.census_report import CensusReport
-from workbench.glitch.census_result import CensusOptions
-from workbench.glitch.census_run import in_dtype, plan_census, run_census
-from workbench.glitch.differences import DiffReport, between, side
-from workbench.glitch.lint_report import LintReport
-from workbench.glitch.linter import KINDS, linter_for
-from workbench.glitch.prompts import PROBES, probes_from
-from workbench.glitch.report import GlitchReport
-from workbench.glitch.scanner import ScanOptions
-from workbench.glitch.scanner import scan as scan_rows
+from workbench.core.errors import UnknownNameError
+from workbench.glitch.counting.census import in_dtype, plan_census, run_census
+from workbench.glitch.counting.census_report import CensusReport
+from workbench.glitch.counting.census_result import CensusOptions
+from workbench.glitch.scanning.differences import DiffReport, between, side
+from workbench.glitch.scanning.glitch_report import GlitchReport
+from workbench.glitch.scanning.scanner import ScanOptions
+from workbench.glitch.scanning.scanner import scan as scan_rows
+from workbench.glitch.text.lint_report import LintReport
+from workbench.glitch.text.linter import KINDS, linter_for
+from workbench.glitch.verification.prompts import PROBES, probes_from
 
 
 @overload
@@ -80,10 +80,10 @@ def lint(model: Any, text: str, *, scan: str | Path | None = None, kinds: Iterab
 
     Args:
         model: a `Model`, a folder, a .gguf file, "embedded", or a hub id in the local cache.
-        text: one text; for files, or many texts, make a `Linter` once with `workbench.glitch.linter.linter_for`.
+        text: one text; for files, or many texts, make a `Linter` once with `workbench.glitch.text.linter.linter_for`.
         scan: run folder or glitch.json of `workbench glitch scan`; without it the weights are scanned now, which gives
             candidates that nobody has tested.
-        kinds: what to look for, keys of `workbench.glitch.linter.KINDS`.
+        kinds: what to look for, keys of `workbench.glitch.text.linter.KINDS`.
 
     Raises:
         UnknownNameError: for a kind that does not exist.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import EditError
+from workbench.core.errors import EditError
 from workbench.hooks.handles import Hooks
 from workbench.hooks.pattern import add_pattern_hook, unwatched
 from workbench.hooks.sites import Point

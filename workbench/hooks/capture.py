@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from workbench.errors import DegenerateInputError, EditError, UnknownSiteError, did_you_mean
+from workbench.core.errors import DegenerateInputError, EditError, UnknownSiteError, did_you_mean
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.handles import refuse_compiled
 from workbench.hooks.sites import Point, Site, SiteMap, flattened

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from workbench.errors import InvalidInputError, UnknownSiteError
+from workbench.core.errors import InvalidInputError, UnknownSiteError
 from workbench.hooks.sites import (
     LAYER_KINDS,
     Point,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from workbench.errors import EditError
+from workbench.core.errors import EditError
 from workbench.hooks.sites import Point
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from workbench.errors import EditError
+from workbench.core.errors import EditError
 from workbench.hooks.handles import Hooks
 from workbench.hooks.sites import Point
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.arguments import checked
-from workbench.errors import UnknownSiteError, did_you_mean
+from workbench.core.arguments import checked
+from workbench.core.errors import UnknownSiteError, did_you_mean
 
 Side = Literal["in", "out", "inside"]
 

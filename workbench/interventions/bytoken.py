@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.arguments import checked
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.arguments import checked
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.interventions.op import Op, Where, floats
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from workbench.arguments import checked, shown
-from workbench.errors import DegenerateInputError, ShapeError
+from workbench.core.arguments import checked, shown
+from workbench.core.errors import DegenerateInputError, ShapeError
 from workbench.interventions.scopes import Scope
 from workbench.interventions.step import Step
 

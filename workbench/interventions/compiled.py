@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.errors import EditError, InvalidInputError, ShapeError
+from workbench.core.errors import EditError, InvalidInputError, ShapeError
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.gates import Gate, When
 from workbench.interventions.intervention import Edit, Intervention

@@ -5,8 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.arguments import checked
-from workbench.errors import UnknownSiteError
+from workbench.core.arguments import checked
+from workbench.core.errors import UnknownSiteError
 from workbench.hooks.sites import Site, SiteMap
 from workbench.interventions.intervention import Edit, Intervention
 from workbench.interventions.ops import ProjectOut

@@ -14,13 +14,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from workbench.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownConfigKeyError, did_you_mean
+from workbench.core.errors import (
+    CorruptFileError,
+    InvalidInputError,
+    MissingFileError,
+    UnknownConfigKeyError,
+    did_you_mean,
+)
+from workbench.core.jsontext import content_of
+from workbench.core.records import load_json, save_json, write_atomic
 from workbench.hooks.sites import Site
 from workbench.interventions import bytoken, chosen, gates, ops, replacing, saes, shapes
 from workbench.interventions.op import Op
 from workbench.interventions.scopes import Scope
-from workbench.jsontext import content_of
-from workbench.records import load_json, save_json, write_atomic
 
 FORMAT = 1
 _JSON, _TENSORS = "intervention.json", "tensors.safetensors"

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench.arguments import checked
-from workbench.errors import InvalidInputError, ShapeError
+from workbench.bases.saecode import encode_some
+from workbench.core.arguments import checked
+from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.hooks.sites import Site
 from workbench.interventions.op import Op, Where, changed, floats, unit
-from workbench.interventions.saecode import encode_some
 from workbench.interventions.saes import features_of
 
 Reduce = Literal["mean", "last", "max"]

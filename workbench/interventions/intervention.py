@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from workbench.arguments import checked
-from workbench.errors import CorruptFileError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.arguments import checked
+from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.wording import Wording
 from workbench.hooks.sites import Site
 from workbench.interventions.files import load, save
 from workbench.interventions.op import Op
 from workbench.interventions.scopes import All, Scope
-from workbench.wording import Wording
 
 
 @dataclass(frozen=True)

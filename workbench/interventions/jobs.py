@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from workbench.errors import EditError
+from workbench.core.errors import EditError
 
 _REPLACED = "_replaced_by_watch_generate"
 """Attribute of our `generate`: what stood in its place on the instance, or None for the method of the class."""

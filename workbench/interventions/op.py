@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.arguments import shown
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.arguments import shown
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from workbench.arguments import checked
-from workbench.errors import EditError, ShapeError
+from workbench.core.arguments import checked
+from workbench.core.errors import EditError, ShapeError
 from workbench.hooks.attach import Fn, attach
 from workbench.hooks.handles import Hooks, refuse_compiled, weakly
 from workbench.hooks.sites import Point, Site, SiteMap

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.arguments import checked
-from workbench.errors import EditError, InvalidInputError, ShapeError, did_you_mean
+from workbench.core.arguments import checked
+from workbench.core.errors import EditError, InvalidInputError, ShapeError, did_you_mean
+from workbench.core.tokens import TokenBatch
 from workbench.interventions.op import LowRankForm, Op, Where, basis, changed, floats, project, same_width
-from workbench.tokens import TokenBatch
 
 AblateKind = Literal["zero", "mean", "resample"]
 

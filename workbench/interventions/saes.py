@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.arguments import checked, shown
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.bases.saecode import decode, decoder_rows, encode, encode_some, output_scale, refuse_transcoder
+from workbench.core.arguments import checked, shown
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.interventions.op import Op, Where, floats, moves, same_width, set_numbers, vector
-from workbench.interventions.saecode import decode, decoder_rows, encode, encode_some, output_scale, refuse_transcoder
 
 ErrorTerm = Literal["keep", "drop"]
 ClampMode = Literal["set", "min", "max"]

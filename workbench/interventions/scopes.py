@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from workbench.arguments import checked
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.arguments import checked
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.wording import Marker, Wording
 from workbench.interventions.step import Step, ends_of
-from workbench.wording import Marker, Wording
 
 
 class Scope:

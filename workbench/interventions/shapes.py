@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.arguments import checked
-from workbench.errors import InvalidInputError, ShapeError
+from workbench.core.arguments import checked
+from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.interventions.op import Op, Where, basis, set_numbers, unit
 
 ProjectionMode = Literal["set", "min", "max", "subspace"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError
+from workbench.core.errors import DegenerateInputError
 from workbench.interventions.chosen import Rows
 from workbench.interventions.intervention import Edit, Intervention
 from workbench.interventions.op import Op, changed

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, ShapeError
+from workbench.core.tokens import TokenBatch
+from workbench.core.wording import Wording
 from workbench.interventions.scopes import Scope
 from workbench.interventions.step import Step
-from workbench.tokens import TokenBatch
-from workbench.wording import Wording
 
 T = TypeVar("T")
 

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.progress import track
+from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
@@ -17,8 +19,6 @@ from workbench.interventions.report import EditReport
 from workbench.interventions.variants import variants
 from workbench.models.numbers import has_nan
 from workbench.models.resume import Resume, earliest
-from workbench.progress import track
-from workbench.tokens import TokenBatch
 
 
 @dataclass(frozen=True, eq=False)

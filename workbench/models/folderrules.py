@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 from workbench.models.sampling import Sampling
 
 RULES = (

@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.core.progress import track
+from workbench.core.tokenizer import continuation
+from workbench.core.tokens import TokenBatch
 from workbench.hooks.handles import refuse_compiled
 from workbench.hooks.sites import Site, SiteMap
 from workbench.interventions.gates import When
@@ -22,9 +25,6 @@ from workbench.models.decoding import ENDED, Decoder, Recorder, Rows
 from workbench.models.folderrules import left_aside
 from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
-from workbench.progress import track
-from workbench.tokenizer import continuation
-from workbench.tokens import TokenBatch
 
 Record = dict[str, tuple[Tensor, ...]]
 

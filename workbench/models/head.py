@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 from workbench.hooks.handles import Hooks
 from workbench.interventions.plan import active_plans
 from workbench.models.numbers import has_nan

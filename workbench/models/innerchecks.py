@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import EditError
+from workbench.core.errors import EditError
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.capture import capture
 from workbench.hooks.sites import Site, SiteMap

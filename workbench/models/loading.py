@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from workbench.arguments import checked
-from workbench.errors import (
+from workbench.core.arguments import checked
+from workbench.core.errors import (
     CorruptFileError,
     InvalidInputError,
     MismatchError,
@@ -21,6 +21,7 @@ from workbench.errors import (
     ResourceError,
     WorkbenchError,
 )
+from workbench.core.records import load_json
 from workbench.models.embedded import embedded_folder, gguf_folder, quiet_transformers
 from workbench.models.model import Model
 from workbench.models.weights import (
@@ -30,7 +31,6 @@ from workbench.models.weights import (
     stored_dtypes,
     weight_files,
 )
-from workbench.records import load_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST_TEXT = 300

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.arguments import checked
-from workbench.chats import Chat
-from workbench.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.core.arguments import checked
+from workbench.core.chats import Chat
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.core.progress import task
+from workbench.core.tokens import Bos, TokenBatch
 from workbench.hooks.capture import Activations, capture
 from workbench.hooks.sites import Site
 from workbench.interventions.export.api import export
@@ -34,8 +36,6 @@ from workbench.models.selfcheck import CheckReport, self_check
 from workbench.models.session import Session
 from workbench.models.sitetable import SiteTable
 from workbench.models.wrapped import Batch, Wrapped
-from workbench.progress import task
-from workbench.tokens import Bos, TokenBatch
 
 
 @checked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 from workbench.hooks.capture import Activations
 
 _CAUSE = "The model computes no number there: its weights are damaged, or its dtype overflows; try dtype='float32'."

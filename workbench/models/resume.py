@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
+from workbench.core.tokens import TokenBatch
 from workbench.hooks.attach import attach
 from workbench.hooks.handles import Hooks, refuse_compiled
 from workbench.hooks.sites import Point, Site, SiteMap
@@ -20,7 +21,6 @@ from workbench.interventions.plan import Plan
 from workbench.models.head import Head, agree, edits_logits, forward
 from workbench.models.kvcache import can_crop, crop, holds, new_cache, select_rows, takes_cache
 from workbench.models.numbers import has_nan
-from workbench.tokens import TokenBatch
 
 
 class Resume:

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.arguments import checked
-from workbench.errors import InvalidInputError
+from workbench.core.arguments import checked
+from workbench.core.errors import InvalidInputError
 
 _BLOCK = 256
 _FIRST_TOP = 64

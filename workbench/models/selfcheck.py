@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import EditError, SelfCheckError
+from workbench.core.errors import EditError, SelfCheckError
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.capture import Activations, capture
 from workbench.hooks.sites import MODEL_KINDS, Point, Site, SiteMap

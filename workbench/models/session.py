@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.arguments import checked
-from workbench.errors import DegenerateInputError, InvalidInputError, did_you_mean
+from workbench.core.arguments import checked
+from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
+from workbench.core.tokens import TokenBatch, encode
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.report import EditReport
 from workbench.models.decoding import Decoder, Prefilled
@@ -21,7 +22,6 @@ from workbench.models.generation import Generation, Parts, collected
 from workbench.models.kvcache import crop, length, new_cache
 from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
-from workbench.tokens import TokenBatch, encode
 
 _OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "top_k", "top_p", "min_p")
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from workbench.codec import token_bytes
+from workbench.core.codec import token_bytes
+from workbench.core.tokenizer import NoTokenizer, require_unicode
 from workbench.models.folderrules import stop_strings
 from workbench.models.sampling import Sampling
-from workbench.tokenizer import NoTokenizer, require_unicode
 
 
 class StopStrings:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from workbench.errors import InvalidInputError, did_you_mean
+from workbench.core.errors import InvalidInputError, did_you_mean
 
 D_MODEL, N_LAYERS = 16, 3
 _SIZE = {

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from workbench.errors import CorruptFileError, MismatchError
+from workbench.core.errors import CorruptFileError, MismatchError
 
 _COMPUTED = re.compile(
     r"(^|\.)(masked_bias|causal_mask|position_ids|(\w+_)?inv_freq|cos_cached|sin_cached|attn_bias|(attn|attention)\.bias)$"

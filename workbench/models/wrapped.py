@@ -12,16 +12,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.arguments import checked, shown
-from workbench.chats import Chat
-from workbench.errors import InvalidInputError, ShapeError
+from workbench.core.arguments import checked, shown
+from workbench.core.chats import Chat
+from workbench.core.errors import InvalidInputError, ShapeError
+from workbench.core.tokenizer import NoTokenizer
+from workbench.core.tokens import Bos, TokenBatch, encode
+from workbench.core.wording import Wording
 from workbench.hooks.families import build_site_map, position_tables
 from workbench.hooks.sites import Site
 from workbench.models.head import Head
 from workbench.models.identity import fingerprint
-from workbench.tokenizer import NoTokenizer
-from workbench.tokens import Bos, TokenBatch, encode
-from workbench.wording import Wording
 
 Texts = str | Sequence[str] | Chat | Sequence[Chat]
 Batch = TokenBatch | Texts | Int[Tensor, "batch pos"]

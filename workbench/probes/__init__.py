@@ -1,1 +1,5 @@
 """Linear probes on pooled activations."""
+
+from workbench.core.surface import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

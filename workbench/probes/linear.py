@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.stats import Estimate, wilson
-from workbench.tokens import TokenBatch
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.stats import Estimate, wilson
+from workbench.core.tokens import TokenBatch
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from workbench.errors import WorkbenchError
-from workbench.records import to_jsonable
+from workbench.core.errors import WorkbenchError
+from workbench.core.records import to_jsonable
 from workbench.serve.ask import Ask
 from workbench.serve.desk import Desk
 from workbench.serve.guard import Gate, Guard

@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.errors import InvalidInputError
-from workbench.records import from_jsonable
-from workbench.steering.options import ScopeName
+from workbench.core.errors import InvalidInputError
+from workbench.core.records import from_jsonable
+from workbench.steering.sweep.options import ScopeName
 
 Mode = Literal["steer", "clamp", "scale", "ablate"]
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from workbench.errors import InvalidInputError, WorkbenchError
+from workbench.core.errors import InvalidInputError, WorkbenchError
 from workbench.serve.playground import Event, Say, Stopped
 
 _LOG = logging.getLogger(__name__)

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
+from workbench.bases.saecode import decoder_rows
 from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op
-from workbench.interventions.saecode import decoder_rows
 from workbench.interventions.saes import SAEAblate, SAEAddMax, SAEClamp, SAEScale, features_of
 from workbench.interventions.scopes import Scope
 from workbench.interventions.shapes import EqualNorm
 from workbench.serve.ask import FeatureEdit
-from workbench.steering.steer import random_like
+from workbench.steering.sweep.steer import random_like
 
 
 def steered(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope) -> Intervention:

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from workbench.features.cards import FeatureCard, LensToken
-from workbench.features.lens import LensTokens, lens_ends, slab_rows
-from workbench.features.vocab import Vocabulary
-from workbench.interventions.saecode import decoder_rows
-from workbench.progress import track
-from workbench.records import to_jsonable
+from workbench.bases.saecode import decoder_rows
+from workbench.core.progress import track
+from workbench.core.records import to_jsonable
+from workbench.features.card import FeatureCard, LensToken
+from workbench.features.scores.logit_lens import LensTokens, lens_ends, slab_rows
+from workbench.features.token_classes import Vocabulary
+from workbench.report.features import PackOptions
+from workbench.report.features.encode import pack_cards
 from workbench.serve.playground import Playground
-from workbench.view.features import PackOptions
-from workbench.view.features.encode import pack_cards
 
 MAX_PRODUCTS = 2**40
 """Multiplications of the logit lens of all features that are worth waiting for at the start: seconds to a minute."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from workbench.view.features.render import asset, inline_source, page_template, theme
+from workbench.report.features.render import asset, inline_source, page_template, theme
 
 _FOLDER = Path(__file__).parent
 

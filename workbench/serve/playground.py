@@ -11,25 +11,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.errors import InvalidInputError
-from workbench.features.lens import lens_ends, lens_tokens, slab_rows, target_site
-from workbench.features.vocab import Vocabulary
+from workbench.bases.saecode import decoder_rows
+from workbench.core.errors import InvalidInputError
+from workbench.core.metrics import token_log_probabilities
+from workbench.core.tokens import TokenBatch
+from workbench.features.scores.logit_lens import lens_ends, lens_tokens, slab_rows, target_site
+from workbench.features.token_classes import Vocabulary
 from workbench.hooks.handles import Hooks
 from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
-from workbench.interventions.saecode import decoder_rows
 from workbench.interventions.saes import features_of
-from workbench.metrics import token_log_probabilities
 from workbench.models.generation import Generation
 from workbench.models.head import forward
 from workbench.models.model import Model
+from workbench.report.features.encode import clip
+from workbench.report.text import visible
 from workbench.serve.ask import MAX_NEW_TOKENS, MAX_PROMPT_TOKENS, Ask
 from workbench.serve.edits import control, steered, words
-from workbench.steering.measures import kl_divergence
-from workbench.steering.options import SCOPES
-from workbench.tokens import TokenBatch
-from workbench.view.features.encode import clip
-from workbench.view.text import visible
+from workbench.steering.sweep.measures import kl_divergence
+from workbench.steering.sweep.options import SCOPES
 
 K = 20
 """Lens tokens of each edited feature that are marked in the texts."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from workbench.errors import DegenerateInputError, InvalidInputError, did_you_mean
+from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.export.lora import export_lora
 from workbench.interventions.export.result import TOLERANCE, Exported

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import NotExactlyExportable
+from workbench.core.errors import NotExactlyExportable
 from workbench.hooks.sites import Point
 from workbench.interventions.gates import When
 from workbench.interventions.intervention import Edit

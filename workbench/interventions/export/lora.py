@@ -15,15 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.arguments import checked
-from workbench.errors import CorruptFileError, DegenerateInputError, EditError, MissingFileError, ShapeError
+from workbench.core.arguments import checked
+from workbench.core.errors import CorruptFileError, DegenerateInputError, EditError, MissingFileError, ShapeError
+from workbench.core.records import load_json, write_atomic
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.export.folds import refused
 from workbench.interventions.export.result import Exported, Probe
 from workbench.interventions.export.stream import FoldedWriter, folded_writers
 from workbench.interventions.export.weights import folded_bias
 from workbench.interventions.intervention import Intervention
-from workbench.records import load_json, write_atomic
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.errors import NotExactlyExportable
+from workbench.core.errors import NotExactlyExportable
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.errors import NotExactlyExportable
+from workbench.core.errors import NotExactlyExportable
 from workbench.hooks.families import position_tables
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.export.folds import Fold, fold_of, refused

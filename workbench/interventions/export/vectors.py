@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
+from workbench.core.records import write_atomic
 from workbench.hooks.attach import attached
 from workbench.hooks.families import position_tables
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.export.folds import Fold, fold_of, refused
 from workbench.interventions.export.result import Exported, Probe
 from workbench.interventions.intervention import Edit, Intervention
-from workbench.records import write_atomic
 
 _GGUF_ARCH = "controlvector"
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.errors import InvalidInputError, NotExactlyExportable
+from workbench.core.errors import InvalidInputError, NotExactlyExportable
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.export.result import Exported, Probe
 from workbench.interventions.export.stream import FoldedWriter, folded_writers

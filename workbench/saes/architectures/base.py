@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.errors import ShapeError
-from workbench.saes.sparse import Products, SparseActs, SparseProducts
-from workbench.saes.weights import SAEWeights
+from workbench.core.errors import ShapeError
+from workbench.saes.kernels.sparse import Products, SparseActs, SparseProducts
+from workbench.saes.kernels.weights import SAEWeights
 
 NO_VARIANCE = 1e-10
 """Variance of the residuals, as a share of their squared norm, up to which there is no auxiliary loss."""

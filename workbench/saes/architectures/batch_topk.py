@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 from workbench.saes.architectures.base import Architecture, Batch, StepOptions, StepResult
 from workbench.saes.architectures.reconstruction import reconstruction_step, smallest_positive
-from workbench.saes.select import Encoder, Ranking, check_k, select_above, select_batch_topk
-from workbench.saes.sparse import SparseActs
-from workbench.saes.weights import SAEWeights
+from workbench.saes.kernels.select import Encoder, Ranking, check_k, select_above, select_batch_topk
+from workbench.saes.kernels.sparse import SparseActs
+from workbench.saes.kernels.weights import SAEWeights
 
 
 class _OverTheBatch(Architecture):

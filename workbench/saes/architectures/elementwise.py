@@ -17,9 +17,9 @@ from torch import Tensor
 
 from workbench.saes.architectures.base import Architecture, Batch, StepOptions, StepResult
 from workbench.saes.architectures.reconstruction import smallest_positive, squared_norm
-from workbench.saes.select import Encoder, Ranking, select_above
-from workbench.saes.sparse import FeatureLists, Products, SparseActs
-from workbench.saes.weights import SAEWeights
+from workbench.saes.kernels.select import Encoder, Ranking, select_above
+from workbench.saes.kernels.sparse import FeatureLists, Products, SparseActs
+from workbench.saes.kernels.weights import SAEWeights
 
 SPARSE_BELOW = 1 / 20
 """Density of the pattern below which the sparse form costs less."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.saes.architectures.elementwise import Backward, Elementwise, Forward, Spread
-from workbench.saes.weights import SAEWeights
+from workbench.saes.kernels.weights import SAEWeights
 
 
 @dataclass(frozen=True)

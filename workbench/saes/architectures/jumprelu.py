@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 from workbench.saes.architectures.elementwise import Backward, Elementwise, Forward, Spread
-from workbench.saes.weights import SAEWeights
+from workbench.saes.kernels.weights import SAEWeights
 
 
 @dataclass(frozen=True)

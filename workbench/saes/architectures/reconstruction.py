@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.saes.architectures.base import NO_VARIANCE, AuxTask, Batch, StepOptions, StepResult
-from workbench.saes.select import topk_indices
-from workbench.saes.sparse import SparseActs
-from workbench.saes.weights import SAEWeights
+from workbench.saes.kernels.select import topk_indices
+from workbench.saes.kernels.sparse import SparseActs
+from workbench.saes.kernels.weights import SAEWeights
 
 AUX_ROWS = 512
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from workbench.saes.architectures.base import Architecture, Batch, StepOptions, StepResult
 from workbench.saes.architectures.reconstruction import reconstruction_step
-from workbench.saes.select import Ranking, select_topk
-from workbench.saes.sparse import SparseActs
-from workbench.saes.weights import SAEWeights
+from workbench.saes.kernels.select import Ranking, select_topk
+from workbench.saes.kernels.sparse import SparseActs
+from workbench.saes.kernels.weights import SAEWeights
 
 
 @dataclass(frozen=True)

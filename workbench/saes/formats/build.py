@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import InvalidInputError, MismatchError
+from workbench.core.errors import InvalidInputError, MismatchError
 from workbench.saes.formats.lensmodule import sae_lens_module
 from workbench.saes.formats.raw import Activation, RawSAE, fold
 

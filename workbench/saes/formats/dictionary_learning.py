@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from workbench.errors import CorruptFileError, MismatchError, UnknownNameError, did_you_mean
+from workbench.core.errors import CorruptFileError, MismatchError, UnknownNameError, did_you_mean
 from workbench.saes.formats.files import read_config, read_tensors
 from workbench.saes.formats.names import site_metadata
 from workbench.saes.formats.overrides import Overrides

@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from workbench.errors import CorruptFileError, MissingFileError, ResourceError, WorkbenchError
+from workbench.core.errors import CorruptFileError, MissingFileError, ResourceError, WorkbenchError
+from workbench.core.records import load_json
 from workbench.models.weights import pickled_class
-from workbench.records import load_json
 
 _MEMORY_SHARE = 0.9
 _NESTED = ("state_dict", "model_state_dict", "sae", "ae")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from workbench.errors import MissingFileError, UnknownNameError, did_you_mean
+from workbench.core.errors import MissingFileError, UnknownNameError, did_you_mean
 from workbench.saes.formats import dictionary_learning, gemma_scope, sparsify
 from workbench.saes.formats.files import read_tensors
 from workbench.saes.formats.overrides import Overrides

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import MismatchError, UnknownSiteError
+from workbench.core.errors import MismatchError, UnknownSiteError
 from workbench.hooks.sites import Site
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)[._](\d+)(?:\.(.*))?$")

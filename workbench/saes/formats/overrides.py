@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workbench.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError
 
 ACTIVATIONS = ("relu", "topk", "groupmax", "jumprelu")
 

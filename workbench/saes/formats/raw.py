@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import CorruptFileError, InvalidInputError, ShapeError
+from workbench.core.errors import CorruptFileError, InvalidInputError, ShapeError
 
 Activation = Literal["relu", "topk", "groupmax", "jumprelu", "gated"]
 Norm = Literal["none", "layer_norm", "constant_norm_rescale"]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from workbench.errors import CorruptFileError, ModelUnavailableError, UnknownNameError, did_you_mean
+from workbench.core.errors import CorruptFileError, ModelUnavailableError, UnknownNameError, did_you_mean
 from workbench.saes.formats.lensmodule import sae_lens_module
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import CorruptFileError
+from workbench.core.errors import CorruptFileError
 from workbench.saes.formats.files import read_config, read_tensors
 from workbench.saes.formats.names import site_metadata, site_of
 from workbench.saes.formats.overrides import Overrides

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.errors import CorruptFileError, MismatchError
+from workbench.core.errors import CorruptFileError, MismatchError
 from workbench.saes.formats.names import site_metadata
 from workbench.saes.formats.overrides import Overrides
 from workbench.saes.formats.raw import RawSAE

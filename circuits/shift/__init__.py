@@ -1,0 +1,1 @@
+"""SHIFT: the task, the evidence, the methods, the study and its report."""

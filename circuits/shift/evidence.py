@@ -1,0 +1,234 @@
+"""Pooled activations of labelled texts, plain or with features ablated; what SHIFT computes everything from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.shift.feature_judges import Node
+from circuits.shift.task import word_pattern
+from workbench.bases.saecode import Basis
+from workbench.core.errors import InvalidInputError
+from workbench.core.progress import track
+from workbench.core.tokens import TokenBatch
+from workbench.interventions.chosen import Mask
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.report import EditReport
+from workbench.interventions.saes import SAEAblate
+from workbench.models.model import Model
+from workbench.probes.linear import mean_pool, readable_tokens, sink_norm
+
+
+@dataclass(frozen=True, eq=False)
+class PooledTexts:
+    """Mean over the readable tokens of each text; on the CPU, where probes are fitted.
+
+    Attributes:
+        texts: the texts.
+        x: activations at the probe's site.
+        acts: feature activations per site of an SAE, in the units of the stream (`Basis.contributions`).
+        frequency: share of the readable tokens on which each feature is active, per site.
+        n_tokens: readable tokens.
+        n_left_out: tokens of the texts that are not read (first, special, sinks).
+    """
+
+    texts: tuple[str, ...]
+    x: Float[Tensor, "rows d"]
+    acts: dict[str, Float[Tensor, "rows d_sae"]]
+    frequency: dict[str, Float[Tensor, " d_sae"]]
+    n_tokens: int
+    n_left_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Reads texts at the probe's site and at the SAEs' sites.
+
+    Attributes:
+        model: the model.
+        bases: a basis per site.
+        probe_site: where the probe reads.
+        max_norm: norm above which a token is an attention sink, at the probe's site.
+        batch_size: texts per forward pass.
+    """
+
+    model: Model
+    bases: Mapping[str, Basis]
+    probe_site: str
+    max_norm: float
+    batch_size: int = 32
+
+    @classmethod
+    def fitted(
+        cls, model: Model, bases: Mapping[str, Basis], probe_site: str, texts: Sequence[str], batch_size: int = 32
+    ) -> Reader:
+        """A reader whose sink norm is estimated on the first batch of texts."""
+        batch = model.tokens(list(texts[:batch_size]))
+        return cls(
+            model, bases, probe_site, sink_norm(batch, model.capture(batch, [probe_site]).flat(probe_site)), batch_size
+        )
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether ablations can be computed on pooled activations: the only SAE stands at the probe's site."""
+        return set(self.bases) == {self.probe_site}
+
+    def keep(self, batch: TokenBatch, x: Float[Tensor, "batch pos d"]) -> Bool[Tensor, "batch pos"]:
+        """The tokens that are pooled and edited; `x` are the unedited activations at the probe's site."""
+        return readable_tokens(batch, x, self.max_norm)
+
+    def read(self, texts: Sequence[str], what: str) -> PooledTexts:
+        """Pooled activations of unedited texts."""
+        x, n_tokens, n_left_out = [], 0, 0
+        acts: dict[str, list[Tensor]] = {site: [] for site in self.bases}
+        active: dict[str, list[Tensor]] = {site: [] for site in self.bases}
+        for batch in self._batches(texts, what):
+            found = self.model.capture(batch, list(dict.fromkeys([self.probe_site, *self.bases])))
+            keep = self.keep(batch, found.flat(self.probe_site))
+            x.append(mean_pool(found.flat(self.probe_site), keep).cpu())
+            n_tokens, n_left_out = n_tokens + int(keep.sum()), n_left_out + batch.n_tokens - int(keep.sum())
+            for site, basis in self.bases.items():
+                pooled, counts = pooled_features(basis, found.flat(site), keep)
+                acts[site].append(pooled)
+                active[site].append(counts)
+        frequency = {site: torch.stack(parts).sum(0) / n_tokens for site, parts in active.items()}
+        pooled_acts = {site: torch.cat(parts) for site, parts in acts.items()}
+        return PooledTexts(tuple(texts), torch.cat(x), pooled_acts, frequency, n_tokens, n_left_out)
+
+    def ablated(self, pooled: PooledTexts, nodes: Sequence[Node]) -> Float[Tensor, "rows d"]:
+        """Pooled activations at the probe's site with features set to zero and the SAE's error kept."""
+        if not nodes:
+            return pooled.x
+        if not self.is_linear:
+            return self.ablated_by_model(pooled, nodes)[0]
+        # Mean and decoder are linear: the mean of the edited tokens is the edited mean.
+        features = torch.tensor([node.feature for node in nodes])
+        rows = self.bases[self.probe_site].rows(features).to(pooled.x)
+        return pooled.x - pooled.acts[self.probe_site][:, features] @ rows
+
+    def ablated_by_model(
+        self, pooled: PooledTexts, nodes: Sequence[Node]
+    ) -> tuple[Float[Tensor, "rows d"], tuple[EditReport, ...]]:
+        """The same by running the model with the edit at every readable token; also what each edit did."""
+        x, reports = [], []
+        for batch in self._batches(pooled.texts, "ablating"):
+            keep = self.keep(batch, self.model.capture(batch, [self.probe_site]).flat(self.probe_site))
+            with self.model.plan(self.intervention(nodes, keep)) as plan:
+                x.append(mean_pool(self.model.capture(batch, [self.probe_site]).flat(self.probe_site), keep).cpu())
+            reports += plan.report
+        return torch.cat(x), tuple(reports)
+
+    def intervention(self, nodes: Sequence[Node], keep: Bool[Tensor, "batch pos"]) -> Intervention:
+        """Zeroes the features at their sites, in the order of the sites."""
+        edits = Intervention()
+        for site, basis in self.bases.items():
+            features = [node.feature for node in nodes if node.site == site]
+            if features:
+                edits += Intervention.at(site, SAEAblate(basis.sae, features), Mask(keep, may_skip_rows=True))
+        return edits
+
+    def _batches(self, texts: Sequence[str], what: str) -> Any:
+        starts = range(0, len(texts), self.batch_size)
+        for start in track(starts, total=len(starts), description=what, unit="batches"):
+            yield self.model.tokens(list(texts[start : start + self.batch_size]))
+
+
+def pooled_features(
+    basis: Basis, x: Float[Tensor, "batch pos d"], keep: Bool[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, " d_sae"]]:
+    """Mean contribution over the kept tokens of each row, and on how many tokens each feature is active; on the CPU.
+
+    One row at a time, so that no more than `(pos, d_sae)` is in memory.
+    """
+    means, active = [], torch.zeros(basis.d_sae)
+    for row, kept in zip(x, keep.to(x.device), strict=True):
+        parts = basis.contributions(row[kept])
+        means.append(parts.mean(0).cpu())
+        active += (parts != 0).sum(0).cpu()
+    return torch.stack(means), active
+
+
+@dataclass(frozen=True, eq=False)
+class TokenEvidence:
+    """Where one feature fires.
+
+    Attributes:
+        top_tokens: tokens with the largest activation, with it.
+        spurious_share: share of its activation on the first word list.
+        target_share: share on the second.
+        n_tokens: tokens on which it is active.
+    """
+
+    top_tokens: tuple[tuple[str, float], ...]
+    spurious_share: float
+    target_share: float
+    n_tokens: int
+
+
+def token_evidence(
+    reader: Reader,
+    texts: Sequence[str],
+    nodes: Sequence[Node],
+    words: tuple[frozenset[str], frozenset[str]],
+    top: int = 6,
+) -> dict[Node, TokenEvidence]:
+    """On which tokens each feature fires, over the readable tokens of the texts."""
+    acts: dict[str, list[Tensor]] = {site: [] for site in reader.bases}
+    features = {site: [node.feature for node in nodes if node.site == site] for site in reader.bases}
+    strings: list[list[str]] = []
+    on_words: list[Tensor] = []
+    for batch in reader._batches(texts, "reading contexts"):
+        found = reader.model.capture(batch, list(dict.fromkeys([reader.probe_site, *reader.bases])))
+        keep = reader.keep(batch, found.flat(reader.probe_site))
+        for site, basis in reader.bases.items():
+            x = found.flat(site)
+            rows = [basis.activations(row[k])[:, features[site]] for row, k in zip(x, keep.to(x.device), strict=True)]
+            acts[site].append(torch.cat(rows).cpu())
+        marks = torch.stack([_marked(reader.model, batch, texts, list_, len(strings)) for list_ in words], dim=-1)
+        on_words.append(marks[keep].cpu())
+        strings += [_strings(row, k) for row, k in zip(batch.str_tokens, keep, strict=True)]
+    flat = [token for row in strings for token in row]
+    marks = torch.cat(on_words).float()
+    return {
+        Node(site, f): _evidence(torch.cat(acts[site])[:, i], flat, marks, top)
+        for site in reader.bases for i, f in enumerate(features[site])
+    }  # fmt: skip
+
+
+def _strings(row: tuple[str, ...], keep: Tensor) -> list[str]:
+    """Texts of the kept tokens; `keep` is left-padded, `row` is not."""
+    kept = keep[len(keep) - len(row) :]
+    return [token for token, wanted in zip(row, kept.tolist(), strict=True) if wanted]
+
+
+def _evidence(acts: Tensor, strings: Sequence[str], marks: Tensor, top: int) -> TokenEvidence:
+    total = float(acts.sum())
+    shares = (acts @ marks / total).tolist() if total else [0.0, 0.0]
+    best: dict[str, float] = {}
+    for i in acts.argsort(descending=True)[: 20 * top].tolist():
+        if acts[i] > 0 and len(best) < top:
+            best.setdefault(strings[int(i)], float(acts[i]))
+    return TokenEvidence(tuple(best.items()), shares[0], shares[1], int((acts > 0).sum()))
+
+
+def _marked(model: Model, batch: TokenBatch, texts: Sequence[str], words: frozenset[str], start: int) -> Tensor:
+    """True at tokens that overlap one of the words."""
+    marks = torch.zeros_like(batch.mask)
+    pattern = word_pattern(words)
+    for row in range(len(batch)):
+        text = texts[start + row]
+        spans = [match.span() for match in pattern.finditer(text)]
+        coded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if "offset_mapping" not in coded:
+            raise InvalidInputError(
+                "token_evidence: this tokenizer can't say where its tokens lie in the text. Use a fast tokenizer."
+            )
+        hits = [any(a < end and b > begin for begin, end in spans) for a, b in coded["offset_mapping"]]
+        # Right-aligned: a BOS, where there is one, stands in front.
+        marks[row, marks.shape[1] - len(hits) :] = torch.tensor(hits, device=marks.device)
+    return marks

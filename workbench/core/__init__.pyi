@@ -1,0 +1,15 @@
+from . import arguments as arguments
+from . import atomic as atomic
+from . import chats as chats
+from . import codec as codec
+from . import errors as errors
+from . import gguffile as gguffile
+from . import jsontext as jsontext
+from . import metrics as metrics
+from . import progress as progress
+from . import records as records
+from . import similarity as similarity
+from . import stats as stats
+from . import tokenizer as tokenizer
+from . import tokens as tokens
+from . import wording as wording

@@ -1,0 +1,235 @@
+"""Intervals and nulls: every number that the workbench prints comes with one of these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+
+Values = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its confidence interval and what it was measured on.
+
+    Attributes:
+        value: the point estimate.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        n: number of independent units (prompts, documents, tokens: `unit` says which).
+        method: how the interval was made.
+        unit: what was counted in `n`.
+        level: coverage of the interval.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    method: str
+    unit: str = "rows"
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n={self.n} {self.unit})"
+
+    def excludes(self, value: float) -> bool:
+        """Whether the interval lies wholly on one side of `value`."""
+        return not self.low <= value <= self.high
+
+
+def _finite(values: Values, name: str) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise DegenerateInputError(
+            f"{name}: asked for an interval over shape {array.shape}; needs a non-empty 1-d array."
+        )
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise InvalidInputError(f"{name}: {bad} of {array.size} values are not finite. Remove or mend them first.")
+    return array
+
+
+def _resamples(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Rows of each resample, a part of the resamples at a time."""
+    random, most = np.random.default_rng(seed), _AT_ONCE // n + 1
+    for k in range(0, resamples, most):
+        yield random.integers(0, n, size=(min(most, resamples - k), n))
+
+
+def _percentile(point: float, draws: np.ndarray, n: int, unit: str, method: str, level: float) -> Estimate:
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    # Plus zero: a negative zero would be shown as -0.
+    return Estimate(float(point) + 0.0, float(low) + 0.0, float(high) + 0.0, n, method, unit, level)
+
+
+_AT_ONCE = 2**24
+"""Values that are drawn at a time, for memory."""
+
+
+def bootstrap_mean(
+    values: Values, *, unit: str = "rows", seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> Estimate:
+    """Mean with a percentile bootstrap interval over rows.
+
+    Raises:
+        DegenerateInputError: if `values` is empty.
+        InvalidInputError: if a value is not finite.
+
+    >>> bootstrap_mean([1.0, 1.0, 1.0]).low
+    1.0
+    """
+    x = _finite(values, "bootstrap_mean")
+    draws = np.concatenate([x[rows].mean(axis=1) for rows in _resamples(x.size, resamples, seed)])
+    return _percentile(x.mean(), draws, x.size, unit, "percentile bootstrap", level)
+
+
+FEW = 20
+"""Below so many rows a percentile bootstrap is too narrow: it cannot know more spread than the rows show."""
+
+
+def sample_mean(
+    values: Values, *, unit: str = "rows", seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> Estimate:
+    """Mean with Student's t interval below `FEW` rows, and a percentile bootstrap interval from there on.
+
+    One row says nothing about its spread, so its interval is the whole line.
+
+    Raises:
+        DegenerateInputError: if `values` is empty.
+        InvalidInputError: if a value is not finite.
+
+    >>> round(sample_mean([1.0, 2.0, 3.0]).high, 3)  # 2 + 4.303 * 1 / sqrt(3)
+    4.484
+    """
+    x = _finite(values, "sample_mean")
+    if x.size >= FEW:
+        return bootstrap_mean(x, unit=unit, seed=seed, resamples=resamples, level=level)
+    return _student(x.mean(), x, unit, "Student's t", level)
+
+
+def _student(point: float, values: np.ndarray, unit: str, method: str, level: float) -> Estimate:
+    """The interval of a mean whose rows deviate as `values` do."""
+    from scipy.stats import t
+
+    n, point = values.size, float(point) + 0.0  # plus zero: a negative zero would be shown as -0
+    half = float(t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    return Estimate(point, point - half, point + half, n, method, unit, level)
+
+
+def sample_ratio(
+    numerator: Values,
+    denominator: Values,
+    *,
+    unit: str = "rows",
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Estimate:
+    """Ratio of sums over paired rows, with an interval over rows.
+
+    Below `FEW` rows Student's t of the linearised ratio: row i deviates by `(a_i - ratio * b_i) / mean(b)`. From there
+    on a percentile bootstrap that draws numerator and denominator together.
+
+    Raises:
+        DegenerateInputError: if there are no rows, or the denominators sum to zero.
+        InvalidInputError: if a value is not finite, or the rows don't pair up.
+
+    >>> sample_ratio([1.0, 3.0], [2.0, 2.0]).value  # (1 + 3) / (2 + 2)
+    1.0
+    """
+    a, b = _finite(numerator, "sample_ratio"), _finite(denominator, "sample_ratio")
+    if a.shape != b.shape:
+        raise InvalidInputError(f"sample_ratio: {a.size} numerators and {b.size} denominators; they must pair up.")
+    if b.sum() == 0:
+        raise DegenerateInputError("sample_ratio: the denominators sum to zero.")
+    point = a.sum() / b.sum()
+    if a.size < FEW:
+        return _student(point, (a - point * b) / b.mean(), unit, "Student's t of a linearised ratio of sums", level)
+    sums = [(a[rows].sum(axis=1), b[rows].sum(axis=1)) for rows in _resamples(a.size, resamples, seed)]
+    tops, bottoms = map(np.concatenate, zip(*sums, strict=True))
+    draws = tops[bottoms != 0] / bottoms[bottoms != 0]
+    return _percentile(point, draws, a.size, unit, "percentile bootstrap of a ratio of sums", level)
+
+
+def paired_difference(a: Values, b: Values, *, unit: str = "rows", seed: int = 0, level: float = 0.95) -> Estimate:
+    """Mean of `a - b` over paired rows, with the interval of `sample_mean`.
+
+    >>> paired_difference([2.0, 3.0], [1.0, 2.0]).value
+    1.0
+    """
+    return sample_mean(_differences(a, b, "paired_difference"), unit=unit, seed=seed, level=level)
+
+
+def _differences(a: Values, b: Values, name: str) -> np.ndarray:
+    x, y = _finite(a, name), _finite(b, name)
+    if x.shape != y.shape:
+        raise InvalidInputError(f"{name}: {x.size} and {y.size} rows; they must pair up.")
+    return x - y
+
+
+def wilson(successes: int, n: int, *, unit: str = "rows", level: float = 0.95) -> Estimate:
+    """Proportion with the Wilson score interval.
+
+    >>> wilson(0, 10).value, round(wilson(0, 10).high, 4)
+    (0.0, 0.2775)
+    """
+    from scipy.stats import norm
+
+    _check_counts(successes, n)
+    z, p = float(norm.ppf((1 + level) / 2)), successes / n
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    low, high = max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return Estimate(p, min(low, p), max(high, p), n, "Wilson", unit, level)
+
+
+def clopper_pearson(successes: int, n: int, *, unit: str = "rows", level: float = 0.95) -> Estimate:
+    """Proportion with the exact (conservative) Clopper-Pearson interval.
+
+    >>> round(clopper_pearson(0, 10).high, 4)  # 1 - 0.025 ** (1 / 10)
+    0.3085
+    """
+    from scipy.stats import beta
+
+    _check_counts(successes, n)
+    tail = (1 - level) / 2
+    low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, n - successes + 1))
+    high = 1.0 if successes == n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    return Estimate(successes / n, low, high, n, "Clopper-Pearson", unit, level)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value for paired yes/no outcomes: are two conditions met equally often?
+
+    Only the discordant pairs count: under the null each is as likely to favour the first as the second. 1.0 where no
+    pair differs.
+
+    Args:
+        only_first: pairs in which the first condition alone was met.
+        only_second: pairs in which the second condition alone was met.
+
+    Source: McNemar 1947, in its exact (binomial) form.
+
+    >>> mcnemar(0, 5), mcnemar(3, 3)  # 2 * 0.5 ** 5, and min(1, more than 1)
+    (0.0625, 1.0)
+    """
+    from scipy.stats import binom
+
+    n = only_first + only_second
+    if n == 0:
+        return 1.0
+    _check_counts(only_first, n)
+    return min(1.0, 2 * float(binom.cdf(min(only_first, only_second), n, 0.5)))
+
+
+def _check_counts(successes: int, n: int) -> None:
+    if n <= 0:
+        raise DegenerateInputError(f"A proportion of n={n} rows has no value; measure at least one row.")
+    if not 0 <= successes <= n:
+        raise InvalidInputError(f"{successes} successes of n={n} rows is impossible.")

@@ -1,0 +1,135 @@
+"""What is known about one feature, as plain values: the page and the notebook show it, studies fill it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workbench.core.stats import Estimate
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of text in which a feature was looked at.
+
+    Attributes:
+        tokens: text of each token; a piece of a character as `<0xNN>`.
+        values: activation of the feature at each token, 0 where it is silent, None where the token was left out.
+        peak: index of the token with the largest activation.
+        stratum: "top", or the decile of the peak among those of the feature's packed rows, "decile 1" the strongest.
+        row: packed row in the store.
+        document: document in the source.
+    """
+
+    tokens: tuple[str, ...]
+    values: tuple[float | None, ...]
+    peak: int
+    stratum: str
+    row: int
+    document: int
+
+
+@dataclass(frozen=True)
+class LensToken:
+    """A token that a feature's decoder row promotes (positive logit) or suppresses, through the final norm."""
+
+    token: str
+    token_id: int
+    logit: float
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another feature that is close.
+
+    Attributes:
+        feature: its index.
+        kind: "activation" (correlation of activations on the same tokens) or "decoder" (cosine of decoder rows).
+        value: the correlation or cosine.
+        jaccard: share of the tokens on which either is active that both are active on; None where not measured.
+        null: what a random feature reaches (95th percentile); a neighbour at or below it says nothing.
+    """
+
+    feature: int
+    kind: str
+    value: float
+    jaccard: float | None
+    null: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a feature reads, in words, and how well the words predict it on held-out documents.
+
+    Attributes:
+        text: the explanation, such as "token is one of ' dog', ' cat'".
+        method: "rule" or the name of the judge.
+        scores: by name ("detection", "fuzzing", ...): balanced accuracy, 0.5 is chance.
+        controls: the same scores of another feature's explanation ("shuffled").
+        n_windows: held-out windows that were used.
+    """
+
+    text: str
+    method: str
+    scores: dict[str, Estimate]
+    controls: dict[str, Estimate]
+    n_windows: int
+
+
+@dataclass(frozen=True)
+class SteeringExample:
+    """One prompt continued with the feature added, beside its controls.
+
+    Attributes:
+        prompt: what was continued.
+        strength: multiple of the largest activation.
+        steered: continuation with the feature.
+        unsteered: continuation without.
+        random: continuation with a random direction of equal norm.
+    """
+
+    prompt: str
+    strength: float
+    steered: str
+    unsteered: str
+    random: str
+
+
+@dataclass(frozen=True)
+class FeatureCard:
+    """Everything that is shown of one feature; an empty tuple or None means that it was not measured.
+
+    Attributes:
+        feature: index in the SAE.
+        frequency: share of the read tokens on which it is active.
+        max_act: largest activation.
+        n_tokens: tokens that were read.
+        flags: any of "dead", "dense", "outlier", with the reason after a colon.
+        histogram: (lower edge, upper edge, tokens) of its positive activations.
+        windows: top windows first, then one or more of each decile.
+        promoted: tokens that its decoder row makes likelier, best first.
+        suppressed: tokens that it makes less likely, strongest first.
+        neighbours: nearest features.
+        explanation: what it reads, with its test.
+        scores: "input_score", "output_score", ... by name.
+        steering: examples.
+    """
+
+    feature: int
+    frequency: float
+    max_act: float
+    n_tokens: int
+    flags: tuple[str, ...] = ()
+    histogram: tuple[tuple[float, float, int], ...] = ()
+    windows: tuple[Window, ...] = ()
+    promoted: tuple[LensToken, ...] = ()
+    suppressed: tuple[LensToken, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
+    explanation: Explanation | None = None
+    scores: dict[str, float] | None = None
+    steering: tuple[SteeringExample, ...] = ()
+
+    def _repr_html_(self) -> str:
+        from workbench.core.records import to_jsonable
+        from workbench.report.features import card_html
+
+        return card_html(to_jsonable(self))

@@ -1,0 +1,1 @@
+"""Feature cards: everything that a pass over a store says about each feature."""

@@ -1,0 +1,266 @@
+"""From a pass over a store to feature cards."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.activations.store import ActivationStore
+from workbench.bases import saecode
+from workbench.core.arguments import checked
+from workbench.core.errors import InvalidInputError
+from workbench.features.card import Explanation, FeatureCard, LensToken, Neighbour, Window
+from workbench.features.cards.cardset import CardSet
+from workbench.features.cards.neighbours import NeighbourOptions, activation_neighbours, decoder_neighbours
+from workbench.features.explain.examples import ExampleOptions
+from workbench.features.explain.rule_explanations import explain_by_rules, score_rules
+from workbench.features.passes.sampling import MISSING
+from workbench.features.passes.store_pass import SAEFeatures
+from workbench.features.passes.windows import FeatureWindows, WindowOptions, WindowTable, bin_edges, collect_windows
+from workbench.features.scores.logit_lens import LensEnds, LensTokens, feature_ids, in_residual, lens_ends, writes_at
+from workbench.features.scores.origin import origin
+from workbench.features.scores.table import FeatureTable
+from workbench.features.token_classes import Vocabulary
+from workbench.models.model import Model
+from workbench.runs.parts import Parts
+from workbench.saes.formats.load import check_sae_fits
+
+DENSE_SHARE = 0.1
+"""A feature that is active on more than this share of the tokens is dense."""
+OUTLIER_FACTOR = 10.0
+"""A feature is an outlier if what it writes at its largest activation, or its decoder row, is this many times as long
+as that of the median live feature; for the decoder row also if it is this many times shorter."""
+MOST_BARS = 24
+_SCORES = ("input_score", "output_score", "output_score_delta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardOptions:
+    """What cards hold.
+
+    Attributes:
+        shown: strongest windows on a card.
+        per_decile: further windows of each decile of the feature's peaks.
+        lens_k: tokens promoted and suppressed.
+        explain: whether rules are made and tested; the slowest part.
+        windows: what is kept in the pass.
+        examples: how windows are divided for explanations.
+        neighbours: how neighbours are found.
+    """
+
+    shown: int = 10
+    per_decile: int = 1
+    lens_k: int = 10
+    explain: bool = True
+    windows: WindowOptions = field(default_factory=WindowOptions)
+    examples: ExampleOptions = field(default_factory=ExampleOptions)
+    neighbours: NeighbourOptions = field(default_factory=NeighbourOptions)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shown <= self.windows.top or self.per_decile < 0 or self.lens_k < 1:
+            raise InvalidInputError(f"{self}: needs 0 <= shown <= windows.top, per_decile >= 0, lens_k >= 1.")
+
+
+@checked
+def feature_cards(
+    model: Model,
+    sae: Any,
+    store: ActivationStore,
+    features: Sequence[int] | None = None,
+    table: FeatureTable | None = None,
+    options: CardOptions | None = None,
+    keep: str | Path | None = None,
+) -> CardSet:
+    """Cards of an SAE's features from one pass over a store, with tested explanations.
+
+    Args:
+        model: the model that the SAE was trained on.
+        sae: an SAE in the sae_lens form.
+        store: activations at the SAE's site.
+        features: which; all by default. Neighbours by activation are found among these.
+        table: input and output scores to show.
+        options: what cards hold.
+        keep: folder in which rules and their tests are kept as they are made; the same call, interrupted, goes on from
+            there. It can be deleted when the cards are saved.
+
+    Raises:
+        MismatchError: if the SAE or the store belongs to another model.
+        UnknownSiteError: if the site is not stored.
+    """
+    options = options or CardOptions()
+    where, ids = model.resolve(check_sae_fits(model, sae)), feature_ids(sae, features)
+    store.check_model(model)
+    if table is not None:
+        table.check(model, sae)
+    found = collect_windows(store, str(where), SAEFeatures(sae, ids), options.windows)
+    rows = saecode.decoder_rows(sae, ids).cpu()
+    ends = _lens(model, rows, options.lens_k) if in_residual(writes_at(model, sae, where)) else None
+    vocabulary = Vocabulary.of(model.tokenizer).padded(model.d_vocab)
+    meta = {
+        **origin(model, sae, where), "store": str(store.path), "n_tokens": found.n_tokens, "options": asdict(options),
+        "neighbour_tokens": found.co.n_tokens, "neighbour_share": found.co.share,
+    }  # fmt: skip
+    explanations: dict[int, Explanation] = {}
+    if options.explain:
+        shards = [shard.sha256 for shard in store.manifest.shards]
+        parts = None if keep is None else Parts(keep, {**meta, "features": ids.tolist(), "shards": shards})
+        rules = explain_by_rules(found, ids, vocabulary, options.examples, parts)
+        explanations = score_rules(rules, vocabulary, seed=options.examples.seed, keep=parts)
+    every = saecode.decoder_rows(sae, torch.arange(int(sae.W_dec.shape[0])))
+    made = _Made(
+        ids, found, vocabulary, ends, rows.norm(dim=1),
+        activation_neighbours(found.co, ids, options.neighbours), decoder_neighbours(every, ids, options.neighbours),
+        explanations, _scores(table, ids), options,
+    )  # fmt: skip
+    return CardSet(tuple(ids.tolist()), meta, made)
+
+
+def flags_of(
+    active: Int[Tensor, " features"], n_tokens: int, max_act: Float[Tensor, " features"],
+    decoder_norms: Float[Tensor, " features"],
+) -> list[tuple[str, ...]]:  # fmt: skip
+    """Which features are dead, dense or outliers, with the reason behind a colon.
+
+    Dead: active on none of the tokens read. Dense: active on more than 10 % of them. Outlier: largest activation times
+    decoder norm more than 10 times the median of the live features, or decoder norm more than 10 times the median or
+    less than a tenth of it.
+
+    >>> ones = torch.ones(3)
+    >>> flags_of(torch.tensor([0, 2, 1]), 10, torch.tensor([0.0, 1.0, 1.0]), ones)[:2]
+    [('dead: active on none of 10 tokens',), ('dense: active on 20.0% of 10 tokens',)]
+    """
+    live = active > 0
+    effect = max_act * decoder_norms
+    usual_effect = float(effect[live].median()) if bool(live.any()) else math.nan
+    usual_norm = float(decoder_norms[live].median()) if bool(live.any()) else math.nan
+    flags: list[tuple[str, ...]] = []
+    for n, strength, norm in zip(active.tolist(), effect.tolist(), decoder_norms.tolist(), strict=True):
+        found = []
+        if n == 0:
+            found.append(f"dead: active on none of {n_tokens} tokens")
+        if n > DENSE_SHARE * n_tokens:
+            found.append(f"dense: active on {n / n_tokens:.1%} of {n_tokens} tokens")
+        if n and strength > OUTLIER_FACTOR * usual_effect:
+            found.append(f"outlier: writes up to {strength:.3g}, the median live feature {usual_effect:.3g}")
+        if n and not usual_norm / OUTLIER_FACTOR <= norm <= OUTLIER_FACTOR * usual_norm:
+            found.append(f"outlier: decoder norm {norm:.3g}, the median {usual_norm:.3g}")
+        flags.append(tuple(found))
+    return flags
+
+
+def bars(counts: Int[Tensor, " bins"]) -> tuple[tuple[float, float, int], ...]:
+    """A histogram of at most `MOST_BARS` bars from fixed bins: lower edge, upper edge, tokens."""
+    used = counts.nonzero().flatten()
+    if not len(used):
+        return ()
+    first, last = int(used[0]), int(used[-1]) + 1
+    step, edges = -(-(last - first) // MOST_BARS), bin_edges().tolist()
+    ends = [(i, min(i + step, last)) for i in range(first, last, step)]
+    return tuple((edges[i], edges[j], int(counts[i:j].sum())) for i, j in ends)
+
+
+def _lens(model: Model, rows: Float[Tensor, "features d_model"], k: int) -> LensEnds:
+    zero = rows.norm(dim=1) == 0
+    # A zero row promotes nothing; any direction keeps the table in shape, its tokens are not shown.
+    rows = torch.where(zero[:, None], torch.ones_like(rows), rows)
+    return lens_ends(model, rows, k)
+
+
+def _scores(table: FeatureTable | None, ids: Int[Tensor, " features"]) -> dict[int, dict[str, float]]:
+    if table is None:
+        return {}
+    df = table.df.set_index("feature")
+    found = {}
+    for feature in ids.tolist():
+        if feature in df.index:
+            values = {name: float(df.at[feature, name]) for name in _SCORES if name in df}
+            found[feature] = {name: value for name, value in values.items() if not math.isnan(value)}
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """Cards made from arrays, one at a time."""
+
+    ids: Tensor
+    found: FeatureWindows
+    vocabulary: Vocabulary
+    ends: LensEnds | None
+    norms: Tensor
+    by_activation: list[tuple[Neighbour, ...]]
+    by_decoder: list[tuple[Neighbour, ...]]
+    explanations: dict[int, Explanation]
+    scores: dict[int, dict[str, float]]
+    options: CardOptions
+
+    @functools.cached_property
+    def _flags(self) -> list[tuple[str, ...]]:
+        return flags_of(self.found.active, self.found.n_tokens, self.found.max_act, self.norms)
+
+    def card(self, place: int) -> FeatureCard:
+        found, feature = self.found, int(self.ids[place])
+        return FeatureCard(
+            feature,
+            float(found.frequency[place]),
+            float(found.max_act[place]),
+            found.n_tokens,
+            self._flags[place],
+            bars(found.histogram[place]),
+            self._windows(place),
+            self._lens_tokens(place, "promoted"),
+            self._lens_tokens(place, "suppressed"),
+            (*self.by_activation[place], *self.by_decoder[place]),
+            self.explanations.get(feature),
+            self.scores.get(feature),
+        )
+
+    def _lens_tokens(self, place: int, end: str) -> tuple[LensToken, ...]:
+        if self.ends is None or not float(self.norms[place]):
+            return ()
+        lens: LensTokens = getattr(self.ends, end)
+        pairs = zip(lens.ids[place].tolist(), lens.values[place].tolist(), strict=True)
+        return tuple(LensToken(self.vocabulary.text(token), token, logit) for token, logit in pairs)
+
+    def _windows(self, place: int) -> tuple[Window, ...]:
+        found = self.found
+        if not int(found.active[place]):
+            return ()
+        windows = self._strongest(place)
+        rows = {window.row for window in windows}
+        edges = found.decile_edges(place)
+        by_decile: dict[int, list[int]] = {}
+        for i in range(int(found.sample.counts[place])):
+            decile = 1 + int((edges > found.sample.peaks[place, i]).sum())
+            if int(found.sample.row[place, i]) not in rows:
+                by_decile.setdefault(decile, []).append(i)
+        for decile in sorted(by_decile):
+            for i in by_decile[decile][: self.options.per_decile]:
+                windows.append(self._window(found.sample, place, i, f"decile {decile}"))
+        return tuple(windows)
+
+    def _strongest(self, place: int) -> list[Window]:
+        """The strongest windows; of those with equal tokens the strongest alone."""
+        distinct: dict[tuple[object, ...], Window] = {}
+        for i in range(int(self.found.top.counts[place])):
+            if len(distinct) < self.options.shown:
+                window = self._window(self.found.top, place, i, "top")
+                distinct.setdefault((window.tokens, window.peak), window)
+        return list(distinct.values())
+
+    def _window(self, table: WindowTable, place: int, i: int, stratum: str) -> Window:
+        row, position = int(table.row[place, i]), int(table.position[place, i])
+        low, high = int(table.low[place, i]), int(table.high[place, i])
+        ids = self.found.ids(row)[low:high]
+        first = low - position + self.found.options.before
+        values = table.values[place, i, first : first + len(ids)].tolist()
+        texts = tuple(self.vocabulary.text(token) if token != MISSING else "" for token in ids)
+        known = tuple(None if math.isnan(value) else value for value in values)
+        return Window(texts, known, position - low, stratum, row, int(table.document[place, i]))

@@ -1,0 +1,150 @@
+"""Feature cards: everything that a pass over a store says about each feature, made one at a time, saved as Parquet."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from workbench.core.arguments import checked
+from workbench.core.atomic import replacing
+from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError
+from workbench.core.jsontext import content_of, parse_json
+from workbench.core.progress import track
+from workbench.core.records import from_jsonable, to_jsonable
+from workbench.features.card import FeatureCard
+from workbench.features.passes.parquetheader import HEADER, header, read_header
+
+CARDS_FILE = "cards.parquet"
+VERSION = 2
+AGAIN = "Make the cards again."
+ROW_GROUP = 32
+"""Cards that are read at once."""
+
+
+@runtime_checkable
+class CardSource(Protocol):
+    """Where the cards of a set come from."""
+
+    def card(self, place: int) -> FeatureCard:
+        """The card at a place of the set."""
+        ...
+
+
+@checked
+class CardSet:
+    """Cards of some features, made or read when they are asked for; `cards[i]` is the card of feature i.
+
+    Attributes:
+        features: which features, in order.
+        meta: model, site, tokens read, how the cards were made.
+    """
+
+    def __init__(self, features: tuple[int, ...], meta: dict[str, Any], source: CardSource) -> None:
+        self.features, self.meta, self._source = features, meta, source
+        self._place = {feature: place for place, feature in enumerate(features)}
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, feature: int) -> FeatureCard:
+        """The card of a feature.
+
+        Raises:
+            InvalidInputError: if the feature has no card here.
+        """
+        if feature not in self._place:
+            shown = ", ".join(map(str, self.features[:5])) + (", …" if len(self) > 5 else "")
+            raise InvalidInputError(
+                f"There is no card of feature {feature}; this set has {len(self)} ({shown}). Make one with "
+                "feature_cards(..., features=[...])."
+            )
+        return self._source.card(self._place[feature])
+
+    def __iter__(self) -> Iterator[FeatureCard]:
+        return (self._source.card(place) for place in range(len(self)))
+
+    def save(self, path: str | Path) -> Path:
+        """Writes `cards.parquet` into a folder; returns the folder. Memory does not grow with the cards.
+
+        A process that is killed leaves the cards that were there before, or the new ones.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = Path(path)
+        fields = [("feature", pa.int64()), ("frequency", pa.float64()), ("max_act", pa.float64())]
+        schema = pa.schema([*fields, ("flags", pa.list_(pa.string())), ("card", pa.string())])
+        schema = schema.with_metadata({HEADER: header({"version": VERSION, "meta": self.meta})})
+        with replacing(folder / CARDS_FILE) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for group in _groups(track(self, total=len(self), description="cards", unit="cards")):
+                writer.write_table(pa.Table.from_pylist([_row(card) for card in group], schema=schema))
+        return folder
+
+    @classmethod
+    def load(cls, path: str | Path) -> CardSet:
+        """The cards in a folder; they are read when they are asked for.
+
+        Raises:
+            MissingFileError: if there are none.
+            CorruptFileError: if the files can't be used.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = Path(path)
+        if not (folder / CARDS_FILE).is_file():
+            raise MissingFileError(
+                f"No feature cards in {folder}: it has no {CARDS_FILE}. Make them with feature_cards."
+            )
+        with content_of(folder / CARDS_FILE, AGAIN, pa.ArrowException, OSError):
+            file = pq.ParquetFile(folder / CARDS_FILE)
+            record = read_header(file.schema_arrow.metadata, folder / CARDS_FILE, AGAIN)
+            if record.get("version") != VERSION or not isinstance(record.get("meta"), dict):
+                raise CorruptFileError(f"{folder / CARDS_FILE} holds no cards of format {VERSION}. {AGAIN}")
+            stored = [int(feature) for feature in file.read(columns=["feature"])["feature"].to_pylist()]
+        return cls(tuple(stored), record["meta"], _Stored(folder / CARDS_FILE, file))
+
+    def __repr__(self) -> str:
+        return f"CardSet({len(self)} features of {self.meta.get('site')} in {self.meta.get('model')})"
+
+
+class _Stored:
+    """Cards in a Parquet file, of which one row group is kept at a time."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self._path, self._file, self._group = path, file, -1
+        self._cards: list[str] = []
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        self._first = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def card(self, place: int) -> FeatureCard:
+        import pyarrow as pa
+
+        group = bisect.bisect_right(self._first, place) - 1
+        if group != self._group:
+            with content_of(self._path, AGAIN, pa.ArrowException, OSError):
+                self._cards = self._file.read_row_group(group, columns=["card"])["card"].to_pylist()
+            self._group = group
+        where = f"{self._path}: card {place}"
+        with content_of(where, AGAIN):
+            return from_jsonable(FeatureCard, parse_json(self._cards[place - self._first[group]], where, remedy=AGAIN))
+
+
+def _groups(cards: Iterator[FeatureCard]) -> Iterator[list[FeatureCard]]:
+    group: list[FeatureCard] = []
+    for card in cards:
+        group.append(card)
+        if len(group) == ROW_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _row(card: FeatureCard) -> dict[str, Any]:
+    text = json.dumps(to_jsonable(card), ensure_ascii=False, allow_nan=False)
+    columns = {name: getattr(card, name) for name in ("feature", "frequency", "max_act")}
+    return {**columns, "flags": list(card.flags), "card": text}

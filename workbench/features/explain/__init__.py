@@ -1,0 +1,1 @@
+"""Explanations of features and what they are worth on unseen documents."""

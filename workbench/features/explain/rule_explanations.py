@@ -1,0 +1,193 @@
+"""Explanations by rules, and what they are worth on documents that they have not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench.core.progress import task
+from workbench.core.stats import Estimate
+from workbench.features.card import Explanation
+from workbench.features.explain.examples import ExampleOptions, Examples, examples_of
+from workbench.features.explain.rulefit import FittedRule, fit_rule
+from workbench.features.explain.rules import Never, Rule, TokenIn
+from workbench.features.explain.similar import hard_items
+from workbench.features.explain.testing import Items, answer_scores, detection_items, fuzzing_items
+from workbench.features.passes.windows import FeatureWindows
+from workbench.features.token_classes import Vocabulary
+from workbench.runs.parts import Parts
+
+DETECTION = {"balanced_accuracy": "detection", "precision": "precision", "recall": "recall", "f1": "f1"}
+"""What the ratios of a detection test are called in an explanation; the other tests show balanced accuracy alone."""
+COMPARED = ("detection", "hard detection", "fuzzing")
+"""Scores that are shown of the controls as well."""
+BLOCK = 128
+"""Features whose rules, or tests, are kept together."""
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, eq=False)
+class RuleExplanation:
+    """A rule for one feature.
+
+    Attributes:
+        feature: its number.
+        fitted: the rule with its score on the windows it was made from; None where there were too few windows.
+        lacking: why there is none; "" otherwise.
+        found: the pass over a store that its windows are from.
+        slot: place of the feature in it.
+        options: how windows are divided.
+    """
+
+    feature: int
+    fitted: FittedRule | None
+    lacking: str
+    found: FeatureWindows = field(repr=False)
+    slot: int
+    options: ExampleOptions
+
+    @property
+    def examples(self) -> Examples:
+        """The windows it was made from and is tested on; looked up anew, for those of a whole SAE are gigabytes."""
+        return examples_of(self.found, self.slot, self.feature, self.options)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A rule, or why there is none."""
+
+    fitted: FittedRule | None
+    lacking: str
+
+
+def explain_by_rules(
+    found: FeatureWindows, features: Int[Tensor, " features"], tokenizer: Any, options: ExampleOptions | None = None,
+    keep: Parts | None = None,
+) -> tuple[RuleExplanation, ...]:  # fmt: skip
+    """The best rule of each feature, chosen on documents that are not used for its test.
+
+    Args:
+        found: what a pass over a store found.
+        features: their numbers, in the order of the pass.
+        tokenizer: of the model, or a `Vocabulary`.
+        options: how windows are divided.
+        keep: where rules are kept while others are made; those that are there already are not made again.
+    """
+    options, vocabulary = options or ExampleOptions(), Vocabulary.of(tokenizer)
+
+    def fit(entry: tuple[int, int]) -> _Fit:
+        examples = examples_of(found, *entry, options)
+        lacking = examples.lacking(options.fewest)
+        return _Fit(None if lacking else fit_rule(examples.data(), vocabulary), lacking)
+
+    slots = list(enumerate(features.tolist()))
+    fits = _kept(slots, fit, _Fit, keep, "rules")
+    return tuple(
+        RuleExplanation(feature, made.fitted, made.lacking, found, slot, options)
+        for (slot, feature), made in zip(slots, fits, strict=True)
+    )
+
+
+def _kept(
+    items: Sequence[Item], make: Callable[[Item], Made], kind: type[Made], keep: Parts | None, name: str
+) -> list[Made]:
+    """What is made of each item, in blocks that are kept."""
+    made: list[Made] = []
+    with task(total=len(items), description=name, unit="features") as running:
+        for start in range(0, len(items), BLOCK):
+
+            def block(part: Sequence[Item] = items[start : start + BLOCK]) -> list[Made]:
+                found = []
+                for item in part:
+                    found.append(make(item))
+                    running.advance()
+                return found
+
+            whole = block() if keep is None else keep.get(f"{name.replace(' ', '-')}-{start}", list[kind], block)
+            made += whole
+    return made
+
+
+def score_rules(
+    explained: Sequence[RuleExplanation], tokenizer: Any, *, seed: int = 0, keep: Parts | None = None
+) -> dict[int, Explanation]:
+    """Each rule's scores in detection, hard detection and fuzzing on held-out documents, beside those of its controls.
+
+    Controls: "shuffled", the rule of another feature (if there is another); "empty", a rule that never fires; "top
+    tokens", the list of the tokens that the strongest windows peak on. Features without a rule say why in their text.
+    """
+    vocabulary = Vocabulary.of(tokenizer)
+    others = _others([e for e in explained if e.fitted is not None], seed)
+
+    def test(entry: RuleExplanation) -> Explanation:
+        if entry.fitted is None:
+            return Explanation(f"no explanation: {entry.lacking}", "rule", {}, {}, 0)
+        examples = entry.examples
+        rules: dict[str, Rule] = {"empty": Never(), "top tokens": TokenIn(tuple(sorted(examples.top_tokens)))}
+        if entry.feature in others:
+            rules["shuffled"] = others[entry.feature]
+        return _tested(entry.fitted.rule, rules, examples, vocabulary, seed)
+
+    tested = _kept(explained, test, Explanation, keep, "tests of rules")
+    return dict(zip((e.feature for e in explained), tested, strict=True))
+
+
+def _others(with_rule: Sequence[RuleExplanation], seed: int) -> dict[int, Rule]:
+    """For each feature the rule of another one."""
+    if len(with_rule) < 2:
+        return {}
+    shift = 1 + int(torch.randint(len(with_rule) - 1, (1,), generator=torch.Generator().manual_seed(seed)))
+    rolled = [*with_rule[shift:], *with_rule[:shift]]
+    return {a.feature: b.fitted.rule for a, b in zip(with_rule, rolled, strict=True) if b.fitted is not None}
+
+
+def _tested(rule: Rule, others: dict[str, Rule], examples: Examples, vocabulary: Vocabulary, seed: int) -> Explanation:
+    tests = RuleTests(detection_items(examples), hard_items(examples), fuzzing_items(examples, seed))
+    scores = rule_scores(rule, tests, vocabulary, seed)
+    controls = {}
+    for name, other in others.items():
+        for score, value in rule_scores(other, tests, vocabulary, seed).items():
+            if score in COMPARED:
+                controls[f"{name}: {score}"] = value
+    text = rule.text(vocabulary) or "no rule describes it better than none"
+    return Explanation(text, "rule", scores, controls, len(tests.detection))
+
+
+@dataclass(frozen=True, eq=False)
+class RuleTests:
+    """The windows of the three tests of one feature."""
+
+    detection: Items
+    hard: Items
+    fuzzing: Items
+
+
+def rule_scores(rule: Rule, tests: RuleTests, vocabulary: Vocabulary, seed: int = 0) -> dict[str, Estimate]:
+    """What a rule scores when it is executed.
+
+    Detection says yes where the rule fires anywhere in the window on a token of known activation, fuzzing where it
+    fires on at least half of the marks. Fuzzing is left out if no window gives both right and wrong marks.
+    """
+    ratios = _detected(rule, tests.detection, vocabulary, seed)
+    scores = {DETECTION[name]: value for name, value in ratios.items()}
+    scores["hard detection"] = _detected(rule, tests.hard, vocabulary, seed)["balanced_accuracy"]
+    if len(tests.fuzzing):
+        assert tests.fuzzing.marks is not None
+        fires = rule.fires(tests.fuzzing.windows.view, vocabulary)
+        yes = (fires & tests.fuzzing.marks).sum(1) >= 0.5 * tests.fuzzing.marks.sum(1)
+        ratios = answer_scores(tests.fuzzing.labels, np.asarray(yes), tests.fuzzing.windows.documents, seed)
+        scores["fuzzing"] = ratios["balanced_accuracy"]
+    return scores
+
+
+def _detected(rule: Rule, items: Items, vocabulary: Vocabulary, seed: int) -> dict[str, Estimate]:
+    fires = rule.fires(items.windows.view, vocabulary) & items.windows.known
+    return answer_scores(items.labels, np.asarray(fires.any(1)), items.windows.documents, seed)

@@ -1,0 +1,243 @@
+"""Explanations that can be executed: rules on tokens, what precedes them and where they stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from workbench.features.token_classes import TOKEN_CLASSES, Vocabulary
+
+REACH = 8
+"""How many preceding tokens a rule can look at."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenView:
+    """Tokens with what precedes them.
+
+    Attributes:
+        ids: token ids, any shape.
+        before: the `REACH` preceding ids, nearest first, -1 beyond the start of the document; one axis more.
+        positions: position in the packed row.
+    """
+
+    ids: np.ndarray
+    before: np.ndarray
+    positions: np.ndarray
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> TokenView:
+        return TokenView(self.ids[chosen], self.before[chosen], self.positions[chosen])
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """Says of every token whether a feature should be active there."""
+
+    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+        """True where the rule holds, in the shape of `view.ids`."""
+        ...
+
+    def text(self, vocabulary: Vocabulary) -> str:
+        """The rule in words."""
+        ...
+
+    def bits(self, vocabulary: Vocabulary) -> float:
+        """Length of the rule's description."""
+        ...
+
+
+@dataclass(frozen=True)
+class Never:
+    """The empty explanation: it never fires."""
+
+    kind: Literal["never"] = "never"
+
+    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+        """False everywhere."""
+        del vocabulary
+        return np.zeros(view.ids.shape, dtype=bool)
+
+    def text(self, vocabulary: Vocabulary) -> str:
+        """No words."""
+        del vocabulary
+        return ""
+
+    def bits(self, vocabulary: Vocabulary) -> float:
+        """Nothing to say."""
+        del vocabulary
+        return 0.0
+
+
+@dataclass(frozen=True)
+class TokenIn:
+    """The token is one of a set."""
+
+    tokens: tuple[int, ...]
+    kind: Literal["token"] = "token"
+
+    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+        """By token id."""
+        return vocabulary.holds(self.tokens)[view.ids]
+
+    def text(self, vocabulary: Vocabulary) -> str:
+        """The set, quoted."""
+        return f"token is {'one of ' if len(self.tokens) > 1 else ''}{vocabulary.quoted(self.tokens)}"
+
+    def bits(self, vocabulary: Vocabulary) -> float:
+        """One name per token."""
+        return len(self.tokens) * vocabulary.bits
+
+
+@dataclass(frozen=True)
+class BeginsWith:
+    """The token, without white space and case, begins with one of some letters."""
+
+    prefixes: tuple[str, ...]
+    kind: Literal["begins"] = "begins"
+
+    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+        """By the letters of the token."""
+        found = np.zeros(view.ids.shape, dtype=bool)
+        for length in {len(prefix) for prefix in self.prefixes}:
+            number, of_token = vocabulary.beginnings(length)
+            wanted = [number[p] for p in self.prefixes if len(p) == length and p in number]
+            found |= np.isin(of_token[view.ids], wanted)
+        return found
+
+    def text(self, vocabulary: Vocabulary) -> str:
+        """The prefixes."""
+        del vocabulary
+        return "token begins with " + " or ".join(f"{prefix}-" for prefix in self.prefixes)
+
+    def bits(self, vocabulary: Vocabulary) -> float:
+        """Five bits a letter."""
+        del vocabulary
+        return 2 + 5.0 * sum(map(len, self.prefixes))
+
+
+@dataclass(frozen=True)
+class InClass:
+    """The token, or the one before it, is of a class."""
+
+    name: str
+    back: int = 0
+    kind: Literal["class"] = "class"
+
+    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+        """By the class of the token."""
+        return vocabulary.mask(self.name)[view.before[..., self.back - 1] if self.back else view.ids]
+
+    def text(self, vocabulary: Vocabulary) -> str:
+        """The class."""
+        del vocabulary
+        return f"preceding token is {self.name}" if self.back else f"token is {self.name}"
+
+    def bits(self, vocabulary: Vocabulary) -> float:
+        """Which of the classes."""
+        del vocabulary
+        return 1 + float(np.log2(len(TOKEN_CLASSES)))
+
+
+@dataclass(frozen=True)
+class At:
+    """The position in the packed row is in an interval."""
+
+    low: int
+    high: int | None
+    kind: Literal["at"] = "at"
+
+    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+        """By position."""
+        del vocabulary
+        below = True if self.high is None else view.positions < self.high
+        return (view.positions >= self.low) & below
+
+    def text(self, vocabulary: Vocabulary) -> str:
+        """The interval."""
+        del vocabulary
+        if self.high is None:
+            return f"position {self.low} or later"
+        return f"position {self.low}" if self.high == self.low + 1 else f"position {self.low} to {self.high - 1}"
+
+    def bits(self, vocabulary: Vocabulary) -> float:
+        """Two of sixteen boundaries."""
+        del vocabulary
+        return 8.0
+
+
+@dataclass(frozen=True)
+class After:
+    """One of some tokens stands among the last few."""
+
+    tokens: tuple[int, ...]
+    within: int = 1
+    kind: Literal["after"] = "after"
+
+    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+        """By the preceding ids; what precedes the document does not count."""
+        return np.asarray(vocabulary.holds(self.tokens)[view.before[..., : self.within]].any(-1))
+
+    def text(self, vocabulary: Vocabulary) -> str:
+        """Which tokens, and how far back."""
+        where = "directly after" if self.within == 1 else f"within {self.within} tokens after"
+        return f"{where} {vocabulary.quoted(self.tokens)}"
+
+    def bits(self, vocabulary: Vocabulary) -> float:
+        """One name per token, and the distance."""
+        return 3 + len(self.tokens) * vocabulary.bits
+
+
+@dataclass(frozen=True)
+class Ngram:
+    """The token ends one of some sequences."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    kind: Literal["ngram"] = "ngram"
+
+    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+        """By the token and those before it."""
+        del vocabulary
+        found = np.zeros(view.ids.shape, dtype=bool)
+        for sequence in self.sequences:
+            here = view.ids == sequence[-1]
+            for back, token in enumerate(reversed(sequence[:-1])):
+                here &= view.before[..., back] == token
+            found |= here
+        return found
+
+    def text(self, vocabulary: Vocabulary) -> str:
+        """The sequences, quoted."""
+        shown = ", ".join(repr("".join(vocabulary.text(t) for t in s)) for s in self.sequences[:12])
+        more = f" and {len(self.sequences) - 12} more" if len(self.sequences) > 12 else ""
+        return f"last token of {shown}{more}"
+
+    def bits(self, vocabulary: Vocabulary) -> float:
+        """One name per token."""
+        return 1 + sum(map(len, self.sequences)) * vocabulary.bits
+
+
+@dataclass(frozen=True)
+class Both:
+    """A rule on the token that holds only in a context."""
+
+    token: AnyRule
+    context: AnyRule
+    kind: Literal["both"] = "both"
+
+    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+        """Where both hold."""
+        return self.token.fires(view, vocabulary) & self.context.fires(view, vocabulary)
+
+    def text(self, vocabulary: Vocabulary) -> str:
+        """Both in words."""
+        return f"{self.token.text(vocabulary)}, and {self.context.text(vocabulary)}"
+
+    def bits(self, vocabulary: Vocabulary) -> float:
+        """Both and the conjunction."""
+        return 1 + self.token.bits(vocabulary) + self.context.bits(vocabulary)
+
+
+AnyRule = Never | TokenIn | BeginsWith | InClass | At | After | Ngram | Both
+"""The rules that there are; in files `kind` tells them apart."""

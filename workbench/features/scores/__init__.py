@@ -1,0 +1,1 @@
+"""Input score, output score, logit lens, and the table that holds them."""

@@ -1,0 +1,69 @@
+"""Many edits of one prompt's last token, as rows behind a site that the prompt reaches once."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.core.errors import InvalidInputError
+from workbench.hooks.sites import Site
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.ops import Add
+from workbench.interventions.scopes import Last
+from workbench.models.model import Model
+from workbench.models.numbers import has_nan
+
+
+class LastToken:
+    """The last token of one prompt, edited in many ways at one site: a batch of rows through what lies behind the site.
+
+    Attributes:
+        x: the last token's activation at the site, fp32.
+        logits: the model's logits there without an edit, fp32.
+        skips_blocks: whether the blocks before the site are skipped.
+        head: from the unembedding's input to logits.
+    """
+
+    def __init__(self, model: Model, ids: Int[Tensor, "1 pos"], site: Site, rows: int = 256) -> None:
+        if ids.shape[0] != 1:
+            raise InvalidInputError(f"LastToken: ids have shape {tuple(ids.shape)}; give one prompt, (1, pos).")
+        self._model, self._site, self._rows = model, site, rows
+        self._run = model.resume(ids, site, last=True)
+        self.x: Float[Tensor, " d_model"] = self._run.x[0, -1].float()
+        self.logits: Float[Tensor, " d_vocab"] = self._run.logits[0]
+        at_stream = site.kind in ("resid_pre", "resid_post")
+        self.skips_blocks = self._run.skips_blocks and self._run.last and at_stream
+        self.head = model.head
+
+    @torch.no_grad()
+    def hidden(self, change: Float[Tensor, "edits d_model"]) -> Float[Tensor, "edits d_model"]:
+        """What reaches the unembedding when `change[i]` is added at the site; one row per edit."""
+        parts = []
+        for part in change.split(self._rows):
+            full = torch.cat([part, part[-1:].expand(self._rows - len(part), -1)]) if len(part) < self._rows else part
+            parts.append(self._edited(full)[: len(part), -1])
+        hidden = torch.cat(parts)
+        if has_nan(hidden):
+            edit = int(hidden.amax(-1).isnan().nonzero()[0])
+            raise InvalidInputError(
+                f"{self._site}: what reaches the unembedding is NaN under edit {edit} of {len(change)}, whose norm is "
+                f"{float(change[edit].float().norm()):.3g}. Make it weaker, or load the model with dtype='float32'."
+            )
+        return hidden
+
+    def _edited(self, change: Tensor) -> Tensor:
+        if self.skips_blocks:
+            return self._run.hidden_from((self.x + change.float()).to(self._model.dtype)[:, None], self._rows)
+        # Rows without a change would be refused by an Add; the sum of all is what has to differ from zero.
+        with self._model.plan(Intervention.at(self._site, Add(change), Last())) as plan:
+            return self._run.hidden(plan, self._rows)
+
+
+def fp32_copy(model: Model) -> Model:
+    """The model itself if it is in fp32, else a copy in fp32 (4 bytes per parameter)."""
+    if model.dtype == torch.float32:
+        return model
+    return Model(copy.deepcopy(model.hf).float(), model.tokenizer, model.name)

@@ -1,0 +1,152 @@
+"""Logit lens of feature directions: the tokens that a direction writes when it reaches the end of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.bases.saecode import refuse_transcoder
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.hooks.sites import Site
+from workbench.models.model import Model
+from workbench.saes.formats.load import check_sae_fits
+from workbench.saes.formats.names import named_target
+
+_SLAB_VALUES, _LEAST_ROWS = 2**24, 128
+"""Logits held at once, and the rows from which on a product with the unembedding reads it often enough."""
+
+IN_RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+"""Kinds of sites whose activations are in the coordinates of the residual stream, which the lens reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class LensTokens:
+    """The top tokens of some directions under the logit lens, best first."""
+
+    ids: Int[Tensor, "directions k"]
+    values: Float[Tensor, "directions k"]
+
+
+def slab_rows(d_vocab: int) -> int:
+    """How many rows of logits are held at once: 64 MiB of fp32, or as many as a product needs to be efficient."""
+    return max(_LEAST_ROWS, _SLAB_VALUES // d_vocab)
+
+
+@dataclass(frozen=True, eq=False)
+class LensEnds:
+    """Both ends of the logit lens: what some directions promote, and what they suppress, strongest first."""
+
+    promoted: LensTokens
+    suppressed: LensTokens
+
+
+def lens_tokens(model: Model, directions: Float[Tensor, "directions d_model"], k: int = 20) -> LensTokens:
+    """The k tokens with the largest `W_U^T . final_norm(direction)`, norm weight included, `b_dec` not added.
+
+    Computed in fp32. With an RMS norm the length of a direction does not matter.
+
+    Raises:
+        InvalidInputError: if k is not between 1 and the vocabulary size.
+        DegenerateInputError: for a direction that is zero or not finite.
+
+    Source: Arad, Mueller, Belinkov 2025 (arXiv 2505.20063), logit lens of decoder rows.
+    """
+    (promoted,) = _lens(model, directions, k, (True,))
+    return promoted
+
+
+def lens_ends(model: Model, directions: Float[Tensor, "directions d_model"], k: int = 20) -> LensEnds:
+    """The k tokens with the largest and the k with the smallest logits of `lens_tokens`, in one product.
+
+    Raises:
+        InvalidInputError: if k is not between 1 and the vocabulary size.
+        DegenerateInputError: for a direction that is zero or not finite.
+    """
+    return LensEnds(*_lens(model, directions, k, (True, False)))
+
+
+@torch.no_grad()
+def _lens(model: Model, directions: Tensor, k: int, ends: tuple[bool, ...]) -> list[LensTokens]:
+    if not 1 <= k <= model.d_vocab:
+        raise InvalidInputError(
+            f"lens_tokens(k={k}): the vocabulary has {model.d_vocab} tokens. Choose 1 <= k <= that."
+        )
+    directions = directions.detach().to(model.device).float()
+    norms = directions.norm(dim=1)
+    bad = (~torch.isfinite(norms) | (norms == 0)).nonzero().flatten()
+    if bad.numel():
+        raise DegenerateInputError(
+            f"lens_tokens: {bad.numel()} of {len(directions)} directions are zero or not finite (first: row "
+            f"{int(bad[0])}). "
+            "Leave them out."
+        )
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ends]
+    for part in directions.split(slab_rows(model.d_vocab)):
+        logits = model.lens(part)
+        for tops, largest in zip(found, ends, strict=True):
+            top = logits.topk(k, dim=1, largest=largest)
+            tops.append((top.indices, top.values))
+    return [LensTokens(*(torch.cat(column) for column in zip(*tops, strict=True))) for tops in found]
+
+
+def target_site(model: Model, sae: Any, site: str | Site | None = None) -> Site:
+    """Where the features of an SAE are read and written: the SAE's own site, or the one that is named.
+
+    Raises:
+        MismatchError: if the SAE belongs to another model, has another width than the site, writes elsewhere than it
+            reads (a transcoder), or writes in other coordinates than those of the residual stream, so that its decoder
+            rows promote no tokens.
+        UnknownSiteError: if the model does not have the site.
+    """
+    refuse_transcoder(sae, "A score or an edit of features")
+    resolved = model.resolve(check_sae_fits(model, sae) if site is None else site)
+    d_out, width = int(sae.W_dec.shape[1]), model.width(resolved)
+    if d_out != width:
+        raise MismatchError(f"This SAE writes {d_out} values; site {resolved} of {model.name} has width {width}.")
+    if not in_residual(resolved):
+        raise MismatchError(
+            f"Decoder rows at {resolved} are not in the coordinates of the residual stream, so no tokens can be read "
+            f"off them. Output scores and steering need an SAE at one of {', '.join(IN_RESIDUAL)}; for others use "
+            "SAEClamp, SAEScale or SAEAblate in an Intervention."
+        )
+    return resolved
+
+
+def writes_at(model: Model, sae: Any, read: Site) -> Site:
+    """The site that decoder rows belong to: another one than is read for a transcoder."""
+    known = getattr(getattr(sae, "cfg", None), "metadata", None) is not None
+    return (model.resolve(named_target(sae) or read)) if known else read
+
+
+def in_residual(site: Site) -> bool:
+    """Whether activations there are in the coordinates of the residual stream."""
+    return site.head is None and site.kind in IN_RESIDUAL
+
+
+def feature_ids(sae: Any, features: Any = None) -> Int[Tensor, " features"]:
+    """Feature indices as a tensor; all of the SAE's by default.
+
+    Raises:
+        InvalidInputError: for an index that the SAE does not have, or one given twice.
+        DegenerateInputError: for an empty choice.
+    """
+    d_sae = int(sae.W_dec.shape[0])
+    if features is None:
+        return torch.arange(d_sae)
+    if broken := [f for f in features if not float(f).is_integer()]:
+        raise InvalidInputError(f"Feature {broken[0]} is no whole number. Features are numbered 0 to {d_sae - 1}.")
+    ids = torch.as_tensor([int(f) for f in features], dtype=torch.long)
+    if ids.numel() == 0:
+        raise DegenerateInputError("features=[] chooses no feature. Name at least one, or leave it out for all.")
+    if int(ids.min()) < 0 or int(ids.max()) >= d_sae:
+        wrong = next(f for f in ids.tolist() if not 0 <= f < d_sae)
+        raise InvalidInputError(f"Feature {wrong} does not exist; this SAE has features 0 to {d_sae - 1}.")
+    if len(ids.unique()) != len(ids):
+        raise InvalidInputError(
+            f"features: {len(ids) - len(ids.unique())} of {len(ids)} are given twice. Name each once."
+        )
+    return ids

@@ -1,0 +1,87 @@
+"""At which depth do directions write their own tokens? Output scores of the same directions at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.core.errors import InvalidInputError, ShapeError
+from workbench.core.progress import track
+from workbench.features.scores.last_token import LastToken, fp32_copy
+from workbench.features.scores.logit_lens import lens_tokens, slab_rows
+from workbench.features.scores.output_score import rank_score
+from workbench.hooks.sites import Site
+from workbench.models.model import Model
+
+
+@dataclass(frozen=True, eq=False)
+class DepthScores:
+    """Output scores of directions by layer.
+
+    Attributes:
+        layers: after which blocks the directions were added.
+        score: `(1 - r/|V|) p(t*)` of the steered model.
+        random: the same for random directions, each with its own 20 lens tokens.
+    """
+
+    layers: tuple[int, ...]
+    score: Float[Tensor, "layers directions"]
+    random: Float[Tensor, "layers controls"]
+
+
+@torch.no_grad()
+def depth_scores(
+    model: Model,
+    directions: Float[Tensor, "directions d_model"],
+    *,
+    share: float = 1.0,
+    layers: Sequence[int] | None = None,
+    prompt: str = "From my experience,",
+    n_random: int = 128,
+    seed: int = 0,
+) -> DepthScores:
+    """Output scores of the same directions after every block, for directions that belong to no SAE.
+
+    `output_scores` takes the size of an edit from an SAE's activations, which exist only where an SAE does. Here the
+    edit is `share` times the norm of the last token's residual stream at each layer, whatever the directions' norms.
+
+    Args:
+        model: the model.
+        directions: any; only where they point counts.
+        share: size of the edit relative to the residual stream.
+        layers: after which blocks; all by default.
+        prompt: neutral text whose last token is steered.
+        n_random: random directions scored as control.
+        seed: of these.
+
+    Raises:
+        ShapeError: if the directions have another width than the model.
+        InvalidInputError: if `share` is not positive, or a layer does not exist.
+        DegenerateInputError: for a direction that is zero or not finite.
+    """
+    if directions.shape[1] != model.d_model:
+        raise ShapeError(
+            f"depth_scores: directions of shape {tuple(directions.shape)}; {model.name} has width {model.d_model}."
+        )
+    if not share > 0:
+        raise InvalidInputError(f"depth_scores(share={share}): the edit needs a size. Give a positive share.")
+    sites = [model.resolve(Site("resid_post", layer)) for layer in (layers or range(model.n_layers))]
+    noise = torch.randn(n_random, model.d_model, generator=torch.Generator().manual_seed(seed))
+    both = torch.cat([directions.detach().float().cpu(), noise]).to(model.device)
+    scored = fp32_copy(model)
+    lens = lens_tokens(scored, both).ids
+    unit = both / both.norm(dim=1, keepdim=True)
+    ids = scored.tokens(prompt).ids
+    found = []
+    for site in track(sites, description="depth", unit="layers"):
+        run = LastToken(scored, ids, site, min(256, len(both)))
+        hidden = run.hidden(share * run.x.norm() * unit)
+        parts = torch.arange(len(both)).split(slab_rows(model.d_vocab))
+        found.append(torch.cat([rank_score(run.head.all(hidden[part]), lens[part])[0] for part in parts]).cpu())
+    score = torch.stack(found)
+    where = tuple(int(site.layer or 0) for site in sites)
+    return DepthScores(where, score[:, : len(directions)], score[:, len(directions) :])

@@ -1,0 +1,210 @@
+"""What the scores of an SAE's features say, beside their controls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from workbench.core.errors import InvalidInputError
+from workbench.core.stats import Estimate, sample_mean, wilson
+from workbench.report.base import Block, Histogram, Metric, Report, Section, Table, Text
+
+_FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class FeatureScoreReport(Report):
+    """Distributions, shares and co-occurrence of input and output scores.
+
+    Attributes:
+        n: features scored; `n_dead` of them were active on no token read, `n_few` on too few rows for an input score.
+        output_scores: of features that are alive.
+        random_output_scores: of random directions with the features' norms.
+        input_scores: of features with enough contexts.
+        shuffled_input_scores: of the same features against the lens tokens of other features.
+        above: share of alive features with an output score of at least `threshold`.
+        random_above: the same share of random directions.
+        input_mean: mean input score; `shuffled_input_mean` is its control.
+        pmi: log2 of P(high input and high output) / (P(high input) P(high output)); None where a margin is empty.
+        both: share of features with both scores high; `independent` is the product of the two shares.
+        best: feature, output score, input score, frequency and lens tokens of the best features.
+    """
+
+    meta: dict[str, Any]
+    n: int
+    n_dead: int
+    n_few: int
+    threshold: float
+    high: float
+    output_scores: tuple[float, ...]
+    random_output_scores: tuple[float, ...]
+    input_scores: tuple[float, ...]
+    shuffled_input_scores: tuple[float, ...]
+    above: Estimate | None
+    random_above: Estimate | None
+    input_mean: Estimate | None
+    shuffled_input_mean: Estimate | None
+    both: Estimate | None
+    independent: float | None
+    pmi: Estimate | None
+    best: tuple[tuple[int, float, float, float, str], ...]
+
+    def findings(self) -> tuple[str, ...]:
+        """What the scores say, and what their controls say."""
+        n_tokens = self.meta.get("n_tokens")
+        dead = f"; {self.n_dead} of them were never active on the {n_tokens} tokens read" if n_tokens else ""
+        found = [f"{self.n} features scored{dead}."]
+        if self.above is not None and self.random_above is not None:
+            verdict = "more than" if self.above.low > self.random_above.high else "not clearly more than"
+            found.append(
+                f"Output score of at least {self.threshold:g}: {self.above} of the live features, {verdict} "
+                "random directions of "
+                f"the same norm, {self.random_above}."
+            )
+        if self.input_mean is not None and self.shuffled_input_mean is not None:
+            verdict = "above" if self.input_mean.low > self.shuffled_input_mean.high else "not clearly above"
+            found.append(
+                f"Mean input score {self.input_mean}, {verdict} the score against other features' tokens, "
+                f"{self.shuffled_input_mean}; {self.n_few} features had too few contexts for an input score."
+            )
+        if self.both is not None:
+            found.append(self._co_occurrence())
+        return tuple(found)
+
+    def _co_occurrence(self) -> str:
+        share = f"Both scores at least {self.high:g}: {self.both}; independent scores would give {self.independent:.3g}"
+        if self.pmi is None:
+            return f"{share}. No pointwise mutual information: no feature has a high score on one of the sides."
+        if self.pmi.excludes(0.0):
+            more = "more" if self.pmi.value > 0 else "less"
+            return f"{share}, so the two go together {more} often than chance (PMI {self.pmi} bits)."
+        return f"{share}; no dependence is shown (PMI {self.pmi} bits)."
+
+    def section(self) -> Section:
+        """Histograms of scores and controls, and the best features."""
+        metrics: dict[str, Metric] = {"n_features": self.n, "n_dead": self.n_dead, "n_too_few_contexts": self.n_few}
+        for name in ("above", "random_above", "input_mean", "shuffled_input_mean", "both", "pmi"):
+            value = getattr(self, name)
+            if value is not None:
+                metrics[name] = value
+        return Section("Feature scores", (*self._blocks(),), self.findings(), metrics)
+
+    def _blocks(self) -> list[Block]:
+        meta = self.meta
+        blocks: list[Block] = [Text(
+            f"Site {meta.get('site')} of {meta.get('model')}. Output score: last token of {meta.get('prompt')!r} "
+            "steered with "
+            f"{meta.get('strength')} times the largest activation there, score of the best of {meta.get('k')} "
+            "logit-lens tokens, "
+            f"steered run only, in {meta.get('precision')}. Input score: share of a feature's top contexts whose "
+            "most activating "
+            "token is a lens token."
+        )]  # fmt: skip
+        blocks += _histogram("Output score", self.output_scores, "features", log=True)
+        blocks += _histogram("Output score of random directions", self.random_output_scores, "directions", log=True)
+        blocks += _histogram("Input score", self.input_scores, "features")
+        blocks += _histogram("Input score, contexts of other features", self.shuffled_input_scores, "features")
+        rows = tuple((f, o, _none(i), _none(q), t) for f, o, i, q, t in self.best)
+        columns = ("feature", "output score", "input score", "frequency", "lens tokens")
+        return [*blocks, Table(columns, rows, "Features with the highest output scores")] if rows else blocks
+
+
+def _none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _histogram(title: str, values: Sequence[float], unit: str, log: bool = False) -> list[Block]:
+    if not values:
+        return []
+    shown = tuple(max(v, _FLOOR) for v in values) if log else tuple(values)
+    floor = f"; scores below {_FLOOR:g} are drawn there" if log else ""
+    return [Histogram(title, shown, x_label="score", y_label=unit, log_x=log, caption=f"{len(values)} {unit}{floor}")]
+
+
+def score_report(
+    df: Any, meta: dict[str, Any], controls: Mapping[str, Sequence[float]], threshold: float, high: float
+) -> FeatureScoreReport:
+    """The report of a feature table; see `FeatureTable.report`."""
+    if math.isnan(threshold) or math.isnan(high):
+        raise InvalidInputError(f"threshold={threshold}, high={high}: give numbers to compare scores with.")
+    dead = df["frequency"].to_numpy() == 0
+    alive = df[~dead]
+    outputs = _known(alive["output_score"])
+    inputs = _known(alive["input_score"])
+    random, shuffled = _known(controls.get("random_output_score", ())), _known(controls.get("shuffled_input_score", ()))
+    pair = alive[["input_score", "output_score"]].dropna().to_numpy()
+    both, independent, pmi = co_occurrence(pair[:, 0] >= high, pair[:, 1] >= high) if len(pair) else (None, None, None)
+    best = alive.sort_values("output_score", ascending=False)[:15]
+    return FeatureScoreReport(
+        meta=meta, n=len(df), n_dead=int(dead.sum()), threshold=threshold, high=high,
+        n_few=int((alive["n_contexts"] < meta.get("min_contexts", 0)).sum()) if meta.get("n_tokens") else 0,
+        output_scores=tuple(outputs.tolist()), random_output_scores=tuple(random.tolist()),
+        input_scores=tuple(inputs.tolist()), shuffled_input_scores=tuple(shuffled.tolist()),
+        above=_share(outputs >= threshold, "features"), random_above=_share(random >= threshold, "directions"),
+        input_mean=_mean(inputs), shuffled_input_mean=_mean(shuffled),
+        both=both, independent=independent, pmi=pmi,
+        best=tuple(
+            (int(r["feature"]), float(r["output_score"]), float(r["input_score"]), float(r["frequency"]),
+             " · ".join(repr(t)[1:-1] for t in list(r["top_tokens"])[:6]))
+            for _, r in best.iterrows() if not math.isnan(r["output_score"])
+        ),
+    )  # fmt: skip
+
+
+def _known(values: Any) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    return array[np.isfinite(array)]
+
+
+def _share(hits: np.ndarray, unit: str) -> Estimate | None:
+    return wilson(int(hits.sum()), len(hits), unit=unit) if len(hits) else None
+
+
+def _mean(values: np.ndarray) -> Estimate | None:
+    return sample_mean(values, unit="features") if len(values) else None
+
+
+def co_occurrence(
+    a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = 2000
+) -> tuple[Estimate, float, Estimate | None]:
+    """Share of rows where both hold, the product of the two shares, and their pointwise mutual information in bits.
+
+    The interval of the PMI is a percentile bootstrap over rows (a multinomial draw of the 2 x 2 table, which is the
+    same thing), with half a row added to each cell so that an empty cell gives a finite value. None if one of the two
+    never holds.
+
+    >>> both, independent, pmi = co_occurrence(np.array([1, 1, 0, 0]) > 0, np.array([1, 1, 0, 0]) > 0)
+    >>> both.value, independent  # 2/4, and 2/4 * 2/4
+    (0.5, 0.25)
+    """
+    n = len(a)
+    cells = np.array([(a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()], dtype=float)
+    both = wilson(int(cells[0]), n, unit="features")
+    independent = float(a.mean() * b.mean())
+    if not a.any() or not b.any():
+        return both, independent, None
+    draws = np.random.default_rng(seed).multinomial(n, cells / n, size=resamples)
+    values = _pmi(draws)
+    low, high = np.quantile(values, [0.025, 0.975])
+    return (
+        both,
+        independent,
+        Estimate(
+            float(_pmi(cells[None])[0]),
+            float(low),
+            float(high),
+            n,
+            "percentile bootstrap, half a row added per cell",
+            "features",
+        ),
+    )
+
+
+def _pmi(cells: np.ndarray) -> np.ndarray:
+    p = cells + 0.5
+    p = p / p.sum(axis=1, keepdims=True)
+    return np.log2(p[:, 0] / ((p[:, 0] + p[:, 1]) * (p[:, 0] + p[:, 2])))

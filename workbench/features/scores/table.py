@@ -1,0 +1,233 @@
+"""The feature table: one row per feature, in pandas, Parquet and HTML."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workbench.core.arguments import checked
+from workbench.core.errors import (
+    CorruptFileError,
+    DegenerateInputError,
+    InvalidInputError,
+    MissingFileError,
+    UnknownNameError,
+    did_you_mean,
+)
+from workbench.core.jsontext import content_of
+from workbench.core.records import from_jsonable, write_atomic
+from workbench.features.passes.parquetheader import HEADER, header, read_header
+from workbench.features.scores.origin import origin, require_same_origin
+from workbench.features.scores.score_report import FeatureScoreReport, score_report
+
+IN_RUN = "artifacts/features"
+"""Where `workbench features score` saves a table in its run folder."""
+TABLE_FILE = "features.parquet"
+AGAIN = "Score the features again."
+COLUMNS = (
+    "feature", "input_score", "output_score", "output_score_delta", "confidence_delta", "frequency", "max_act",
+    "n_contexts", "best_token", "top_tokens", "top_token_ids", "contexts", "context_token_ids",
+)  # fmt: skip
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class FeatureTable:
+    """Scores of SAE features.
+
+    Attributes:
+        df: one row per feature with `COLUMNS`; nan where a score was not asked for or could not be computed.
+        meta: how the scores were made: model, site, prompt, strength, precision, tokens read.
+        controls: scores of the controls: `random_output_score` (random directions of the features' norms),
+            `shuffled_input_score` (each feature's contexts against another feature's lens tokens).
+    """
+
+    df: Any
+    meta: dict[str, Any]
+    controls: dict[str, tuple[float, ...]]
+
+    def __len__(self) -> int:
+        return len(self.df)
+
+    def check(self, model: Any, sae: Any) -> None:
+        """Refuses a table that was made with another model or SAE; what a table does not say is not checked.
+
+        Raises:
+            MismatchError: naming what differs.
+        """
+        require_same_origin("This feature table", self.meta, origin(model, sae, None))
+
+    def row(self, feature: int) -> Any:
+        """The row of one feature.
+
+        Raises:
+            InvalidInputError: if the feature was not scored.
+        """
+        found = self.df[self.df["feature"] == feature]
+        if found.empty:
+            raise InvalidInputError(f"Feature {feature} is not in this table of {len(self)} features. Score it first.")
+        return found.iloc[0]
+
+    def alive(self) -> Any:
+        """The rows of features that were active on at least one token; all rows if no store was read."""
+        known = self.df["frequency"].notna()
+        return self.df[(self.df["frequency"] > 0) | ~known]
+
+    def select(self, n: int | None = None, min_output_score: float = 0.01, by: str = "output_score") -> tuple[int, ...]:
+        """Features to steer with: alive, best first, at most n.
+
+        Args:
+            n: how many; None takes all that qualify.
+            min_output_score: least output score; not used with `by="confidence_delta"`.
+            by: "output_score", or "confidence_delta" for those that change the model's confidence most, either way.
+
+        Raises:
+            DegenerateInputError: if no feature qualifies; says what the best score is.
+            UnknownNameError: for another `by`.
+            InvalidInputError: for n below 1.
+
+        Source: Arad, Mueller, Belinkov 2025 recommend 0.01; Wang et al. 2025 (arXiv 2510.03659) the confidence.
+        """
+        if n is not None and n < 1:
+            raise InvalidInputError(f"select(n={n}): choose at least one feature.")
+        if by not in ("output_score", "confidence_delta"):
+            raise UnknownNameError(f"select(by={by!r}). {did_you_mean(by, ('output_score', 'confidence_delta'))}")
+        if by == "confidence_delta":
+            return self._most_changed(n)
+        alive = self.alive().sort_values(["output_score", "feature"], ascending=[False, True])
+        good = alive[alive["output_score"] >= min_output_score]
+        if good.empty:
+            best = float(alive["output_score"].max()) if len(alive) else float("nan")
+            raise DegenerateInputError(
+                f"select(min_output_score={min_output_score}): none of {len(alive)} alive features reaches it; "
+                "the best has "
+                f"{best:.3g}. Lower the threshold, or score at a later layer."
+            )
+        return tuple(int(f) for f in good["feature"][:n])
+
+    def _most_changed(self, n: int | None) -> tuple[int, ...]:
+        known = self.alive().dropna(subset=["confidence_delta"])
+        if known.empty:
+            raise DegenerateInputError(
+                "select(by='confidence_delta'): no feature of this table has a confidence. Score output scores first."
+            )
+        order = known["confidence_delta"].abs().sort_values(ascending=False, kind="stable").index
+        return tuple(int(f) for f in known.loc[order, "feature"][:n])
+
+    def worst_matched(self, features: Sequence[int], share: float = 0.25) -> tuple[int, ...]:
+        """For each given feature another one of like frequency from the `share` with the lowest output scores.
+
+        Without frequencies the lowest scores are taken in order. No feature is used twice.
+
+        Raises:
+            DegenerateInputError: if there are fewer such features than asked for.
+        """
+        alive = self.alive()
+        pool = alive[~alive["feature"].isin(list(features)) & alive["output_score"].notna()]
+        pool = pool.sort_values(["output_score", "feature"])[: max(int(share * len(pool)), len(features))]
+        if len(pool) < len(features):
+            raise DegenerateInputError(
+                f"worst_matched: {len(features)} features asked for, {len(pool)} others are alive."
+            )
+        ids, logs = pool["feature"].to_numpy(), np.log(pool["frequency"].to_numpy(dtype=float) + 1e-12)
+        chosen: list[int] = []
+        for feature in features:
+            target = np.log(float(self.row(feature)["frequency"]) + 1e-12)
+            far = np.where(np.isnan(logs) | np.isnan(target), 0.0, np.abs(logs - target))
+            far = np.where(np.isin(ids, chosen), np.inf, far)
+            chosen.append(int(ids[int(far.argmin())]))
+        return tuple(chosen)
+
+    def report(self, threshold: float = 0.01, high: float = 0.1) -> FeatureScoreReport:
+        """Distributions, shares and co-occurrence of the scores, beside their controls.
+
+        Args:
+            threshold: output score above which a feature counts as an output feature.
+            high: cut for "high" input and output scores in their co-occurrence.
+        """
+        return score_report(self.df, self.meta, self.controls, threshold, high)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes `features.parquet` into a folder, whole or not at all; returns the folder."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = Path(path)
+        buffer = io.BytesIO()
+        rows = pa.Table.from_pandas(self.df, preserve_index=False)
+        said = {HEADER: header({"version": 2, "meta": self.meta, "controls": self.controls})}
+        pq.write_table(rows.replace_schema_metadata({**(rows.schema.metadata or {}), **said}), buffer)
+        write_atomic(folder / TABLE_FILE, buffer.getvalue())
+        return folder
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureTable:
+        """The table in a folder, or in a run folder of `workbench features score`.
+
+        Raises:
+            MissingFileError: if there is none.
+            CorruptFileError: if its files can't be read.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = Path(path)
+        if not (folder / TABLE_FILE).is_file() and (folder / IN_RUN / TABLE_FILE).is_file():
+            folder = folder / IN_RUN
+        if not (folder / TABLE_FILE).is_file():
+            raise MissingFileError(
+                f"No feature table in {folder}: it has no {TABLE_FILE}. Make one with `workbench features score`."
+            )
+        with content_of(folder / TABLE_FILE, AGAIN, pa.ArrowException, OSError):
+            rows = pq.read_table(folder / TABLE_FILE)
+            record = read_header(rows.schema.metadata, folder / TABLE_FILE, AGAIN)
+            if missing := [column for column in COLUMNS if column not in rows.column_names]:
+                raise CorruptFileError(f"{folder / TABLE_FILE} lacks the columns {', '.join(missing)}. {AGAIN}")
+            df = _typed(rows, folder / TABLE_FILE).to_pandas()
+            for column in ("top_tokens", "top_token_ids", "contexts", "context_token_ids"):
+                df[column] = [list(value) for value in df[column]]
+            controls = from_jsonable(dict[str, tuple[float, ...]], record["controls"])
+            return cls(df, from_jsonable(dict[str, Any], record["meta"]), controls)
+
+    def __repr__(self) -> str:
+        where = f"{self.meta.get('site')} in {self.meta.get('model')}"
+        return f"FeatureTable({len(self)} features of {where}: columns {', '.join(COLUMNS)})"
+
+    def _repr_html_(self) -> str:
+        best = self.df.sort_values("output_score", ascending=False)[:20]
+        shown = ("feature", "output_score", "input_score", "frequency", "max_act", "top_tokens", "contexts")
+        head = "".join(f"<th>{name}</th>" for name in shown)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in shown) + "</tr>" for _, row in best.iterrows()
+        )
+        caption = f"{len(self)} features; the 20 with the highest output score"
+        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+
+
+def _typed(rows: Any, path: Path) -> Any:
+    """The Arrow table with each of `COLUMNS` in its type; only scores may be missing."""
+    import pyarrow as pa
+
+    types = dict.fromkeys(COLUMNS, pa.float64()) | {"feature": pa.int64(), "n_contexts": pa.int64()}
+    types |= {"best_token": pa.large_string(), "top_tokens": pa.list_(pa.string()), "contexts": pa.list_(pa.string())}
+    types |= {"top_token_ids": pa.list_(pa.int64()), "context_token_ids": pa.list_(pa.int64())}
+    for name, kind in types.items():
+        column = rows.column(name).cast(kind)
+        if column.null_count and kind != pa.float64():
+            raise CorruptFileError(f"{path}: {name} is missing in {column.null_count} rows. {AGAIN}")
+        rows = rows.set_column(rows.column_names.index(name), name, column)
+    return rows
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float | np.floating):
+        return f"{float(value):.3g}"
+    if isinstance(value, list | tuple | np.ndarray):
+        return html.escape(" · ".join(repr(str(v))[1:-1] for v in list(value)[:6]))
+    return html.escape(str(value))

@@ -1,0 +1,16 @@
+from .api import census as census
+from .api import diff as diff
+from .api import lint as lint
+from .api import scan as scan
+from .counting.census_report import CensusReport as CensusReport
+from .counting.census_result import CensusOptions as CensusOptions
+from .repairing.repair import RepairOptions as RepairOptions
+from .repairing.repair import repair as repair
+from .repairing.repair_check import check_repair as check_repair
+from .scanning.glitch_report import GlitchReport as GlitchReport
+from .scanning.result import TokenizerFacts as TokenizerFacts
+from .scanning.result import TokenTable as TokenTable
+from .scanning.scanner import ScanOptions as ScanOptions
+from .scanning.scanner import examine as examine
+from .text.banlist import ban_list as ban_list
+from .verification.verify import VerifyOptions as VerifyOptions

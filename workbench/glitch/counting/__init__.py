@@ -1,0 +1,1 @@
+"""How many glitch tokens a model has: census and sample."""

@@ -1,0 +1,96 @@
+"""A census: every token of the vocabulary is asked for, so that the recall of a ranking is measured, not guessed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from workbench.core.codec import codec_of
+from workbench.core.errors import InvalidInputError
+from workbench.glitch.counting.census_report import CensusReport
+from workbench.glitch.counting.census_result import NO_TEST, CensusOptions, CensusPlan, ranking
+from workbench.glitch.counting.sampling import by_rank, draw
+from workbench.glitch.scanning.glitch_report import GlitchReport
+from workbench.glitch.scanning.scanner import scan
+from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.probing import DtypeChoice, Prober, choose_dtype, dtype_name
+from workbench.glitch.verification.prompts import Template
+from workbench.glitch.verification.scoring import VerifyOptions
+from workbench.glitch.vocabulary.tokenizer import analyse
+from workbench.models.model import Model
+
+
+def plan_census(model: Model, *, options: CensusOptions | None = None, measure_both: bool = True) -> CensusPlan:
+    """Ranks the tokens, makes the prompts and measures the speed; runs a few batches only.
+
+    Args:
+        model: the model.
+        options: what to run.
+        measure_both: whether bfloat16 may be chosen; a model in it has to be made by the caller then.
+    """
+    options = options or CensusOptions()
+    report = scan(model, options=options.scan)
+    vocabulary = analyse(codec_of(model.tokenizer))
+    steps = VerifyOptions().steps
+    (short,) = prompt_set(model, vocabulary, [options.short], "raw", strict=True).templates
+    confirm: tuple[Template, ...] = ()
+    if options.confirm:
+        confirm = prompt_set(model, vocabulary, options.confirm, options.forms, steps=steps).templates
+    if options.confirm and options.again:
+        confirm = (*prompt_set(model, vocabulary, options.again, "raw", steps=steps).templates, *confirm)
+    ids = _to_test(report, options)
+    plain = np.flatnonzero(report.table.ordinary)
+    sample = np.random.default_rng(options.seed).permutation(plain).tolist()
+    dtype = choose_dtype(model, short, sample, both=measure_both)
+    return CensusPlan(report, short, confirm, ids, dtype, options)
+
+
+def _to_test(report: GlitchReport, options: CensusOptions) -> np.ndarray:
+    if options.sample is not None:
+        return draw(by_rank(ranking(report), options.shares), options.sample, options.seed)
+    category = np.asarray(report.table.category)
+    every = np.flatnonzero(~np.isin(category, NO_TEST))
+    return np.random.default_rng(options.seed).permutation(every)
+
+
+def run_census(model: Model, plan: CensusPlan, folder: Path | None = None) -> CensusReport:
+    """Tests the planned tokens; what the folder holds is not run again.
+
+    Args:
+        model: the model, in the dtype of the plan.
+        plan: from `plan_census`.
+        folder: where results are kept, batch after batch; None keeps them in memory.
+
+    Raises:
+        InvalidInputError: if the model is not in the plan's dtype.
+        MismatchError: if the folder holds results of another model, dtype or prompt.
+    """
+    prober = prober_of(model, plan, folder)
+    prober.best_probabilities(plan.ids)
+    return CensusReport(model.name, model.fingerprint, plan, prober.short, prober.best)
+
+
+def prober_of(model: Model, plan: CensusPlan, folder: Path | None = None) -> Prober:
+    """What tests the tokens of a plan, and remembers.
+
+    Raises:
+        InvalidInputError: if the model is not in the plan's dtype.
+        MismatchError: if the folder holds results of another model, dtype or prompt.
+    """
+    if dtype_name(model) != plan.dtype.dtype:
+        raise InvalidInputError(
+            f"The plan is for {plan.dtype.dtype}, the model is in {dtype_name(model)}. Load it in the plan's dtype."
+        )
+    return Prober(
+        model, plan.short, len(plan.scan.table), confirm=plan.confirm, folder=folder,
+        batch_size=plan.options.batch_size,
+    )  # fmt: skip
+
+
+def in_dtype(model: Model, choice: DtypeChoice) -> Model:
+    """The model in the chosen dtype; its own weights are converted, so there is no second copy."""
+    if dtype_name(model) == choice.dtype:
+        return model
+    return Model(model.hf.to(getattr(torch, choice.dtype)), model.tokenizer, model.name)

@@ -1,0 +1,1 @@
+"""How suspicious each token is, from the weights alone."""

@@ -1,0 +1,253 @@
+"""How suspicious each row is, from the matrices alone; lower is more suspicious. Streamed in row blocks, fp32 rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench.core.errors import UnknownNameError, did_you_mean
+from workbench.core.progress import track
+from workbench.glitch.ranking.weights import Matrix, TokenMatrices
+
+INDICATORS: dict[str, str] = {
+    "I_in": "norm of the input row",
+    "I_cos": "cosine distance of the output row to the mean of the reference rows",
+    "I_centred": "the same after the mean row is taken off every row",
+    "I_l2": "distance of the output row to the mean of the reference rows",
+    "I_1pc": "cosine distance after the first principal component of all rows is projected out; only when asked for",
+}
+"""Every indicator with its meaning; earlier ones win ties."""
+
+_TINY = 1e-30
+ENOUGH = 0.9
+"""AUC below which no indicator is used."""
+CLEARLY = 0.02
+"""By how much the AUC of a later indicator must be higher to be preferred: under-trained ordinary tokens blur it."""
+_MAX_HELD_OUT = 512
+
+
+@dataclass(frozen=True, eq=False)
+class RowFacts:
+    """What one pass over a matrix gives: index = row.
+
+    Attributes:
+        norm: L2 norm of each row; nan where the row is not finite.
+        finite: rows without NaN or infinity.
+        mean: mean of the finite rows, summed in fp64.
+        classes: ids of each set of two or more bit-identical rows, zero rows left out.
+        component: the first principal component of the finite rows, of length 1, or None if it was not asked for.
+    """
+
+    norm: np.ndarray
+    finite: np.ndarray
+    mean: Tensor
+    classes: tuple[tuple[int, ...], ...]
+    component: Tensor | None = None
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Rows that have a direction: finite and not zero."""
+        return self.finite & (np.nan_to_num(self.norm) > 0)
+
+
+def read_rows(
+    matrix: Matrix, block_rows: int, bias: Tensor | None = None, identical: bool = True, component: bool = False
+) -> RowFacts:
+    """Norms, mean, bad and bit-identical rows of a matrix in one pass; with `bias`, equal rows need equal biases.
+
+    With `component` also the first principal component, which costs rows x d_model x d_model.
+    """
+    norm, total = np.empty(matrix.n_rows), torch.zeros(matrix.width, dtype=torch.float64)
+    finite, key = np.empty(matrix.n_rows, dtype=bool), np.empty(matrix.n_rows, dtype=np.uint64)
+    gram = torch.zeros(matrix.width, matrix.width, dtype=torch.float64) if component else None
+    blocks = -(-matrix.n_rows // block_rows)
+    for start, block in track(
+        matrix.blocks(block_rows), total=blocks, description=f"read {matrix.name}", unit="blocks"
+    ):
+        part = slice(start, start + len(block))
+        norm[part] = torch.linalg.vector_norm(block, dim=1).numpy()
+        # a sum is finite unless the row holds NaN or infinity, or overflows; only such rows are looked at one by one
+        good = np.isfinite(norm[part])
+        good[~good] = torch.isfinite(block[torch.from_numpy(~good)]).all(1).numpy()
+        finite[part], key[part] = good, _sample_key(block)
+        block = block if good.all() else block[torch.from_numpy(good)]
+        total += block.sum(0, dtype=torch.float64)
+        if gram is not None:
+            gram += block.T @ block
+    norm[~finite] = np.nan
+    n = max(1, int(finite.sum()))
+    mean = total / n
+    first = None if gram is None else torch.linalg.eigh(gram / n - torch.outer(mean, mean)).eigenvectors[:, -1].float()
+    usable = np.flatnonzero(finite & (np.nan_to_num(norm) > 0))
+    classes = _equal_rows(matrix, bias, usable, key[usable], block_rows) if identical else ()
+    return RowFacts(norm, finite, mean.float(), classes, first)
+
+
+def _sample_key(block: Tensor) -> np.ndarray:
+    """A number per row that is equal for equal rows, from at most 16 of its columns."""
+    # adding 0.0 turns -0.0 into 0.0: both give the same logits
+    some = block[:, :: -(-block.shape[1] // 16)].add(0.0).contiguous().numpy().view(np.uint32).astype(np.uint64)
+    return (some * np.random.default_rng(0).integers(1, 2**63, some.shape[1], dtype=np.uint64)).sum(1, dtype=np.uint64)
+
+
+def _equal_rows(
+    matrix: Matrix, bias: Tensor | None, ids: np.ndarray, key: np.ndarray, block_rows: int
+) -> tuple[tuple[int, ...], ...]:
+    """Sets of rows that agree in every bit (and in the bias), looked for among those that agree in the key."""
+    _, which, count = np.unique(key, return_inverse=True, return_counts=True)
+    ids = ids[count[which] > 1]
+    seen: dict[bytes, list[int]] = {}
+    for start in range(0, len(ids), block_rows):
+        part = ids[start : start + block_rows]
+        rows = matrix.rows(part.tolist())
+        rows = rows if bias is None else torch.cat([rows, bias[torch.from_numpy(part)][:, None]], 1)
+        for i, row in zip(part.tolist(), rows.add(0.0).contiguous().numpy(), strict=True):
+            seen.setdefault(hashlib.blake2b(row, digest_size=16).digest(), []).append(i)
+    return tuple(tuple(same) for same in seen.values() if len(same) > 1)
+
+
+def measure(
+    matrices: TokenMatrices, inner: RowFacts, outer: RowFacts, reference: Sequence[int], block_rows: int
+) -> dict[str, np.ndarray]:
+    """The indicators of every row; nan where a row is not finite. Without a reference only `I_in`, and only if untied.
+
+    `I_cos = 1 - e.u / (|e| |u|)` and `I_l2 = |e - u|` with `u` the mean of the reference rows;
+    `I_centred` is `I_cos` of `e - mean` and `u - mean`; `I_1pc` of `e - (e.c) c` and `u - (u.c) c` with `c` the first
+    component; `I_in = |e_in|`.
+    A row that is exactly zero has `I_cos = 1`: it has no direction, and is reported apart.
+    Source: Land and Bartolo 2024, section 2.2; without their lower limit of 1e-6 on `|e| |u|`, which calls rows that
+    weight decay has shrunk orthogonal to the reference. `I_in` is never given for tied matrices, where it says nothing.
+    """
+    n = matrices.E_out.n_rows
+    result: dict[str, np.ndarray] = {}
+    if not matrices.tied:
+        result["I_in"] = np.full(n, np.nan)
+        shared = min(n, len(inner.norm))
+        result["I_in"][:shared] = inner.norm[:shared]
+    if not len(reference):
+        return result
+    u = matrices.E_out.rows(reference).double().mean(0).float()
+    result |= {name: np.empty(n) for name in ("I_cos", "I_centred", "I_l2")}
+    if outer.component is not None:
+        result["I_1pc"] = np.empty(n)
+    blocks = matrices.E_out.blocks(block_rows)
+    for start, block in track(blocks, total=-(-n // block_rows), description="indicators", unit="blocks"):
+        rows = slice(start, start + len(block))
+        for name in result.keys() - {"I_in"}:
+            result[name][rows] = _distance(name, block, u[None], outer).numpy()
+    for values in result.values():
+        values[~outer.finite] = np.nan
+    return result
+
+
+def _distance(indicator: str, rows: Tensor, means: Tensor, outer: RowFacts) -> Tensor:
+    """The output-side indicator of rows, each against its own mean or all against one."""
+    if indicator == "I_l2":
+        return torch.linalg.vector_norm(rows - means, dim=1)
+    if indicator == "I_centred":
+        rows, means = rows - outer.mean, means - outer.mean
+    if indicator == "I_1pc" and (c := outer.component) is not None:
+        rows, means = rows - (rows @ c)[:, None] * c, means - (means @ c)[:, None] * c
+    if len(means) == 1:
+        return cosine_distance(rows, means[0])
+    return torch.stack([cosine_distance(row[None], mean)[0] for row, mean in zip(rows, means, strict=True)])
+
+
+def cosine_distance(rows: Tensor, u: Tensor) -> Tensor:
+    """One minus the cosine of each row with `u`; 1 for a zero row.
+
+    >>> cosine_distance(torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0]))
+    tensor([0., 1., 1.])
+    """
+    # fp64, since nearly equal rows differ in the last digits of fp32, which depend on where a row lies in memory
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) * torch.linalg.vector_norm(u, dtype=torch.float64)
+    return (1 - (rows.double() @ u.double()) / norm.clamp_min(_TINY)).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well an indicator tells known-unused rows from ordinary tokens.
+
+    Attributes:
+        indicator: a key of `INDICATORS`.
+        auc: chance that a reference row, held out of the reference, is lower than an ordinary token; 0.5 is chance.
+        missed: share of ordinary tokens below the highest held-out reference row.
+        n_reference: reference rows held out, one at a time.
+        n_ordinary: ordinary tokens compared with.
+    """
+
+    indicator: str
+    auc: float
+    missed: float
+    n_reference: int
+    n_ordinary: int
+
+
+def separation(indicator: str, values: np.ndarray, ordinary: np.ndarray, held_out: np.ndarray) -> Separation:
+    """AUC of the held-out values of reference rows against the ordinary tokens (ties count half)."""
+    there = np.sort(values[ordinary][np.isfinite(values[ordinary])])
+    held_out = held_out[np.isfinite(held_out)]
+    if not len(there) or not len(held_out):
+        return Separation(indicator, float("nan"), float("nan"), len(held_out), len(there))
+    auc = auc_lower(held_out, there)
+    return Separation(indicator, auc, float(np.mean(there < held_out.max())), len(held_out), len(there))
+
+
+def auc_lower(low: np.ndarray, high: np.ndarray) -> float:
+    """Chance that a value of `low` is below one of `high`, ties counting half.
+
+    >>> auc_lower(np.array([1.0, 3.0]), np.array([2.0, 3.0]))  # (1 + 1 + 0 + 0.5) / 4
+    0.625
+    """
+    there = np.sort(high)
+    below, upto = np.searchsorted(there, low, "left"), np.searchsorted(there, low, "right")
+    return float(np.mean(1 - (below + upto) / (2 * len(there))))
+
+
+def held_out_values(
+    indicator: str, matrices: TokenMatrices, outer: RowFacts, values: np.ndarray, reference: Sequence[int]
+) -> np.ndarray:
+    """The indicator of each reference row with that row left out of the reference mean; nan if it is the only one."""
+    ids = list(reference)
+    if indicator == "I_in":
+        return values[ids]
+    if len(ids) < 2:
+        return np.full(len(ids), np.nan)
+    total = matrices.E_out.rows(ids).double().sum(0)
+    rows = matrices.E_out.rows(ids[:: -(-len(ids) // _MAX_HELD_OUT)])
+    means = ((total - rows.double()) / (len(ids) - 1)).float()
+    return _distance(indicator, rows, means, outer).numpy()
+
+
+def pick(measured: Sequence[Separation], asked: str | None = None, insist: bool = False) -> tuple[str | None, str]:
+    """The indicator to rank by, and why: the first of `INDICATORS` that no other clearly beats.
+
+    Returns None, with the reason, if none separates with an AUC of at least `ENOUGH`; with `insist` (the user named
+    the reference) the first one, with the warning that nothing confirms it.
+    """
+    known = {s.indicator: s for s in measured}
+    if asked is not None:
+        if asked not in known:
+            raise UnknownNameError(
+                f"indicator={asked!r} is not available here (tied models have no I_in; the others need a reference). "
+                + did_you_mean(asked, known)
+            )
+        return asked, f"{asked} as asked; held-out AUC {known[asked].auc:.4f}"
+    table = ", ".join(f"{s.indicator} {s.auc:.4f}" for s in measured)
+    good = [known[name] for name in INDICATORS if name in known and known[name].auc >= ENOUGH]
+    if not good and insist and known:
+        first = next(name for name in INDICATORS if name in known)
+        return first, f"{first}, because the reference was given; NOT CONFIRMED by a held-out AUC ({table})"
+    if not good:
+        return None, f"no indicator separates the unused rows from ordinary tokens (AUC: {table or 'none measured'})"
+    best = max(s.auc for s in good)
+    chosen = next(s for s in good if s.auc >= best - CLEARLY)
+    reason = (
+        "is the highest" if chosen.auc == best else f"is within {CLEARLY} of the highest, and it is the simpler one"
+    )
+    return chosen.indicator, f"{chosen.indicator}: its held-out AUC {chosen.auc:.4f} {reason} (AUC: {table})"

@@ -1,0 +1,281 @@
+"""The two token matrices of a model, read block by block from its files: the model itself is never loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownNameError
+from workbench.core.gguffile import GGUFFile, GGUFTensor, read_gguf
+from workbench.core.records import load_json
+
+BLOCK_ROWS = 16_384
+"""Rows per block: 16k rows of width 8,192 are half a GiB in fp32."""
+
+_INPUT = ("shared", "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embedding", "embeddings")
+_OUTPUT = ("lm_head", "embed_out", "output", "ff_out", "output_layer", "head")
+_FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
+_NOT_TEXT = (
+    "vision", "visual", "audio", "image", "speech", "per_layer", "position", "token_type", "mtp", "draft",
+    ".layers.", ".h.", ".blocks.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix with one row per token id, on disk or in memory; rows are handed out in fp32 on the CPU.
+
+    Attributes:
+        name: its name in the file.
+        n_rows: number of rows.
+        width: `d_model`.
+        stored: the type of number in which it is stored.
+        read: rows `start` to `stop`.
+    """
+
+    name: str
+    n_rows: int
+    width: int
+    stored: str
+    read: Callable[[int, int], Tensor]
+
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Float[Tensor, "rows d_model"]]]:
+        """The first row's index and the rows, block after block."""
+        for start in range(0, self.n_rows, size):
+            yield start, self.read(start, min(start + size, self.n_rows)).to("cpu", torch.float32)
+
+    def rows(self, ids: Sequence[int]) -> Float[Tensor, "rows d_model"]:
+        """The named rows, in the order asked."""
+        wanted, inverse = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+        if not len(wanted):
+            return torch.zeros(0, self.width)
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1)
+        found = torch.cat([self.read(int(run[0]), int(run[-1]) + 1).to("cpu", torch.float32) for run in runs])
+        return found[torch.from_numpy(inverse)]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMatrices:
+    """What a weights-only scan reads.
+
+    Attributes:
+        E_in: input embedding.
+        E_out: output embedding; the same object as `E_in` when tied.
+        bias: bias of the output layer, or None.
+        tied: whether input and output share one matrix.
+        tied_why: how that was decided.
+    """
+
+    E_in: Matrix
+    E_out: Matrix
+    bias: Float[Tensor, " d_vocab"] | None
+    tied: bool
+    tied_why: str
+
+
+def in_memory(hf: Any) -> TokenMatrices:
+    """The matrices of a loaded Hugging Face model."""
+    inner, outer = hf.get_input_embeddings(), hf.get_output_embeddings()
+    E_in = _of_tensor("input embedding", inner.weight)
+    if outer is None:
+        raise MissingFileError("The loaded model has no output embedding. Load it with its language-model head.")
+    bias = getattr(outer, "bias", None)
+    bias = None if bias is None else bias.detach().float().cpu()
+    if outer.weight is inner.weight or outer.weight.data_ptr() == inner.weight.data_ptr():
+        return TokenMatrices(E_in, E_in, bias, True, "input and output embedding share their memory")
+    return _untied(E_in, _of_tensor("output embedding", outer.weight), bias, "two matrices in memory")
+
+
+def in_folder(folder: Path) -> TokenMatrices:
+    """The matrices of a safetensors folder, sharded or not.
+
+    Raises:
+        MissingFileError: without config.json or safetensors files.
+        UnknownNameError: if the matrices cannot be told by their names.
+        CorruptFileError: if the config promises an output matrix that no file holds.
+        InvalidInputError: if a matrix is stored in packed integers, whose scales lie elsewhere.
+    """
+    names = _tensor_files(folder)
+    config = _config(folder)
+    E_in = _safetensors(names, _choose(names, _INPUT, folder))
+    heads = _candidates(names, _OUTPUT, E_in)
+    output = _choose(names, _OUTPUT, folder, E_in) if heads else None
+    bias = _bias(names, output or "lm_head.weight")
+    nested = config.get("text_config") or {}
+    says = {part["tie_word_embeddings"] for part in (config, nested) if part.get("tie_word_embeddings") is not None}
+    if says == {True} or (output is None and says != {False}):
+        why = "config says tie_word_embeddings" if True in says else "the files hold no separate output matrix"
+        return TokenMatrices(E_in, E_in, bias, True, why)
+    if output is None:
+        raise CorruptFileError(
+            f"{folder}: the config says tie_word_embeddings=false, but no file holds an output matrix "
+            f"({', '.join(_OUTPUT)}). Its {len(names)} tensors: {_some(names)}. Save the model again with its head."
+        )
+    return _untied(E_in, _safetensors(names, output), bias, "config and files hold two matrices")
+
+
+def in_gguf(file: GGUFFile | Path) -> TokenMatrices:
+    """The matrices of a GGUF file, dequantised block by block; of a split file all parts are read.
+
+    Raises:
+        MissingFileError: if the file, or a part of a split one, is missing.
+        CorruptFileError: if it is not a GGUF file with a token embedding.
+    """
+    file = read_gguf(file) if isinstance(file, Path) else file
+    tensors = dict(file.tensors)
+    for part in _other_parts(file.path):
+        tensors |= read_gguf(part).tensors
+    if "token_embd.weight" not in tensors:
+        raise CorruptFileError(
+            f"{file.path} holds no token_embd.weight; it has {_some(tensors)}. Use a language model."
+        )
+    E_in = _of_gguf(tensors["token_embd.weight"])
+    bias = torch.from_numpy(tensors["output.bias"].rows(0, 1)[0]) if "output.bias" in tensors else None
+    if "output.weight" not in tensors:
+        return TokenMatrices(E_in, E_in, bias, True, "the file holds no output.weight")
+    return _untied(E_in, _of_gguf(tensors["output.weight"]), bias, "the file holds output.weight")
+
+
+def _other_parts(path: Path) -> list[Path]:
+    """The other parts of a split file: without the last part an untied model would look tied."""
+    split = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if split is None:
+        return []
+    parts = (path.with_name(f"{split[1]}-{k:05d}-of-{split[3]}.gguf") for k in range(1, int(split[3]) + 1))
+    return [part for part in parts if part != path]
+
+
+def _untied(E_in: Matrix, E_out: Matrix, bias: Tensor | None, why: str) -> TokenMatrices:
+    """Two matrices, unless the second is a bit-for-bit copy of the first."""
+    same = (E_in.n_rows, E_in.width) == (E_out.n_rows, E_out.width) and all(
+        torch.equal(a, b) for (_, a), (_, b) in zip(E_in.blocks(), E_out.blocks(), strict=True)
+    )
+    if same:
+        return TokenMatrices(E_in, E_in, bias, True, f"{why}, but they are bit-identical copies")
+    return TokenMatrices(E_in, E_out, bias, False, why)
+
+
+def _of_tensor(name: str, weight: Tensor) -> Matrix:
+    weight = weight.detach()
+    stored = str(weight.dtype).removeprefix("torch.")
+    return Matrix(name, weight.shape[0], weight.shape[1], stored, lambda start, stop: weight[start:stop])
+
+
+def _of_gguf(tensor: GGUFTensor) -> Matrix:
+    if len(tensor.shape) != 2:
+        raise CorruptFileError(f"{tensor.path}: {tensor.name} has the shape {tensor.shape}, not one row per token.")
+    return Matrix(
+        tensor.name, *tensor.shape, tensor.kind, lambda start, stop: torch.from_numpy(tensor.rows(start, stop))
+    )
+
+
+def _safetensors(names: dict[str, Path], name: str) -> Matrix:
+    from safetensors import safe_open
+
+    opened = safe_open(names[name], framework="pt")
+    part = opened.get_slice(name)
+    n_rows, width = part.get_shape()
+    if part.get_dtype() not in _FLOATS:
+        raise InvalidInputError(
+            f"{names[name]}: {name} is stored as {part.get_dtype()} {n_rows} x {width}: packed integers, not numbers "
+            f"({', '.join(_FLOATS)}). Load the model with load_model and scan that object, or scan the unpacked model."
+        )
+    return Matrix(name, n_rows, width, part.get_dtype(), lambda start, stop: part[start:stop])
+
+
+def _shape(path: Path, name: str) -> list[int]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as opened:
+        return opened.get_slice(name).get_shape()
+
+
+def _bias(names: dict[str, Path], output: str) -> Tensor | None:
+    """The output layer's bias, of its own or (BART, Marian) one that the model adds to the logits."""
+    from safetensors import safe_open
+
+    name = next((n for n in (output.removesuffix("weight") + "bias", "final_logits_bias") if n in names), None)
+    if name is None:
+        return None
+    with safe_open(names[name], framework="pt") as opened:
+        return opened.get_tensor(name).float().flatten()
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """File of each tensor name."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = _load(index).get("weight_map", {})
+        for file in set(files.values()):
+            if Path(file).name != file or not (folder / file).is_file():
+                raise CorruptFileError(f"{index} names {file!r}, which is not in {folder}. Fetch the missing shard.")
+        return {name: folder / file for name, file in files.items()}
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+        except SafetensorError as error:
+            raise CorruptFileError(f"{file} is not a readable safetensors file ({error}). Fetch it again.") from error
+    if not found:
+        other = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "no weights"
+        raise MissingFileError(
+            f"{folder} has no .safetensors file (found: {other}). Pickled weights are not read; "
+            "convert them with save_pretrained(safe_serialization=True)."
+        )
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(f"{folder} is not a model folder: it has no config.json. Name a save_pretrained folder.")
+    return _load(folder / "config.json")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return load_json(path, dict, foreign=True)
+
+
+def _candidates(names: dict[str, Path], kinds: tuple[str, ...], like: Matrix | None = None) -> list[str]:
+    """Tensors whose module has one of the names, best first; not those of vision, audio, positions or single layers.
+
+    With `like` only those of its width and at least half its rows: a classifier's head is no output embedding.
+    """
+    fits = [name for name in names if name.endswith(".weight") and name.split(".")[-2:][0] in kinds]
+    fits = [name for name in fits if not any(bad in name for bad in _NOT_TEXT)]
+    shapes = {name: _shape(names[name], name) for name in fits}
+    fits = [name for name, shape in shapes.items() if len(shape) == 2]
+    if like is not None:
+        fits = [name for name in fits if shapes[name][1] == like.width and 2 * shapes[name][0] >= like.n_rows]
+    return sorted(fits, key=lambda name: (kinds.index(name.split(".")[-2:][0]), len(name)))
+
+
+def _choose(names: dict[str, Path], kinds: tuple[str, ...], folder: Path, like: Matrix | None = None) -> str:
+    """The one tensor that fits; of several kinds the one listed first.
+
+    Raises:
+        UnknownNameError: if none fits, or two of the same kind do.
+    """
+    fits = _candidates(names, kinds, like)
+    kind = [name.split(".")[-2:][0] for name in fits]
+    if len(fits) == 1 or (len(fits) > 1 and kind[0] != kind[1]):
+        return fits[0]
+    raise UnknownNameError(
+        f"{folder}: looked for one {' or '.join(kinds)} matrix and found {len(fits)} ({_some(fits) or 'none'}) among "
+        f"{len(names)} tensors ({_some(names)}). Load the model with load_model and scan that object."
+    )
+
+
+def _some(names: Any, limit: int = 6) -> str:
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")

@@ -1,0 +1,1 @@
+"""New rows for glitch tokens, checked before and after."""

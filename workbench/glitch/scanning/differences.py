@@ -1,0 +1,295 @@
+"""What changed between two scans: other flags, other ids, other categories, other verdicts, other lost bytes."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from workbench.core.codec import codec_in, codec_of
+from workbench.core.errors import MissingFileError
+from workbench.core.records import to_jsonable
+from workbench.core.stats import clopper_pearson
+from workbench.glitch.scanning.result import harmless_cell, shown
+from workbench.glitch.scanning.saved import SavedScan, TokenFact, load_scan, of_report, of_tokenizer
+from workbench.glitch.scanning.scanner import local_path, scan
+from workbench.report.base import Cell, Report, Section, Table, Text
+from workbench.report.blocks import Block, Metric
+
+CHANGES: dict[str, str] = {
+    "flag_gone": "flagged in A, in B not",
+    "flag_new": "flagged in B, in A not",
+    "flag_lost_token": "flagged in A, and B has no such token",
+    "flag_new_token": "flagged in B, and A has no such token",
+    "grade": "flagged in both, on other grounds",
+    "verdict": "tested in both, with another verdict",
+    "category": "another category",
+    "moved": "another id",
+    "only_a": "a token of A that B does not have",
+    "only_b": "a token of B that A does not have",
+}
+"""Every kind of change with its meaning, those that matter most first."""
+
+_SHOWN = 40
+_ENOUGH = 20
+"""So many ids with the same text in both tell that the tokenizers agree, where neither has a hash of its vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One difference.
+
+    Attributes:
+        kind: a key of `CHANGES`.
+        text: the token on one line.
+        id_a: its id in A, or -1.
+        id_b: its id in B, or -1.
+        before: what A says.
+        after: what B says.
+    """
+
+    kind: str
+    text: str
+    id_a: int
+    id_b: int
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, eq=False)
+class DiffReport(Report):
+    """Result of `diff`.
+
+    Attributes:
+        a: model of A, and where its scan is from.
+        b: the same of B.
+        matched_by: "id" if both have the same tokenizer, otherwise "text".
+        n_a: tokens of A.
+        n_b: tokens of B.
+        shared: tokens that were matched.
+        flagged_a: flagged tokens of A per grade.
+        flagged_b: the same of B.
+        changes: all differences, in the order of `CHANGES`, by id.
+        lossy_a: bytes that only A loses.
+        lossy_b: bytes that only B loses.
+        partial: what could not be compared, in words; empty if everything was.
+        evident: whether the files tell if both tokenizers are the same; where they do not, texts are matched.
+    """
+
+    a: str
+    b: str
+    matched_by: str
+    n_a: int
+    n_b: int
+    shared: int
+    flagged_a: dict[str, int]
+    flagged_b: dict[str, int]
+    changes: tuple[Change, ...]
+    lossy_a: tuple[int, ...]
+    lossy_b: tuple[int, ...]
+    partial: str
+    evident: bool = True
+
+    def counts(self) -> dict[str, int]:
+        """Number of changes of each kind."""
+        found = Counter(change.kind for change in self.changes)
+        return {kind: found[kind] for kind in CHANGES}
+
+    def findings(self) -> tuple[str, ...]:
+        """What changed, in sentences."""
+        said = [f"A is {self.a}: {self.n_a:,} tokens. B is {self.b}: {self.n_b:,} tokens."]
+        if self.matched_by == "id":
+            said.append("Both have the same tokenizer: tokens are matched by id.")
+        else:
+            why = "DIFFERENT TOKENIZERS" if self.evident else "NOT KNOWN whether both have the same tokenizer"
+            said.append(
+                f"{why}: tokens are matched by their text; {self.shared:,} texts are in both "
+                f"({self.shared / max(1, self.n_a):.1%} of A, {self.shared / max(1, self.n_b):.1%} of B)."
+            )
+        said += [f"{n:,} x {CHANGES[kind]}." for kind, n in self.counts().items() if n]
+        if not self.changes:
+            said.append("No token differs.")
+        for name, lost in (("A", self.lossy_a), ("B", self.lossy_b)):
+            if lost:
+                said.append(f"Only {name} loses the bytes {' '.join(f'{byte:02X}' for byte in lost)} of valid text.")
+        return (*said, *([self.partial] if self.partial else []))
+
+    def metrics(self) -> dict[str, Metric]:
+        """Counts of each change, and the share of A's flags that are gone among the tokens that B has too."""
+        stay = sum(self.flagged_a.values()) - self.counts()["flag_lost_token"]
+        found: dict[str, Metric] = {"shared": self.shared, **self.counts()}
+        if stay:
+            found["flags_gone"] = clopper_pearson(self.counts()["flag_gone"], stay, unit="flagged tokens")
+        return found
+
+    def section(self) -> Section:
+        """A table of counts and one of each kind of change."""
+        return Section(f"{self.a} and {self.b}", tuple(self._blocks()), self.findings(), self.metrics())
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, with counts and sentences."""
+        return super().to_json() | to_jsonable({"counts": self.counts(), "said": self.findings()})
+
+    def _blocks(self) -> Iterator[Block]:
+        grades = sorted(self.flagged_a.keys() | self.flagged_b.keys())
+        rows: list[tuple[Cell, ...]] = [(g, self.flagged_a.get(g, 0), self.flagged_b.get(g, 0)) for g in grades]
+        yield Table(("grade", "flagged in A", "flagged in B"), tuple(rows), "Flagged tokens")
+        for kind, n in self.counts().items():
+            chosen = [change for change in self.changes if change.kind == kind][:_SHOWN]
+            if chosen:
+                cells = tuple((c.text, c.id_a, c.id_b, c.before, c.after) for c in chosen)
+                caption = f"{CHANGES[kind]}: {len(chosen)} of {n:,}"
+                yield Table(("token", "id in A", "id in B", "A", "B"), cells, caption)
+        if not self.changes:
+            yield Text("No token differs.")
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Writes every change as CSV and returns the path."""
+        target = Path(path)
+        with target.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("kind", "text", "id_a", "id_b", "before", "after"))
+            writer.writerows((c.kind, harmless_cell(c.text), c.id_a, c.id_b, c.before, c.after) for c in self.changes)
+        return target
+
+
+def side(what: Any, tokenizer_only: bool = False) -> SavedScan:
+    """One side of a comparison: a saved scan, a model (its weights are scanned now), or a tokenizer alone.
+
+    Args:
+        what: run folder or glitch.json of a scan, `Model`, model folder, .gguf file, "embedded", or a cached hub id.
+        tokenizer_only: look at the tokenizer and leave the weights alone.
+
+    Raises:
+        MissingFileError: if it is none of these.
+    """
+    if hasattr(what, "tokenizer"):
+        return of_tokenizer(codec_of(what.tokenizer), what.name) if tokenizer_only else of_report(scan(what))
+    path = Path(what).expanduser()
+    if path.is_file() and path.suffix in (".json", ".csv"):
+        return load_scan(path)
+    if any((path / name).is_file() for name in ("artifacts/glitch.json", "glitch.json")):
+        return load_scan(path)
+    if path.is_dir() and not (path / "tokenizer.json").is_file() and not (path / "config.json").is_file():
+        raise MissingFileError(
+            f"{path} is neither a scan nor a model: it has no glitch.json, config.json or tokenizer."
+        )
+    alone = tokenizer_only or (path.is_dir() and not (path / "config.json").is_file())
+    place = local_path(what)
+    return of_tokenizer(codec_in(place), str(what)) if alone else of_report(scan(what))
+
+
+def between(a: SavedScan, b: SavedScan) -> DiffReport:
+    """Compares two scans token by token: by id if both are known to have the same tokenizer, by text otherwise."""
+    same = _same_tokenizer(a, b)
+    by_id = same is True
+    if by_id:
+        a, b = _completed(a, b), _completed(b, a)
+    pairs = [(i, i) for i in sorted(a.tokens.keys() & b.tokens.keys())] if by_id else _by_text(a, b)
+    changes = [*_compare(a, b, pairs), *_unmatched(a, b, pairs)]
+    order = {kind: k for k, kind in enumerate(CHANGES)}
+    changes.sort(key=lambda change: (order[change.kind], change.id_a if change.id_a >= 0 else change.id_b))
+    lossy_a, lossy_b = {item.byte for item in a.lossy}, {item.byte for item in b.lossy}
+    return DiffReport(
+        a=_name(a), b=_name(b), matched_by="id" if by_id else "text", n_a=_size(a), n_b=_size(b), shared=len(pairs),
+        flagged_a=a.counts(), flagged_b=b.counts(), changes=tuple(changes),
+        lossy_a=tuple(sorted(lossy_a - lossy_b)), lossy_b=tuple(sorted(lossy_b - lossy_a)), partial=_partial(a, b),
+        evident=same is not None,
+    )  # fmt: skip
+
+
+def _name(scan: SavedScan) -> str:
+    return f"{shown(scan.model)} ({shown(scan.origin)})"
+
+
+def _size(scan: SavedScan) -> int:
+    return sum(fact.category != "no_token" for fact in scan.tokens.values())
+
+
+def _partial(a: SavedScan, b: SavedScan) -> str:
+    said = [
+        f"{name} has no tokens.csv: tokens that it neither suspects nor tested are taken as not flagged."
+        for name, scan in (("A", a), ("B", b)) if not scan.complete
+    ]  # fmt: skip
+    said += [
+        f"{name} has no ranking of its tokens, so it has no candidates."
+        for name, scan in (("A", a), ("B", b)) if not scan.ranked
+    ]  # fmt: skip
+    return " ".join(said)
+
+
+def _same_tokenizer(a: SavedScan, b: SavedScan) -> bool | None:
+    """Whether both have the same tokenizer; None where the files do not tell."""
+    if a.complete and b.complete:
+        return _texts(a) == _texts(b)
+    if a.vocabulary and b.vocabulary:
+        return a.vocabulary == b.vocabulary
+    both = [(x, y) for i in a.tokens.keys() & b.tokens.keys() if (x := a.text(i)) and (y := b.text(i))]
+    if any(x != y for x, y in both):
+        return False
+    return True if len(both) >= _ENOUGH else None
+
+
+def _completed(scan: SavedScan, other: SavedScan) -> SavedScan:
+    """With the tokens that only the other lists, where this scan kept no more than its flagged ones."""
+    if scan.complete:
+        return scan
+    extra = {i: TokenFact(i, fact.text, fact.category) for i, fact in other.tokens.items() if i not in scan.tokens}
+    return replace(scan, tokens={**scan.tokens, **extra})
+
+
+def _texts(scan: SavedScan) -> dict[int, str]:
+    return {i: fact.text for i, fact in scan.tokens.items() if fact.category != "no_token"}
+
+
+def _by_text(a: SavedScan, b: SavedScan) -> list[tuple[int, int]]:
+    """Ids with the same text; of several the same category first, then the same id, then the lower one."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for i, text in _texts(b).items():
+        places[text].append(i)
+    pairs, taken = [], set()
+    for i, text in _texts(a).items():
+        left = [j for j in places.get(text, ()) if j not in taken]
+        if left and text:
+            kind = a.tokens[i].category
+            best = min(left, key=lambda j: (b.tokens[j].category != kind, j != i, j))
+            taken.add(best)
+            pairs.append((i, best))
+    return pairs
+
+
+def _compare(a: SavedScan, b: SavedScan, pairs: list[tuple[int, int]]) -> Iterator[Change]:
+    for i, j in pairs:
+        left, right = a.tokens[i], b.tokens[j]
+        text = left.text or right.text
+        old, new = left.grade, right.grade
+        if old and not new:
+            yield Change("flag_gone", text, i, j, _say(left), _say(right))
+        elif new and not old:
+            yield Change("flag_new", text, i, j, _say(left), _say(right))
+        elif old != new:
+            yield Change("grade", text, i, j, _say(left), _say(right))
+        if "untested" not in (left.verdict, right.verdict) and left.verdict != right.verdict:
+            yield Change("verdict", text, i, j, _say(left), _say(right))
+        if left.category != right.category and left.text and right.text:
+            yield Change("category", text, i, j, left.category, right.category)
+        if i != j:
+            yield Change("moved", text, i, j, str(i), str(j))
+
+
+def _unmatched(a: SavedScan, b: SavedScan, pairs: list[tuple[int, int]]) -> Iterator[Change]:
+    left, right = {i for i, _ in pairs}, {j for _, j in pairs}
+    for i, fact in a.tokens.items():
+        if i not in left and fact.category != "no_token":
+            yield Change("flag_lost_token" if fact.grade else "only_a", fact.text, i, -1, _say(fact), "absent")
+    for j, fact in b.tokens.items():
+        if j not in right and fact.category != "no_token":
+            yield Change("flag_new_token" if fact.grade else "only_b", fact.text, -1, j, "absent", _say(fact))
+
+
+def _say(fact: TokenFact) -> str:
+    tested = "" if fact.verdict == "untested" else f", {fact.verdict} (p = {fact.max_prob:.4f})"
+    return f"{fact.grade or 'not flagged'}{tested}"

@@ -1,0 +1,48 @@
+"""The report of a glitch-token scan: its result with words, tables and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.core.records import to_jsonable
+from workbench.core.stats import Estimate
+from workbench.glitch.scanning.narrate import describe, say, summarise
+from workbench.glitch.scanning.result import ScanResult
+from workbench.glitch.verification.verify import Verification
+from workbench.report.base import Report, Section
+
+
+@dataclass(frozen=True, eq=False)
+class GlitchReport(ScanResult, Report):
+    """Result of `scan`. `df` has every token; `to_json` the facts, the suspicious tokens and everything tested."""
+
+    def with_verification(self, verification: Verification) -> GlitchReport:
+        """The same report with the tests of its tokens."""
+        return dataclasses.replace(self, verification=verification)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything except the table of all tokens, which `to_csv` writes: its suspicious and tested rows are here."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("table", "natures")]
+        return to_jsonable({name: getattr(self, name) for name in names} | {
+            "candidates": [self.row(i) for i in self.candidates()],
+            "unwritable": [self.row(i) for i in self.unwritable()],
+            "spare": self.spare(),
+            "controls": [self.row(t.token_id) for t in (self.verification.controls if self.verification else ())],
+            "findings": list(self.findings()),
+        })  # fmt: skip
+
+    def metrics(self) -> dict[str, Estimate | float | int | str]:
+        """Flat numbers of the scan."""
+        return summarise(self)
+
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in sentences, with what is not known."""
+        return say(self)
+
+    def section(self) -> Section:
+        """Tables, histogram and findings."""
+        return Section(
+            f"Glitch tokens of {self.model}", describe(self), findings=self.findings(), metrics=self.metrics()
+        )

@@ -1,0 +1,233 @@
+"""A glitch report in words, tables and plots."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from workbench.core.stats import Estimate
+from workbench.glitch.scanning.narrate_tests import kinds_table, say_tests, test_blocks, tests_table
+from workbench.glitch.scanning.result import ScanResult, shown
+from workbench.glitch.vocabulary.tokenizer import CATEGORIES, IMPOSSIBLE_BYTES
+from workbench.report.base import Block, Cell, Histogram, Table
+
+TOP_ROWS = 40
+
+
+def say(report: ScanResult) -> tuple[str, ...]:
+    """The report's sentences."""
+    said = [_tokenizer(report), *_lossy(report), _reference(report), _ranking(report), *_oddities(report)]
+    return (*said, *say_tests(report), _recall(report))
+
+
+def _tokenizer(report: ScanResult) -> str:
+    counts = report.tokenizer.counts
+    kinds = [name for name in CATEGORIES if counts.get(name) and name != "no_token"]
+    parts = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in kinds)
+    bare = f"; {counts['no_token']:,} ids without a token" if counts.get("no_token") else ""
+    shape = f"{report.n_rows:,} rows x {report.d_model} ({report.stored})"
+    tied = f"tied ({report.tied_why})" if report.tied else f"untied ({report.tied_why})"
+    return f"{report.tokenizer.n_tokens:,} tokens: {parts}{bare}. Output matrix: {shape}, {tied}."
+
+
+def _lossy(report: ScanResult) -> list[str]:
+    lossy = report.tokenizer.lossy
+    if not lossy:
+        return ["Every byte of valid UTF-8 survives encode and decode (checked on example characters of each byte)."]
+    first = lossy[0]
+    names = " ".join(f"{item.byte:02X}" for item in lossy)
+    return [
+        f"NON-ENCODABLE BYTES: {len(lossy)} bytes of valid text are lost by this tokenizer ({names}); "
+        f"{first.text!r} comes back as {first.back!r}."
+    ]
+
+
+def _reference(report: ScanResult) -> str:
+    reference = report.reference
+    if reference.name is None:
+        return f"No reference: {reference.why}."
+    return f"Reference: {len(reference.members)} ids, {reference.why}."
+
+
+def _ranking(report: ScanResult) -> str:
+    if report.indicator is None:
+        return (
+            f"NO RANKING: {report.indicator_why}. A ranking against a guessed reference is wrong without looking "
+            "wrong; name ids that are known to be unused."
+        )
+    n, plain = len(report.candidates()), int(report.table.ordinary.sum())
+    return (
+        f"Ranked by {report.indicator_why}. Candidates: {n:,} of {plain:,} ordinary tokens lie at or below "
+        f"{report.threshold:.4f} ({report.threshold_why}). That is a list to test, not a count of glitch tokens."
+    )
+
+
+def _oddities(report: ScanResult) -> list[str]:
+    said = []
+    if report.identical:
+        sizes = sorted((len(ids) for ids in report.identical), reverse=True)
+        listed = ", ".join(map(str, sizes[:8])) + (", …" if len(sizes) > 8 else "")
+        said.append(
+            f"{sum(sizes)} rows are bit-identical copies, in {len(sizes)} sets of {listed}. Certificate without a "
+            "forward pass: no prompt can give a token of a set of k more than 1/k (at most "
+            f"{1 / sizes[0]:.3f} in the largest)."
+        )
+    said += _zero(report)
+    if report.same_text:
+        n = sum(map(len, report.same_text))
+        said.append(
+            f"{n} tokens share their text with another one, in {len(report.same_text)} sets; text gives one of each "
+            "set at most."
+        )
+    if report.bad_rows:
+        said.append(f"{len(report.bad_rows)} rows hold NaN or infinity (ids {_ids(report.bad_rows)}); left out.")
+    spare = report.spare()
+    if spare:
+        said.append(f"{len(spare)} reserved ids are unused, free for tokens of your own (ids {_ids(tuple(spare))}).")
+    if report.has_bias:
+        said.append("The output layer has a bias; the indicators do not use it.")
+    beyond = report.tokenizer.counts.get("no_row", 0)
+    if beyond:
+        said.append(f"{beyond} token ids lie beyond the matrix's {report.n_rows:,} rows: the model cannot take them.")
+    return said
+
+
+def _zero(report: ScanResult) -> list[str]:
+    """Rows that are zero: those of ordinary tokens are suspicious, the others may be meant to be."""
+    ordinary = tuple(i for i in report.zero_rows if report.table.ordinary[i])
+    others = tuple(i for i in report.zero_rows if not report.table.ordinary[i])
+    said = []
+    if ordinary:
+        place = "they head the candidates" if report.indicator is not None else "they were never trained"
+        said.append(f"{len(ordinary)} rows of ordinary tokens are zero (ids {_ids(ordinary)}); {place}.")
+    if others:
+        said.append(
+            f"{len(others)} rows without an ordinary token are zero (ids {_ids(others)}): padding, reserved or special."
+        )
+    return said
+
+
+def _ids(ids: tuple[int, ...], limit: int = 8) -> str:
+    return ", ".join(map(str, ids[:limit])) + (", …" if len(ids) > limit else "")
+
+
+def _recall(report: ScanResult) -> str:
+    run = len(report.verification.candidates) + len(report.verification.controls) if report.verification else 0
+    untested = int(report.table.ordinary.sum()) - run
+    return (
+        f"Recall is not known: {untested:,} ordinary tokens were not run; under-trained tokens among them are missed. "
+        "Only a census that tests every token would measure it."
+    )
+
+
+def summarise(report: ScanResult) -> dict[str, Estimate | float | int | str]:
+    """Flat numbers; those of verification only if it ran."""
+    found: dict[str, Estimate | float | int | str] = {
+        "n_tokens": report.tokenizer.n_tokens, "n_candidates": len(report.candidates()),
+        "n_reference": len(report.reference.members), "n_lossy_bytes": len(report.tokenizer.lossy),
+        "n_identical_rows": sum(map(len, report.identical)), "indicator": report.indicator or "none",
+    }  # fmt: skip
+    found |= {f"tokens.{name}": count for name, count in report.tokenizer.counts.items()}
+    found |= {f"auc.{s.indicator}": s.auc for s in report.separations}
+    if report.indicator is not None:
+        found["threshold"] = report.threshold
+    if report.verification is not None:
+        found["n_tested"] = len(report.verification.candidates)
+        found["n_verified"] = sum(t.verified for t in report.verification.candidates)
+        if report.verification.control_failures is not None:
+            found["control_failure_rate"] = report.verification.control_failures
+        if report.verification.expected_false is not None:
+            found["expected_false"] = report.verification.expected_false
+        found |= {f"control_failure_rate.{form}": rate for form, rate in report.verification.failures_by_form.items()}
+        found |= {f"control_p.{name}": p for name, p in report.verification.control_quantiles.items()}
+        found["n_cleared_by_chat"] = sum(t.cleared_by_chat for t in report.verification.candidates)
+        found["n_spliced_verified"] = sum(t.verified for t in report.verification.spliced)
+    if report.sides is not None:
+        found |= {f"n_broken.{name}": report.sides.count(name) for name in ("both", "input", "output", "neither")}
+        found |= {"auc.read": report.sides.read_auc, "auc.write": report.sides.write_auc}
+    if report.contexts is not None:
+        found["n_fail_in_context"] = sum(c.failed for c in report.contexts.candidates)
+        if report.contexts.control_failures is not None:
+            found["context_control_failure_rate"] = report.contexts.control_failures
+    if report.symptoms is not None:
+        found |= {f"symptom.{task}": rate for task, rate in report.symptoms.candidate_failures.items()}
+        found |= {f"symptom_control.{task}": rate for task, rate in report.symptoms.failures.items()}
+    return found
+
+
+def describe(report: ScanResult) -> tuple[Block, ...]:
+    """Tables and the histogram, in reading order."""
+    made: list[Block] = [_categories(report), _groups(report)]
+    if report.same_text:
+        made.append(_same_text(report))
+    if report.separations:
+        made.append(_separations(report))
+    if report.indicator is not None:
+        made += [_top(report), kinds_table(report, TOP_ROWS), _histogram(report)]
+    return (*made, *test_blocks(report))
+
+
+def _categories(report: ScanResult) -> Table:
+    facts = report.tokenizer
+    rows: list[tuple[Cell, ...]] = [
+        (name, facts.counts[name], means) for name, means in CATEGORIES.items() if facts.counts.get(name)
+    ]
+    harmless = [b for b in facts.missing_bytes if b in IMPOSSIBLE_BYTES]
+    rows.append(("byte tokens", facts.n_byte_tokens, f"single-byte tokens ({facts.style})"))
+    if facts.style != "none":
+        rows.append(("missing bytes", len(facts.missing_bytes), f"{len(harmless)} of them never occur in valid UTF-8"))
+    rows.append(("lossy bytes", len(facts.lossy), " ".join(f"{item.byte:02X}" for item in facts.lossy) or "none"))
+    return Table(("category", "tokens", "meaning"), tuple(rows), caption="The tokenizer's side")
+
+
+def _groups(report: ScanResult) -> Table:
+    chosen = report.reference.name
+    rows = tuple(
+        (("* " if g.name == chosen else "") + g.name, g.found, len(g.members), _number(g.cosine), g.verdict, g.why)
+        for g in report.reference.groups
+    )
+    pairs = "; ".join(f"{a} and {b}: cosine {c:.3f}, {n} ids in both" for a, b, c, n in report.reference.agreement)
+    caption = "Ids that training cannot have used, and whether their rows bear it out (* = reference). Agreement: "
+    columns = ("group", "found", "kept", "median cosine", "verdict", "how found")
+    return Table(columns, rows, caption=caption + (pairs or "fewer than two trusted groups"))
+
+
+def _same_text(report: ScanResult) -> Table:
+    table, first = report.table, report.same_text[:TOP_ROWS]
+    rows = tuple(
+        (shown(table.token[ids[0]]), ", ".join(map(str, ids)), ", ".join(table.category[i] for i in ids))
+        for ids in first
+    )
+    caption = f"Tokens with the same text: the first {len(first)} of {len(report.same_text):,} sets"
+    return Table(("text", "ids", "categories"), rows, caption=caption)
+
+
+def _separations(report: ScanResult) -> Table:
+    rows = tuple((s.indicator, s.auc, s.missed, s.n_reference, s.n_ordinary) for s in report.separations)
+    return Table(
+        ("indicator", "held-out AUC", "ordinary below a reference row", "reference rows", "ordinary tokens"), rows,
+        caption="How well each indicator tells held-out reference rows from ordinary tokens (AUC 0.5 is chance). The "
+        "reference was trimmed to output rows that lie together; that favours the output-side indicators, not I_in",
+    )  # fmt: skip
+
+
+def _top(report: ScanResult) -> Table:
+    if report.verification is not None:
+        return tests_table(report, report.verification.candidates, "The most suspicious tokens, tested")
+    rows = [report.row(i) for i in report.candidates()[:TOP_ROWS]]
+    listed = tuple((r["token_id"], shown(r["token"]), r["indicator"], r["copies"], r["group"]) for r in rows)
+    caption = f"The {len(rows)} most suspicious of {len(report.candidates()):,} candidates; none was run"
+    return Table(("id", "token", report.indicator or "", "identical rows", "group"), listed, caption=caption)
+
+
+def _histogram(report: ScanResult) -> Histogram:
+    values = report.table.indicator[report.table.ordinary]
+    values = values[np.isfinite(values)]
+    below = int((values <= report.threshold).sum())
+    return Histogram(
+        f"{report.indicator} of ordinary tokens", tuple(values.tolist()), x_label=str(report.indicator), bins=60,
+        caption=f"n = {len(values):,}; threshold {report.threshold:.4f} ({report.percentile:.3g}%), {below:,} below",
+    )  # fmt: skip
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value

@@ -1,0 +1,307 @@
+"""Which features of an SAE fire on glitch tokens and not on ordinary ones, and how well it reconstructs both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from workbench.bases.coder import Coder
+from workbench.core.codec import codec_of, token_bytes
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.metrics import squared_error
+from workbench.core.progress import task
+from workbench.core.stats import paired_difference, sample_mean, sample_ratio
+from workbench.core.tokens import TokenBatch
+from workbench.glitch.ranking.weights import in_memory
+from workbench.glitch.scanning.sae_features_report import FeatureRow, GlitchFeatures
+from workbench.glitch.vocabulary.tokenizer import Vocabulary, analyse
+from workbench.saes.evaluation.splice import SpliceReader
+
+CONTEXTS = (
+    "She pointed at the word", "The file is called", "They had a long talk about", "Yesterday we read something on",
+)  # fmt: skip
+"""Texts behind which each token is read: the same position and the same words for all."""
+MIN_TOKENS = 5
+_COLUMNS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """How tokens are compared.
+
+    Attributes:
+        controls: ordinary tokens per glitch token, alike in length and leading space.
+        contexts: texts behind which each token is read.
+        most: glitch tokens to compare; of more, so many are drawn at random, since activations of all tokens and
+            features are held at once.
+        fdr: expected share of false ones among the features that are named.
+        shuffles: how often labels are shuffled to count what is found by chance.
+        seed: of the controls, the shuffles and the intervals.
+        batch_size: rows per forward pass.
+    """
+
+    controls: int = 4
+    contexts: tuple[str, ...] = CONTEXTS
+    most: int = 200
+    fdr: float = 0.05
+    shuffles: int = 10
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        least = min(self.controls, len(self.contexts), self.shuffles, self.batch_size)
+        if least < 1 or self.most < MIN_TOKENS or not 0 < self.fdr < 1:
+            raise InvalidInputError(
+                f"FeatureOptions(controls={self.controls}, {len(self.contexts)} contexts, most={self.most}, "
+                f"fdr={self.fdr}, shuffles={self.shuffles}, batch_size={self.batch_size}): fdr lies between 0 and 1, "
+                f"most is at least {MIN_TOKENS}, the others are at least 1."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What was read at each token, over its contexts.
+
+    Attributes:
+        acts: mean feature activations, nan rows where no context is left.
+        x: sum of the targets over contexts that count, for their mean.
+        error: squared error of the reconstruction, summed over contexts that count.
+        square: squared norm of the target, summed likewise.
+        n: contexts that count.
+    """
+
+    acts: Float[np.ndarray, "tokens d_sae"]
+    x: Float[np.ndarray, "tokens d_out"]
+    error: Float[np.ndarray, " tokens"]
+    square: Float[np.ndarray, " tokens"]
+    n: Float[np.ndarray, " tokens"]
+
+
+def glitch_features(
+    model: Any,
+    sae: Any,
+    tokens: Sequence[int],
+    *,
+    avoid: Sequence[int] = (),
+    options: FeatureOptions | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> GlitchFeatures:
+    """Compares an SAE's features on glitch tokens with those on matched ordinary tokens in the same places.
+
+    Each token is put by its id behind the same few texts, and a token's mean over them is one observation. Tokens with
+    bit-identical input rows are one token to the model, so only the first of them counts. Features are compared by the
+    Mann-Whitney test over tokens, with the false discovery rate of Benjamini and Hochberg 1995 over all features that
+    fire at all. Where an SAE leaves out sinks and special tokens, they are left out here.
+
+    Args:
+        model: a `Model`.
+        sae: an SAE or transcoder of it, from `load_sae`.
+        tokens: glitch tokens, such as those that a scan verified.
+        avoid: further ids that must not be controls, such as all that a scan suspects.
+        options: how many controls, which contexts.
+        vocabulary: the analysis of the model's tokenizer, if it is at hand.
+
+    Raises:
+        DegenerateInputError: if fewer than `MIN_TOKENS` different tokens are left to compare.
+        MismatchError: if the SAE is not one of this model.
+    """
+    options, vocabulary = options or FeatureOptions(), vocabulary or analyse(codec_of(model.tokenizer))
+    asked = list(dict.fromkeys(int(i) for i in tokens))
+    distinct = _distinct(model, asked)
+    _require_some(len(distinct), f"{len(asked)} tokens were given, {len(distinct)} with a row of their own")
+    drawn = _drawn(distinct, options)
+    controls = matched_controls(model, vocabulary, drawn, {*asked, *avoid}, options)
+    ids = [*drawn, *(i for group in controls for i in group)]
+    reader = SpliceReader.of(model, sae, _batches(model, ids[len(drawn) :], options))
+    coder = Coder.of(sae)
+    read = _read(model, reader, coder, ids, options)
+    owner = np.array([-1] * len(drawn) + [k for k, group in enumerate(controls) for _ in group])
+    kept = read.n > 0
+    _require_some(int(kept[: len(drawn)].sum()), "the others are special tokens or attention sinks at this site")
+    rows, tested, shuffled = _compared(read, owner, kept, options)
+    fvu = _fvu(read, owner, kept, options.seed)
+    glitch, control = (owner < 0) & kept, (owner >= 0) & kept
+    l0 = (read.acts > 0).sum(1)
+    return GlitchFeatures(
+        model=str(model.name), site=reader.sites.read, target_site=reader.sites.write, sae=coder.name,
+        d_sae=coder.d_sae, ids=tuple(np.asarray(ids)[glitch].tolist()),
+        texts=tuple(vocabulary.text[i] for i in np.asarray(ids)[glitch]), asked=len(asked), distinct=len(distinct),
+        n_controls=int(control.sum()), dropped=(int((~kept & (owner < 0)).sum()), int((~kept & (owner >= 0)).sum())),
+        contexts=options.contexts, rows=rows, tested=tested, fdr=options.fdr, shuffled=shuffled,
+        l0=(sample_mean(l0[glitch], unit="glitch tokens"), sample_mean(l0[control], unit="control tokens")),
+        **fvu,
+    )  # fmt: skip
+
+
+def matched_controls(
+    model: Any, vocabulary: Vocabulary, tokens: Sequence[int], avoid: set[int], options: FeatureOptions
+) -> list[list[int]]:
+    """For each token, random ordinary ones with a leading space if it has one, and as nearly its length as there are.
+
+    Raises:
+        DegenerateInputError: if there are not enough ordinary tokens.
+    """
+    texts = token_bytes(model.tokenizer)
+    ordinary = (vocabulary.is_category("ok") & ~vocabulary.reserved)[: model.d_vocab]
+    pool = np.setdiff1d(np.flatnonzero(ordinary), list(avoid))
+    random = np.random.default_rng(options.seed)
+    spaced = np.array([texts[i][:1] == b" " for i in pool], dtype=bool)
+    length = np.array([len(texts[i]) for i in pool])
+    free, found = np.ones(len(pool), dtype=bool), []
+    for i in tokens:
+        fits = np.flatnonzero(free & (spaced == (texts[i][:1] == b" ")))
+        fits = np.flatnonzero(free) if len(fits) < options.controls else fits
+        if len(fits) < options.controls:
+            raise DegenerateInputError(
+                f"There are {len(pool)} ordinary tokens for {len(tokens)} x {options.controls} controls. Ask for fewer."
+            )
+        order = np.lexsort((random.random(len(fits)), np.abs(length[fits] - len(texts[i]))))
+        chosen = fits[order[: options.controls]]
+        free[chosen] = False
+        found.append(pool[chosen].tolist())
+    return found
+
+
+def _distinct(model: Any, tokens: Sequence[int]) -> list[int]:
+    rows = in_memory(model.hf).E_in
+    bad = [i for i in tokens if not 0 <= i < rows.n_rows]
+    if bad:
+        raise InvalidInputError(f"tokens={list(tokens)[:8]}: {bad[:8]} have no row; give 0 to {rows.n_rows - 1}.")
+    first: dict[bytes, int] = {}
+    for i in tokens:
+        first.setdefault(rows.rows([i]).numpy().tobytes(), i)
+    return list(first.values())
+
+
+def _drawn(tokens: list[int], options: FeatureOptions) -> list[int]:
+    """All of them, or as many as fit, in the order in which they were given."""
+    if len(tokens) <= options.most:
+        return tokens
+    chosen = np.random.default_rng([options.seed, 1]).choice(len(tokens), options.most, replace=False)
+    return [tokens[k] for k in sorted(chosen)]
+
+
+def _require_some(n: int, why: str) -> None:
+    if n < MIN_TOKENS:
+        raise DegenerateInputError(
+            f"glitch_features: {n} glitch tokens are left to compare ({why}); give at least {MIN_TOKENS}."
+        )
+
+
+def _batches(model: Any, ids: Sequence[int], options: FeatureOptions) -> list[TokenBatch]:
+    """Every token behind every context, the context outermost; the token is the last of its row."""
+    found = []
+    for text in options.contexts:
+        begun = model.tokens(text).ids[0].tolist()
+        rows = torch.tensor([[*begun, i] for i in ids])
+        found += [TokenBatch.of_rows(part).to(model.device) for part in rows.split(options.batch_size)]
+    return found
+
+
+@torch.no_grad()
+def _read(model: Any, reader: SpliceReader, coder: Coder, ids: Sequence[int], options: FeatureOptions) -> _Read:
+    acts = np.zeros((len(ids), coder.d_sae), dtype=np.float32)
+    x = np.zeros((len(ids), coder.W_dec.shape[1]))
+    error, square, n = np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids))
+    batches = _batches(model, ids, options)
+    with task(total=len(batches), description="read glitch tokens and controls", unit="batches") as running:
+        start = 0
+        for batch in batches:
+            part = reader.read(batch)
+            keep: Bool[Tensor, " rows"] = part.keep[:, -1]
+            inputs, target = part.x[:, -1], part.target[:, -1]
+            rows = np.arange(start, start + len(batch)) % len(ids)
+            rows, inputs, target = rows[keep.cpu().numpy()], inputs[keep], target[keep]
+            for chosen, some in coder.chunks(inputs):
+                acts[rows[chosen]] += some.cpu().numpy()
+            error[rows] += squared_error(target, coder.reconstruct(inputs)).cpu().numpy()
+            square[rows] += target.double().square().sum(1).cpu().numpy()
+            x[rows] += target.double().cpu().numpy()
+            n[rows] += 1
+            start += len(batch)
+            running.advance()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        acts /= n[:, None].astype(np.float32)
+    return _Read(acts, x, error, square, n)
+
+
+def _compared(
+    read: _Read, owner: np.ndarray, kept: np.ndarray, options: FeatureOptions
+) -> tuple[tuple[FeatureRow, ...], int, tuple[float, int]]:
+    """Features that differ, the number tested, and how many are found when labels are shuffled: mean and most."""
+    acts, label = read.acts[kept], (owner < 0)[kept]
+    alive = np.flatnonzero((acts > 0).any(0))
+    if not len(alive):
+        return (), 0, (0.0, 0)
+    random = np.random.default_rng(options.seed)
+    labels = np.stack([label, *(random.permutation(label) for _ in range(options.shuffles))])
+    q, *shuffled = discovery_rates(acts, alive, labels)
+    by_chance = [int((rates <= options.fdr).sum()) for rates in shuffled]
+    group = owner[kept]
+    glitch = np.flatnonzero(kept & (owner < 0))
+    pairs = [(k, np.flatnonzero(group == i)) for k, i in enumerate(glitch)]
+    found = []
+    for column in np.flatnonzero(q <= options.fdr):
+        values = acts[:, alive[column]]
+        own = [float(values[k]) for k, mine in pairs if len(mine)]
+        other = [float(values[mine].mean()) for _, mine in pairs if len(mine)]
+        if own:
+            difference = paired_difference(own, other, unit="glitch tokens", seed=options.seed)
+            found.append(FeatureRow(
+                int(alive[column]), float(values[label].mean()), float(values[~label].mean()), difference,
+                float((values[label] > 0).mean()), float((values[~label] > 0).mean()), float(q[column]),
+            ))  # fmt: skip
+    found.sort(key=lambda row: (-abs(row.difference.value), row.feature))
+    return tuple(found), len(alive), (float(np.mean(by_chance)), max(by_chance))
+
+
+def discovery_rates(
+    acts: Float[np.ndarray, "tokens features"], columns: np.ndarray, labels: Bool[np.ndarray, "labellings tokens"]
+) -> Float[np.ndarray, "labellings columns"]:
+    """q-value of each of some features under each labelling: the false discovery rate at which it would just be named.
+
+    Two-sided Mann-Whitney tests with the corrections for ties and continuity, then Benjamini and Hochberg 1995. Ranks
+    do not depend on the labels, so they are taken once, some features at a time.
+    """
+    from scipy.stats import false_discovery_control
+
+    blocks = (columns[start : start + _COLUMNS] for start in range(0, len(columns), _COLUMNS))
+    p = np.concatenate([_rank_tests(acts[:, block], labels) for block in blocks], axis=1)
+    return false_discovery_control(p, method="bh", axis=1)
+
+
+def _rank_tests(acts: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """p-value by labelling and feature; 1 for a feature that is the same on every token and has no ranks to compare."""
+    from scipy.stats import norm, rankdata
+
+    n = len(acts)
+    ours = labels.sum(1, keepdims=True)
+    centred = rankdata(acts, axis=0) - (n + 1) / 2
+    # the ranks' own variance, without replacement, is the normal approximation's with its correction for ties
+    variance = ours * (n - ours) / (n * (n - 1)) * (centred * centred).sum(0)
+    distance = np.maximum(np.abs(labels.astype(np.float64) @ centred) - 0.5, 0.0)
+    return np.where(variance > 0, 2 * norm.sf(distance / np.sqrt(np.where(variance > 0, variance, 1.0))), 1.0)
+
+
+def _fvu(read: _Read, owner: np.ndarray, kept: np.ndarray, seed: int) -> dict[str, Any]:
+    """Unexplained over total variance of each kind, both about the mean of the controls.
+
+    About their own mean, tokens that are all alike would have no variance, and any error on them would look large.
+    """
+    glitch, control = kept & (owner < 0), kept & (owner >= 0)
+    mean = read.x[control].sum(0) / read.n[control].sum()
+    spread = read.square - 2 * read.x @ mean + read.n * float(mean @ mean)
+    ratio = {
+        name: sample_ratio(read.error[chosen], spread[chosen], unit=f"{unit} tokens", seed=seed)
+        for name, chosen, unit in (("fvu_glitch", glitch, "glitch"), ("fvu_control", control, "control"))
+    }
+    relative = read.error / np.where(spread > 0, spread, 1.0)
+    pairs = [(relative[k], relative[kept & (owner == k)]) for k in np.flatnonzero(glitch)]
+    own, other = [a for a, b in pairs if len(b)], [float(b.mean()) for _, b in pairs if len(b)]
+    return {**ratio, "fvu_difference": paired_difference(own, other, unit="glitch tokens", seed=seed)}

@@ -1,0 +1,165 @@
+"""What an SAE does on glitch tokens beside ordinary ones: values, tables, sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.core.stats import Estimate
+from workbench.glitch.scanning.result import shown
+from workbench.report.base import Metric, Report, Section, Table, Text
+
+TOP = 30
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """One feature that differs between glitch tokens and controls.
+
+    Attributes:
+        feature: its number.
+        glitch: mean activation on glitch tokens.
+        control: mean activation on controls.
+        difference: glitch token minus the mean of its matched controls, over glitch tokens.
+        fires_glitch: share of the glitch tokens on which it fires in some context.
+        fires_control: the same share of the controls.
+        q: false discovery rate at which it is just named.
+    """
+
+    feature: int
+    glitch: float
+    control: float
+    difference: Estimate
+    fires_glitch: float
+    fires_control: float
+    q: float
+
+
+@dataclass(frozen=True, repr=False)
+class GlitchFeatures(Report):
+    """Features and reconstruction on glitch tokens and matched ordinary tokens.
+
+    Attributes:
+        model: name of the model.
+        site: where the SAE reads.
+        target_site: what it reconstructs.
+        sae: its architecture.
+        d_sae: number of features.
+        ids: glitch tokens that were compared.
+        texts: what they say.
+        asked: glitch tokens that were given.
+        distinct: those with an input row of their own.
+        n_controls: ordinary tokens they were compared with.
+        dropped: glitch tokens and controls left out as sinks or special tokens.
+        contexts: texts behind which each token was read.
+        rows: features that differ, the largest difference first.
+        tested: features that fired at all.
+        fdr: expected share of false ones among `rows`.
+        shuffled: features found with shuffled labels: mean and most over the shuffles.
+        l0: active features per token, glitch tokens and controls.
+        fvu_glitch: unexplained over total variance of the glitch tokens about the mean of the controls.
+        fvu_control: the same of the controls.
+        fvu_difference: that ratio of each glitch token minus the mean of its matched controls.
+    """
+
+    model: str
+    site: str
+    target_site: str
+    sae: str
+    d_sae: int
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    asked: int
+    distinct: int
+    n_controls: int
+    dropped: tuple[int, int]
+    contexts: tuple[str, ...]
+    rows: tuple[FeatureRow, ...]
+    tested: int
+    fdr: float
+    shuffled: tuple[float, int]
+    l0: tuple[Estimate, Estimate]
+    fvu_glitch: Estimate
+    fvu_control: Estimate
+    fvu_difference: Estimate
+
+    @property
+    def more(self) -> tuple[FeatureRow, ...]:
+        """Features that fire more on glitch tokens."""
+        return tuple(row for row in self.rows if row.difference.value > 0)
+
+    @property
+    def df(self) -> Any:
+        """One row per feature that differs, as a pandas table."""
+        import pandas as pd
+
+        columns = ("feature", "glitch", "control", "difference", "low", "high", "fires_glitch", "fires_control", "q")
+        values = [(r.feature, r.glitch, r.control, r.difference.value, r.difference.low, r.difference.high,
+                   r.fires_glitch, r.fires_control, r.q) for r in self.rows]  # fmt: skip
+        return pd.DataFrame(values, columns=list(columns))
+
+    def findings(self) -> tuple[str, ...]:
+        """How many features, how many by chance, and how well the tokens are reconstructed."""
+        return (self._features(), self._reconstruction(), *self._left_out())
+
+    def _features(self) -> str:
+        here = f"{len(self.ids)} glitch tokens than on {self.n_controls} matched ordinary ones at {self.site}"
+        tested = f"of {self.tested} that fire at all (FDR {self.fdr:g})"
+        chance = f"With shuffled labels {self.shuffled[0]:.1f} are found on average, {self.shuffled[1]} at most"
+        if not self.rows:
+            return f"No feature fires more or less on {here}, {tested}. {chance}."
+        best = max(self.rows, key=lambda row: row.difference.value)
+        more, less = len(self.more), len(self.rows) - len(self.more)
+        word = "" if len(self.rows) > self.shuffled[1] else ": no fewer than here"
+        return (
+            f"{more} features fire more and {less} less on {here}, {tested}. {chance}{word}. Most: feature "
+            f"{best.feature}, by {best.difference}; it fires on {best.fires_glitch:.0%} of the glitch tokens and "
+            f"{best.fires_control:.0%} of the others."
+        )
+
+    def _reconstruction(self) -> str:
+        done = self.fvu_difference
+        word = "worse" if done.low > 0 else "better" if done.high < 0 else "not clearly better or worse"
+        return (
+            f"Glitch tokens are reconstructed {word}: FVU {self.fvu_glitch} against {self.fvu_control}, token by token "
+            f"a difference of {done.value:+.3g} [{done.low:+.3g}, {done.high:+.3g}]; active features {self.l0[0]} "
+            f"against {self.l0[1]}."
+        )
+
+    def _left_out(self) -> tuple[str, ...]:
+        said = []
+        if self.distinct < self.asked:
+            said.append(
+                f"{self.asked - self.distinct} of {self.asked} tokens have the same input row as another one, bit for "
+                "bit, and were not counted again."
+            )
+        drawn = len(self.ids) + self.dropped[0]
+        if drawn < self.distinct:
+            said.append(f"Of {self.distinct} different glitch tokens {drawn} were drawn at random.")
+        if any(self.dropped):
+            said.append(
+                f"{self.dropped[0]} glitch tokens and {self.dropped[1]} controls were left out: special tokens, or "
+                "attention sinks at this site."
+            )
+        return tuple(said)
+
+    def section(self) -> Section:
+        """The findings with one row per feature."""
+        columns = ("feature", "on glitch tokens", "on controls", "difference", "fires on", "fires on controls", "q")
+        rows = tuple((str(r.feature), r.glitch, r.control, r.difference, r.fires_glitch, r.fires_control, r.q)
+                     for r in self.rows[:TOP])  # fmt: skip
+        n = len(self.contexts)
+        caption = f"The {len(rows)} largest differences of {len(self.rows)}; mean activations over {n} texts."
+        tokens = Text("Glitch tokens: " + ", ".join(repr(shown(text)) for text in self.texts) + ".")
+        return Section(
+            f"SAE features on glitch tokens at {self.site}", (Table(columns, rows, caption), tokens), self.findings(),
+            self.metrics(),
+        )  # fmt: skip
+
+    def metrics(self) -> dict[str, Metric]:
+        """Flat numbers."""
+        return {
+            "features_more": len(self.more), "features_less": len(self.rows) - len(self.more), "tested": self.tested,
+            "by_chance": self.shuffled[0], "fvu_glitch": self.fvu_glitch, "fvu_control": self.fvu_control,
+            "fvu_difference": self.fvu_difference, "l0_glitch": self.l0[0], "l0_control": self.l0[1],
+        }  # fmt: skip

@@ -1,0 +1,385 @@
+"""Glitch-token scan: which tokens has this model probably never been trained on?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from workbench.core.codec import Codec, codec_in, codec_of, codec_of_gguf
+from workbench.core.errors import (
+    DegenerateInputError,
+    InvalidInputError,
+    MissingFileError,
+    ModelUnavailableError,
+    UnknownNameError,
+    did_you_mean,
+)
+from workbench.core.gguffile import read_gguf
+from workbench.glitch.ranking.indicators import (
+    INDICATORS,
+    RowFacts,
+    Separation,
+    held_out_values,
+    measure,
+    pick,
+    read_rows,
+    separation,
+)
+from workbench.glitch.ranking.reference import MIN_MEMBERS, Reference, choose, given, judge, merge_duplicates, propose
+from workbench.glitch.ranking.threshold import find_threshold
+from workbench.glitch.ranking.weights import BLOCK_ROWS, TokenMatrices, in_folder, in_gguf, in_memory
+from workbench.glitch.scanning.glitch_report import GlitchReport
+from workbench.glitch.scanning.result import TokenizerFacts, TokenTable
+from workbench.glitch.verification.chat import FORMS, Forms, PromptSet, prompt_set
+from workbench.glitch.verification.contexts import Contexts, in_contexts, line_options, make_lines
+from workbench.glitch.verification.journal import Journal
+from workbench.glitch.verification.prompts import PROBES, Template, probes_from
+from workbench.glitch.verification.scoring import VerifyOptions
+from workbench.glitch.verification.sides import measure_sides
+from workbench.glitch.verification.symptoms import symptoms
+from workbench.glitch.verification.verify import journal_key, verify, with_spliced
+from workbench.glitch.vocabulary.fragments import same_text
+from workbench.glitch.vocabulary.taxonomy import natures
+from workbench.glitch.vocabulary.tokenizer import CATEGORIES, Vocabulary, analyse
+
+_N_ORDINARY = 2000
+_NO_WORDS = 100
+"""So many of the most suspicious tokens are not taken as words that other tokens may be made of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions:
+    """What a scan looks for and how much it tests.
+
+    Attributes:
+        top: candidates to verify, the most suspicious first.
+        controls: random ordinary tokens to verify beside them; None means as many as `top`.
+        percentile: share of ordinary tokens, in percent, that become candidates (2 in the literature); None takes as
+            many as exceed what the bulk explains, see `workbench.glitch.ranking.threshold.find_threshold`.
+        reference: ids known to be unused; None finds them.
+        indicator: which indicator to rank by; None chooses by measured separation.
+        prompts: JSON file with prompts to use instead of the built-in ones.
+        forms: prompts as raw text, through the chat template, or both; "auto" is both where there is a template.
+        spliced: suspicious tokens that no text gives (parts of characters, unreachable ones) to test by their ids; they
+            are in no count of the candidates.
+        sides: also find out whether tested tokens can be read, and whether they can be written.
+        contexts: also ask for each tested token in so many lines of random ordinary tokens.
+        symptoms: also ask the model to repeat, spell and measure the tested tokens.
+        journal: file in which test results are kept while they come; an interrupted test goes on from it.
+        seed: of the random controls.
+        block_rows: rows of a matrix held in memory at a time.
+        verification: steps, batch size, when to stop testing a token.
+    """
+
+    top: int = 40
+    controls: int | None = None
+    percentile: float | None = None
+    reference: tuple[int, ...] | None = None
+    indicator: str | None = None
+    prompts: Path | None = None
+    forms: Forms = "auto"
+    spliced: int = 16
+    sides: bool = True
+    contexts: int = 0
+    symptoms: bool = False
+    journal: Path | None = None
+    seed: int = 0
+    block_rows: int = BLOCK_ROWS
+    verification: VerifyOptions = VerifyOptions()
+
+    def __post_init__(self) -> None:
+        if min(self.top, self.block_rows) < 1 or min(self.spliced, self.contexts, self.controls or 0) < 0:
+            raise InvalidInputError(
+                f"ScanOptions(top={self.top}, controls={self.controls}, spliced={self.spliced}, contexts="
+                f"{self.contexts}, block_rows={self.block_rows}): top and block_rows are at least 1, the others "
+                "at least 0."
+            )
+        if self.forms not in ("auto", *FORMS):
+            raise UnknownNameError(
+                f"There is no prompt form {self.forms!r}. {did_you_mean(self.forms, ('auto', *FORMS))}"
+            )
+        if self.percentile is not None and not 0 < self.percentile < 100:
+            raise InvalidInputError(
+                f"percentile={self.percentile}: must lie between 0 and 100; the literature takes 2. Leave it "
+                "out to have the threshold found."
+            )
+        if self.indicator is not None and self.indicator not in INDICATORS:
+            raise UnknownNameError(
+                f"There is no indicator {self.indicator!r}. " + did_you_mean(self.indicator, INDICATORS)
+            )
+
+
+def scan(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
+    """Ranks every token of a model by how untrained its row looks, and on request tests the first ones.
+
+    Args:
+        model: a `Model`, a model folder, a .gguf file, "embedded", or a hub id in the local cache. With `verify=None`
+            only the two token matrices are read; the model is not loaded.
+        verify: None reads weights only; "top" asks the model to say the most suspicious tokens and as many random
+            ordinary ones.
+        options: how many, which reference, which prompts.
+
+    Raises:
+        DegenerateInputError: if there is nothing to verify because no ranking could be trusted.
+        ModelUnavailableError: for a hub id that is not in the local cache.
+
+    Source: Land and Bartolo 2024. Departs from it by finding the reference and choosing the indicator itself, by
+    refusing to rank when it cannot, and by testing random controls beside the candidates.
+    """
+    options = options or ScanOptions()
+    name, matrices, codec = _open(model)
+    vocabulary = analyse(codec)
+    report = _weights_only(name, matrices, vocabulary, options)
+    candidates = report.candidates()
+    suspects = {*candidates[: max(options.top, _NO_WORDS)], *report.reference.members}
+    found = natures(vocabulary, [*candidates, *report.unwritable()], suspects)
+    report = dataclasses.replace(report, natures=found)
+    return report if verify is None else _examined(model, report, codec, vocabulary, options)
+
+
+def examine(model: Any, report: GlitchReport, *, options: ScanOptions | None = None) -> GlitchReport:
+    """The second half of `scan(model, "top")`, for a report that was made of the same model's weights.
+
+    Raises:
+        DegenerateInputError: if there is nothing to verify, or the model gives no numbers.
+    """
+    codec = _open(model)[2]
+    return _examined(model, report, codec, analyse(codec), options or ScanOptions())
+
+
+def _open(model: Any) -> tuple[str, TokenMatrices, Codec]:
+    """Name, matrices and tokenizer of whatever the user named."""
+    if hasattr(model, "hf") and hasattr(model, "tokenizer"):
+        return str(model.name), in_memory(model.hf), codec_of(model.tokenizer)
+    if not isinstance(model, str | Path):
+        raise InvalidInputError(
+            f"scan({type(model).__name__}): give a Model, a folder, a .gguf file, a hub id or 'embedded'."
+        )
+    path = local_path(model)
+    if path.suffix == ".gguf":
+        file = read_gguf(path)
+        return path.stem, in_gguf(file), codec_of_gguf(file)
+    return "SmolLM2-135M-Instruct" if str(model) == "embedded" else str(model), in_folder(path), codec_in(path)
+
+
+def local_path(name: str | Path) -> Path:
+    """The folder or file that holds a model's weights; nothing is downloaded except the embedded model.
+
+    Raises:
+        MissingFileError: if a path does not exist.
+        ModelUnavailableError: if a hub id is not in the local cache.
+    """
+    if str(name) == "embedded":
+        from workbench.models.embedded import embedded_folder
+
+        return embedded_folder()
+    path = Path(name).expanduser()
+    if path.is_dir() or path.suffix == ".gguf":
+        return path
+    if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise MissingFileError(
+            f"{name} is not a model folder or .gguf file. Give one, 'embedded', or a hub id such as org/name."
+        )
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(str(name), "config.json")
+    if not isinstance(config, str):
+        raise ModelUnavailableError(
+            f"{name} is not in the local Hugging Face cache. Download it first (hf download {name}), or name a folder."
+        )
+    return Path(config).parent
+
+
+def _weights_only(name: str, matrices: TokenMatrices, vocabulary: Vocabulary, options: ScanOptions) -> GlitchReport:
+    outer = read_rows(matrices.E_out, options.block_rows, matrices.bias, component=options.indicator == "I_1pc")
+    inner = outer if matrices.tied else read_rows(matrices.E_in, options.block_rows, identical=False)
+    ordinary = _ordinary(vocabulary, outer)
+    chosen, witnesses = _reference(vocabulary, matrices, outer, ordinary, options)
+    values = measure(matrices, inner, outer, chosen.members, options.block_rows)
+    measured = _separations(matrices, outer, chosen.members or witnesses, values, ordinary)
+    picked, why = pick(measured, options.indicator, insist=options.reference is not None)
+    table = _table(vocabulary, outer, chosen, values, picked)
+    plain = table.ordinary & np.isfinite(table.indicator)
+    line = find_threshold(table.indicator[plain] if picked is not None else np.zeros(0), options.percentile)
+    zero = tuple(int(i) for i in np.flatnonzero(outer.finite & (outer.norm == 0)))
+    bad = tuple(sorted({*np.flatnonzero(~outer.finite).tolist(), *np.flatnonzero(~inner.finite).tolist()}))
+    return GlitchReport(
+        model=name, tied=matrices.tied, tied_why=matrices.tied_why, n_rows=matrices.E_out.n_rows,
+        d_model=matrices.E_out.width, stored=matrices.E_out.stored, has_bias=matrices.bias is not None,
+        tokenizer=_facts(vocabulary, table), reference=chosen, separations=measured, indicator=picked,
+        indicator_why=why, same_text=same_text(vocabulary),
+        threshold=line.value, percentile=line.percentile, threshold_why=line.why, identical=outer.classes,
+        zero_rows=zero, bad_rows=bad, table=table, verification=None,
+        seed=options.seed,
+    )  # fmt: skip
+
+
+def _ordinary(vocabulary: Vocabulary, outer: RowFacts) -> np.ndarray:
+    """Ids of reachable text tokens with a usable row: what the reference is compared with."""
+    shared = min(len(vocabulary), len(outer.norm))
+    plain = vocabulary.is_category("ok")[:shared] & ~vocabulary.reserved[:shared] & outer.usable[:shared]
+    if not plain.any():
+        raise DegenerateInputError(
+            f"None of the {len(vocabulary)} tokens is ordinary text with a usable row among {len(outer.norm)} rows. "
+            "Check that the tokenizer belongs to the model."
+        )
+    return np.flatnonzero(plain)
+
+
+def _reference(
+    vocabulary: Vocabulary,
+    matrices: TokenMatrices,
+    outer: RowFacts,
+    ordinary: np.ndarray,
+    options: ScanOptions,
+) -> tuple[Reference, Sequence[int]]:
+    """The reference, and the ids that their names or places alone call unused (for an untied model without one)."""
+    if options.reference is not None:
+        return given(options.reference, outer.usable), ()
+    E_out = matrices.E_out
+    duplicates = merge_duplicates(outer.classes, E_out)
+    proposed = propose(vocabulary, E_out.n_rows, duplicates)
+    sample = E_out.rows(ordinary[:: -(-len(ordinary) // _N_ORDINARY)].tolist())
+    judged = [judge(name, why, ids, E_out, outer.usable, sample, outer.mean) for name, (why, ids) in proposed.items()]
+    named = ("padding rows", "unused bytes", "reserved names")
+    witnesses = [i for name in named for i in proposed.get(name, ("", []))[1]]
+    return choose(judged, E_out), witnesses if len(witnesses) >= MIN_MEMBERS else ()
+
+
+def _separations(
+    matrices: TokenMatrices,
+    outer: RowFacts,
+    unused: Sequence[int],
+    values: dict[str, np.ndarray],
+    ordinary: np.ndarray,
+) -> tuple[Separation, ...]:
+    if not unused:
+        return ()
+    others = np.setdiff1d(ordinary, unused)
+    return tuple(
+        separation(
+            name, values[name], others, held_out_values(name, matrices, outer, values[name], unused)
+        )
+        for name in INDICATORS if name in values
+    )  # fmt: skip
+
+
+def _facts(vocabulary: Vocabulary, table: TokenTable) -> TokenizerFacts:
+    counts = {name: table.category.count(name) for name in CATEGORIES}
+    return TokenizerFacts(
+        n_tokens=vocabulary.n_tokens, style=vocabulary.style, adds_space=vocabulary.adds_space,
+        counts={name: count for name, count in counts.items() if count},
+        n_byte_tokens=int((vocabulary.byte >= 0).sum()), missing_bytes=vocabulary.missing_bytes, lossy=vocabulary.lossy,
+        vocabulary=vocabulary.digest,
+    )  # fmt: skip
+
+
+def _table(
+    vocabulary: Vocabulary,
+    outer: RowFacts,
+    chosen: Reference,
+    values: dict[str, np.ndarray],
+    picked: str | None,
+) -> TokenTable:
+    """One row per id that is in the tokenizer or in the matrix."""
+    n_rows, n_ids = len(outer.norm), len(vocabulary)
+    n = max(n_rows, n_ids)
+    category = list(vocabulary.category) + ["no_token"] * (n - n_ids)
+    for i in range(n_rows, n_ids):
+        category[i] = "no_token" if vocabulary.raw[i] is None else "no_row"
+    group: list[list[str]] = [[] for _ in range(n)]
+    for judged in chosen.groups:
+        for i in judged.members:
+            group[i].append(judged.name)
+    is_reference = np.zeros(n, dtype=bool)
+    is_reference[list(chosen.members)] = True
+    copies = np.ones(n, dtype=np.int64)
+    for ids in outer.classes:
+        copies[list(ids)] = len(ids)
+    every = {name: _padded(column, n) for name, column in values.items()}
+    return TokenTable(
+        token=tuple(vocabulary.text) + ("",) * (n - n_ids), category=tuple(category),
+        group=tuple("; ".join(names) for names in group), is_reference=is_reference,
+        is_byte=_padded(vocabulary.byte >= 0, n, False), reserved=_padded(vocabulary.reserved, n, False),
+        copies=copies, norm=_padded(outer.norm, n), indicators=every,
+        indicator=every[picked] if picked else np.full(n, np.nan),
+    )  # fmt: skip
+
+
+def _padded(values: np.ndarray, n: int, fill: Any = np.nan) -> np.ndarray:
+    return np.concatenate([values, np.full(n - len(values), fill)])[:n].astype(values.dtype)
+
+
+def _examined(
+    model: Any, report: GlitchReport, codec: Codec, vocabulary: Vocabulary, options: ScanOptions
+) -> GlitchReport:
+    """The report with everything that the model has to be run for."""
+    candidates = report.candidates()[: options.top]
+    if not candidates:
+        raise DegenerateInputError(
+            f"verify='top': there is nothing to test in {report.model}, because {report.indicator_why}. "
+            "Give ScanOptions(reference=(ids of tokens known to be unused,)), or read the weights-only report."
+        )
+    if isinstance(model, str | Path):
+        from workbench.models.loading import load_model
+
+        model = load_model(model)
+    controls = _controls(report, options.top if options.controls is None else options.controls, options.seed)
+    made = _prompts(model, vocabulary, options)
+    journal = _journal(options.journal, model, made.templates, options.verification)
+    done = verify(model, codec, made.templates, candidates, controls, options.verification, journal)
+    spliced = report.unwritable()[: options.spliced]
+    if spliced:
+        done = with_spliced(done, model, made.templates, spliced, journal)
+    report = report.with_verification(dataclasses.replace(done, notes=made.notes))
+    more: dict[str, Callable[[], Any]] = {}
+    if options.sides:
+        suspects = report.candidates()
+        more["sides"] = lambda: measure_sides(model, codec, vocabulary, candidates, controls, suspects)
+    if options.contexts:
+        more["contexts"] = lambda: _among_others(model, vocabulary, report, candidates, controls, options)
+    if options.symptoms:
+        more["symptoms"] = lambda: symptoms(model, vocabulary, candidates, controls, forms=options.forms)
+    for name, measure_more in more.items():
+        try:
+            report = dataclasses.replace(report, **{name: measure_more()})
+        except DegenerateInputError as error:
+            report = dataclasses.replace(report, notes=(*report.notes, f"Not measured: {name}. {error}"))
+    return report
+
+
+def _journal(path: Path | None, model: Any, templates: Sequence[Template], how: VerifyOptions) -> Journal | None:
+    return None if path is None else Journal(path, journal_key(model, templates, how))
+
+
+def _among_others(
+    model: Any, vocabulary: Vocabulary, report: GlitchReport, candidates: Sequence[int], controls: Sequence[int],
+    options: ScanOptions,
+) -> Contexts:  # fmt: skip
+    pool = np.setdiff1d(_pool(report), [*candidates, *controls]).tolist()
+    lines = make_lines(model, vocabulary, pool, options.contexts, options.seed)
+    how = line_options(options.verification)
+    path = options.journal and options.journal.with_name(f"{options.journal.stem}-lines{options.journal.suffix}")
+    return in_contexts(model, lines, candidates, controls, how, _journal(path, model, lines.templates, how))
+
+
+def _prompts(model: Any, vocabulary: Vocabulary, options: ScanOptions) -> PromptSet:
+    own = options.prompts is not None
+    probes = probes_from(options.prompts) if options.prompts is not None else PROBES
+    return prompt_set(model, vocabulary, probes, options.forms, strict=own, steps=options.verification.steps)
+
+
+def _controls(report: GlitchReport, n: int, seed: int) -> Sequence[int]:
+    """Random ordinary tokens that are no candidates, drawn without replacement."""
+    pool = _pool(report)
+    return np.random.default_rng(seed).choice(pool, min(n, len(pool)), replace=False).tolist()
+
+
+def _pool(report: GlitchReport) -> np.ndarray:
+    table = report.table
+    return np.flatnonzero(table.ordinary & (table.indicator > report.threshold) & ~table.is_reference)

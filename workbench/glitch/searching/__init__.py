@@ -1,0 +1,1 @@
+"""Searches for glitch tokens side by side."""

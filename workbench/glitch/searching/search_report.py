@@ -1,0 +1,227 @@
+"""The comparison of searches in words, tables and curves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from workbench.core.records import to_jsonable
+from workbench.core.stats import Estimate, clopper_pearson, sample_mean
+from workbench.glitch.scanning.result import shown
+from workbench.glitch.searching.oracle import Found
+from workbench.report.base import Block, Lines, Report, Section, Series, Table
+
+_POINTS = 120
+_ROWS = 60
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """The runs of one search.
+
+    Attributes:
+        name: of the search.
+        runs: one, or one per seed.
+    """
+
+    name: str
+    runs: tuple[Found, ...]
+
+    @property
+    def calls(self) -> float:
+        """Mean number of tokens tested."""
+        return float(np.mean([run.calls for run in self.runs]))
+
+    def precision(self, calls: int | None = None) -> Estimate:
+        """Share of the tested tokens that are glitch tokens.
+
+        Args:
+            calls: only the first so many of each run; None for all.
+        """
+        runs = [run if calls is None else run.first(calls) for run in self.runs]
+        if len(runs) == 1:
+            return runs[0].precision
+        return _over_runs([run.precision for run in runs])
+
+    def recall(self, n_glitch: int, calls: int | None = None) -> Estimate:
+        """Share of all glitch tokens that are found; several runs give their mean with an interval over runs.
+
+        Args:
+            n_glitch: how many there are.
+            calls: only the first so many of each run; None for all.
+        """
+        runs = [run if calls is None else run.first(calls) for run in self.runs]
+        if len(runs) == 1:
+            return runs[0].recall(n_glitch)
+        return _over_runs([run.recall(n_glitch) for run in runs])
+
+
+def _over_runs(shares: list[Estimate]) -> Estimate:
+    """The mean over runs; its interval is that over runs or that of one run's tokens, whichever reaches further.
+
+    Runs that agree by chance, such as two without any find, say nothing of how sure their share is.
+    """
+    found = sample_mean([share.value for share in shares], unit="runs")
+    low, high = (float(np.mean([getattr(share, end) for share in shares])) for end in ("low", "high"))
+    return dataclasses.replace(found, low=max(0.0, min(found.low, low)), high=min(1.0, max(found.high, high)))
+
+
+@dataclass(frozen=True, eq=False)
+class SearchReport(Report):
+    """Result of `search`.
+
+    Attributes:
+        model: name of the model.
+        n_tokens: ordinary tokens that were searched.
+        n_glitch: glitch tokens among them, from a census; None if they are not known.
+        arms: the searches.
+        dtype: in which the model computed.
+        indicator: what the ranking is made of, or None: there is none.
+        token: text of every glitch token found.
+        methods: what each search does.
+    """
+
+    model: str
+    n_tokens: int
+    n_glitch: int | None
+    arms: tuple[Arm, ...]
+    dtype: str
+    indicator: str | None
+    token: Mapping[int, str]
+    methods: Mapping[str, str]
+
+    def arm(self, name: str) -> Arm | None:
+        """The runs of one search, or None if it did not run."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    def base_rate(self) -> Estimate | None:
+        """Share of glitch tokens among all: from the census, else from the first random run; None without either."""
+        if self.n_glitch is not None:
+            return clopper_pearson(self.n_glitch, self.n_tokens, unit="tokens")
+        random = self.arm("random")
+        return None if random is None else random.runs[0].precision
+
+    def metrics(self) -> dict[str, Estimate | float | int | str]:
+        """Flat numbers per search."""
+        found: dict[str, Estimate | float | int | str] = {"n_tokens": self.n_tokens, "n_found": len(self.token)}
+        if self.n_glitch is not None:
+            found["n_glitch"] = self.n_glitch
+        for arm in self.arms:
+            found[f"{arm.name}.calls"] = arm.calls
+            found[f"{arm.name}.precision"] = arm.precision()
+            if self.n_glitch:
+                found[f"{arm.name}.recall"] = arm.recall(self.n_glitch)
+        return found
+
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in sentences."""
+        return (self._truth(), *(self._said(arm) for arm in self.arms), *self._at_equal_cost())
+
+    def _truth(self) -> str:
+        rate = self.base_rate()
+        if self.n_glitch is not None:
+            return (
+                f"{self.n_glitch} of {self.n_tokens:,} ordinary tokens of {self.model} are glitch tokens, by a census "
+                f"({self.dtype}); recall is measured against them."
+            )
+        if rate is None:
+            return "Recall is not known: there is no census, and no random arm to estimate the total from."
+        value, low, high = (self.n_tokens * share for share in (rate.value, rate.low, rate.high))
+        return (
+            f"{len(self.token)} glitch tokens of {self.model} found by all searches together. Recall is not known; by "
+            f"the random arm there are {value:.0f} [{low:.0f}, {high:.0f}] among {self.n_tokens:,}."
+        )
+
+    def _said(self, arm: Arm) -> str:
+        said = f"{arm.name} ({self.methods[arm.name]}): {arm.calls:,.0f} tokens tested, precision {arm.precision()}"
+        if self.n_glitch:
+            said += f", recall {arm.recall(self.n_glitch)}"
+        passes = arm.runs[0].gradient_passes
+        return said + (f"; {passes:,} gradient passes on top." if passes else ".")
+
+    def _at_equal_cost(self) -> list[str]:
+        said = []
+        for name in ("hunter", "gradient"):
+            arm = self.arm(name)
+            others = [other for other in (self.arm("indicator"), self.arm("random")) if other is not None]
+            if arm is None or not others:
+                continue
+            calls = round(arm.calls)
+            listed = "; ".join(
+                f"{other.name} {np.mean([run.first(calls).n_found for run in other.runs]):.1f}" for other in others
+            )
+            mean = np.mean([run.n_found for run in arm.runs])
+            said.append(f"With the {calls:,} calls of {name}, which finds {mean:.1f} glitch tokens: {listed}.")
+        return said
+
+    def to_json(self) -> dict[str, Any]:
+        """Every run with its tokens in the order asked; glitch tokens with their text."""
+        runs = [
+            {"method": arm.name, "seed": k, "asked": run.asked.tolist(),
+             "glitch": run.asked[run.glitch].tolist(),
+             "gradient_passes": run.gradient_passes, "notes": run.notes}
+            for arm in self.arms for k, run in enumerate(arm.runs)
+        ]  # fmt: skip
+        return to_jsonable({
+            "model": self.model, "dtype": self.dtype, "n_tokens": self.n_tokens, "n_glitch": self.n_glitch,
+            "found": {str(i): text for i, text in sorted(self.token.items())}, "runs": runs,
+            "metrics": self.metrics(), "findings": list(self.findings()),
+        })  # fmt: skip
+
+    @property
+    def df(self) -> Any:
+        """One row per run, as a pandas table."""
+        import pandas as pd
+
+        rows = [
+            {"method": arm.name, "run": k, "calls": run.calls, "gradient_passes": run.gradient_passes,
+             "found": run.n_found, "precision": run.precision.value,
+             "recall": run.recall(self.n_glitch).value if self.n_glitch else float("nan")}
+            for arm in self.arms for k, run in enumerate(arm.runs)
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def section(self) -> Section:
+        """Tables, curves and findings."""
+        blocks: list[Block] = [self._compared(), self._curves(), self._listed()]
+        return Section(
+            f"Searches for glitch tokens in {self.model}", tuple(blocks), findings=self.findings(),
+            metrics=self.metrics(),
+        )  # fmt: skip
+
+    def _compared(self) -> Table:
+        rows = []
+        for arm in self.arms:
+            found = float(np.mean([run.n_found for run in arm.runs]))
+            recall = arm.recall(self.n_glitch) if self.n_glitch else None
+            notes = "; ".join(arm.runs[0].notes)
+            rows.append((arm.name, len(arm.runs), round(arm.calls), arm.runs[0].gradient_passes, found,
+                         arm.precision(), recall, notes))  # fmt: skip
+        columns = ("search", "runs", "tokens tested", "gradient passes", "found", "precision", "recall", "first run")
+        caption = f"{self.n_tokens:,} ordinary tokens; several runs differ in their seed, their mean is shown"
+        return Table(columns, tuple(rows), caption=caption)
+
+    def _curves(self) -> Lines:
+        series = []
+        for arm in self.arms:
+            hits = np.cumsum(arm.runs[0].glitch)
+            at = np.unique(np.linspace(1, len(hits), min(_POINTS, len(hits))).astype(int))
+            series.append(Series(arm.name, tuple(at.tolist()), tuple(hits[at - 1].tolist())))
+        return Lines(
+            "Glitch tokens found", tuple(series), x_label="tokens tested", y_label="glitch tokens", log_x=True,
+            caption="First run of each search, in the order in which it asked"
+            + (f"; there are {self.n_glitch}" if self.n_glitch is not None else ""),
+        )  # fmt: skip
+
+    def _listed(self) -> Table:
+        by = {arm.name: set(np.concatenate([run.asked[run.glitch] for run in arm.runs]).tolist()) for arm in self.arms}
+        rows = tuple(
+            (i, shown(text), ", ".join(name for name, ids in by.items() if i in ids))
+            for i, text in sorted(self.token.items())[:_ROWS]
+        )
+        caption = f"{len(rows)} of {len(self.token)} glitch tokens found, with the searches that found them"
+        return Table(("id", "token", "found by"), rows, caption=caption)

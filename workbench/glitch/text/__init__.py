@@ -1,0 +1,1 @@
+"""Glitch tokens in texts: lint, sanitize, ban lists, adversarial tokenization."""

@@ -1,0 +1,262 @@
+"""A model on adversarial tokenization items: how much worse is it where the tokenizer hides the border of two words?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.core.errors import DegenerateInputError
+from workbench.core.progress import task
+from workbench.core.records import from_jsonable, json_lines, to_jsonable, write_atomic
+from workbench.core.stats import Estimate, clopper_pearson, mcnemar, paired_difference
+from workbench.glitch.scanning.result import shown
+from workbench.glitch.text.adt import AdtItem
+from workbench.glitch.verification.journal import Journal
+from workbench.glitch.verification.probing import dtype_name
+from workbench.report.base import Report, Section, Table, Text
+from workbench.report.blocks import Bars, Block, Metric
+
+SHOTS = 4
+_TASK = "Each line shows two words and then the same two words with a space between them.\n"
+_NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class AdtAnswer:
+    """What the model wrote for one item.
+
+    Attributes:
+        item: the item.
+        joined: its answer where the words stand side by side.
+        separated: its answer where a sign separates them.
+    """
+
+    item: AdtItem
+    joined: str
+    separated: str
+
+    @property
+    def right_joined(self) -> bool:
+        """Whether the answer holds the two words."""
+        return words_of(self.joined)[:2] == _gold(self.item)
+
+    @property
+    def right_separated(self) -> bool:
+        """The same for the control."""
+        return words_of(self.separated)[:2] == _gold(self.item)
+
+    @property
+    def along_tokens(self) -> bool:
+        """Whether a wrong answer cuts the joined words where a token ends."""
+        first = words_of(self.joined)[:1]
+        return not self.right_joined and bool(first) and first[0] in {cut.casefold() for cut in self.item.cuts}
+
+
+@dataclass(frozen=True, eq=False)
+class AdtReport(Report):
+    """Result of `run_adt`.
+
+    Attributes:
+        model: name of the model.
+        answers: one per item, attacks first.
+    """
+
+    model: str
+    answers: tuple[AdtAnswer, ...]
+
+    def arm(self, name: str) -> tuple[AdtAnswer, ...]:
+        """The answers of one arm: "attack" or "plain"."""
+        return tuple(answer for answer in self.answers if answer.item.arm == name)
+
+    def accuracy(self, name: str, separated: bool = False) -> Estimate:
+        """Share of right answers of an arm, joined or in its control, with the exact interval.
+
+        Raises:
+            DegenerateInputError: if the arm has no items.
+        """
+        right = [a.right_separated if separated else a.right_joined for a in self.arm(name)]
+        return clopper_pearson(sum(right), len(right), unit="items")
+
+    def drop(self, name: str) -> Estimate:
+        """Accuracy in the control minus accuracy where the words are joined; positive if joining hurts."""
+        found = self.arm(name)
+        return paired_difference(
+            [float(a.right_separated) for a in found], [float(a.right_joined) for a in found], unit="items"
+        )
+
+    def p_value(self, name: str) -> float:
+        """Exact McNemar test of the control against the joined form."""
+        found = self.arm(name)
+        return mcnemar(
+            sum(a.right_separated and not a.right_joined for a in found),
+            sum(a.right_joined and not a.right_separated for a in found),
+        )
+
+    def hidden_border_p(self) -> float:
+        """Fisher's exact test of joined accuracy, attack against plain items: two-sided; 1.0 without plain items.
+
+        Both arms lack a separator, so this is about the hidden border. The words differ between the arms.
+        """
+        from scipy.stats import fisher_exact
+
+        table = [[sum(a.right_joined for a in self.arm(name)), len(self.arm(name))] for name in ("attack", "plain")]
+        found: Any = fisher_exact([[right, n - right] for right, n in table])
+        return float(found.pvalue)
+
+    def errors_along_tokens(self, name: str) -> Estimate | None:
+        """Share of wrong answers that cut where a token ends; None without wrong answers."""
+        wrong = [a for a in self.arm(name) if not a.right_joined]
+        return clopper_pearson(sum(a.along_tokens for a in wrong), len(wrong), unit="errors") if wrong else None
+
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in sentences, also if it is nothing."""
+        n = len(self.arm("attack"))
+        attack, control, drop = self.accuracy("attack"), self.accuracy("attack", True), self.drop("attack")
+        said = [
+            f"{n} pairs of words whose border lies inside a token: {attack.value:.1%} right joined, "
+            f"{control.value:.1%} with a separator; drop {drop} (exact McNemar p = {self.p_value('attack'):.2g})."
+        ]
+        if not self.arm("plain"):
+            said.append("No pairs with a respected border were found, so the drop may come from the missing separator.")
+        else:
+            said.append(
+                f"Joined pairs whose border the tokens respect: {self.accuracy('plain')} right against {attack} of the "
+                f"hidden ones (Fisher p = {self.hidden_border_p():.2g}); their own drop is {self.drop('plain')}."
+            )
+        share = self.errors_along_tokens("attack")
+        if share is not None:
+            said.append(f"Wrong answers that cut where a token ends: {share}.")
+        if control.high < 0.5:
+            said.append(
+                f"WEAK TASK: even with a separator only {control.value:.1%} are right, so there is little to lose; the "
+                "drop says more on a stronger model."
+            )
+        return tuple(said)
+
+    def metrics(self) -> dict[str, Metric]:
+        """Accuracies, drops and p-values."""
+        found: dict[str, Metric] = {}
+        for name in ("attack", "plain"):
+            if self.arm(name):
+                found |= {
+                    f"{name}_joined": self.accuracy(name), f"{name}_separated": self.accuracy(name, True),
+                    f"{name}_drop": self.drop(name), f"{name}_mcnemar_p": self.p_value(name),
+                }  # fmt: skip
+        if self.arm("plain"):
+            found["hidden_border_p"] = self.hidden_border_p()
+        share = self.errors_along_tokens("attack")
+        return found | ({} if share is None else {"errors_along_tokens": share})
+
+    def section(self) -> Section:
+        """Accuracies as bars, and the first attacks with their answers."""
+        return Section(
+            f"Adversarial tokenization of {self.model}", tuple(self._blocks()), self.findings(), self.metrics()
+        )
+
+    def _blocks(self) -> Iterator[Block]:
+        yield Text(
+            "Each pair is shown joined and with a separator. In the attack arm a token lies across the border of the "
+            "words, in the plain arm none does. The answer is right if it is the two words."
+        )
+        arms = [name for name in ("attack", "plain") if self.arm(name)]
+        bars = [(f"{name}, {form}", self.accuracy(name, form == "separated")) for name in arms for form in FORMS]
+        yield Bars("Right answers", tuple(label for label, _ in bars), tuple(value for _, value in bars), "share")
+        rows = tuple(
+            (shown(a.item.text), "|".join(map(shown, a.item.tokens)), f"{a.item.first} {a.item.second}",
+             shown(a.joined), shown(a.separated))
+            for a in self.arm("attack")[:40]
+        )  # fmt: skip
+        yield Table(("text", "tokens", "words", "answer", "answer with separator"), rows, "First attack items")
+
+
+FORMS = ("joined", "separated")
+"""The two ways in which each pair is shown."""
+
+
+def prompts_of(items: Sequence[AdtItem], shots: Sequence[AdtItem]) -> tuple[str, ...]:
+    """Two prompts per item, joined and separated; worked examples of both forms stand in front of each."""
+    worked = "".join(
+        f"{shot.text if k % 2 == 0 else shot.separated} -> {shot.first} {shot.second}\n" for k, shot in enumerate(shots)
+    )
+    return tuple(f"{_TASK}{worked}{text} ->" for item in items for text in (item.text, item.separated))
+
+
+def run_adt(
+    model: Any, items: Sequence[AdtItem], *, batch_size: int = 32, journal: str | Path | None = None
+) -> AdtReport:
+    """Asks the model for the two words of every item, in both forms, greedily.
+
+    The first plain items serve as worked examples and are not counted.
+
+    Args:
+        model: a `Model`.
+        items: from `make_items`.
+        batch_size: prompts per batch.
+        journal: file in which every batch of answers is kept; a run that was stopped goes on from there.
+
+    Raises:
+        DegenerateInputError: if there are no attack items.
+        MismatchError: if the journal holds answers of another model, or to other prompts.
+    """
+    plain = [item for item in items if item.arm == "plain"]
+    attacks = [item for item in items if item.arm == "attack"]
+    if not attacks:
+        raise DegenerateInputError(f"run_adt: none of the {len(items)} items is an attack. Make some with make_items.")
+    shots = plain[:SHOTS]
+    asked = [*attacks, *plain[len(shots) :]]
+    prompts = prompts_of(asked, shots)
+    book = _book(model, prompts, journal)
+    said = {k: str(row["answer"]) for k, row in book.done().items()} if book else {}
+    with task(total=len(prompts), description="adversarial tokenization", unit="prompts") as running:
+        running.advance(len(said))
+        left = [k for k in range(len(prompts)) if k not in said]
+        for start in range(0, len(left), batch_size):
+            part = left[start : start + batch_size]
+            written = model.generate([prompts[k] for k in part], _NEW_TOKENS, temperature=0.0, stop=("\n",))
+            new = {k: text.split("\n", 1)[0] for k, text in zip(part, written.texts, strict=True)}
+            said |= new
+            if book is not None:
+                book.append([{"prompt": k, "answer": text} for k, text in new.items()])
+            running.advance(len(part))
+    answers = tuple(AdtAnswer(item, said[2 * k], said[2 * k + 1]) for k, item in enumerate(asked))
+    return AdtReport(model.name, answers)
+
+
+def words_of(answer: str) -> list[str]:
+    """The words of an answer, without case and without signs around them.
+
+    >>> words_of(" Counts, parent."), words_of("counts-parent")
+    (['counts', 'parent'], ['counts-parent'])
+    """
+    stripped = (re.sub(r"^\W+|\W+$", "", word) for word in answer.split())
+    return [word.casefold() for word in stripped if word]
+
+
+def save_items(path: str | Path, items: Iterable[AdtItem]) -> Path:
+    """Writes the items, one JSON object a line, and returns the path."""
+    return write_atomic(path, "".join(json.dumps(to_jsonable(item)) + "\n" for item in items))
+
+
+def load_items(path: str | Path) -> tuple[AdtItem, ...]:
+    """The items of a file that `save_items` wrote."""
+    return tuple(from_jsonable(AdtItem, line) for line in json_lines(path))
+
+
+def _gold(item: AdtItem) -> list[str]:
+    return [item.first.casefold(), item.second.casefold()]
+
+
+def _book(model: Any, prompts: Sequence[str], path: str | Path | None) -> Journal | None:
+    """The answers of an earlier run of this model on these prompts, and where new ones go."""
+    if path is None:
+        return None
+    key = {
+        "model": str(getattr(model, "fingerprint", model.name)), "dtype": dtype_name(model),
+        "prompts": hashlib.sha256(json.dumps([_NEW_TOKENS, *prompts]).encode()).hexdigest()[:12],
+    }  # fmt: skip
+    return Journal(Path(path), key, row_id="prompt")

@@ -1,0 +1,208 @@
+"""Flagged tokens as ban lists that inference engines take."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
+from workbench.core.records import save_json, write_atomic
+from workbench.glitch.scanning.saved import GRADES, SavedScan, TokenFact, check_grades
+
+
+@dataclass(frozen=True)
+class BanFormat:
+    """A form of ban list.
+
+    Attributes:
+        name: short name.
+        use: how it is used.
+        limit: how many ids a request may have; None where no limit is known.
+        exact: whether a banned token can't be written at all.
+    """
+
+    name: str
+    use: str
+    limit: int | None
+    exact: bool
+
+
+FORMATS: dict[str, BanFormat] = {
+    form.name: form
+    for form in (
+        BanFormat("transformers", "model.generate(inputs, **json.load(file)); scores become -inf", None, True),
+        BanFormat(
+            "vllm", "body of a request, or SamplingParams(**…); a bias of -100, the lowest that is kept", 1024, False
+        ),
+        BanFormat("openai", "body of a request; a bias of -100, the lowest allowed", 300, False),
+        BanFormat("llamacpp", "body of a request to /completion; false means never", None, True),
+        BanFormat("llamacpp-cli", "options of llama-cli and llama-server: $(cat FILE)", None, True),
+    )
+}
+"""Every format. Biases lie in [-100, 100]: vLLM clips others and refuses over 1,024 entries, OpenAI takes 300."""
+
+DEFAULT_GRADES = ("verified",)
+_REASONS = (
+    "ids to keep", "ids beyond the matrix", "of a kind that glitch.json alone does not tell", "special tokens",
+    "single bytes and incomplete characters",
+)  # fmt: skip
+_RANK = {grade: k for k, grade in enumerate(GRADES)}
+
+
+@dataclass(frozen=True, eq=False)
+class BanList:
+    """Ids to ban, the best founded first, and what was left out.
+
+    Attributes:
+        model: name of the model.
+        origin: where the flags come from.
+        tokens: the tokens to ban.
+        left_out: reason and ids of flagged tokens that are not banned.
+    """
+
+    model: str
+    origin: str
+    tokens: tuple[TokenFact, ...]
+    left_out: dict[str, tuple[int, ...]]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The banned ids."""
+        return tuple(fact.token_id for fact in self.tokens)
+
+    def payload(self, form: str) -> dict[str, Any] | str:
+        """The list in a format: JSON values, or text for the command line.
+
+        Raises:
+            UnknownNameError: for a format that does not exist.
+            InvalidInputError: if the engine does not take so many.
+        """
+        if form not in FORMATS:
+            raise UnknownNameError(f"There is no ban list format {form!r}. {did_you_mean(form, FORMATS)}")
+        limit = FORMATS[form].limit
+        if limit is not None and len(self.ids) > limit:
+            raise InvalidInputError(
+                f"{len(self.ids):,} ids are to be banned, and {form} takes at most {limit:,} in a request. Export "
+                f"fewer grades, or the first ones only (top={limit}); they are in the order of the evidence."
+            )
+        if form == "transformers":
+            return {"bad_words_ids": [[i] for i in self.ids]}
+        if form == "llamacpp":
+            return {"logit_bias": [[i, False] for i in self.ids]}
+        if form == "llamacpp-cli":
+            return " ".join(f"--logit-bias {i}-inf" for i in self.ids) + "\n"
+        return {"logit_bias": {str(i): -100 for i in self.ids}}
+
+    def contents(self, form: str) -> dict[str, Any]:
+        """What is in the list and what is not, for a file beside it."""
+        rows = [
+            {"token_id": t.token_id, "text": t.text, "grade": t.grade, "max_prob": t.max_prob, "indicator": t.indicator}
+            for t in self.tokens
+        ]
+        return {
+            "model": self.model, "scan": self.origin, "format": form, "use": FORMATS[form].use,
+            "exact": FORMATS[form].exact, "grades": dict(Counter(t.grade for t in self.tokens)), "tokens": rows,
+            "left_out": self.left_out,
+        }  # fmt: skip
+
+    def save(self, path: str | Path, form: str) -> tuple[Path, Path]:
+        """Writes the list and, beside it, `<name>.contents.json` with what is in it. Returns both paths."""
+        payload = self.payload(form)
+        target = Path(path)
+        text = payload if isinstance(payload, str) else json.dumps(payload) + "\n"
+        return write_atomic(target, text), save_json(
+            target.with_name(f"{target.name}.contents.json"), self.contents(form)
+        )
+
+    def said(self, form: str) -> tuple[str, ...]:
+        """What is in the list, in sentences."""
+        grades = ", ".join(f"{n:,} {grade}" for grade, n in Counter(t.grade for t in self.tokens).items())
+        said = [f"{len(self.ids):,} ids of {self.model} are banned ({grades}); flags from {self.origin}."]
+        said += [f"Left out: {len(ids):,} {reason}." for reason, ids in self.left_out.items() if ids]
+        if any(t.grade in ("candidate", "reference") for t in self.tokens):
+            said.append("Some were never tested: the model may be able to say them, and then the ban takes words away.")
+        if not FORMATS[form].exact:
+            said.append("A bias of -100 makes a token practically impossible; it is no proof, as -inf is.")
+        return tuple(said)
+
+
+def ban_list(
+    scan: SavedScan,
+    grades: Iterable[str] = DEFAULT_GRADES,
+    *,
+    top: int | None = None,
+    include_special: bool = False,
+    include_bytes: bool = False,
+    keep: Iterable[int] = (),
+) -> BanList:
+    """The flagged tokens to ban, ordered by grade, then by how improbable the model found them.
+
+    Args:
+        scan: the scan.
+        grades: which grades to ban.
+        top: only so many, the first ones.
+        include_special: ban special tokens too; without end and turn tokens a model can't stop.
+        include_bytes: ban single bytes and incomplete characters too; without them some characters can't be written.
+        keep: ids that stay in any case.
+
+    Raises:
+        DegenerateInputError: if nothing is left to ban.
+        InvalidInputError: for a negative id in `keep`, or `top` below 1.
+    """
+    kept = set(keep)
+    if (top is not None and top < 1) or any(i < 0 for i in kept):
+        raise InvalidInputError(
+            f"ban_list(top={top}, keep={sorted(kept)[:5]}): top is at least 1 and ids are not negative."
+        )
+    wanted = check_grades(grades)
+    flags = dict(scan.flags(wanted))
+    if include_special:
+        # a special that the model was never seen to say is unused as well
+        flags |= {
+            i: "reference" for i, t in scan.tokens.items() if _special(t) and t.reference and "reference" in wanted
+        }
+    left_out: dict[str, list[int]] = {reason: [] for reason in (*_REASONS, "beyond top")}
+    chosen = []
+    for i in flags:
+        fact = scan.tokens[i]
+        reason = _reason(fact, include_special, include_bytes, i in kept)
+        if reason is None:
+            chosen.append(fact)
+        else:
+            left_out[reason].append(i)
+    chosen.sort(key=_order)
+    left_out["beyond top"] = [fact.token_id for fact in chosen[top:]] if top is not None else []
+    chosen = chosen[:top]
+    if not chosen:
+        raise DegenerateInputError(
+            f"Nothing to ban: the scan of {scan.model} has {len(flags)} tokens of the grades {', '.join(wanted)}, and "
+            f"none may be banned (flagged in all: {scan.counts() or 'none'}). Ask for other grades, or scan with "
+            "--verify top."
+        )
+    return BanList(scan.model, scan.origin, tuple(chosen), {why: tuple(ids) for why, ids in left_out.items()})
+
+
+def _reason(fact: TokenFact, include_special: bool, include_bytes: bool, keep: bool) -> str | None:
+    """Why a flagged token is not banned; None if it is."""
+    checks = (
+        keep, fact.category == "no_row", fact.category == "", _special(fact) and not include_special,
+        (fact.is_byte or fact.category == "partial_utf8") and not include_bytes,
+    )  # fmt: skip
+    return next((reason for reason, holds in zip(_REASONS, checks, strict=True) if holds), None)
+
+
+def _special(fact: TokenFact) -> bool:
+    return fact.category in ("special", "unreachable_special")
+
+
+def _order(fact: TokenFact) -> tuple[int, float, float, int]:
+    unknown = math.inf
+    return (
+        _RANK[fact.grade or "no_row"], unknown if math.isnan(fact.max_prob) else fact.max_prob,
+        unknown if math.isnan(fact.indicator) else fact.indicator, fact.token_id,
+    )  # fmt: skip

@@ -1,0 +1,202 @@
+"""What a linter found, in words, tables and CSV."""
+
+from __future__ import annotations
+
+import csv
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.core.records import to_jsonable
+from workbench.core.stats import clopper_pearson
+from workbench.glitch.scanning.result import harmless_cell as harmless_cell
+from workbench.glitch.scanning.result import shown
+from workbench.report.base import Report, Section, Table, Text
+from workbench.report.blocks import Block, Metric
+
+UNTRAINED = ("verified", "candidate", "reference", "no_row")
+"""Kinds of tokens whose rows training hardly touched: fine-tuning on them can blow up or be wasted."""
+_SHOWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One place.
+
+    Attributes:
+        file: which file; empty for a text that was given.
+        document: number of the record in it, from 1 (empty lines of a .jsonl file are not counted).
+        line: line in the document, from 1.
+        column: character in the line, from 1.
+        start: first character in the document, from 0.
+        end: the one after the last.
+        kind: a key of `workbench.glitch.text.linter.KINDS`.
+        token_id: the token, or -1 where there is none.
+        text: what stands there.
+        context: what stands around it.
+    """
+
+    file: str
+    document: int
+    line: int
+    column: int
+    start: int
+    end: int
+    kind: str
+    token_id: int
+    text: str
+    context: str
+
+    def __str__(self) -> str:
+        token = "" if self.token_id < 0 else f"  token {self.token_id}"
+        record = f":{self.document}" if self.document > 1 else ""
+        place = f"{self.file}{record}:{self.line}:{self.column}"
+        return f"{place}  {self.kind}{token}  '{shown(self.text)}'  in '{shown(self.context)}'"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """How often a reported token occurs.
+
+    Attributes:
+        token_id: which token.
+        text: its text on one line.
+        kind: a key of `workbench.glitch.text.linter.KINDS`.
+        count: occurrences.
+        documents: documents that hold it.
+        part_of: the flagged token that a fragment is part of, or -1.
+    """
+
+    token_id: int
+    text: str
+    kind: str
+    count: int
+    documents: int
+    part_of: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class LostCharacter:
+    """A character that the tokenizer loses, and how often it occurs."""
+
+    code: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Code and name."""
+        return f"U+{self.code:04X} {unicodedata.name(chr(self.code), 'control or unassigned').lower()}"
+
+
+@dataclass(frozen=True, eq=False)
+class LintReport(Report):
+    """Result of a `Linter`.
+
+    Attributes:
+        model: name of the model.
+        origin: where the flags come from.
+        files: what was read.
+        documents: number of documents.
+        characters: their characters.
+        tokens: their tokens.
+        by_kind: findings per kind.
+        counts: occurrences of each reported token, kinds in the order of `KINDS`, frequent ones first.
+        lost: characters that the tokenizer loses.
+        places: the places, in order of reading; limited, `n_findings` counts all.
+        looked_for: number of token ids that would have been reported.
+    """
+
+    model: str
+    origin: str
+    files: tuple[str, ...]
+    documents: int
+    characters: int
+    tokens: int
+    by_kind: dict[str, int]
+    counts: tuple[TokenCount, ...]
+    lost: tuple[LostCharacter, ...]
+    places: tuple[Finding, ...]
+    looked_for: int
+
+    @property
+    def n_findings(self) -> int:
+        """All findings, also those whose place was not kept."""
+        return sum(self.by_kind.values())
+
+    @property
+    def guard(self) -> tuple[int, ...]:
+        """Hardly trained ids that occur here, in order: what fine-tuning on this text has to watch."""
+        return tuple(sorted(row.token_id for row in self.counts if row.kind in UNTRAINED))
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, with the ids that fine-tuning has to watch."""
+        found = super().to_json()
+        return found | to_jsonable({"guard": self.guard, "n_findings": self.n_findings, "said": self.findings()})
+
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in sentences."""
+        size = f"{self.documents:,} documents, {self.characters:,} characters, {self.tokens:,} tokens"
+        said = [f"{size} read with the tokenizer of {self.model}; {self.looked_for:,} ids looked for ({self.origin})."]
+        if not self.n_findings:
+            return (*said, "Nothing was found.")
+        parts = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in self.by_kind.items() if n)
+        said.append(f"{self.n_findings:,} findings: {parts}.")
+        if self.guard:
+            n = sum(row.count for row in self.counts if row.kind in UNTRAINED)
+            said.append(
+                f"{len(self.guard):,} hardly trained ids occur {n:,} times. Fine-tuning on this text moves rows that "
+                "training left alone: watch their gradients, or take the text out."
+            )
+        if len(self.places) < self.n_findings:
+            said.append(f"The places of the first {len(self.places):,} are listed.")
+        return tuple(said)
+
+    def metrics(self) -> dict[str, Metric]:
+        """Counts, and the share of tokens that are flagged."""
+        flagged = sum(row.count for row in self.counts if row.kind in UNTRAINED)
+        found: dict[str, Metric] = {"findings": self.n_findings, "guard_ids": len(self.guard), **self.by_kind}
+        if self.tokens:
+            found["flagged_share"] = clopper_pearson(flagged, self.tokens, unit="tokens")
+        return found
+
+    def section(self) -> Section:
+        """Tables of counts and places."""
+        return Section(f"Lint with {self.model}", tuple(self._blocks()), self.findings(), self.metrics())
+
+    def _blocks(self) -> Iterator[Block]:
+        if self.counts:
+            rows = tuple((r.token_id, r.text, r.kind, r.count, r.documents) for r in self.counts[:_SHOWN])
+            yield Table(("id", "token", "kind", "count", "documents"), rows, _caption("Tokens", self.counts))
+        if self.lost:
+            lost = tuple((item.name, item.count) for item in self.lost[:_SHOWN])
+            yield Table(("character", "count"), lost, _caption("Characters that are lost", self.lost))
+        if self.places:
+            rows = tuple(
+                (f.file, f.document, f.line, f.column, f.kind, shown(f.text), shown(f.context))
+                for f in self.places[:_SHOWN]
+            )
+            columns = ("file", "document", "line", "column", "kind", "text", "context")
+            yield Table(columns, rows, _caption("Places", self.places))
+        if not self.n_findings:
+            yield Text("Nothing was found.")
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Writes the places as CSV, control characters escaped, and returns the path."""
+        target = Path(path)
+        with target.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(
+                ("file", "document", "line", "column", "start", "end", "kind", "token_id", "text", "context")
+            )
+            for f in self.places:
+                text, context = harmless_cell(shown(f.text)), harmless_cell(shown(f.context))
+                writer.writerow(
+                    (shown(f.file), f.document, f.line, f.column, f.start, f.end, f.kind, f.token_id, text, context)
+                )
+        return target
+
+
+def _caption(what: str, rows: tuple[Any, ...]) -> str:
+    return f"{what}: first {_SHOWN} of {len(rows):,}" if len(rows) > _SHOWN else what

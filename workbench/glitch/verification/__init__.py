@@ -1,0 +1,1 @@
+"""Whether a model can read and write a token, beside control tokens."""

@@ -1,0 +1,162 @@
+"""Whether tokens are copied in the midst of other ones; a prompt that holds nothing but the token is an easier one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from workbench.core.errors import DegenerateInputError
+from workbench.core.stats import Estimate, clopper_pearson
+from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.journal import Journal
+from workbench.glitch.verification.prompts import Probe, Template
+from workbench.glitch.verification.scoring import VERIFIED, VerifyOptions, score
+from workbench.glitch.vocabulary.tokenizer import Vocabulary
+
+LINE = Probe(
+    "line", "A typist copies each line word by word.\nLine: «table» «green» «walking»\nCopy: «table» «green» «walking»",
+    "\nLine: «{token}» «{token}» «{token}» «{token}» «{token}»\nCopy: «{token}» «{token}»", " «{token}»",
+)  # fmt: skip
+"""Five tokens to copy; the one in question is the third, and the copy has come as far as that."""
+N_WORDS = 4
+
+
+@dataclass(frozen=True)
+class InContext:
+    """One token among other ones.
+
+    Attributes:
+        token_id: which token.
+        control: whether it is a random control.
+        p: its probability where its turn has come, by line; nan where the model gives no number.
+    """
+
+    token_id: int
+    control: bool
+    p: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median over the lines; nan without a number."""
+        p = np.array(self.p)
+        return float(np.median(p[np.isfinite(p)])) if np.isfinite(p).any() else float("nan")
+
+    @property
+    def span(self) -> tuple[float | None, float | None]:
+        """Lowest and highest probability; None without a number."""
+        p = [x for x in self.p if np.isfinite(x)]
+        return (min(p), max(p)) if p else (None, None)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the median lies below the threshold of verification."""
+        return self.median < VERIFIED
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Tokens and controls among other ones.
+
+    Attributes:
+        tested: all tokens, controls last.
+        lines: ids of the other tokens of each line; the one in question stands between the second and the third.
+        control_failures: share of the controls that fail; None without controls that have a number.
+    """
+
+    tested: tuple[InContext, ...]
+    lines: tuple[tuple[int, ...], ...]
+    control_failures: Estimate | None
+
+    @property
+    def candidates(self) -> tuple[InContext, ...]:
+        """Those that are not controls."""
+        return tuple(found for found in self.tested if not found.control)
+
+    def of(self, token_id: int) -> InContext | None:
+        """What was found about one token, or None if it was not tested."""
+        return next((found for found in self.tested if found.token_id == token_id), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Lines to copy, each with a slot for the token in question.
+
+    Attributes:
+        templates: the lines as prompts.
+        words: ids of the other tokens of each.
+    """
+
+    templates: tuple[Template, ...]
+    words: tuple[tuple[int, ...], ...]
+
+
+def make_lines(model: Any, vocabulary: Vocabulary, pool: Sequence[int], n: int, seed: int = 0) -> Lines:
+    """Lines of random ordinary tokens, each of at least three letters; they begin words where there are enough such.
+
+    Args:
+        model: a `Model`.
+        vocabulary: of its tokenizer.
+        pool: ids of ordinary tokens; leave out those that will be tested.
+        n: number of lines.
+        seed: of the draw.
+
+    Raises:
+        DegenerateInputError: if the pool has too few words, the line can't be built for this tokenizer, or it is longer
+            than the model's table of positions.
+    """
+    plain = [i for i in sorted(pool) if len(text := vocabulary.text[i].strip()) > 2 and text.isalpha()]
+    begun = [i for i in plain if vocabulary.text[i][:1].isspace()]
+    plain = begun if len(begun) >= 2 * N_WORDS else plain
+    if len(plain) < 2 * N_WORDS:
+        raise DegenerateInputError(
+            f"There are {len(plain)} ordinary tokens of at least three letters to put beside the tokens; "
+            f"{2 * N_WORDS} are needed."
+        )
+    (made,) = prompt_set(model, vocabulary, (LINE,), "raw", strict=True).templates
+    random = np.random.default_rng([seed, 2])
+    words = [random.choice(plain, N_WORDS, replace=False).tolist() for _ in range(n)]
+    return Lines(tuple(_filled(made, four, k) for k, four in enumerate(words)), tuple(map(tuple, words)))
+
+
+def _filled(made: Template, words: Sequence[int], k: int) -> Template:
+    """The line with its words in place, which leaves one slot."""
+    a, b, c, d = words
+    ids = made.ids.clone()
+    ids[made.slots[[0, 1, 3, 4, 5, 6]]] = torch.tensor([a, b, c, d, a, b])
+    return replace(made, probe=replace(made.probe, name=f"line {k}"), ids=ids, slots=made.slots[[2]])
+
+
+def in_contexts(
+    model: Any,
+    lines: Lines,
+    candidates: Sequence[int],
+    controls: Sequence[int],
+    options: VerifyOptions | None = None,
+    journal: Journal | None = None,
+) -> Contexts:
+    """Asks the model to copy every line with each token in it; exact probabilities, by id.
+
+    Args:
+        model: a `Model`.
+        lines: what to copy; all tokens get the same lines.
+        candidates: ids under suspicion.
+        controls: ids of ordinary tokens.
+        options: only its batch size counts: the token must come at once.
+        journal: where results are kept while they come, and looked up; made with `journal_key` for these lines.
+    """
+    options = line_options(options or VerifyOptions())
+    tokens = torch.as_tensor([*candidates, *controls], dtype=torch.long)
+    p = score(model, lines.templates, tokens, options, journal).p[:, :, 0]
+    tested = tuple(InContext(i, k >= len(candidates), tuple(p[k].tolist())) for k, i in enumerate(tokens.tolist()))
+    counted = [found.failed for found in tested if found.control and np.isfinite(found.median)]
+    failures = clopper_pearson(sum(counted), len(counted), unit="control tokens") if counted else None
+    return Contexts(tested, lines.words, failures)
+
+
+def line_options(options: VerifyOptions) -> VerifyOptions:
+    """Options under which lines are scored: one step, every line."""
+    return replace(options, steps=1, stop_at=None)

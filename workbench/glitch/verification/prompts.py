@@ -1,0 +1,176 @@
+"""Prompts that a token has to be copied in, built by splicing its id: text would be cut into other tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.records import from_jsonable, load_json
+from workbench.glitch.vocabulary.tokenizer import Vocabulary
+
+SLOT = "{token}"
+Form = Literal["raw", "chat"]
+"""How a prompt is put to the model: as plain text to go on with, or as a user's message with a reply begun."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt: `preamble`, then `shots` worked copies, then the beginning of one that the model has to finish.
+
+    Attributes:
+        name: short name.
+        preamble: what stands in front.
+        shown: the part that shows the token, with `{token}` in it.
+        answer: the part that repeats it, with `{token}` in it; the model is asked at that place.
+        shots: number of complete copies in front.
+        request: what the user adds at the end of the message, in chat form.
+        reply: how the reply begins, in chat form; None for what `answer` holds in front of the token.
+    """
+
+    name: str
+    preamble: str
+    shown: str
+    answer: str
+    shots: int = 0
+    request: str = ""
+    reply: str | None = None
+
+    def __post_init__(self) -> None:
+        fixed = self.preamble + self.request + (self.reply or "")
+        if SLOT not in self.shown or self.answer.count(SLOT) != 1 or SLOT in fixed or self.shots < 0:
+            raise InvalidInputError(
+                f"Probe {self.name!r}: shown={self.shown!r}, answer={self.answer!r}, shots={self.shots}. Both texts "
+                f"need {SLOT} (the answer once), preamble, request and reply none, and shots can't be negative."
+            )
+
+    @property
+    def occurrences(self) -> int:
+        """How often the token stands in the prompt."""
+        return self.shown.count(SLOT) * (self.shots + 1) + self.shots
+
+    def text(self, token: str) -> str:
+        """The prompt as text, up to the place where the model has to give the token."""
+        return (self._question + self._lead).replace(SLOT, token)
+
+    def turns(self, token: str) -> tuple[str, str]:
+        """The same prompt as a user's message and the beginning of the reply, up to where the token has to come."""
+        reply = self._lead.lstrip() if self.reply is None else self.reply
+        return (self._question + self.request).strip().replace(SLOT, token), reply
+
+    @property
+    def _question(self) -> str:
+        return self.preamble + (self.shown + self.answer) * self.shots + self.shown
+
+    @property
+    def _lead(self) -> str:
+        return self.answer[: self.answer.index(SLOT)]
+
+
+PROBES = (
+    Probe("copy", "A copying machine was checked again and again. What goes in comes out unchanged, every time.",
+          "\nIn: «{token}»\nOut:", " «{token}»", shots=8),
+    Probe("row", "One word fills this whole page, again and again and nothing else:\n", "{token}", "{token}", shots=20,
+          request="\n\nWhich word fills the page?", reply="The word is «"),
+    Probe("meaning", "A dictionary assistant names each word before explaining it, and treats all words alike.\n"
+          "Reader: Please explain the word 'qwvbnx'.\nAssistant: 'qwvbnx' is not a word that I have met.\n"
+          "Reader: Please explain the word '", "{token}'.\nAssistant:", " '{token}'"),
+)  # fmt: skip
+"""The prompts used unless a file names others: many worked copies, a plain repetition, and a question."""
+
+
+def probes_from(path: Path) -> tuple[Probe, ...]:
+    """Prompts from a JSON file: a list of objects with name, preamble, shown, answer and shots.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        InvalidInputError: if it holds no list of probes.
+    """
+    probes = from_jsonable(tuple[Probe, ...], load_json(path))
+    if not probes:
+        raise InvalidInputError(f"{path} holds no prompts. Give at least one with name, preamble, shown and answer.")
+    return probes
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """A probe as ids, with the places where the token goes."""
+
+    probe: Probe
+    ids: Int[Tensor, " pos"]
+    slots: Int[Tensor, " slots"]
+    form: Form = "raw"
+
+    @property
+    def name(self) -> str:
+        """Form and probe, which no other template of a test shares."""
+        return f"{self.form}:{self.probe.name}"
+
+    @property
+    def shared(self) -> int:
+        """Number of leading ids that do not depend on the token."""
+        return int(self.slots.min()) if len(self.slots) else len(self.ids)
+
+    def fill(self, tokens: Int[Tensor, " batch"]) -> Int[Tensor, "batch pos"]:
+        """One row per token, all of the same length, that differ in the slots only."""
+        rows = self.ids.repeat(len(tokens), 1)
+        rows[:, self.slots] = tokens[:, None].expand(-1, len(self.slots))
+        return rows
+
+    def spelled(self, pieces: Sequence[int]) -> list[int]:
+        """The ids with several tokens in each slot instead of one."""
+        slots, row = set(self.slots.tolist()), []
+        for place, i in enumerate(self.ids.tolist()):
+            row += pieces if place in slots else [i]
+        return row
+
+
+def prompt_hash(templates: Sequence[Template]) -> str:
+    """Twelve hex digits of the prompts as ids: the same for the same prompts through the same tokenizer."""
+    parts = [(made.name, made.ids.tolist(), made.slots.tolist()) for made in templates]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def template(
+    probe: Probe,
+    vocabulary: Vocabulary,
+    encode: Callable[[str], Sequence[int]],
+    write: Callable[[Probe, str], str] = Probe.text,
+    form: Form = "raw",
+) -> Template:
+    """The probe as ids, made with a placeholder token that provably stays whole in it.
+
+    Args:
+        probe: the prompt.
+        vocabulary: where the placeholder is looked for (long, purely alphabetic tokens without a leading space).
+        encode: text to ids, with what the model's tokenizer puts in front of a text.
+        write: the prompt with a token as text.
+        form: what `write` makes.
+
+    Raises:
+        DegenerateInputError: if no token of the vocabulary stays whole in this prompt.
+    """
+    for i in _placeholders(vocabulary):
+        ids = torch.as_tensor(list(encode(write(probe, vocabulary.text[i]))), dtype=torch.long)
+        slots = (ids == i).nonzero().flatten()
+        if len(slots) == probe.occurrences:
+            return Template(probe, ids, slots, form)
+    raise DegenerateInputError(
+        f"Probe {probe.name!r} holds its token {probe.occurrences} times, but none of the placeholders tried stays a "
+        "single token there. Separate the token from its neighbours, for example by quotes."
+    )
+
+
+def _placeholders(vocabulary: Vocabulary, limit: int = 200) -> list[int]:
+    texts = vocabulary.text
+    plain = [i for i, c in enumerate(vocabulary.category) if c == "ok" and texts[i].isalpha()]
+    rank = sorted(plain, key=lambda i: (texts[i].isascii(), len(set(texts[i])), len(texts[i]), -i), reverse=True)
+    return rank[:limit]

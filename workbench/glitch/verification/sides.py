@@ -1,0 +1,272 @@
+"""Which side of a token is broken: can the model read it, and can it write it? Compared with other tokens' spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.core.codec import Codec, token_bytes
+from workbench.core.errors import DegenerateInputError
+from workbench.core.metrics import kl_divergence
+from workbench.core.progress import task
+from workbench.core.stats import Estimate, clopper_pearson
+from workbench.core.tokens import TokenBatch
+from workbench.glitch.ranking.indicators import auc_lower
+from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.prompts import Probe, Template
+from workbench.glitch.verification.scoring import target_probabilities
+from workbench.glitch.vocabulary.segments import Pieces, Speller
+from workbench.glitch.vocabulary.tokenizer import Vocabulary
+
+Broken = Literal["input", "output", "both", "neither", "unknown"]
+BROKEN: dict[str, str] = {
+    "input": "cannot be read, can be written: its input row is broken",
+    "output": "can be read, cannot be written: its output row is broken",
+    "both": "can neither be read nor written",
+    "neither": "read and written as ordinary tokens are",
+    "unknown": "no other tokens spell it, or one of the two measures does not work on this model",
+}
+READ = (
+    Probe("next", "", "The next line of the list is\n{token}", "{token}"),
+    Probe("meaning", "", "Another way to say «{token}» is «", "{token}"),
+    Probe("letter", "", "Spelled letter by letter, «{token}» begins with the letter «", "{token}"),
+)
+"""Texts that go on in a way that depends on what the token says."""
+WRITE = (
+    Probe("pair", "What stands on the left stands on the right once more.\n«river» «river»\n« seventeen» « seventeen»\n"
+          "«Mountain» «Mountain»\n« window» « window»\n", "«{token}»", " «{token}»"),
+    Probe("again", "", "The sign says «{token}». I read it to you: it says «", "{token}"),
+)  # fmt: skip
+"""Texts that ask for the token after its text was shown in other tokens."""
+LEVEL = 0.05
+"""Share of ordinary tokens that each of the two measures calls broken."""
+ENOUGH_AUC, ENOUGH_CONTROLS = 0.9, 19
+"""A measure is used if it tells a token from another one this well on the controls, and has so many of them."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Reading and writing of one token.
+
+    Attributes:
+        token_id: which token.
+        control: whether it is a random control.
+        pieces: the tokens that write the same text; empty if there are none.
+        read_kl: KL divergence (nats, mean over the texts) of what follows the token from what follows its pieces.
+        read_agreement: share of the texts in which both make the same token the most probable one.
+        write_logp: highest log-probability (nats) of the token where its text was shown in pieces.
+        broken: a key of `BROKEN`.
+    """
+
+    token_id: int
+    control: bool
+    pieces: Pieces
+    read_kl: float
+    read_agreement: float
+    write_logp: float
+    broken: Broken
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Reading and writing of tokens and controls.
+
+    Attributes:
+        tested: all tokens, controls last.
+        read_limit: a token is not read if its divergence is above this quantile (1 - `LEVEL`) of the controls; nan if
+            reading can't be judged.
+        write_limit: it is not written if its log-probability is below this quantile (`LEVEL`) of the controls.
+        read_auc: chance that a control lies closer to its own pieces than to those of another control.
+        write_auc: chance that after a control's pieces the control is more probable than another one is elsewhere.
+        n_controls: controls that other tokens spell.
+        failing: share of these controls called not read, and not written (about `LEVEL` each, by construction).
+    """
+
+    tested: tuple[Side, ...]
+    read_limit: float
+    write_limit: float
+    read_auc: float
+    write_auc: float
+    n_controls: int
+    failing: dict[str, Estimate]
+
+    @property
+    def candidates(self) -> tuple[Side, ...]:
+        """Those that are not controls."""
+        return tuple(side for side in self.tested if not side.control)
+
+    def count(self, broken: Broken) -> int:
+        """Number of candidates with this result."""
+        return sum(side.broken == broken for side in self.candidates)
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Columns over tokens; nan where no other tokens spell one. `other_*`: the same against the token before it."""
+
+    kl: np.ndarray
+    agreement: np.ndarray
+    logp: np.ndarray
+    other_kl: np.ndarray
+    other_logp: np.ndarray
+
+
+def measure_sides(
+    model: Any,
+    codec: Codec,
+    vocabulary: Vocabulary,
+    candidates: Sequence[int],
+    controls: Sequence[int],
+    suspects: Sequence[int] = (),
+    batch_size: int = 32,
+) -> Sides:
+    """Reading and writing of candidates, judged by random ordinary tokens.
+
+    Reading: the next-token distribution after the token is compared with the one after other tokens that spell the same
+    text, in a few texts. A token whose input row was never trained leads elsewhere. Writing: its text is shown in those
+    other tokens, and the model is asked for it; what is measured is the probability of the token itself, so an input
+    row that was never trained does no harm. How far ordinary tokens go in both is the measure of what is broken.
+
+    Args:
+        model: a `Model`.
+        codec: its tokenizer.
+        vocabulary: what `analyse` says about it.
+        candidates: ids under suspicion.
+        controls: ids of ordinary tokens.
+        suspects: further ids that must not be pieces.
+        batch_size: rows per forward pass.
+
+    Raises:
+        DegenerateInputError: if none of the texts can be built for this tokenizer.
+    """
+    allowed = vocabulary.is_category("ok") & ~vocabulary.reserved
+    allowed[[i for i in (*candidates, *suspects) if i < len(allowed)]] = False
+    allowed[getattr(model, "d_vocab", len(allowed)) :] = False
+    speller = Speller(token_bytes(model.tokenizer)[: len(allowed)], allowed)
+    frames = _frames(model, vocabulary)
+    parts = []
+    with task(total=len(candidates) + len(controls), description="read and write", unit="tokens") as running:
+        for ids in (candidates, controls):
+            pieces = [_pieces(codec, model.tokenizer, speller, i) for i in ids]
+            parts.append((ids, pieces, _measure(model, frames, ids, pieces, batch_size, running.advance)))
+    return _judged(parts)
+
+
+def _frames(model: Any, vocabulary: Vocabulary) -> list[tuple[Template, ...]]:
+    """The texts to read and those to write; a tokenizer may glue one of them to the token, the others do."""
+    try:
+        return [prompt_set(model, vocabulary, probes, "raw").templates for probes in (READ, WRITE)]
+    except DegenerateInputError as error:
+        raise DegenerateInputError(
+            f"Reading and writing can't be told apart with this tokenizer; leave this part out. {error}"
+        ) from error
+
+
+def _pieces(codec: Codec, tokenizer: Any, speller: Speller, i: int) -> Pieces:
+    texts = token_bytes(tokenizer)
+    found = speller(texts[i], without=i) if i < len(texts) and texts[i] else None
+    if found is None or len(found) < 2:
+        return ()
+    anchor = codec.encode(["a"])[0]
+    whole, parts = codec.decode([[*anchor, i], [*anchor, *found]])
+    return found if whole == parts else ()
+
+
+def _measure(
+    model: Any,
+    frames: Sequence[tuple[Template, ...]],
+    ids: Sequence[int],
+    pieces: Sequence[Pieces],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> _Measured:
+    """Both measures of some tokens; the token before each, in the batch, plays the other one."""
+    read, write = frames
+    columns = [np.full(len(ids), np.nan) for _ in range(5)]
+    spelled = [k for k, found in enumerate(pieces) if found]
+    advance(len(ids) - len(spelled))
+    for start in range(0, len(spelled), batch_size):
+        part = spelled[start : start + batch_size]
+        tokens = torch.tensor([ids[k] for k in part])
+        kl, same, other = zip(*(_read(model, made, tokens, [pieces[k] for k in part]) for made in read), strict=True)
+        p = [_written(model, made, tokens, [pieces[k] for k in part]) for made in write]
+        logp, other_logp = (torch.stack(each).amax(0) for each in zip(*p, strict=True))
+        means = (torch.stack(each).float().mean(0) for each in (kl, same))
+        if len(part) == 1:
+            other, other_logp = [torch.full((1,), torch.nan)], torch.full((1,), torch.nan)
+        found = (*means, logp, torch.stack(list(other)).mean(0), other_logp)
+        for column, values in zip(columns, found, strict=True):
+            column[part] = values.double().numpy()
+        advance(len(part))
+    return _Measured(*columns)
+
+
+def _read(
+    model: Any, made: Template, tokens: Int[Tensor, " n"], pieces: Sequence[Pieces]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence from the own pieces, whether the most probable token agrees, and divergence from another's pieces."""
+    with_pieces = _logits(model, [made.spelled(found) for found in pieces])
+    with_token = _logits(model, made.fill(tokens).tolist())
+    same = with_pieces.argmax(1) == with_token.argmax(1)
+    return kl_divergence(with_pieces, with_token), same, kl_divergence(with_pieces.roll(1, 0), with_token)
+
+
+def _written(
+    model: Any, made: Template, tokens: Int[Tensor, " n"], pieces: Sequence[Pieces]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Log-probability of each token behind its pieces, and behind those of another one."""
+    logits = _logits(model, [made.spelled(found) for found in pieces])
+    return target_probabilities(logits, tokens).log(), target_probabilities(logits, tokens.roll(1)).log()
+
+
+def _logits(model: Any, rows: Sequence[Sequence[int]]) -> Float[Tensor, "n d_vocab"]:
+    # The id of the padding does not matter behind the mask, so it is one that every model has.
+    return model.logits(TokenBatch.pad(rows, pad_id=rows[0][0]), keep="last").float().cpu()
+
+
+def _judged(parts: Sequence[tuple[Sequence[int], Sequence[Pieces], _Measured]]) -> Sides:
+    ordinary = parts[1][2]
+    kl, logp = (x[np.isfinite(x)] for x in (ordinary.kl, ordinary.logp))
+    read_auc, write_auc = _auc(kl, ordinary.other_kl), _auc(-logp, -ordinary.other_logp)
+    n = int(np.isfinite(ordinary.kl).sum())
+    enough = n >= ENOUGH_CONTROLS
+    read_limit = float(np.quantile(kl, 1 - LEVEL)) if enough and read_auc >= ENOUGH_AUC else float("nan")
+    write_limit = float(np.quantile(logp, LEVEL)) if enough and write_auc >= ENOUGH_AUC else float("nan")
+    tested = []
+    for control, (ids, pieces, found) in zip((False, True), parts, strict=True):
+        for k, i in enumerate(ids):
+            broken = which(found.kl[k] - read_limit, write_limit - found.logp[k])
+            values = (float(found.kl[k]), float(found.agreement[k]), float(found.logp[k]))
+            tested.append(Side(int(i), control, pieces[k], *values, broken))
+    failing = {}
+    if n:
+        unit = "control tokens"
+        failing = {
+            "read": clopper_pearson(int((kl > read_limit).sum()), n, unit=unit),
+            "write": clopper_pearson(int((logp < write_limit).sum()), n, unit=unit),
+        }
+    return Sides(tuple(tested), read_limit, write_limit, read_auc, write_auc, n, failing)
+
+
+def _auc(own: np.ndarray, other: np.ndarray) -> float:
+    other = other[np.isfinite(other)]
+    return auc_lower(own, other) if len(own) and len(other) else float("nan")
+
+
+def which(read_excess: float, write_lack: float) -> Broken:
+    """The broken side, from how far each measure lies beyond its limit; nan is not known.
+
+    >>> which(1.0, -1.0), which(-1.0, 1.0), which(1.0, 1.0), which(-1.0, -1.0), which(float("nan"), 1.0)
+    ('input', 'output', 'both', 'neither', 'unknown')
+    """
+    if np.isnan(read_excess) or np.isnan(write_lack):
+        return "unknown"
+    if read_excess > 0:
+        return "both" if write_lack > 0 else "input"
+    return "output" if write_lack > 0 else "neither"

@@ -1,0 +1,303 @@
+"""Does the model say the token when everything asks for it? Exact probabilities, with random tokens as control."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench.core.codec import Codec
+from workbench.core.stats import Estimate, clopper_pearson
+from workbench.glitch.verification.journal import Journal
+from workbench.glitch.verification.prompts import Template, prompt_hash
+from workbench.glitch.verification.scoring import VERIFIED, Scores, VerifyOptions, highest, require_numbers, score
+from workbench.glitch.verification.scoring import greedy_logits as greedy_logits
+from workbench.glitch.verification.scoring import target_probabilities as target_probabilities
+
+VERDICTS: dict[str, str] = {
+    "strong_verified": "p < 0.001 everywhere: the model cannot say it",
+    "weak_verified": "p < 0.01 everywhere",
+    "not_encodable": "p < 0.01, but no text gives the token in these prompts",
+    "not_finite": "the model gives no number: a row with NaN or infinity",
+    "borderline": "0.01 <= p < 0.1 at best",
+    "weak_rejected": "0.1 <= p < 0.9 at best",
+    "strong_rejected": "p >= 0.9 at best: the model copies it",
+    "untested": "not run",
+}
+"""Every verdict with its meaning. Where testing stops at the first success, a rejected token's p is a lower bound."""
+RULE = (
+    f"A token is called under-trained only if no prompt of any form that was run, and no step, gives it p >= "
+    f"{VERIFIED}: said once, raw or in chat form, it is cleared."
+)
+"""How several forms make one verdict."""
+_QUANTILES = (0.01, 0.05, 0.25, 0.5)
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """One token at one prompt: the highest probability over the steps that were run (None: no number), and the step."""
+
+    form: str
+    probe: str
+    p: float | None
+    step: int
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One token's result.
+
+    Attributes:
+        token_id: which token.
+        control: whether it is a random control.
+        max_prob: its highest probability over the prompts and steps that were run; nan if there is no number.
+        probe: the prompt that gave it.
+        passes: number of (prompt, step) passes that were run.
+        encodable: whether some filled prompt, as text, encodes to this token again; looked at where p < 0.01.
+        verdict: a key of `VERDICTS`.
+        form: the form of that prompt, raw or chat: how the verdict was reached.
+        scores: what each prompt gave.
+        p_value: share of controls (with this token as one more) whose highest probability is not above this token's;
+            None for controls, without controls, and where testing stopped early.
+        spliced: whether it is a token that no text gives, tested by its id beside the candidates.
+    """
+
+    token_id: int
+    control: bool
+    max_prob: float
+    probe: str
+    passes: int
+    encodable: bool
+    verdict: str
+    form: str = "raw"
+    scores: tuple[PromptScore, ...] = ()
+    p_value: float | None = None
+    spliced: bool = False
+
+    @property
+    def verified(self) -> bool:
+        """Whether no pass reached the threshold."""
+        return self.max_prob < VERIFIED
+
+    def best_in(self, form: str) -> float | None:
+        """Highest probability in one form, None if it was not run."""
+        return max((s.p for s in self.scores if s.form == form and s.p is not None), default=None)
+
+    @property
+    def cleared_by_chat(self) -> bool:
+        """Whether every raw prompt fails and a chat prompt does not."""
+        raw = self.best_in("raw")
+        return raw is not None and raw < VERIFIED <= self.max_prob
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Candidates and controls, tested alike.
+
+    Attributes:
+        tested: all results: candidates, controls, spliced tokens, each in the order asked.
+        control_failures: share of counted controls that fail the test; they are ordinary tokens, so this is its error
+            rate.
+        expected_false: verified candidates to expect by that error alone: rate and interval, times candidates.
+        control_quantiles: quantiles of the controls' highest probabilities, by "1%" and so on.
+        failures_by_form: share of controls that fail every prompt of one form, where all of it was run.
+        passes: forward passes counted in prompts.
+        dtype: in which the model computed.
+        model_hash: fingerprint of the model.
+        prompt_hash: of the prompts as ids.
+        forms: forms of prompts that were run.
+        options: steps, batch size, when to stop.
+        notes: prompts that were left out, and why.
+    """
+
+    tested: tuple[Tested, ...]
+    control_failures: Estimate | None
+    expected_false: Estimate | None
+    control_quantiles: dict[str, float]
+    failures_by_form: dict[str, Estimate]
+    passes: int
+    dtype: str
+    model_hash: str
+    prompt_hash: str
+    forms: tuple[str, ...]
+    options: VerifyOptions
+    notes: tuple[str, ...] = ()
+
+    @property
+    def candidates(self) -> tuple[Tested, ...]:
+        """The tokens under suspicion."""
+        return tuple(t for t in self.tested if not t.control and not t.spliced)
+
+    @property
+    def controls(self) -> tuple[Tested, ...]:
+        """The random ordinary tokens."""
+        return tuple(t for t in self.tested if t.control)
+
+    @property
+    def counted_controls(self) -> tuple[Tested, ...]:
+        """The controls that the model gives a number for: those that say something about the test."""
+        return _counted(self.tested)
+
+    @property
+    def spliced(self) -> tuple[Tested, ...]:
+        """Suspicious tokens that no text gives; in no count of the candidates."""
+        return tuple(t for t in self.tested if t.spliced)
+
+
+def verify(
+    model: Any,
+    codec: Codec,
+    templates: Sequence[Template],
+    candidates: Sequence[int],
+    controls: Sequence[int],
+    options: VerifyOptions | None = None,
+    journal: Journal | None = None,
+) -> Verification:
+    """Tests candidates and controls with the same prompts in the same batches.
+
+    Args:
+        model: a `Model`.
+        codec: the tokenizer, for the check that a prompt's text gives the token again.
+        templates: the prompts as ids.
+        candidates: ids under suspicion.
+        controls: ids of ordinary tokens.
+        options: steps, batch size and when to stop.
+        journal: where results are kept while they come, and looked up; made with `journal_key`.
+
+    Raises:
+        DegenerateInputError: if the model gives no number for any token.
+    """
+    options = options or VerifyOptions()
+    ids = torch.as_tensor([*candidates, *controls], dtype=torch.long)
+    scores = score(model, templates, ids, options, journal)
+    require_numbers(scores.best)
+    encodable = _encodable(codec, templates, ids, scores.best)
+    tested = tuple(
+        _tested(int(i), k >= len(candidates), templates, scores, k, bool(encodable[k]))
+        for k, i in enumerate(ids.tolist())
+    )
+    key = journal_key(model, templates, options)
+    made = Verification(
+        tested, *_error_rate(tested), {}, {}, int(scores.passes.sum()), key["dtype"], key["model"], key["prompts"],
+        tuple(dict.fromkeys(made.form for made in templates)), options,
+    )  # fmt: skip
+    return made if options.stop_at is not None else _graded(made)
+
+
+def with_spliced(
+    done: Verification, model: Any, templates: Sequence[Template], tokens: Sequence[int], journal: Journal | None = None
+) -> Verification:
+    """The verification with tokens that no text gives, put into the prompts by their ids; no count of it changes."""
+    ids = torch.as_tensor(tokens, dtype=torch.long)
+    scores = score(model, templates, ids, done.options, journal)
+    more = (_tested(int(i), False, templates, scores, k, True) for k, i in enumerate(ids.tolist()))
+    more = tuple(dataclasses.replace(t, encodable=False, spliced=True, p_value=_p_value(t, done)) for t in more)
+    return dataclasses.replace(done, tested=done.tested + more, passes=done.passes + int(scores.passes.sum()))
+
+
+def journal_key(model: Any, templates: Sequence[Template], options: VerifyOptions) -> dict[str, str]:
+    """What results depend on: model, prompts, dtype, steps and when testing stops."""
+    return {
+        "model": str(getattr(model, "fingerprint", "unknown")), "prompts": prompt_hash(templates),
+        "dtype": str(getattr(model, "dtype", "unknown")).removeprefix("torch."), "steps": str(options.steps),
+        "stop_at": str(options.stop_at),
+    }  # fmt: skip
+
+
+def verdict(p: float, encodable: bool = True) -> str:
+    """The label of a highest probability.
+
+    >>> verdict(0.0005), verdict(0.005), verdict(0.05), verdict(0.5), verdict(0.95), verdict(0.005, encodable=False)
+    ('strong_verified', 'weak_verified', 'borderline', 'weak_rejected', 'strong_rejected', 'not_encodable')
+    >>> verdict(float("nan"))
+    'not_finite'
+    """
+    if np.isnan(p):
+        return "not_finite"
+    if p >= VERIFIED:
+        return "strong_rejected" if p >= 0.9 else "weak_rejected" if p >= 0.1 else "borderline"
+    if not encodable:
+        return "not_encodable"
+    return "strong_verified" if p < VERIFIED / 10 else "weak_verified"
+
+
+def max_probabilities(
+    model: Any, templates: Sequence[Template], tokens: Int[Tensor, " n"], options: VerifyOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Highest probability of each token, the index of the template that gave it, and the passes run for it."""
+    scores = score(model, templates, tokens, options)
+    return scores.best, scores.where, scores.passes
+
+
+def _tested(i: int, control: bool, templates: Sequence[Template], scores: Scores, k: int, encodable: bool) -> Tested:
+    each = []
+    for t, made in enumerate(templates):
+        if scores.ran[k, t].any():
+            p = highest(scores.p[k : k + 1, t])[0]
+            step = int(np.nan_to_num(scores.p[k, t], nan=-1.0).argmax())
+            each.append(PromptScore(made.form, made.probe.name, None if np.isnan(p) else float(p), step))
+    best, at = float(scores.best[k]), templates[int(scores.where[k])]
+    return Tested(i, control, best, at.probe.name, int(scores.passes[k]), encodable, verdict(best, encodable),
+                  at.form, tuple(each))  # fmt: skip
+
+
+def _error_rate(tested: Sequence[Tested]) -> tuple[Estimate | None, Estimate | None]:
+    controls = _counted(tested)
+    if not controls:
+        return None, None
+    rate = clopper_pearson(sum(t.verified for t in controls), len(controls), unit="control tokens")
+    return rate, scaled(rate, sum(not t.control for t in tested))
+
+
+def _counted(tested: Sequence[Tested]) -> tuple[Tested, ...]:
+    return tuple(t for t in tested if t.control and not np.isnan(t.max_prob))
+
+
+def scaled(rate: Estimate, n: int) -> Estimate:
+    """A rate as the number to expect among `n` others.
+
+    >>> round(scaled(clopper_pearson(0, 10), 100).high, 2)  # 100 * 0.3085
+    30.85
+    """
+    method = f"{rate.method}, times {n} candidates"
+    return dataclasses.replace(rate, value=rate.value * n, low=rate.low * n, high=rate.high * n, method=method)
+
+
+def _graded(done: Verification) -> Verification:
+    """With quantiles and p-values relative to controls, which need every probability in full."""
+    if not done.counted_controls:
+        return done
+    best = np.array([t.max_prob for t in done.counted_controls])
+    quantiles = {f"{q:.0%}": float(np.quantile(best, q)) for q in _QUANTILES}
+    by_form = {form: rate for form in done.forms if (rate := _failures(done.counted_controls, form)) is not None}
+    tested = tuple(t if t.control else dataclasses.replace(t, p_value=_p_value(t, done)) for t in done.tested)
+    return dataclasses.replace(done, tested=tested, control_quantiles=quantiles, failures_by_form=by_form)
+
+
+def _failures(controls: Sequence[Tested], form: str) -> Estimate | None:
+    best = [p for t in controls if (p := t.best_in(form)) is not None]
+    return clopper_pearson(sum(p < VERIFIED for p in best), len(best), unit="control tokens") if best else None
+
+
+def _p_value(token: Tested, done: Verification) -> float | None:
+    controls = done.counted_controls
+    if done.options.stop_at is not None or not controls or np.isnan(token.max_prob):
+        return None
+    below = sum(t.max_prob <= token.max_prob for t in controls)
+    return (below + 1) / (len(controls) + 1)
+
+
+def _encodable(codec: Codec, templates: Sequence[Template], tokens: Int[Tensor, " n"], best: np.ndarray) -> np.ndarray:
+    """Whether a prompt's text gives the token again, for those whose verdict depends on it; True for the others."""
+    found = ~(best < VERIFIED)
+    for template in templates:
+        left = np.flatnonzero(~found)
+        again = codec.encode(codec.decode(template.fill(tokens[left]).tolist()))
+        found[left] = [i in set(ids) for i, ids in zip(tokens[left].tolist(), again, strict=True)]
+    return found

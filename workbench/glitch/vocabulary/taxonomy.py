@@ -1,0 +1,138 @@
+"""What kind of text a token is: words, letters, other characters, another script, a byte; and what it is a part of."""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from workbench.glitch.vocabulary.fragments import superstrings
+from workbench.glitch.vocabulary.tokenizer import Vocabulary
+
+Kind = Literal["word", "letter", "character", "letter_character", "special", "byte", "space", "empty"]
+KINDS: dict[str, str] = {
+    "word": "one word, or several joined: ASCII letters that split into words of the vocabulary",
+    "letter": "ASCII letters that are no such words",
+    "character": "ASCII without letters",
+    "letter_character": "ASCII letters and other characters",
+    "special": "holds a character outside ASCII",
+    "byte": "a single byte, or an incomplete character",
+    "space": "white space only",
+    "empty": "decodes to nothing",
+}
+"""Kinds after Li et al. 2024 (word, letter, character, letter-character, special), with three that they leave out."""
+_MIN_PART = 4
+_STRAY = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+@dataclass(frozen=True)
+class Nature:
+    """What a token is.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        script: script of most of its letters, such as LATIN or CYRILLIC; "none" without letters.
+        words: the words that a "word" token is made of.
+        part_of: ids of other tokens whose text holds this one's, the first few larger ids.
+    """
+
+    kind: Kind
+    script: str
+    words: tuple[str, ...] = ()
+    part_of: tuple[int, ...] = ()
+
+
+def kind_of(text: str, words: Collection[str] = (), *, is_byte: bool = False) -> Kind:
+    """The kind of a token's text.
+
+    Args:
+        text: the token as text, stray bytes as <0xNN>.
+        words: lower-case words that letters may be made of.
+        is_byte: whether the token stands for one byte.
+
+    >>> [kind_of(t, {"quick", "ship"}) for t in (" quickShip", "davidjl", '="', "v2", " réalis", "<0xE2>", " ", "")]
+    ['word', 'letter', 'character', 'letter_character', 'special', 'byte', 'space', 'empty']
+    """
+    if not text:
+        return "empty"
+    if is_byte or _STRAY.search(text):
+        return "byte"
+    if text.isspace():
+        return "space"
+    bare = text.strip()
+    if not bare.isascii():
+        return "special"
+    if bare.isalpha():
+        return "word" if split_words(bare, words) else "letter"
+    return "letter_character" if any(c.isalpha() for c in bare) else "character"
+
+
+def split_words(text: str, words: Collection[str]) -> tuple[str, ...]:
+    """The text as a few known words side by side, empty if it is not made of such.
+
+    A single word may be short; joined ones have at least four letters each, since shorter ones fit anywhere.
+
+    >>> split_words("newReleases", {"new", "news", "releases"}), split_words("oldHouseKeeper", {"house", "keeper"})
+    ((), ())
+    >>> split_words("houseKeeper", {"house", "keeper", "keep"}), split_words("an", {"an"})
+    (('house', 'Keeper'), ('an',))
+    """
+    low = text.lower()
+    if low in words:
+        return (text,)
+    best: list[tuple[str, ...] | None] = [(), *[None] * len(text)]
+    for end in range(_MIN_PART, len(text) + 1):
+        for start in range(end - _MIN_PART + 1):
+            before, shortest = best[start], best[end]
+            if before is None or low[start:end] not in words:
+                continue
+            if shortest is None or len(before) + 1 < len(shortest):
+                best[end] = (*before, text[start:end])
+    return best[-1] or ()
+
+
+@functools.lru_cache(maxsize=4096)
+def script_of(text: str) -> str:
+    """The script of most letters, by the first word of their Unicode names.
+
+    >>> script_of("réalis"), script_of("Привет"), script_of("日本"), script_of("==")
+    ('LATIN', 'CYRILLIC', 'CJK', 'none')
+    """
+    names = Counter(unicodedata.name(c, "UNKNOWN").split()[0] for c in text if c.isalpha())
+    return names.most_common(1)[0][0] if names else "none"
+
+
+def lexicon(vocabulary: Vocabulary, without: Collection[int] = ()) -> frozenset[str]:
+    """Words that the vocabulary holds with a space in front, lower case, apart from tokens that are under suspicion.
+
+    In a vocabulary without such spaces (WordPiece) a token begins a word if it is stored as it reads, without a mark.
+    """
+    ordinary = np.flatnonzero(vocabulary.is_category("ok")).tolist()
+    texts = {i: vocabulary.text[i] for i in ordinary}
+    begins = {i: text[1:] for i, text in texts.items() if text[:1] == " "}
+    if not begins:
+        begins = {i: text for i, text in texts.items() if text == vocabulary.raw[i]}
+    left_out = set(without)
+    words = (word for i, word in begins.items() if i not in left_out)
+    return frozenset(word.lower() for word in words if len(word) > 1 and word.isascii() and word.isalpha())
+
+
+def natures(vocabulary: Vocabulary, ids: Sequence[int], suspects: Collection[int] = ()) -> dict[int, Nature]:
+    """The nature of some tokens; `suspects`, whose text may be no word of any language, are not taken as words."""
+    words = lexicon(vocabulary, suspects)
+    # A single character is a part of nearly everything, which says nothing about it.
+    longer = superstrings(vocabulary.raw, [i for i in ids if i < len(vocabulary) and len(vocabulary.raw[i] or "") > 1])
+    found = {}
+    for i in ids:
+        text = vocabulary.text[i] if i < len(vocabulary) else ""
+        kind = kind_of(text, words, is_byte=i < len(vocabulary) and bool(vocabulary.byte[i] >= 0))
+        split = split_words(text.strip(), words) if kind == "word" else ()
+        script = "none" if kind == "byte" else script_of(text)
+        found[int(i)] = Nature(kind, script, split, longer.get(int(i), ()))
+    return found

@@ -1,0 +1,280 @@
+"""What each token id is: text that the tokenizer can produce, a byte, half a character, a special, or unreachable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from workbench.core.codec import BYTE_OF_CHAR, ByteStyle, Codec
+from workbench.glitch.vocabulary.survival import Survival, between
+
+CATEGORIES: dict[str, str] = {
+    "ok": "re-encodes to itself in some context",
+    "special": "marked special by the tokenizer, and reachable",
+    "unreachable_special": "looks like a special, but no text gives it",
+    "partial_utf8": "holds an incomplete character; only part of a longer sequence",
+    "unreachable_single": "its text always encodes to one other token",
+    "unreachable_multi": "its text always encodes to several other tokens",
+    "dropped": "its text encodes to nothing",
+    "no_token": "a row of the matrix without a token (padding)",
+    "no_row": "a token without a row in the matrix",
+}
+"""Every category, in the order in which reports list them, with what it means."""
+
+IMPOSSIBLE_BYTES = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
+"""Bytes that valid UTF-8 never holds, so no training text can."""
+
+_RESERVED = re.compile(
+    r"^(?:<|\[|>>)[|｜]?\w*?(?:unused|reserved|dummy|place▁?holder|madeupword|extra_(?:id_)?\d|pad_?\d|special_?\d"
+    r"|control_\d)[\w\- ▁]*[|｜]?(?:>|\]|<<)$",
+    re.IGNORECASE,
+)
+_SPACES = " ▁Ġ"
+"""How vocabularies write a space: as it is, as SentencePiece does, and as byte-level BPE does."""
+_ANCHORS = ("«", "»", "a", "1", ".", "\n", "(", "é", " a", "=")
+_CONTEXTS = (
+    ("", ""), *((before, "") for before in _ANCHORS), ("", "a"), ("", "1"), ("", "\n"), ("", "☃"), ("«", "☃"),
+)  # fmt: skip
+_IN_WORDS = (
+    *((before, "") for before in "bcdefghijklmnopqrstuvwxyz023456789"), ("", "q"), ("", "z"), ("a", "a"), ("x", "x"),
+)  # fmt: skip
+"""What stands before and after a token when its reachability is tried: a piece of a word needs the rest of one."""
+
+
+@dataclass(frozen=True)
+class LossyByte:
+    """A byte that this tokenizer loses: `text` does not come back from encode and decode."""
+
+    byte: int
+    text: str
+    back: str
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The tokenizer's side of a scan; index = token id, up to the largest id with a token.
+
+    Attributes:
+        raw: vocabulary strings as stored; None for an id without a token.
+        text: what each token decodes to in context, leading space kept; incomplete bytes shown as <0xNN>.
+        category: a key of `CATEGORIES` each.
+        byte: the byte of a single-byte token, -1 for others.
+        reserved: whether the name says that the id is kept for later (<unused7>, <|reserved_special_token_3|>).
+        missing_bytes: bytes without a single-byte token (byte-level and byte-fallback vocabularies only).
+        lossy: bytes that occur in valid text and are lost or changed by encode and decode.
+        style: how the vocabulary writes bytes.
+        adds_space: whether the tokenizer puts a space in front of a text.
+    """
+
+    raw: tuple[str | None, ...]
+    text: tuple[str, ...]
+    category: tuple[str, ...]
+    byte: np.ndarray
+    reserved: np.ndarray
+    missing_bytes: tuple[int, ...]
+    lossy: tuple[LossyByte, ...]
+    style: ByteStyle
+    adds_space: bool
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of all vocabulary strings with their ids: the same for the same vocabulary."""
+        return hashlib.sha256(json.dumps(self.raw).encode()).hexdigest()[:16]
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of ids that have a token."""
+        return sum(raw is not None for raw in self.raw)
+
+    def is_category(self, *names: str) -> np.ndarray:
+        """Boolean per id: whether its category is one of `names`."""
+        return np.isin(np.asarray(self.category), names)
+
+
+def analyse(codec: Codec) -> Vocabulary:
+    """Categorises every token by decoding it in context and encoding the result again.
+
+    A token counts as reachable if *some* context gives it: alone, or after one of a few anchor texts. So tokens with
+    a leading space are judged with the space that they have in running text, also where the tokenizer strips one,
+    and pieces that only continue or only begin a word with the rest of a word.
+    Source: Land and Bartolo 2024, section 2.1; departs from it by trying several contexts before it says unreachable.
+    """
+    ids = [i for i, raw in enumerate(codec.raw) if raw is not None]
+    adds_space, writes_space = _adds_space(codec), _writes_space(codec)
+    needs_anchor = adds_space or (writes_space and codec.decode(codec.encode([" test"])) != [" test"])
+    anchor = _anchor(codec) if needs_anchor else ((), "")
+    decoded = _decode_in_context(codec, ids, anchor)
+    if codec.style == "raw_bytes":  # decoding may drop half a character, and with it the token
+        raw_bytes = [_byte_of(codec.raw[i] or "", codec.style) for i in ids]
+        decoded = [
+            shown if byte < 0 else bytes([byte]).decode(errors="replace")
+            for shown, byte in zip(decoded, raw_bytes, strict=True)
+        ]
+    if codec.style == "none" and not writes_space:
+        decoded = _without_mark(codec, ids, decoded)
+    back = _encode_in_context(codec, decoded, anchor)
+    back = _second_chance(codec, ids, decoded, back)
+    n = len(codec.raw)
+    text, category = [""] * n, ["no_token"] * n
+    for i, shown, again in zip(ids, decoded, back, strict=True):
+        raw = codec.raw[i] or ""
+        category[i] = _category(i, shown, again, codec.special)
+        text[i] = _readable(raw, codec.style) if "�" in shown else shown
+    byte = np.array([-1 if raw is None else _byte_of(raw, codec.style) for raw in codec.raw], dtype=np.int64)
+    reserved = np.array([raw is not None and bool(_RESERVED.match(raw)) for raw in codec.raw])
+    missing = () if codec.style == "none" else tuple(sorted(set(range(256)) - set(byte.tolist())))
+    return Vocabulary(
+        codec.raw, tuple(text), tuple(category), byte, reserved, missing, lossy_bytes(codec), codec.style, adds_space
+    )
+
+
+def _category(i: int, text: str, back: list[int] | None, special: frozenset[int]) -> str:
+    if back == [i]:
+        return "special" if i in special else "ok"
+    if len(text) >= 3 and text[0] in "[<" and text[-1] in "]>" and any(c.isalpha() for c in text):
+        return "unreachable_special"
+    if "�" in text:
+        return "partial_utf8"
+    if not back:
+        return "dropped"
+    return "unreachable_single" if len(back) == 1 else "unreachable_multi"
+
+
+def _adds_space(codec: Codec) -> bool:
+    """Whether encode puts a space (or its stand-in) in front of a text that has none."""
+    ids = codec.encode(["test"])[0]
+    first = codec.raw[ids[0]] if ids else None
+    return bool(first) and first[0] in _SPACES
+
+
+def _writes_space(codec: Codec) -> bool:
+    """Whether tokens hold the space in front of a word, so that one that decode strips has to be brought back."""
+    return any((codec.raw[i] or "")[:1] in tuple(_SPACES) for i in codec.encode(["a test"])[0])
+
+
+Anchor = tuple[tuple[int, ...], str]
+
+
+def _anchor(codec: Codec, choices: Sequence[str] = _ANCHORS) -> Anchor:
+    """Ids and decoded text of the first anchor that stays whole when a word follows it; empty if none does."""
+    for text in choices:
+        alone, followed = codec.encode([text, text + "test"])
+        if alone and followed[: len(alone)] == alone:
+            return tuple(alone), codec.decode([alone])[0]
+    return (), ""
+
+
+def _decode_in_context(codec: Codec, ids: Sequence[int], anchor: Anchor) -> list[str]:
+    prefix, shown = anchor
+    texts = codec.decode([[*prefix, i] for i in ids])
+    if not prefix:
+        return texts
+    alone = codec.decode([[i] for i in ids])
+    return [full[len(shown) :] if full.startswith(shown) else one for full, one in zip(texts, alone, strict=True)]
+
+
+def _encode_in_context(codec: Codec, texts: Sequence[str], anchor: Anchor) -> list[list[int] | None]:
+    prefix, shown = anchor
+    found = codec.encode([shown.lstrip(" ") + text if prefix else text for text in texts])
+    size = len(prefix)
+    return [ids[size:] if tuple(ids[:size]) == prefix else None for ids in found]
+
+
+def _without_mark(codec: Codec, ids: Sequence[int], alone: list[str]) -> list[str]:
+    """Continuation pieces (WordPiece's ##ing) as they read inside a word; other tokens as they read alone."""
+    word = tuple(codec.encode(["a"])[0])
+    inside = _decode_in_context(codec, ids, (word, codec.decode([word])[0]))
+    prefix, suffix = codec.marks
+    if prefix or suffix:
+        inside = alone = [one.removeprefix(prefix).removesuffix(suffix) or one for one in alone]
+    return [one if full.lstrip(" ") == one.lstrip(" ") else full for full, one in zip(inside, alone, strict=True)]
+
+
+def _second_chance(
+    codec: Codec, ids: Sequence[int], decoded: Sequence[str], back: list[list[int] | None]
+) -> list[list[int] | None]:
+    """Tries other contexts for tokens that did not come back; a token is reachable if any text gives it."""
+    result = list(back)
+    left = [k for k, i in enumerate(ids) if back[k] != [i] and "�" not in decoded[k]]
+    for before, after in _CONTEXTS + (_IN_WORDS if codec.style == "none" else ()):
+        if not left:
+            break
+        tried = codec.encode([before + decoded[k] + after for k in left])
+        for k, again in zip(left, tried, strict=True):
+            if ids[k] in again:
+                result[k] = [ids[k]]
+            elif result[k] is None and not before + after:
+                result[k] = again
+        left = [k for k in left if result[k] != [ids[k]]]
+    return [[] if again is None else again for again in result]
+
+
+_HEX_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
+
+
+def _byte_of(raw: str, style: ByteStyle) -> int:
+    """The byte that a token stands for, or -1.
+
+    >>> _byte_of("Ġ", "byte_level"), _byte_of("<0x0A>", "byte_fallback"), _byte_of("ab", "byte_level")
+    (32, 10, -1)
+    """
+    if style == "raw_bytes":
+        return ord(raw) if len(raw) == 1 and raw < "\u0100" else -1
+    if style == "byte_level":
+        return BYTE_OF_CHAR.get(raw, -1)
+    written = _HEX_TOKEN.match(raw)
+    return int(written[1], 16) if style == "byte_fallback" and written else -1
+
+
+def _readable(raw: str, style: ByteStyle) -> str:
+    """A token with stray bytes, as text with each stray byte as <0xNN>."""
+    if style == "raw_bytes" and len(raw) == 1:
+        return f"<0x{ord(raw):02X}>"
+    if style != "byte_level" or any(c not in BYTE_OF_CHAR for c in raw):
+        return raw
+    data = bytes(BYTE_OF_CHAR[c] for c in raw)
+    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c
+                   for c in data.decode("utf-8", errors="surrogateescape"))  # fmt: skip
+
+
+def lossy_bytes(codec: Codec) -> tuple[LossyByte, ...]:
+    """Bytes of valid UTF-8 whose characters do not survive encode and decode.
+
+    Each is tried in several characters that need it; a byte is lossy if every one of them is lost.
+    """
+    tried = {byte: chars for byte in range(256) if (chars := _characters_with(byte))}
+    survival = Survival(codec)
+    lost = survival.lost("".join(char for chars in tried.values() for char in chars))
+    return tuple(
+        LossyByte(byte, between(chars[0]), survival.bad[chars[0]])
+        for byte, chars in tried.items() if lost.issuperset(chars)
+    )  # fmt: skip
+
+
+def _characters_with(byte: int) -> list[str]:
+    """Some characters whose UTF-8 form holds the byte; empty for bytes that valid UTF-8 never holds.
+
+    >>> [hex(ord(c)) for c in _characters_with(0xF1)][:1]
+    ['0x40000']
+    """
+    if byte < 0x80:
+        return [chr(byte)]
+    if byte in IMPOSSIBLE_BYTES:
+        return []
+    if byte < 0xC0:
+        candidates = [bytes((lead, byte)) for lead in (0xC2, 0xC3, 0xCE, 0xD0, 0xD7)]
+    elif byte < 0xE0:
+        candidates = [bytes((byte, tail)) for tail in (0x80, 0x93, 0xB1)]
+    elif byte < 0xF0:
+        candidates = [bytes((byte, middle, tail)) for middle in (0x80, 0x9F, 0xA0) for tail in (0x80, 0xA7)]
+    else:
+        candidates = [bytes((byte, second, 0x80, tail)) for second in (0x80, 0x8F, 0x90) for tail in (0x80, 0xA7)]
+    return [text for data in candidates if (text := data.decode("utf-8", errors="ignore"))]

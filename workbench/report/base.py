@@ -1,0 +1,63 @@
+"""`Report`, the base of every study's result, and the blocks that it is shown with."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+from workbench.core.records import to_jsonable
+from workbench.report.blocks import (
+    Bars,
+    Block,
+    Cell,
+    Histogram,
+    Lines,
+    Metric,
+    Number,
+    Scatter,
+    Section,
+    Series,
+    Table,
+    Text,
+    Tokens,
+    flat_metrics,
+)
+
+__all__ = [
+    "Bars",
+    "Block",
+    "Cell",
+    "Histogram",
+    "Lines",
+    "Metric",
+    "Number",
+    "Report",
+    "Scatter",
+    "Section",
+    "Series",
+    "Table",
+    "Text",
+    "Tokens",
+    "flat_metrics",
+]
+
+
+class Report(abc.ABC):
+    """Base of every study's frozen result: it shows itself in a notebook, in a run folder and as JSON."""
+
+    @abc.abstractmethod
+    def section(self) -> Section:
+        """The whole result as a section of a report."""
+
+    @abc.abstractmethod
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in plain sentences, negative results included, each with its n and interval."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in JSON types, ready for `json.dumps`."""
+        return to_jsonable(self)
+
+    def _repr_html_(self) -> str:
+        from workbench.report.page import section_html
+
+        return section_html(self.section())

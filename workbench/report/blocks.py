@@ -1,0 +1,188 @@
+"""What a report is made of, as plain frozen values: blocks to show, sentences to read, metrics to compare.
+
+Nothing here knows HTML or plots: `workbench.report` draws these values, `workbench.runs.run` stores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from workbench.core.errors import InvalidInputError, ShapeError
+from workbench.core.records import to_jsonable
+from workbench.core.stats import Estimate
+
+Number = int | float
+Cell = str | int | float | Estimate | None
+Metric = Estimate | float | int | str
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prose; a blank line starts a new paragraph."""
+
+    text: str
+    kind: Literal["text"] = field(default="text", init=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; an `Estimate` is shown with its interval and n.
+
+    Raises:
+        ShapeError: if a row is not as wide as the header.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+    kind: Literal["table"] = field(default="table", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for i, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ShapeError(
+                    f"Table {self.caption!r}: row {i} has {len(row)} cells, the header has {len(self.columns)} "
+                    f"({', '.join(self.columns)}). Give every row one cell per column."
+                )
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One bar with its interval per label; `reference` draws the value that would mean no effect."""
+
+    title: str
+    labels: tuple[str, ...]
+    values: tuple[Estimate | Number, ...]
+    y_label: str = ""
+    reference: Number | None = None
+    caption: str = ""
+    kind: Literal["bars"] = field(default="bars", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _same_length(f"Bars {self.title!r}", labels=self.labels, values=self.values)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a `Lines` plot, with an optional band from `low` to `high`."""
+
+    name: str
+    x: tuple[Number, ...]
+    y: tuple[Number, ...]
+    low: tuple[Number, ...] | None = None
+    high: tuple[Number, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.low is None) != (self.high is None):
+            raise InvalidInputError(f"Series {self.name!r} has one end of its band. Give low and high, or neither.")
+        band = {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}
+        _same_length(f"Series {self.name!r}", x=self.x, y=self.y, **band)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Curves over a common x axis."""
+
+    title: str
+    series: tuple[Series, ...]
+    x_label: str = ""
+    y_label: str = ""
+    log_x: bool = False
+    caption: str = ""
+    kind: Literal["lines"] = field(default="lines", init=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How values are distributed; non-finite values are left out and counted in the caption."""
+
+    title: str
+    values: tuple[Number, ...]
+    x_label: str = ""
+    y_label: str = "count"
+    bins: int = 30
+    log_x: bool = False
+    caption: str = ""
+    kind: Literal["histogram"] = field(default="histogram", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.bins < 1:
+            raise InvalidInputError(f"Histogram {self.title!r}: asked for {self.bins} bins; needs at least 1.")
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """One point per row; `labels` are written beside the points (an empty string for none)."""
+
+    title: str
+    x: tuple[Number, ...]
+    y: tuple[Number, ...]
+    labels: tuple[str, ...] | None = None
+    x_label: str = ""
+    y_label: str = ""
+    log_x: bool = False
+    caption: str = ""
+    kind: Literal["scatter"] = field(default="scatter", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        extra = {} if self.labels is None else {"labels": self.labels}
+        _same_length(f"Scatter {self.title!r}", x=self.x, y=self.y, **extra)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token texts, coloured by their value: warm above zero, cool below, plain without a value."""
+
+    rows: tuple[tuple[tuple[str, Number | None], ...], ...]
+    caption: str = ""
+    kind: Literal["tokens"] = field(default="tokens", init=False, repr=False)
+
+
+Block = Text | Table | Bars | Lines | Histogram | Scatter | Tokens
+
+
+@dataclass(frozen=True)
+class Section:
+    """One step of a study: what to show, what was found in plain words, and the numbers to keep.
+
+    Attributes:
+        title: heading.
+        blocks: in the order in which they are shown.
+        findings: plain sentences, negative results included, each with its n and interval.
+        metrics: flat; the names are unique within a run together with the step's name.
+    """
+
+    title: str
+    blocks: tuple[Block, ...] = ()
+    findings: tuple[str, ...] = ()
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+def flat_metrics(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Metrics as rows of value, low, high, n, unit, method; what does not apply is null.
+
+    >>> flat_metrics({"fvu": 0.25}, prefix="sae.")["sae.fvu"]["value"]
+    0.25
+    """
+    rows = {}
+    for name, metric in metrics.items():
+        row: dict[str, Any] = dict.fromkeys(("value", "low", "high", "n", "unit", "method"))
+        if isinstance(metric, Estimate):
+            row |= {key: getattr(metric, key) for key in row} | {"level": metric.level}
+        else:
+            row["value"] = metric
+        rows[prefix + name] = {key: _null_if_not_finite(value) for key, value in row.items()}
+    return rows
+
+
+def _null_if_not_finite(value: Any) -> Any:
+    plain = to_jsonable(value)
+    return None if isinstance(plain, dict) else plain
+
+
+def _same_length(what: str, **parts: tuple[Any, ...]) -> None:
+    if len({len(part) for part in parts.values()}) > 1:
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+        raise ShapeError(f"{what} has {sizes}; these must pair up. Give as many of each.")

@@ -1,0 +1,137 @@
+"""The report page: one file that opens anywhere, on a phone, on paper, in ten years."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from workbench.core.stats import Estimate
+from workbench.report.blockhtml import block_html, cell_html
+from workbench.report.blocks import Section
+from workbench.report.plots import DARK, LIGHT, colour_css
+from workbench.report.text import sentence, visible
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a report page shows.
+
+    Attributes:
+        title: heading.
+        run: name of the run folder.
+        started: UTC time in ISO form.
+        sections: by step name, in order.
+        config: recorded configuration in JSON types.
+        environment: recorded environment in JSON types.
+        notice: shown on top, for a run that is not finished.
+    """
+
+    title: str
+    run: str = ""
+    started: str = ""
+    sections: Mapping[str, Section] = field(default_factory=dict)
+    config: Any = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    notice: str = ""
+
+
+def page_html(page: Page) -> str:
+    """The whole page: no script, nothing loaded from elsewhere, everything escaped."""
+    return _template().render(
+        page=page,
+        style=Markup(style_css()),
+        settings=list(_flat(page.config)),
+        environment=list(_flat(page.environment)),
+    )
+
+
+def section_html(section: Section) -> str:
+    """One section for a notebook: carries its own style and changes nothing outside itself."""
+    style = style_css(scope=".wb-report")
+    return str(
+        Markup('<div class="wb-report"><style>{}</style>{}</div>').format(Markup(style), _section_body(section, 3))
+    )
+
+
+def style_css(scope: str = ":root") -> str:
+    """The style sheet with its colours; with another scope every rule is nested in it."""
+    rules = (_FOLDER / "report.css").read_text(encoding="utf-8")
+    colours = (
+        f"{scope} {{ {colour_css(LIGHT)} color-scheme: light dark; }}\n"
+        f"@media (prefers-color-scheme: dark) {{ {scope} {{ {colour_css(DARK)} }} }}\n"
+        # paper is white whatever the screen is
+        f"@media print {{ {scope} {{ {colour_css(LIGHT)} color-scheme: light; }} }}\n"
+    )
+    # a notebook may be dark while the system is light: the block brings its own ground
+    ground = "background: var(--paper); color: var(--ink); padding: 1rem; border-radius: 6px; line-height: 1.5;"
+    return colours + (rules if scope == ":root" else f"{scope} {{\n{ground}\n{rules}\n}}")
+
+
+def _section_body(section: Section, level: int) -> Markup:
+    parts = [Markup("<h{0}>{1}</h{0}>").format(level, visible(section.title))]
+    if section.findings:
+        items = Markup("").join(Markup("<li>{}</li>").format(sentence(text)) for text in section.findings)
+        parts.append(Markup('<ul class="findings">{}</ul>').format(items))
+    parts += [block_html(block) for block in section.blocks]
+    if section.metrics:
+        parts.append(_metrics_table(section))
+    return Markup("\n").join(parts)
+
+
+def _metrics_table(section: Section) -> Markup:
+    rows = Markup("").join(
+        Markup('<tr><td>{}</td><td class="num">{}</td><td>{}</td></tr>').format(
+            visible(name), cell_html(metric), visible(metric.method) if isinstance(metric, Estimate) else ""
+        )
+        for name, metric in section.metrics.items()
+    )
+    return Markup(
+        '<details><summary>Numbers kept in result.json</summary><div class="scroll"><table><thead><tr>'
+        '<th scope="col">metric</th><th scope="col" class="num">value</th><th scope="col">interval by</th>'
+        "</tr></thead><tbody>{}</tbody></table></div></details>"
+    ).format(rows)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested JSON as rows of dotted key and text."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list) for item in value):
+        for i, item in enumerate(value):
+            yield from _flat(item, f"{prefix}[{i}]")
+    elif isinstance(value, list | tuple):
+        yield prefix, ", ".join(str(item) for item in value)
+    else:
+        words = {None: "none", True: "yes", False: "no"}
+        yield prefix, words.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+
+
+@functools.cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {
+        "sentence": lambda text: escape(sentence(str(text))),
+        "visible": lambda text: escape(visible(str(text))),
+        "section": lambda section: _section_body(section, 2),
+        "moment": _moment,
+    }
+    return environment.from_string((_FOLDER / "report.html.jinja").read_text(encoding="utf-8"))
+
+
+def _moment(text: str) -> str:
+    """An ISO time for people.
+
+    >>> _moment("2026-01-02T03:04:05.123+00:00")
+    '2026-01-02 03:04 UTC'
+    """
+    return f"{text[:10]} {text[11:16]} UTC" if len(text) >= 16 and text[10] == "T" else visible(text)

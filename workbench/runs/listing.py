@@ -1,0 +1,90 @@
+"""Which runs there are."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from workbench.core.errors import CorruptFileError, MissingFileError, did_you_mean
+from workbench.core.jsontext import content_of
+from workbench.core.records import load_json
+from workbench.runs.lock import locked_elsewhere
+
+Status = Literal["finished", "running", "unfinished", "unreadable"]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """One run folder, as far as a list shows it.
+
+    Attributes:
+        path: the folder.
+        name: what was run.
+        started: UTC time in ISO form.
+        status: "finished", "running" (another process works in it), "unfinished" (will be continued) or "unreadable".
+        metrics: the flat metrics of result.json; empty until the run is finished.
+        problem: why an unreadable run can't be read.
+    """
+
+    path: Path
+    name: str
+    started: str
+    status: Status
+    metrics: dict[str, Any]
+    problem: str = ""
+
+
+def list_runs(root: str | os.PathLike[str] = "runs") -> tuple[RunInfo, ...]:
+    """The run folders directly inside `root`, newest first, then the unreadable; none if there is no such folder."""
+    folder = Path(root)
+    paths = sorted(path for path in folder.iterdir() if _is_run(path)) if folder.is_dir() else []
+    return tuple(sorted(map(_info, paths), key=lambda info: info.started, reverse=True))
+
+
+def find_run(asked: str | os.PathLike[str], root: str | os.PathLike[str] = "runs") -> Path:
+    """The folder of a run given by path, folder name, unique part of it, or "latest".
+
+    Raises:
+        MissingFileError: if none fits, or more than one.
+    """
+    text = os.fspath(asked)
+    if _is_run(Path(text)):
+        return Path(text)
+    runs = [info for info in list_runs(root) if info.status != "unreadable"]
+    if text == "latest" and runs:
+        return runs[0].path
+    names = [info.path.name for info in runs]
+    fitting = [info.path for info in runs if text and text in info.path.name]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        shown = ", ".join(path.name for path in fitting[:5])
+        raise MissingFileError(f"{text!r} fits {len(fitting)} runs in {root}: {shown}. Give more of the name.")
+    hint = did_you_mean(text, names) if names else f"There are no runs in {root}."
+    raise MissingFileError(f"No run {text!r}. {hint}")
+
+
+def _is_run(path: Path) -> bool:
+    return not path.name.startswith(".") and (path / "config.json").is_file() and (path / "env.json").is_file()
+
+
+def _info(path: Path) -> RunInfo:
+    try:
+        env = load_json(path / "env.json", dict)
+        load_json(path / "config.json")
+        result = load_json(path / "result.json", dict) if (path / "result.json").is_file() else {}
+        with content_of(path / "result.json"):
+            metrics = {str(name): dict(metric) for name, metric in result.get("metrics", {}).items()}
+    except (CorruptFileError, MissingFileError) as error:
+        return RunInfo(path, path.name, "", "unreadable", {}, str(error))
+    status = _status(path)
+    name, started = str(env.get("name", path.name)), str(env.get("started", ""))
+    return RunInfo(path, name, started, status, metrics if status == "finished" else {})
+
+
+def _status(path: Path) -> Status:
+    if (path / "DONE").exists():
+        return "finished"
+    return "running" if locked_elsewhere(path) else "unfinished"

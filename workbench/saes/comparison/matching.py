@@ -1,0 +1,404 @@
+"""Do two SAEs have the same features? By what they do on the same tokens, and by their directions beside a null."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.activations.store import ActivationStore
+from workbench.core.arguments import checked, shown
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.similarity import (
+    RESAMPLES,
+    Assignment,
+    Overlap,
+    assign_candidates,
+    assign_directions,
+    entries,
+    overlap,
+)
+from workbench.core.stats import Estimate, sample_mean, wilson
+from workbench.interventions.op import floats
+from workbench.report.base import Metric, Report, Section, Table
+
+Which = Literal["decoder", "encoder"]
+SHARED_COSINE = 0.7
+"""Cosine above which the pairs of a matching count as one feature."""
+MIN_FIRED = 10
+"""Tokens on which a feature must fire before its correlation counts: two that fire once together correlate fully."""
+CHUNK = 1024
+
+
+def directions(sae: Any, which: Which = "decoder") -> Float[Tensor, "d_sae d_in"]:
+    """One direction per feature: the decoder rows of an SAE, or its encoder columns. A matrix is taken as it is."""
+    if isinstance(sae, Tensor):
+        return floats(sae, "directions", (2,), "(d_sae, d_in), one direction per feature")
+    if not hasattr(sae, "W_dec"):
+        raise InvalidInputError(f"directions({shown(sae)}): give an SAE, as from load_sae, or a matrix (d_sae, d_in).")
+    weight = sae.W_dec if which == "decoder" else sae.W_enc.T
+    return weight.detach().float().cpu()
+
+
+@dataclass(frozen=True)
+class SharedFeatures(Report):
+    """How many features of A are in B, by their directions.
+
+    Intervals hold for other features of these two dictionaries, not for other seeds: train several for that.
+
+    Attributes:
+        which: directions of the decoder or of the encoder. Unit decoder rows fix the scale of a feature, not the space.
+        ratio: shared feature ratio: share of the features of A whose partner in the one-to-one matching of largest sum
+            has a signed cosine above the threshold.
+        top1: share of the features of A that have any feature of B above the threshold; not one-to-one, so never less.
+        overlap: mean largest cosine and its nulls.
+        method: how the matching was solved.
+    """
+
+    which: Which
+    ratio: Estimate
+    top1: Estimate
+    overlap: Overlap
+    method: str
+
+    def findings(self) -> tuple[str, ...]:
+        """The ratio beside the most that a dictionary without a match reaches."""
+        null = max(draw.above.value for draws in self.overlap.nulls.values() for draw in draws)
+        return (
+            f"{self.ratio} of the features are shared by {self.which} direction (one to one, cosine above "
+            f"{self.overlap.threshold}); at most {null:.3g} in a dictionary without a match. The {self.overlap}.",
+        )
+
+    def section(self) -> Section:
+        """Ratio, top-1 ratio and mean largest cosine, beside the nulls."""
+        rows = [("these two", self.ratio, self.top1, self.overlap.observed.mean_max)]
+        for name, draws in self.overlap.nulls.items():
+            rows += [(f"{name} dictionary (null)", None, draw.above, draw.mean_max) for draw in draws]
+        table = Table(
+            ("against", "shared feature ratio", "top-1 ratio", "mean largest cosine"),
+            tuple(rows),
+            f"Directions of the {self.which}; matching: {self.method}; threshold {self.overlap.threshold}. The top-1 "
+            "ratio of a null bounds its shared feature ratio.",
+        )
+        metrics: dict[str, Metric] = {
+            "sfr": self.ratio,
+            "top1": self.top1,
+            "mean_max_cosine": self.overlap.observed.mean_max,
+        }
+        return Section("Shared features", (table,), self.findings(), metrics)
+
+
+@checked
+def shared_features(
+    a: Any, b: Any, *, which: Which = "decoder", threshold: float = SHARED_COSINE, draws: int = 3, seed: int = 0
+) -> SharedFeatures:
+    """The shared feature ratio of two SAEs, with its null.
+
+    Args:
+        a: an SAE, or a matrix with one direction per row.
+        b: another one of the same width.
+        which: compare decoder rows or encoder columns.
+        threshold: cosine above which a matched pair counts as shared.
+        draws: null dictionaries of each kind.
+        seed: of the nulls and the bootstrap.
+
+    Raises:
+        ShapeError: if the widths differ.
+
+    Source: FaithfulSAE (arXiv 2506.17673); the matching is that of Paulo and Belrose (arXiv 2501.16615). Signed cosine:
+    a feature that points the other way is another feature.
+    """
+    x, y = directions(a, which), directions(b, which)
+    found = assign_directions(x, y)
+    near = overlap(x, y, threshold=threshold, draws=draws, seed=seed)
+    ratio = wilson(int((found.scores > threshold).sum()), len(x), unit="features")
+    return SharedFeatures(which, ratio, near.observed.above, near, found.method)
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """How two sets of features fire on the same tokens; pairs that never fire together are not stored.
+
+    Attributes:
+        n_tokens: tokens that were compared.
+        fired_a: tokens on which each feature of A fired.
+        fired_b: tokens on which each feature of B fired.
+        correlation: scipy sparse matrix: Pearson correlation of the activations, zeros included.
+        jaccard: scipy sparse matrix: tokens on which both fire over tokens on which one fires.
+    """
+
+    n_tokens: int
+    fired_a: Int[Tensor, " n"]
+    fired_b: Int[Tensor, " m"]
+    correlation: Any
+    jaccard: Any
+
+    def best(self) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+        """Largest correlation of each feature of A with one of B, and which; 0 if none fires together with it."""
+        values = np.asarray(self.correlation.max(axis=1).todense()).ravel()
+        return torch.from_numpy(values).float(), torch.from_numpy(np.asarray(self.correlation.argmax(axis=1)).ravel())
+
+    def assignment(self) -> Assignment:
+        """One-to-one matching of the largest sum of correlations; negative ones count as 0."""
+        return assign_candidates(self.correlation, 0.0)
+
+
+class CoActivation:
+    """Streaming sums from which `Agreement` is made; memory grows with the pairs that fire together, not with tokens.
+
+    >>> sums = CoActivation(1, 2)
+    >>> sums.add(torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
+    >>> sums.result().jaccard.toarray()
+    array([[1., 0.]])
+    """
+
+    def __init__(self, n_a: int, n_b: int) -> None:
+        from scipy.sparse import csr_array
+
+        self.n_tokens = 0
+        self._products: Any = csr_array((n_a, n_b))
+        self._together: Any = csr_array((n_a, n_b))
+        self._sides = [np.zeros((3, n_a)), np.zeros((3, n_b))]
+
+    def add(self, a: Float[Tensor, "rows n"], b: Float[Tensor, "rows_b m"]) -> None:
+        """Counts the activations of both sides on the same tokens.
+
+        Raises:
+            ShapeError: if the rows do not pair up, or a side has another number of features.
+        """
+        if len(a) != len(b) or (a.shape[1], b.shape[1]) != self._products.shape:
+            raise ShapeError(
+                f"CoActivation.add: activations {tuple(a.shape)} and {tuple(b.shape)}; give as many tokens on both "
+                f"sides and {self._products.shape} features."
+            )
+        sparse = [_sparse(x) for x in (a, b)]
+        fired = [(x != 0).astype(np.float64) for x in sparse]
+        self._products = self._products + sparse[0].T @ sparse[1]
+        self._together = self._together + fired[0].T @ fired[1]
+        for sums, x, f in zip(self._sides, sparse, fired, strict=True):
+            sums += np.stack([x.sum(axis=0), (x * x).sum(axis=0), f.sum(axis=0)])
+        self.n_tokens += len(a)
+
+    def result(self) -> Agreement:
+        """Correlations and overlaps of all pairs that fired together.
+
+        Raises:
+            DegenerateInputError: if there were fewer than two tokens.
+        """
+        if self.n_tokens < 2:
+            raise DegenerateInputError(f"CoActivation: {self.n_tokens} tokens have no correlation. Add more.")
+        n = self.n_tokens
+        means = [sums[0] / n for sums in self._sides]
+        stds = [np.sqrt(np.maximum(s[1] / n - m * m, 0)) for s, m in zip(self._sides, means, strict=True)]
+        products, together = self._products.tocoo(), self._together.tocoo()
+        i, j = products.coords
+        spread = stds[0][i] * stds[1][j]
+        covariance = products.data / n - means[0][i] * means[1][j]
+        correlation = np.divide(covariance, spread, out=np.zeros_like(spread), where=spread > 0)
+        p, q = together.coords
+        either = self._sides[0][2][p] + self._sides[1][2][q] - together.data
+        counts = [torch.from_numpy(s[2]).long() for s in self._sides]
+        return Agreement(n, counts[0], counts[1], _like(products, correlation), _like(together, together.data / either))
+
+
+def _sparse(acts: Tensor) -> Any:
+    from scipy.sparse import csr_array
+
+    return csr_array(acts.detach().cpu().double().numpy())
+
+
+def _like(pattern: Any, values: np.ndarray) -> Any:
+    from scipy.sparse import coo_array
+
+    return coo_array((values, pattern.coords), shape=pattern.shape).tocsr()
+
+
+@dataclass(frozen=True)
+class ActivationMatch(Report):
+    """How many features of A are in B, by their activations on the same tokens.
+
+    Attributes:
+        n_tokens: tokens that both SAEs read.
+        alive: features of A that fired on at least `min_fired` of them; the others are not counted.
+        d_sae: features of A.
+        correlation: mean over the alive features of the largest correlation with a feature of B.
+        null: the same after the tokens of B were shuffled: what the firing rates alone give.
+        jaccard: mean firing overlap of these pairs.
+        shared: share of the alive features whose one-to-one partner correlates above the threshold.
+        null_shared: the same after the tokens of B were shuffled.
+        threshold: of `shared`.
+        min_fired: see `alive`.
+    """
+
+    n_tokens: int
+    alive: int
+    d_sae: int
+    correlation: Estimate
+    null: Estimate
+    jaccard: Estimate
+    shared: Estimate
+    null_shared: Estimate
+    threshold: float
+    min_fired: int
+
+    @property
+    def better(self) -> bool:
+        """Whether the mean correlation lies above that of shuffled tokens, intervals apart."""
+        return self.correlation.low > self.null.high
+
+    @property
+    def verdict(self) -> str:
+        """Either "better than null" or "no better than null"."""
+        return "better than null" if self.better else "no better than null"
+
+    def findings(self) -> tuple[str, ...]:
+        """The mean correlation and the share of matched features, beside shuffled tokens."""
+        return (
+            f"By activations on the same {self.n_tokens} tokens the best partners correlate by {self.correlation} "
+            f"({self.null} after shuffling the tokens: {self.verdict}), and {self.shared} of the features that fired "
+            f"at least {self.min_fired} times have a one-to-one partner above {self.threshold} "
+            f"(shuffled: {self.null_shared.value:.3g}).",
+        )
+
+    def section(self) -> Section:
+        """The numbers beside those of shuffled tokens."""
+        table = Table(
+            ("tokens", "largest correlation", "firing overlap", "one-to-one above threshold"),
+            (
+                ("the same", self.correlation, self.jaccard, self.shared),
+                ("shuffled", self.null, None, self.null_shared),
+            ),
+            f"{self.alive} of {self.d_sae} features fired on at least {self.min_fired} of {self.n_tokens} tokens; "
+            f"threshold {self.threshold}.",
+        )
+        metrics: dict[str, Metric] = {
+            "correlation": self.correlation,
+            "jaccard": self.jaccard,
+            "shared_by_activation": self.shared,
+        }
+        return Section("Features matched by their activations", (table,), self.findings(), metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchOptions:
+    """How features are matched by activations.
+
+    Attributes:
+        max_tokens: tokens that are read at most.
+        min_fired: tokens on which a feature must fire to be counted.
+        threshold: correlation above which a one-to-one pair counts as shared.
+        seed: of the shuffled tokens and the bootstrap.
+    """
+
+    max_tokens: int = 65_536
+    min_fired: int = MIN_FIRED
+    threshold: float = SHARED_COSINE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 2 or self.min_fired < 1:
+            raise InvalidInputError(f"{self}: read at least 2 tokens, and count features that fired at least once.")
+
+
+@checked
+@torch.no_grad()
+def match_by_activations(
+    a: Any, b: Any, acts: ActivationStore | Iterable[Tensor], *, options: MatchOptions | None = None
+) -> ActivationMatch:
+    """Features of two SAEs of one site, matched by what they do on the same tokens.
+
+    Args:
+        a: an SAE, or anything with `encode`.
+        b: another one that reads the same activations.
+        acts: held-out activations: a store of one site (its held-out rows are read), or blocks `(tokens, d_in)`.
+        options: how much is read and what counts.
+
+    Raises:
+        ShapeError: if an SAE reads another width than the activations have.
+        DegenerateInputError: if no feature of A fires often enough.
+    """
+    options = options or MatchOptions()
+    same: CoActivation | None = None
+    shuffled: CoActivation | None = None
+    random = torch.Generator().manual_seed(options.seed)
+    for x in _chunks(acts, options.max_tokens):
+        for name, sae in (("a", a), ("b", b)):
+            _check_width(name, sae, x)
+        # The sums are kept on the CPU, wherever the SAEs are.
+        mine, theirs = (sae.encode(x.to(getattr(sae, "W_enc", x).device)).cpu() for sae in (a, b))
+        if same is None or shuffled is None:
+            same, shuffled = (CoActivation(mine.shape[1], theirs.shape[1]) for _ in range(2))
+        same.add(mine, theirs)
+        shuffled.add(mine, theirs[torch.randperm(len(x), generator=random)])
+    if same is None or shuffled is None:
+        raise DegenerateInputError("match_by_activations: there are no activations. Give a store or blocks of them.")
+    return _matched(same.result(), shuffled.result(), options)
+
+
+def _check_width(name: str, sae: Any, x: Tensor) -> None:
+    width = getattr(getattr(sae, "cfg", None), "d_in", None)
+    if width is None:  # anything with `encode` may stand for an SAE
+        width = sae.W_enc.shape[0] if hasattr(sae, "W_enc") else x.shape[-1]
+    if x.ndim != 2 or width != x.shape[1]:
+        raise ShapeError(
+            f"match_by_activations: {name} reads d_in={width}, and the activations have shape {tuple(x.shape)}. Give "
+            "(tokens, d_in) of the site that both SAEs read."
+        )
+
+
+def _chunks(acts: ActivationStore | Iterable[Tensor], limit: int) -> Iterable[Tensor]:
+    blocks = acts.read(split="heldout") if isinstance(acts, ActivationStore) else acts
+    for block in blocks:
+        for part in block[:limit].split(CHUNK):
+            yield part.float()
+        limit -= len(block)
+        if limit <= 0:
+            return
+
+
+def _matched(same: Agreement, shuffled: Agreement, options: MatchOptions) -> ActivationMatch:
+    alive = same.fired_a >= options.min_fired
+    n_alive = int(alive.sum())
+    if not n_alive:
+        raise DegenerateInputError(
+            f"match_by_activations: no feature fired on {options.min_fired} of {same.n_tokens} tokens. Give more "
+            "tokens, or lower min_fired."
+        )
+
+    def mean(values: Tensor) -> Estimate:
+        x = values[alive].double().numpy()
+        return sample_mean(x, unit="features", seed=options.seed, resamples=RESAMPLES)
+
+    def shared(agreement: Agreement) -> Estimate:
+        often = _with_enough(agreement, options.min_fired)
+        hits = assign_candidates(often, 0.0).scores[alive] > options.threshold
+        return wilson(int(hits.sum()), n_alive, unit="features")
+
+    best, partner = _best(same, options.min_fired)
+    overlaps = entries(same.jaccard, np.arange(len(partner)), partner.numpy())
+    return ActivationMatch(
+        n_tokens=same.n_tokens, alive=n_alive, d_sae=len(alive), correlation=mean(best),
+        null=mean(_best(shuffled, options.min_fired)[0]), jaccard=mean(torch.from_numpy(overlaps)),
+        shared=shared(same), null_shared=shared(shuffled), threshold=options.threshold, min_fired=options.min_fired,
+    )  # fmt: skip
+
+
+def _with_enough(agreement: Agreement, min_fired: int) -> Any:
+    """The correlations with features of B that fired often enough."""
+    from scipy.sparse import dia_array
+
+    often = (agreement.fired_b >= min_fired).double().numpy()
+    n = len(often)
+    return (agreement.correlation @ dia_array((often[None], [0]), shape=(n, n))).tocsr()
+
+
+def _best(agreement: Agreement, min_fired: int) -> tuple[Tensor, Tensor]:
+    kept = Agreement(
+        agreement.n_tokens, agreement.fired_a, agreement.fired_b, _with_enough(agreement, min_fired), agreement.jaccard
+    )
+    return kept.best()

@@ -1,0 +1,1 @@
+"""How good an SAE is: reconstruction, splice, probes, absorption, known truth."""

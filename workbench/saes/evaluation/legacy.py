@@ -1,0 +1,125 @@
+"""TPP and SCR, legacy: kept for comparison with published tables, no headline anywhere.
+
+An audit of SAE benchmarks (arXiv 2605.18229) finds that TPP falls while an SAE improves, and that SCR with many
+ablated features is anti-correlated with ground truth. Don't choose between SAEs by them.
+
+Activations are in the units of what the SAE reads, as `Basis.contributions` gives them; those of an SAE that normalises
+its input are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from workbench.core.errors import DegenerateInputError
+from workbench.saes.evaluation.sparse_probing import Examples, class_difference, dense, logistic
+
+MIN_ROOM = 0.001
+"""SCR is 0 where the oracle is not better than the biased probe by at least this accuracy."""
+
+
+@dataclass(frozen=True)
+class LegacyScore:
+    """One of the two numbers.
+
+    Attributes:
+        name: "TPP" or "SCR".
+        n_features: features that were ablated.
+        value: the score.
+        status: always "legacy".
+    """
+
+    name: str
+    n_features: int
+    value: float
+    status: str = "legacy"
+
+
+def effects(acts: Any, labels: np.ndarray, probe: np.ndarray, W_dec: np.ndarray) -> np.ndarray:
+    """Effect of each feature on a probe: `(mean_1 a_j - mean_0 a_j) * (w . W_dec_j)`.
+
+    Positive where the feature moves the probe towards class 1, also by being active on class 0 and writing against it.
+
+    >>> effects(np.array([[0.0, 1.0], [2.0, 0.0]]), np.array([0, 1]), np.array([3.0]), np.array([[1.0], [1.0]]))
+    array([ 6., -3.])
+    """
+    return class_difference(acts, labels) * (W_dec @ probe)
+
+
+def positive_effects(acts: Any, labels: np.ndarray, probe: np.ndarray, W_dec: np.ndarray) -> np.ndarray:
+    """TPP's effect: `max(0, mean_1 a_j - mean_0 a_j) * (w . W_dec_j)`; features of class 0 have none.
+
+    >>> positive_effects(np.array([[0.0, 1.0], [2.0, 0.0]]), np.array([0, 1]), np.array([3.0]), np.ones((2, 1)))
+    array([6., 0.])
+    """
+    return np.maximum(0.0, class_difference(acts, labels)) * (W_dec @ probe)
+
+
+def ablated(x: np.ndarray, acts: Any, W_dec: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """`x` without what some features add to it; the error of the SAE stays."""
+    return x - dense(acts[:, features]) @ W_dec[features]
+
+
+def tpp(train: Sequence[Examples], test: Sequence[Examples], W_dec: np.ndarray, n_features: int) -> LegacyScore:
+    """Targeted probe perturbation: how much ablating a class's features hurts its own probe more than the others.
+
+    Args:
+        train: one set per class, one against rest; probes and features come from these.
+        test: the same classes, other examples.
+        W_dec: decoder, `(d_sae, d)`.
+        n_features: features that are ablated per class.
+
+    Raises:
+        DegenerateInputError: for fewer than two classes.
+    """
+    if len(train) < 2 or len(train) != len(test):
+        raise DegenerateInputError(f"tpp: {len(train)} training and {len(test)} test sets; give two or more of each.")
+    probes = [logistic(s.x, s.labels) for s in train]
+    clean = np.array([_accuracy(p, s.x, s.labels) for p, s in zip(probes, test, strict=True)])
+    drops = np.zeros((len(train), len(train)))
+    for i, (probe, seen) in enumerate(zip(probes, train, strict=True)):
+        effect = positive_effects(seen.acts["SAE"], seen.labels, _direction(probe), W_dec)
+        top = np.argsort(-effect, kind="stable")[:n_features]
+        for j, (other, held) in enumerate(zip(probes, test, strict=True)):
+            x = ablated(held.x, held.acts["SAE"], W_dec, top)
+            drops[i, j] = clean[j] - _accuracy(other, x, held.labels)
+    own = np.diag(drops)
+    others = (drops.sum(1) - own) / (len(train) - 1)
+    return LegacyScore("TPP", n_features, float((own - others).mean()))
+
+
+def scr(biased: Examples, balanced: Examples, spurious: np.ndarray, W_dec: np.ndarray, n_features: int) -> LegacyScore:
+    """Spurious correlation removal: accuracy won back by ablating the features of the spurious concept.
+
+    Args:
+        biased: training examples in which the label and the spurious concept coincide.
+        balanced: examples in which they are independent; half of them make the oracle and the spurious probe, the
+            others test.
+        spurious: the spurious concept of `balanced`, 0 or 1.
+        W_dec: decoder, `(d_sae, d)`.
+        n_features: features that are ablated.
+    """
+    even = np.arange(len(balanced.labels)) % 4 < 2
+    probe = logistic(biased.x, biased.labels)
+    oracle = logistic(balanced.x[even], balanced.labels[even])
+    concept = logistic(balanced.x[even], spurious[even])
+    acts, labels, x = balanced.acts["SAE"], balanced.labels, balanced.x
+    effect = np.abs(effects(acts[even], spurious[even], _direction(concept), W_dec))
+    top = np.argsort(-effect, kind="stable")[:n_features]
+    before = _accuracy(probe, x[~even], labels[~even])
+    after = _accuracy(probe, ablated(x[~even], acts[~even], W_dec, top), labels[~even])
+    room = _accuracy(oracle, x[~even], labels[~even]) - before
+    return LegacyScore("SCR", n_features, (after - before) / room if room >= MIN_ROOM else 0.0)
+
+
+def _direction(probe: Any) -> np.ndarray:
+    """Weights of a fitted pipeline in the units of its raw inputs."""
+    return probe[1].coef_[0] / probe[0].scale_
+
+
+def _accuracy(probe: Any, x: np.ndarray, labels: np.ndarray) -> float:
+    return float((probe.predict(x) == labels).mean())

@@ -1,0 +1,1 @@
+"""Sparse code and the products that training computes with it."""

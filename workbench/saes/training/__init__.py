@@ -1,0 +1,1 @@
+"""Training SAEs and transcoders on stored activations."""

@@ -1,0 +1,1 @@
+"""Directions of a concept, from labelled texts, contrasts or training."""

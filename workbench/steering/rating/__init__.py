@@ -1,0 +1,1 @@
+"""Steered texts rated by a judge."""

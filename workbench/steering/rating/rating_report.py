@@ -1,0 +1,127 @@
+"""How well a judge and the steered texts that it rated do: values, table, sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workbench.core.stats import Estimate
+from workbench.features.explain.judging import MOST_FAILED
+from workbench.report.base import Metric, Report, Section, Table, Text
+from workbench.steering.rating.questions import KINDS
+
+GATE_MARGIN = 0.5
+"""By how much, of 2, right texts have to be rated above wrong ones, interval included."""
+
+
+@dataclass(frozen=True)
+class RatingGate:
+    """Whether a judge rates right texts above wrong ones.
+
+    Attributes:
+        judge: its name.
+        margins: by kind, rating of the right text less that of the wrong one, over known texts; None if more than a
+            tenth of the replies could not be read.
+        failed: share of the replies that could not be read.
+    """
+
+    judge: str
+    margins: dict[str, Estimate | None]
+    failed: Estimate
+
+    @property
+    def refusal(self) -> str:
+        """Why the judge gets no scores; "" if it does."""
+        wrong = [f"{k} ({m})" for k, m in self.margins.items() if m is None or not m.low > GATE_MARGIN]
+        needed = f"right texts must be rated above wrong ones by more than {GATE_MARGIN} of 2"
+        return f"{self.judge} is not competent at {', '.join(wrong)}: {needed}" if wrong else ""
+
+
+@dataclass(frozen=True)
+class RatedArm:
+    """Ratings of one arm's texts, at the strength chosen on half of the prompts, measured on the other half.
+
+    Intervals are over prompts, for these very features.
+
+    Attributes:
+        name: of the arm.
+        ratings: mean rating by kind, 0 to 2.
+        mean_of_harmonics: AxBench's aggregate.
+        above_unsteered: that aggregate less the one of unsteered texts for the same concepts; None for themselves.
+        harmonic_of_means: the aggregate of Arad, Mueller and Belinkov 2025, mean over features; no interval.
+        strengths: chosen for each feature.
+    """
+
+    name: str
+    ratings: dict[str, Estimate]
+    mean_of_harmonics: Estimate
+    above_unsteered: Estimate | None
+    harmonic_of_means: float
+    strengths: dict[str, float]
+
+
+@dataclass(frozen=True, repr=False)
+class RatingReport(Report):
+    """Ratings of steered texts beside those of their controls.
+
+    Attributes:
+        judge: who rated.
+        gate: what it can do.
+        arms: by arm; empty if the judge is refused or too many replies are missing.
+        failed: share of ratings that could not be read; they count as 0, as in AxBench.
+        prompts: evaluation prompts.
+        left_out: arms of other features, for which no concept was given.
+        waiting: questions in files that have no reply yet.
+    """
+
+    judge: str
+    gate: RatingGate
+    arms: tuple[RatedArm, ...]
+    failed: Estimate
+    prompts: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    waiting: int = 0
+
+    def findings(self) -> tuple[str, ...]:
+        """Whether the judge is believed, and how the arms compare with unsteered texts."""
+        if self.waiting:
+            return (f"NO SCORES YET. {self.waiting} questions have no reply; call this again when they have.",)
+        if self.gate.refusal:
+            return (f"NO SCORES. {self.gate.refusal}.",)
+        if not self.arms:
+            return (f"NO SCORES. Ratings that could not be read: {self.failed}; at most {MOST_FAILED:.0%} may be.",)
+        said = [f"{self.judge} rates, with {self.failed} of its replies unreadable (counted as 0)."]
+        for arm in self.arms:
+            if arm.above_unsteered is not None:
+                d = arm.above_unsteered
+                word = "higher than" if d.low > 0 else "lower than" if d.high < 0 else "not clearly different from"
+                said.append(f"{arm.name}: mean of harmonics {arm.mean_of_harmonics}, {word} unsteered ({d}).")
+        if self.left_out:
+            said.append(f"Not rated, since their features have no concept: {', '.join(self.left_out)}.")
+        return tuple(said)
+
+    def section(self) -> Section:
+        """One row per arm, and what the judge can do."""
+        rows = tuple(
+            (arm.name, *(arm.ratings[kind] for kind in KINDS), arm.mean_of_harmonics, arm.harmonic_of_means,
+             arm.above_unsteered)
+            for arm in self.arms
+        )  # fmt: skip
+        columns = ("arm", *KINDS, "mean of harmonics (AxBench)", "harmonic of means", "less unsteered")
+        caption = f"Ratings from 0 to 2 on {len(self.prompts)} prompts that chose no strength"
+        gate = Table(
+            ("kind", "right less wrong"), tuple(self.gate.margins.items()), f"What {self.judge} can tell, of 2 points"
+        )
+        how = Text(
+            "Mean of harmonics: of each text's three ratings, 0 if one is 0, then the mean over texts. Harmonic of "
+            "means: of the three mean ratings of a feature. They don't compare with each other."
+        )
+        blocks = (Table(columns, rows, caption), how, gate) if rows else (gate,)
+        return Section(f"Ratings by {self.judge}", blocks, self.findings(), self.metrics())
+
+    def metrics(self) -> dict[str, Metric]:
+        """Flat numbers."""
+        found: dict[str, Metric] = {"failed": self.failed}
+        for arm in self.arms:
+            found[f"{arm.name}.harmonic_of_means"] = arm.harmonic_of_means
+            found[f"{arm.name}.mean_of_harmonics"] = arm.mean_of_harmonics
+        return found

@@ -1,0 +1,1 @@
+"""Steering a model to refuse, and what that costs."""

@@ -1,0 +1,1 @@
+"""Whether selecting features by output score makes steering work."""

@@ -1,0 +1,212 @@
+"""What the study of feature selection found: three claims with their verdicts, groups, and scores by depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from workbench.core.stats import Estimate
+from workbench.report.base import Bars, Block, Lines, Metric, Report, Section, Series, Table, Text
+
+Verdict = Literal["holds", "does not hold", "not clear"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published claim, tested.
+
+    Attributes:
+        claim: what is claimed.
+        measured: by which number, and what it compares.
+        value: the number with its interval.
+        control: the same number where the claim should not hold.
+        verdict: what the interval says.
+        note: a further comparison, or why there is none.
+    """
+
+    claim: str
+    measured: str
+    value: Estimate | None
+    control: Estimate | None
+    verdict: Verdict
+    note: str
+
+
+@dataclass(frozen=True)
+class DepthProfile:
+    """Scores of the alive features at one depth.
+
+    Attributes:
+        layer: of the SAE.
+        depth: share of the blocks up to and with it.
+        n: alive features.
+        output: mean output score.
+        random_output: the same of random directions.
+        input: mean input score.
+        shuffled_input: the same of each feature's contexts against another feature's tokens.
+        share: share with an output score above the threshold.
+        random_share: the same of random directions.
+        confidence: mean size of the change of confidence.
+        both: number of features high in both scores.
+    """
+
+    layer: int
+    depth: float
+    n: int
+    output: float
+    random_output: float
+    input: float
+    shuffled_input: float
+    share: float
+    random_share: float
+    confidence: float
+    both: int
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """One group of features at one layer, or over all layers (`layer` None).
+
+    Attributes:
+        group: how its features were selected.
+        layer: of the SAE.
+        n: features.
+        success: lens tokens per text, on the prompts that did not choose the strength.
+        unsteered: the same tokens in unsteered texts.
+        random: the same tokens under random directions of the features' norms, at strengths of their own.
+        gain: success less that of the random directions, by feature and prompt.
+        by_paper: success under the paper's rule, which chooses and measures on the same prompts.
+        perplexity: of the steered texts under the unsteered model.
+        unsteered_perplexity: of the unsteered texts.
+    """
+
+    group: str
+    layer: int | None
+    n: int
+    success: Estimate | None
+    unsteered: Estimate | None
+    random: Estimate | None
+    gain: Estimate | None
+    by_paper: Estimate | None
+    perplexity: Estimate | None
+    unsteered_perplexity: Estimate | None
+
+
+@dataclass(frozen=True)
+class SelectionReport(Report):
+    """Does selecting features make steering work?
+
+    Attributes:
+        settings: model, layers, cuts, sizes.
+        profile: scores at each depth, shallowest first.
+        groups: success of each way to select.
+        ratios: success of each group divided by that of unfiltered features at the same depths.
+        claims: the published claims and their verdicts.
+    """
+
+    settings: dict[str, Any]
+    profile: tuple[DepthProfile, ...]
+    groups: tuple[GroupResult, ...]
+    ratios: dict[str, Estimate]
+    claims: tuple[Claim, ...]
+
+    def findings(self) -> tuple[str, ...]:
+        """One sentence per claim, and the ratios of the other ways to select."""
+        found = [
+            f"{c.claim}: {c.verdict}. {c.measured.capitalize()}: {'not known' if c.value is None else c.value}"
+            + (f"; control {c.control}" if c.control is not None else "")
+            + f"; {c.note}."
+            for c in self.claims
+        ]
+        found += [f"Success of {name}, divided by that of unfiltered features: {r}." for name, r in self.ratios.items()]
+        return tuple(found)
+
+    def section(self) -> Section:
+        """Claims, groups and the profile over depth."""
+        metrics: dict[str, Metric] = {f"claim{i}.value": c.value for i, c in enumerate(self.claims, 1) if c.value}
+        metrics |= {f"claim{i}.verdict": c.verdict for i, c in enumerate(self.claims, 1)}
+        metrics |= {f"ratio.{_key(name)}": r for name, r in self.ratios.items()}
+        for g in self.groups:
+            known = {"success": g.success, "gain": g.gain} if g.layer is None else {}
+            metrics |= {f"{name}.{_key(g.group)}": value for name, value in known.items() if value is not None}
+        for p in self.profile:
+            metrics |= {f"layer{p.layer}.output_share": p.share, f"layer{p.layer}.input_mean": p.input}
+        return Section("Which features steer", tuple(self._blocks()), self.findings(), metrics)
+
+    def _blocks(self) -> list[Block]:
+        claims = tuple((c.claim, c.verdict, c.measured, c.value, c.control, c.note) for c in self.claims)
+        groups = tuple(
+            (
+                g.group,
+                "all" if g.layer is None else g.layer,
+                g.n,
+                g.success,
+                g.unsteered,
+                g.random,
+                g.gain,
+                g.by_paper,
+                g.perplexity,
+                g.unsteered_perplexity,
+            )
+            for g in self.groups
+        )
+        profile = tuple(
+            (
+                p.layer,
+                p.depth,
+                p.n,
+                p.input,
+                p.shuffled_input,
+                p.output,
+                p.random_output,
+                p.share,
+                p.random_share,
+                p.confidence,
+                p.both,
+            )
+            for p in self.profile
+        )
+        depth = tuple(p.depth for p in self.profile)
+        lines = (
+            Series("mean input score", depth, tuple(p.input for p in self.profile)),
+            Series("mean output score", depth, tuple(p.output for p in self.profile)),
+            Series("share of output features", depth, tuple(p.share for p in self.profile)),
+            Series("the same of random directions", depth, tuple(p.random_share for p in self.profile)),
+        )
+        return [
+            Text(self._about()),
+            Table(("claim", "verdict", "measured", "value", "control", "also"), claims, "Three claims of the paper"),
+            Bars(
+                "Success relative to unfiltered features", tuple(self.ratios), tuple(self.ratios.values()),
+                y_label="ratio", reference=1.0,
+            ),
+            Table(
+                ("features", "layer", "n", "lens tokens per text", "unsteered", "random directions",
+                 "above random directions", "by the paper's rule", "perplexity", "unsteered perplexity"),
+                groups, "Ways to select features",
+            ),
+            Lines("Scores over depth", lines, x_label="share of the blocks", y_label="score"),
+            Table(
+                ("layer", "depth", "alive", "input score", "contexts of other features", "output score",
+                 "of random directions", "output features", "among random directions", "change of confidence",
+                 "high in both"),
+                profile, "Means over all alive features",
+            ),
+        ]  # fmt: skip
+
+    def _about(self) -> str:
+        s = self.settings
+        return (
+            f"SAEs after layers {s['layers']} of {s['model']}; {s['n_features']} features per group and layer, "
+            f"strengths {s['strengths']}, {s['prompts']} prompts, {s['new_tokens']} tokens at temperature "
+            f"{s['temperature']}, seed {s['seed']}; {s['texts']:,} texts. Success is the number of the feature's "
+            f"{s['k']} lens tokens per text; each feature's strength was chosen on half of the prompts and success "
+            "measured on the other half. Beside it stand the same tokens in unsteered texts and under random "
+            "directions of the features' norms. Ratios compare a group with as many unfiltered features of each layer. "
+            "Intervals are over prompts and features, those of shares over features. 'Holds' and 'does not hold' need "
+            "the whole interval on one side."
+        )
+
+
+def _key(group: str) -> str:
+    return group.replace(" ", "_").replace(",", "")

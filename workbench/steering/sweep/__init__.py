@@ -1,0 +1,1 @@
+"""Edits of many strengths on many prompts, with every measure and control."""

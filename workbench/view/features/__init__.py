@@ -1,6 +1,0 @@
-"""The feature browser: a page of all features of an SAE, and the card of one, from plain values."""
-
-from workbench.view.features.encode import PackOptions
-from workbench.view.features.render import FeaturePage, card_html, feature_page
-
-__all__ = ["FeaturePage", "PackOptions", "card_html", "feature_page"]
