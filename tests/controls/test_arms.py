@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from workbench.controls.arms import UNEDITED, Arm, Sweep
+from workbench.controls.methods import Method, Methods
+from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError
+from workbench.interventions.op import Op
+from workbench.interventions.ops import Add
+
+
+class OneVector:
+    """A stand-in for edits: the same vector for every row."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def __len__(self) -> int:
+        return 1
+
+    def op(self, rows: Tensor, n_prompts: int) -> Op:
+        return Add(torch.ones(len(rows), n_prompts), self.strength)
+
+
+def arm(name: str, strength: float = 1.0, control_for: str | None = None) -> Arm:
+    return Arm(name=name, kind=name, strength=strength, edits=OneVector(strength), control_for=control_for)
+
+
+def test_a_sweep_pairs_every_edit_with_its_controls_of_the_same_strength() -> None:
+    sweep = Sweep((UNEDITED,)) + Sweep.over(
+        (0.5, 2), ("feature", OneVector), {"random": OneVector, "negated": OneVector}
+    )
+    names = ["unsteered", "feature x0.5", "random x0.5", "negated x0.5", "feature x2", "random x2", "negated x2"]
+    assert [one.name for one in sweep] == names and sweep.kinds == ("unsteered", "feature", "random", "negated")
+    control = sweep.control(sweep.arm("feature x2"))
+    assert control is not None and control.name == "random x2" and control.strength == 2.0
+    assert sweep.control(UNEDITED) is None
+    assert [one.edits.strength for one in sweep.of("feature") if isinstance(one.edits, OneVector)] == [0.5, 2.0]
+    with pytest.raises(UnknownNameError, match="feature x2"):
+        sweep.arm("feature x20")
+
+
+def test_an_edit_without_a_control_of_its_strength_is_refused() -> None:
+    with pytest.raises(DegenerateInputError, match="no control of this strength"):
+        Sweep((UNEDITED, arm("feature")))
+    with pytest.raises(DegenerateInputError, match="no control of this strength"):
+        Sweep((arm("feature", 2.0), arm("random", 1.0, "feature")))
+    with pytest.raises(UnknownNameError, match="feature"):
+        Sweep((arm("random", 1.0, "featur"), arm("feature")))
+    with pytest.raises(InvalidInputError, match="twice"):
+        Sweep((UNEDITED, UNEDITED))
+    with pytest.raises(DegenerateInputError, match="no control"):
+        Sweep.over((1.0,), ("feature", OneVector), {})
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, math.inf, math.nan])
+def test_an_edit_has_a_positive_finite_strength(strength: float) -> None:
+    with pytest.raises(InvalidInputError, match="strength"):
+        arm("feature", strength)
+    with pytest.raises(InvalidInputError, match="without an edit"):
+        Arm(name="plain", kind="plain", strength=1.0)
+
+
+def test_methods_are_kept_in_order_and_a_name_is_taken_once() -> None:
+    double: Method[int, int] = Method(
+        name="double", information="the number", run=lambda x: 2 * x, compared_with=("zero",)
+    )
+    zero: Method[int, int] = Method(name="zero", information="nothing", run=lambda _: 0, role="control")
+    methods = Methods([double, zero])
+    assert methods.names == ("double", "zero") and [method.run(3) for method in methods] == [6, 0]
+    assert methods.pairs() == (("double", "zero"),)
+    with pytest.raises(InvalidInputError, match="already"):
+        methods.register(Method(name="zero", information="one", run=lambda _: 1))
+    with pytest.raises(UnknownNameError, match="double"):
+        methods["doubl"]
+    with pytest.raises(UnknownNameError, match="zero"):
+        Methods([double]).pairs()

@@ -1,0 +1,5 @@
+"""What stands beside every result: matched features, random directions, shuffles, which tokens count, arms, methods."""
+
+from workbench.core.surface import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,0 +1,146 @@
+"""Arms of a comparison: an edit or none, at a strength, each with what it is a control for."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
+from workbench.interventions.op import Op
+
+
+@runtime_checkable
+class RowEdits(Protocol):
+    """One or more edits; each is made on every prompt (or text), so rows are edits times prompts, edit by edit."""
+
+    def __len__(self) -> int:
+        """Number of edits."""
+        ...
+
+    def op(self, rows: Int[Tensor, " rows"], n_prompts: int) -> Op:
+        """The edit of a batch: row r is prompt `r % n_prompts` under edit `r // n_prompts`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Arm:
+    """One way to treat the model.
+
+    Attributes:
+        name: unique within a sweep.
+        kind: what is done, the same at every strength.
+        strength: how much of it, in the kind's own unit; 0 where nothing is edited.
+        edits: what is done to each row; None leaves the model as it is.
+        control_for: name of the arm that this one is a control for; None for an arm that is no control.
+    """
+
+    name: str
+    kind: str
+    strength: float = 0.0
+    edits: RowEdits | None = None
+    control_for: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < math.inf or (self.edits is None) != (self.strength == 0):
+            raise InvalidInputError(
+                f"Arm({self.name!r}): strength {self.strength} {'without' if self.edits is None else 'with'} an edit. "
+                "Give a positive, finite strength to an arm with an edit, and 0 to one without."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """Arms that run on the same prompts: kinds of edits over their strengths, each beside its controls.
+
+    Raises:
+        InvalidInputError: for two arms of the same name.
+        UnknownNameError: for a control of an arm that is not there.
+        DegenerateInputError: for an edit that is no control and has none of its own strength.
+    """
+
+    arms: tuple[Arm, ...]
+
+    def __post_init__(self) -> None:
+        twice = [name for name, n in Counter(arm.name for arm in self.arms).items() if n > 1]
+        if twice:
+            raise InvalidInputError(
+                f"Sweep: {len(self.arms)} arms, and {twice} are there twice. Name each differently."
+            )
+        controlled = {(arm.control_for, arm.strength) for arm in self.arms}
+        for arm in self.arms:
+            if arm.control_for is not None:
+                self.arm(arm.control_for)
+            elif arm.edits is not None and (arm.name, arm.strength) not in controlled:
+                raise DegenerateInputError(
+                    f"Sweep: arm {arm.name!r} of strength {arm.strength:g} has no control of this strength among "
+                    f"{[other.name for other in self.arms]}. Add one, such as a random direction of the same norm."
+                )
+
+    @classmethod
+    def over(
+        cls,
+        strengths: Sequence[float],
+        subject: tuple[str, Callable[[float], RowEdits]],
+        controls: Mapping[str, Callable[[float], RowEdits]],
+        label: str = "{kind} x{strength:g}",
+    ) -> Sweep:
+        """The edits of a subject at every strength, each followed by its controls at this strength.
+
+        Args:
+            strengths: of the arms.
+            subject: kind of edit that is studied, and its edits at a strength.
+            controls: the same of its controls.
+            label: name of an arm.
+        """
+        kind, edits = subject
+        arms: list[Arm] = []
+        for strength in map(float, strengths):
+            name = label.format(kind=kind, strength=strength)
+            arms.append(Arm(name=name, kind=kind, strength=strength, edits=edits(strength)))
+            for other, make in controls.items():
+                own = label.format(kind=other, strength=strength)
+                arms.append(Arm(name=own, kind=other, strength=strength, edits=make(strength), control_for=name))
+        return cls(tuple(arms))
+
+    def __add__(self, other: Sweep) -> Sweep:
+        return Sweep((*self.arms, *other.arms))
+
+    def __iter__(self) -> Iterator[Arm]:
+        return iter(self.arms)
+
+    def __len__(self) -> int:
+        return len(self.arms)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of arms, in their order."""
+        return tuple(dict.fromkeys(arm.kind for arm in self.arms))
+
+    def of(self, kind: str) -> tuple[Arm, ...]:
+        """The arms of one kind, in their order."""
+        return tuple(arm for arm in self.arms if arm.kind == kind)
+
+    def arm(self, name: str) -> Arm:
+        """The arm of this name.
+
+        Raises:
+            UnknownNameError: if there is none.
+        """
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise UnknownNameError(f"arm {name!r}: {did_you_mean(name, tuple(arm.name for arm in self.arms))}")
+
+    def control(self, arm: Arm) -> Arm | None:
+        """The first control of an arm; None for one that has none."""
+        return next((other for other in self.arms if other.control_for == arm.name), None)
+
+
+UNEDITED = Arm(name="unsteered", kind="unsteered")
+"""The model as it is, beside every edit."""
