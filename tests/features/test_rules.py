@@ -7,8 +7,8 @@ from tests.features.corpus import SITE, VOCABULARY, WORDS, Planted, corpus_store
 from tests.tiny import tiny_tokenizer
 from workbench.core.errors import DegenerateInputError
 from workbench.features.card import Explanation
-from workbench.features.explain.examples import ExampleOptions
 from workbench.features.explain import rulefit
+from workbench.features.explain.examples import ExampleOptions
 from workbench.features.explain.rule_explanations import RuleExplanation, explain_by_rules, score_rules
 from workbench.features.explain.rulefit import RuleData, fit_rule
 from workbench.features.explain.rules import (
