@@ -78,6 +78,7 @@ from .models.session import Session as Session
 from .report.base import Report as Report
 from .report.base import Section as Section
 from .runs.run import RunDir as RunDir
+from .saes.basis import basis as basis
 from .saes.comparison.corpus import check_corpus as check_corpus
 from .saes.comparison.faithful import fake_features as fake_features
 from .saes.comparison.matching import match_by_activations as match_by_activations

@@ -10,6 +10,7 @@ WorkbenchError
 ├── EditError (RuntimeError)            an edit that did not happen as asked
 ├── NotExactlyExportable (ValueError)   an intervention that a file of this kind can't express exactly
 ├── MismatchError (ValueError)          two things that do not belong together (SAE of another model or site)
+│   └── WidthError                      a basis of another width than its site; also a ShapeError
 ├── CorruptFileError (ValueError)       a file whose content is not what was written
 ├── MissingFileError (FileNotFoundError)
 ├── ModelUnavailableError (RuntimeError) the model can't be obtained
@@ -63,6 +64,10 @@ class NotExactlyExportable(WorkbenchError, ValueError):
 
 class MismatchError(WorkbenchError, ValueError):
     """Two things that do not belong together, such as an SAE and another model."""
+
+
+class WidthError(MismatchError, ShapeError):
+    """A basis of another width than the site it is to read or write."""
 
 
 class CorruptFileError(WorkbenchError, ValueError):

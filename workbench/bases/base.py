@@ -1,0 +1,254 @@
+"""The basis: activations as a sum of what features write, a constant and an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from workbench.core.errors import InvalidInputError, MismatchError, ShapeError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+CHUNK_ENTRIES = 2**23
+"""Entries of the dense `[tokens, d_sae]` tensor that is alive at any time: 32 MB in fp32."""
+
+Features = Int[Tensor, " f"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Basis:
+    """Activations `x` of a site as a sum over features, in fp32 on the device of `x`.
+
+    `x = coefficients(x) @ rows() + constant(x) + error(x)`, where `coefficients(x) = encode(x) * scale(x)` and the
+    first two terms are the reconstruction. `scale` is 1 unless the encoder normalises each token; it differs from token
+    to token, so a mean over tokens is exact for coefficients and not for activations. A basis that transcodes reads
+    `x` at `site` and reconstructs something else, at `site_out`.
+
+    Gradients reach `x` where it requires them; weights are detached.
+
+    A kind of basis defines `encode`, `rows` and `bias`; `encode_some` where features do not compete, `scale` and
+    `constant` where it normalises.
+
+    Attributes:
+        name: for people.
+        architecture: what computes the activations, such as "topk" or "neurons".
+        d_in: width of what is read.
+        d_sae: number of features.
+        d_out: width of what is written.
+        site: where it reads; None if unknown.
+        site_out: where it writes; `site` unless it transcodes.
+        model_fingerprint: of the model that it was made for; None if unknown.
+        normalisation: what the encoder does to each token first; "none" or a word of sae_lens.
+        transcodes: it reconstructs something else than it reads.
+    """
+
+    name: str
+    architecture: str
+    d_in: int
+    d_sae: int
+    d_out: int
+    site: str | None = None
+    site_out: str | None = None
+    model_fingerprint: str | None = None
+    normalisation: str = "none"
+    transcodes: bool = False
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """Feature activations, in the units of the basis."""
+        raise NotImplementedError
+
+    def rows(self, features: Int[Tensor, "*f"] | None = None) -> Float[Tensor, "*f d_out"]:
+        """What one unit of each feature's coefficient adds; of all features by default."""
+        raise NotImplementedError
+
+    @property
+    def bias(self) -> Float[Tensor, " d_out"]:
+        """What is added whatever the features are, before `scale`."""
+        raise NotImplementedError
+
+    def encode_some(self, x: Float[Tensor, "n d_in"], features: Features) -> Float[Tensor, "n f"]:
+        """Activations of some features: the columns of `encode`."""
+        return self.encode(x)[:, features.to(x.device)]
+
+    def scale(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"]:
+        """By what activations are multiplied to be in the units of what is written; 1 unless the basis normalises."""
+        return torch.ones(len(x), 1, device=x.device)
+
+    def constant(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
+        """The reconstruction without any feature."""
+        return self.bias.to(x.device) * self.scale(x)
+
+    @property
+    def normalises(self) -> bool:
+        """Whether `scale` differs from token to token."""
+        return False
+
+    def decode(
+        self, acts: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"] | None = None
+    ) -> Float[Tensor, "n d_out"]:
+        """The reconstruction from feature activations.
+
+        Args:
+            acts: feature activations, changed or not.
+            x: what they were encoded from; needed where the basis normalises, since activations do not say how large a
+                token is.
+
+        Raises:
+            InvalidInputError: if the basis normalises and `x` is missing.
+        """
+        if x is None and self.normalises:
+            raise InvalidInputError(
+                f"decode(acts): {self.name} normalises each token ({self.normalisation}), and activations do not say "
+                "how large their tokens were. Give what was encoded: decode(acts, x)."
+            )
+        if x is None:
+            return acts.float() @ self.rows().to(acts.device) + self.bias.to(acts.device)
+        return (acts.float() * self.scale(x)) @ self.rows().to(acts.device) + self.constant(x)
+
+    def coefficients(self, x: Float[Tensor, "n d_in"], features: Features | None = None) -> Float[Tensor, "n f"]:
+        """By how many of its rows each feature moves each token: activation times `scale`."""
+        acts = self.encode(x) if features is None else self.encode_some(x, features)
+        return acts * self.scale(x) if self.normalises else acts
+
+    def contribution(self, x: Float[Tensor, "n d_in"], features: Features | None = None) -> Float[Tensor, "n d_out"]:
+        """The sum of what some features write, in the units of the stream; of all features by default."""
+        return self.coefficients(x, features) @ self.rows(features).to(x.device)
+
+    def reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
+        """`decode(encode(x), x)`, a few tokens at a time."""
+        parts = [self.decode(acts, x[rows].float()) for rows, acts in self.chunks(x)]
+        return torch.cat(parts) if parts else x.new_zeros(0, self.d_out, dtype=torch.float32)
+
+    def error(
+        self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"] | None = None
+    ) -> Float[Tensor, "n d_out"]:
+        """What the basis does not explain: `x - reconstruct(x)`, or `target - reconstruct(x)` if it transcodes.
+
+        Raises:
+            MismatchError: if the basis transcodes and there is no target.
+        """
+        return self._target("error(x)", x, target) - self.reconstruct(x)
+
+    def ablate(
+        self, x: Float[Tensor, "n d_in"], features: Features, target: Float[Tensor, "n d_out"] | None = None
+    ) -> Float[Tensor, "n d_out"]:
+        """`x` without what some features write, the error kept; `target` without it if the basis transcodes.
+
+        Raises:
+            MismatchError: if the basis transcodes and there is no target.
+        """
+        return self._target("ablate(x, features)", x, target) - self.contribution(x, features)
+
+    def writing(self) -> Bool[Tensor, " d_sae"]:
+        """Which features write anything: those whose row is not zero."""
+        return (self.rows() != 0).any(dim=1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any entry of the basis; 12 hexadecimal digits."""
+        digest = hashlib.sha256(f"{self.architecture} {self.site} {self.d_in} {self.d_sae}".encode())
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), Tensor):
+                digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def chunks(self, x: Float[Tensor, "n d_in"]) -> Iterator[tuple[slice, Float[Tensor, "rows d_sae"]]]:
+        """Feature activations of a few tokens at a time, with the rows that they belong to.
+
+        Raises:
+            ShapeError: if `x` has another width than the basis reads.
+        """
+        if x.shape[1] != self.d_in:
+            raise ShapeError(
+                f"{self.name} reads d_in={self.d_in}; the activations have shape {tuple(x.shape)}. Give those of the "
+                "site that it reads."
+            )
+        step = max(1, CHUNK_ENTRIES // self.d_sae)
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
+            yield rows, self.encode(x[rows].float())
+
+    def sparse(self, x: Float[Tensor, "n d_in"]) -> csr_matrix:
+        """Feature activations as a sparse matrix, without gradient."""
+        from scipy.sparse import csr_matrix, vstack
+
+        parts = [csr_matrix(acts.cpu().numpy()) for _, acts in self.chunks(x.detach())]
+        return vstack(parts, format="csr") if parts else csr_matrix((0, self.d_sae), dtype="float32")
+
+    def refuse_transcoder(self, who: str) -> None:
+        """Refuses a basis that writes elsewhere than it reads, for edits of activations where they are read.
+
+        Args:
+            who: who needs a basis of one site, to begin the message.
+
+        Raises:
+            MismatchError: if the basis transcodes.
+        """
+        if self.transcodes:
+            unknown = "a site that it does not name"
+            raise MismatchError(
+                f"{who} needs an SAE and got a transcoder: it reads {self.site or unknown} and writes "
+                f"{self.site_out or unknown}, so its features can't be edited where they are read. Give an SAE, or add "
+                "decoder rows where it writes, with Add; feature_cards shows what a transcoder reads and promotes."
+            )
+
+    def _target(self, call: str, x: Tensor, target: Tensor | None) -> Tensor:
+        if target is None and self.transcodes:
+            raise MismatchError(
+                f"{call}: {self.name} reads {self.site} and writes {self.site_out}, so x is not what it reconstructs. "
+                "Give the activations of the site that it writes as target=."
+            )
+        return (x if target is None else target).float()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Dictionary(Basis):
+    """A basis of any directions and a function that encodes; what most kinds are.
+
+    Attributes:
+        encoder: `(n, d_in)` in fp32 to `(n, d_sae)`, where W_dec is.
+        W_dec: the directions.
+        b_dec: the reconstruction without any feature.
+    """
+
+    encoder: Callable[[Tensor], Tensor]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, " d_out"]
+
+    @classmethod
+    def of(
+        cls,
+        encoder: Callable[[Tensor], Tensor],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        b_dec: Float[Tensor, " d_out"] | None = None,
+        *,
+        name: str = "dictionary",
+        d_in: int | None = None,
+    ) -> Dictionary:
+        """From a function and directions, without a site; reads what it writes unless `d_in` says otherwise."""
+        d_sae, d_out = W_dec.shape
+        return cls(
+            name=name, architecture=name, d_in=d_in or d_out, d_sae=d_sae, d_out=d_out, encoder=encoder, W_dec=W_dec,
+            b_dec=W_dec.new_zeros(d_out) if b_dec is None else b_dec, transcodes=d_in not in (None, d_out),
+        )  # fmt: skip
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """What the function gives."""
+        return self.encoder(x.to(self.W_dec.device, torch.float32)).to(x.device)
+
+    def rows(self, features: Int[Tensor, "*f"] | None = None) -> Float[Tensor, "*f d_out"]:
+        """The directions, where they are."""
+        return self.W_dec if features is None else self.W_dec[features.to(self.W_dec.device)]
+
+    @property
+    def bias(self) -> Float[Tensor, " d_out"]:
+        """The bias."""
+        return self.b_dec
