@@ -14,7 +14,7 @@ from tests.bases.every import hidden, made
 from tests.tiny import D_MODEL, FAMILIES, MIXTURES, tiny_model
 from workbench.bases.base import Basis, Dictionary
 from workbench.bases.kinds.random import random_like
-from workbench.bases.registry import basis_names, register_basis
+from workbench.bases.registry import BASES
 from workbench.bases.sae import as_basis
 from workbench.core.errors import (
     DegenerateInputError,
@@ -72,7 +72,9 @@ def test_contributions_constant_and_error_are_the_activations_whatever_the_basis
 
 def test_each_kind_is_what_its_name_says() -> None:
     neurons, pca, few, random = (bases()[name] for name in ("neurons", "pca", "pca, few", "random"))
-    assert torch.equal(neurons.encode(X), X) and torch.equal(neurons.ablate(X, torch.tensor([2]))[:, 2], torch.zeros(30))
+    assert torch.equal(neurons.encode(X), X) and torch.equal(
+        neurons.ablate(X, torch.tensor([2]))[:, 2], torch.zeros(30)
+    )
     torch.testing.assert_close(pca.rows() @ pca.rows().T, torch.eye(D_MODEL), atol=1e-5, rtol=0)
     variance = pca.encode(X).var(0, correction=0)
     assert bool((variance[:-1] >= variance[1:] - 1e-4).all()), "largest variance first"
@@ -93,7 +95,10 @@ def test_each_kind_is_what_its_name_says() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neurons_and_heads_write_what_the_model_writes(family: str) -> None:
     model, ids = tiny_model(family), torch.tensor([[5, 9, 2, 40]])
-    for name, read, out, features in (("mlp_hidden", "mlp_post.1", "mlp_out.1", [3, 7]), ("heads", "z.1", "attn_out.1", [1])):
+    for name, read, out, features in (
+        ("mlp_hidden", "mlp_post.1", "mlp_out.1", [3, 7]),
+        ("heads", "z.1", "attn_out.1", [1]),
+    ):
         own, some = basis(name, model, out), torch.tensor(features)
         assert own.fingerprint == basis(name, model, read).fingerprint
         assert (own.site, own.site_out, own.transcodes) == (read, out, True)
@@ -125,7 +130,9 @@ def test_a_projection_that_is_not_what_the_model_writes_is_refused(monkeypatch: 
     model = tiny_model()
     with pytest.raises(UnknownSiteError, match="mixture of experts"):
         basis("mlp_hidden", tiny_model(MIXTURES[0]), "mlp_out.1")
-    with pytest.raises(MismatchError, match=r"reads mlp_post and writes mlp_out. Give one of the two, such as mlp_post\.1"):
+    with pytest.raises(
+        MismatchError, match=r"reads mlp_post and writes mlp_out. Give one of the two, such as mlp_post\.1"
+    ):
         basis("mlp_hidden", model, SITE)
     mlp = model.site_map["mlp_out.1"].module
     monkeypatch.setattr(mlp, "forward", lambda x, plain=mlp.forward: 0.5 * plain(x))
@@ -135,9 +142,9 @@ def test_a_projection_that_is_not_what_the_model_writes_is_refused(monkeypatch: 
 
 def test_a_name_is_registered_once_and_a_wrong_one_says_what_exists() -> None:
     model = LLAMA()
-    assert {"neurons", "mlp_hidden", "heads", "pca", "random"} <= set(basis_names())
-    with pytest.raises(InvalidInputError, match=r"kinds\.neurons has registered this name"):
-        register_basis("neurons")(lambda model, site: bases()["neurons"])
+    assert {"neurons", "mlp_hidden", "heads", "pca", "random"} <= set(BASES)
+    with pytest.raises(InvalidInputError, match="'neurons' is already the name of a basis"):
+        BASES.register("neurons")(lambda model, site: bases()["neurons"])
     for asked, error, words in (
         ("neuron", UnknownNameError, "Did you mean neurons"),
         (torch.nn.Linear(2, 2), InvalidInputError, "got Linear"),

@@ -37,9 +37,7 @@ def state(sae: Any) -> dict[str, Any]:
 
 
 @EVERY
-def test_a_basis_encodes_decodes_and_ablates_like_sae_lens(
-    kind: str, normalisation: str, more: dict[str, Any]
-) -> None:
+def test_a_basis_encodes_decodes_and_ablates_like_sae_lens(kind: str, normalisation: str, more: dict[str, Any]) -> None:
     sae, x = made(kind, normalisation, **more), hidden()
     basis, heads = as_basis(sae), hidden()[:, None] if more.get("reshape_activations") else hidden()
     acts = sae.encode(heads).to_dense()

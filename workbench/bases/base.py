@@ -181,7 +181,7 @@ class Basis:
         from scipy.sparse import csr_matrix, vstack
 
         parts = [csr_matrix(acts.cpu().numpy()) for _, acts in self.chunks(x.detach())]
-        return vstack(parts, format="csr") if parts else csr_matrix((0, self.d_sae), dtype="float32")
+        return csr_matrix(vstack(parts)) if parts else csr_matrix((0, self.d_sae), dtype="float32")
 
     def refuse_transcoder(self, who: str) -> None:
         """Refuses a basis that writes elsewhere than it reads, for edits of activations where they are read.

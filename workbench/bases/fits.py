@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +21,7 @@ class ModelLike(Protocol):
     name: str
     site_map: SiteMap
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that tell this model from others."""
         ...

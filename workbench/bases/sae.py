@@ -74,11 +74,11 @@ class SAEBasis(Basis):
         W_dec = getattr(sae, "W_dec", None)
         if not isinstance(W_dec, Tensor) or W_dec.ndim != 2 or not hasattr(sae, "encode"):
             raise InvalidInputError(
-                f"{type(sae).__name__} is not an SAE: it needs encode and W_dec (d_sae, d_out). Load one with load_sae, "
-                "or name a basis, as wb.basis('neurons', model, 'resid_post.3')."
+                f"{type(sae).__name__} is not an SAE: it needs encode and W_dec (d_sae, d_out). Load one with "
+                "load_sae, or name a basis, as wb.basis('neurons', model, 'resid_post.3')."
             )
         config = getattr(sae, "cfg", None)
-        kind = config.architecture() if hasattr(config, "architecture") else "unknown"
+        kind = "unknown" if config is None or not hasattr(config, "architecture") else str(config.architecture())
         if kind == "temporal":
             raise InvalidInputError(
                 "A temporal SAE of sae_lens predicts each token from those before it, so its features are no summands "
@@ -105,7 +105,7 @@ class SAEBasis(Basis):
         else:
             acts = self._encode_by_itself(x)
         if self.normalises:
-            acts.__dict__[_SIZES] = self.scale(x), self._mean(x)
+            setattr(acts, _SIZES, (self.scale(x), self._mean(x)))
         return acts
 
     def encode_some(self, x: Float[Tensor, "n d_in"], features: Features) -> Float[Tensor, "n f"]:
@@ -133,7 +133,7 @@ class SAEBasis(Basis):
             return out if self._skip is None else out + self._skipped(x)
         if not self.normalises:
             return out
-        if (sizes := acts.__dict__.get(_SIZES)) is None:
+        if (sizes := getattr(acts, _SIZES, None)) is None:
             raise InvalidInputError(
                 f"decode(acts): this SAE normalises each token ({self.normalisation}), and copied activations do not "
                 "say how large their tokens were. Give what was encoded: decode(acts, x)."

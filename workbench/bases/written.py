@@ -80,8 +80,8 @@ def written_by(model: ModelLike, site: Site, kinds: tuple[str, str], name: str) 
     """
     if site.kind not in kinds or site.head is not None:
         raise MismatchError(
-            f"basis({name!r}, site={str(site)!r}): it reads {kinds[0]} and writes {kinds[1]}. Give one of the two, such "
-            f"as {replace(site, kind=kinds[0], layer=site.layer or 0, head=None)}."
+            f"basis({name!r}, site={str(site)!r}): it reads {kinds[0]} and writes {kinds[1]}. Give one of the two, "
+            f"such as {replace(site, kind=kinds[0], layer=site.layer or 0, head=None)}."
         )
     read, out = (model.site_map[replace(site, kind=kind)] for kind in kinds)
     weight, bias = _affine(read.module, name)

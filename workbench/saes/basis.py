@@ -7,7 +7,7 @@ from typing import Any
 
 from workbench.bases.base import Basis
 from workbench.bases.fits import placed_at
-from workbench.bases.registry import basis_names, build_basis
+from workbench.bases.registry import BASES, build_basis
 from workbench.bases.sae import SAELike, as_basis
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, UnknownNameError, did_you_mean
@@ -27,7 +27,7 @@ def basis(
 
     Args:
         sae_or_path_or_name: an SAE or transcoder in the sae_lens form; where `load_sae` finds one; or the name of a
-            basis: "neurons", "mlp_hidden", "heads", "pca", "random", or one of `register_basis`. A basis is returned
+            basis: "neurons", "mlp_hidden", "heads", "pca", "random", or one that `BASES` registers. A basis is returned
             as it is, after the checks.
         model: whose activations; needed by name, otherwise what it was made for is checked.
         site: where it reads; an SAE knows its own.
@@ -40,7 +40,7 @@ def basis(
         InvalidInputError: for what is no SAE, a temporal SAE, or options that the kind does not have.
     """
     what = sae_or_path_or_name
-    if isinstance(what, str) and what in basis_names():
+    if isinstance(what, str) and what in BASES:
         if model is None or site is None:
             raise InvalidInputError(
                 f"basis({what!r}): its directions are those of a model at a site. Give both, as basis({what!r}, model, "
@@ -49,12 +49,12 @@ def basis(
         return build_basis(what, model, site, **options)
     if options:
         raise InvalidInputError(
-            f"basis({next(iter(options))}=...): options are for bases by name ({', '.join(basis_names())}). Give those "
+            f"basis({next(iter(options))}=...): options are for bases by name ({', '.join(BASES)}). Give those "
             "of an SAE to load_sae, and its result here."
         )
     if isinstance(what, str) and "/" not in what and not Path(what).exists():
         raise UnknownNameError(
-            f"basis({what!r}): there is no basis, folder or file of this name. {did_you_mean(what, basis_names())} An "
+            f"basis({what!r}): there is no basis, folder or file of this name. {did_you_mean(what, BASES)} An "
             "SAE is given as itself, as its folder, or as release/sae_id of sae_lens."
         )
     found = as_basis(load_sae(what) if isinstance(what, (str, Path)) else what)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench.bases.base import Features
 from workbench.bases.fits import ModelLike
-from workbench.bases.registry import register_basis
+from workbench.bases.registry import BASES
 from workbench.bases.written import Written, written_by
 from workbench.core.errors import InvalidInputError
 from workbench.hooks.sites import Site
@@ -73,7 +73,7 @@ class Heads(Written):
         return torch.einsum("nfh,fhd->nfd", z[:, heads], W_O[heads] * self.gain).to(x.device)
 
 
-@register_basis("heads")
+@BASES.register("heads")
 def heads(model: ModelLike, site: Site) -> Heads:
     """Reads `z`, writes `attn_out`; the error is rounding.
 

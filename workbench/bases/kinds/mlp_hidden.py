@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from workbench.bases.fits import ModelLike
-from workbench.bases.registry import register_basis
+from workbench.bases.registry import BASES
 from workbench.bases.written import Written, written_by
 from workbench.hooks.sites import Site
 
 
-@register_basis("mlp_hidden")
+@BASES.register("mlp_hidden")
 def mlp_hidden(model: ModelLike, site: Site) -> Written:
     """Reads `mlp_post`, writes `mlp_out` by the rows of the down projection; the error is rounding.
 

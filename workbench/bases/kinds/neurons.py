@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench.bases.base import Basis, Features
 from workbench.bases.fits import ModelLike
-from workbench.bases.registry import register_basis
+from workbench.bases.registry import BASES
 from workbench.hooks.sites import Site
 
 
@@ -44,10 +44,12 @@ class Neurons(Basis):
         """The chosen coordinates, all others zero."""
         if features is None:
             return x.float()
-        return torch.zeros_like(x, dtype=torch.float32).index_copy(1, features.to(x.device), self.encode_some(x, features))
+        return torch.zeros_like(x, dtype=torch.float32).index_copy(
+            1, features.to(x.device), self.encode_some(x, features)
+        )
 
 
-@register_basis("neurons")
+@BASES.register("neurons")
 def neurons(model: ModelLike, site: Site) -> Neurons:
     """The coordinates of any site, such as the neurons of an MLP at `mlp_post` or dimensions of the stream."""
     width = model.width(site)

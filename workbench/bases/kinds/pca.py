@@ -10,12 +10,12 @@ from torch import Tensor
 
 from workbench.bases.base import Dictionary
 from workbench.bases.fits import ModelLike
-from workbench.bases.registry import register_basis
+from workbench.bases.registry import BASES
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.hooks.sites import Site
 
 
-@register_basis("pca")
+@BASES.register("pca")
 def pca(
     model: ModelLike, site: Site, x: Float[Tensor, "n d"] | Iterable[Float[Tensor, "n d"]], k: int | None = None
 ) -> Dictionary:
@@ -43,7 +43,9 @@ def pca(
         part = part.detach().double().cpu()
         n, total, moments = n + len(part), total + part.sum(0), moments + part.T @ part
     if n < 2:
-        raise DegenerateInputError(f"basis('pca'): {n} activations have no variance. Give more, at best many times {d}.")
+        raise DegenerateInputError(
+            f"basis('pca'): {n} activations have no variance. Give more, at best many times {d}."
+        )
     if not 1 <= (k := d if k is None else k) <= d:
         raise InvalidInputError(f"basis('pca', k={k}): {site} has width {d}. Choose 1 <= k <= {d}.")
     mean = total / n

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from workbench.bases.base import Basis, Dictionary
 from workbench.bases.fits import ModelLike
-from workbench.bases.registry import register_basis
+from workbench.bases.registry import BASES
 from workbench.core.errors import InvalidInputError
 from workbench.hooks.sites import Site
 
 
-@register_basis("random")
+@BASES.register("random")
 def random(
     model: ModelLike, site: Site, d_sae: int, k: int, seed: int = 0, b_dec: Float[Tensor, " d"] | None = None
 ) -> Dictionary:
