@@ -18,11 +18,12 @@ from workbench.activations.sources import SelfText, TextFiles
 from workbench.activations.store import ActivationStore
 from workbench.bases.saecode import sae_fingerprint
 from workbench.cli.base import Command
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import track
 from workbench.core.stats import Estimate
 from workbench.core.tokens import TokenBatch
-from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool, readable_tokens, sink_norm
+from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool
 from workbench.runs.parts import Parts
 from workbench.saes.comparison.corpus import CorpusOptions, CorpusReport, check_corpus
 from workbench.saes.comparison.faithful import FakeFeatureOptions, FakeFeatures, Quality, fake_features, quality
@@ -193,12 +194,12 @@ def _pooled(model: Any, saes: dict[str, Any], site: str, texts: Labelled, option
     """Mean activations per text, of the model (`None`) and of each SAE; sinks and first tokens left out."""
     pooled: dict[str, list[Tensor]] = {name: [] for name in saes}
     parts = [texts.texts[i : i + options.probe_batch] for i in range(0, len(texts.texts), options.probe_batch)]
-    limit: float | None = None
+    policy: TokenPolicy | None = None
     for part in track(parts, description="Reading labelled texts", unit="batches"):
         batch = _cut(model.tokens(list(part)), options.probe_tokens)
         x = model.capture(batch, [site]).flat(site).float()
-        limit = sink_norm(batch, x) if limit is None else limit
-        keep = readable_tokens(batch, x, limit)
+        policy = policy or TokenPolicy.of_batch(batch, x)
+        keep = policy.kept(batch, x)
         for name, sae in saes.items():
             acts = x if sae is None else torch.stack([sae.encode(row).float() for row in x.to(sae.W_dec.device)])
             pooled[name].append(mean_pool(acts.to(x.device), keep).cpu())

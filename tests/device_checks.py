@@ -33,6 +33,7 @@ from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import SelfText
 from workbench.activations.store import ActivationStore
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.codec import codec_of
 from workbench.core.errors import WorkbenchError
 from workbench.core.tokens import TokenBatch
@@ -59,7 +60,7 @@ from workbench.interventions.ops import Add
 from workbench.interventions.saes import SAEAblate, SAEAddMax, SAEClamp
 from workbench.interventions.scopes import Generated, Last, NotPrefix
 from workbench.models.model import Model
-from workbench.probes.linear import Probe, ProbeOptions, fit_probe, readable_tokens
+from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 from workbench.saes.comparison.corpus import CorpusOptions, check_corpus
 from workbench.saes.comparison.faithful import FakeFeatureOptions, fake_features, quality
 from workbench.saes.comparison.matching import match_by_activations, shared_features
@@ -359,7 +360,7 @@ def _shifted(model: Model, sae: Any, store: ActivationStore) -> Any:
 
 def _attributed(model: Model, sae: Any, store: ActivationStore) -> Any:
     batch = model.tokens(list(PROMPTS))
-    keep = readable_tokens(batch)
+    keep = TokenPolicy.of_batch(batch).kept(batch)
     metric = LossOfMargin(Probe(V, 0.3, "resid_post.2"), torch.tensor([0, 1, 1, 0]), keep)
     effects = node_effects(model, {SITE: sae}, batch, metric, keep=keep)
     return effects, exact_effects(model, SITE, sae, batch, metric, range(4), keep=keep)

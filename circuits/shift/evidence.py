@@ -13,6 +13,7 @@ from torch import Tensor
 from circuits.shift.feature_judges import Node
 from circuits.shift.task import word_pattern
 from workbench.bases.saecode import Basis
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import track
 from workbench.core.tokens import TokenBatch
@@ -21,7 +22,7 @@ from workbench.interventions.intervention import Intervention
 from workbench.interventions.report import EditReport
 from workbench.interventions.saes import SAEAblate
 from workbench.models.model import Model
-from workbench.probes.linear import mean_pool, readable_tokens, sink_norm
+from workbench.probes.linear import mean_pool
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +54,14 @@ class Reader:
         model: the model.
         bases: a basis per site.
         probe_site: where the probe reads.
-        max_norm: norm above which a token is an attention sink, at the probe's site.
+        policy: which tokens are pooled and edited, by their norm at the probe's site.
         batch_size: texts per forward pass.
     """
 
     model: Model
     bases: Mapping[str, Basis]
     probe_site: str
-    max_norm: float
+    policy: TokenPolicy
     batch_size: int = 32
 
     @classmethod
@@ -69,9 +70,8 @@ class Reader:
     ) -> Reader:
         """A reader whose sink norm is estimated on the first batch of texts."""
         batch = model.tokens(list(texts[:batch_size]))
-        return cls(
-            model, bases, probe_site, sink_norm(batch, model.capture(batch, [probe_site]).flat(probe_site)), batch_size
-        )
+        policy = TokenPolicy.of_batch(batch, model.capture(batch, [probe_site]).flat(probe_site))
+        return cls(model, bases, probe_site, policy, batch_size)
 
     @property
     def is_linear(self) -> bool:
@@ -80,7 +80,7 @@ class Reader:
 
     def keep(self, batch: TokenBatch, x: Float[Tensor, "batch pos d"]) -> Bool[Tensor, "batch pos"]:
         """The tokens that are pooled and edited; `x` are the unedited activations at the probe's site."""
-        return readable_tokens(batch, x, self.max_norm)
+        return self.policy.kept(batch, x)
 
     def read(self, texts: Sequence[str], what: str) -> PooledTexts:
         """Pooled activations of unedited texts."""

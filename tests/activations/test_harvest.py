@@ -15,12 +15,12 @@ import torch
 
 from tests.tiny import as_user, tiny_model, tiny_tokenizer
 from workbench.activations.harvest import HarvestOptions, harvest
-from workbench.activations.keep import KeepRule
 from workbench.activations.manifest import MANIFEST
 from workbench.activations.plan import estimate_harvest
 from workbench.activations.ring import RingBuffer
 from workbench.activations.sources import SelfText, TextFiles, TokenRows
 from workbench.activations.store import open_store
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
@@ -90,7 +90,7 @@ def test_sinks_are_dropped_by_norm() -> None:
     x[1, 3] = 11.0
     x[:, 0] = 1000.0
     ids = torch.full((2, 5), 7)
-    rule = KeepRule.estimate(x, ids, (1,))
+    rule = TokenPolicy.estimate(x, ids, (1,))
     expected = torch.ones(2, 5, dtype=torch.bool)
     expected[:, 0] = False
     expected[1, 3] = False

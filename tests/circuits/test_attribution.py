@@ -12,11 +12,12 @@ from tests.circuits.planted import PlantedSAE
 from tests.interventions.builders import ARCHITECTURES, NORMALISATIONS, sae_lens_sae
 from tests.tiny import D_MODEL, tiny_model
 from workbench.bases.saecode import Basis
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.attach import attached
 from workbench.models.model import Model
-from workbench.probes.linear import Probe, mean_pool, readable_tokens
+from workbench.probes.linear import Probe, mean_pool
 
 TEXTS = ["abcdefgh", "ijk", "lmnopq"]
 
@@ -32,7 +33,7 @@ def _sae(seed: int = 0, d_sae: int = 24) -> PlantedSAE:
 def _setup(read: str) -> tuple[Model, TokenBatch, Tensor, LossOfMargin]:
     model = tiny_model()
     batch = model.tokens(TEXTS)
-    keep = readable_tokens(batch)
+    keep = TokenPolicy.of_batch(batch).kept(batch)
     probe = Probe(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1)), 0.3, read)
     return model, batch, keep, LossOfMargin(probe, torch.tensor([0, 1, 1]), keep)
 
@@ -210,7 +211,7 @@ def test_a_row_does_not_depend_on_its_batch_and_masks_are_left_alone() -> None:
 def test_a_metric_that_no_feature_reaches_is_refused(family: str, site: str, read: str, where: str) -> None:
     model = tiny_model(family)
     batch = model.tokens(TEXTS)
-    metric = Power(torch.ones(model.width(read)), readable_tokens(batch), 1, read)
+    metric = Power(torch.ones(model.width(read)), TokenPolicy.of_batch(batch).kept(batch), 1, read)
     sae = sae_lens_sae(d_in=model.width(site))
     for effects in (
         lambda: node_effects(model, {site: sae}, batch, metric, keep=metric.keep),

@@ -29,11 +29,11 @@ from tests.circuits.planted import (
 from tests.interventions.builders import ARCHITECTURES, NORMALISATIONS, sae_lens_sae
 from tests.tiny import n_hooks, tiny_model
 from workbench.bases.saecode import Basis
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, EditError, MismatchError, ShapeError
 from workbench.core.stats import sample_mean
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
-from workbench.probes.linear import readable_tokens
 
 OPTIONS = ShiftOptions(top_k=10, random_draws=4)
 
@@ -223,7 +223,7 @@ def _both_ways(model: Model, bases: dict[str, Basis], probe_site: str) -> tuple[
     nodes = [Node(site, f) for site in bases for f in range(0, 40, 2)]
     ablations = {site: (basis.sae, range(0, 40, 2)) for site, basis in bases.items()}
     batch = model.tokens(list(texts))
-    again = pooled_by_hooks(model, batch, readable_tokens(batch), ablations, probe_site)
+    again = pooled_by_hooks(model, batch, TokenPolicy.of_batch(batch).kept(batch), ablations, probe_site)
     return reader.ablated(pooled, nodes), again, pooled.x
 
 

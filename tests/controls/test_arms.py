@@ -32,7 +32,7 @@ def arm(name: str, strength: float = 1.0, control_for: str | None = None) -> Arm
 
 def test_a_sweep_pairs_every_edit_with_its_controls_of_the_same_strength() -> None:
     sweep = Sweep((UNEDITED,)) + Sweep.over(
-        (0.5, 2), ("feature", OneVector), {"random": OneVector, "negated": OneVector}
+        (0.5, 2.0), ("feature", OneVector), {"random": OneVector, "negated": OneVector}
     )
     names = ["unsteered", "feature x0.5", "random x0.5", "negated x0.5", "feature x2", "random x2", "negated x2"]
     assert [one.name for one in sweep] == names and sweep.kinds == ("unsteered", "feature", "random", "negated")

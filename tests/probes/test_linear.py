@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool, readable_tokens, sink_norm
+from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool
 
 
 def _blobs(n: int = 80, d: int = 6, gap: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,25 +62,25 @@ def test_pooling_ignores_padding_whatever_it_holds() -> None:
     model = tiny_model()
     batch = model.tokens(["abcdef", "gh"])
     x = model.capture(batch, ["resid_post.1"])["resid_post.1"].clone()
-    keep = readable_tokens(batch)
+    keep = TokenPolicy.of_batch(batch).kept(batch)
     before = mean_pool(x, keep)
     x[1, :4] = float("nan")
     assert torch.equal(mean_pool(x, keep), before)
     alone = model.tokens(["gh"])
-    single = mean_pool(model.capture(alone, ["resid_post.1"])["resid_post.1"], readable_tokens(alone))
+    single = mean_pool(model.capture(alone, ["resid_post.1"])["resid_post.1"], TokenPolicy.of_batch(alone).kept(alone))
     torch.testing.assert_close(before[1:], single, atol=1e-5, rtol=1e-4)
 
 
 def test_the_first_token_specials_and_sinks_are_not_read() -> None:
     model = tiny_model()
     batch = model.tokens(["abcdef", "gh"], bos=True)
-    keep = readable_tokens(batch)
+    keep = TokenPolicy.of_batch(batch).kept(batch)
     assert keep.tolist() == [[False] + [True] * 6, [False] * 5 + [True] * 2]
     x = torch.ones(2, 7, 4)
     x[0, 3] = 1000.0
-    limit = sink_norm(batch, x)
+    limit = TokenPolicy.of_batch(batch, x).max_norm
     assert limit == pytest.approx(20.0)  # 10 times the median norm, sqrt(4)
-    assert readable_tokens(batch, x, limit).sum() == keep.sum() - 1
+    assert TokenPolicy(limit, TokenPolicy.of_batch(batch).special_ids).kept(batch, x).sum() == keep.sum() - 1
 
 
 def test_wrong_input_is_refused() -> None:
@@ -93,7 +94,7 @@ def test_wrong_input_is_refused() -> None:
     with pytest.raises(DegenerateInputError, match="folds"):
         fit_probe(x[:6], y[:6], "s")
     with pytest.raises(DegenerateInputError, match="nothing to pool"):
-        readable_tokens(tiny_model().tokens(["a", "bcd"]))
+        TokenPolicy().kept(tiny_model().tokens(["a", "bcd"]))
     with pytest.raises(InvalidInputError):
         ProbeOptions(l2=0.0)
     constant = torch.cat([x, torch.ones(80, 1)], dim=1)

@@ -12,9 +12,9 @@ import torch
 
 from tests.tiny import D_MODEL, n_hooks, tiny_hf, tiny_model, tiny_tokenizer
 from workbench.activations.harvest import HarvestOptions, harvest
-from workbench.activations.keep import KeepRule
 from workbench.activations.sources import TokenRows
 from workbench.bases.coder import Coder
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.models.model import Model
 from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
@@ -37,7 +37,7 @@ def _rows(n: int = 12) -> torch.Tensor:
 def _origin(model: Model, site: str = SITE) -> Provenance:
     return Provenance(
         model_name=model.name, model_fingerprint=model.fingerprint, site=site, context=10,
-        keep=KeepRule(1e6, (0, 1)), training={"metrics": {}},
+        keep=TokenPolicy(1e6, (0, 1)), training={"metrics": {}},
     )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def test_sinks_do_not_enter_the_headline(model: Model, tmp_path: Path) -> None:
     W = torch.full((2, D_MODEL), D_MODEL**-0.5)
     weights = SAEWeights(W, torch.zeros(2), W.clone(), torch.zeros(D_MODEL))
     origin = _origin(model)
-    folder = save_topk(weights, 1, tmp_path, Provenance(**{**origin.__dict__, "keep": KeepRule(limit, (0, 1))}))
+    folder = save_topk(weights, 1, tmp_path, Provenance(**{**origin.__dict__, "keep": TokenPolicy(limit, (0, 1))}))
     handle = hf_layer.register_forward_hook(sink)
     try:
         report = evaluate_sae(model, load_sae(folder), _rows())

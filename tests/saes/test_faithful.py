@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.saes.handmade import relu_sae
 from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
-from workbench.activations.keep import KeepRule
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.records import to_jsonable
 from workbench.models.model import Model
@@ -70,7 +70,7 @@ def test_the_ratio_counts_features_above_the_threshold_on_kept_random_tokens(mod
     for seed in range(3):
         rows = random_rows(model, 400, 10, seed)
         x = torch.cat([model.capture(part, [SITE])[SITE] for part in rows.split(7)])
-        rule = KeepRule.estimate(model.capture(_text()[:7], [SITE])[SITE], _text()[:7], (0, 1))
+        rule = TokenPolicy.estimate(model.capture(_text()[:7], [SITE])[SITE], _text()[:7], (0, 1))
         assert bool((x.norm(dim=-1) < rule.max_norm).all())
         rates.append((sae.encode(x[:, 1:].flatten(0, 1)) > 0).double().mean(0))
     for tau in (1e-3, 1e-2, 0.1):
@@ -99,7 +99,7 @@ def test_text_of_the_random_distribution_shows_no_difference_however_much_of_it_
 
 def test_the_rule_of_an_sae_from_elsewhere_is_that_of_the_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     sae, seen = relu_sae(model, _random(4), torch.zeros(4)), []
-    monkeypatch.setattr(KeepRule, "mask", lambda self, x, _: seen.append(self) or torch.ones(x.shape[:2]).bool())
+    monkeypatch.setattr(TokenPolicy, "mask", lambda self, x, _: seen.append(self) or torch.ones(x.shape[:2]).bool())
     for batch_rows in (1, 7):
         fake_features(model, {"a": sae}, _text(), options=replace(SMALL, batch_rows=batch_rows))
     assert len(seen) > 20 and len(set(seen)) == 1

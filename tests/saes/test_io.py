@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import D_MODEL, tiny_model
-from workbench.activations.keep import KeepRule
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import CorruptFileError, MismatchError, MissingFileError
 from workbench.models.model import Model
 from workbench.saes.architectures import TopK
@@ -38,7 +38,7 @@ def _rows(n: int = 12) -> torch.Tensor:
 def _origin(model: Model, site: str = SITE) -> Provenance:
     return Provenance(
         model_name=model.name, model_fingerprint=model.fingerprint, site=site, context=10,
-        keep=KeepRule(1e6, (0, 1)), training={"metrics": {}},
+        keep=TokenPolicy(1e6, (0, 1)), training={"metrics": {}},
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_a_saved_sae_reads_raw_activations(model: Model, tmp_path: Path, scale: 
     back = SAEWeights(sae.W_enc.T.contiguous(), sae.b_enc, sae.W_dec, sae.b_dec)
     torch.testing.assert_close(back.W_enc, weights.W_enc)
     assert sae_site(sae) == SITE
-    assert sae_keep_rule(sae) == KeepRule(1e6, (0, 1))
+    assert sae_keep_rule(sae) == TokenPolicy(1e6, (0, 1))
 
 
 def test_a_folder_of_sae_lens_loads(tmp_path: Path) -> None:

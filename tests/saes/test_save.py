@@ -13,9 +13,9 @@ import torch
 from tests.saes.stores import READ, SITE, WRITTEN, small_store, tensors
 from tests.tiny import tiny_model
 from workbench.activations.harvest import harvest
-from workbench.activations.keep import KeepRule
 from workbench.activations.sources import TextFiles, TokenRows
 from workbench.activations.store import ActivationStore
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
 from workbench.saes.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from workbench.saes.formats.load import load_sae
@@ -59,7 +59,7 @@ print(json.dumps(found))
 
 def _origin(target: str | None = None) -> Provenance:
     return Provenance(
-        model_name="m", model_fingerprint="f", site=SITE, target_site=target, context=10, keep=KeepRule(1e6, (0,)),
+        model_name="m", model_fingerprint="f", site=SITE, target_site=target, context=10, keep=TokenPolicy(1e6, (0,)),
         training={"metrics": {}},
     )  # fmt: skip
 

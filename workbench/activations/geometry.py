@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from workbench.activations.keep import KeepRule
 from workbench.activations.moments import ClassCounts, Moments, PositionSums, Reservoir, Thresholds
 from workbench.activations.store import ActivationStore
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.progress import track
 from workbench.core.stats import Estimate
@@ -317,7 +317,7 @@ def measure_geometry(
     """
     options, names = options or GeometryOptions(), [str(model.resolve(site)) for site in sites]
     kinds, special = token_kinds(model)
-    running: dict[str, tuple[Geometry, KeepRule]] = {}
+    running: dict[str, tuple[Geometry, TokenPolicy]] = {}
     batches = rows.split(batch_rows)
     for number, ids in enumerate(track(batches, description="Measuring geometry", unit="batches")):
         acts, found = model.capture(ids, names), classes_of(ids, kinds).flatten()
@@ -326,7 +326,7 @@ def measure_geometry(
         for name in names:
             x = acts.flat(name).float().cpu()
             if name not in running:
-                rule = KeepRule.estimate(x, ids, special)
+                rule = TokenPolicy.estimate(x, ids, special)
                 first = Geometry(name, x.flatten(0, 1), rule.mask(x, ids).flatten(), rule.max_norm, options)
                 running[name] = first, rule
             geometry, rule = running[name]

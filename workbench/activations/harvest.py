@@ -14,7 +14,6 @@ from torch import Tensor
 
 from workbench.activations.finish import finish, join_parts
 from workbench.activations.folder import Folder, LocalFolder, Part, check_writable, in_use, open_folder
-from workbench.activations.keep import KeepRule
 from workbench.activations.manifest import DROP_REASONS, MANIFEST, Manifest, Shard, load_manifest
 from workbench.activations.packing import PackedRows, Source
 from workbench.activations.plan import (
@@ -35,6 +34,7 @@ from workbench.activations.shardfile import safetensors_parts
 from workbench.activations.sources import SelfText, TokenRows
 from workbench.activations.store import SCALE, ActivationStore, first_not_finite, open_store
 from workbench.activations.write_behind import write_behind
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError
 from workbench.core.progress import Task, task
@@ -316,7 +316,7 @@ class _Harvest:
             for site, x in on_cpu.items():
                 norms = x.float().norm(dim=-1)
                 _check_finite(x, norms, site, part, first_row + start)
-                rule = KeepRule(manifest.sites[site].max_norm, manifest.special_ids)
+                rule = TokenPolicy(manifest.sites[site].max_norm, manifest.special_ids)
                 reason = torch.where(reason == 0, rule.reasons_by_norm(norms, part), reason)
             chosen = (reason == 0).flatten().nonzero().squeeze(1)
             for site, x in on_cpu.items():

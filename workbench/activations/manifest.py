@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from workbench.activations.folder import Folder
-from workbench.activations.keep import SINK_FACTOR
 from workbench.activations.quant import Int8Code
+from workbench.controls.tokens import SINK_FACTOR
 from workbench.core.errors import CorruptFileError, InvalidInputError
 from workbench.core.jsontext import parse_json
 from workbench.core.records import from_jsonable, to_jsonable

@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 
 from workbench.activations.folder import Folder, open_folder
-from workbench.activations.keep import KeepRule
 from workbench.activations.manifest import MANIFEST, Dtype, Manifest, SiteStats
 from workbench.activations.packing import PackedRows, Source, packing_of
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
 from workbench.core.progress import clock
@@ -263,7 +263,7 @@ def first_look(model: Any, source: Source, plan: Manifest) -> FirstLook:
     acts = model.capture(ids, list(plan.sites))
     on_cpu = {site: acts.flat(site).cpu() for site in plan.sites}
     per_token = (made - start) / rows.ids.numel() + (time.perf_counter() - made) / ids.numel()
-    rules = {site: KeepRule.estimate(x, ids, plan.special_ids) for site, x in on_cpu.items()}
+    rules = {site: TokenPolicy.estimate(x, ids, plan.special_ids) for site, x in on_cpu.items()}
     return FirstLook(rows, {site: rule.max_norm for site, rule in rules.items()}, 1 / per_token)
 
 

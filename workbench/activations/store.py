@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from workbench.activations.folder import Folder, open_folder
-from workbench.activations.keep import KeepRule
 from workbench.activations.manifest import DROP_REASONS as DROP_REASONS
 from workbench.activations.manifest import MANIFEST, Manifest, Shard, load_manifest
 from workbench.activations.manifest import SiteStats as SiteStats
 from workbench.activations.shardfile import read_tensor
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import (
     CorruptFileError,
@@ -109,9 +109,9 @@ class ActivationStore:
             raise UnknownSiteError(f"Site {site} is not stored in {self.path}. {did_you_mean(str(site), self.sites)}")
         return name
 
-    def keep_rule(self, site: str | None = None) -> KeepRule:
+    def keep_rule(self, site: str | None = None) -> TokenPolicy:
         """The rule by which tokens were kept at this site."""
-        return KeepRule(self.manifest.sites[self.site(site)].max_norm, self.manifest.special_ids)
+        return TokenPolicy(self.manifest.sites[self.site(site)].max_norm, self.manifest.special_ids)
 
     def check_model(self, model: Any) -> None:
         """Refuses a model that did not make this store.

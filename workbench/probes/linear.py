@@ -11,7 +11,6 @@ from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.stats import Estimate, wilson
-from workbench.core.tokens import TokenBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,40 +65,6 @@ class ProbeOptions:
             raise InvalidInputError(f"ProbeOptions(l2={self.l2}): needs a value above 0, such as 1.0.")
         if self.folds < 0 or self.folds == 1:
             raise InvalidInputError(f"ProbeOptions(folds={self.folds}): needs 0 (no cross-validation) or at least 2.")
-
-
-SINK_FACTOR = 10.0
-
-
-def readable_tokens(
-    batch: TokenBatch, x: Float[Tensor, "batch pos d"] | None = None, max_norm: float = float("inf")
-) -> Bool[Tensor, "batch pos"]:
-    """True at the tokens that a pooled probe reads.
-
-    Left out are padding, special tokens, the first token of each row and, where the unedited activations `x` are
-    given, tokens beyond `max_norm`: attention sinks have norms a hundred times those of other tokens and would fill a
-    mean. The first token always is one, and now and then a later token.
-
-    Raises:
-        DegenerateInputError: if nothing is left of a row.
-    """
-    keep = batch.mask & (batch.positions > 0)
-    if batch.special is not None:
-        keep &= ~batch.special
-    if x is not None:
-        keep &= (x.float().norm(dim=-1) <= max_norm).to(keep.device)
-    if not bool(keep.any(dim=1).all()):
-        short = int((~keep.any(dim=1)).nonzero()[0])
-        raise DegenerateInputError(
-            f"Row {short} has no token besides its first, special and sink ones, so there is nothing to pool. "
-            "Give longer texts."
-        )
-    return keep
-
-
-def sink_norm(batch: TokenBatch, x: Float[Tensor, "batch pos d"]) -> float:
-    """Norm above which a token counts as an attention sink: ten times the median of the tokens that are not first."""
-    return SINK_FACTOR * float(x.float().norm(dim=-1)[readable_tokens(batch).to(x.device)].median())
 
 
 def mean_pool(x: Float[Tensor, "batch pos d"], keep: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch d"]:

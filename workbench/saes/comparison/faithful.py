@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.activations.keep import KeepRule
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.metrics import squared_error
@@ -213,7 +213,7 @@ def _more_often(a: Tensor, n_a: int, b: Tensor, n_b: int, seed: int) -> Tensor:
     return ((counts[0] - counts[1]).sign().double() + 1) / 2
 
 
-def _keep_rules(model: Any, saes: Mapping[str, Any], rows: Int[Tensor, "rows context"]) -> dict[str, KeepRule]:
+def _keep_rules(model: Any, saes: Mapping[str, Any], rows: Int[Tensor, "rows context"]) -> dict[str, TokenPolicy]:
     """The rule that each SAE was trained by, or for SAEs from elsewhere that of the first of these rows."""
     own, site = {name: sae_keep_rule(sae) for name, sae in saes.items()}, common_site(model, saes)
     if all(own.values()):
@@ -229,7 +229,7 @@ def firing_rates(
     rows: Int[Tensor, "rows context"],
     *,
     batch_rows: int = 64,
-    rules: Mapping[str, KeepRule] | None = None,
+    rules: Mapping[str, TokenPolicy] | None = None,
 ) -> tuple[dict[str, Float[Tensor, " d_sae"]], dict[str, int]]:
     """On which share of the kept tokens each feature fires, and how many tokens are kept, by name of the SAE.
 

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from workbench.activations.keep import SINK_FACTOR, KeepRule
-from workbench.core.errors import DegenerateInputError, MismatchError
+from workbench.controls.tokens import TokenPolicy
+from workbench.core.errors import MismatchError
 from workbench.core.metrics import kl_divergence
 from workbench.core.tokenizer import special_ids
 from workbench.core.tokens import TokenBatch
@@ -91,8 +91,8 @@ class SpliceReader:
 
     model: Any
     sites: SpliceSites
-    rule: KeepRule
-    write_rule: KeepRule | None = None
+    rule: TokenPolicy
+    write_rule: TokenPolicy | None = None
 
     @classmethod
     def of(cls, model: Any, sae: Any, batches: Iterable[TokenBatch]) -> SpliceReader:
@@ -112,8 +112,8 @@ class SpliceReader:
         return Part(batch, x, target, keep)
 
 
-def estimate_rules(model: Any, sites: list[str], batches: Iterable[TokenBatch]) -> dict[str, KeepRule]:
-    """Keep rules with `max_norm` at ten times the median norm of the first rows' ordinary tokens.
+def estimate_rules(model: Any, sites: list[str], batches: Iterable[TokenBatch]) -> dict[str, TokenPolicy]:
+    """Token policies with `max_norm` at ten times the median norm of the first rows' ordinary tokens.
 
     Raises:
         DegenerateInputError: if all of their tokens are first or special ones.
@@ -131,12 +131,7 @@ def estimate_rules(model: Any, sites: list[str], batches: Iterable[TokenBatch]) 
             norms[site].append(acts.flat(site).float().norm(dim=-1)[ordinary].cpu())
         if n_rows >= RULE_ROWS:
             break
-    joined = {site: torch.cat(parts) for site, parts in norms.items()}
-    if not all(len(part) for part in joined.values()):
-        raise DegenerateInputError(
-            f"No token of the first {n_rows} rows is neither first nor special; use longer rows."
-        )
-    return {site: KeepRule(SINK_FACTOR * float(part.median()), special) for site, part in joined.items()}
+    return {site: TokenPolicy.from_norms(torch.cat(parts), special) for site, parts in norms.items()}
 
 
 class Splicer:

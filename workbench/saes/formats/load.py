@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack
 import safetensors
 import torch
 
-from workbench.activations.keep import KeepRule
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import (
     CorruptFileError,
@@ -112,7 +112,7 @@ def sae_site(sae: Any) -> str:
     return str(named_site(sae))
 
 
-def sae_keep_rule(sae: Any) -> KeepRule | None:
+def sae_keep_rule(sae: Any) -> TokenPolicy | None:
     """The rule by which its training tokens were kept; None for SAEs from elsewhere.
 
     Raises:
@@ -126,7 +126,7 @@ def sae_keep_rule(sae: Any) -> KeepRule | None:
             "This SAE's metadata.workbench names no keep rule (keep), so nobody knows which tokens it was trained on. "
             "Delete the entry to have the rule estimated, or train the SAE again."
         )
-    return from_jsonable(KeepRule, ours["keep"])
+    return from_jsonable(TokenPolicy, ours["keep"])
 
 
 def check_sae_fits(model: Any, sae: Any) -> str:

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from workbench.activations.keep import SINK_FACTOR
 from workbench.activations.store import ActivationStore
 from workbench.bases.coder import Coder
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, MismatchError
 from workbench.core.metrics import fvu
@@ -359,7 +359,7 @@ class _Trial:
         norms = x.norm(dim=-1)
         keep = self.ordinary.clone()
         if bool(keep.any()):
-            keep &= norms <= SINK_FACTOR * norms[keep].median()
+            keep &= norms <= TokenPolicy.from_norms(norms[keep]).max_norm
         if int(keep.sum()) < 2:
             raise DegenerateInputError(
                 f"check_sae: fewer than two of {self.tokens.n_tokens} tokens are neither first, special nor sinks. "

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from workbench.activations.keep import KeepRule
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
 from workbench.core.records import save_json, to_jsonable, write_atomic
 from workbench.hooks.sites import Site
@@ -56,7 +56,7 @@ class Provenance:
     model_fingerprint: str
     site: str
     context: int
-    keep: KeepRule
+    keep: TokenPolicy
     training: dict[str, Any]
     target_site: str | None = None
     starts_with_bos: bool = True

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError, did_you_mean
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
-from workbench.probes.linear import ProbeOptions, fit_probe, readable_tokens, sink_norm
+from workbench.probes.linear import ProbeOptions, fit_probe
 from workbench.steering.directions.contrast import difference_of_means, mean_activations
 from workbench.steering.directions.reft import ReftOptions, fit_reft
 
@@ -106,8 +107,7 @@ def concept_directions(
 
 def _text_means(model: Model, batch: TokenBatch, site: str) -> Float[Tensor, "texts d"]:
     acts = model.capture(batch, [site]).flat(site)
-    keep = readable_tokens(batch, acts, sink_norm(batch, acts))
-    return mean_activations(model, batch, [site], keep)[site]
+    return mean_activations(model, batch, [site], TokenPolicy.of_batch(batch, acts).kept(batch, acts))[site]
 
 
 def oriented(

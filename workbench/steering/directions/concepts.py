@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.bases.saecode import decoder_rows, encode
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import task
 from workbench.core.stats import Estimate
@@ -18,7 +19,6 @@ from workbench.core.tokenizer import special_ids
 from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
-from workbench.probes.linear import readable_tokens, sink_norm
 from workbench.report.base import Bars, Block, Metric, Section, Text
 from workbench.steering.directions.classical import Concept, DirectionOptions, concept_directions, concept_tokens
 from workbench.steering.sweep.arms import Arm
@@ -181,7 +181,7 @@ def best_feature(model: Model, sae: Any, concept: Concept, site: str | Site) -> 
     for texts in (concept.positives, concept.negatives):
         batch = model.tokens(list(texts))
         x = model.capture(batch, [site])[site].float()
-        keep = readable_tokens(batch, x, sink_norm(batch, x))
+        keep = TokenPolicy.of_batch(batch, x).kept(batch, x)
         acts = torch.stack([encode(sae, row[chosen]).mean(0) for row, chosen in zip(x, keep, strict=True)])
         means.append(acts)
     spread = torch.cat(means).std(0)
