@@ -28,7 +28,8 @@ LAYERS = (
     ("models",),
     ("controls", "engine"),
     ("activations", "saes", "probes"),
-    ("judges", "features", "steering", "glitch"),
+    ("judges",),
+    ("features", "steering", "glitch"),
     ("serve",),
     ("cli",),
 )

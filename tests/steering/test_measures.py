@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny import FP32_LOGITS, tiny_model
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.features.explain.judging import parse_rating
+from workbench.judges import parse_rating
 from workbench.steering import (
     best_strength,
     continuation_nll,

@@ -15,7 +15,8 @@ import torch
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
 from workbench.core.errors import InvalidInputError, UnknownNameError
-from workbench.judges.backends import PROMPTS_FILE, REPLIES_FILE, FileJudge, LogProbJudge
+from workbench.judges import Answer, FileJudge, LogProbJudge, Question
+from workbench.judges.files import PROMPTS_FILE, REPLIES_FILE
 from workbench.steering import (
     SteerOptions,
     harmonic_of_means,
@@ -39,9 +40,9 @@ class Careful:
 
     name = "careful"
 
-    def rate(self, prompts: Sequence[str]) -> list[float | None]:
-        self.asked += len(prompts)
-        return [self._one(prompt) for prompt in prompts]
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        self.asked += len(questions)
+        return [Answer(value=self._one(question.text), judge=self.name) for question in questions]
 
     def _one(self, prompt: str) -> float | None:
         kind = "concept" if "Theme:" in prompt else "instruction" if "Request:" in prompt else "fluency"
@@ -86,14 +87,14 @@ def test_a_text_with_braces_is_put_in_as_it_is() -> None:
 
 def test_the_gate_lets_in_who_tells_right_from_wrong() -> None:
     gate = rating_gate(Careful())
-    assert gate.refusal == "" and set(gate.margins) == set(KINDS) and gate.failed.value == 0
+    assert gate.refusal() == "" and set(gate.margins) == set(KINDS) and gate.failed.value == 0
     assert all(margin is not None and margin.value == 2.0 for margin in gate.margins.values())
 
 
 @pytest.mark.parametrize("blind", KINDS)
 def test_the_gate_keeps_out_who_is_blind_to_one_kind(blind: str) -> None:
     judge = Careful(blind=blind)
-    refusal = rating_gate(judge).refusal
+    refusal = rating_gate(judge).refusal()
     assert blind in refusal and not any(kind in refusal for kind in set(KINDS) - {blind})
     report = rate_texts(judge, EXAMPLE, {7: "pets"})
     assert not report.arms and report.findings()[0].startswith("NO SCORES") and blind in report.findings()[0]
@@ -101,7 +102,7 @@ def test_the_gate_keeps_out_who_is_blind_to_one_kind(blind: str) -> None:
 
 def test_a_judge_that_says_nothing_readable_is_kept_out() -> None:
     gate = rating_gate(Careful(silent=[KNOWN[0][2][:20], KNOWN[1][2][:20]]))
-    assert "concept (None)" in gate.refusal and gate.failed.value > 0.1
+    assert "concept (17% of replies unreadable)" in gate.refusal() and gate.failed.value > 0.1
 
 
 def test_strengths_are_chosen_on_one_half_and_measured_on_the_other() -> None:
@@ -136,9 +137,9 @@ def test_files_are_asked_once_and_read_when_they_are_there(tmp_path: Path) -> No
     first = rate_texts(judge, EXAMPLE, {7: "pets"})
     assert not first.arms and first.waiting == judge.open_prompts() > 72 and "NO SCORES YET" in first.findings()[0]
     asked = [json.loads(line) for line in (tmp_path / PROMPTS_FILE).read_text().splitlines()]
-    replies = [{"id": a["id"], "reply": f"It seems so. Rating: [[{sure.rate([a['prompt']])[0]:.0f}]]"} for a in asked]
+    replies = [{"id": a["id"], "reply": f"It seems so. Rating: [[{sure._one(a['prompt']):.0f}]]"} for a in asked]
     (tmp_path / REPLIES_FILE).write_text("".join(json.dumps(reply) + "\n" for reply in replies))
-    judge.rate(["a question of somebody else Rating:"])
+    judge.ask([Question("a question of somebody else Rating:")])
     report = rate_texts(judge, EXAMPLE, {7: "pets"})
     assert {arm.name: arm.strengths for arm in report.arms}["feature"] == {"7": 1.0} and judge.open_prompts() == 1
     assert len((tmp_path / PROMPTS_FILE).read_text().splitlines()) == len(asked) + 1, (
@@ -153,8 +154,9 @@ def test_a_local_model_rates_by_the_probabilities_of_the_digits() -> None:
     (*shared, first), *others = (model.tokenizer(f" {d}", add_special_tokens=False)["input_ids"] for d in "012")
     behind = [prompt + model.tokenizer.decode(shared) for prompt in prompts]
     p = model.logits(behind, tokens=[first, *(ids[-1] for ids in others)]).softmax(-1)
-    assert judge.rate(prompts) == pytest.approx((p[:, 1] + 2 * p[:, 2]).tolist(), abs=1e-5)
-    assert rating_gate(judge).refusal, "random weights are no judge"
+    answers = judge.ask([Question(prompt, 2, reasons=True) for prompt in prompts])
+    assert [answer.value for answer in answers] == pytest.approx((p[:, 1] + 2 * p[:, 2]).tolist(), abs=1e-5)
+    assert rating_gate(judge).refusal(), "random weights are no judge"
 
 
 def test_wrong_tables_are_refused(tmp_path: Path) -> None:

@@ -12,9 +12,7 @@ from .cards.neighbours import activation_neighbours as activation_neighbours
 from .cards.neighbours import decoder_neighbours as decoder_neighbours
 from .explain.examples import ExampleOptions as ExampleOptions
 from .explain.examples import examples_of as examples_of
-from .explain.judging import Gate as Gate
 from .explain.judging import GateOptions as GateOptions
-from .explain.judging import Judge as Judge
 from .explain.judging import judge_explanations as judge_explanations
 from .explain.judging import judge_gate as judge_gate
 from .explain.rule_explanations import explain_by_rules as explain_by_rules

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workbench.core.stats import Estimate
+from workbench.judges.protocol import Cost
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Explanation:
         scores: by name ("detection", "fuzzing", ...): balanced accuracy, 0.5 is chance.
         controls: the same scores of another feature's explanation ("shuffled").
         n_windows: held-out windows that were used.
+        cost: of the judge's answers.
     """
 
     text: str
@@ -73,6 +75,7 @@ class Explanation:
     scores: dict[str, Estimate]
     controls: dict[str, Estimate]
     n_windows: int
+    cost: Cost = Cost()
 
 
 @dataclass(frozen=True)

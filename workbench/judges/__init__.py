@@ -1,4 +1,4 @@
-"""Judges of explanations and texts: files, servers, log-probabilities of a local model."""
+"""Judges: whoever answers questions with numbers (a model, a server, a file, a person), and which are believed."""
 
 from workbench.core.surface import attach
 

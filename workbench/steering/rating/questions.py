@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from workbench.core.errors import InvalidInputError
 from workbench.core.records import from_jsonable, load_json
+from workbench.judges.protocol import Question
 
+MAX_RATING = 2
 KINDS = ("concept", "instruction", "fluency")
 SLOTS = {"concept": ("concept", "text"), "instruction": ("instruction", "text"), "fluency": ("text",)}
 _SCALE = "Reply with the number alone.\nRating:"
@@ -87,8 +89,13 @@ def rating_prompts(
     return concept_prompt, instruction_prompt, fluency_prompt
 
 
-def known_questions(templates: Mapping[str, str], seed: int) -> list[tuple[str, str, str]]:
-    """The questions about known texts: with what belongs to them, then with what does not."""
+def rating_questions(prompts: Iterable[tuple[str, str, str]]) -> list[Question]:
+    """What a judge is asked with these prompts, which it may give reasons for first."""
+    return [Question(text, MAX_RATING, reasons=True) for three in prompts for text in three]
+
+
+def known_prompts(templates: Mapping[str, str], seed: int) -> list[tuple[str, str, str]]:
+    """Prompts about known texts: with what belongs to them, then with what does not."""
     random = np.random.default_rng(seed)
     shifted = [KNOWN[(k + len(KNOWN) // 2) % len(KNOWN)] for k in range(len(KNOWN))]
     right = [rating_prompts(*known, templates) for known in KNOWN]

@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
 from workbench.core.errors import InvalidInputError, UnknownNameError
 from workbench.core.stats import Estimate, paired_difference, sample_mean, wilson
-from workbench.features.explain.judging import MOST_FAILED, Rater
-from workbench.judges.backends import FileJudge
-from workbench.steering.rating.questions import KINDS, KNOWN, TEMPLATES, known_questions, rating_prompts
-from workbench.steering.rating.rating_report import RatedArm, RatingGate, RatingReport
+from workbench.judges.files import FileJudge
+from workbench.judges.gate import JudgeGate, Trial, trial
+from workbench.judges.protocol import MAX_FAILED_SHARE, Judge, ask
+from workbench.steering.rating.questions import KINDS, KNOWN, TEMPLATES, known_prompts, rating_prompts, rating_questions
+from workbench.steering.rating.rating_report import RatedArm, RatingReport
 from workbench.steering.rating.ratings import harmonic, harmonic_of_means
 from workbench.steering.sweep.arms import OWN_TOKENS
 from workbench.steering.sweep.steer import check_prompts
 
+MIN_RATING_MARGIN = 0.5
+"""By how much, of 2, right texts have to be rated above wrong ones, interval included."""
 COLUMNS, BASE = ("arm", "feature", "strength", "prompt", "text"), "unsteered"
 
 
-def rating_gate(judge: Rater, templates: Mapping[str, str] = TEMPLATES, seed: int = 0) -> RatingGate:
+def rating_gate(judge: Judge, templates: Mapping[str, str] = TEMPLATES, seed: int = 0) -> JudgeGate:
     """Tries a judge on twelve texts with their own theme and request, and with those of another one.
 
     For fluency the wrong text has the same words in random order. All prompts are asked at once.
     """
-    own, other = _rated(judge, known_questions(templates, seed)).reshape(2, len(KNOWN), len(KINDS))
-    unread = np.isnan(own) | np.isnan(other)
-    margins = {
-        kind: None if unread[:, k].mean() > MOST_FAILED else paired_difference(
-            own[~unread[:, k], k], other[~unread[:, k], k], unit="known texts", seed=seed
-        )
-        for k, kind in enumerate(KINDS)
-    }  # fmt: skip
-    return RatingGate(judge.name, margins, wilson(int(unread.sum()), unread.size, unit="pairs of replies"))
+    answers = ask(judge, rating_questions(known_prompts(templates, seed)))
+    right, wrong = answers.values.reshape(2, len(KNOWN), len(KINDS))
+
+    def tried(k: int) -> Trial:
+        def margin(read: np.ndarray) -> Estimate:
+            return paired_difference(right[read, k], wrong[read, k], unit="known texts", seed=seed)
+
+        return trial(KINDS[k], right[:, k], wrong[:, k], margin, needed_margin=MIN_RATING_MARGIN)
+
+    return JudgeGate(judge.name, tuple(map(tried, range(len(KINDS)))), answers.cost)
 
 
 def rate_texts(
-    judge: Rater,
+    judge: Judge,
     frame: Any,
     concepts: Mapping[Any, str],
     *,
@@ -53,7 +56,7 @@ def rate_texts(
     there: until then the report says that there are no scores.
 
     Args:
-        judge: `HTTPJudge`, `FileJudge`, `LogProbJudge`, or anything with `name` and `rate`.
+        judge: who rates.
         frame: `report.frame()` of `steer` or `steer_concepts`: columns arm, feature, strength, prompt, text.
         concepts: what each feature stands for, in words, by the values of the column feature. Arms of other features
             than those that are steered (`matched`, `control`) are left out where theirs are not among them.
@@ -72,19 +75,24 @@ def rate_texts(
     gate = rating_gate(judge, templates, seed)
     tested = prompts[len(prompts) // 2 :]
     # who answers in a file is asked everything at once
-    asked = arms if not gate.refusal or isinstance(judge, FileJudge) else []
-    texts = [prompt for arm in asked for prompt in arm.questions(concepts, prompts, templates)]
-    found = _rated(judge, texts) if texts else np.full((1, len(KINDS)), np.nan)
-    failed = wilson(int(np.isnan(found).sum()), found.size, unit="ratings")
-    every = [question for three in [*known_questions(templates, seed), *texts] for question in three]
+    refusal = gate.refusal()
+    asked = arms if not refusal or isinstance(judge, FileJudge) else []
+    texts = [prompt for arm in asked for prompt in arm.prompts(concepts, prompts, templates)]
+    answers = ask(judge, rating_questions(texts))
+    ratings = answers.values.reshape(-1, len(KINDS)) if texts else np.full((1, len(KINDS)), np.nan)
+    failed = wilson(int(np.isnan(ratings).sum()), ratings.size, unit="ratings")
+    every = rating_questions([*known_prompts(templates, seed), *texts])
     waiting = judge.open_prompts(every) if isinstance(judge, FileJudge) else 0
-    if waiting or gate.refusal or failed.value > MOST_FAILED:
-        return RatingReport(judge.name, gate, (), failed, tested, left_out, waiting)
-    parts = np.split(np.nan_to_num(found), np.cumsum([arm.size for arm in arms])[:-1])
+    report = RatingReport(
+        judge=judge.name, gate=gate, arms=(), failed=failed, prompts=tested, left_out=left_out, waiting=waiting,
+        cost=answers.cost,
+    )  # fmt: skip
+    if waiting or refusal or failed.value > MAX_FAILED_SHARE:
+        return report
+    parts = np.split(np.nan_to_num(ratings), np.cumsum([arm.size for arm in arms])[:-1])
     rated = {arm.name: _Rated(arm, part.reshape(*arm.shape, len(KINDS))) for arm, part in zip(arms, parts, strict=True)}
     base = rated[BASE]
-    results = tuple(each.result(None if each is base else base, seed) for each in rated.values())
-    return RatingReport(judge.name, gate, results, failed, tested, left_out)
+    return replace(report, arms=tuple(each.result(None if each is base else base, seed) for each in rated.values()))
 
 
 def _prompts(frame: Any) -> tuple[str, ...]:
@@ -116,7 +124,7 @@ class _Texts:
     def size(self) -> int:
         return self.texts.size
 
-    def questions(
+    def prompts(
         self, concepts: Mapping[Any, str], prompts: Sequence[str], templates: Mapping[str, str]
     ) -> list[tuple[str, str, str]]:
         return [
@@ -164,11 +172,6 @@ def _table(name: str, rows: Sequence[dict[str, Any]], prompts: Sequence[str]) ->
             f"x {len(prompts)} prompts. Give every text once, with different prompts."
         )
     return _Texts(name, features, strengths, texts)
-
-
-def _rated(judge: Rater, questions: Sequence[tuple[str, str, str]]) -> Float[np.ndarray, "texts kinds"]:
-    replies = judge.rate([question for three in questions for question in three])
-    return np.array([np.nan if r is None else r for r in replies], dtype=float).reshape(-1, len(KINDS))
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,35 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workbench.core.stats import Estimate
-from workbench.features.explain.judging import MOST_FAILED
+from workbench.judges.gate import JudgeGate
+from workbench.judges.protocol import MAX_FAILED_SHARE, Cost
 from workbench.report.base import Metric, Report, Section, Table, Text
 from workbench.steering.rating.questions import KINDS
-
-GATE_MARGIN = 0.5
-"""By how much, of 2, right texts have to be rated above wrong ones, interval included."""
-
-
-@dataclass(frozen=True)
-class RatingGate:
-    """Whether a judge rates right texts above wrong ones.
-
-    Attributes:
-        judge: its name.
-        margins: by kind, rating of the right text less that of the wrong one, over known texts; None if more than a
-            tenth of the replies could not be read.
-        failed: share of the replies that could not be read.
-    """
-
-    judge: str
-    margins: dict[str, Estimate | None]
-    failed: Estimate
-
-    @property
-    def refusal(self) -> str:
-        """Why the judge gets no scores; "" if it does."""
-        wrong = [f"{k} ({m})" for k, m in self.margins.items() if m is None or not m.low > GATE_MARGIN]
-        needed = f"right texts must be rated above wrong ones by more than {GATE_MARGIN} of 2"
-        return f"{self.judge} is not competent at {', '.join(wrong)}: {needed}" if wrong else ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +34,7 @@ class RatedArm:
     strengths: dict[str, float]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class RatingReport(Report):
     """Ratings of steered texts beside those of their controls.
 
@@ -71,25 +46,32 @@ class RatingReport(Report):
         prompts: evaluation prompts.
         left_out: arms of other features, for which no concept was given.
         waiting: questions in files that have no reply yet.
+        cost: of the ratings; that of the gate is its own.
     """
 
     judge: str
-    gate: RatingGate
+    gate: JudgeGate
     arms: tuple[RatedArm, ...]
     failed: Estimate
     prompts: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     waiting: int = 0
+    cost: Cost = Cost()
 
     def findings(self) -> tuple[str, ...]:
         """Whether the judge is believed, and how the arms compare with unsteered texts."""
         if self.waiting:
             return (f"NO SCORES YET. {self.waiting} questions have no reply; call this again when they have.",)
-        if self.gate.refusal:
-            return (f"NO SCORES. {self.gate.refusal}.",)
+        if refusal := self.gate.refusal():
+            return (f"NO SCORES. {self.judge}: {refusal}.",)
         if not self.arms:
-            return (f"NO SCORES. Ratings that could not be read: {self.failed}; at most {MOST_FAILED:.0%} may be.",)
-        said = [f"{self.judge} rates, with {self.failed} of its replies unreadable (counted as 0)."]
+            return (
+                f"NO SCORES. Ratings that could not be read: {self.failed}; at most {MAX_FAILED_SHARE:.0%} may be.",
+            )
+        said = [
+            f"{self.judge} rates, with {self.failed} of its replies unreadable (counted as 0).",
+            f"Cost: {self.gate.cost + self.cost}.",
+        ]
         for arm in self.arms:
             if arm.above_unsteered is not None:
                 d = arm.above_unsteered

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.features.explain.judging import TOP_RATING
+from workbench.steering.rating.questions import MAX_RATING
 
 
 def mean_of_harmonics(scores: Float[Tensor, "*concepts examples ratings"]) -> float:
@@ -63,7 +63,7 @@ def _checked(scores: Tensor, caller: str) -> Tensor:
         raise ShapeError(f"{caller}: scores of shape {tuple(scores.shape)}; give (examples, 3).")
     if not scores.numel():
         raise DegenerateInputError(f"{caller}: there is no example. Rate at least one.")
-    if not bool(((scores >= 0) & (scores <= TOP_RATING)).all()):
+    if not bool(((scores >= 0) & (scores <= MAX_RATING)).all()):
         raise InvalidInputError(
             f"{caller}: ratings from {float(scores.min())} to {float(scores.max())}; they go from 0 to 2."
         )
