@@ -68,13 +68,6 @@ def test_mean_max_cosine_is_signed() -> None:
     assert metrics.mean_max_cosine(eye, -eye) == pytest.approx(0)
 
 
-def test_auroc_counts_ties_half_and_has_a_direction() -> None:
-    scores = torch.tensor([[3.0, 0.0, 1.0], [2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [0.0, 3.0, 1.0]])
-    assert metrics.auroc(scores, torch.tensor([True, True, False, False])).tolist() == [1.0, 0.0, 0.5]
-    with pytest.raises(DegenerateInputError):
-        metrics.auroc(scores, torch.ones(4, dtype=torch.bool))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probabilities_of_some_tokens_do_not_add_the_largest_logit_back(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

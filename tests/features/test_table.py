@@ -167,10 +167,10 @@ def test_co_occurrence_against_chance() -> None:
 
 
 def test_random_directions_have_the_norms_of_the_features() -> None:
-    from workbench.features.scores.score_features import random_like
+    from workbench.controls.directions import random_directions
 
     sae: Any = random_sae()
-    norms = random_like(3 * sae.W_dec, OPTIONS).norm(dim=1)
+    norms = random_directions(3 * sae.W_dec, OPTIONS.random_directions).norm(dim=1)
     assert norms.tolist() == pytest.approx([3.0] * 12, rel=1e-5)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.glitch.tiny_vocab import matrix
+from workbench.controls.area import chance_above
 from workbench.core.errors import UnknownNameError
 from workbench.glitch.ranking import indicators, reference, weights
 from workbench.glitch.ranking.indicators import Separation
@@ -113,7 +114,7 @@ def test_auc_counts_pairs() -> None:
     rng = np.random.default_rng(0)
     low, high = rng.integers(0, 6, 30).astype(float), rng.integers(2, 9, 50).astype(float)
     pairs = np.mean([(a < b) + 0.5 * (a == b) for a in low for b in high])
-    assert indicators.auc_lower(low, high) == pytest.approx(pairs)
+    assert chance_above(high, low) == pytest.approx(pairs)
 
 
 def _auc(**values: float) -> tuple[Separation, ...]:

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from tests.glitch import planted as plan
 from tests.glitch.planted import D_VOCAB, N_PADDING, Planted, planted, truth
 from tests.glitch.tiny_vocab import EMBED, HEAD, folder
+from workbench.controls.area import chance_above
 from workbench.core.codec import FastCodec
-from workbench.glitch.ranking.indicators import auc_lower
 from workbench.glitch.scanning.glitch_report import GlitchReport
 from workbench.glitch.scanning.scanner import scan
 from workbench.glitch.verification.prompts import Probe, template
@@ -44,7 +44,7 @@ def undecayed() -> Planted:
 
 def _auc(report: GlitchReport, name: str, ids: list[int]) -> float:
     values = report.table.norm if name == "norm" else report.table.indicators[name]
-    return auc_lower(values[ids], values[TRAINED])
+    return chance_above(values[TRAINED], values[ids])
 
 
 def _scan(made: Planted) -> GlitchReport:
@@ -65,9 +65,9 @@ def test_an_untied_model_with_decay_shrinks_what_it_never_saw(decayed: Planted) 
     assert _auc(report, "I_in", NEVER) >= 0.999 and _auc(report, "I_cos", NEVER) >= 0.99
     # what was never a target but always an input is told from what was never seen by the input norm alone
     norms, cosines = (report.table.indicators[name] for name in ("I_in", "I_cos"))
-    assert auc_lower(norms[NEVER], norms[INPUT_ONLY]) >= 0.99
+    assert chance_above(norms[INPUT_ONLY], norms[NEVER]) >= 0.99
     assert _auc(report, "I_cos", INPUT_ONLY) >= 0.99
-    assert 0.2 < auc_lower(cosines[NEVER], cosines[INPUT_ONLY]) < 0.8, "neither was ever a target"
+    assert 0.2 < chance_above(cosines[INPUT_ONLY], cosines[NEVER]) < 0.8, "neither was ever a target"
 
 
 def test_an_untied_model_without_decay_needs_the_output_side(undecayed: Planted) -> None:
@@ -87,7 +87,7 @@ def test_a_tied_model_pushes_what_it_never_saw_along_one_direction(tied: Planted
     assert float((rows @ rows.T).min()) > 0.95
     assert any(set(TRUTH.copies) <= set(ids) for ids in report.identical)
     halves = report.table.indicator[list(TRUTH.partial)]
-    assert auc_lower(halves, report.table.indicator[TRAINED]) >= 0.99
+    assert chance_above(report.table.indicator[TRAINED], halves) >= 0.99
     assert not set(TRUTH.partial) & set(report.candidates())
 
 
@@ -122,7 +122,7 @@ def test_all_planted_tokens_fail_and_no_trained_one(name: str, request: pytest.F
     never, rare = (np.array([p[i] for i in ids]) for ids in (NEVER, RARE))
     assert max(np.median(never), np.median(rare)) < 0.1 * min(t.max_prob for t in done.controls)
     if name == "tied":  # five hits leave no trace in a row that is not shared: the order of both groups is chance there
-        assert np.median(rare) > 2 * np.median(never) and auc_lower(never, rare) > 0.75
+        assert np.median(rare) > 2 * np.median(never) and chance_above(rare, never) > 0.75
 
 
 def _permuted(tokenizer: Tokenizer, order: np.ndarray) -> Tokenizer:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.interventions.builders import NORMALISATIONS, sae_lens_sae
 from tests.tiny import n_hooks, tiny_model
+from workbench.controls.directions import random_directions
 from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError
 from workbench.core.stats import wilson
 from workbench.interventions.intervention import Intervention
@@ -19,7 +20,7 @@ from workbench.interventions.op import Where
 from workbench.interventions.ops import Add, Map, PerRow
 from workbench.interventions.saes import SAEAblate, SAEClamp
 from workbench.models.model import Model
-from workbench.steering.directions.contrast import TwoByTwo, mean_activations, random_directions
+from workbench.steering.directions.contrast import TwoByTwo, mean_activations
 from workbench.steering.refusal.arms import Arm, replies_of
 from workbench.steering.refusal.contrast_features import (
     EVERY_TOKEN_BUT_THE_FIRST,
@@ -177,7 +178,7 @@ def test_per_row_edits_each_row_by_its_own_op() -> None:
 def test_replies_and_first_logits_of_an_arm() -> None:
     model = tiny_model()
     prompts = model.tokens(["first prompt", "second", "and a third one"])
-    vectors = random_directions(torch.ones(16) * 3, 3, seed=0)
+    vectors = random_directions(torch.ones(16) * 3, 3, seed=0, orthogonal=True)
     plain = model.generate(prompts, 6, temperature=0.0).texts
     base = replies_of(model, Arm("unsteered", "unsteered", 0.0), prompts, "resid_post.1", EVERY_TOKEN_BUT_THE_FIRST, 6)
     assert base.texts == plain and base.applied.share == 0.0
@@ -473,7 +474,7 @@ def test_direction_raises_the_refusal_log_odds_of_the_embedded_model(embedded: M
     tokens = refusal_token_ids(embedded, data.refusals, data.compliant)
     prompts = embedded.tokens(as_chats([p.harmful for p in split.test]))
     odds = []
-    for vector in (effects.reply, random_directions(effects.reply, 1)[0]):
+    for vector in (effects.reply, random_directions(effects.reply, 1, orthogonal=True)[0]):
         arm = Arm("a", "d", 1.0, (Add(vector),))
         said = replies_of(embedded, arm, prompts, site, EVERY_TOKEN_BUT_THE_FIRST, 2)
         odds.append(refusal_log_odds(said.logits, tokens))

@@ -24,7 +24,7 @@ def random_directions(
         orthogonal: whether each direction is orthogonal to its row.
 
     Raises:
-        InvalidInputError: for n below 1.
+        InvalidInputError: for n below 0.
         DegenerateInputError: for a row that is zero or not finite, or a width of 1 where nothing is orthogonal.
 
     >>> random_directions(torch.tensor([0.0, 2.0]), 1, orthogonal=True).abs()
@@ -32,8 +32,8 @@ def random_directions(
     """
     rows = like[None] if like.ndim == 1 else like
     norms = rows.double().norm(dim=1).cpu()
-    if n is not None and n < 1:
-        raise InvalidInputError(f"random_directions(n={n}): give at least 1.")
+    if n is not None and n < 0:
+        raise InvalidInputError(f"random_directions(n={n}): give 0 or more.")
     if not len(rows) or not bool((norms.isfinite() & (norms > 0)).all()) or (orthogonal and rows.shape[1] < 2):
         raise DegenerateInputError(
             f"random_directions: `like` has shape {tuple(like.shape)} and norms from "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -196,28 +195,3 @@ def matched_cosine(directions: Float[Tensor, "n_true d_in"], dictionary: Float[T
     0.2
     """
     return assign(cosines(directions, dictionary)).total / len(directions)
-
-
-def auroc(scores: Float[Tensor, "rows f"], positive: Bool[Tensor, " rows"]) -> Float[Tensor, " f"]:
-    """Probability that a positive row scores above a negative one, per column; ties count half.
-
-    Raises:
-        ShapeError: if the rows do not pair up.
-        DegenerateInputError: if one side has no row.
-
-    >>> auroc(torch.tensor([[3.0], [1.0], [2.0], [1.0]]), torch.tensor([True, True, False, False]))  # (2 + .5) / 4
-    tensor([0.6250])
-    """
-    from scipy.stats import rankdata
-
-    if scores.shape[0] != positive.shape[0]:
-        raise ShapeError(f"auroc: {scores.shape[0]} rows of scores and {positive.shape[0]} labels; they must pair up.")
-    n_positive = int(positive.sum())
-    n_negative = len(positive) - n_positive
-    if not n_positive or not n_negative:
-        raise DegenerateInputError(
-            f"auroc: {n_positive} positive and {n_negative} negative rows. Give at least one of each."
-        )
-    ranks = np.asarray(rankdata(scores.float().cpu().numpy(), axis=0))
-    wins = ranks[positive.cpu().numpy()].sum(0) - n_positive * (n_positive + 1) / 2
-    return torch.from_numpy(wins / (n_positive * n_negative)).float()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from workbench.bases.saecode import decoder_rows
+from workbench.controls.directions import random_directions
 from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op
@@ -15,7 +16,6 @@ from workbench.interventions.saes import SAEAblate, SAEAddMax, SAEClamp, SAEScal
 from workbench.interventions.scopes import Scope
 from workbench.interventions.shapes import EqualNorm
 from workbench.serve.ask import FeatureEdit
-from workbench.steering.sweep.steer import random_like
 
 
 def steered(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope) -> Intervention:
@@ -28,7 +28,7 @@ def steered(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope) ->
 
 def control(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope, seed: int) -> Intervention:
     """A random direction with, at every token, the norm that the edits would have changed it by."""
-    direction = random_like(torch.ones(1, sae.W_dec.shape[1]), seed % 2**63)[0]
+    direction = random_directions(torch.ones(1, sae.W_dec.shape[1]), seed=seed % 2**63)[0]
     return Intervention.at(site, EqualNorm(tuple(_ops(sae, edits)), direction), scope)
 
 

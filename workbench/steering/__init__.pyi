@@ -7,7 +7,6 @@ from .directions.concepts import steer_concepts as steer_concepts
 from .directions.contrast import TwoByTwo as TwoByTwo
 from .directions.contrast import difference_of_means as difference_of_means
 from .directions.contrast import directions_by_position as directions_by_position
-from .directions.contrast import random_directions as random_directions
 from .rating.questions import rating_prompts as rating_prompts
 from .rating.questions import templates_from as templates_from
 from .rating.rated import rate_texts as rate_texts

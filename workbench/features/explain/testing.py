@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from workbench.controls.area import chance_above
 from workbench.core.errors import DegenerateInputError, ShapeError
-from workbench.core.metrics import auroc as tied_auroc
 from workbench.core.stats import Estimate
 from workbench.features.explain.examples import Examples, Windows, joined
 
@@ -123,7 +122,7 @@ def auroc_difference(
 
 
 def _area(labels: np.ndarray, scores: np.ndarray) -> float:
-    return float(tied_auroc(torch.from_numpy(scores)[:, None], torch.from_numpy(labels)))
+    return chance_above(scores[labels], scores[~labels])
 
 
 def _area_draws(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.controls.directions import random_directions
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.progress import track
 from workbench.features.scores.last_token import LastToken, fp32_copy
@@ -70,7 +71,7 @@ def depth_scores(
     if not share > 0:
         raise InvalidInputError(f"depth_scores(share={share}): the edit needs a size. Give a positive share.")
     sites = [model.resolve(Site("resid_post", layer)) for layer in (layers or range(model.n_layers))]
-    noise = torch.randn(n_random, model.d_model, generator=torch.Generator().manual_seed(seed))
+    noise = random_directions(torch.ones(model.d_model), n_random, seed=seed)
     both = torch.cat([directions.detach().float().cpu(), noise]).to(model.device)
     scored = fp32_copy(model)
     lens = lens_tokens(scored, both).ids

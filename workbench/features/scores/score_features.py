@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.activations.store import ActivationStore
 from workbench.bases.saecode import decoder_rows, writing
+from workbench.controls.directions import random_directions
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, did_you_mean
 from workbench.features.passes.contexts import MISSING, ContextOptions, TopContexts, top_contexts
@@ -105,7 +106,8 @@ def score_features(
         )
         outputs = direction_scores(model, sae, rows, where, how)
         if options.random_directions and not bool(zero.all()):
-            random = direction_scores(model, sae, random_like(rows[~zero], options), where, how)
+            directions = random_directions(rows[~zero], options.random_directions, seed=options.seed)
+            random = direction_scores(model, sae, directions, where, how)
     if store is not None:
         contexts = top_contexts(store, sae, model.tokenizer, ids, str(where), options.contexts)
     lens_ids = (outputs.lens if outputs else lens_tokens(model, rows, options.k)).ids.cpu()
@@ -122,15 +124,6 @@ def score_features(
     for row in zero.nonzero().flatten().tolist():
         frame.at[row, "best_token"], frame.at[row, "top_tokens"], frame.at[row, "top_token_ids"] = "", [], []
     return FeatureTable(frame, meta, controls)
-
-
-def random_like(directions: Tensor, options: ScoreOptions) -> Tensor:
-    """Random directions with the norms of randomly chosen rows of `directions`."""
-    generator = torch.Generator().manual_seed(options.seed)
-    n = options.random_directions
-    noise = torch.randn(n, directions.shape[1], generator=generator).to(directions.device)
-    like = directions.norm(dim=1)[torch.randint(len(directions), (n,), generator=generator).to(directions.device)]
-    return noise / noise.norm(dim=1, keepdim=True) * like[:, None].float()
 
 
 def _meta(model: Model, sae: Any, site: Site, options: ScoreOptions, strength: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.controls.area import chance_above
 from workbench.core.errors import UnknownNameError, did_you_mean
 from workbench.core.progress import track
 from workbench.glitch.ranking.weights import Matrix, TokenMatrices
@@ -194,19 +195,8 @@ def separation(indicator: str, values: np.ndarray, ordinary: np.ndarray, held_ou
     held_out = held_out[np.isfinite(held_out)]
     if not len(there) or not len(held_out):
         return Separation(indicator, float("nan"), float("nan"), len(held_out), len(there))
-    auc = auc_lower(held_out, there)
+    auc = chance_above(there, held_out)
     return Separation(indicator, auc, float(np.mean(there < held_out.max())), len(held_out), len(there))
-
-
-def auc_lower(low: np.ndarray, high: np.ndarray) -> float:
-    """Chance that a value of `low` is below one of `high`, ties counting half.
-
-    >>> auc_lower(np.array([1.0, 3.0]), np.array([2.0, 3.0]))  # (1 + 1 + 0 + 0.5) / 4
-    0.625
-    """
-    there = np.sort(high)
-    below, upto = np.searchsorted(there, low, "left"), np.searchsorted(there, low, "right")
-    return float(np.mean(1 - (below + upto) / (2 * len(there))))
 
 
 def held_out_values(

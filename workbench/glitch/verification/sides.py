@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.controls.area import chance_above
 from workbench.core.codec import Codec, token_bytes
 from workbench.core.errors import DegenerateInputError
 from workbench.core.metrics import kl_divergence
 from workbench.core.progress import task
 from workbench.core.stats import Estimate, clopper_pearson
 from workbench.core.tokens import TokenBatch
-from workbench.glitch.ranking.indicators import auc_lower
 from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.prompts import Probe, Template
 from workbench.glitch.verification.scoring import target_probabilities
@@ -256,7 +256,7 @@ def _judged(parts: Sequence[tuple[Sequence[int], Sequence[Pieces], _Measured]]) 
 
 def _auc(own: np.ndarray, other: np.ndarray) -> float:
     other = other[np.isfinite(other)]
-    return auc_lower(own, other) if len(own) and len(other) else float("nan")
+    return chance_above(other, own) if len(own) and len(other) else float("nan")
 
 
 def which(read_excess: float, write_lack: float) -> Broken:

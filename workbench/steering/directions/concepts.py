@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.bases.saecode import decoder_rows, encode
+from workbench.controls.directions import random_directions
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import task
@@ -26,7 +27,7 @@ from workbench.steering.sweep.build import arm_result, choices, curve, points_of
 from workbench.steering.sweep.intervals import two_level
 from workbench.steering.sweep.options import SCOPES, SteerOptions
 from workbench.steering.sweep.prompts import NEUTRAL_PROMPTS
-from workbench.steering.sweep.steer import Bench, check_prompts, random_like
+from workbench.steering.sweep.steer import Bench, check_prompts
 from workbench.steering.sweep.steering_report import (
     MEASURES,
     Point,
@@ -129,7 +130,10 @@ def steer_concepts(
     options = replace(options, k=tokens.shape[1])
     vectors = _vectors(model, concepts, where, directions)
     first = next(iter(vectors.values()))
-    vectors |= {"random": random_like(first, options.seed), "negated": -vectors.get("difference of means", first)}
+    vectors |= {
+        "random": random_directions(first, seed=options.seed),
+        "negated": -vectors.get("difference of means", first),
+    }
     bench = Bench(model, directions.sae, where, prompts, options)
     bench.require_room(tokens)
     norm = float(model.capture(list(prompts), [where], positions=Last())[where].float().norm(dim=1).mean())

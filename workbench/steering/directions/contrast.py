@@ -1,4 +1,4 @@
-"""Steering directions from contrasts of activations, and the random directions that they are compared with."""
+"""Steering directions from contrasts of activations."""
 
 from __future__ import annotations
 
@@ -48,29 +48,6 @@ def cosine(a: Float[Tensor, "*rows d"], b: Float[Tensor, " d"]) -> Float[Tensor,
     tensor([0.6000, 0.0000])
     """
     return torch.nn.functional.cosine_similarity(a.float(), b.float().expand_as(a), dim=-1)
-
-
-def random_directions(reference: Float[Tensor, " d"], n: int, seed: int = 0) -> Float[Tensor, "n d"]:
-    """`n` random vectors, each orthogonal to `reference` and of its norm: what any push of that size does.
-
-    Raises:
-        DegenerateInputError: if `reference` is zero or has one component, so that nothing is orthogonal to it.
-
-    >>> random_directions(torch.tensor([0.0, 2.0]), 1).abs()
-    tensor([[2., 0.]])
-    """
-    r = reference.double().cpu()
-    if r.numel() < 2 or not bool(r.norm() > 0):
-        raise DegenerateInputError(
-            f"random_directions: reference of shape {tuple(reference.shape)} and norm {float(r.norm()):.3g}. "
-            "Give a non-zero vector with two components or more."
-        )
-    unit = r / r.norm()
-    noise = torch.randn(n, r.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    # Twice: one pass leaves a rounding residue where the noise was nearly parallel.
-    for _ in range(2):
-        noise = noise - (noise @ unit)[:, None] * unit
-    return (noise / noise.norm(dim=1, keepdim=True) * r.norm()).float().to(reference.device)
 
 
 @torch.no_grad()

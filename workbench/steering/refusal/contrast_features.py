@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.bases.saecode import Basis, output_scale
+from workbench.controls.area import auroc
 from workbench.core.errors import DegenerateInputError
-from workbench.core.metrics import auroc
 from workbench.core.tokens import TokenBatch
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.saes import SAEClamp

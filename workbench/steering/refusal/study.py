@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.bases.saecode import refuse_transcoder
+from workbench.controls.directions import random_directions
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import track
 from workbench.core.stats import Estimate, paired_difference, sample_mean, wilson
@@ -19,7 +20,7 @@ from workbench.core.tokens import TokenBatch
 from workbench.interventions.ops import Add, ProjectOut
 from workbench.interventions.saes import SAEClamp
 from workbench.saes.formats.load import check_sae_fits
-from workbench.steering.directions.contrast import TwoByTwo, cosine, mean_activations, random_directions
+from workbench.steering.directions.contrast import TwoByTwo, cosine, mean_activations
 from workbench.steering.refusal.arms import Applied, Arm, distinct_bigrams, replies_of, reply_nats, text_loss
 from workbench.steering.refusal.contrast_features import (
     EVERY_TOKEN_BUT_THE_FIRST,
@@ -226,7 +227,7 @@ def _arms(
     matched: Sequence[tuple[int, ...]],
     options: RefusalOptions,
 ) -> tuple[Arm, ...]:
-    random = random_directions(direction, 2 * options.n_test, options.seed)
+    random = random_directions(direction, 2 * options.n_test, seed=options.seed, orthogonal=True)
     arms = [Arm("unsteered", "unsteered", 0.0)]
     for strength in options.strengths:
         control = f"random direction x{strength:g}"

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 
 from workbench.bases.saecode import decoder_rows, sae_fingerprint
+from workbench.controls.directions import random_directions
 from workbench.core.progress import Task
 from workbench.core.records import to_jsonable, write_atomic
 from workbench.features.scores.logit_lens import target_site
@@ -22,7 +23,7 @@ from workbench.steering.selection.groups import Depth, StudyOptions
 from workbench.steering.sweep.arms import Arm
 from workbench.steering.sweep.build import success_key
 from workbench.steering.sweep.choose import best_strength, paper_strength
-from workbench.steering.sweep.steer import Bench, PushSet, random_like, sizes_of
+from workbench.steering.sweep.steer import Bench, PushSet, sizes_of
 
 ARMS = ("feature", "random", "unsteered")
 BLOCK = 8
@@ -106,7 +107,7 @@ class _Work:
         self._features = torch.tensor(features)
         self._vectors = decoder_rows(depth.sae, self._features)
         # Drawn for all at once, so that a feature's random direction does not depend on how blocks are cut.
-        self._noise = random_like(self._vectors, options.seed)
+        self._noise = random_directions(self._vectors, seed=options.seed)
         self._options, self._steering = options, replace(options.steering, table=depth.table)
         self._parts = (model, depth.sae, target_site(model, depth.sae))
         self._bench: Bench | None = None

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.bases.saecode import decoder_rows, writing
+from workbench.controls.directions import random_directions
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.progress import Task, task
@@ -83,7 +84,7 @@ def steer(
     bench.require_room(bench.lens_of(chosen))
     directions = decoder_rows(sae, chosen)
     planned = [("feature", chosen, directions), ("negated", chosen, -directions)]
-    planned.append(("random", chosen, random_like(directions, options.seed)))
+    planned.append(("random", chosen, random_directions(directions, seed=options.seed)))
     planned += [(name, ids, decoder_rows(sae, ids)) for name, ids in sets.items() if name != "feature"]
     edits = len(strengths) * sum(len(ids) for _, ids, _ in planned)
     with task(total=len(prompts) * (1 + edits + len(chosen)), description="steering", unit="texts") as progress:
@@ -199,12 +200,6 @@ def sizes_of(features: Int[Tensor, " features"], options: SteerOptions) -> Float
             "with a store in which they are active, or use a_max='token'."
         )
     return torch.tensor(sizes)
-
-
-def random_like(directions: Float[Tensor, "features d"], seed: int) -> Float[Tensor, "features d"]:
-    """Random directions with the norms of these."""
-    noise = torch.randn(directions.shape, generator=torch.Generator().manual_seed(seed)).to(directions.device)
-    return noise / noise.norm(dim=1, keepdim=True) * directions.norm(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
