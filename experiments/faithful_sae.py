@@ -23,8 +23,8 @@ from workbench.core.errors import InvalidInputError
 from workbench.core.progress import track
 from workbench.core.stats import Estimate
 from workbench.core.tokens import TokenBatch
+from workbench.engine.keeper import Keeper
 from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool
-from workbench.runs.parts import Parts
 from workbench.saes.comparison.corpus import CorpusOptions, CorpusReport, check_corpus
 from workbench.saes.comparison.faithful import FakeFeatureOptions, FakeFeatures, Quality, fake_features, quality
 from workbench.saes.comparison.matching import MatchOptions, match_by_activations, shared_features
@@ -100,18 +100,18 @@ def study(
     saes = _trained(stores, site, folder, options)
     heldout = {data: store.token_rows("heldout") for data, store in stores.items()}
     made_of = [*map(store_id, stores.values()), *map(sae_fingerprint, saes.values())]
-    parts = Parts(folder / "measured", (model.fingerprint, site, options, texts, made_of))
+    parts = Keeper.of_key(folder / "measured", (model.fingerprint, site, options, texts, made_of))
     alike = torch.cat([rows[: evaluation.max_rows] for rows in heldout.values()])
     named = {_name(key): sae for key, sae in saes.items()}
-    fake = parts.get("fake", dict[str, FakeFeatures], lambda: fake_features(model, named, alike, options=options.fake))
-    probes = parts.get(
+    fake = parts.once("fake", dict[str, FakeFeatures], lambda: fake_features(model, named, alike, options=options.fake))
+    probes = parts.once(
         "probes", dict[str, tuple[Estimate, Estimate]], lambda: _probes(model, named, site, texts, options)
     )
     trained = []
     for (data, seed), sae in track(saes.items(), description="Evaluating the SAEs", unit="SAEs"):
         name = _name((data, seed))
         on = {
-            kind: parts.get(
+            kind: parts.once(
                 f"{name}-on-{kind}", Quality,
                 lambda sae=sae, rows=rows: quality(model, sae, rows, options=evaluation),
             )
@@ -121,7 +121,7 @@ def study(
     return FaithfulReport(
         site=site, tokens=stores[OWN].manifest.n_tokens, corpus=said, saes=tuple(trained),
         pairs=tuple(_pairs(saes, stores, options, parts)),
-        texts={kind: parts.get(
+        texts={kind: parts.once(
             f"text-{kind}", CorpusReport,
             lambda store=store: check_corpus(model, store.token_rows("all"), options=checks),
         ) for kind, store in stores.items()},
@@ -158,7 +158,7 @@ def _trained(
 
 
 def _pairs(
-    saes: dict[tuple[str, int], Any], stores: dict[str, ActivationStore], options: Options, parts: Parts
+    saes: dict[tuple[str, int], Any], stores: dict[str, ActivationStore], options: Options, parts: Keeper
 ) -> Iterator[Pair]:
     share = max(2, options.match.max_tokens // len(stores))
     acts = [part for store in stores.values() for part in _first(store, share)]
@@ -170,7 +170,7 @@ def _pairs(
 
     every = list(itertools.combinations(saes, 2))
     for a, b in track(every, description="Matching features", unit="pairs"):
-        yield parts.get(f"{_name(a)}-and-{_name(b)}", Pair, lambda a=a, b=b: pair(a, b))
+        yield parts.once(f"{_name(a)}-and-{_name(b)}", Pair, lambda a=a, b=b: pair(a, b))
 
 
 def _first(store: ActivationStore, limit: int) -> Iterator[Tensor]:

@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("workbench", "circuits", "experiments")
 
 LAYERS = (
-    ("core", "report", "runs"),
+    ("core", "engine", "report", "runs"),
     ("hooks",),
     ("bases",),
     ("interventions",),
     ("models",),
-    ("controls", "engine"),
+    ("controls",),
     ("activations", "saes", "probes"),
     ("judges",),
     ("features", "steering", "glitch"),
@@ -37,6 +37,7 @@ LAYERS = (
 
 FOUNDATION = {
     "core": set(),
+    "engine": {"core"},
     "report": {"core"},
     "runs": {"core", "report"},
 }

@@ -18,13 +18,13 @@ import torch
 
 from tests.activations.test_harvest import SITE, SMALL, _hashes, _rows, _source
 from tests.tiny import tiny_model
-from workbench.activations import folder as folder_module
-from workbench.activations.folder import in_use
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.plan import estimate_harvest
 from workbench.activations.sources import HubDataset, SelfText, Source, TextFiles, TokenRows
 from workbench.activations.store import first_not_finite, open_store
 from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError, MissingFileError, ResourceError
+from workbench.core.locks import in_use
+from workbench.engine import local as folder_module
 from workbench.models.model import Model
 
 
@@ -36,7 +36,7 @@ def model() -> Model:
 @contextmanager
 def _room_for(files: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A disk on which so many more files fit."""
-    real, left = folder_module._write_parts, iter(range(files))
+    real, left = folder_module.write_parts, iter(range(files))
 
     def filling(path: Path, parts: Any) -> str:
         if next(left, None) is None:
@@ -45,7 +45,7 @@ def _room_for(files: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return real(path, parts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(folder_module, "_write_parts", filling)
+        patched.setattr(folder_module, "write_parts", filling)
         yield
 
 

@@ -14,11 +14,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.activations.test_harvest import SITE, SMALL, _hashes, _source
 from tests.tiny import tiny_model
-from workbench.activations import folder as folder_module
-from workbench.activations.folder import LocalFolder, RemoteFolder, check_writable, in_use, open_folder, require_local
 from workbench.activations.harvest import harvest
 from workbench.activations.store import open_store
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, ResourceError
+from workbench.core.locks import in_use
+from workbench.engine.folder import check_writable, open_folder, require_local
+from workbench.engine.local import LocalFolder
+from workbench.engine.remote import RemoteFolder
 from workbench.models.model import Model
 
 
@@ -158,7 +160,7 @@ def test_a_full_disk_while_uploading_names_the_address(model: Model, monkeypatch
     def full(path: Path, parts: Any) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folder_module, "_write_parts", full)
+    monkeypatch.setattr("workbench.engine.remote.write_parts", full)
     with pytest.raises(ResourceError, match=r"memory://bucket/acts/shard-00000"):
         harvest(model, _source(), [SITE], "memory://bucket/acts", options=SMALL)
 
@@ -236,7 +238,7 @@ def test_a_lock_on_a_folder_that_was_removed_meanwhile_does_not_count(
         path.rmdir()
         return handle
 
-    monkeypatch.setattr("workbench.activations.folder.os.open", late)
+    monkeypatch.setattr("workbench.core.locks.os.open", late)
     with in_use(tmp_path / "a"):
         with pytest.raises(InvalidInputError, match="Another process"), in_use(tmp_path / "a"):
             pass

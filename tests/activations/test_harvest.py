@@ -157,7 +157,7 @@ from tests.tiny import tiny_model
 from dataclasses import replace
 from workbench.activations import harvest as h
 from workbench.activations.sources import SelfText
-import os, signal, workbench.activations.folder as module
+import os, signal, workbench.engine.folder as module
 real, written, after = module.os.replace, [], float(sys.argv[2])
 def killing(partial, target):
     written.append(target)

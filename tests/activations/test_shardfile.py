@@ -6,9 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from workbench.activations.folder import LocalFolder
 from workbench.activations.shardfile import read_tensor, safetensors_parts
 from workbench.core.errors import CorruptFileError
+from workbench.engine.local import LocalFolder
 
 
 def _tensors() -> dict[str, torch.Tensor]:

@@ -113,7 +113,7 @@ def test_parts_that_do_not_belong_together_are_refused(model: Model, tmp_path: P
 
 
 def _folder(path: Path) -> Any:
-    from workbench.activations.folder import open_folder
+    from workbench.engine.folder import open_folder
 
     return open_folder(path)
 

@@ -12,11 +12,11 @@ import torch
 
 from tests.activations.test_harvest import SITE, SMALL, _hashes, _source
 from tests.tiny import tiny_model
-from workbench.activations import folder as folder_module
-from workbench.activations.folder import open_folder
 from workbench.activations.harvest import _Harvest, harvest
 from workbench.activations.manifest import load_manifest
 from workbench.activations.write_behind import write_behind
+from workbench.engine import local as folder_module
+from workbench.engine.folder import open_folder
 
 PATIENCE = 20
 """Seconds until something that should have happened is given up."""
@@ -120,7 +120,7 @@ def test_a_shard_is_not_overwritten_by_the_next_while_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harvest(tiny_model(), _source(), [SITE], tmp_path / "whole", options=SMALL)
-    real_made, real_write, made = _Harvest._made, folder_module._write_parts, [threading.Event() for _ in range(5)]
+    real_made, real_write, made = _Harvest._made, folder_module.write_parts, [threading.Event() for _ in range(5)]
     counting = iter(made)
 
     def noted(self: _Harvest, *args: Any) -> Any:
@@ -135,7 +135,7 @@ def test_a_shard_is_not_overwritten_by_the_next_while_it_is_written(
         return real_write(path, parts)
 
     monkeypatch.setattr(_Harvest, "_made", noted)
-    monkeypatch.setattr(folder_module, "_write_parts", late)
+    monkeypatch.setattr(folder_module, "write_parts", late)
     harvest(tiny_model(), _source(), [SITE], tmp_path / "late", options=SMALL)
     assert sum(event.is_set() for event in made) == 4
     assert _hashes(tmp_path / "late") == _hashes(tmp_path / "whole")

@@ -70,7 +70,7 @@ def test_a_stopped_study_measures_nothing_twice(
     assert again(SMALL) == report and not ran
     (measured,) = (folder / "run" / "measured").iterdir()
     for part in ("own-0-on-corpus", "own-1-and-corpus-0", "text-own"):
-        (measured / f"{part}.json").unlink()
+        (measured / "parts" / f"{part}.json").unlink()
     assert again(SMALL) == report and ran == ["quality", "match_by_activations", "check_corpus"]
     other = again(replace(SMALL, match=replace(SMALL.match, threshold=0.1)))
     assert other.pairs != report.pairs and ran.count("match_by_activations") == 7

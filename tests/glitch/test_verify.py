@@ -17,9 +17,9 @@ from workbench.core.codec import FastCodec
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.stats import clopper_pearson
 from workbench.core.tokens import TokenBatch
+from workbench.engine.log import Log
 from workbench.glitch.scanning.scanner import ScanOptions, scan
 from workbench.glitch.verification.chat import prompt_set
-from workbench.glitch.verification.journal import Journal
 from workbench.glitch.verification.prompts import PROBES, Probe, Template, probes_from, template
 from workbench.glitch.verification.scoring import VerifyOptions, greedy_logits, score, target_probabilities
 from workbench.glitch.verification.verify import journal_key, max_probabilities, verdict, verify, with_spliced
@@ -250,13 +250,13 @@ def test_an_interrupted_test_goes_on_where_it_was(tmp_path: Path) -> None:
                 return super().logits(batch, keep)
 
         with pytest.raises(KeyboardInterrupt):
-            verify(Tiring(says), CODEC, TEMPLATES, ids, [], options, Journal(file, key))
+            verify(Tiring(says), CODEC, TEMPLATES, ids, [], options, Log(file, key))
         whole, rest = Parrot(says), Parrot(says)
         expected = verify(whole, CODEC, TEMPLATES, ids, [], options)
-        assert verify(rest, CODEC, TEMPLATES, ids, [], options, Journal(file, key)) == expected
+        assert verify(rest, CODEC, TEMPLATES, ids, [], options, Log(file, key)) == expected
         assert 0 < rest.rows < whole.rows - 5
         again = Parrot(says)
-        assert verify(again, CODEC, TEMPLATES, ids, [], options, Journal(file, key)) == expected and again.rows == 0
+        assert verify(again, CODEC, TEMPLATES, ids, [], options, Log(file, key)) == expected and again.rows == 0
 
 
 def test_a_model_that_gives_no_number_gives_no_verdict() -> None:

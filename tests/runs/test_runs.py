@@ -13,10 +13,10 @@ import pytest
 
 import workbench.runs.mirror as mirror_module
 from workbench.core.errors import InvalidInputError, MissingFileError
+from workbench.core.locks import lock_folder, unlock_folder
 from workbench.core.records import load_json, save_json
 from workbench.core.stats import wilson
 from workbench.report.base import Bars, Section, Table
-from workbench.runs.lock import lock_folder, unlock_folder
 from workbench.runs.run import RunDir, find_run, list_runs
 
 ROOT = Path(__file__).parents[2]
@@ -205,7 +205,7 @@ def test_folders_of_killed_processes_are_removed_and_those_of_live_ones_stay(tmp
         folder.mkdir()
     (dead / ".lock").touch()
     (dead / "config.json").touch()
-    code = "import sys; from workbench.runs.lock import *; lock_folder(Path(sys.argv[1])); print(1, flush=1); input()"
+    code = "import sys; from workbench.core.locks import *; lock_folder(Path(sys.argv[1])); print(1, flush=1); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(live)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_env()
     ) as process:

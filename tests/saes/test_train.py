@@ -20,7 +20,6 @@ from tests.saes.stores import (
     tensors,
 )
 from tests.tiny import D_MODEL, tiny_model
-from workbench.activations.folder import in_use
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TokenRows
 from workbench.activations.store import ActivationStore
@@ -32,6 +31,7 @@ from workbench.core.errors import (
     UnknownNameError,
     UnknownSiteError,
 )
+from workbench.core.locks import in_use
 from workbench.saes.architectures import Gated, JumpReLU
 from workbench.saes.formats.load import load_sae
 from workbench.saes.training.batches import Batches, OrderKey

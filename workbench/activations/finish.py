@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from workbench.activations.folder import Folder
 from workbench.activations.manifest import DROP_REASONS, Manifest, Shard, SiteStats, load_manifest
 from workbench.activations.store import ActivationStore
 from workbench.core.errors import DegenerateInputError, MismatchError, MissingFileError
+from workbench.engine.local import Folder
 
 
 def finish(folder: Folder, manifest: Manifest) -> None:

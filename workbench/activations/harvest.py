@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from workbench.activations.finish import finish, join_parts
-from workbench.activations.folder import Folder, LocalFolder, Part, check_writable, in_use, open_folder
 from workbench.activations.manifest import DROP_REASONS, MANIFEST, Manifest, Shard, load_manifest
 from workbench.activations.packing import PackedRows, Source
 from workbench.activations.plan import (
@@ -37,7 +36,10 @@ from workbench.activations.write_behind import write_behind
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError
+from workbench.core.locks import in_use
 from workbench.core.progress import Task, task
+from workbench.engine.folder import check_writable, open_folder
+from workbench.engine.local import Folder, LocalFolder, Part
 
 STATISTICS_TOKENS = 100_000
 """Kept tokens of the first shard from which the channels are standardised for int8, at most."""

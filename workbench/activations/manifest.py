@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from workbench.activations.folder import Folder
 from workbench.activations.quant import Int8Code
 from workbench.controls.tokens import SINK_FACTOR
 from workbench.core.errors import CorruptFileError, InvalidInputError
 from workbench.core.jsontext import parse_json
 from workbench.core.records import from_jsonable, to_jsonable
+from workbench.engine.local import Folder
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 
-from workbench.activations.folder import Folder, open_folder
 from workbench.activations.manifest import MANIFEST, Dtype, Manifest, SiteStats
 from workbench.activations.packing import PackedRows, Source, packing_of
 from workbench.controls.tokens import TokenPolicy
@@ -23,6 +22,8 @@ from workbench.core.errors import DegenerateInputError, InvalidInputError, Misma
 from workbench.core.progress import clock
 from workbench.core.records import to_jsonable
 from workbench.core.tokenizer import NoTokenizer, special_ids
+from workbench.engine.folder import open_folder
+from workbench.engine.local import Folder
 
 BYTES_PER_TOKEN = 14
 """Token, row and document ids as int32, position as int16 (int32 in rows of more than `MOST_INT16` tokens)."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.activations.folder import Folder, Part
 from workbench.core.errors import CorruptFileError
 from workbench.core.jsontext import parse_json
+from workbench.engine.local import Folder, Part
 
 _DTYPES = {torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8"}
 """In the order of the file: wide types first keep every tensor aligned."""

@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from workbench.activations.folder import Folder, open_folder
 from workbench.activations.manifest import DROP_REASONS as DROP_REASONS
 from workbench.activations.manifest import MANIFEST, Manifest, Shard, load_manifest
 from workbench.activations.manifest import SiteStats as SiteStats
@@ -31,6 +30,8 @@ from workbench.core.errors import (
     UnknownSiteError,
     did_you_mean,
 )
+from workbench.engine.folder import open_folder
+from workbench.engine.local import Folder
 from workbench.hooks.sites import Site
 
 Split = Literal["all", "train", "heldout"]

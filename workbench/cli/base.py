@@ -85,7 +85,7 @@ class Command(BaseCommand):
 
     def start(self, name: str, fresh: bool = False) -> RunDir:
         """The run folder of this command, continued if an equal one was interrupted; inside `out` or `runs/`."""
-        from workbench.activations.folder import require_local
+        from workbench.engine.folder import require_local
         from workbench.runs.run import RunDir
 
         require_local(self.out or "runs")  # also for those who call it without the command line

@@ -63,8 +63,8 @@ class FeaturesCards(BaseCommand):
 
     def run(self) -> None:
         """Makes the cards, saves them, and says what they hold."""
-        from workbench.activations.folder import require_local
         from workbench.activations.store import open_store
+        from workbench.engine.folder import require_local
         from workbench.features.cards.cardmaking import feature_cards
         from workbench.features.cards.cardset import CardSet
         from workbench.features.scores.table import FeatureTable

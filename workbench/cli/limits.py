@@ -59,7 +59,7 @@ def check_places(command: Any) -> None:
     Raises:
         InvalidInputError: for an address, unless the command takes them, and for what can't be written to.
     """
-    from workbench.activations.folder import require_local
+    from workbench.engine.folder import require_local
 
     for name in ("out", "save_model"):
         place = getattr(command, name, None)

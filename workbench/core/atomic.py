@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from workbench.core.errors import InvalidInputError
-
-try:
-    import fcntl
-except ImportError:  # Windows: what a killed process leaves stays there
-    fcntl = None
+from workbench.core.locks import HAS_LOCKS, try_lock
 
 _SUFFIX = ".wb.tmp"
 _swept: set[Path] = set()
@@ -92,26 +88,17 @@ def _begin(target: Path) -> BinaryIO:
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
         file = open(partial, "xb")  # noqa: SIM115 - closed by the caller
         # another process may have taken the file for a dead one's before it was locked
-        if fcntl is None or (_locked(file) and partial.exists()):
+        if not HAS_LOCKS or (try_lock(file.fileno()) and partial.exists()):
             return file
         file.close()
 
 
 def _sweep(folder: Path) -> None:
     """Removes temporary files that no process has open, once for each folder."""
-    if fcntl is None or folder in _swept:
+    if not HAS_LOCKS or folder in _swept:  # without locks, what a killed process leaves stays there
         return
     _swept.add(folder)
     for partial in folder.glob(f".*{_SUFFIX}"):
         with contextlib.suppress(OSError), open(partial, "rb") as file:
-            if _locked(file):
+            if try_lock(file.fileno()):
                 partial.unlink()
-
-
-def _locked(file: BinaryIO) -> bool:
-    assert fcntl is not None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

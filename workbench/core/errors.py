@@ -15,7 +15,8 @@ WorkbenchError
 ├── MissingFileError (FileNotFoundError)
 ├── ModelUnavailableError (RuntimeError) the model can't be obtained
 ├── SelfCheckError (RuntimeError)       the loaded model fails its own identities
-└── ResourceError (RuntimeError)        too little memory or disk for what was asked
+├── ResourceError (RuntimeError)        too little memory or disk for what was asked
+└── ShardsFailed (RuntimeError)         some pieces of a long job raised; the others are kept
 
 The text of each has three parts: what was asked (with value and shape), what exists, what to do.
 """
@@ -88,6 +89,10 @@ class SelfCheckError(WorkbenchError, RuntimeError):
 
 class ResourceError(WorkbenchError, RuntimeError):
     """Too little memory or disk for what was asked."""
+
+
+class ShardsFailed(WorkbenchError, RuntimeError):
+    """Some shards of a long job that raised; the text names each with its error, and the others are kept."""
 
 
 def did_you_mean(asked: str, known: Iterable[str], limit: int = 3) -> str:

@@ -198,7 +198,7 @@ def _wrong(where: str, expected: Any, data: Any) -> InvalidInputError:
 
 def _decode(cls: Any, data: Any, where: str) -> Any:
     origin = typing.get_origin(cls)
-    if cls is Any:
+    if cls in (Any, object):
         return data
     if origin in (typing.Union, types.UnionType):
         return _decode_union(typing.get_args(cls), data, where)

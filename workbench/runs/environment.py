@@ -36,7 +36,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
 def git_state(folder: Path = _CHECKOUT) -> dict[str, Any] | None:
     """Commit of the checkout that tracks this package, and whether tracked files differ from it."""
     # a virtual environment inside somebody's repository must not report that repository's commit
-    if not _git(folder, "ls-files", "workbench/rundir"):
+    if not _git(folder, "ls-files", "workbench/runs"):
         return None
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from workbench.core.errors import CorruptFileError, MissingFileError, did_you_mean
 from workbench.core.jsontext import content_of
+from workbench.core.locks import locked_elsewhere
 from workbench.core.records import load_json
-from workbench.runs.lock import locked_elsewhere
 
 Status = Literal["finished", "running", "unfinished", "unreadable"]
 

@@ -18,6 +18,7 @@ from typing import Any
 from workbench.core.atomic import refuse_address
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, WorkbenchError, did_you_mean
 from workbench.core.jsontext import content_of
+from workbench.core.locks import lock_folder, lock_moved, remove_dead, unlock_folder
 from workbench.core.records import (
     from_jsonable,
     json_lines,
@@ -30,7 +31,6 @@ from workbench.core.records import (
 from workbench.report.blocks import Section, flat_metrics
 from workbench.runs.environment import environment, git_state
 from workbench.runs.listing import RunInfo, find_run, list_runs
-from workbench.runs.lock import lock_folder, lock_moved, remove_dead, unlock_folder
 
 __all__ = ["SCHEMA", "RunDir", "RunInfo", "find_run", "list_runs", "settings_of"]
 

@@ -17,6 +17,7 @@ from workbench.activations.store import ActivationStore
 from workbench.bases import saecode
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
+from workbench.engine.keeper import Keeper
 from workbench.features.card import Explanation, FeatureCard, LensToken, Neighbour, Window
 from workbench.features.cards.cardset import CardSet
 from workbench.features.cards.neighbours import NeighbourOptions, activation_neighbours, decoder_neighbours
@@ -30,7 +31,6 @@ from workbench.features.scores.origin import origin
 from workbench.features.scores.table import FeatureTable
 from workbench.features.token_classes import Vocabulary
 from workbench.models.model import Model
-from workbench.runs.parts import Parts
 from workbench.saes.formats.load import check_sae_fits
 
 DENSE_SHARE = 0.1
@@ -111,7 +111,7 @@ def feature_cards(
     explanations: dict[int, Explanation] = {}
     if options.explain:
         shards = [shard.sha256 for shard in store.manifest.shards]
-        parts = None if keep is None else Parts(keep, {**meta, "features": ids.tolist(), "shards": shards})
+        parts = None if keep is None else Keeper.of_key(keep, {**meta, "features": ids.tolist(), "shards": shards})
         rules = explain_by_rules(found, ids, vocabulary, options.examples, parts)
         explanations = score_rules(rules, vocabulary, seed=options.examples.seed, keep=parts)
     every = saecode.decoder_rows(sae, torch.arange(int(sae.W_dec.shape[0])))

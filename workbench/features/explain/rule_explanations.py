@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.core.progress import task
 from workbench.core.stats import Estimate
+from workbench.engine.keeper import Keeper
 from workbench.features.card import Explanation
 from workbench.features.explain.examples import ExampleOptions, Examples, examples_of
 from workbench.features.explain.rulefit import FittedRule, fit_rule
@@ -21,7 +22,6 @@ from workbench.features.explain.similar import hard_items
 from workbench.features.explain.testing import Items, answer_scores, detection_items, fuzzing_items
 from workbench.features.passes.windows import FeatureWindows
 from workbench.features.token_classes import Vocabulary
-from workbench.runs.parts import Parts
 
 DETECTION = {"balanced_accuracy": "detection", "precision": "precision", "recall": "recall", "f1": "f1"}
 """What the ratios of a detection test are called in an explanation; the other tests show balanced accuracy alone."""
@@ -70,7 +70,7 @@ class _Fit:
 
 def explain_by_rules(
     found: FeatureWindows, features: Int[Tensor, " features"], tokenizer: Any, options: ExampleOptions | None = None,
-    keep: Parts | None = None,
+    keep: Keeper | None = None,
 ) -> tuple[RuleExplanation, ...]:  # fmt: skip
     """The best rule of each feature, chosen on documents that are not used for its test.
 
@@ -97,7 +97,7 @@ def explain_by_rules(
 
 
 def _kept(
-    items: Sequence[Item], make: Callable[[Item], Made], kind: type[Made], keep: Parts | None, name: str
+    items: Sequence[Item], make: Callable[[Item], Made], kind: type[Made], keep: Keeper | None, name: str
 ) -> list[Made]:
     """What is made of each item, in blocks that are kept."""
     made: list[Made] = []
@@ -111,13 +111,13 @@ def _kept(
                     running.advance()
                 return found
 
-            whole = block() if keep is None else keep.get(f"{name.replace(' ', '-')}-{start}", list[kind], block)
+            whole = block() if keep is None else keep.once(f"{name.replace(' ', '-')}-{start}", list[kind], block)
             made += whole
     return made
 
 
 def score_rules(
-    explained: Sequence[RuleExplanation], tokenizer: Any, *, seed: int = 0, keep: Parts | None = None
+    explained: Sequence[RuleExplanation], tokenizer: Any, *, seed: int = 0, keep: Keeper | None = None
 ) -> dict[int, Explanation]:
     """Each rule's scores in detection, hard detection and fuzzing on held-out documents, beside those of its controls.
 

@@ -20,6 +20,7 @@ from workbench.core.errors import (
     did_you_mean,
 )
 from workbench.core.gguffile import read_gguf
+from workbench.engine.log import Log
 from workbench.glitch.ranking.indicators import (
     INDICATORS,
     RowFacts,
@@ -37,7 +38,6 @@ from workbench.glitch.scanning.glitch_report import GlitchReport
 from workbench.glitch.scanning.result import TokenizerFacts, TokenTable
 from workbench.glitch.verification.chat import FORMS, Forms, PromptSet, prompt_set
 from workbench.glitch.verification.contexts import Contexts, in_contexts, line_options, make_lines
-from workbench.glitch.verification.journal import Journal
 from workbench.glitch.verification.prompts import PROBES, Template, probes_from
 from workbench.glitch.verification.scoring import VerifyOptions
 from workbench.glitch.verification.sides import measure_sides
@@ -353,8 +353,8 @@ def _examined(
     return report
 
 
-def _journal(path: Path | None, model: Any, templates: Sequence[Template], how: VerifyOptions) -> Journal | None:
-    return None if path is None else Journal(path, journal_key(model, templates, how))
+def _journal(path: Path | None, model: Any, templates: Sequence[Template], how: VerifyOptions) -> Log | None:
+    return None if path is None else Log(path, journal_key(model, templates, how))
 
 
 def _among_others(

@@ -14,9 +14,9 @@ from workbench.core.errors import DegenerateInputError
 from workbench.core.progress import task
 from workbench.core.records import from_jsonable, json_lines, to_jsonable, write_atomic
 from workbench.core.stats import Estimate, clopper_pearson, mcnemar, paired_difference
+from workbench.engine.log import Log
 from workbench.glitch.scanning.result import shown
 from workbench.glitch.text.adt import AdtItem
-from workbench.glitch.verification.journal import Journal
 from workbench.glitch.verification.probing import dtype_name
 from workbench.report.base import Report, Section, Table, Text
 from workbench.report.blocks import Bars, Block, Metric
@@ -251,7 +251,7 @@ def _gold(item: AdtItem) -> list[str]:
     return [item.first.casefold(), item.second.casefold()]
 
 
-def _book(model: Any, prompts: Sequence[str], path: str | Path | None) -> Journal | None:
+def _book(model: Any, prompts: Sequence[str], path: str | Path | None) -> Log | None:
     """The answers of an earlier run of this model on these prompts, and where new ones go."""
     if path is None:
         return None
@@ -259,4 +259,4 @@ def _book(model: Any, prompts: Sequence[str], path: str | Path | None) -> Journa
         "model": str(getattr(model, "fingerprint", model.name)), "dtype": dtype_name(model),
         "prompts": hashlib.sha256(json.dumps([_NEW_TOKENS, *prompts]).encode()).hexdigest()[:12],
     }  # fmt: skip
-    return Journal(Path(path), key, row_id="prompt")
+    return Log(Path(path), key, row_id="prompt")

@@ -14,11 +14,11 @@ from workbench.activations.files import text_files
 from workbench.core.progress import track
 from workbench.core.records import load_json, save_json
 from workbench.core.stats import clopper_pearson
+from workbench.engine.log import require_same_key
 from workbench.glitch.scanning.result import shown
 from workbench.glitch.text.copying import CopyCheck
 from workbench.glitch.text.sanitize import Sanitizer
 from workbench.glitch.text.spans import numbered_texts, windows
-from workbench.glitch.verification.journal import require_same
 from workbench.report.base import Report, Section, Table, Text
 from workbench.report.blocks import Block, Metric
 
@@ -155,7 +155,7 @@ def _claim(file: Path, key: dict[str, str]) -> None:
     """Notes what a new file depends on, and refuses one that depends on something else or says nothing about it."""
     noted = file.with_name(f"{file.name}.key.json")
     if file.is_file() and file.stat().st_size:
-        require_same(file, load_json(noted, dict) if noted.is_file() else {}, key)
+        require_same_key(file, load_json(noted, dict) if noted.is_file() else {}, key)
     else:
         save_json(noted, key)
 

@@ -11,8 +11,8 @@ import torch
 
 from workbench.core.errors import DegenerateInputError
 from workbench.core.stats import Estimate, clopper_pearson
+from workbench.engine.log import Log
 from workbench.glitch.verification.chat import prompt_set
-from workbench.glitch.verification.journal import Journal
 from workbench.glitch.verification.prompts import Probe, Template
 from workbench.glitch.verification.scoring import VERIFIED, VerifyOptions, score
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
@@ -136,7 +136,7 @@ def in_contexts(
     candidates: Sequence[int],
     controls: Sequence[int],
     options: VerifyOptions | None = None,
-    journal: Journal | None = None,
+    journal: Log | None = None,
 ) -> Contexts:
     """Asks the model to copy every line with each token in it; exact probabilities, by id.
 

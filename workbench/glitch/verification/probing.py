@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError
-from workbench.glitch.verification.journal import Journal
+from workbench.engine.log import Log
 from workbench.glitch.verification.prompts import Probe, Template, prompt_hash
 from workbench.glitch.verification.scoring import (
     VERIFIED,
@@ -107,8 +107,8 @@ class Prober:
             if p >= VERIFIED or all(made.name in row for made in self._confirm):
                 self.best[i] = np.fmax(self.short[i], p)
 
-    def _book(self, folder: Path | None, name: str, made: Sequence[Template], options: VerifyOptions) -> Journal | None:
-        return Journal(folder / name, journal_key(self._model, made, options)) if folder and made else None
+    def _book(self, folder: Path | None, name: str, made: Sequence[Template], options: VerifyOptions) -> Log | None:
+        return Log(folder / name, journal_key(self._model, made, options)) if folder and made else None
 
     def best_probabilities(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The highest probability of each token, in the order asked.

@@ -15,7 +15,7 @@ from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.metrics import token_log_probabilities
 from workbench.core.progress import task
 from workbench.core.tokens import TokenBatch
-from workbench.glitch.verification.journal import Journal
+from workbench.engine.log import Log
 from workbench.glitch.verification.prompts import Template
 from workbench.interventions.plan import active_plans
 from workbench.models.head import forward
@@ -106,7 +106,7 @@ def score(
     templates: Sequence[Template],
     tokens: Int[Tensor, " n"],
     options: VerifyOptions,
-    journal: Journal | None = None,
+    journal: Log | None = None,
 ) -> Scores:
     """Probability of each token under each prompt and step.
 
@@ -136,7 +136,7 @@ def score(
     return found
 
 
-def _recall(journal: Journal, templates: Sequence[Template], tokens: Sequence[int], found: Scores) -> None:
+def _recall(journal: Log, templates: Sequence[Template], tokens: Sequence[int], found: Scores) -> None:
     done = journal.done()
     for k, token in enumerate(tokens):
         for t, template in enumerate(templates):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workbench.core.codec import Codec
 from workbench.core.stats import Estimate, clopper_pearson
-from workbench.glitch.verification.journal import Journal
+from workbench.engine.log import Log
 from workbench.glitch.verification.prompts import Template, prompt_hash
 from workbench.glitch.verification.scoring import VERIFIED, Scores, VerifyOptions, highest, require_numbers, score
 from workbench.glitch.verification.scoring import greedy_logits as greedy_logits
@@ -157,7 +157,7 @@ def verify(
     candidates: Sequence[int],
     controls: Sequence[int],
     options: VerifyOptions | None = None,
-    journal: Journal | None = None,
+    journal: Log | None = None,
 ) -> Verification:
     """Tests candidates and controls with the same prompts in the same batches.
 
@@ -191,7 +191,7 @@ def verify(
 
 
 def with_spliced(
-    done: Verification, model: Any, templates: Sequence[Template], tokens: Sequence[int], journal: Journal | None = None
+    done: Verification, model: Any, templates: Sequence[Template], tokens: Sequence[int], journal: Log | None = None
 ) -> Verification:
     """The verification with tokens that no text gives, put into the prompts by their ids; no count of it changes."""
     ids = torch.as_tensor(tokens, dtype=torch.long)

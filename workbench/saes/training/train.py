@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from workbench.activations.folder import in_use
 from workbench.activations.store import ActivationStore, open_store
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
+from workbench.core.locks import in_use
 from workbench.saes.training.batches import OrderKey
 from workbench.saes.training.checkpoint import CHECKPOINT_FILE, finished_metrics
 from workbench.saes.training.config import OPTIONS, SAEConfig

@@ -1,4 +1,4 @@
-"""Results that outlive a kill: one JSON line per tested token, appended batch after batch."""
+"""Rows that outlive a kill: one JSON line each, appended batch after batch, for searches that choose as they go."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError
 from workbench.core.jsontext import parse_json
@@ -14,25 +13,26 @@ from workbench.core.records import to_jsonable
 
 TOKEN = "token_id"
 
+Row = dict[str, object]
 
-class Journal:
-    """An append-only file of rows about tokens, which belongs to one model, one set of prompts and one dtype.
 
-    The first line holds the key; every further line is an object with `token_id`, or another integer by which rows are
-    told apart. Rows of the same token are merged, a later field replacing an earlier one, so a token's results may be
-    written part by part. A line that a kill cut
-    off is dropped when the file is opened again.
+class Log:
+    """An append-only file of rows that belongs to one key, such as a model, a set of prompts and a dtype.
+
+    The first line holds the key; each further line is an object with an integer field that says what the row is about.
+    Rows about the same thing are merged, a later field replacing an earlier one, so results may be written bit by bit.
+    A line that a kill cut off is dropped when the file is opened again.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
     >>> file = Path(folder.name) / "tokens.jsonl"
-    >>> Journal(file, {"model": "a"}).append([{"token_id": 7, "p": 0.5}, {"token_id": 7, "q": 1.0}])
-    >>> Journal(file, {"model": "a"}).done()
+    >>> Log(file, {"model": "a"}).append([{"token_id": 7, "p": 0.5}, {"token_id": 7, "q": 1.0}])
+    >>> Log(file, {"model": "a"}).done()
     {7: {'token_id': 7, 'p': 0.5, 'q': 1.0}}
     >>> folder.cleanup()
     """
 
-    def __init__(self, path: Path, key: Mapping[str, str], row_id: str = TOKEN) -> None:
+    def __init__(self, path: Path, key: Mapping[str, object], row_id: str = TOKEN) -> None:
         """Opens the file, or makes it.
 
         Args:
@@ -44,8 +44,8 @@ class Journal:
             MismatchError: if the file was written under another key.
             CorruptFileError: if a line other than the last is not JSON, or has no `row_id`.
         """
-        self.path, self.key, self.row_id = Path(path), dict(key), row_id
-        self._done: dict[int, dict[str, Any]] = {}
+        self.path, self.key, self.row_id = Path(path), to_jsonable(dict(key)), row_id
+        self._done: dict[int, Row] = {}
         lines = self._whole_lines()
         if lines:
             self._read(lines)
@@ -53,11 +53,11 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write([{"key": self.key}])
 
-    def done(self) -> dict[int, dict[str, Any]]:
-        """What is known so far: token id (`row_id`) to its merged row. The rows are copies."""
-        return {token: dict(row) for token, row in self._done.items()}
+    def done(self) -> dict[int, Row]:
+        """What is known so far: `row_id` to its merged row. The rows are copies."""
+        return {about: dict(row) for about, row in self._done.items()}
 
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def append(self, rows: Sequence[Mapping[str, object]]) -> None:
         """Writes the rows; once this returns, a kill does not lose them. NaN is written as null.
 
         Raises:
@@ -67,7 +67,7 @@ class Journal:
         for row in plain:
             if type(row.get(self.row_id)) is not int:
                 raise InvalidInputError(
-                    f"Journal.append: the row {row} has no integer {self.row_id!r}. Each row is about one; name it."
+                    f"Log.append: the row {row} has no integer {self.row_id!r}. Each row is about one; name it."
                 )
         if plain:
             self._write(plain)
@@ -86,43 +86,49 @@ class Journal:
 
     def _read(self, lines: Sequence[bytes]) -> None:
         head, *rows = (self._parse(number, line) for number, line in enumerate(lines, 1))
-        found = head.get("key")
-        if not isinstance(found, dict):
-            raise CorruptFileError(f"{self.path} does not begin with a key, so it is no journal. Name another file.")
-        require_same(self.path, found, self.key)
+        key = head.get("key")
+        if not isinstance(key, dict):
+            raise CorruptFileError(f"{self.path} does not begin with a key, so it is no log. Name another file.")
+        require_same_key(self.path, key, self.key)
         for number, row in enumerate(rows, 2):
-            if type(row.get(self.row_id)) is not int:
+            about = row.get(self.row_id)
+            if type(about) is not int:
                 raise CorruptFileError(
                     f"{self.path}, line {number}: no integer {self.row_id!r}. Delete the line or the file."
                 )
-            self._done.setdefault(row[self.row_id], {}).update(row)
+            self._done.setdefault(about, {}).update(row)
 
-    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
-        remedy = "Delete the line, and its token is tested again."
+    def _parse(self, number: int, line: bytes) -> Row:
+        remedy = "Delete the line, and its row is made again."
         return parse_json(line, f"{self.path}, line {number},", dict, remedy=remedy)
 
-    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _write(self, rows: Sequence[Mapping[str, object]]) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n" for row in rows)
         # One unbuffered write, so that a kill can cut the last line only.
         with open(self.path, "ab", buffering=0) as file:
             file.write(lines.encode())
 
 
-def require_same(path: Path, found: Mapping[str, Any], now: Mapping[str, str]) -> None:
-    """Refuses to go on with results that depend on something else.
+def require_same_key(where: Path | str, kept: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Refuses to continue results that depend on something else.
 
     Args:
-        path: the file that holds them.
-        found: what they depend on.
+        where: the file or folder that holds them.
+        kept: what they depend on.
         now: what results depend on now.
 
     Raises:
         MismatchError: if the two differ, with every difference.
     """
-    names = sorted(name for name in {*found, *now} if found.get(name) != now.get(name))
+    names = sorted(name for name in {*kept, *now} if kept.get(name) != now.get(name))
     if names:
-        differ = "; ".join(f"{n}: file {found.get(n, 'nothing')}, now {now.get(n, 'nothing')}" for n in names)
+        differ = "; ".join(f"{n}: file {_short(kept, n)}, now {_short(now, n)}" for n in names)
         raise MismatchError(
-            f"{path} holds results of something else ({differ}). They can't be continued; name another file, or delete "
-            "this one to start anew."
+            f"{where} holds results of something else ({differ}). They can't be continued; name another place, or "
+            "delete this one to start again."
         )
+
+
+def _short(key: Mapping[str, object], name: str) -> str:
+    text = str(key.get(name, "nothing"))
+    return text if len(text) <= 80 else text[:79] + "…"
