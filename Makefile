@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-browser test-gpu check format lint type bench notebooks docs clean
+.PHONY: help setup demo test chromium test-slow test-browser test-gpu check format lint type bench notebooks docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,13 +39,22 @@ test-slow: $(VENV)/.developer  ## tests that take longer, many with the embedded
 	$(BIN)/python -c "from workbench.models.embedded import embedded_folder; embedded_folder()"
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "slow and not gpu and not browser"
 
-test-browser: $(VENV)/.developer  ## tests that need Chromium
-	$(BIN)/python -m pytest -q -m browser
+# Chromium is no Python package: where none is found, Debian's is installed, with sudo unless run by root.
+CHROMIUM := $(firstword $(foreach name,chromium chromium-browser google-chrome google-chrome-stable chrome,$(shell command -v $(name))))
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+chromium:
+ifeq ($(CHROMIUM),)
+	$(SUDO) apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends chromium
+endif
+
+test-browser: $(VENV)/.developer chromium  ## tests of the pages in Chromium, which is installed where it is missing
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m browser
 
 test-gpu: $(VENV)/.developer  ## tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu
 
-check: lint type test test-slow notebooks  ## exactly what CI runs
+check: lint type test test-browser test-slow notebooks  ## exactly what CI runs
 
 format: $(VENV)/.developer  ## rewrite the code in the house format
 	$(BIN)/ruff format .

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
+import circuits
+import workbench
 from workbench.cli.page import help_page
 from workbench.core import errors
 from workbench.hooks.families import build_site_map
@@ -34,6 +38,51 @@ def errors_page() -> str:
 def commands_page() -> str:
     """The page of `workbench --help`."""
     return f"# Commands\n\nWhat `workbench --help` prints.\n\n```\n{help_page(width=100).rstrip()}\n```\n"
+
+
+API_ABOUT = """\
+Every public name, from the stubs beside the packages (`workbench/__init__.pyi` and those of its rooms), which type
+checkers and editors read too. `import workbench as wb` imports nothing until a name is used. What is not listed here is
+internal and may change.
+"""
+ROOMS = ("controls", "features", "glitch", "judges", "probes", "saes", "steering", "core")
+
+
+def api_page() -> str:
+    """All names of the public surface with their signature and what they are."""
+    parts = [f"# The public surface\n\n{API_ABOUT}", _names(workbench, "wb")]
+    parts += [_names(importlib.import_module(f"workbench.{room}"), f"wb.{room}") for room in ROOMS]
+    parts.append(_names(circuits, "circuits"))
+    return "\n".join(parts)
+
+
+def _names(package: ModuleType, called: str) -> str:
+    rows = [
+        f"| `{called}.{name}{_parameters(value)}` | {_about(value)} |"
+        for name, value in ((name, getattr(package, name)) for name in package.__all__)
+    ]
+    return f"## `{called}`\n\n{_first_line(package)}\n\n| name | what it is |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _first_line(value: object) -> str:
+    return (inspect.getdoc(value) or "").splitlines()[0]
+
+
+def _parameters(value: object) -> str:
+    return f"({', '.join(inspect.signature(value).parameters)})" if inspect.isfunction(value) else ""
+
+
+def _about(value: object) -> str:
+    if not (inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value)):
+        return f"A constant, {type(value).__name__}."
+    if not inspect.isclass(value):
+        return _first_line(value)
+    methods = [f"`{name}`" for name, member in vars(value).items() if not name.startswith("_") and _called(member)]
+    return _first_line(value) + (f" Methods: {', '.join(methods)}." if methods else "")
+
+
+def _called(member: object) -> bool:
+    return inspect.isfunction(member) or isinstance(member, classmethod | staticmethod)
 
 
 SITES_ABOUT = """\
@@ -152,7 +201,8 @@ def _number(why: str, reasons: list[str]) -> int:
 
 
 PAGES = {
-    "errors.md": errors_page, "commands.md": commands_page, "sites.md": sites_page, "families.md": families_page,
+    "api.md": api_page, "commands.md": commands_page, "errors.md": errors_page, "families.md": families_page,
+    "sites.md": sites_page,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def _generate():
     return module
 
 
-@pytest.mark.parametrize("name", ["errors.md", "commands.md", "sites.md"])
+@pytest.mark.parametrize("name", ["api.md", "errors.md", "commands.md", "sites.md"])
 def test_generated_pages_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == _generate().PAGES[name](), "run `make docs`"
 
