@@ -129,4 +129,4 @@ def test_the_template_is_shipped_with_the_package(name: str) -> None:
 
     root = Path(__file__).parents[2]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["workbench"]
-    assert any((root / "workbench/view" / name) in (root / "workbench").glob(pattern) for pattern in patterns)
+    assert any((root / "workbench/report" / name) in (root / "workbench").glob(pattern) for pattern in patterns)

@@ -68,7 +68,7 @@ import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 from tests.saes.test_train import CONFIG
-from workbench.saes import checkpoint, group
+from workbench.saes.training import checkpoint, group
 from workbench.saes.training.train import train_sae
 real, count = os.replace, 0
 def dying(*args):
