@@ -124,12 +124,12 @@ class OneByOne:
         self.batch, self.site = model.tokens(TEXT), f"resid_post.{layer}"
         self.single = [wb.Intervention.at(self.site, wb.SAEAdd(sae, [f], 40.0), scope) for f in range(features)]
         self.rows = wb.Intervention.at(self.site, wb.SAEAdd(sae, torch.arange(features)[:, None], 40.0), scope)
-        self.run = model.resume(self.batch, self.site, last=isinstance(scope, wb.Last))
+        self.segment = model.segment(self.batch, self.site, last=isinstance(scope, wb.Last))
 
     @torch.no_grad()
     def resumed(self) -> torch.Tensor:
         with self.model.plan(self.rows) as plan:
-            return self.run.logits_of(self.run.hidden(plan, self.features), self.features)
+            return self.segment.run(rows=self.features, plan=plan).logits()
 
     def variants(self) -> torch.Tensor:
         return self.model.variants(self.batch, self.single).logits[:, 0]

@@ -14,9 +14,6 @@ from circuits.bases import bases_at, refuse_unreached
 from workbench.bases.saecode import Basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.tokens import TokenBatch
-from workbench.interventions.chosen import Mask
-from workbench.interventions.intervention import Intervention
-from workbench.interventions.ops import Map
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, mean_pool
 
@@ -218,10 +215,13 @@ def _site_effects(
     alphas = [0.0] if options.method == "atp" else [(k + 0.5) / options.steps for k in range(options.steps)]
     effects, errors, totals = [], [], []
     for rows in chunks:
-        patch = _patch(_clean(model, site, batch, keep, rows), basis, mean, options.baseline)
         run = _Suffix(model, site, batch, metric, keep, rows)
-        slope = torch.stack([run.gradient(patch.clean + alpha * patch.change) for alpha in alphas]).mean(0)
-        totals.append(run.value(patch.clean + patch.change) - run.value(patch.clean))
+        patch = _patch(run.clean, basis, mean, options.baseline)
+        slope = torch.zeros_like(patch.clean)
+        for some in torch.tensor(alphas).split(max(1, options.batch_size // len(rows))):
+            slope += run.gradient([patch.clean + float(alpha) * patch.change for alpha in some]).sum(0) / len(alphas)
+        before, after = run.values([patch.clean, patch.clean + patch.change])
+        totals.append(after - before)
         per_token = (slope @ basis.rows().to(slope).T) * patch.feature_change
         row = keep[rows].nonzero(as_tuple=True)[0].to(per_token.device)
         effects.append(per_token.new_zeros(len(rows), per_token.shape[1]).index_add_(0, row, per_token))
@@ -239,14 +239,6 @@ def _collect(site: str, per_row: Tensor, error: float, total: float, options: At
     )
     se = per_row.std(0) / n**0.5 if n > 1 else torch.full_like(effect, float("nan"))
     return NodeEffects(site, effect, se, error, total, gap, n, f"{rule}; baseline {options.baseline}")
-
-
-def _clean(model: Model, site: str, batch: TokenBatch, keep: Tensor, rows: Tensor) -> Tensor:
-    """Activations of the kept tokens in fp32, in row order."""
-    # Rows are taken by hand, so that the padding and with it `keep` stay as they are.
-    part = TokenBatch(batch.ids[rows], batch.mask[rows])
-    x = model.capture(part, [site]).flat(site)
-    return x[keep[rows].to(x.device)].float()
 
 
 def _patch(clean: Tensor, basis: Basis, mean: tuple[Tensor, Tensor] | None, baseline: Baseline) -> _Patch:
@@ -268,44 +260,43 @@ def _mean_state(
         raise DegenerateInputError("node_effects: the mask keeps no token, so there is nothing to patch.")
     parts_sum, rest_sum = 0.0, 0.0
     for rows in chunks:
-        x = _clean(model, site, batch, keep, rows)
+        x = model.capture(TokenBatch(batch.ids[rows], batch.mask[rows]), [site]).flat(site)[keep[rows]].float()
         parts_sum = parts_sum + basis.contributions(x).sum(0)
         rest_sum = rest_sum + (x - basis.constant(x)).sum(0)
     parts = torch.as_tensor(parts_sum) / n
     return parts, torch.as_tensor(rest_sum) / n - parts @ basis.rows().to(parts)
 
 
-@dataclass(frozen=True, eq=False)
 class _Suffix:
-    """The metric as a function of the kept tokens at a site, everything else as in the clean run."""
+    """The metric as a function of the kept tokens at a site, everything else as in the clean run; many at once.
 
-    model: Model
-    site: str
-    batch: TokenBatch
-    metric: Metric
-    keep: Tensor
-    rows: Tensor
+    Attributes:
+        clean: activations of the kept tokens in fp32, in row order.
+    """
 
-    def _run(self, x: Tensor, *, grad: bool) -> Tensor:
-        part = TokenBatch(self.batch.ids[self.rows], self.batch.mask[self.rows])
-        edit = Intervention.at(self.site, Map(lambda _: x), Mask(self.keep[self.rows], may_skip_rows=True))
-        with self.model.plan(edit):
-            read = self.model.capture(part, [self.metric.site], grad=grad).flat(self.metric.site)
-        with torch.set_grad_enabled(grad):
-            return self.metric(read.float(), self.rows.to(read.device))
+    def __init__(self, model: Model, site: str, batch: TokenBatch, metric: Metric, keep: Tensor, rows: Tensor) -> None:
+        # Rows are taken by hand, so that the padding and with it `keep` stay as they are.
+        part = TokenBatch(batch.ids[rows], batch.mask[rows])
+        self._segment = model.segment(part, site, metric.site)
+        self._site, self._metric, self._rows, self._keep = site, metric, rows, keep[rows]
+        self.clean: Float[Tensor, "tokens d"] = self._segment.x[self._keep].float()
 
-    def value(self, x: Tensor) -> Tensor:
-        """The metric of each row."""
-        return self._run(x, grad=False)
+    def values(self, xs: Sequence[Float[Tensor, "tokens d"]]) -> Float[Tensor, "n rows"]:
+        """The metric of each row under each state of the kept tokens."""
+        n = len(xs)
+        reached = self._segment.run(torch.cat(list(xs)), rows=n, keep=self._keep.repeat(n, 1))
+        read = reached.acts.flat(self._metric.site)
+        return self._metric(read.float(), self._rows.repeat(n).to(read.device)).unflatten(0, (n, -1))
 
-    def gradient(self, x: Tensor) -> Tensor:
-        """Gradient of the metric at `x`; rows are independent, so their sum has the gradients of all."""
-        leaf = x.detach().requires_grad_(True)
-        value = self._run(leaf, grad=True).sum()
+    def gradient(self, xs: Sequence[Float[Tensor, "tokens d"]]) -> Float[Tensor, "n tokens d"]:
+        """Gradient of the metric at each state; rows are independent, so their sum has the gradients of all."""
+        leaf = torch.stack(list(xs)).detach().requires_grad_(True)
+        with torch.enable_grad():
+            value = self.values(leaf.unbind()).sum()
         slope = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
         if slope is None:
             raise MismatchError(
-                f"The metric at {self.metric.site} does not depend on {self.site}. Read at a site that the model "
+                f"The metric at {self._metric.site} does not depend on {self._site}. Read at a site that the model "
                 "computes from it, without detaching."
             )
         return slope.float()
@@ -321,16 +312,17 @@ def exact_effects(
     *,
     keep: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, " k"]:
-    """Effect of zeroing each of some features alone (error kept), one model run per feature; mean over rows.
+    """Effect of zeroing each of some features alone (error kept), each one run from the site on; mean over rows.
 
     The reference that an estimate has to agree with; slow.
     """
     ((site, basis),) = bases_at(model, {site: sae}).items()
     refuse_unreached(model, {site: basis}, metric.site, "The metric")
     batch, keep = batch.to(model.device), keep.to(model.device)
-    rows = torch.arange(len(batch), device=model.device)
-    clean = _clean(model, site, batch, keep, rows)
-    run = _Suffix(model, site, batch, metric, keep, rows)
-    before = run.value(clean)
-    parts, decoder = basis.contributions(clean), basis.rows().to(clean)
-    return torch.stack([(run.value(clean - parts[:, f, None] * decoder[f]) - before).mean() for f in features])
+    run = _Suffix(model, site, batch, metric, keep, torch.arange(len(batch), device=model.device))
+    parts, decoder = basis.contributions(run.clean), basis.rows().to(run.clean)
+    states = [run.clean, *(run.clean - parts[:, f, None] * decoder[f] for f in features)]
+    size = max(1, AttributionOptions.batch_size // len(batch))
+    with torch.no_grad():
+        values = torch.cat([run.values(states[i : i + size]) for i in range(0, len(states), size)])
+    return (values[1:] - values[0]).mean(1)

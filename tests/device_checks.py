@@ -194,8 +194,8 @@ def _texts(model: Model) -> Any:
 def _compared(model: Model) -> Any:
     edits = [Intervention.at(SITE, Add(V, s), Last()) for s in (1.0, -2.0)] + [Intervention.at("mlp_out.0", Add(V))]
     variants = model.variants(list(PROMPTS), [*edits, Intervention()], tokens=[4, 9, 2])
-    resume = model.resume(list(PROMPTS), model.resolve(SITE), last=True)
-    return variants.logits, variants.clean, resume.x, resume.logits, resume.skips_blocks
+    segment = model.segment(list(PROMPTS), model.resolve(SITE), last=True)
+    return variants.logits, variants.clean, segment.x, segment.logits, segment.skips_blocks
 
 
 @pytest.mark.parametrize("device", [pytest.param("gpu:0", marks=pytest.mark.slow), "both"])

@@ -148,7 +148,7 @@ def cases() -> dict[str, Case]:
         "logits": case(m.logits, batch=IDS, keep="last", tokens=[1]),
         "lens": case(m.lens, x=V[None]),
         "loss": case(m.loss, batch=IDS),
-        "resume": case(m.resume, batch=IDS, site="resid_post.1", last=True),
+        "segment": case(m.segment, batch=IDS, site="resid_post.1", last=True),
         "variants": case(m.variants, batch=IDS, interventions=[IV], tokens=[1]),
         "plan": case(m.plan, intervention=IV, any_model=False),
         "generate": case(

@@ -250,7 +250,7 @@ def test_sites_inside_a_compiled_module_are_refused_before_anything_runs(path: s
         lambda: model.capture(IDS, [inside]),
         lambda: model.plan(iv).__enter__(),
         lambda: model.variants(IDS, [iv]),
-        lambda: model.resume(IDS, inside),
+        lambda: model.segment(IDS, inside),
         lambda: model.generate(IDS, 2, intervention=iv),
         lambda: model.generate(IDS, 2, capture=[inside]),
     ):

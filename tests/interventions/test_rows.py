@@ -261,15 +261,15 @@ def _uses(model: Model, iv: Intervention, prompts: list[str]) -> dict[str, Calla
             model.hf.generate(**batch.hf(), max_new_tokens=2, do_sample=False)
 
     def resumed() -> None:
-        run = model.resume(batch, "resid_post.0")
+        run = model.segment(batch, "resid_post.0")
         with model.plan(iv) as plan:
-            run.hidden(plan, 1)
+            run.run(plan=plan)
 
     def said() -> None:
         model.session(intervention=iv, max_new_tokens=2).turn("a")
 
     return {
-        "plan": planned, "hf.generate": cached, "resume": resumed, "session": said,
+        "plan": planned, "hf.generate": cached, "segment": resumed, "session": said,
         "generate": lambda: model.generate(batch, 3, intervention=iv),
         "generate in parts": lambda: model.generate(batch, 3, intervention=iv, batch_size=1),
         "variants": lambda: model.variants(batch, [Intervention(), iv]),
@@ -310,7 +310,7 @@ def test_a_row_without_the_positions_that_were_asked_for_is_named(scope: Scope |
         scope = Mask(mask)
     iv = Intervention.at("resid_post.1", Add(V), scope)
     both = _uses(model, iv, prompts)
-    for how in ("plan", "variants", "resume"):
+    for how in ("plan", "variants", "segment"):
         with pytest.raises(EditError, match=r"row [13] has no token there"):
             both[how]()
             pytest.fail(how)

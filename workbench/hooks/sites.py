@@ -87,6 +87,10 @@ class Site:
             return (-1, 0) if self.kind == "embed" else (1 << 30, MODEL_KINDS.index(self.kind))
         return self.layer, _ORDER.index(self.kind)
 
+    def precedes(self, other: Site) -> bool:
+        """Whether a forward pass computes this site before another one; the heads of a site are computed together."""
+        return self.order < other.order
+
     @property
     def tl_name(self) -> str:
         """The TransformerLens name of this site, such as `blocks.10.hook_resid_post`; it has no form for one head."""

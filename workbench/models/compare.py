@@ -12,13 +12,15 @@ from torch import Tensor
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.progress import track
 from workbench.core.tokens import TokenBatch
-from workbench.hooks.sites import SiteMap
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
 from workbench.interventions.report import EditReport
+from workbench.interventions.scopes import Last
 from workbench.interventions.variants import variants
+from workbench.models.choice import chosen_tokens
 from workbench.models.numbers import has_nan
-from workbench.models.resume import Resume, earliest
+from workbench.models.segment import Segment, earliest
+from workbench.models.wrapped import Wrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +42,7 @@ class VariantLogits:
 
 @torch.no_grad()
 def compare(
-    sites: SiteMap,
-    resume: Callable[..., Resume],
+    model: Wrapped,
     batch: TokenBatch,
     interventions: Sequence[Intervention],
     make_plan: Callable[[Intervention], Plan],
@@ -51,8 +52,7 @@ def compare(
     """Next-token logits under each intervention; see `Model.variants`.
 
     Args:
-        sites: the model's site map.
-        resume: starts the prompts at a site; with `last=True` the last tokens alone.
+        model: the model.
         batch: the prompts.
         interventions: what to compare.
         make_plan: binds an intervention to the model.
@@ -63,14 +63,12 @@ def compare(
         raise DegenerateInputError("variants([]): there is no intervention to compare. Give at least one.")
     resolved = [make_plan(intervention).intervention for intervention in interventions]
     edits = [edit for intervention in resolved for edit in intervention.edits]
-    site = earliest(sites, resolved)
-    if site is None:
-        site = sites[f"resid_post.{sites.n_layers - 1}"].site
+    site = earliest(model.site_map, resolved) or "resid_post.-1"
     ends_in_token = bool(batch.mask[:, -1].all())
     last = ends_in_token and all(edit.scope.only_last for edit in edits) and not any(e.op.gated for e in edits)
     whole = any(edit.site.kind == "logits" for edit in edits)
-    run = resume(sites["final_norm"].site if whole else site, last=last and not whole)
-    clean = run.logits if tokens is None else run.logits[:, tokens]
+    segment = Segment(model, batch, "final_norm" if whole else site, last=last and not whole)
+    clean = segment.logits if tokens is None else segment.logits[:, tokens]
     size = max(1, max_tokens // (len(batch) * (1 if last else batch.ids.shape[1])))
     found, reports = [], []
     for start in track(range(0, len(resolved), size), description="variants", unit="batches"):
@@ -80,7 +78,10 @@ def compare(
             found.append(clean.repeat(len(part), 1))
             continue
         with make_plan(together) as plan:
-            found.append(_logits(run, plan, len(part), tokens, whole=whole))
+            if whole:
+                found.append(_whole(model, batch, len(part), tokens))
+            else:
+                found.append(segment.run(rows=len(part), plan=plan).logits(tokens))
         reports.extend(plan.report)
     logits = torch.cat(found).unflatten(0, (len(resolved), len(batch)))
     if has_nan(logits):
@@ -90,11 +91,10 @@ def compare(
             f"variants: the logits of row {row} are NaN under intervention {variant} ({edits}). Make it weaker, or "
             "load the model with dtype='float32'."
         )
-    return VariantLogits(logits, clean, tuple(reports), run.how if not whole else "the whole model was run")
+    return VariantLogits(logits, clean, tuple(reports), segment.how if not whole else "the whole model was run")
 
 
-def _logits(run: Resume, plan: Plan, repeats: int, tokens: Tensor | None, *, whole: bool) -> Tensor:
-    if not whole:
-        return run.logits_of(run.hidden(plan, repeats), repeats, tokens)
-    logits = run.whole_logits(repeats)
-    return logits if tokens is None else logits[:, tokens]
+def _whole(model: Wrapped, batch: TokenBatch, copies: int, tokens: Tensor | None) -> Tensor:
+    """Logits at the last token of each row from a run of the whole model."""
+    rows = TokenBatch(batch.ids.repeat(copies, 1), batch.mask.repeat(copies, 1))
+    return model.head.logits(model._inputs(rows), chosen_tokens(rows, Last(), model._wording), tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -30,8 +29,8 @@ from workbench.models.generation import Generation, Parts, generate, sample
 from workbench.models.head import vocabulary_ids
 from workbench.models.identity import transformer_lens_bridge
 from workbench.models.numbers import require_activations, without_nan
-from workbench.models.resume import Resume
 from workbench.models.sampling import Filters, Sampling
+from workbench.models.segment import Segment
 from workbench.models.selfcheck import CheckReport, self_check
 from workbench.models.session import Session
 from workbench.models.sitetable import SiteTable
@@ -187,15 +186,27 @@ class Model(Wrapped):
         logits = self.head.logits(self._inputs(part), chosen, ids)
         return without_nan("logits", logits, part.mask, part.mask if chosen is None else chosen)
 
-    def resume(self, batch: Batch, site: str | Site, *, last: bool = False) -> Resume:
-        """The prompts, run once up to a site, to be continued from there under any number of plans.
+    def segment(
+        self,
+        batch: Batch,
+        site: str | Site,
+        to: str | Site | Sequence[str | Site] = "logits",
+        *,
+        last: bool = False,
+    ) -> Segment:
+        """The batch, run once, to be continued from a site with other activations or under any number of plans.
 
         Args:
             batch: text, texts, tokens or ids.
-            site: the earliest site that the plans edit or read.
-            last: only the last token of each row is edited; the others are kept as cached keys and values.
+            site: where it starts: the site whose activations are replaced, or the earliest that the plans edit or read.
+            to: where it leads: later sites, "logits", or both; the model stops behind the last of them.
+            last: only the last token of each row changes; the others are kept as cached keys and values.
+
+        Raises:
+            UnknownSiteError: for a site that this model does not have.
+            InvalidInputError: if the one does not reach the other, or the logits of the batch are NaN.
         """
-        return Resume(self.hf, self.site_map, self.head, self._batch(batch), self.resolve(site), last=last)
+        return Segment(self, self._batch(batch), site, to, last=last)
 
     def variants(
         self, batch: Batch, interventions: Sequence[Intervention], *, tokens: Sequence[int] | None = None
@@ -215,8 +226,7 @@ class Model(Wrapped):
         """
         ids = None if tokens is None else vocabulary_ids(tokens, self.d_vocab, self.device)
         part = self._batch(batch)
-        start = functools.partial(Resume, self.hf, self.site_map, self.head, part)
-        return compare(self.site_map, start, part, interventions, self.plan, ids)
+        return compare(self, part, interventions, self.plan, ids)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Float[Tensor, "batch targets"]:

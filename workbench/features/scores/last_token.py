@@ -10,9 +10,6 @@ from torch import Tensor
 
 from workbench.core.errors import InvalidInputError
 from workbench.hooks.sites import Site
-from workbench.interventions.intervention import Intervention
-from workbench.interventions.ops import Add
-from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.models.numbers import has_nan
 
@@ -30,12 +27,11 @@ class LastToken:
     def __init__(self, model: Model, ids: Int[Tensor, "1 pos"], site: Site, rows: int = 256) -> None:
         if ids.shape[0] != 1:
             raise InvalidInputError(f"LastToken: ids have shape {tuple(ids.shape)}; give one prompt, (1, pos).")
-        self._model, self._site, self._rows = model, site, rows
-        self._run = model.resume(ids, site, last=True)
-        self.x: Float[Tensor, " d_model"] = self._run.x[0, -1].float()
-        self.logits: Float[Tensor, " d_vocab"] = self._run.logits[0]
-        at_stream = site.kind in ("resid_pre", "resid_post")
-        self.skips_blocks = self._run.skips_blocks and self._run.last and at_stream
+        self._site, self._rows = site, rows
+        self._segment = model.segment(ids, site, last=True)
+        self.x: Float[Tensor, " d_model"] = self._segment.x[0, -1].float()
+        self.logits: Float[Tensor, " d_vocab"] = self._segment.logits[0]
+        self.skips_blocks = self._segment.skips_blocks and self._segment.last
         self.head = model.head
 
     @torch.no_grad()
@@ -55,11 +51,9 @@ class LastToken:
         return hidden
 
     def _edited(self, change: Tensor) -> Tensor:
-        if self.skips_blocks:
-            return self._run.hidden_from((self.x + change.float()).to(self._model.dtype)[:, None], self._rows)
-        # Rows without a change would be refused by an Add; the sum of all is what has to differ from zero.
-        with self._model.plan(Intervention.at(self._site, Add(change), Last())) as plan:
-            return self._run.hidden(plan, self._rows)
+        keep = torch.zeros(self._rows, self._segment.x.shape[1], dtype=torch.bool, device=change.device)
+        keep[:, -1] = True
+        return self._segment.run(self.x + change.float(), rows=self._rows, keep=keep).hidden
 
 
 def fp32_copy(model: Model) -> Model:

@@ -139,9 +139,9 @@ class Splicer:
 
     def __init__(self, reader: SpliceReader, part: Part) -> None:
         self._model, self._site, self._part = reader.model, reader.sites.write, part
-        self._resume = self._model.resume(part.batch, self._site)
-        with torch.no_grad(), self._model.plan(Intervention()) as plan:
-            self._clean = self._resume.hidden(plan, 1)
+        self._segment = self._model.segment(part.batch, self._site)
+        with torch.no_grad():
+            self._clean = self._segment.run().hidden
 
     def clean(self) -> Float[Tensor, " rows"]:
         """Mean next-token loss of each row of the unchanged model, in nats."""
@@ -166,7 +166,7 @@ class Splicer:
             self._site, Patch.of_run(x_hat, self._part.batch), scope=Mask(tokens, may_skip_rows=True)
         )
         with self._model.plan(edit) as plan:
-            return self._resume.hidden(plan, 1)
+            return self._segment.run(plan=plan).hidden
 
     def _losses(self, hidden: Tensor) -> Tensor:
         return self._by_row(hidden, self._row_loss)

@@ -13,7 +13,6 @@ from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
-from workbench.models.resume import Resume
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,8 @@ class _Batch:
 
     def __init__(self, model: Model, texts: TokenBatch, site: str | Site) -> None:
         self._model = model
-        self._run: Resume = model.resume(texts, site)
-        if not self._run.skips_blocks or model.resolve(site).kind not in ("resid_pre", "resid_post"):
+        self._segment = model.segment(texts, site)
+        if not self._segment.skips_blocks or model.resolve(site).kind not in ("resid_pre", "resid_post"):
             raise InvalidInputError(
                 f"fit_reft: {model.name} can't be continued from {site}. Train at resid_post of a layer of a model "
                 "whose blocks are called one after the other, or leave ReFT-r1 out."
@@ -151,8 +150,8 @@ class _Batch:
 
     def loss(self, direction: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """Mean loss in nats per token under the edit, and the mean activation beyond the top."""
-        x = self._run.x.detach().float()
+        x = self._segment.x.float()
         edited, rest = reft_edit(x, direction, self._keep, top)
-        hidden = self._run.hidden_from(edited.to(self._run.x.dtype), 1)
+        hidden = self._segment.run(edited).hidden
         logits = self._model.head.all(hidden[:, :-1][self._real])
         return nn.functional.cross_entropy(logits, self._target[self._real]), rest.mean()

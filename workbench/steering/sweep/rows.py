@@ -294,7 +294,7 @@ class Harm:
     def __init__(self, model: Model, sae: Any, site: Site, texts: TokenBatch) -> None:
         self._model, self._sae, self._site, self._texts = model, sae, site, texts
         with torch.no_grad():
-            self._run = model.resume(texts, site)
+            self._segment = model.segment(texts, site)
             hidden, _ = forward(model.hf, texts.hf(), None, unembed=False)
             self._base = text_losses(model, texts, hidden)[:, 0]
 
@@ -310,5 +310,5 @@ class Harm:
     def _some(self, pushes: Pushes, which: Tensor) -> Tensor:
         op = pushes.op(self._sae, which.repeat_interleave(len(self._texts)))
         with self._model.plan(Intervention.at(self._site, op, NotPrefix())) as plan:
-            hidden = self._run.hidden(plan, len(which))
+            hidden = self._segment.run(rows=len(which), plan=plan).hidden
         return (text_losses(self._model, self._texts, hidden) - self._base[:, None]).T

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from tests.tiny import CACHES, FAMILIES, FP32_LOGITS, N_LAYERS, cached_model, n_hooks, tiny_model
-from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError
+from tests.tiny import CACHES, D_MODEL, FAMILIES, FP32_LOGITS, MIXTURES, N_LAYERS, cached_model, n_hooks, tiny_model
+from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, ShapeError
+from workbench.core.tokens import TokenBatch
 from workbench.features.scores.last_token import LastToken
+from workbench.hooks.attach import attached
+from workbench.hooks.sites import Point, Site
 from workbench.interventions.chosen import Mask, Rows
 from workbench.interventions.gates import CosineGate, When
 from workbench.interventions.intervention import Intervention
@@ -42,48 +43,138 @@ def test_resuming_gives_the_logits_of_the_whole_model(family: str, last: bool) -
     model = tiny_model(family)
     batch = model.tokens(TEXTS)
     for site in (name for name in SITES if not (name == "resid_mid.1" and family == "neox")):
-        run = model.resume(batch, site, last=last)
-        assert run.skips_blocks == (site != "embed")
+        segment = model.segment(batch, site, last=last)
+        assert segment.skips_blocks == (site != "embed")
         iv = Intervention.at(site, Add(vectors(model, site, 6)), Last() if last else All())
         with torch.no_grad(), model.plan(iv) as plan:
-            got = run.logits_of(run.hidden(plan, 3), 3)
+            got = segment.run(rows=3, plan=plan).logits()
         for v in range(3):
             with model.plan(iv.take(torch.tensor([2 * v, 2 * v + 1]))):
                 torch.testing.assert_close(got[2 * v : 2 * v + 2], model.logits(batch), atol=FP32_LOGITS, rtol=1e-4)
-        torch.testing.assert_close(run.logits, model.logits(batch), atol=FP32_LOGITS, rtol=1e-4)
+        torch.testing.assert_close(segment.logits, model.logits(batch), atol=FP32_LOGITS, rtol=1e-4)
     assert n_hooks(model.hf) == 0
+
+
+STARTS = ("embed", "resid_pre.1", "resid_post.0", "attn_out.1", "mlp_out.1", "q.1", "z.1", "mlp_post.1", "pattern.1")
+
+
+@pytest.mark.parametrize("family", (*FAMILIES, *MIXTURES))
+def test_other_activations_at_a_site_give_the_values_and_gradients_of_the_whole_model(family: str) -> None:
+    model = tiny_model(family)
+    batch = model.tokens(TEXTS)
+    rows = torch.tensor([1, 0, 1])
+    part = TokenBatch(batch.ids[rows], batch.mask[rows])
+    keep = part.mask & (torch.arange(part.ids.shape[1]) % 2 == 1)
+    draws = torch.Generator().manual_seed(0)
+    weight = torch.randn(part.ids.shape[1], D_MODEL, generator=draws) * part.mask[..., None]
+    for site in (site for site in map(Site.parse, STARTS) if site in model.site_map.points):
+        ends = ["resid_post.1", "resid_post.-1"]
+        segment = model.segment(batch, site, [*ends, "logits"])
+        assert segment.skips_blocks == (site.kind != "embed")
+        point, x = model.site_map[site], segment.x[rows][keep]
+        x = (x + torch.randn(x.shape, generator=draws)).requires_grad_(True)
+
+        def write(h: torch.Tensor, point: Point = point, x: torch.Tensor = x) -> torch.Tensor:
+            flat = point.flat(h).clone()
+            flat[keep] = x
+            return point.unflat(flat, h)
+
+        with attached([(point, write)]):
+            want, logits = model.capture(part, ends, grad=True), model.logits(part)
+        got = segment.run(x, rows=rows, keep=keep)
+        for end in ends:
+            torch.testing.assert_close(got.acts[end] * weight, want[end] * weight, atol=FP32_LOGITS, rtol=1e-4)
+        torch.testing.assert_close(got.logits(), logits, atol=FP32_LOGITS, rtol=1e-4)
+        slopes = [torch.autograd.grad((acts[ends[1]] * weight).sum(), x)[0] for acts in (got.acts, want)]
+        torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-3)
+        assert slopes[1].abs().max() > 1e-3
+    assert n_hooks(model.hf) == 0
+
+
+def test_other_rows_another_layer_or_all_tokens_would_give_other_values() -> None:
+    model = tiny_model()
+    batch = model.tokens(TEXTS)
+    segment = model.segment(batch, "resid_post.0", "resid_post.1")
+    clean = segment.run(rows=2).acts["resid_post.1"]
+    whole = model.capture(batch, ["resid_post.1"])["resid_post.1"].repeat(2, 1, 1)
+    torch.testing.assert_close(clean[:, -3:], whole[:, -3:], atol=FP32_LOGITS, rtol=1e-4)
+    x, keep = segment.x + 1, torch.zeros_like(batch.mask)
+    keep[:, 4] = True
+    some = segment.run(x[keep], keep=keep).acts["resid_post.1"]
+    torch.testing.assert_close(some[:, 3], clean[:2, 3], atol=FP32_LOGITS, rtol=1e-4)  # what stands before the token
+    others = (
+        segment.run(x).acts["resid_post.1"],
+        segment.run(x[keep].flip(0), keep=keep).acts["resid_post.1"],
+        segment.run(x[keep], rows=torch.tensor([1, 0]), keep=keep).acts["resid_post.1"],
+        model.segment(batch, "resid_pre.0", "resid_post.1").run(x[keep], keep=keep).acts["resid_post.1"],
+        model.segment(batch, "attn_out.1", "resid_post.1").run(x[keep], keep=keep).acts["resid_post.1"],
+        model.segment(batch, "resid_post.0", "resid_post.-1").run(x[keep], keep=keep).acts["resid_post.-1"],
+    )
+    assert all((some - other)[:, 4:].abs().max() > 0.01 for other in others)
+
+
+def test_gradients_over_cached_keys_are_those_without_a_cache_also_after_another_run() -> None:
+    model = tiny_model()
+    batch = model.tokens(TEXTS)
+    short, whole = (model.segment(batch, "resid_post.0", last=last) for last in (True, False))
+    assert short.last and short.x.shape[1] == 1
+    x = (short.x + 1).requires_grad_(True)
+    first = short.run(x).logits()
+    short.run(x * 2).logits()
+    at_end = torch.zeros_like(batch.mask)
+    at_end[:, -1] = True
+    want = whole.run(x[:, 0], keep=at_end).logits()
+    slopes = [torch.autograd.grad(logits[:, 7].sum(), x)[0] for logits in (first, want)]
+    torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-3)
 
 
 def test_only_the_blocks_behind_the_site_run_again() -> None:
     model = tiny_model()
-    run = model.resume("abcdef", "resid_post.1")
+    segment = model.segment("abcdef", "resid_post.1")
     ran: list[int] = []
     handles = [b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(model.hf.model.layers)]
     with torch.no_grad(), model.plan(Intervention.at("resid_post.1", Add(torch.ones(model.d_model)))) as plan:
-        run.hidden(plan, 4)
+        segment.run(rows=4, plan=plan)
     assert ran == list(range(2, N_LAYERS))
+    short = model.segment("abcdef", "mlp_out.0", "mlp_out.1")
+    ran.clear()
+    short.run(short.x + 1)
+    assert ran == [0]  # block 1 is left behind its MLP
     for handle in handles:
         handle.remove()
-    assert run.how == "blocks 2 to 2 of 3, on all tokens"
+    assert segment.how == "blocks 2 to 2 of 3, on all tokens"
 
 
 def test_resuming_refuses_what_it_cannot_do() -> None:
     model = tiny_model()
     ones = torch.ones(model.d_model)
-    run = model.resume("abcdef", "resid_post.1")
+    run = model.segment("abcdef", "resid_post.1")
     with (
         pytest.raises(InvalidInputError, match=r"computed before"),
         model.plan(Intervention.at("resid_post.0", Add(ones))) as plan,
     ):
-        run.hidden(plan, 1)
-    short = model.resume("abcdef", "resid_post.1", last=True)
+        run.run(plan=plan)
+    short = model.segment("abcdef", "resid_post.1", last=True)
     with (
         pytest.raises(InvalidInputError, match=r"Last\(\)"),
         model.plan(Intervention.at("resid_post.1", Add(ones))) as plan,
     ):
-        short.hidden(plan, 1)
-    with pytest.raises(InvalidInputError, match="site itself|without running"):
-        model.resume("abcdef", "mlp_out.1").hidden_from(torch.zeros(1, 6, model.d_model), 1)
+        short.run(plan=plan)
+    with (
+        pytest.raises(InvalidInputError, match="both x and the plan"),
+        model.plan(Intervention.at("resid_post.1", Add(ones))) as plan,
+    ):
+        run.run(run.x, plan=plan)
+    for site, to in (("resid_post.1", "resid_post.0"), ("q.1", "k.1"), ("logits", "logits"), ("resid_post.1", [])):
+        with pytest.raises(InvalidInputError, match="does not reach|nothing is to be computed"):
+            model.segment("abcdef", site, to)
+    with pytest.raises(InvalidInputError, match="ends before the logits"):
+        _ = model.segment("abcdef", "resid_post.0", "resid_post.1").run().logits()
+    for x, named in ((run.x[:, 1:], {}), (run.x, {"rows": 2}), (run.x, {"keep": torch.ones(1, 6, dtype=torch.bool)})):
+        with pytest.raises(ShapeError, match="x has shape"):
+            run.run(x, **named)
+    with pytest.raises(EditError, match="non-finite"):
+        run.run(run.x / 0)
 
 
 def test_a_model_that_does_more_between_its_blocks_is_run_whole() -> None:
@@ -97,7 +188,7 @@ def test_a_model_that_does_more_between_its_blocks_is_run_whole() -> None:
         return plain(hidden_states, *args, **kwargs) + len(calls) * torch.linspace(-1, 1, 16)
 
     block.forward = moody
-    assert not model.resume("abcdef", "resid_post.0").skips_blocks
+    assert not model.segment("abcdef", "resid_post.0").skips_blocks
 
 
 VARIANTS = [
@@ -110,6 +201,7 @@ VARIANTS = [
     ],
     [Intervention.at("resid_pre.0", Map(lambda h: -h)), Intervention.at("resid_post.2", Add(torch.ones(16)))],
     [Intervention.at("logits", Add(torch.ones(258)), Last()), Intervention()],
+    [Intervention.at("resid_post.0", Add(torch.ones(16))) + Intervention.at("pattern.1", Map(lambda h: h / 2))],
     [
         Intervention.at("resid_post.1", When(CosineGate(torch.ones(16), at="resid_pre.1"), Add(torch.ones(16)))),
         Intervention.at("resid_post.1", Add(torch.ones(2, 16), torch.tensor([1.0, 5.0]))),
@@ -143,8 +235,7 @@ def test_variants_in_small_parts_are_the_same_and_each_edit_is_proven() -> None:
     batch = model.tokens(TEXTS)
     ivs = [Intervention.at("resid_post.1", Add(torch.full((16,), float(s)))) for s in range(1, 8)]
     whole = model.variants(batch, ivs)
-    start = functools.partial(model.resume, batch)
-    parts = compare(model.site_map, start, batch, ivs, model.plan, max_tokens=24)
+    parts = compare(model, batch, ivs, model.plan, max_tokens=24)
     torch.testing.assert_close(parts.logits, whole.logits, atol=FP32_LOGITS, rtol=1e-4)
     assert sum(r.tokens for r in whole.report) == sum(r.tokens for r in parts.report) == 7 * batch.n_tokens
     with pytest.raises(EditError, match="no token"):
@@ -178,8 +269,6 @@ def test_the_last_token_of_right_padded_rows_is_found() -> None:
     model = tiny_model()
     ids = torch.tensor([[20, 21, 22, 23], [30, 31, 1, 1]])
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
-    from workbench.core.tokens import TokenBatch
-
     got = model.logits(TokenBatch(ids, mask))
     torch.testing.assert_close(got[1], model.logits(ids[1:, :2])[0], atol=FP32_LOGITS, rtol=1e-4)
 
@@ -258,8 +347,8 @@ def test_last_tokens_over_any_cache_are_the_uncached_run(family: str, texts: lis
     for got, iv in zip(found.logits, ivs, strict=True):
         with model.plan(iv):
             torch.testing.assert_close(got, model.logits(texts), atol=FP32_LOGITS, rtol=1e-4)
-    run = model.resume(texts[0], "resid_post.1", last=True)
-    torch.testing.assert_close(run.logits, model.logits(texts[0]), atol=FP32_LOGITS, rtol=1e-4)
+    segment = model.segment(texts[0], "resid_post.1", last=True)
+    torch.testing.assert_close(segment.logits, model.logits(texts[0]), atol=FP32_LOGITS, rtol=1e-4)
     last = LastToken(model, model.tokens(texts[0]).ids, model.resolve("resid_post.1"), rows=2)
     with model.plan(ivs[0]):
         want = model.logits(texts[0])
@@ -270,8 +359,8 @@ def test_a_model_that_ignores_its_cache_is_not_resumed_from_it() -> None:
     model = tiny_model()
     plain = model.hf.model.forward
     model.hf.model.forward = lambda *args, past_key_values=None, **named: plain(*args, **named)
-    run = model.resume("abcdef", "resid_post.1", last=True)
-    assert not run.last
-    torch.testing.assert_close(run.logits, model.logits("abcdef"), atol=FP32_LOGITS, rtol=1e-4)
+    segment = model.segment("abcdef", "resid_post.1", last=True)
+    assert not segment.last
+    torch.testing.assert_close(segment.logits, model.logits("abcdef"), atol=FP32_LOGITS, rtol=1e-4)
     with pytest.raises(InvalidInputError, match="outside of the cache"):
         model.generate("abcdef", 3)
