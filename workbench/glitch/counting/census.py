@@ -25,10 +25,7 @@ from workbench.models.model import Model
 def plan_census(model: Model, *, options: CensusOptions | None = None, measure_both: bool = True) -> CensusPlan:
     """Ranks the tokens, makes the prompts and measures the speed; runs a few batches only.
 
-    Args:
-        model: the model.
-        options: what to run.
-        measure_both: whether bfloat16 may be chosen; a model in it has to be made by the caller then.
+    With `measure_both` bfloat16 may be chosen; the caller then makes the model in it, by `in_dtype`.
     """
     options = options or CensusOptions()
     report = scan(model, options=options.scan)
@@ -56,12 +53,9 @@ def _to_test(report: GlitchReport, options: CensusOptions) -> np.ndarray:
 
 
 def run_census(model: Model, plan: CensusPlan, folder: Path | None = None) -> CensusReport:
-    """Tests the planned tokens; what the folder holds is not run again.
+    """Tests the planned tokens with the model in the plan's dtype; what the folder holds is not run again.
 
-    Args:
-        model: the model, in the dtype of the plan.
-        plan: from `plan_census`.
-        folder: where results are kept, batch after batch; None keeps them in memory.
+    Results are kept in the folder, batch after batch; None keeps them in memory.
 
     Raises:
         InvalidInputError: if the model is not in the plan's dtype.

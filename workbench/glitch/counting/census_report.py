@@ -44,11 +44,9 @@ class CensusReport(CensusResult, Report):
         return total(self.strata())
 
     def recall_at(self, share: float, probabilities: np.ndarray | None = None) -> Estimate:
-        """Share of all ordinary glitch tokens that the first share of the ranking holds.
+        """Share of all ordinary glitch tokens that the first share of the ranking holds, one of the shares asked for.
 
-        Args:
-            share: one of the shares that the census was asked for.
-            probabilities: others than the highest over all prompts, such as `short`.
+        `probabilities` replace the highest over all prompts, such as by `short`.
 
         Raises:
             DegenerateInputError: without a ranking, without glitch tokens, or if a part of the ranking was not tested.
@@ -206,7 +204,6 @@ class CensusReport(CensusResult, Report):
         return Table(columns, tuple(rows), caption="Tokens by category")
 
     def _recalls(self) -> Table:
-        """Recall by share of the ranking."""
         strata, shorts = self.strata(), self.strata(self.short)
         ends = np.cumsum([s.size for s in strata])
         some = {"all prompts": any(s.glitch for s in strata), "short": any(s.glitch for s in shorts)}

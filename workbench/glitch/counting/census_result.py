@@ -27,13 +27,10 @@ class CensusOptions:
     Attributes:
         sample: test so many ordinary tokens, drawn by strata of the ranking, and estimate the rest; None tests all.
         shares: shares of the ranking whose recall is wanted; they are the ends of the strata too.
-        short: the prompt that every token gets.
         confirm: prompts for the tokens that fail it; empty trusts the short prompt alone.
         again: cheap prompts that come before these, as raw text; not run without `confirm`.
         forms: `confirm` as raw text, through the chat template, or both; "auto" is both where there is a template.
-        batch_size: prompts per forward pass.
         seed: of the order of the tokens, and of a sample.
-        scan: how the ranking is made.
     """
 
     sample: int | None = None
@@ -64,12 +61,8 @@ class CensusPlan:
     """What a census will do, known before it starts.
 
     Attributes:
-        scan: the ranking by weights alone.
-        short: the prompt of every token, as ids.
-        confirm: the prompts of those that fail, as ids.
         ids: the tokens, in the random order in which they are tested: an interrupted census is a random sample.
         dtype: in which the model computes, with its measured speed.
-        options: what was asked for.
     """
 
     scan: GlitchReport
@@ -125,9 +118,6 @@ class CensusResult:
     """What a census measured; arrays are indexed by token id.
 
     Attributes:
-        model: name of the model.
-        fingerprint: which model.
-        plan: what was run.
         short: probability of the token in the short prompt; nan where it was not tested.
         best: highest probability over all prompts; equal to `short` for a token that did not fail it.
     """

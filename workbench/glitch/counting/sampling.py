@@ -18,9 +18,7 @@ class Stratum:
     """What is known of one part of the vocabulary.
 
     Attributes:
-        size: tokens in it.
         tested: of these, drawn at random without replacement and tested.
-        glitch: of these, found to be glitch tokens.
     """
 
     size: int
@@ -41,11 +39,7 @@ class Stratum:
 
 
 def by_rank(ranked: np.ndarray, shares: Sequence[float]) -> tuple[np.ndarray, ...]:
-    """Ids in strata: those of the first share of a ranking, those up to the next, and the rest.
-
-    Args:
-        ranked: ids, the most suspicious first.
-        shares: ends of the strata, as shares of all ids; 1 is added.
+    """Ids, the most suspicious first, in strata: the first share of a ranking, those up to the next one, and the rest.
 
     Raises:
         InvalidInputError: if a share is not between 0 and 1.
@@ -85,13 +79,7 @@ def draw(strata: Sequence[np.ndarray], n: int, seed: int) -> np.ndarray:
 
 
 def tally(strata: Sequence[np.ndarray], best: np.ndarray, threshold: float) -> tuple[Stratum, ...]:
-    """Counts of each stratum.
-
-    Args:
-        strata: ids of each stratum.
-        best: highest probability by id; nan where it was not tested.
-        threshold: a token below it is a glitch token.
-    """
+    """Counts of each stratum of ids; `best` is by id, nan where a token was not tested."""
     return tuple(
         Stratum(len(ids), int((~np.isnan(best[ids])).sum()), int((best[ids] < threshold).sum())) for ids in strata
     )
@@ -119,16 +107,10 @@ def total(strata: Sequence[Stratum], *, level: float = 0.95, seed: int = 0) -> E
 
 
 def recall(strata: Sequence[Stratum], first: int, *, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Share of all glitch tokens that lie in the first strata: the recall of testing these and nothing else.
+    """Share of all glitch tokens that lie in the `first` strata: the recall of testing these and nothing else.
 
     A ratio of two Horvitz-Thompson totals. Where everything was tested it is exact for this vocabulary; the interval
     is then Clopper-Pearson's, which takes the glitch tokens for a sample of such tokens.
-
-    Args:
-        strata: from the most suspicious on.
-        first: how many of them.
-        level: coverage of the interval.
-        seed: of the interval's draws.
 
     Raises:
         DegenerateInputError: if no glitch token was found at all, or a stratum was not tested.

@@ -38,7 +38,6 @@ class RowFacts:
 
     Attributes:
         norm: L2 norm of each row; nan where the row is not finite.
-        finite: rows without NaN or infinity.
         mean: mean of the finite rows, summed in fp64.
         classes: ids of each set of two or more bit-identical rows, zero rows left out.
         component: the first principal component of the finite rows, of length 1, or None if it was not asked for.
@@ -99,7 +98,6 @@ def _sample_key(block: Tensor) -> np.ndarray:
 def _equal_rows(
     matrix: Matrix, bias: Tensor | None, ids: np.ndarray, key: np.ndarray, block_rows: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Sets of rows that agree in every bit (and in the bias), looked for among those that agree in the key."""
     _, which, count = np.unique(key, return_inverse=True, return_counts=True)
     ids = ids[count[which] > 1]
     seen: dict[bytes, list[int]] = {}
@@ -175,11 +173,8 @@ class Separation:
     """How well an indicator tells known-unused rows from ordinary tokens.
 
     Attributes:
-        indicator: a key of `INDICATORS`.
         auc: chance that a reference row, held out of the reference, is lower than an ordinary token; 0.5 is chance.
         missed: share of ordinary tokens below the highest held-out reference row.
-        n_reference: reference rows held out, one at a time.
-        n_ordinary: ordinary tokens compared with.
     """
 
     indicator: str
@@ -202,7 +197,7 @@ def separation(indicator: str, values: np.ndarray, ordinary: np.ndarray, held_ou
 def held_out_values(
     indicator: str, matrices: TokenMatrices, outer: RowFacts, values: np.ndarray, reference: Sequence[int]
 ) -> np.ndarray:
-    """The indicator of each reference row with that row left out of the reference mean; nan if it is the only one."""
+    """The indicator of each reference row, with that row left out of the reference mean; nan if it is the only one."""
     ids = list(reference)
     if indicator == "I_in":
         return values[ids]

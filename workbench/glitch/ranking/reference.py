@@ -31,14 +31,10 @@ class ReferenceGroup:
     """Ids that share a reason to be unused, and whether their rows bear it out.
 
     Attributes:
-        name: which group.
-        why: how its members were found.
         found: number of ids found (rows without a direction, zero or not finite, left out).
         members: the ids that stayed after trimming to those close to the medoid; the reference if `trusted`.
         cosine: median cosine of the members to their medoid.
         ordinary: share of ordinary tokens that lie as close to the medoid as a member must.
-        trusted: whether the group may serve as reference.
-        verdict: why, or why not.
     """
 
     name: str
@@ -57,9 +53,6 @@ class Reference:
 
     Attributes:
         name: the chosen group, or None if none can be trusted.
-        members: its members.
-        why: the reason in a sentence.
-        groups: all that were looked at.
         agreement: cosine between the means of each pair of trusted groups, with the number of ids in both.
     """
 
@@ -75,10 +68,7 @@ def propose(
 ) -> dict[str, tuple[str, list[int]]]:
     """Groups of ids that may be unused: name -> (how found, ids).
 
-    Args:
-        vocabulary: the tokenizer's side.
-        n_rows: rows of the output matrix.
-        duplicates: clusters of ids with (nearly) the same row, largest first.
+    `duplicates` are clusters of ids with (nearly) the same row, largest first.
     """
     ids = np.arange(min(len(vocabulary), n_rows))
     byte, category = vocabulary.byte[: len(ids)], np.asarray(vocabulary.category)[: len(ids)]

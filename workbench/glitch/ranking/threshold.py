@@ -31,8 +31,6 @@ class Threshold:
     Attributes:
         value: candidates lie at or below it.
         percentile: share of ordinary tokens, in percent, at or below it.
-        method: how it was chosen.
-        why: the reason, in words.
     """
 
     value: float
@@ -82,7 +80,7 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
 
 
 def _without_group(low: np.ndarray) -> tuple[np.ndarray, str]:
-    """The sorted values without a group that lies apart below the others, and a sentence about it if there is one."""
+    """The sorted values above a group that lies apart below the others, and a sentence about that group."""
     valley = find_valley(low)
     n = 0 if valley is None else int(np.searchsorted(low, valley))
     if valley is None:

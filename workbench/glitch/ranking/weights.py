@@ -31,14 +31,9 @@ _NOT_TEXT = (
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix with one row per token id, on disk or in memory; rows are handed out in fp32 on the CPU.
+    """A matrix with one row per token id, on disk or in memory; `read(start, stop)` gives rows.
 
-    Attributes:
-        name: its name in the file.
-        n_rows: number of rows.
-        width: `d_model`.
-        stored: the type of number in which it is stored.
-        read: rows `start` to `stop`.
+    Rows are handed out in fp32 on the CPU; `stored` is the type of number in the file.
     """
 
     name: str
@@ -48,7 +43,7 @@ class Matrix:
     read: Callable[[int, int], Tensor]
 
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Float[Tensor, "rows d_model"]]]:
-        """The first row's index and the rows, block after block."""
+        """Index of the first row, and the rows, block after block."""
         for start in range(0, self.n_rows, size):
             yield start, self.read(start, min(start + size, self.n_rows)).to("cpu", torch.float32)
 
@@ -64,15 +59,7 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class TokenMatrices:
-    """What a weights-only scan reads.
-
-    Attributes:
-        E_in: input embedding.
-        E_out: output embedding; the same object as `E_in` when tied.
-        bias: bias of the output layer, or None.
-        tied: whether input and output share one matrix.
-        tied_why: how that was decided.
-    """
+    """What a weights-only scan reads; `E_out` is the same object as `E_in` when tied, `bias` is the output layer's."""
 
     E_in: Matrix
     E_out: Matrix
@@ -210,7 +197,6 @@ def _bias(names: dict[str, Path], output: str) -> Tensor | None:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """File of each tensor name."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"

@@ -40,7 +40,6 @@ class RepairOptions:
             input rows closest to the token's own by cosine, all that is left for a token that nothing else spells.
         reading: "mean" sets the input row to the mean of the source rows; "keep" leaves it.
         writing: "mean" does the same to the output row; "block" makes the token impossible to write; "keep" leaves it.
-        neighbours: how many neighbours.
         match_norm: the mean of several rows is short; scale it, about the mean row of the matrix, to the mean length of
             its sources. About the mean row, because what all rows share raises no token's probability.
     """
@@ -68,22 +67,12 @@ class Repair:
     """New rows for some tokens of one model.
 
     Attributes:
-        model: its name.
-        made_for: its fingerprint.
         tied: whether input and output are one matrix; a copy of the weights then has one row for both.
-        options: what the rows are made of.
-        ids: the tokens.
-        texts: what they say.
         spellings: the other tokens that spell each; empty where none do.
         sources: the tokens whose rows each new row is the mean of.
         skipped: tokens that were asked for and have no new row, with the reason.
-        E_in: new input rows, or None.
-        E_out: new output rows, or None.
         scale: factor of each output row about the mean row.
-        bias: new entries of the output bias, or None.
         embed_scale: what the model multiplies input rows by.
-        head: path of the output layer in the model.
-        control: how the sources were replaced, if this is the control of another repair.
     """
 
     model: str
@@ -107,11 +96,7 @@ class Repair:
         """The repair as an edit: at the embedding for reading, at the logits for writing.
 
         The logits of a repaired token become those of its new output row, exactly: a mean of rows gives the mean of
-        their logits.
-
-        Args:
-            required: a run in which none of the tokens occurs raises, as any edit that touches nothing; False accepts
-                it, for text that may or may not hold them.
+        their logits. If `required`, a run in which none of the tokens occurs raises, as any edit that touches nothing.
         """
         edits: list[Edit] = []
         if self.E_in is not None:

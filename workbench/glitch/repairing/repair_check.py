@@ -32,10 +32,6 @@ class RepairCheckOptions:
         controls: random ordinary tokens that are not repaired and must be copied as before.
         texts: plain text whose loss must not rise.
         tolerance: rise of that loss, in nats per token, that the upper end of its interval may not exceed.
-        seed: of the random tokens and the wrong sources.
-        forms: prompts of the copying test as raw text, through the chat template, or both, as in `ScanOptions`.
-        batch_size: prompts per forward pass.
-        steps: greedy steps per prompt.
     """
 
     controls: int = 16
@@ -62,12 +58,6 @@ def check_repair(
     Three measures, each per token: the highest probability with which it is copied; the divergence between the next
     token after it and after its text spelled out with other tokens, which is how it is read; and, for text that it is
     not in, the loss.
-
-    Args:
-        model: the model that the repair was made for.
-        made: the repair.
-        options: how many controls, which texts.
-        vocabulary: the analysis of the model's tokenizer, if it is at hand.
 
     Raises:
         EditError: if the repair did not reach the model.

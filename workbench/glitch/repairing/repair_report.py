@@ -28,24 +28,14 @@ class RepairReport(Report):
     """A repair before and after, beside the same repair with the wrong sources.
 
     Attributes:
-        model: name of the model.
-        tied: whether input and output are one matrix.
-        options: what the new rows are made of.
-        ids: the repaired tokens.
-        texts: what they say.
         sources: the texts of the tokens that each new row is made of.
-        skipped: tokens without a new row, with the reason.
         copied: by arm, the highest probability with which each token was copied in any prompt.
         gap: by arm, nats by which the next token after each differs from that after its text spelled out; nan where
             nothing spells it.
         control_ids: random ordinary tokens that were not repaired.
         kept_before: probability with which each of them was copied before.
-        kept_after: and with the repair on.
         loss: rise of the loss on plain text, nats per token, text by text.
         tolerance: what the upper end of its interval may not exceed.
-        edits: what the edits did, as the model reported it.
-        prompts: the prompts of the copying test.
-        seed: of everything random.
     """
 
     model: str

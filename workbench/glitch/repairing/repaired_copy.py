@@ -137,7 +137,6 @@ def _new_head(made: Repair, copies: Sequence[str], config: Mapping[str, Any], un
 def _changes(
     made: Repair, matrices: TokenMatrices, copies: Sequence[str], new_head: str | None
 ) -> dict[str, Float[Tensor, "k ..."]]:
-    """New rows by tensor."""
     changes: dict[str, Tensor] = {}
     if made.E_in is not None:
         changes[matrices.E_in.name] = made.E_in
@@ -201,7 +200,6 @@ def _untie_config(path: Path) -> None:
 
 
 def _record(made: Repair, source: Path, head: str | None) -> Mapping[str, Any]:
-    """What was done, beside the weights."""
     rows = [
         {"token_id": i, "text": text, "sources": list(pieces)}
         for i, text, pieces in zip(made.ids, made.texts, made.sources, strict=True)
@@ -229,12 +227,9 @@ class CopyReport(Report):
     """Whether a saved copy does what the edit does.
 
     Attributes:
-        folder: where it is.
         difference: largest difference of a next-token logit between the copy and the edited model.
         effect: largest change of such a logit by the repair itself.
         agrees: whether the two differ by rounding only.
-        n: prompts compared, each ending in a repaired token.
-        stored: the type of number in the files.
     """
 
     folder: Path

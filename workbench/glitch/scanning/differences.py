@@ -40,16 +40,7 @@ _ENOUGH = 20
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One difference.
-
-    Attributes:
-        kind: a key of `CHANGES`.
-        text: the token on one line.
-        id_a: its id in A, or -1.
-        id_b: its id in B, or -1.
-        before: what A says.
-        after: what B says.
-    """
+    """One difference: a key of `CHANGES`, the token on one line, its ids (-1 for none), what A and B say."""
 
     kind: str
     text: str
@@ -65,16 +56,9 @@ class DiffReport(Report):
 
     Attributes:
         a: model of A, and where its scan is from.
-        b: the same of B.
         matched_by: "id" if both have the same tokenizer, otherwise "text".
-        n_a: tokens of A.
-        n_b: tokens of B.
         shared: tokens that were matched.
-        flagged_a: flagged tokens of A per grade.
-        flagged_b: the same of B.
-        changes: all differences, in the order of `CHANGES`, by id.
         lossy_a: bytes that only A loses.
-        lossy_b: bytes that only B loses.
         partial: what could not be compared, in words; empty if everything was.
         evident: whether the files tell if both tokenizers are the same; where they do not, texts are matched.
     """
@@ -159,9 +143,7 @@ class DiffReport(Report):
 def side(what: Any, tokenizer_only: bool = False) -> SavedScan:
     """One side of a comparison: a saved scan, a model (its weights are scanned now), or a tokenizer alone.
 
-    Args:
-        what: run folder or glitch.json of a scan, `Model`, model folder, .gguf file, "embedded", or a cached hub id.
-        tokenizer_only: look at the tokenizer and leave the weights alone.
+    A scan is named by its run folder or glitch.json, a model as for `scan`.
 
     Raises:
         MissingFileError: if it is none of these.

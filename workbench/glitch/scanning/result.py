@@ -28,11 +28,8 @@ class TokenizerFacts:
     """Counts of the tokenizer's side.
 
     Attributes:
-        n_tokens: ids that have a token.
         style: how bytes are written: byte_level, byte_fallback, raw_bytes, none.
-        adds_space: whether it puts a space in front of a text.
         counts: ids per category (keys of `workbench.glitch.vocabulary.tokenizer.CATEGORIES`); absent means zero.
-        n_byte_tokens: single-byte tokens.
         missing_bytes: bytes without such a token; in a byte-level vocabulary they cannot be written at all.
         lossy: bytes of valid text that encode and decode lose.
         vocabulary: hash of the vocabulary strings, by which two scans tell whether their tokenizers agree.
@@ -54,13 +51,9 @@ class TokenTable:
 
     Attributes:
         token: text of each token in context; stray bytes as <0xNN>.
-        category: a key of `workbench.glitch.vocabulary.tokenizer.CATEGORIES`.
         group: the reference groups that hold the id, separated by "; ".
-        is_reference: whether the id belongs to the reference that was used.
-        is_byte: single-byte tokens.
         reserved: named as unused or reserved.
         copies: number of rows that are bit-identical to this one, itself included.
-        norm: L2 norm of the output row.
         indicators: every indicator that could be measured.
         indicator: the one that ranks; nan where there is none.
     """
@@ -90,33 +83,15 @@ class ScanResult:
     """Everything that `scan` measured.
 
     Attributes:
-        model: name of the model.
-        tied: whether input and output share their matrix.
-        tied_why: how that was decided.
-        n_rows: rows of the output matrix.
-        d_model: its width.
         stored: the type of number it is stored in.
-        has_bias: whether the output layer has a bias.
-        tokenizer: counts of the tokenizer's side.
         reference: the ids taken as known to be unused, and why.
-        separations: how well each indicator tells them from ordinary tokens.
         indicator: the indicator that ranks, or None: no ranking can be trusted.
-        indicator_why: the reason.
         threshold: candidates lie at or below it; nan without a ranking.
         percentile: share of ordinary tokens at or below it, in percent.
         identical: ids of each set of bit-identical rows (and equal output bias).
         same_text: ids of each set of tokens that share their text though no text gives some of them.
-        zero_rows: rows that are exactly zero.
         bad_rows: rows with NaN or infinity.
-        table: one entry per id.
-        verification: tests of the first candidates and of controls, or None.
-        seed: of the random controls.
-        natures: what kind of text each candidate is, by id.
-        sides: whether tested tokens can be read and written, or None.
-        contexts: whether they are copied among other tokens, or None.
-        symptoms: what the model does with them, or None.
         notes: what was asked for and could not be done, in sentences.
-        threshold_why: how the threshold was chosen.
     """
 
     model: str

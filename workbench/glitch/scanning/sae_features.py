@@ -42,8 +42,6 @@ class FeatureOptions:
             features are held at once.
         fdr: expected share of false ones among the features that are named.
         shuffles: how often labels are shuffled to count what is found by chance.
-        seed: of the controls, the shuffles and the intervals.
-        batch_size: rows per forward pass.
     """
 
     controls: int = 4
@@ -72,7 +70,6 @@ class _Read:
         acts: mean feature activations, nan rows where no context is left.
         x: sum of the targets over contexts that count, for their mean.
         error: squared error of the reconstruction, summed over contexts that count.
-        square: squared norm of the target, summed likewise.
         n: contexts that count.
     """
 

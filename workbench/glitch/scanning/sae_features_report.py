@@ -17,12 +17,9 @@ class FeatureRow:
     """One feature that differs between glitch tokens and controls.
 
     Attributes:
-        feature: its number.
         glitch: mean activation on glitch tokens.
-        control: mean activation on controls.
         difference: glitch token minus the mean of its matched controls, over glitch tokens.
         fires_glitch: share of the glitch tokens on which it fires in some context.
-        fires_control: the same share of the controls.
         q: false discovery rate at which it is just named.
     """
 
@@ -40,25 +37,15 @@ class GlitchFeatures(Report):
     """Features and reconstruction on glitch tokens and matched ordinary tokens.
 
     Attributes:
-        model: name of the model.
-        site: where the SAE reads.
         target_site: what it reconstructs.
-        sae: its architecture.
-        d_sae: number of features.
         ids: glitch tokens that were compared.
-        texts: what they say.
-        asked: glitch tokens that were given.
         distinct: those with an input row of their own.
-        n_controls: ordinary tokens they were compared with.
         dropped: glitch tokens and controls left out as sinks or special tokens.
-        contexts: texts behind which each token was read.
-        rows: features that differ, the largest difference first.
         tested: features that fired at all.
         fdr: expected share of false ones among `rows`.
         shuffled: features found with shuffled labels: mean and most over the shuffles.
         l0: active features per token, glitch tokens and controls.
         fvu_glitch: unexplained over total variance of the glitch tokens about the mean of the controls.
-        fvu_control: the same of the controls.
         fvu_difference: that ratio of each glitch token minus the mean of its matched controls.
     """
 

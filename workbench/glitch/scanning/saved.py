@@ -34,15 +34,11 @@ class TokenFact:
     """One token of a scan.
 
     Attributes:
-        token_id: which.
         text: its text on one line, control characters escaped.
         category: a key of `workbench.glitch.vocabulary.tokenizer.CATEGORIES`; empty where the files do not tell.
         indicator: of the weights, lower is more suspicious; nan where there is none.
         max_prob: highest probability that the model gave it; nan where it was not tested.
-        verdict: a key of `workbench.glitch.verification.verify.VERDICTS`.
-        candidate: whether the weights alone make it suspicious.
         reference: whether it is known to be unused: in the reference, or named as reserved.
-        is_byte: whether it is a single byte.
     """
 
     token_id: int
@@ -72,11 +68,7 @@ class SavedScan:
     """A scan as far as its users need it.
 
     Attributes:
-        model: name of the model.
-        origin: where this was read, or how it was made.
-        tokens: facts by token id.
         complete: whether every id is here, or only the suspicious and tested ones.
-        lossy: bytes of valid text that the tokenizer loses.
         ranked: whether the scan had an indicator that it trusted; without one there are no candidates.
         vocabulary: hash of the vocabulary strings; empty where the files do not tell.
     """
@@ -123,7 +115,7 @@ def check_grades(grades: Iterable[str]) -> tuple[str, ...]:
 
 
 def of_report(report: GlitchReport, origin: str = "scanned now") -> SavedScan:
-    """A scan that was just made."""
+    """The facts of a scan that was just made."""
     table, candidates = report.table, set(report.candidates())
     tested = {t.token_id: t for t in report.verification.tested} if report.verification else {}
     facts = {}

@@ -57,7 +57,6 @@ class ScanOptions:
     """What a scan looks for and how much it tests.
 
     Attributes:
-        top: candidates to verify, the most suspicious first.
         controls: random ordinary tokens to verify beside them; None means as many as `top`.
         percentile: share of ordinary tokens, in percent, that become candidates (2 in the literature); None takes as
             many as exceed what the bulk explains, see `workbench.glitch.ranking.threshold.find_threshold`.
@@ -71,9 +70,7 @@ class ScanOptions:
         contexts: also ask for each tested token in so many lines of random ordinary tokens.
         symptoms: also ask the model to repeat, spell and measure the tested tokens.
         journal: file in which test results are kept while they come; an interrupted test goes on from it.
-        seed: of the random controls.
         block_rows: rows of a matrix held in memory at a time.
-        verification: steps, batch size, when to stop testing a token.
     """
 
     top: int = 40
@@ -153,7 +150,6 @@ def examine(model: Any, report: GlitchReport, *, options: ScanOptions | None = N
 
 
 def _open(model: Any) -> tuple[str, TokenMatrices, Codec]:
-    """Name, matrices and tokenizer of whatever the user named."""
     if hasattr(model, "hf") and hasattr(model, "tokenizer"):
         return str(model.name), in_memory(model.hf), codec_of(model.tokenizer)
     if not isinstance(model, str | Path):
@@ -232,13 +228,9 @@ def _ordinary(vocabulary: Vocabulary, outer: RowFacts) -> np.ndarray:
 
 
 def _reference(
-    vocabulary: Vocabulary,
-    matrices: TokenMatrices,
-    outer: RowFacts,
-    ordinary: np.ndarray,
-    options: ScanOptions,
+    vocabulary: Vocabulary, matrices: TokenMatrices, outer: RowFacts, ordinary: np.ndarray, options: ScanOptions
 ) -> tuple[Reference, Sequence[int]]:
-    """The reference, and the ids that their names or places alone call unused (for an untied model without one)."""
+    """The reference, and the ids that names or places alone call unused (for an untied model without a reference)."""
     if options.reference is not None:
         return given(options.reference, outer.usable), ()
     E_out = matrices.E_out
@@ -252,11 +244,7 @@ def _reference(
 
 
 def _separations(
-    matrices: TokenMatrices,
-    outer: RowFacts,
-    unused: Sequence[int],
-    values: dict[str, np.ndarray],
-    ordinary: np.ndarray,
+    matrices: TokenMatrices, outer: RowFacts, unused: Sequence[int], values: dict[str, np.ndarray], ordinary: np.ndarray
 ) -> tuple[Separation, ...]:
     if not unused:
         return ()
@@ -280,13 +268,8 @@ def _facts(vocabulary: Vocabulary, table: TokenTable) -> TokenizerFacts:
 
 
 def _table(
-    vocabulary: Vocabulary,
-    outer: RowFacts,
-    chosen: Reference,
-    values: dict[str, np.ndarray],
-    picked: str | None,
+    vocabulary: Vocabulary, outer: RowFacts, chosen: Reference, values: dict[str, np.ndarray], picked: str | None
 ) -> TokenTable:
-    """One row per id that is in the tokenizer or in the matrix."""
     n_rows, n_ids = len(outer.norm), len(vocabulary)
     n = max(n_rows, n_ids)
     category = list(vocabulary.category) + ["no_token"] * (n - n_ids)
@@ -318,7 +301,6 @@ def _padded(values: np.ndarray, n: int, fill: Any = np.nan) -> np.ndarray:
 def _examined(
     model: Any, report: GlitchReport, codec: Codec, vocabulary: Vocabulary, options: ScanOptions
 ) -> GlitchReport:
-    """The report with everything that the model has to be run for."""
     candidates = report.candidates()[: options.top]
     if not candidates:
         raise DegenerateInputError(

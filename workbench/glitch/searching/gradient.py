@@ -75,18 +75,11 @@ def uncertainty(model: Any, template: Template, tokens: Int[Tensor, " batch"]) -
 def climb(
     model: Any, template: Template, ids: np.ndarray, oracle: Oracle, options: GradientOptions | None = None
 ) -> Found:
-    """Tests tokens where the entropy of the answer should be highest, to first order.
+    """Tests tokens where the entropy of the answer to a copying prompt should be highest, to first order.
 
     From the present token `t`, the nearest untested tokens `c` (distance of unit-norm embeddings) are scored by
-    `H(t) + (e_c - e_t) . dH/de_t`; those with the highest score are tested, and the walk goes on from the one of them
+    `H(t) + (e_c - e_t) . dH/de_t`; those with the highest score are tested, and the walk continues from the one of them
     with the highest entropy. It begins at the token with the smallest norm, and draws nothing at random.
-
-    Args:
-        model: a `Model`.
-        template: the copying prompt whose answer is looked at.
-        ids: the tokens to search.
-        oracle: says whether a token is a glitch token.
-        options: length and width of the walk.
 
     Raises:
         DegenerateInputError: if there are no tokens.

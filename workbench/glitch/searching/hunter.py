@@ -27,12 +27,9 @@ class HunterOptions:
         components: principal components of the input rows that distances are measured in.
         neighbours: edges from each token to its nearest ones.
         resolution: of the communities (RBConfiguration); the higher, the smaller they are.
-        share: share of a cluster that is sampled.
         at_least: smallest sample of a cluster, unless the cluster is smaller.
-        at_most: largest sample of a cluster.
         keep_above: a cluster is kept if more than this share of its sample are glitch tokens.
         max_rounds: rounds after which the members are tested even if the set still shrinks.
-        seed: of the communities and the samples.
     """
 
     components: int = 50
@@ -69,13 +66,7 @@ class HunterOptions:
 def hunt(
     rows: Float[Tensor, "d_vocab d_model"], ids: np.ndarray, oracle: Oracle, options: HunterOptions | None = None
 ) -> Found:
-    """Clusters, samples, drops clean clusters and starts again, until no token is dropped; then tests the rest.
-
-    Args:
-        rows: input embedding.
-        ids: the tokens to search, such as all ordinary ones.
-        oracle: says whether a token is a glitch token.
-        options: clusters and samples.
+    """Clusters input embeddings, samples, drops clean clusters and repeats until none is dropped; then tests the rest.
 
     Raises:
         DegenerateInputError: if there are fewer than two tokens.

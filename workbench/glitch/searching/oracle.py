@@ -19,11 +19,8 @@ class Found:
     """What one search asked, in order.
 
     Attributes:
-        method: name of the search.
         asked: ids in the order in which they were tested, each once: its cost in oracle calls.
-        glitch: whether each was a glitch token.
         gradient_passes: forward and backward passes on top of the calls, counted in prompts.
-        notes: what happened on the way, in words.
     """
 
     method: str
@@ -60,11 +57,7 @@ class Found:
 
 
 class Asker:
-    """Asks an oracle, never twice for the same token, and counts.
-
-    Args:
-        oracle: ids to booleans.
-    """
+    """Asks an oracle, never twice for the same token, and counts."""
 
     def __init__(self, oracle: Oracle) -> None:
         self._oracle = oracle

@@ -35,12 +35,9 @@ class SearchOptions:
     """Which searches run, and how much they may ask.
 
     Attributes:
-        methods: keys of `METHODS`.
         budget: tokens that the ranking and the random order test; None takes as many as the dearest other search.
         seeds: runs of each search that draws at random.
         hunter: of the clusters; its seed is counted up from run to run.
-        gradient: of the walk.
-        seed: of the first run.
     """
 
     methods: tuple[Method, ...] = ("indicator", "hunter", "gradient", "random")
@@ -66,12 +63,6 @@ def search(model: Model, plan: CensusPlan, prober: Prober, *, options: SearchOpt
 
     With a prober that knows every ordinary token from a census, nothing but the gradients is computed, and recall is
     exact. Otherwise the tokens that are asked for are run, and recall is estimated from the random arm.
-
-    Args:
-        model: the model.
-        plan: the ranking and the prompts, from `plan_census`.
-        prober: the oracle, from `prober_of`.
-        options: which searches.
 
     Raises:
         DegenerateInputError: if no ordinary token has a finite row.

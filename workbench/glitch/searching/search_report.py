@@ -21,12 +21,7 @@ _ROWS = 60
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """The runs of one search.
-
-    Attributes:
-        name: of the search.
-        runs: one, or one per seed.
-    """
+    """The runs of one search: one, or one per seed."""
 
     name: str
     runs: tuple[Found, ...]
@@ -37,23 +32,14 @@ class Arm:
         return float(np.mean([run.calls for run in self.runs]))
 
     def precision(self, calls: int | None = None) -> Estimate:
-        """Share of the tested tokens that are glitch tokens.
-
-        Args:
-            calls: only the first so many of each run; None for all.
-        """
+        """Share of the tested tokens that are glitch tokens; `calls` takes only the first so many of each run."""
         runs = [run if calls is None else run.first(calls) for run in self.runs]
         if len(runs) == 1:
             return runs[0].precision
         return _over_runs([run.precision for run in runs])
 
     def recall(self, n_glitch: int, calls: int | None = None) -> Estimate:
-        """Share of all glitch tokens that are found; several runs give their mean with an interval over runs.
-
-        Args:
-            n_glitch: how many there are.
-            calls: only the first so many of each run; None for all.
-        """
+        """Share of all glitch tokens that are found; several runs give their mean with an interval over runs."""
         runs = [run if calls is None else run.first(calls) for run in self.runs]
         if len(runs) == 1:
             return runs[0].recall(n_glitch)
@@ -75,14 +61,10 @@ class SearchReport(Report):
     """Result of `search`.
 
     Attributes:
-        model: name of the model.
         n_tokens: ordinary tokens that were searched.
         n_glitch: glitch tokens among them, from a census; None if they are not known.
-        arms: the searches.
-        dtype: in which the model computed.
         indicator: what the ranking is made of, or None: there is none.
         token: text of every glitch token found.
-        methods: what each search does.
     """
 
     model: str

@@ -36,14 +36,9 @@ class AdtItem:
 
     Attributes:
         arm: "attack" if the border is hidden, "plain" if the tokens respect it.
-        carrier: a key of `CARRIERS`.
-        first: the first word.
-        second: the second word.
-        text: both, without anything between.
         separated: the control: the same words with a separator.
         tokens: the text of each token of `text`.
         trap: text of the token that lies across the border; empty in the arm "plain".
-        trap_id: its id, or -1.
         border: where the second word begins in `text`.
     """
 
@@ -76,10 +71,7 @@ class AdtOptions:
 
     Attributes:
         items: number of attack items; as many plain ones are made.
-        per_trap: at most so many items per trap token.
         shortest: shortest word of a script with spaces, in characters.
-        longest: longest such word.
-        seed: of the choice of words.
     """
 
     items: int = 200
@@ -135,17 +127,11 @@ def read_lexicon(path: Path) -> tuple[str, ...]:
 def make_items(
     codec: Codec, vocabulary: Vocabulary, lexicon: Sequence[str] = (), options: AdtOptions | None = None
 ) -> tuple[AdtItem, ...]:
-    """Attack items and as many plain ones, with the same carriers.
+    """Attack items and as many plain ones, with the same carriers; by default of words that the vocabulary holds whole.
 
     For every token z and split z = p + q it looks for words that end in p and words that begin with q; a pair becomes
     an item if in the text a token really lies across the border. Tokens are tried in the order of their ids, so the
     commonest traps come first.
-
-    Args:
-        codec: the tokenizer.
-        vocabulary: its analysis.
-        lexicon: the words; by default those of the vocabulary.
-        options: how many, and which words.
 
     Raises:
         DegenerateInputError: if no pair of words hides its border.

@@ -28,13 +28,7 @@ _NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class AdtAnswer:
-    """What the model wrote for one item.
-
-    Attributes:
-        item: the item.
-        joined: its answer where the words stand side by side.
-        separated: its answer where a sign separates them.
-    """
+    """What the model wrote for one item, where the words stand side by side and where a sign separates them."""
 
     item: AdtItem
     joined: str
@@ -59,12 +53,7 @@ class AdtAnswer:
 
 @dataclass(frozen=True, eq=False)
 class AdtReport(Report):
-    """Result of `run_adt`.
-
-    Attributes:
-        model: name of the model.
-        answers: one per item, attacks first.
-    """
+    """Result of `run_adt`: one answer per item, attacks first."""
 
     model: str
     answers: tuple[AdtAnswer, ...]
@@ -191,13 +180,8 @@ def run_adt(
 ) -> AdtReport:
     """Asks the model for the two words of every item, in both forms, greedily.
 
-    The first plain items serve as worked examples and are not counted.
-
-    Args:
-        model: a `Model`.
-        items: from `make_items`.
-        batch_size: prompts per batch.
-        journal: file in which every batch of answers is kept; a run that was stopped goes on from there.
+    The first plain items serve as worked examples and are not counted. A run that was stopped continues from the
+    journal, which keeps every batch of answers.
 
     Raises:
         DegenerateInputError: if there are no attack items.
@@ -252,7 +236,6 @@ def _gold(item: AdtItem) -> list[str]:
 
 
 def _book(model: Any, prompts: Sequence[str], path: str | Path | None) -> Log | None:
-    """The answers of an earlier run of this model on these prompts, and where new ones go."""
     if path is None:
         return None
     key = {

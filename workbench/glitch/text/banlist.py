@@ -20,8 +20,6 @@ class BanFormat:
     """A form of ban list.
 
     Attributes:
-        name: short name.
-        use: how it is used.
         limit: how many ids a request may have; None where no limit is known.
         exact: whether a banned token can't be written at all.
     """
@@ -56,14 +54,7 @@ _RANK = {grade: k for k, grade in enumerate(GRADES)}
 
 @dataclass(frozen=True, eq=False)
 class BanList:
-    """Ids to ban, the best founded first, and what was left out.
-
-    Attributes:
-        model: name of the model.
-        origin: where the flags come from.
-        tokens: the tokens to ban.
-        left_out: reason and ids of flagged tokens that are not banned.
-    """
+    """Ids to ban, the best founded first, and by reason those that were left out."""
 
     model: str
     origin: str
@@ -188,7 +179,6 @@ def ban_list(
 
 
 def _reason(fact: TokenFact, include_special: bool, include_bytes: bool, keep: bool) -> str | None:
-    """Why a flagged token is not banned; None if it is."""
     checks = (
         keep, fact.category == "no_row", fact.category == "", _special(fact) and not include_special,
         (fact.is_byte or fact.category == "partial_utf8") and not include_bytes,

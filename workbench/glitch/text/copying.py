@@ -21,9 +21,6 @@ class Copied:
     """One token before and after.
 
     Attributes:
-        token_id: the token.
-        pieces: what it was cut into.
-        control: whether it is an ordinary token, cut for comparison.
         before: log-probability (nats) that the model copies the text when the prompt shows the token: as the token or
             as the pieces, whichever is likelier.
         after: log-probability that it copies the pieces when the prompt shows these.
@@ -41,7 +38,6 @@ class CopyCheck:
     """Tokens and controls, measured alike.
 
     Attributes:
-        tokens: every token measured.
         not_cut: ids that have no other segmentation.
         gain: mean of after - before over the flagged tokens, nats; above zero means that cutting helps.
         control_gain: the same over ordinary tokens: what cutting costs where nothing was wrong; None without controls.
@@ -64,13 +60,7 @@ def copy_check(
 ) -> CopyCheck:
     """Probability of copying each token's text, spliced into a prompt as the token and as its pieces.
 
-    Args:
-        model: a `Model`.
-        sanitizer: which cuts the tokens; ordinary tokens are cut as if they were flagged.
-        tokens: flagged ids.
-        controls: ids of ordinary tokens.
-        probe: the prompt.
-        batch_size: rows per forward pass.
+    Controls are ordinary tokens, cut as if they were flagged.
 
     Raises:
         DegenerateInputError: if none of the tokens can be cut, or the prompt can't be built for this tokenizer.

@@ -26,16 +26,12 @@ class Finding:
     """One place.
 
     Attributes:
-        file: which file; empty for a text that was given.
         document: number of the record in it, from 1 (empty lines of a .jsonl file are not counted).
         line: line in the document, from 1.
         column: character in the line, from 1.
         start: first character in the document, from 0.
         end: the one after the last.
-        kind: a key of `workbench.glitch.text.linter.KINDS`.
         token_id: the token, or -1 where there is none.
-        text: what stands there.
-        context: what stands around it.
     """
 
     file: str
@@ -58,16 +54,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """How often a reported token occurs.
-
-    Attributes:
-        token_id: which token.
-        text: its text on one line.
-        kind: a key of `workbench.glitch.text.linter.KINDS`.
-        count: occurrences.
-        documents: documents that hold it.
-        part_of: the flagged token that a fragment is part of, or -1.
-    """
+    """How often a reported token occurs, and in how many documents; `part_of` is -1 but for a fragment."""
 
     token_id: int
     text: str
@@ -95,15 +82,8 @@ class LintReport(Report):
     """Result of a `Linter`.
 
     Attributes:
-        model: name of the model.
-        origin: where the flags come from.
-        files: what was read.
-        documents: number of documents.
-        characters: their characters.
-        tokens: their tokens.
         by_kind: findings per kind.
         counts: occurrences of each reported token, kinds in the order of `KINDS`, frequent ones first.
-        lost: characters that the tokenizer loses.
         places: the places, in order of reading; limited, `n_findings` counts all.
         looked_for: number of token ids that would have been reported.
     """

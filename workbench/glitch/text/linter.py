@@ -42,14 +42,8 @@ class Linter:
     """What is looked for in texts, ready to be used on many.
 
     Attributes:
-        model: name of the model.
-        origin: where the flags come from.
-        codec: its tokenizer.
         kinds: kind of each token id that is reported.
-        names: text of each of these ids.
         part_of: for a fragment the flagged id that it is part of.
-        wanted: the kinds that are reported.
-        survival: finds characters that the tokenizer loses.
     """
 
     model: str
@@ -87,12 +81,9 @@ class Linter:
         return tally.report(("",))
 
     def files(self, paths: Iterable[str | Path], column: str = "text", limit: int = 10_000) -> LintReport:
-        """Everything found in files: .jsonl and .parquet hold a document per record, any other file is one text.
+        """Everything found in files, folders or patterns, with the places of the first `limit` findings.
 
-        Args:
-            paths: files, folders or patterns.
-            column: name of the text in .jsonl and .parquet files.
-            limit: findings whose places are kept; all are counted.
+        .jsonl and .parquet files hold a document per record, in `column`; any other file is one text.
 
         Raises:
             MissingFileError: if there is no such file.
@@ -113,10 +104,8 @@ class Linter:
 def linter_for(model: Any, saved: str | Path | None = None, kinds: Iterable[str] = tuple(KINDS)) -> Linter:
     """A linter for a model: a `Model`, a folder, a .gguf file, "embedded" or a hub id in the local cache.
 
-    Args:
-        model: the model; without a saved scan its weights are scanned now, which gives candidates without a test.
-        saved: run folder or glitch.json of `workbench glitch scan`.
-        kinds: what to look for.
+    `saved` is a run folder or glitch.json of a scan; without it the weights are scanned now, which gives candidates
+    without a test.
     """
     return Linter.of(*scan_for(model, saved), kinds)
 

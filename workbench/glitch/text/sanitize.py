@@ -26,7 +26,6 @@ class Sanitized:
     """A row of ids without flagged tokens, as far as that is possible.
 
     Attributes:
-        ids: the new ids; they decode to the same text.
         replaced: position in the old row, old id and its pieces.
         impossible: positions in the old row of flagged ids that stay: no other tokens give their text.
     """
@@ -43,9 +42,6 @@ class Sanitizer:
     Feed the ids to the model: text would be cut into the flagged tokens again.
 
     Attributes:
-        codec: the tokenizer.
-        flagged: ids to avoid.
-        written: what each id writes, in bytes.
         pieces: the ids that may stand in for others, by what they write; those that are not whole text marked with 1.
     """
 
@@ -103,12 +99,7 @@ class Sanitizer:
         return self._known[token_id]
 
     def batch(self, model: Any, value: Any) -> TokenBatch:
-        """Tokens of texts or chats for `model.generate` or `model.logits`, with flagged ids cut.
-
-        Args:
-            model: the model whose tokenizer this sanitizer has.
-            value: text, texts, chats or tokens, as `model.tokens` takes them.
-        """
+        """Tokens of texts or chats, as `model.tokens` takes them, with flagged ids cut; `model` has this tokenizer."""
         made = model.tokens(value)
         rows = [self(row.tolist()).ids for row in made.rows()]
         pad = model.tokenizer.pad_token_id

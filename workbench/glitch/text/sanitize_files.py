@@ -31,8 +31,6 @@ class Cut:
     """What was done with a flagged token.
 
     Attributes:
-        token_id: the token.
-        text: its text on one line.
         pieces: texts of what it was cut into most often; empty where that is impossible.
         replaced: occurrences that were replaced.
         left: occurrences that stay, because no other tokens give the same text there.
@@ -50,15 +48,8 @@ class SanitizeReport(Report):
     """Result of `sanitize_files`.
 
     Attributes:
-        file: the JSON lines that were written.
-        documents: number of documents.
-        tokens: ids before.
-        tokens_after: ids after.
-        cuts: every flagged token that occurred.
         changed: number of documents whose ids decode to another text than the file has.
-        first_changed: the first of them, "" if there is none.
         by_cuts: how many of them decode to their text without the cuts.
-        check: probability of copying before and after, or None if it was not measured.
     """
 
     file: str
@@ -115,17 +106,11 @@ class SanitizeReport(Report):
 def sanitize_files(
     sanitizer: Sanitizer, paths: Iterable[str | Path], target: str | Path, column: str = "text"
 ) -> SanitizeReport:
-    """Writes the ids of every document to `target`, flagged tokens cut; a stopped run goes on where it was.
+    """Writes the ids of every document to `target`, flagged tokens cut; a stopped run continues where it was.
 
     A line holds file, document, ids, tokens_before, `replaced` (old position, old id, new ids), `impossible` (old
     position, id) and `decodes_to`: "text" if the ids decode to the text of the file, "other" if the tokenizer's own ids
-    do not either, "other_by_cuts" if they do.
-
-    Args:
-        sanitizer: which tokens are cut.
-        paths: files, folders or patterns, as `Linter.files` takes them.
-        target: the JSON lines file; beside it `<name>.key.json` says what its lines depend on.
-        column: name of the text in .jsonl and .parquet files.
+    do not either, "other_by_cuts" if they do. Beside it `<name>.key.json` says what the lines depend on.
 
     Raises:
         MismatchError: if `target` was written with other flags, for another tokenizer, or from other files.

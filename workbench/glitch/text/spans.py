@@ -28,8 +28,6 @@ class Piece:
         text: characters around the part, context included.
         start: position of `text[0]` in the whole text.
         begin: first position that belongs to this part.
-        end: position after the last.
-        ids: tokens of the part.
         spans: first character and the one after the last of each token, counted in the whole text.
     """
 
@@ -46,7 +44,7 @@ class Piece:
 
 
 def encodable(text: str) -> str:
-    """The text with each half of a character replaced, so that positions stay: no tokenizer takes halves.
+    """The text with each half of a character replaced by one sign, so that positions stay: no tokenizer takes halves.
 
     >>> encodable("a" + chr(0xdc80) + "b")
     'a�b'

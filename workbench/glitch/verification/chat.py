@@ -22,12 +22,7 @@ _MARK = "\u2402\u2403reply\u2403\u2402"
 
 @dataclass(frozen=True, eq=False)
 class PromptSet:
-    """Prompts as ids.
-
-    Attributes:
-        templates: the prompts, form after form.
-        notes: what was left out and why, in sentences.
-    """
+    """Prompts as ids, form after form; `notes` say what was left out and why."""
 
     templates: tuple[Template, ...]
     notes: tuple[str, ...] = ()
@@ -49,14 +44,9 @@ def prompt_set(
 ) -> PromptSet:
     """The probes as ids, raw and through the model's chat template.
 
-    Args:
-        model: a `Model`.
-        vocabulary: of its tokenizer.
-        probes: the prompts.
-        forms: "raw", "chat" or "both"; "auto" is both for a model with a chat template that can be used, else raw.
-        strict: raise where a probe cannot be built, instead of leaving it out and saying so.
-        steps: tokens that the model is to give after a prompt; where its positions do not suffice, the probe cannot be
-            built.
+    Form "auto" is both for a model with a chat template that can be used, else raw. `steps` is the number of tokens
+    that the model gives after a prompt: a probe that does not fit into the model's positions with them can't be built.
+    Such probes are left out with a note, or raise with `strict`.
 
     Raises:
         UnknownNameError: for other forms.
@@ -108,7 +98,6 @@ def _built(model: Any, vocabulary: Vocabulary, probe: Probe, form: Form) -> Temp
 
 
 def _fitting(model: Any, made: Template, steps: int) -> Template:
-    """The template, if the model has rows for its ids, and positions for it and for what it is to give after it."""
     rows, largest = getattr(model, "d_vocab", None), int(made.ids.max())
     if rows is not None and largest >= rows:
         raise DegenerateInputError(f"it holds id {largest}, and the model has rows for ids 0 to {rows - 1} only.")

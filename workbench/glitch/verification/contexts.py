@@ -30,8 +30,6 @@ class InContext:
     """One token among other ones.
 
     Attributes:
-        token_id: which token.
-        control: whether it is a random control.
         p: its probability where its turn has come, by line; nan where the model gives no number.
     """
 
@@ -62,7 +60,6 @@ class Contexts:
     """Tokens and controls among other ones.
 
     Attributes:
-        tested: all tokens, controls last.
         lines: ids of the other tokens of each line; the one in question stands between the second and the third.
         control_failures: share of the controls that fail; None without controls that have a number.
     """
@@ -73,7 +70,7 @@ class Contexts:
 
     @property
     def candidates(self) -> tuple[InContext, ...]:
-        """Those that are not controls."""
+        """The tokens under suspicion."""
         return tuple(found for found in self.tested if not found.control)
 
     def of(self, token_id: int) -> InContext | None:
@@ -83,12 +80,7 @@ class Contexts:
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """Lines to copy, each with a slot for the token in question.
-
-    Attributes:
-        templates: the lines as prompts.
-        words: ids of the other tokens of each.
-    """
+    """Lines to copy as prompts, each with a slot for the token in question; `words` are the ids of the others."""
 
     templates: tuple[Template, ...]
     words: tuple[tuple[int, ...], ...]
@@ -97,12 +89,7 @@ class Lines:
 def make_lines(model: Any, vocabulary: Vocabulary, pool: Sequence[int], n: int, seed: int = 0) -> Lines:
     """Lines of random ordinary tokens, each of at least three letters; they begin words where there are enough such.
 
-    Args:
-        model: a `Model`.
-        vocabulary: of its tokenizer.
-        pool: ids of ordinary tokens; leave out those that will be tested.
-        n: number of lines.
-        seed: of the draw.
+    Tokens that will be tested should not be in the `pool`.
 
     Raises:
         DegenerateInputError: if the pool has too few words, the line can't be built for this tokenizer, or it is longer
@@ -140,13 +127,8 @@ def in_contexts(
 ) -> Contexts:
     """Asks the model to copy every line with each token in it; exact probabilities, by id.
 
-    Args:
-        model: a `Model`.
-        lines: what to copy; all tokens get the same lines.
-        candidates: ids under suspicion.
-        controls: ids of ordinary tokens.
-        options: only its batch size counts: the token must come at once.
-        journal: where results are kept while they come, and looked up; made with `journal_key` for these lines.
+    All tokens get the same lines. Of the options only the batch size counts: the token must come at once. The journal
+    is made with `journal_key` for these lines.
     """
     options = line_options(options or VerifyOptions())
     tokens = torch.as_tensor([*candidates, *controls], dtype=torch.long)
@@ -158,5 +140,5 @@ def in_contexts(
 
 
 def line_options(options: VerifyOptions) -> VerifyOptions:
-    """Options under which lines are scored: one step, every line."""
+    """The options with one step, and every line."""
     return replace(options, steps=1, stop_at=None)

@@ -60,9 +60,10 @@ def dtype_name(model: Any) -> str:
 class Prober:
     """The highest probability that a model gives to each token, measured once per token and remembered.
 
-    The short prompt comes first. Only a token that fails it is asked for with the other prompts, so a token that the
-    model can say costs a few positions, and none is called a glitch token for one prompt's sake. A token whose
-    probability is not a number has probability 0: the model cannot say it.
+    The short prompt comes first. Only a token that fails it is asked for with the `confirm` prompts, so a token that
+    the model can say costs a few positions, and none is called a glitch token for one prompt's sake. Without them the
+    short prompt decides. A token whose probability is not a number has probability 0: the model cannot say it. Results
+    are kept in the `folder`, in short.jsonl and in a file for each set of other prompts; None keeps them in memory.
 
     Attributes:
         short: probability in the short prompt by id; nan where it was not run.
@@ -76,9 +77,6 @@ class Prober:
         folder: where results are kept, in short.jsonl and in a file for each set of other prompts; None keeps them in
             memory only.
         batch_size: prompts per forward pass.
-
-    Raises:
-        MismatchError: if the folder holds results of another model, dtype or prompt.
     """
 
     def __init__(
@@ -136,7 +134,7 @@ class Prober:
         return self.best_probabilities(ids) < VERIFIED
 
     def _note_short(self, ids: np.ndarray, p: np.ndarray) -> None:
-        """A token that does not fail the short prompt is settled, and so is each if there is no other prompt."""
+        """Settles tokens that pass the short prompt, and all of them if there is no other prompt."""
         self.short[ids] = np.nan_to_num(p)
         settled = ids[(self.short[ids] >= VERIFIED) | (not self._confirm)]
         self.best[settled] = self.short[settled]
@@ -152,10 +150,8 @@ class DtypeChoice:
     """In which type of number a census runs, and what that was measured on.
 
     Attributes:
-        dtype: "float32" or "bfloat16", or what the model came in.
         tokens_per_second: measured on a sample, by dtype; an estimate of the census' speed without confirmations.
         difference: largest absolute difference of a probability between the two; None if only one was measured.
-        why: the reason in words.
     """
 
     dtype: str
@@ -169,15 +165,10 @@ class DtypeChoice:
 
 
 def choose_dtype(model: Model, template: Template, ids: Sequence[int], *, both: bool = True) -> DtypeChoice:
-    """Measures float32 and bfloat16 on a sample of tokens: the faster one, if it gives the same probabilities.
+    """Measures float32 and bfloat16 on at most 64 tokens: the faster one, if it gives the same probabilities.
 
-    The model is left as it is. One that is not in float32, or too large for a second copy, is measured as it is.
-
-    Args:
-        model: the model that is to be used.
-        template: the short prompt.
-        ids: tokens to measure with; at most 64 are used.
-        both: False measures the model's own dtype only.
+    The model is left as it is. One that is not in float32, or too large for a second copy, is measured as it is, and so
+    is any without `both`.
     """
     tokens = torch.as_tensor(ids[:_SAMPLE], dtype=torch.long)
     if not len(tokens):

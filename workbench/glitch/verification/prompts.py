@@ -27,8 +27,6 @@ class Probe:
     """One prompt: `preamble`, then `shots` worked copies, then the beginning of one that the model has to finish.
 
     Attributes:
-        name: short name.
-        preamble: what stands in front.
         shown: the part that shows the token, with `{token}` in it.
         answer: the part that repeats it, with `{token}` in it; the model is asked at that place.
         shots: number of complete copies in front.
@@ -148,12 +146,8 @@ def template(
 ) -> Template:
     """The probe as ids, made with a placeholder token that provably stays whole in it.
 
-    Args:
-        probe: the prompt.
-        vocabulary: where the placeholder is looked for (long, purely alphabetic tokens without a leading space).
-        encode: text to ids, with what the model's tokenizer puts in front of a text.
-        write: the prompt with a token as text.
-        form: what `write` makes.
+    Placeholders are long, purely alphabetic tokens without a leading space. `encode` gives the ids of a text with what
+    the model's tokenizer puts in front of it; `write` gives the prompt with a token as text, in the stated form.
 
     Raises:
         DegenerateInputError: if no token of the vocabulary stays whole in this prompt.

@@ -56,7 +56,6 @@ class Scores:
 
     Attributes:
         p: probability of the token; nan where it was not run, or where the model gave no number.
-        ran: what was run.
     """
 
     p: np.ndarray
@@ -166,18 +165,12 @@ def _steps(
 def greedy_logits(
     model: Any, rows: Int[Tensor, "batch pos"], steps: int, cached: bool = True, *, shared: int = 0
 ) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-    """Last-position logits of the rows, then after one greedy token, then after two, and so on.
+    """Last-position logits of prompts of equal length, then after one greedy token, then after two, and so on.
 
-    In fp32, on the model's device; other positions are not unembedded.
-
-    Args:
-        model: a `Model`.
-        rows: prompts of equal length.
-        steps: how many times.
-        cached: compute the prompt once, and then one token per row and step; a model that keeps no cache is run again
-            over the whole row.
-        shared: number of leading columns in which all rows are equal; they go through the model once, unless an
-            intervention is on, which may tell rows apart.
+    In fp32, on the model's device; other positions are not unembedded. `cached` computes the prompt once, and then one
+    token per row and step; a model that keeps no cache is run again over the whole row. `shared` is the number of
+    leading columns in which all rows are equal; they go through the model once, unless an intervention is on, which may
+    tell rows apart.
 
     Raises:
         InvalidInputError: if the model has a table of positions that is too short.

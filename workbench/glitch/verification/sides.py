@@ -55,13 +55,10 @@ class Side:
     """Reading and writing of one token.
 
     Attributes:
-        token_id: which token.
-        control: whether it is a random control.
         pieces: the tokens that write the same text; empty if there are none.
         read_kl: KL divergence (nats, mean over the texts) of what follows the token from what follows its pieces.
         read_agreement: share of the texts in which both make the same token the most probable one.
         write_logp: highest log-probability (nats) of the token where its text was shown in pieces.
-        broken: a key of `BROKEN`.
     """
 
     token_id: int
@@ -78,7 +75,6 @@ class Sides:
     """Reading and writing of tokens and controls.
 
     Attributes:
-        tested: all tokens, controls last.
         read_limit: a token is not read if its divergence is above this quantile (1 - `LEVEL`) of the controls; nan if
             reading can't be judged.
         write_limit: it is not written if its log-probability is below this quantile (`LEVEL`) of the controls.
@@ -98,7 +94,7 @@ class Sides:
 
     @property
     def candidates(self) -> tuple[Side, ...]:
-        """Those that are not controls."""
+        """The tokens under suspicion."""
         return tuple(side for side in self.tested if not side.control)
 
     def count(self, broken: Broken) -> int:
@@ -132,15 +128,7 @@ def measure_sides(
     text, in a few texts. A token whose input row was never trained leads elsewhere. Writing: its text is shown in those
     other tokens, and the model is asked for it; what is measured is the probability of the token itself, so an input
     row that was never trained does no harm. How far ordinary tokens go in both is the measure of what is broken.
-
-    Args:
-        model: a `Model`.
-        codec: its tokenizer.
-        vocabulary: what `analyse` says about it.
-        candidates: ids under suspicion.
-        controls: ids of ordinary tokens.
-        suspects: further ids that must not be pieces.
-        batch_size: rows per forward pass.
+    Candidates and suspects are never used as pieces.
 
     Raises:
         DegenerateInputError: if none of the texts can be built for this tokenizer.

@@ -50,15 +50,7 @@ _SIMILAR, _ECHO = 0.7, 20
 
 @dataclass(frozen=True)
 class Symptom:
-    """One reply.
-
-    Attributes:
-        token_id: which token.
-        control: whether it is a random control.
-        task: a task's name.
-        reply: what the model said, up to the end of the line.
-        label: a key of `LABELS`.
-    """
+    """The model's reply about one token, up to the end of the line, with a key of `LABELS`."""
 
     token_id: int
     control: bool
@@ -73,11 +65,7 @@ class Symptoms:
 
     Attributes:
         replies: all of them; tokens of white space only are not asked about.
-        form: form of the prompts, raw or chat.
         failures: share of controls that fail each task: what the model can't do with ordinary tokens either.
-        candidate_failures: the same of the candidates.
-        max_new_tokens: longest reply.
-        notes: what was left out and why.
     """
 
     replies: tuple[Symptom, ...]
@@ -108,14 +96,7 @@ def symptoms(
 ) -> Symptoms:
     """Asks the model to repeat, spell and measure each token, and names what goes wrong; greedy, by id.
 
-    Args:
-        model: a `Model`.
-        vocabulary: of its tokenizer.
-        candidates: ids to examine.
-        controls: ids of ordinary tokens, examined alike.
-        forms: "raw" or "chat"; "auto" and "both" take the chat form where there is one.
-        max_new_tokens: longest reply.
-        batch_size: prompts at a time.
+    The forms "auto" and "both" take the chat form where there is one.
 
     Raises:
         DegenerateInputError: if there is no token to ask about, or no task can be built for this tokenizer.

@@ -54,15 +54,10 @@ class Tested:
     """One token's result.
 
     Attributes:
-        token_id: which token.
-        control: whether it is a random control.
         max_prob: its highest probability over the prompts and steps that were run; nan if there is no number.
-        probe: the prompt that gave it.
         passes: number of (prompt, step) passes that were run.
         encodable: whether some filled prompt, as text, encodes to this token again; looked at where p < 0.01.
-        verdict: a key of `VERDICTS`.
         form: the form of that prompt, raw or chat: how the verdict was reached.
-        scores: what each prompt gave.
         p_value: share of controls (with this token as one more) whose highest probability is not above this token's;
             None for controls, without controls, and where testing stopped early.
         spliced: whether it is a token that no text gives, tested by its id beside the candidates.
@@ -101,19 +96,12 @@ class Verification:
     """Candidates and controls, tested alike.
 
     Attributes:
-        tested: all results: candidates, controls, spliced tokens, each in the order asked.
         control_failures: share of counted controls that fail the test; they are ordinary tokens, so this is its error
             rate.
         expected_false: verified candidates to expect by that error alone: rate and interval, times candidates.
         control_quantiles: quantiles of the controls' highest probabilities, by "1%" and so on.
         failures_by_form: share of controls that fail every prompt of one form, where all of it was run.
         passes: forward passes counted in prompts.
-        dtype: in which the model computed.
-        model_hash: fingerprint of the model.
-        prompt_hash: of the prompts as ids.
-        forms: forms of prompts that were run.
-        options: steps, batch size, when to stop.
-        notes: prompts that were left out, and why.
     """
 
     tested: tuple[Tested, ...]
@@ -161,14 +149,7 @@ def verify(
 ) -> Verification:
     """Tests candidates and controls with the same prompts in the same batches.
 
-    Args:
-        model: a `Model`.
-        codec: the tokenizer, for the check that a prompt's text gives the token again.
-        templates: the prompts as ids.
-        candidates: ids under suspicion.
-        controls: ids of ordinary tokens.
-        options: steps, batch size and when to stop.
-        journal: where results are kept while they come, and looked up; made with `journal_key`.
+    The codec checks that a prompt's text gives the token again; the journal is made with `journal_key`.
 
     Raises:
         DegenerateInputError: if the model gives no number for any token.

@@ -58,7 +58,6 @@ def _windows(raw: Sequence[str | None], largest: int) -> Iterator[tuple[int, np.
 
 
 def _hash(text: str) -> int:
-    """The hash of a whole string, as `_windows` computes it."""
     value = 0
     for char in text:
         value = (value * _BASE + ord(char) + 1) % _WORD

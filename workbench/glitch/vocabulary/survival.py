@@ -15,11 +15,7 @@ class Survival:
     A character is lost if it never comes back, or if normalisation removes it; white space is lost if the words beside
     it come back changed or glued together, though a plain space keeps them apart. Spaces that decoding adds, as
     WordPiece does around signs, and other changes by normalisation (case, accents, compatibility forms) are no loss.
-
-    Attributes:
-        codec: the tokenizer.
-        seen: characters tried.
-        bad: those of them that are lost, with what comes back for `between`.
+    `bad` maps the lost characters that were `seen` to what comes back for `between`.
     """
 
     codec: Codec
@@ -57,7 +53,7 @@ class Survival:
 
 
 def between(char: str) -> str:
-    """A character between two letters: the text in which it is tried and shown."""
+    """A character between two letters, as it is tried and shown."""
     return f"a{char}b"
 
 

@@ -36,7 +36,6 @@ class Nature:
     """What a token is.
 
     Attributes:
-        kind: a key of `KINDS`.
         script: script of most of its letters, such as LATIN or CYRILLIC; "none" without letters.
         words: the words that a "word" token is made of.
         part_of: ids of other tokens whose text holds this one's, the first few larger ids.
@@ -49,12 +48,7 @@ class Nature:
 
 
 def kind_of(text: str, words: Collection[str] = (), *, is_byte: bool = False) -> Kind:
-    """The kind of a token's text.
-
-    Args:
-        text: the token as text, stray bytes as <0xNN>.
-        words: lower-case words that letters may be made of.
-        is_byte: whether the token stands for one byte.
+    """The kind of a token's text, with stray bytes as <0xNN>; letters may be made of the lower-case `words`.
 
     >>> [kind_of(t, {"quick", "ship"}) for t in (" quickShip", "davidjl", '="', "v2", " réalis", "<0xE2>", " ", "")]
     ['word', 'letter', 'character', 'letter_character', 'special', 'byte', 'space', 'empty']

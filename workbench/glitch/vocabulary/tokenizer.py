@@ -62,13 +62,9 @@ class Vocabulary:
     Attributes:
         raw: vocabulary strings as stored; None for an id without a token.
         text: what each token decodes to in context, leading space kept; incomplete bytes shown as <0xNN>.
-        category: a key of `CATEGORIES` each.
         byte: the byte of a single-byte token, -1 for others.
         reserved: whether the name says that the id is kept for later (<unused7>, <|reserved_special_token_3|>).
         missing_bytes: bytes without a single-byte token (byte-level and byte-fallback vocabularies only).
-        lossy: bytes that occur in valid text and are lost or changed by encode and decode.
-        style: how the vocabulary writes bytes.
-        adds_space: whether the tokenizer puts a space in front of a text.
     """
 
     raw: tuple[str | None, ...]
@@ -149,7 +145,6 @@ def _category(i: int, text: str, back: list[int] | None, special: frozenset[int]
 
 
 def _adds_space(codec: Codec) -> bool:
-    """Whether encode puts a space (or its stand-in) in front of a text that has none."""
     ids = codec.encode(["test"])[0]
     first = codec.raw[ids[0]] if ids else None
     return bool(first) and first[0] in _SPACES
@@ -235,7 +230,6 @@ def _byte_of(raw: str, style: ByteStyle) -> int:
 
 
 def _readable(raw: str, style: ByteStyle) -> str:
-    """A token with stray bytes, as text with each stray byte as <0xNN>."""
     if style == "raw_bytes" and len(raw) == 1:
         return f"<0x{ord(raw):02X}>"
     if style != "byte_level" or any(c not in BYTE_OF_CHAR for c in raw):
