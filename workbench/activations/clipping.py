@@ -24,8 +24,6 @@ class ClippingCost:
     """What it costs the model if dimensions of a site are set to 0 during the forward pass.
 
     Attributes:
-        site: where.
-        dims: which dimensions.
         outliers: loss minus clean loss, in nats per token.
         random: the same for as many random other dimensions.
     """

@@ -64,9 +64,6 @@ class DimStats:
     """One dimension over the ordinary tokens.
 
     Attributes:
-        dim: its number.
-        mean: mean.
-        std: standard deviation.
         kurtosis: 3 for a Gaussian.
         extremal: share of the tokens whose largest absolute value it holds.
         norm_share: its share of the squared norm.
@@ -96,9 +93,6 @@ class SiteGeometry:
     """The geometry of one site. Ordinary tokens are neither first in their row, nor special, nor sinks.
 
     Attributes:
-        site: where the activations were read.
-        d: width.
-        tokens: all tokens.
         ordinary: ordinary tokens; everything but `classes` and `massive_dims` is over these.
         median_abs: median absolute value, of the first batch.
         outliers: dimensions that stand out by `GeometryOptions.extremal_share` or `rms_factor`.
@@ -136,12 +130,7 @@ class SiteGeometry:
 class Geometry:
     """Streaming measurement of one site; `add` tokens, then take `result`.
 
-    Args:
-        site: its name.
-        first: activations of the first batch, which fix the scales.
-        ordinary: which of them are ordinary.
-        max_norm: norm above which a token is a sink.
-        options: thresholds and sizes.
+    The first batch fixes the scales. Tokens with a norm above `max_norm` are sinks.
 
     Raises:
         DegenerateInputError: if fewer than two tokens of the first batch are ordinary.
@@ -304,12 +293,7 @@ def measure_geometry(
 ) -> tuple[SiteGeometry, ...]:
     """The geometry of several sites from one pass over packed rows of tokens.
 
-    Args:
-        model: a `Model`.
-        rows: token ids without padding.
-        sites: where to read.
-        batch_rows: rows per forward pass; the first batch fixes the sink limit and the median.
-        options: thresholds and sizes.
+    The first batch of `batch_rows` rows fixes the sink limit and the median.
 
     Raises:
         UnknownSiteError: for a site that the model does not have.
@@ -338,12 +322,6 @@ def geometry_of_store(
     model: Any, store: ActivationStore, site: str | None = None, *, options: GeometryOptions | None = None
 ) -> SiteGeometry:
     """The geometry of one stored site. A store holds ordinary tokens only, so it can't show sinks.
-
-    Args:
-        model: the `Model` that made it; it is not run.
-        store: the activations.
-        site: which site; None takes the only one.
-        options: thresholds and sizes.
 
     Raises:
         MismatchError: if another model made the store.

@@ -57,17 +57,12 @@ def harvest(
 ) -> ActivationStore:
     """Runs `source` through the model and stores the activations at `sites`, without attention sinks.
 
+    The store is in the folder `out`, or at an address that fsspec knows, such as s3://bucket/acts. With `repair`
+    damaged and missing shards are made again; each is the same to the byte or is refused.
+
     A token is kept if it is not the first of its row, not a special token, and its norm is at most ten times the
     median (of the first forward pass) at every site. Finished shards are kept when a killed harvest is started again,
     and the result is the same to the byte. A finished harvest is opened, not repeated.
-
-    Args:
-        model: a `Model`.
-        source: `SelfText`, `TextFiles`, `HubDataset` or `TokenRows`.
-        sites: where to read.
-        out: folder of the store, or an address that fsspec knows, such as s3://bucket/acts.
-        options: sizes of shards and batches, stored dtype, share of this process.
-        repair: make damaged and missing shards again; each is the same to the byte or is refused.
 
     Returns:
         The store. Where several processes fill it, only the last one to finish gets the whole; the others get what they

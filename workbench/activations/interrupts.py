@@ -11,12 +11,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def held_interrupt(*, every: bool = False) -> Iterator[threading.Event]:
-    """Ctrl-C sets the event that is given, and nothing else; what follows from it is up to the block.
+    """Ctrl-C sets the event that is given, and nothing else; the block decides what follows.
 
-    In another thread than the main one, where Ctrl-C does not arrive, nothing is done.
-
-    Args:
-        every: hold any number of them; by default the second one stops the block at once.
+    A second Ctrl-C stops the block, unless `every` one is held. Outside the main thread, where Ctrl-C does not arrive,
+    nothing is done.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

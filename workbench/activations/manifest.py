@@ -30,14 +30,9 @@ class SiteStats:
     """Width of a site, norms of its kept tokens, and how int8 values turn into activations.
 
     Attributes:
-        d: width.
         max_norm: sink limit; tokens beyond it are dropped.
-        mean_norm: over all kept tokens.
         median_norm: over the kept tokens of the first shard.
-        std_norm: over all kept tokens.
-        mean_square_norm: over all kept tokens.
         channel_mean: of each channel over the first 100,000 kept tokens of the first shard; for int8 only.
-        channel_std: likewise.
         int8_fvu: variance lost by int8 on those tokens, as a share.
     """
 
@@ -81,10 +76,7 @@ class Packing:
     """How text became rows of tokens.
 
     Attributes:
-        row_start: what the first token of a row is.
-        separator: what stands between two documents.
         crosses_documents: whether attention reaches from one document of a row into another.
-        padding: never any.
         starts_with_bos: whether every row opens with BOS, or what stands for it; None where that is not known.
     """
 
@@ -100,9 +92,6 @@ class Manifest:
     """What a store holds.
 
     Attributes:
-        source: what the tokens depend on.
-        tokenizer_sha256: of its vocabulary.
-        packing: how text became rows.
         model_dtype: precision that the model ran in; None in older stores.
         sink_factor: the sink limit of a site is this many times the median norm of the first forward pass.
         n_tokens: tokens that were run through the model, kept or not.

@@ -85,9 +85,7 @@ class PositionSums:
     def r2(self, dims: Int[Tensor, " k"], ridge: float) -> float | None:
         """Share of the variance of the position that is predicted on held-out rows; None without two positions there.
 
-        Args:
-            dims: the dimensions that the regression may use.
-            ridge: added to the diagonal, per train token.
+        `ridge` is added to the diagonal, per train token.
         """
         n, total, squares = self._target[1].tolist()
         if not len(dims) or self._target[0][0] < 2 or n < 2 or squares - total**2 / n <= 0:
@@ -102,12 +100,7 @@ class PositionSums:
 
 
 class Reservoir:
-    """A uniform sample of tokens with the rows that they stand in.
-
-    Args:
-        size: how many tokens are kept.
-        seed: decides which.
-    """
+    """A uniform sample of tokens with the rows that they stand in."""
 
     def __init__(self, size: int, seed: int) -> None:
         self._size = size

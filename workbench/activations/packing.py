@@ -86,17 +86,11 @@ def packed(
 ) -> Iterator[PackedRows]:
     """Documents as full rows of tokens: an end token after each document, no padding, batch by batch.
 
+    `tokens` is rounded up to whole rows. Rows before `start_row` are skipped, and their text is read again.
+
     A row starts with what the tokenizer puts in front of a text (BOS, or several tokens), because such models are
     trained with it, and with the next token of the text where it puts nothing. What it puts behind a text is left off.
     Less than one row is lost at the end.
-
-    Args:
-        texts: the documents.
-        tokenizer: of the model.
-        context: tokens per row, prefix included.
-        batch_rows: rows per batch.
-        tokens: stop after so many, rounded up to whole rows; None takes all.
-        start_row: rows to skip; their text is read again.
 
     Raises:
         DegenerateInputError: if the text does not fill one row.

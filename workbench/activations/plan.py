@@ -91,10 +91,7 @@ class HarvestEstimate:
 
     Attributes:
         tokens: to run through the model; None if the source can't say.
-        disk_bytes: size of the store.
         free_disk_bytes: None where it can't be known.
-        memory_bytes: working memory beside the model.
-        free_memory_bytes: what the machine has left.
         tokens_per_second: measured on the first batch, making the text included.
     """
 
@@ -132,7 +129,6 @@ class FirstLook:
     """The first batch of a source, and what one forward pass over its start says.
 
     Attributes:
-        rows: the batch.
         max_norms: sink limit of each site.
         tokens_per_second: of making the rows and reading the activations together.
     """
@@ -231,13 +227,6 @@ def estimate_harvest(
     model: Any, source: Source, sites: Sequence[str], out: str | Path = ".", *, options: HarvestOptions | None = None
 ) -> HarvestEstimate:
     """What a harvest would take in disk, memory and time; its first batch is made and run, and nothing is written.
-
-    Args:
-        model: a `Model`.
-        source: where the tokens come from.
-        sites: where to read.
-        out: folder or address of the store.
-        options: as for `harvest`.
 
     Raises:
         UnknownSiteError: for a site that the model does not have.

@@ -22,7 +22,6 @@ class Int8Code:
     a handful of levels. Standardising first gives every channel the same number.
 
     Attributes:
-        mean: of each channel.
         std: of each channel; 1 where a channel is constant.
     """
 

@@ -19,13 +19,11 @@ _ONLY = "rows"
 class RingBuffer(Generic[Rows]):
     """Endless shuffled batches of rows; every row of an epoch is served exactly once.
 
+    `epoch_blocks` gives the blocks of an epoch, by its number. `capacity` rows are held in memory; shuffling reaches no
+    further than this.
+
     A block is a tensor, or a dict of tensors of equal length whose rows belong together: the sites of one token then
     stay on one row of every batch. `next` gives the kind that the blocks are.
-
-    Args:
-        epoch_blocks: gives the blocks of rows of an epoch, by its number.
-        capacity: rows held in memory; shuffling reaches no further than this.
-        seed: of all permutations.
 
     >>> ring = RingBuffer(lambda epoch: [{"x": torch.tensor([[1.0], [2.0]]), "y": torch.tensor([[10.0], [20.0]])}], 2)
     >>> batch = ring.next(2)

@@ -31,9 +31,7 @@ class SelfText:
 
     Attributes:
         tokens: how many tokens, prefix included; rounded up to whole rows.
-        context: tokens per row.
         seed: with the row number it decides each row.
-        batch_size: rows that are written at once.
 
     Source: FaithfulSAE (arXiv 2506.17673), its generation settings.
     """
@@ -147,7 +145,6 @@ class TextFiles:
     Attributes:
         paths: the files, in order; a folder or a pattern such as `data/*.parquet` stands for its files, by name.
         tokens: stop after so many; None takes all.
-        context: tokens per row.
         column: name of the text in `.jsonl` lines and `.parquet` files.
     """
 
@@ -218,10 +215,6 @@ class HubDataset:
 
     Attributes:
         name: id on the hub, or a folder.
-        split: which split.
-        column: name of the text column.
-        tokens: how many tokens to take.
-        context: tokens per row.
         revision: version of the data set; name one for a result that can be made again.
     """
 

@@ -48,7 +48,6 @@ class Block:
 
     Attributes:
         acts: activations in bfloat16, whatever the stored dtype.
-        tokens: token ids.
         positions: position in the packed row.
         rows: packed row in the whole store.
         documents: document in the source.

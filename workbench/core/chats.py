@@ -29,11 +29,6 @@ def rendered(tokenizer: Any, chat: Chat, options: Mapping[str, Any] | None = Non
     Every message has to appear in it: the template is run once more with marks in place of the texts, and each mark has
     to come out. So a template may change a text (strip it, drop `<think>`), and may not leave one out.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        chat: messages with "role" and "content", a text or a list of parts.
-        options: for the template, such as `enable_thinking`.
-
     Raises:
         InvalidInputError: without a template; for messages that it refuses, leaves out or writes as objects; for
             an option that it does not have; for a template that fails.

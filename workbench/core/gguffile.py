@@ -35,11 +35,8 @@ class GGUFTensor:
     """A tensor's place in the file.
 
     Attributes:
-        path: the file.
-        name: name of the tensor.
         shape: slowest dimension first, as in torch.
         kind: name of the storage type, such as "Q4_K".
-        start: its first byte.
         row_bytes: bytes of one row of `shape[-1]` numbers.
     """
 
@@ -81,7 +78,6 @@ class GGUFFile:
     """The header of one GGUF file.
 
     Attributes:
-        path: the file.
         fields: value of each metadata key; arrays are lists.
         tensors: tensors by name, those of this file only.
     """

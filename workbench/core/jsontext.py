@@ -23,18 +23,13 @@ WRITE_AGAIN = "Delete it and run the step that writes it."
 def parse_json(
     raw: str | bytes, where: str, kind: Any = object, *, foreign: bool = False, remedy: str = WRITE_AGAIN
 ) -> Any:
-    """The value of JSON text; every reader of JSON in this package comes here.
+    """The value of JSON text in UTF-8; every reader of JSON in this package comes here.
 
-    Args:
-        raw: the text, in UTF-8.
-        where: what errors name, such as "items.jsonl, line 3".
-        kind: type that the value must have: `dict`, `list`, or any.
-        foreign: the text is another program's, such as a model's config: it may hold NaN and infinities, integers of
-            any size, and a key twice.
-        remedy: what errors advise.
+    Another program's text (`foreign`), such as a model's config, may hold NaN and infinities, integers of any size, and
+    a key twice. Errors name the place `where` and end with `remedy`.
 
     Raises:
-        CorruptFileError: if it is not JSON, is nested deeper than `MAX_JSON_DEPTH`, or is not of that kind.
+        CorruptFileError: if it is not JSON, is nested deeper than `MAX_JSON_DEPTH`, or is not of the type `kind`.
 
     >>> parse_json('{"a": [1, 2.5]}', "here", dict)
     {'a': [1, 2.5]}

@@ -99,13 +99,11 @@ def locked_elsewhere(folder: Path) -> bool:
 def in_use(path: Path, shared: bool = False, *, temporary: bool = False) -> Iterator[None]:
     """Makes a folder and keeps other processes from writing to it, until the block ends or the process dies.
 
+    Several processes may share it (`shared`). A `temporary` folder is removed, if it is empty, even if an earlier
+    process left it.
+
     The lock is on the folder itself, which holds no file for it. A folder that was made for this and is still empty at
     the end is removed.
-
-    Args:
-        path: the folder.
-        shared: let in others that share it too.
-        temporary: remove the folder, if it is empty, even if an earlier process left it.
 
     Raises:
         InvalidInputError: if another process is at work there.

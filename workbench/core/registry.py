@@ -16,10 +16,8 @@ P = TypeVar("P")
 class Registry(Mapping[str, T], Generic[T]):
     """A mapping from names to parts, in the order of registration, that refuses duplicates.
 
-    Args:
-        kind: the word for one part in error messages, such as "SAE architecture".
-        package: import path of a package whose modules register parts; all are imported before the first look-up, in
-            alphabetical order, so that a new file in it needs no entry elsewhere.
+    Errors call one part a `kind`, such as "SAE architecture". All modules of `package` are imported before the first
+    look-up, in alphabetical order, so that a new file in it needs no entry elsewhere.
 
     >>> COLOURS: Registry[int] = Registry("colour")
     >>> COLOURS.add("red", 0xFF0000)

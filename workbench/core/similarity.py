@@ -110,10 +110,6 @@ def assign_candidates(candidates: Any, floor: float) -> Assignment:
     """The assignment of the largest sum where every score below `floor` counts as `floor`.
 
     Pairs at the floor are left out, so this is a matching on the candidates alone, which sparse matrices can hold.
-
-    Args:
-        candidates: a scipy sparse matrix; entries at or below `floor` are ignored.
-        floor: the score of every other pair.
     """
     from scipy.sparse import coo_array, hstack, identity
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
@@ -205,13 +201,9 @@ class Overlap:
     """How near one set of directions is to another, beside sets that hold no match.
 
     Attributes:
-        observed: the rows of `a` among those of `b`.
         nulls: the same with `b` replaced: "random" directions of the same number and width, and "permuted", `b` with
             each dimension dealt out anew; one per draw.
         threshold: of `above`. It means something beside the nulls of this width and number only.
-        n: directions of `a`.
-        m: directions of `b`.
-        d: width of the space.
     """
 
     observed: Nearest
@@ -239,14 +231,7 @@ class Overlap:
 def overlap(
     a: Float[Tensor, "n d"], b: Float[Tensor, "m d_b"], *, threshold: float = 0.7, draws: int = 3, seed: int = 0
 ) -> Overlap:
-    """Largest cosines of `a` in `b`, with both nulls.
-
-    Args:
-        a: directions that look for a partner.
-        b: directions among which they look.
-        threshold: for the share of directions whose largest cosine is above it.
-        draws: null dictionaries of each kind.
-        seed: of the nulls and the bootstrap.
+    """Largest cosines of the rows of `a` with those of `b`, beside `draws` null dictionaries of each kind.
 
     Raises:
         ShapeError: if the widths differ.
@@ -303,12 +288,6 @@ def cosine_views(
     "raw"; "centred", with the mean row of each side taken off; with a reference also "whitened", in the inner product
     `x C^-1 y`, C the covariance of the reference rows (activations: Mahalanobis; rows of the unembedding: the causal
     inner product). Show them together: where they differ, the raw cosine measured a common offset or a few dimensions.
-
-    Args:
-        a: rows.
-        b: rows of the same width.
-        reference: at least two rows.
-        ridge: share of the mean variance that is added to the diagonal of C.
     """
     views = {"raw": cosines(a, b), "centred": cosines(a.float() - a.float().mean(0), b.float() - b.float().mean(0))}
     if reference is None:

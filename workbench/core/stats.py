@@ -18,13 +18,7 @@ class Estimate:
     """A number with its confidence interval and what it was measured on.
 
     Attributes:
-        value: the point estimate.
-        low: lower end of the interval.
-        high: upper end of the interval.
         n: number of independent units (prompts, documents, tokens: `unit` says which).
-        method: how the interval was made.
-        unit: what was counted in `n`.
-        level: coverage of the interval.
     """
 
     value: float
@@ -209,10 +203,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
     Only the discordant pairs count: under the null each is as likely to favour the first as the second. 1.0 where no
     pair differs.
-
-    Args:
-        only_first: pairs in which the first condition alone was met.
-        only_second: pairs in which the second condition alone was met.
 
     Source: McNemar 1947, in its exact (binomial) form.
 

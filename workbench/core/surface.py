@@ -13,10 +13,6 @@ def attach(package: str, file: str) -> tuple[Callable[[str], object], Callable[[
     """`__getattr__`, `__dir__` and `__all__` of a package whose names are in the stub beside it, `__init__.pyi`.
 
     Type checkers and editors read the same stub, so the list of names exists once.
-
-    Args:
-        package: the package's `__name__`.
-        file: the package's `__file__`.
     """
     lazy, _, names = lazy_loader.attach_stub(package, file)
     names = sorted(names, key=lambda name: (not name[0].isupper(), name))

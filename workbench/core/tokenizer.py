@@ -142,10 +142,6 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 def require_unicode(text: str, what: str = "The text") -> None:
     """Refuses a text with half a character (a lone surrogate), which no tokenizer takes.
 
-    Args:
-        text: what is to be encoded.
-        what: the text is, for the message.
-
     Raises:
         InvalidInputError: with its place.
     """

@@ -32,7 +32,6 @@ class TokenBatch:
         ids: token ids; padding columns hold `pad_id` and are False in `mask`.
         mask: True at real tokens. Padding is known from here, never from the ids.
         note: what was done about BOS and other prefixes, templates and padding, in words.
-        tokenizer: that the ids belong to, or None.
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -184,15 +183,11 @@ def encode(
 ) -> TokenBatch:
     """Token ids of a text, a list of texts, a chat, or a list of chats.
 
-    What a tokenizer puts behind a text (`</s>`, `[SEP]`) is left off, since a prompt is to be continued.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        value: what to encode. Chats go through the tokenizer's template with the generation prompt.
-        bos: "auto" puts in front of a text what the tokenizer puts there: BOS, several tokens such as `[gMASK]<sop>`,
-            or none. True does the same, and adds BOS where the tokenizer adds none; False adds nothing. What the text
-            starts with already is never added again. Chats have what their template writes.
-        **template_options: for the chat template, such as `enable_thinking=False`.
+    With `bos="auto"` a text begins with what the tokenizer puts in front of it: BOS, several tokens such as
+    `[gMASK]<sop>`, or nothing. True does the same, and adds BOS where the tokenizer adds none; False adds nothing. What
+    the text starts with already is not added again. What a tokenizer puts behind a text (`</s>`, `[SEP]`) is left off,
+    since a prompt is to be continued. Chats go through the tokenizer's template with the generation prompt, which
+    decides about BOS.
 
     Raises:
         DegenerateInputError: for an empty list or a text that encodes to nothing.

@@ -120,11 +120,7 @@ def _folded(text: str) -> str:
 
 
 class Marker:
-    """A text, found by the bytes of the tokens, so that it may begin and end inside a token.
-
-    Attributes:
-        text: as it was asked for.
-    """
+    """A text, found by the bytes of the tokens, so that it may begin and end inside a token."""
 
     def __init__(self, text: str, wanted: bytes, token_bytes: Sequence[bytes]) -> None:
         self.text, self._wanted, self._bytes = text, wanted, token_bytes

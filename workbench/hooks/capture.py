@@ -113,15 +113,10 @@ def capture(
 ) -> Activations:
     """Activations at `wanted` sites from one forward pass that stops after the last of them.
 
-    They are on the device of the inputs, wherever the block is that made them; with `grad` they stay where they are.
+    `chosen` limits what is held in memory to some tokens; each tensor is then `(tokens, width)`. With `grad` the
+    autograd graph is kept, and what comes later in the model depends on the captured tensors.
 
-    Args:
-        hf: the Hugging Face model.
-        sites: its site map.
-        inputs: keyword arguments of the model, as made by `TokenBatch.hf`.
-        wanted: the sites.
-        grad: keep the autograd graph; what comes later in the model depends on the captured tensors.
-        chosen: tokens to keep; each tensor is then `(tokens, width)`, and only these are held in memory.
+    The tensors are on the device of the inputs, wherever their block is; with `grad` they stay where they are.
 
     Raises:
         UnknownSiteError: if a site does not exist in this model, or with `grad` has no gradient.

@@ -34,13 +34,10 @@ class Hooks:
         self._undo.append(undo)
 
     def add(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False, always: bool = False) -> None:
-        """Registers a forward hook.
+        """Registers a forward hook, called with the module, its arguments and its output.
 
-        Args:
-            module: where.
-            hook: called with the module, its arguments and its output.
-            before: called with the module, its positional and its named arguments before the module runs.
-            always: called after an exception as well.
+        With `always` it is called after an exception as well. A hook that runs `before` the module gets the module, its
+        positional and its named arguments.
         """
         self.note(partial(_take_off, module, hook))
         if before:

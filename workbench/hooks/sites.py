@@ -139,9 +139,7 @@ class Point:
     """Where a site is read and written: one side of one module.
 
     Attributes:
-        site: the site.
         path: dotted path of the module in the Hugging Face model.
-        module: that module.
         side: "in" for the module's first argument, "out" for its output, "inside" for the attention pattern.
         width: size of the last axis of `flat`, or None where only a forward pass can tell.
         heads: number of heads that the columns are split into; None where there are none.
@@ -243,9 +241,6 @@ class SiteMap:
     """All sites of one model: where they are, or why they are not.
 
     Attributes:
-        points: the sites that it has.
-        missing: why it lacks the others.
-        n_layers: number of blocks.
         is_parallel: whether attention and MLP of a block read the same stream, so that neither reaches the other.
         no_gradient: sites that gradients do not reach, and why.
     """

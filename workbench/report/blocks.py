@@ -148,8 +148,6 @@ class Section:
     """One step of a study: what to show, what was found in plain words, and the numbers to keep.
 
     Attributes:
-        title: heading.
-        blocks: in the order in which they are shown.
         findings: plain sentences, negative results included, each with its n and interval.
         metrics: flat; the names are unique within a run together with the step's name.
     """

@@ -24,12 +24,7 @@ class Page:
     """What a report page shows.
 
     Attributes:
-        title: heading.
-        run: name of the run folder.
         started: UTC time in ISO form.
-        sections: by step name, in order.
-        config: recorded configuration in JSON types.
-        environment: recorded environment in JSON types.
         notice: shown on top, for a run that is not finished.
     """
 

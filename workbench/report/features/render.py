@@ -28,8 +28,6 @@ class FeaturePage:
     """A finished page.
 
     Attributes:
-        html: the whole file.
-        n_features: features on it.
         index_bytes: size of the table of all features, with the strings.
         card_bytes: size of all cards, packed.
     """

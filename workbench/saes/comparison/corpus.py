@@ -57,7 +57,6 @@ class NGrams:
     """Repetition of n-grams within rows.
 
     Attributes:
-        n: tokens of an n-gram.
         repeated: share of the n-grams of the corpus that had occurred before, in any row.
         looping_rows: share of the rows that hold one n-gram at least twice.
     """
@@ -72,16 +71,12 @@ class CorpusReport(Report):
     """A corpus beside what the model itself would write.
 
     Attributes:
-        n_sequences: sequences whose first token was counted.
-        n_tokens: tokens of the corpus.
         found: by measure, see `LABELS`; nats, and a count for "unique_first".
         null: the same for as many first tokens drawn from the model: median and central range of the draws. Even the
             model's own text does not reach a divergence of 0.
         entropy: of the model's next token after its start token, in nats.
         unique_sequences: rows that differ from all rows before them, over all rows.
-        ngrams: repetition.
         top: most frequent first tokens: text, share in the corpus, probability under the model.
-        options: constants of the measurement.
     """
 
     n_sequences: int
@@ -156,11 +151,8 @@ def check_corpus(
 ) -> CorpusReport:
     """First tokens of a corpus against the model's own distribution, and how much the corpus repeats itself.
 
-    Args:
-        model: a `Model`.
-        rows: packed rows of tokens, such as `store.token_rows("all")`; held in memory, 8 bytes per token and n-gram.
-        first: first token of each text; None takes what follows a start or end token, see `first_tokens`.
-        options: constants.
+    `rows` are packed rows of tokens, such as `store.token_rows("all")`, held in memory with 8 bytes per token and
+    n-gram. Without `first`, texts start behind start and end tokens, see `first_tokens`.
 
     Raises:
         DegenerateInputError: if there is no first token.

@@ -63,8 +63,6 @@ class FakeFeatures(Report):
     Only tokens that the SAE's keep rule keeps are counted: not the first of a row, no special token, no sink.
 
     Attributes:
-        name: which SAE.
-        d_sae: its features.
         alive: features that fired on the text.
         random_tokens: kept random tokens per set.
         text_tokens: kept tokens of the text.
@@ -73,7 +71,6 @@ class FakeFeatures(Report):
         more_on_random: of the features that fired at all, the share that fires more often on random tokens than on as
             many of the text; ties count half, so that it is 0.5 where both are alike.
         per_seed: `ratio` of each set of random rows.
-        options: constants of the measurement.
     """
 
     name: str
@@ -144,12 +141,6 @@ def fake_features(
     options: FakeFeatureOptions | None = None,
 ) -> dict[str, FakeFeatures]:
     """The fake feature ratio of SAEs of one site; the model runs once for all of them.
-
-    Args:
-        model: a `Model`.
-        saes: SAEs by name.
-        text: rows of held-out text, which say what fires ordinarily.
-        options: constants.
 
     Raises:
         MismatchError: if an SAE does not belong to the model, or they read different sites.
@@ -233,13 +224,7 @@ def firing_rates(
 ) -> tuple[dict[str, Float[Tensor, " d_sae"]], dict[str, int]]:
     """On which share of the kept tokens each feature fires, and how many tokens are kept, by name of the SAE.
 
-    Args:
-        model: a `Model`.
-        saes: SAEs by name.
-        rows: rows of tokens.
-        batch_rows: rows per forward pass.
-        rules: which tokens are kept, by name of the SAE; None takes the rule each was trained by, or estimates it on
-            the first rows.
+    Without `rules` a token is kept by the rule that each SAE was trained by, or one estimated on the first rows.
 
     Raises:
         MismatchError: if an SAE does not belong to the model, or they read different sites.
@@ -282,13 +267,11 @@ class Quality:
     """How well one SAE serves one set of rows. Intervals are over rows.
 
     Attributes:
-        fvu: unexplained variance of the kept tokens.
         recovered: loss recovered against zero ablation with sinks kept.
         ce_kept: loss added by splicing at kept tokens, in nats per token.
         ce_sinks: loss added by splicing at every token, sinks and first tokens included, as FaithfulSAE does.
         ev_scalar: explained variance as FaithfulSAE computes it, see `scalar_explained_variance`; all tokens.
         l2: mean squared error per element over all tokens, as there.
-        tokens: kept tokens.
     """
 
     fvu: Estimate
@@ -321,12 +304,6 @@ def scalar_explained_variance(
 @torch.no_grad()
 def quality(model: Any, sae: Any, rows: Int[Tensor, "rows context"], *, options: EvalOptions | None = None) -> Quality:
     """Reconstruction and splice loss of an SAE on rows of text, ours beside the definitions of FaithfulSAE.
-
-    Args:
-        model: a `Model`.
-        sae: an SAE of it.
-        rows: held-out rows of tokens.
-        options: how many rows, batch size, seed.
 
     Raises:
         MismatchError: if SAE and model don't belong together.

@@ -56,8 +56,6 @@ class SharedFeatures(Report):
         ratio: shared feature ratio: share of the features of A whose partner in the one-to-one matching of largest sum
             has a signed cosine above the threshold.
         top1: share of the features of A that have any feature of B above the threshold; not one-to-one, so never less.
-        overlap: mean largest cosine and its nulls.
-        method: how the matching was solved.
     """
 
     which: Which
@@ -98,14 +96,6 @@ def shared_features(
     a: Any, b: Any, *, which: Which = "decoder", threshold: float = SHARED_COSINE, draws: int = 3, seed: int = 0
 ) -> SharedFeatures:
     """The shared feature ratio of two SAEs, with its null.
-
-    Args:
-        a: an SAE, or a matrix with one direction per row.
-        b: another one of the same width.
-        which: compare decoder rows or encoder columns.
-        threshold: cosine above which a matched pair counts as shared.
-        draws: null dictionaries of each kind.
-        seed: of the nulls and the bootstrap.
 
     Raises:
         ShapeError: if the widths differ.
@@ -223,16 +213,12 @@ class ActivationMatch(Report):
     """How many features of A are in B, by their activations on the same tokens.
 
     Attributes:
-        n_tokens: tokens that both SAEs read.
         alive: features of A that fired on at least `min_fired` of them; the others are not counted.
-        d_sae: features of A.
         correlation: mean over the alive features of the largest correlation with a feature of B.
         null: the same after the tokens of B were shuffled: what the firing rates alone give.
         jaccard: mean firing overlap of these pairs.
         shared: share of the alive features whose one-to-one partner correlates above the threshold.
         null_shared: the same after the tokens of B were shuffled.
-        threshold: of `shared`.
-        min_fired: see `alive`.
     """
 
     n_tokens: int
@@ -312,11 +298,7 @@ def match_by_activations(
 ) -> ActivationMatch:
     """Features of two SAEs of one site, matched by what they do on the same tokens.
 
-    Args:
-        a: an SAE, or anything with `encode`.
-        b: another one that reads the same activations.
-        acts: held-out activations: a store of one site (its held-out rows are read), or blocks `(tokens, d_in)`.
-        options: how much is read and what counts.
+    `acts` are held-out activations: a store of one site (its held-out rows are read), or blocks `(tokens, d_in)`.
 
     Raises:
         ShapeError: if an SAE reads another width than the activations have.

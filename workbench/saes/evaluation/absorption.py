@@ -68,10 +68,8 @@ class LetterScore:
     """One letter on held-out words.
 
     Attributes:
-        letter: the letter.
         probe_f1: of the linear probe on the activations.
         sparse_f1: of the probe on the letter's features.
-        features: the letter's features.
         n: held-out words of this letter that the linear probe gets right.
         full: share of these on which the letter's features are silent and one other stands in; nan without words.
         fraction: mean share of the letter's projection that other features give.
@@ -91,9 +89,7 @@ class AbsorptionReport(Report):
     """Absorption of an SAE, or that the gate failed: a model without linear letters can't show any.
 
     Attributes:
-        letters: all letters that were tried.
         n_good: letters whose probe passes the gate.
-        options: the constants.
         full: mean over the good letters; None if the gate failed.
         fraction: mean over the good letters; None if the gate failed.
         control: full absorption of a random SAE; it has no letter features, so that it shows what noise gives.
@@ -209,12 +205,7 @@ def absorption(
 ) -> AbsorptionReport:
     """Absorption on given activations of words.
 
-    Args:
-        sae: any sae_lens SAE, or a `Coder`.
-        x: activations at each word.
-        letters: first letter of each word.
-        test: the words that are held out.
-        options: the constants. With fewer letters than `gate_letters` the gate fails.
+    `test` marks the words that are held out. With fewer letters than `options.gate_letters` the gate fails.
 
     Raises:
         ShapeError: if words and letters don't pair up.

@@ -53,14 +53,10 @@ class EvalOptions:
 def evaluate_sae(model: Any, sae: Any, rows: Rows, *, options: EvalOptions | None = None) -> SAEReport:
     """Reconstruction and splice quality of an SAE or transcoder, beside its controls.
 
+    Of a store the held-out rows are taken.
+
     Two passes over the rows, one batch in memory at a time: the first for the mean and the activity of the features,
     the second for everything else.
-
-    Args:
-        model: a `Model`.
-        sae: any sae_lens SAE or transcoder, from `load_sae`.
-        rows: packed token rows, texts, or a store, of which the held-out rows are taken.
-        options: how many rows, batch size, seed.
 
     Raises:
         MismatchError: if SAE, store and model don't belong together.

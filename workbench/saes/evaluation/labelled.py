@@ -23,14 +23,7 @@ UNLABELLED = -1
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts of two classes; those of one document are never split between training and test.
-
-    Attributes:
-        name: of the set.
-        texts: the texts.
-        labels: 0 or 1 each.
-        documents: the document of each.
-    """
+    """Texts of two classes, 0 and 1; those of one document are never split between training and test."""
 
     name: str
     texts: tuple[str, ...]
@@ -58,10 +51,8 @@ def token_labels(
 ) -> dict[str, Int[Tensor, "rows pos"]]:
     """Labels 0 and 1 for every token of a batch by the name of the set; padding is -1.
 
-    Args:
-        batch: the tokens.
-        texts: text of each token id, as from `token_texts`.
-        entropy: of the model's next-token distribution; adds the set "uncertain next token", above its median.
+    `texts` is the text of each token id, see `token_texts`. The entropy of the model's next-token distribution adds the
+    set "uncertain next token", above its median.
     """
     # embeddings may be padded beyond the tokenizer
     used = {int(i): texts[int(i)] if i < len(texts) else "" for i in batch.ids.unique()}
@@ -79,11 +70,9 @@ def token_labels(
 def local_text_sets(per_class: int = 200, words: int = 40) -> tuple[LabelledTexts, ...]:
     """Balanced sets from the standard library of this Python; the same installation always gives the same sets.
 
-    "code or docstring", "loop or no loop" and "method or function". A document is a module.
+    A class has at most `per_class` texts, each cut after `words` words.
 
-    Args:
-        per_class: texts of each class, at most.
-        words: a text is cut after so many words.
+    "code or docstring", "loop or no loop" and "method or function". A document is a module.
 
     Raises:
         DegenerateInputError: if the standard library is not there as source.

@@ -24,14 +24,7 @@ MIN_ROOM = 0.001
 
 @dataclass(frozen=True)
 class LegacyScore:
-    """One of the two numbers.
-
-    Attributes:
-        name: "TPP" or "SCR".
-        n_features: features that were ablated.
-        value: the score.
-        status: always "legacy".
-    """
+    """TPP or SCR, by the number of features that were ablated."""
 
     name: str
     n_features: int
@@ -67,11 +60,8 @@ def ablated(x: np.ndarray, acts: Any, W_dec: np.ndarray, features: np.ndarray) -
 def tpp(train: Sequence[Examples], test: Sequence[Examples], W_dec: np.ndarray, n_features: int) -> LegacyScore:
     """Targeted probe perturbation: how much ablating a class's features hurts its own probe more than the others.
 
-    Args:
-        train: one set per class, one against rest; probes and features come from these.
-        test: the same classes, other examples.
-        W_dec: decoder, `(d_sae, d)`.
-        n_features: features that are ablated per class.
+    Each class has one set of `train`, from which probe and features come, and one of `test`: the class against the
+    rest.
 
     Raises:
         DegenerateInputError: for fewer than two classes.
@@ -95,13 +85,8 @@ def tpp(train: Sequence[Examples], test: Sequence[Examples], W_dec: np.ndarray, 
 def scr(biased: Examples, balanced: Examples, spurious: np.ndarray, W_dec: np.ndarray, n_features: int) -> LegacyScore:
     """Spurious correlation removal: accuracy won back by ablating the features of the spurious concept.
 
-    Args:
-        biased: training examples in which the label and the spurious concept coincide.
-        balanced: examples in which they are independent; half of them make the oracle and the spurious probe, the
-            others test.
-        spurious: the spurious concept of `balanced`, 0 or 1.
-        W_dec: decoder, `(d_sae, d)`.
-        n_features: features that are ablated.
+    In `biased` the label and the spurious concept coincide. In `balanced` they are independent; half of its examples
+    make the oracle and the spurious probe, the others test. `spurious` is the concept of `balanced`, 0 or 1.
     """
     even = np.arange(len(balanced.labels)) % 4 < 2
     probe = logistic(biased.x, biased.labels)

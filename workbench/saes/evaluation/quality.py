@@ -16,18 +16,12 @@ class SAEReport(Report):
     stay as they are. Losses are means over all next-token targets of the rows, in nats per token.
 
     Attributes:
-        site: where the SAE reads.
         target_site: what it reconstructs: the same, unless it is a transcoder.
-        n_rows: packed rows evaluated.
-        n_tokens: kept tokens among them.
-        kept_share: kept tokens over all tokens.
         l0: mean number of active features per kept token.
         fvu: unexplained over total variance of the kept tokens.
         dead: share of features that were silent on all `n_tokens` tokens. On few tokens rare features look dead.
-        ce_clean: loss of the unchanged model.
         ce: loss by splice: "sae", "sae_sinks" (sinks reconstructed too), "zero_all", "zero" (sinks kept), "mean"
             (the mean predictor, sinks kept), "random" (an SAE of the same shape with random weights), "identity".
-        ce_difference: loss minus clean loss, by splice.
         recovered: share of the loss that the SAE recovers, by ablation baseline "zero" (headline), "zero_all", "mean".
         recovered_controls: the headline number for the controls "sae_sinks", "mean", "random" and "identity".
         fvu_controls: FVU of "mean" (1 by definition), "random" and "identity".
@@ -42,7 +36,6 @@ class SAEReport(Report):
             None where the reconstruction is zero.
         ev_legacy: explained variance as others define it: "per_token" (mean of ratios), "all_tokens" (sinks counted),
             "all_elements" (one scalar variance per row, sinks counted). They flatter; not for comparing SAEs.
-        decoder_norms: smallest, median and largest norm of the decoder rows.
     """
 
     site: str

@@ -41,11 +41,7 @@ class Examples:
     """One labelled set as vectors.
 
     Attributes:
-        name: of the set.
-        x: activations, `(n, d)`.
         acts: feature activations by the name of the SAE, `scipy.sparse` matrices `(n, d_sae)`; "SAE" and "random SAE".
-        labels: 0 or 1 each, `(n,)`.
-        documents: document of each, `(n,)`.
     """
 
     name: str
@@ -65,11 +61,9 @@ class ProbeScore:
     """One probe on held-out documents; t intervals over reseeds.
 
     Attributes:
-        task: the labelled set.
         reads: "SAE", "residual channels", "random SAE", "full residual" or "SAE, shuffled labels".
         k: inputs of the probe; 0 for all.
         accuracy: share right; classes are balanced, so that chance is 0.5.
-        f1: of class 1.
         by_reseed: the accuracy of each reseed; all probes of a set have the same splits.
     """
 

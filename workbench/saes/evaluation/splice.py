@@ -66,7 +66,6 @@ class Part:
     """One batch at the sites of an SAE.
 
     Attributes:
-        batch: the tokens.
         x: what the SAE reads, fp32.
         target: what it should reconstruct; `x` itself unless it is a transcoder.
         keep: the tokens that count.
@@ -83,9 +82,6 @@ class SpliceReader:
     """Reads batches of a model at the sites of an SAE.
 
     Attributes:
-        model: a `Model`.
-        sites: where.
-        rule: which tokens are kept by what is read there.
         write_rule: a transcoder's output has sinks of its own; None where it is the site that is read.
     """
 

@@ -49,9 +49,6 @@ class SuiteReport(Report):
     """One SAE: core metrics, probes, absorption, and how it was trained; None for what was left out.
 
     Attributes:
-        quality: reconstruction and splices.
-        probing: k-sparse probes.
-        absorption: the first-letter task.
         synthetic: another SAE of the same architecture, on data of known features.
         skipped: what could not be measured, and why.
     """
@@ -91,13 +88,6 @@ def run_suite(
     model: Any, sae: Any, rows: Rows, *, texts: Sequence[LabelledTexts] = (), options: SuiteOptions | None = None
 ) -> SuiteReport:
     """Everything that can be measured of an SAE without downloads.
-
-    Args:
-        model: a `Model`.
-        sae: any sae_lens SAE of this model.
-        rows: as for `evaluate_sae`; their tokens also make the token-level labelled sets.
-        texts: labelled texts, such as `local_text_sets()`.
-        options: what is measured.
 
     Raises:
         MismatchError: if the SAE does not belong to the model.

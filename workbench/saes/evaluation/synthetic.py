@@ -27,11 +27,7 @@ class SyntheticOptions:
     """The toy world: sparse positive codes of unit features in fewer dimensions.
 
     Attributes:
-        n_features: true features.
-        d_in: dimensions they are put into.
         mean_active: features per token, on average; each is drawn by itself.
-        low: smallest magnitude of an active feature.
-        high: largest magnitude.
         seed: of the directions.
     """
 
@@ -51,12 +47,7 @@ class SyntheticOptions:
 
 @dataclass(frozen=True, eq=False)
 class SyntheticTruth:
-    """True directions, and tokens made of them.
-
-    Attributes:
-        directions: one unit vector per true feature.
-        options: how codes are drawn.
-    """
+    """Unit vectors, one per true feature, and tokens made of them."""
 
     directions: Float[Tensor, "n_true d_in"]
     options: SyntheticOptions
@@ -105,10 +96,7 @@ class SyntheticScores:
         mcc: mean signed cosine under the best one-to-one matching.
         precision: share of the tokens where the SAE feature fires on which the true one is present.
         recall: share of the tokens with the true feature on which the SAE feature fires.
-        f1: harmonic mean of both.
         shrinkage: norm of the reconstruction over norm of the token, mean.
-        fvu: unexplained over total variance.
-        l0: active features per token.
         dead: share of SAE features that never fired.
     """
 
@@ -128,10 +116,7 @@ class SyntheticReport(Report):
     """An SAE on the toy world beside an untrained one of the same shape.
 
     Attributes:
-        scores: of the SAE.
         controls: "random SAE" of the same shape and L0.
-        n_true: number of true features.
-        n_tokens: tokens they were judged on.
         trained: architecture of an SAE that was trained for this; empty for one that was given.
     """
 
@@ -164,12 +149,6 @@ class SyntheticReport(Report):
 @checked
 def evaluate_on_synthetic(sae: Any, truth: SyntheticTruth, *, n_tokens: int = 20_000, seed: int = 1) -> SyntheticReport:
     """An SAE against the features that made its data.
-
-    Args:
-        sae: any sae_lens SAE, or a `Coder` made of functions.
-        truth: the toy world.
-        n_tokens: fresh tokens to judge on.
-        seed: of these tokens, and of the control.
 
     Raises:
         ShapeError: if the SAE reads another width.

@@ -32,10 +32,7 @@ class SyntheticTraining:
     """What is trained on which synthetic data.
 
     Attributes:
-        world: the true features.
         d_sae: features of the SAE; None takes as many as are true.
-        steps: of training.
-        batch: tokens per step.
         seed: of the SAE and of the tokens.
     """
 
@@ -98,10 +95,6 @@ def train_on_synthetic(architecture: str, training: SyntheticTraining | None = N
 
     It tells whether the way of training works where the assumptions of SAEs hold, and nothing about an SAE that was
     trained on something else.
-
-    Args:
-        architecture: what to train, with the defaults of `SAEConfig` for its penalty.
-        training: the data and the length of training.
 
     Raises:
         UnknownNameError: for an unknown architecture.
