@@ -14,7 +14,7 @@ from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import TokenRows
 from workbench.activations.store import ActivationStore
 from workbench.features.passes.store_pass import Chunk
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenTexts
 
 SITE = "resid_post.1"
 WORDS = (
@@ -23,7 +23,7 @@ WORDS = (
     " in", " to", " walks", " walked", " slow",
 )  # fmt: skip
 FIRST = 2
-VOCABULARY = Vocabulary.of_texts(["<bos>", "<eos>", *WORDS])
+VOCABULARY = TokenTexts.of_texts(["<bos>", "<eos>", *WORDS])
 
 
 def word(text: str) -> int:

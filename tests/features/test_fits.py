@@ -24,7 +24,7 @@ from workbench.features.cards.tablecards import table_cards
 from workbench.features.explain.examples import ExampleOptions
 from workbench.features.passes.contexts import _texts, marked, unmarked
 from workbench.features.passes.windows import WindowOptions
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenTexts
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import Last
@@ -87,7 +87,7 @@ def test_an_unembedding_may_have_more_rows_than_the_tokenizer_has_tokens(tmp_pat
     store = make_store(tmp_path / "s", rows=40, model=model)
     cards = list(feature_cards(model, sae, store, options=OPTIONS))
     promoted = {token.token_id: token.token for card in cards for token in card.promoted}
-    beyond = {i: text for i, text in promoted.items() if i >= len(Vocabulary.of(tokenizer))}
+    beyond = {i: text for i, text in promoted.items() if i >= len(TokenTexts.of(tokenizer))}
     assert beyond and all(text == f"⟨{i}⟩" for i, text in beyond.items())
     assert len(score_features(model, sae, store, options=FEW)) == 40
 

@@ -25,7 +25,7 @@ from workbench.features.explain.rules import (
     TokenView,
 )
 from workbench.features.passes.windows import WindowOptions, collect_windows
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenTexts
 
 PETS = {word(" dog"), word(" cat")}
 UPPER = {i + 2 for i, w in enumerate(WORDS) if w.strip()[0].isupper() and not w.strip()[1:].isupper()}
@@ -94,7 +94,7 @@ def test_the_score_is_f1_less_the_length_of_the_rule() -> None:
 
 def test_a_common_stem_is_shorter_than_a_list() -> None:
     texts = [" rune", " runner", " running", " runs", " runt", " RUN", *WORDS[:10]]
-    vocabulary = Vocabulary.of_texts(texts)
+    vocabulary = TokenTexts.of_texts(texts)
     ids = np.tile(np.arange(len(texts)), 4)
     view = TokenView(ids, np.full((len(ids), 8), -1), np.tile(np.arange(4), len(texts)))
     runs = np.array([t.lower().startswith(" run") for t in texts])
@@ -142,7 +142,7 @@ def test_what_precedes_a_document_is_in_no_set_and_no_class() -> None:
 
 
 def test_pieces_of_characters_are_shown_as_bytes() -> None:
-    vocabulary = Vocabulary.of(tiny_tokenizer())
+    vocabulary = TokenTexts.of(tiny_tokenizer())
     assert len(vocabulary) == 258
     assert "<0xC3>" in vocabulary.texts
     assert "a" in vocabulary.texts

@@ -12,7 +12,7 @@ from workbench.features.explain.rule_explanations import RuleTests, rule_scores
 from workbench.features.explain.rules import Never, TokenIn, TokenView
 from workbench.features.explain.similar import hard_items, intruder_score, most_alike, tf_idf
 from workbench.features.explain.testing import detection_items, fuzzing_items
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenTexts
 
 
 def windows(rows: list[list[int]], active: int = -1) -> Windows:
@@ -65,7 +65,7 @@ def test_hard_negatives_hold_the_token_without_its_condition() -> None:
 def test_a_rule_that_forgets_the_condition_fails_the_hard_test_alone() -> None:
     examples = feature()
     tests = RuleTests(detection_items(examples), hard_items(examples), fuzzing_items(examples))
-    vocabulary = Vocabulary.of_texts([str(i) for i in range(4000)])
+    vocabulary = TokenTexts.of_texts([str(i) for i in range(4000)])
     scores = rule_scores(TokenIn((9,)), tests, vocabulary)
     assert scores["detection"].value == 1.0
     assert scores["hard detection"].value < 0.6
@@ -77,7 +77,7 @@ def test_a_rule_that_fires_on_a_token_of_unknown_activation_says_nothing() -> No
     examples = feature()
     items = detection_items(examples)
     tests = RuleTests(items, hard_items(examples), fuzzing_items(examples))
-    vocabulary = Vocabulary.of_texts([str(i) for i in range(4000)])
+    vocabulary = TokenTexts.of_texts([str(i) for i in range(4000)])
     items.windows.view.ids[:, 3] = 19
     items.windows.values[~items.labels, 3] = np.nan
     assert rule_scores(TokenIn((19,)), tests, vocabulary)["detection"].value == 1.0

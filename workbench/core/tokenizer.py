@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os.path
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from workbench.core.errors import InvalidInputError
 
@@ -22,7 +22,7 @@ class NoTokenizer:
             "TokenBatch.of_rows or TokenRows), or a tokenizer: Model(hf, tokenizer), or tokenizer files in its folder."
         )
 
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+    def __call__(self, *_: object, **__: object) -> NoReturn:
         """Refuses to encode."""
         self._refuse()
 
@@ -41,6 +41,29 @@ class NoTokenizer:
         return "no tokenizer"
 
 
+if TYPE_CHECKING:
+
+    class _HFTokenizer(Protocol):
+        """What is asked of a Hugging Face tokenizer, fast or slow; what only some have is looked up by name."""
+
+        bos_token_id: int | None
+        eos_token_id: int | None
+        pad_token_id: int | None
+        all_special_ids: Sequence[int]
+
+        def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Sequence[int]]: ...
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]: ...
+        def decode(
+            self, ids: Sequence[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+        ) -> str: ...
+        def get_vocab(self) -> dict[str, int]: ...
+
+    TokenizerLike = _HFTokenizer | NoTokenizer
+else:
+    # NoTokenizer refuses even to say which attributes it has, so nothing is checked at run time.
+    TokenizerLike = object
+
+
 @dataclass(frozen=True)
 class Affixes:
     """What a tokenizer puts around a single text.
@@ -54,7 +77,7 @@ class Affixes:
     suffix: tuple[int, ...] = ()
 
 
-def affixes(tokenizer: Any) -> Affixes:
+def affixes(tokenizer: TokenizerLike) -> Affixes:
     """What this tokenizer puts around a text by itself, whatever part of it does so.
 
     Found by encoding two texts with and without special tokens.
@@ -82,7 +105,7 @@ def affixes(tokenizer: Any) -> Affixes:
     return min(found, key=lambda around: len(around.suffix))
 
 
-def _probes(tokenizer: Any) -> list[str]:
+def _probes(tokenizer: TokenizerLike) -> list[str]:
     """Two texts that encode to different tokens; vocabularies of other things than language have no letters."""
     found: dict[tuple[int, ...], str] = {}
     for text in _texts(tokenizer):
@@ -94,14 +117,14 @@ def _probes(tokenizer: Any) -> list[str]:
     return list(found.values()) or ["a"]
 
 
-def _texts(tokenizer: Any) -> Iterator[str]:
+def _texts(tokenizer: TokenizerLike) -> Iterator[str]:
     yield from ("a", "b c")
     special = set(map(int, tokenizer.all_special_ids))
     vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
     yield from (token for token, i in vocabulary.items() if i not in special)
 
 
-def special_ids(tokenizer: Any) -> tuple[int, ...]:
+def special_ids(tokenizer: TokenizerLike) -> tuple[int, ...]:
     """Ids that are not text, ascending: those marked special, and what the tokenizer puts around a text."""
     if isinstance(tokenizer, NoTokenizer):
         return ()
@@ -112,7 +135,7 @@ def special_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(marked | {*around.prefix, *around.suffix}))
 
 
-def start_ids(tokenizer: Any) -> tuple[int, ...]:
+def start_ids(tokenizer: TokenizerLike) -> tuple[int, ...]:
     """What the model's own texts start from: the tokenizer's prefix, or else BOS, or else EOS.
 
     Raises:
@@ -129,7 +152,7 @@ def start_ids(tokenizer: Any) -> tuple[int, ...]:
     )
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
+def text_ids(tokenizer: TokenizerLike, text: str) -> list[int]:
     """The ids of a text; nothing is added in front or behind.
 
     Raises:
@@ -155,7 +178,7 @@ def require_unicode(text: str, what: str = "The text") -> None:
         ) from error
 
 
-def decoded(tokenizer: Any, ids: Sequence[int], *, skip_special: bool = False) -> str:
+def decoded(tokenizer: TokenizerLike, ids: Sequence[int], *, skip_special: bool = False) -> str:
     """The text of a row of ids, spaces as the tokens have them; `⟨id⟩` for each without a tokenizer."""
     if isinstance(tokenizer, NoTokenizer):
         return "".join(f"⟨{int(i)}⟩" for i in ids)
@@ -163,7 +186,7 @@ def decoded(tokenizer: Any, ids: Sequence[int], *, skip_special: bool = False) -
     return tokenizer.decode(listed, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
 
-def continuation(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> str:
+def continuation(tokenizer: TokenizerLike, before: Sequence[int], new: Sequence[int]) -> str:
     """What new tokens add to the text of those before them, special tokens left out.
 
     Decoded together and compared, because many decoders strip the space in front of the first token. A character that
@@ -174,7 +197,7 @@ def continuation(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> s
     return whole[len(os.path.commonprefix([start, whole])) :]
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+def pieces(tokenizer: TokenizerLike, ids: Sequence[int]) -> tuple[str, ...]:
     """The text of each token in its place; joined they are the text of the row, special tokens included.
 
     A character that several tokens make up belongs to the last of them; the others are empty.
@@ -186,7 +209,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int], window: int) -> list[str]:
+def _pieces(tokenizer: TokenizerLike, ids: Sequence[int], window: int) -> list[str]:
     found: list[str] = []
     start, before, after = 0, "", ""
     for i in range(len(ids)):

@@ -6,11 +6,11 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from workbench.core.codec import token_bytes
+from workbench.core.tokenizer import TokenizerLike
 
 _WORD = re.compile(r"^\s?[^\W\d_]+$")
 
@@ -61,7 +61,7 @@ TOKEN_CLASSES = tuple(_tests())
 
 
 @dataclass(frozen=True, eq=False)
-class Vocabulary:
+class TokenTexts:
     """The text of every token id, and which classes it is in; the id -1 stands for no token and is in none.
 
     Attributes:
@@ -73,27 +73,27 @@ class Vocabulary:
     stems: tuple[str, ...]
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Vocabulary:
+    def of(cls, tokenizer: TokenSource) -> TokenTexts:
         """Of a Hugging Face tokenizer, computed once per tokenizer; a vocabulary is returned as it is."""
-        return tokenizer if isinstance(tokenizer, Vocabulary) else _vocabulary(tokenizer)
+        return tokenizer if isinstance(tokenizer, TokenTexts) else _vocabulary(tokenizer)
 
     @classmethod
-    def of_texts(cls, texts: Sequence[str]) -> Vocabulary:
+    def of_texts(cls, texts: Sequence[str]) -> TokenTexts:
         """Of the text of each token id.
 
-        >>> Vocabulary.of_texts([" Dog", "7"]).stems
+        >>> TokenTexts.of_texts([" Dog", "7"]).stems
         ('dog', '')
         """
         return cls(tuple(texts), tuple(t.strip().lower() if _is_word(t) else "" for t in texts))
 
-    def padded(self, n: int) -> Vocabulary:
+    def padded(self, n: int) -> TokenTexts:
         """The same with at least n ids; rows of an embedding beyond the tokenizer have no text and are in no class.
 
-        >>> Vocabulary.of_texts(["a"]).padded(2).text(1)
+        >>> TokenTexts.of_texts(["a"]).padded(2).text(1)
         '⟨1⟩'
         """
         more = ("",) * (n - len(self))
-        return Vocabulary(self.texts + more, self.stems + more) if more else self
+        return TokenTexts(self.texts + more, self.stems + more) if more else self
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -127,15 +127,18 @@ class Vocabulary:
 
         -1 where a stem is shorter, and in the last place, for the id -1.
 
-        >>> Vocabulary.of_texts([" Dog", "do", "cat"]).beginnings(3)
+        >>> TokenTexts.of_texts([" Dog", "do", "cat"]).beginnings(3)
         ({'cat': 0, 'dog': 1}, array([ 1, -1,  0, -1], dtype=int32))
         """
         return _beginnings(self, length)
 
 
+TokenSource = TokenizerLike | TokenTexts
+
+
 @functools.lru_cache(maxsize=4)
-def _vocabulary(tokenizer: Any) -> Vocabulary:
-    return Vocabulary.of_texts([_shown(raw) for raw in token_bytes(tokenizer)])
+def _vocabulary(tokenizer: TokenizerLike) -> TokenTexts:
+    return TokenTexts.of_texts([_shown(raw) for raw in token_bytes(tokenizer)])
 
 
 def _shown(raw: bytes) -> str:
@@ -144,13 +147,13 @@ def _shown(raw: bytes) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _mask(vocabulary: Vocabulary, name: str) -> np.ndarray:
+def _mask(vocabulary: TokenTexts, name: str) -> np.ndarray:
     test = _tests()[name]
     return np.array([test(text) for text in vocabulary.texts] + [False])
 
 
 @functools.lru_cache(maxsize=64)
-def _beginnings(vocabulary: Vocabulary, length: int) -> tuple[dict[str, int], np.ndarray]:
+def _beginnings(vocabulary: TokenTexts, length: int) -> tuple[dict[str, int], np.ndarray]:
     found = [stem[:length] if len(stem) >= length else None for stem in vocabulary.stems]
     number = {name: i for i, name in enumerate(sorted({name for name in found if name is not None}))}
     return number, np.array([-1 if name is None else number[name] for name in found] + [-1], dtype=np.int32)

@@ -13,7 +13,7 @@ from workbench.core.progress import track
 from workbench.core.records import to_jsonable
 from workbench.features.card import FeatureCard, LensToken
 from workbench.features.scores.logit_lens import LensTokens, lens_ends, slab_rows
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenTexts
 from workbench.report.features import PackOptions
 from workbench.report.features.encode import pack_cards
 from workbench.serve.playground import Playground
@@ -42,7 +42,7 @@ def can_read_all(playground: Playground) -> bool:
 def lens_cards(playground: Playground) -> Iterator[FeatureCard]:
     """A card of every feature with what its decoder row promotes and suppresses, and nothing else."""
     model, rows = playground.model, decoder_rows(playground.sae, torch.arange(len(playground.sae.W_dec)))
-    vocabulary, alive = Vocabulary.of(model.tokenizer), rows.norm(dim=1) > 0
+    vocabulary, alive = TokenTexts.of(model.tokenizer), rows.norm(dim=1) > 0
     features = alive.nonzero().flatten()
     parts = features.split(slab_rows(model.d_vocab))
 

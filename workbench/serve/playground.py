@@ -16,7 +16,7 @@ from workbench.core.errors import InvalidInputError
 from workbench.core.metrics import token_log_probabilities
 from workbench.core.tokens import TokenBatch
 from workbench.features.scores.logit_lens import lens_ends, lens_tokens, slab_rows, target_site
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenTexts
 from workbench.hooks.handles import Hooks
 from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
@@ -248,7 +248,7 @@ class Playground:
         }  # fmt: skip
 
     def _shown(self, token: int) -> str:
-        vocabulary = Vocabulary.of(self.model.tokenizer)
+        vocabulary = TokenTexts.of(self.model.tokenizer)
         return clip(vocabulary.text(token)) if token < len(vocabulary) else f"⟨{token}⟩"
 
 

@@ -29,7 +29,7 @@ from workbench.features.passes.windows import FeatureWindows, WindowOptions, Win
 from workbench.features.scores.logit_lens import LensEnds, LensTokens, feature_ids, in_residual, lens_ends, writes_at
 from workbench.features.scores.origin import origin
 from workbench.features.scores.table import FeatureTable
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenTexts
 from workbench.models.model import Model
 from workbench.saes.formats.load import check_sae_fits
 
@@ -103,7 +103,7 @@ def feature_cards(
     found = collect_windows(store, str(where), SAEFeatures(sae, ids), options.windows)
     rows = saecode.decoder_rows(sae, ids).cpu()
     ends = _lens(model, rows, options.lens_k) if in_residual(writes_at(model, sae, where)) else None
-    vocabulary = Vocabulary.of(model.tokenizer).padded(model.d_vocab)
+    vocabulary = TokenTexts.of(model.tokenizer).padded(model.d_vocab)
     meta = {
         **origin(model, sae, where), "store": str(store.path), "n_tokens": found.n_tokens, "options": asdict(options),
         "neighbour_tokens": found.co.n_tokens, "neighbour_share": found.co.share,
@@ -192,7 +192,7 @@ class _Made:
 
     ids: Tensor
     found: FeatureWindows
-    vocabulary: Vocabulary
+    vocabulary: TokenTexts
     ends: LensEnds | None
     norms: Tensor
     by_activation: list[tuple[Neighbour, ...]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from workbench.features.explain.testing import (
 )
 from workbench.features.explain.units import KnownUnit, KnownUnits, families, unit_bank
 from workbench.features.passes.windows import WindowOptions, collect_windows
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenSource, TokenTexts
 from workbench.judges.gate import JudgeGate, Trial, trial
 from workbench.judges.protocol import MAX_FAILED_SHARE, Cost, Judge, Question, ask
 
@@ -60,13 +60,13 @@ def fuzzing_prompt(explanation: str, window: str) -> str:
     )
 
 
-def questions_of(kind: Kind, explanation: str, items: Items, vocabulary: Vocabulary) -> list[Question]:
+def questions_of(kind: Kind, explanation: str, items: Items, vocabulary: TokenTexts) -> list[Question]:
     """One question per window, answered by yes or no."""
     make = detection_prompt if kind == "detection" else fuzzing_prompt
     return [Question(make(explanation, _window_text(items, i, vocabulary))) for i in range(len(items))]
 
 
-def _window_text(items: Items, i: int, vocabulary: Vocabulary) -> str:
+def _window_text(items: Items, i: int, vocabulary: TokenTexts) -> str:
     parts = []
     for j in items.windows.inside[i].nonzero()[0]:
         text = vocabulary.text(int(items.windows.view.ids[i, j]))
@@ -100,7 +100,7 @@ class _Asking:
     judge: Judge
     kind: Kind
     items: Items
-    vocabulary: Vocabulary
+    vocabulary: TokenTexts
     cost: Cost = field(default_factory=Cost)
 
     @functools.cached_property
@@ -135,7 +135,7 @@ class GateOptions:
 
 
 def judge_gate(
-    judge: Judge, store: ActivationStore, site: str, tokenizer: Any, options: GateOptions | None = None
+    judge: Judge, store: ActivationStore, site: str, tokenizer: TokenSource, options: GateOptions | None = None
 ) -> JudgeGate:
     """Tries a judge on units whose meaning is known, over the text of a store.
 
@@ -144,7 +144,7 @@ def judge_gate(
     Raises:
         DegenerateInputError: if no unit has enough windows.
     """
-    options, vocabulary = options or GateOptions(), Vocabulary.of(tokenizer)
+    options, vocabulary = options or GateOptions(), TokenTexts.of(tokenizer)
     bank = unit_bank(store, per_family=options.per_family, seed=options.seed)
     units = KnownUnits(bank, vocabulary)
     found = collect_windows(store, site, units, replace(options.windows, seed=options.seed))
@@ -164,7 +164,7 @@ def judge_gate(
     return JudgeGate(judge.name, tuple(trials), cost)
 
 
-def _texts(bank: Sequence[KnownUnit], i: int, vocabulary: Vocabulary) -> tuple[str, str]:
+def _texts(bank: Sequence[KnownUnit], i: int, vocabulary: TokenTexts) -> tuple[str, str]:
     """The unit's own explanation, and that of a unit of another family."""
     around = [(i + len(bank) // 2 + step) % len(bank) for step in range(len(bank))]
     other = next((j for j in around if bank[j].family != bank[i].family), i)
@@ -182,7 +182,7 @@ class _Tried:
     cost: Cost
 
 
-def _tried(judge: Judge, kind: Kind, examples: Examples, texts: tuple[str, str], vocabulary: Vocabulary) -> _Tried:
+def _tried(judge: Judge, kind: Kind, examples: Examples, texts: tuple[str, str], vocabulary: TokenTexts) -> _Tried:
     items = items_of(kind, examples)
     asking = _Asking(judge, kind, items, vocabulary)
     own, other = (asking.answers(text).above_empty for text in texts)
@@ -209,7 +209,7 @@ def _family(kind: Kind, family: str, tried: Sequence[_Tried]) -> Trial:
 
 
 def judge_explanations(
-    judge: Judge, gate: JudgeGate, texts: Mapping[int, str], examples: Mapping[int, Examples], tokenizer: Any
+    judge: Judge, gate: JudgeGate, texts: Mapping[int, str], examples: Mapping[int, Examples], tokenizer: TokenSource
 ) -> dict[int, Explanation]:
     """A judge's scores of explanations on held-out windows, for the tests that its gate allows.
 
@@ -223,9 +223,9 @@ def judge_explanations(
         gate: of this judge.
         texts: explanation of each feature, from wherever.
         examples: windows of each feature.
-        tokenizer: a Hugging Face tokenizer, or a `Vocabulary`.
+        tokenizer: a Hugging Face tokenizer, or a `TokenTexts`.
     """
-    vocabulary, numbers = Vocabulary.of(tokenizer), list(texts)
+    vocabulary, numbers = TokenTexts.of(tokenizer), list(texts)
     explanations = {}
     for place, feature in enumerate(numbers):
         windows = examples[feature]
@@ -254,7 +254,7 @@ class _Judged:
 
 
 def _judged(
-    judge: Judge, gate: JudgeGate, text: str, others: Mapping[str, str], examples: Examples, vocabulary: Vocabulary
+    judge: Judge, gate: JudgeGate, text: str, others: Mapping[str, str], examples: Examples, vocabulary: TokenTexts
 ) -> _Judged:
     judged = _Judged()
     scores, controls, notes = judged.scores, judged.controls, judged.notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from workbench.features.explain.rules import Never, Rule, TokenIn
 from workbench.features.explain.similar import hard_items
 from workbench.features.explain.testing import Items, answer_scores, detection_items, fuzzing_items
 from workbench.features.passes.windows import FeatureWindows
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenSource, TokenTexts
 
 DETECTION = {"balanced_accuracy": "detection", "precision": "precision", "recall": "recall", "f1": "f1"}
 """What the ratios of a detection test are called in an explanation; the other tests show balanced accuracy alone."""
@@ -69,19 +69,19 @@ class _Fit:
 
 
 def explain_by_rules(
-    found: FeatureWindows, features: Int[Tensor, " features"], tokenizer: Any, options: ExampleOptions | None = None,
-    keep: Keeper | None = None,
+    found: FeatureWindows, features: Int[Tensor, " features"], tokenizer: TokenSource,
+    options: ExampleOptions | None = None, keep: Keeper | None = None,
 ) -> tuple[RuleExplanation, ...]:  # fmt: skip
     """The best rule of each feature, chosen on documents that are not used for its test.
 
     Args:
         found: what a pass over a store found.
         features: their numbers, in the order of the pass.
-        tokenizer: of the model, or a `Vocabulary`.
+        tokenizer: of the model, or a `TokenTexts`.
         options: how windows are divided.
         keep: where rules are kept while others are made; those that are there already are not made again.
     """
-    options, vocabulary = options or ExampleOptions(), Vocabulary.of(tokenizer)
+    options, vocabulary = options or ExampleOptions(), TokenTexts.of(tokenizer)
 
     def fit(entry: tuple[int, int]) -> _Fit:
         examples = examples_of(found, *entry, options)
@@ -117,14 +117,14 @@ def _kept(
 
 
 def score_rules(
-    explained: Sequence[RuleExplanation], tokenizer: Any, *, seed: int = 0, keep: Keeper | None = None
+    explained: Sequence[RuleExplanation], tokenizer: TokenSource, *, seed: int = 0, keep: Keeper | None = None
 ) -> dict[int, Explanation]:
     """Each rule's scores in detection, hard detection and fuzzing on held-out documents, beside those of its controls.
 
     Controls: "shuffled", the rule of another feature (if there is another); "empty", a rule that never fires; "top
     tokens", the list of the tokens that the strongest windows peak on. Features without a rule say why in their text.
     """
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = TokenTexts.of(tokenizer)
     others = _others([e for e in explained if e.fitted is not None], seed)
 
     def test(entry: RuleExplanation) -> Explanation:
@@ -149,7 +149,7 @@ def _others(with_rule: Sequence[RuleExplanation], seed: int) -> dict[int, Rule]:
     return {a.feature: b.fitted.rule for a, b in zip(with_rule, rolled, strict=True) if b.fitted is not None}
 
 
-def _tested(rule: Rule, others: dict[str, Rule], examples: Examples, vocabulary: Vocabulary, seed: int) -> Explanation:
+def _tested(rule: Rule, others: dict[str, Rule], examples: Examples, vocabulary: TokenTexts, seed: int) -> Explanation:
     tests = RuleTests(detection_items(examples), hard_items(examples), fuzzing_items(examples, seed))
     scores = rule_scores(rule, tests, vocabulary, seed)
     controls = {}
@@ -170,7 +170,7 @@ class RuleTests:
     fuzzing: Items
 
 
-def rule_scores(rule: Rule, tests: RuleTests, vocabulary: Vocabulary, seed: int = 0) -> dict[str, Estimate]:
+def rule_scores(rule: Rule, tests: RuleTests, vocabulary: TokenTexts, seed: int = 0) -> dict[str, Estimate]:
     """What a rule scores when it is executed.
 
     Detection says yes where the rule fires anywhere in the window on a token of known activation, fuzzing where it
@@ -188,6 +188,6 @@ def rule_scores(rule: Rule, tests: RuleTests, vocabulary: Vocabulary, seed: int 
     return scores
 
 
-def _detected(rule: Rule, items: Items, vocabulary: Vocabulary, seed: int) -> dict[str, Estimate]:
+def _detected(rule: Rule, items: Items, vocabulary: TokenTexts, seed: int) -> dict[str, Estimate]:
     fires = rule.fires(items.windows.view, vocabulary) & items.windows.known
     return answer_scores(items.labels, np.asarray(fires.any(1)), items.windows.documents, seed)

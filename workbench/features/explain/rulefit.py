@@ -22,7 +22,7 @@ from workbench.features.explain.rules import (
     TokenIn,
     TokenView,
 )
-from workbench.features.token_classes import TOKEN_CLASSES, Vocabulary
+from workbench.features.token_classes import TOKEN_CLASSES, TokenTexts
 
 LENGTH_WEIGHT = 1.0
 """What a rule loses that is as long as the list of all active tokens; shorter rules lose in proportion."""
@@ -62,7 +62,7 @@ class _Task:
     """Some tokens of the data, and the price of a bit: a subset is scored as part of the whole."""
 
     data: RuleData
-    vocabulary: Vocabulary
+    vocabulary: TokenTexts
     n_active: int
 
     def score(self, hits: Any, fired: Any, bits: Any) -> Any:
@@ -76,7 +76,7 @@ class _Task:
         return FittedRule(rule, 2 * hits / max(fired + self.n_active, 1), float(score))
 
 
-def fit_rule(data: RuleData, vocabulary: Vocabulary) -> FittedRule:
+def fit_rule(data: RuleData, vocabulary: TokenTexts) -> FittedRule:
     """The rule with the largest F1 over tokens less a penalty for its length (minimum description length).
 
     The grammar: sets of tokens, beginnings of words, classes of tokens, sets of preceding tokens (directly, or within

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from workbench.features.token_classes import TOKEN_CLASSES, Vocabulary
+from workbench.features.token_classes import TOKEN_CLASSES, TokenTexts
 
 REACH = 8
 """How many preceding tokens a rule can look at."""
@@ -35,15 +35,15 @@ class TokenView:
 class Rule(Protocol):
     """Says of every token whether a feature should be active there."""
 
-    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
         """True where the rule holds, in the shape of `view.ids`."""
         ...
 
-    def text(self, vocabulary: Vocabulary) -> str:
+    def text(self, vocabulary: TokenTexts) -> str:
         """The rule in words."""
         ...
 
-    def bits(self, vocabulary: Vocabulary) -> float:
+    def bits(self, vocabulary: TokenTexts) -> float:
         """Length of the rule's description."""
         ...
 
@@ -54,17 +54,17 @@ class Never:
 
     kind: Literal["never"] = "never"
 
-    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
         """False everywhere."""
         del vocabulary
         return np.zeros(view.ids.shape, dtype=bool)
 
-    def text(self, vocabulary: Vocabulary) -> str:
+    def text(self, vocabulary: TokenTexts) -> str:
         """No words."""
         del vocabulary
         return ""
 
-    def bits(self, vocabulary: Vocabulary) -> float:
+    def bits(self, vocabulary: TokenTexts) -> float:
         """Nothing to say."""
         del vocabulary
         return 0.0
@@ -77,15 +77,15 @@ class TokenIn:
     tokens: tuple[int, ...]
     kind: Literal["token"] = "token"
 
-    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
         """By token id."""
         return vocabulary.holds(self.tokens)[view.ids]
 
-    def text(self, vocabulary: Vocabulary) -> str:
+    def text(self, vocabulary: TokenTexts) -> str:
         """The set, quoted."""
         return f"token is {'one of ' if len(self.tokens) > 1 else ''}{vocabulary.quoted(self.tokens)}"
 
-    def bits(self, vocabulary: Vocabulary) -> float:
+    def bits(self, vocabulary: TokenTexts) -> float:
         """One name per token."""
         return len(self.tokens) * vocabulary.bits
 
@@ -97,7 +97,7 @@ class BeginsWith:
     prefixes: tuple[str, ...]
     kind: Literal["begins"] = "begins"
 
-    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
         """By the letters of the token."""
         found = np.zeros(view.ids.shape, dtype=bool)
         for length in {len(prefix) for prefix in self.prefixes}:
@@ -106,12 +106,12 @@ class BeginsWith:
             found |= np.isin(of_token[view.ids], wanted)
         return found
 
-    def text(self, vocabulary: Vocabulary) -> str:
+    def text(self, vocabulary: TokenTexts) -> str:
         """The prefixes."""
         del vocabulary
         return "token begins with " + " or ".join(f"{prefix}-" for prefix in self.prefixes)
 
-    def bits(self, vocabulary: Vocabulary) -> float:
+    def bits(self, vocabulary: TokenTexts) -> float:
         """Five bits a letter."""
         del vocabulary
         return 2 + 5.0 * sum(map(len, self.prefixes))
@@ -125,16 +125,16 @@ class InClass:
     back: int = 0
     kind: Literal["class"] = "class"
 
-    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
         """By the class of the token."""
         return vocabulary.mask(self.name)[view.before[..., self.back - 1] if self.back else view.ids]
 
-    def text(self, vocabulary: Vocabulary) -> str:
+    def text(self, vocabulary: TokenTexts) -> str:
         """The class."""
         del vocabulary
         return f"preceding token is {self.name}" if self.back else f"token is {self.name}"
 
-    def bits(self, vocabulary: Vocabulary) -> float:
+    def bits(self, vocabulary: TokenTexts) -> float:
         """Which of the classes."""
         del vocabulary
         return 1 + float(np.log2(len(TOKEN_CLASSES)))
@@ -148,20 +148,20 @@ class At:
     high: int | None
     kind: Literal["at"] = "at"
 
-    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
         """By position."""
         del vocabulary
         below = True if self.high is None else view.positions < self.high
         return (view.positions >= self.low) & below
 
-    def text(self, vocabulary: Vocabulary) -> str:
+    def text(self, vocabulary: TokenTexts) -> str:
         """The interval."""
         del vocabulary
         if self.high is None:
             return f"position {self.low} or later"
         return f"position {self.low}" if self.high == self.low + 1 else f"position {self.low} to {self.high - 1}"
 
-    def bits(self, vocabulary: Vocabulary) -> float:
+    def bits(self, vocabulary: TokenTexts) -> float:
         """Two of sixteen boundaries."""
         del vocabulary
         return 8.0
@@ -175,16 +175,16 @@ class After:
     within: int = 1
     kind: Literal["after"] = "after"
 
-    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
         """By the preceding ids; what precedes the document does not count."""
         return np.asarray(vocabulary.holds(self.tokens)[view.before[..., : self.within]].any(-1))
 
-    def text(self, vocabulary: Vocabulary) -> str:
+    def text(self, vocabulary: TokenTexts) -> str:
         """Which tokens, and how far back."""
         where = "directly after" if self.within == 1 else f"within {self.within} tokens after"
         return f"{where} {vocabulary.quoted(self.tokens)}"
 
-    def bits(self, vocabulary: Vocabulary) -> float:
+    def bits(self, vocabulary: TokenTexts) -> float:
         """One name per token, and the distance."""
         return 3 + len(self.tokens) * vocabulary.bits
 
@@ -196,7 +196,7 @@ class Ngram:
     sequences: tuple[tuple[int, ...], ...]
     kind: Literal["ngram"] = "ngram"
 
-    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
         """By the token and those before it."""
         del vocabulary
         found = np.zeros(view.ids.shape, dtype=bool)
@@ -207,13 +207,13 @@ class Ngram:
             found |= here
         return found
 
-    def text(self, vocabulary: Vocabulary) -> str:
+    def text(self, vocabulary: TokenTexts) -> str:
         """The sequences, quoted."""
         shown = ", ".join(repr("".join(vocabulary.text(t) for t in s)) for s in self.sequences[:12])
         more = f" and {len(self.sequences) - 12} more" if len(self.sequences) > 12 else ""
         return f"last token of {shown}{more}"
 
-    def bits(self, vocabulary: Vocabulary) -> float:
+    def bits(self, vocabulary: TokenTexts) -> float:
         """One name per token."""
         return 1 + sum(map(len, self.sequences)) * vocabulary.bits
 
@@ -226,15 +226,15 @@ class Both:
     context: AnyRule
     kind: Literal["both"] = "both"
 
-    def fires(self, view: TokenView, vocabulary: Vocabulary) -> np.ndarray:
+    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
         """Where both hold."""
         return self.token.fires(view, vocabulary) & self.context.fires(view, vocabulary)
 
-    def text(self, vocabulary: Vocabulary) -> str:
+    def text(self, vocabulary: TokenTexts) -> str:
         """Both in words."""
         return f"{self.token.text(vocabulary)}, and {self.context.text(vocabulary)}"
 
-    def bits(self, vocabulary: Vocabulary) -> float:
+    def bits(self, vocabulary: TokenTexts) -> float:
         """Both and the conjunction."""
         return 1 + self.token.bits(vocabulary) + self.context.bits(vocabulary)
 

@@ -15,7 +15,7 @@ from workbench.core.errors import DegenerateInputError
 from workbench.features.explain.rules import REACH, After, At, Both, InClass, Rule, TokenIn, TokenView
 from workbench.features.passes.sampling import MISSING
 from workbench.features.passes.store_pass import Chunk, token_rows
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenTexts
 
 FAMILIES = ("token", "token set", "conditional", "position", "casing", "digit")
 
@@ -33,7 +33,7 @@ class KnownUnits:
     """Known units as something that a pass over a store can read."""
 
     units: tuple[KnownUnit, ...]
-    vocabulary: Vocabulary
+    vocabulary: TokenTexts
 
     @property
     def ids(self) -> Int[Tensor, " n"]:

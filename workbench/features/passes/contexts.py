@@ -13,6 +13,7 @@ from torch import Tensor
 from workbench.activations.store import ActivationStore
 from workbench.core.codec import token_bytes
 from workbench.core.errors import InvalidInputError
+from workbench.core.tokenizer import TokenizerLike
 from workbench.features.passes.sampling import MISSING as MISSING
 from workbench.features.passes.store_pass import SAEFeatures
 from workbench.features.passes.windows import WindowOptions, collect_windows
@@ -82,7 +83,7 @@ class TopContexts:
 def top_contexts(
     store: ActivationStore,
     sae: Any,
-    tokenizer: Any,
+    tokenizer: TokenizerLike,
     features: Int[Tensor, " features"],
     site: str,
     options: ContextOptions | None = None,

@@ -20,7 +20,7 @@ from workbench.features.scores.logit_lens import feature_ids, lens_tokens, targe
 from workbench.features.scores.origin import origin
 from workbench.features.scores.output_score import OutputOptions, OutputScores, direction_scores
 from workbench.features.scores.table import FeatureTable
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenTexts
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
 
@@ -118,7 +118,7 @@ def score_features(
     }  # fmt: skip
     inputs, shuffled = _input_scores(contexts if "input" in scores else None, lens_ids, ~zero.cpu(), options)
     controls = {"shuffled_input_score": shuffled, "random_output_score": tuple(random.score.tolist()) if random else ()}
-    vocabulary = Vocabulary.of(model.tokenizer).padded(model.d_vocab)
+    vocabulary = TokenTexts.of(model.tokenizer).padded(model.d_vocab)
     frame = _frame(vocabulary, ids, lens_ids, inputs, outputs, contexts)
     frame.loc[zero.cpu().numpy(), list(_OF_DECODER)] = float("nan")
     for row in zero.nonzero().flatten().tolist():
@@ -152,7 +152,7 @@ def _input_scores(
 
 
 def _frame(
-    vocabulary: Vocabulary,
+    vocabulary: TokenTexts,
     ids: Tensor,
     lens_ids: Tensor,
     inputs: Tensor | None,

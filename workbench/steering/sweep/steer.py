@@ -21,7 +21,7 @@ from workbench.core.progress import Task, task
 from workbench.core.tokens import TokenBatch
 from workbench.features.scores.logit_lens import feature_ids, lens_tokens, target_site
 from workbench.features.scores.table import FeatureTable
-from workbench.features.token_classes import Vocabulary
+from workbench.features.token_classes import TokenTexts
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
 from workbench.steering.sweep.arms import Arm, EditSummary
@@ -233,7 +233,7 @@ class Bench:
 
     def words(self, features: Int[Tensor, " features"]) -> tuple[str, ...]:
         """The first lens tokens of each feature, as text."""
-        text = Vocabulary.of(self.model.tokenizer).padded(self.model.d_vocab).text
+        text = TokenTexts.of(self.model.tokenizer).padded(self.model.d_vocab).text
         return tuple(" · ".join(repr(text(t))[1:-1] for t in row[:6]) for row in self.lens_of(features).tolist())
 
     def arm(self, name: str, pushes: PushSet, strengths: Sequence[float], progress: Task) -> Arm:
