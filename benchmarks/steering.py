@@ -24,9 +24,9 @@ from workbench.interventions.ops import Add
 from workbench.models.loading import load_model
 from workbench.models.model import Model
 from workbench.models.sampling import Sampling
-from workbench.steering.sweep.options import SCOPES, SteerOptions
+from workbench.steering.sweep.options import SteerOptions
 from workbench.steering.sweep.prompts import NEUTRAL_PROMPTS
-from workbench.steering.sweep.rows import Pushes, Sweep
+from workbench.steering.sweep.rows import ArmRunner, Pushes
 
 ENDINGS = ("", " Then,", " And so")
 
@@ -56,58 +56,58 @@ def sae_of(model: Model, site: str, d_sae: int) -> Any:
     return sae.eval().requires_grad_(False)
 
 
-def in_batches(sweep: Sweep, sae: Any, pushes: list[Pushes]) -> tuple[list[list[Tensor]], float]:
-    """New tokens by strength and row, and the seconds; generation alone, with the batches of `Sweep.write`."""
-    n, found = len(sweep.prompts), []
+def in_batches(runner: ArmRunner, pushes: list[Pushes]) -> tuple[list[list[Tensor]], float]:
+    """New tokens by strength and row, and the seconds; generation alone, with the batches of `ArmRunner.write`."""
+    n, found = len(runner.prompts), []
     start = time.perf_counter()
     for push in pushes:
         ids: list[Tensor] = []
         total = n * len(push)
-        for rows in torch.arange(total).tensor_split(-(-total // sweep.options.batch_size)):
-            edit = Intervention.at(sweep.site, push.op(sae, rows // n), SCOPES[sweep.options.scope])
-            with sweep.model.plan(edit) as plan:
-                ids += sweep.continue_rows(rows % n, plan)[0]
+        for rows in torch.arange(total).tensor_split(-(-total // runner.writing.batch_size)):
+            edit = Intervention.at(runner.site, push.op(rows, n), runner.writing.scope)
+            with runner.model.plan(edit) as plan:
+                ids += runner.continue_rows(rows % n, plan)[0]
         found.append(ids)
     return found, time.perf_counter() - start
 
 
 def one_by_one(
-    model: Model, sae: Any, sweep: Sweep, pushes: list[Pushes], chosen: list[tuple[int, int]]
+    model: Model, runner: ArmRunner, pushes: list[Pushes], chosen: list[tuple[int, int]]
 ) -> tuple[list[Tensor], float]:
     """The same rows with `Model`'s own generation, a batch of one row each; (strength, row) says which."""
     from workbench.models.decoding import Decoder
 
-    n, options = len(sweep.prompts), sweep.options
-    sampling = Sampling(options.new_tokens, options.temperature, options.seed, model.stop_ids)
+    n, how = len(runner.prompts), runner.writing
+    sampling = Sampling(how.new_tokens, how.temperature, how.seed, model.stop_ids)
     found = []
     start = time.perf_counter()
     for strength, row in chosen:
-        prompt = sweep.prompts[torch.tensor([row % n])]
-        op = pushes[strength].op(sae, torch.tensor([row // n]))
-        with model.plan(Intervention.at(sweep.site, op, SCOPES[options.scope])):
+        prompt = runner.prompts[torch.tensor([row % n])]
+        op = pushes[strength].op(torch.tensor([row]), n)
+        with model.plan(Intervention.at(runner.site, op, how.scope)):
             decoder = Decoder(model.hf, sampling)
             new = decoder.run(decoder.prefill(prompt), torch.tensor([row % n]))
         found.append(new.ids[0, : model.text_length(new.ids[0])])
     return found, time.perf_counter() - start
 
 
-def swept(model: Model, sae: Any, site: str, o: argparse.Namespace, prompts: int) -> tuple[Sweep, list[Pushes]]:
+def swept(model: Model, sae: Any, site: str, o: argparse.Namespace, prompts: int) -> tuple[ArmRunner, list[Pushes]]:
     options = SteerOptions(new_tokens=o.new_tokens, batch_size=o.batch)
     sizes = torch.full((o.features,), 20.0) if o.a_max == "dataset" else None
-    pushes = [Pushes(sae.W_dec.detach()[: o.features], 0.5 * (i + 1), sizes) for i in range(o.strengths)]
-    assert sizes is None or isinstance(pushes[0].op(sae, torch.tensor([0])), Add)
-    return Sweep(model, sae, model.resolve(site), model.tokens(prompts_of(prompts)), options), pushes
+    pushes = [Pushes(sae.W_dec.detach()[: o.features], 0.5 * (i + 1), sizes, sae) for i in range(o.strengths)]
+    assert sizes is None or isinstance(pushes[0].op(torch.tensor([0]), 1), Add)
+    return ArmRunner(model, site, model.tokens(prompts_of(prompts)), options.writing), pushes
 
 
 def both(
-    model: Model, sae: Any, sweep: Sweep, pushes: list[Pushes], single: int
+    model: Model, runner: ArmRunner, pushes: list[Pushes], single: int
 ) -> tuple[list[list[Tensor]], float, list[tuple[int, int]], float, int]:
     """Texts and seconds of the batches; the rows also run alone, their seconds, and how many texts are equal."""
-    ours, seconds = in_batches(sweep, sae, pushes)
+    ours, seconds = in_batches(runner, pushes)
     each = len(ours[0])
     picks = torch.randperm(len(pushes) * each, generator=torch.Generator().manual_seed(1))[:single].tolist()
     chosen = [(i // each, i % each) for i in picks]
-    theirs, alone = one_by_one(model, sae, sweep, pushes, chosen)
+    theirs, alone = one_by_one(model, runner, pushes, chosen)
     equal = sum(torch.equal(a, ours[s][r]) for a, (s, r) in zip(theirs, chosen, strict=True))
     return ours, seconds, chosen, alone, equal
 
@@ -135,10 +135,10 @@ def main() -> None:
         raise SystemExit("the two do not write the same; no ratio is printed")
 
     start = time.perf_counter()
-    sweep, pushes = swept(model, sae, site, o, o.prompts)
+    runner, pushes = swept(model, sae, site, o, o.prompts)
     prefill = time.perf_counter() - start
-    one_by_one(model, sae, sweep, pushes, [(0, 0)])
-    ours, seconds, chosen, alone, equal = both(model, sae, sweep, pushes, o.single)
+    one_by_one(model, runner, pushes, [(0, 0)])
+    ours, seconds, chosen, alone, equal = both(model, runner, pushes, o.single)
     seconds += prefill
     rows = o.features * o.strengths * o.prompts
     tokens = sum(len(ids) for part in ours for ids in part)

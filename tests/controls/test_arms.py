@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.controls.arms import UNEDITED, Arm, Sweep
+from workbench.controls.arms import UNEDITED, Arm, InTurn, Sweep
 from workbench.controls.methods import Method, Methods
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError
-from workbench.interventions.op import Op
+from workbench.interventions.op import Op, Where
 from workbench.interventions.ops import Add
 
 
@@ -26,13 +26,19 @@ class OneVector:
         return Add(torch.ones(len(rows), n_prompts), self.strength)
 
 
-def arm(name: str, strength: float = 1.0, control_for: str | None = None) -> Arm:
-    return Arm(name=name, kind=name, strength=strength, edits=OneVector(strength), control_for=control_for)
+def arm(name: str, strength: float = 1.0, control_for: str = "") -> Arm:
+    return Arm(
+        name=name,
+        kind=name,
+        strength=strength,
+        edits=OneVector(strength),
+        control_for=(control_for,) if control_for else (),
+    )
 
 
 def test_a_sweep_pairs_every_edit_with_its_controls_of_the_same_strength() -> None:
     sweep = Sweep((UNEDITED,)) + Sweep.over(
-        (0.5, 2.0), ("feature", OneVector), {"random": OneVector, "negated": OneVector}
+        (0.5, 2.0), {"feature": OneVector}, {"random": OneVector, "negated": OneVector}
     )
     names = ["unsteered", "feature x0.5", "random x0.5", "negated x0.5", "feature x2", "random x2", "negated x2"]
     assert [one.name for one in sweep] == names and sweep.kinds == ("unsteered", "feature", "random", "negated")
@@ -54,7 +60,7 @@ def test_an_edit_without_a_control_of_its_strength_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="twice"):
         Sweep((UNEDITED, UNEDITED))
     with pytest.raises(DegenerateInputError, match="no control"):
-        Sweep.over((1.0,), ("feature", OneVector), {})
+        Sweep.over((1.0,), {"feature": OneVector}, {})
 
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, math.inf, math.nan])
@@ -79,3 +85,18 @@ def test_methods_are_kept_in_order_and_a_name_is_taken_once() -> None:
         methods["doubl"]
     with pytest.raises(UnknownNameError, match="zero"):
         Methods([double]).pairs()
+
+
+def test_one_control_serves_several_subjects() -> None:
+    sweep = Sweep.over((1.0,), {"probe": OneVector, "PCA": OneVector}, {"random": OneVector})
+    assert sweep.arm("random x1").control_for == ("probe x1", "PCA x1")
+    assert [sweep.control(one) for one in sweep.arms[:2]] == [sweep.arm("random x1")] * 2
+
+
+def test_a_random_control_is_another_for_each_prompt_in_turn() -> None:
+    edits = InTurn(tuple(Add(torch.eye(3)[i]) for i in range(3)))
+    assert len(edits) == 1
+    h = edits.op(torch.arange(4), 4)(torch.zeros(4, 3), Where(torch.arange(4), torch.zeros(4, dtype=torch.long)))
+    assert h.argmax(1).tolist() == [0, 1, 2, 0]
+    h = edits.op(torch.tensor([2, 3]), 4)(torch.zeros(2, 3), Where(torch.arange(2), torch.zeros(2, dtype=torch.long)))
+    assert h.argmax(1).tolist() == [2, 0], "a part of the rows keeps their edits"

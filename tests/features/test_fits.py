@@ -16,6 +16,7 @@ from tests.glitch.tiny_vocab import sentencepiece
 from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
 from workbench.bases.saecode import decode, decoder_rows, encode
 from workbench.cli.features_show import load_cards
+from workbench.controls.matching import matched_features
 from workbench.core.codec import token_bytes
 from workbench.core.errors import DegenerateInputError, MismatchError, MissingFileError
 from workbench.features import ContextOptions, ScoreOptions, feature_cards, output_scores, rank_score, score_features
@@ -31,7 +32,6 @@ from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.models.tiny import tiny_hf
 from workbench.steering import SteerOptions, steer
-from workbench.steering.sweep.steer import matched_features
 
 PROMPT = "From my experience,"
 OPTIONS = CardOptions(
@@ -200,5 +200,6 @@ def test_steering_with_what_writes_nothing_is_refused_by_number_and_controls_wri
     prompts = ("one day", "the", "for now, I", "he said")
     with pytest.raises(DegenerateInputError, match=r"features \[4\] are zero"):
         steer(model, sae, [3, 4], (1.0,), prompts, options=SteerOptions(new_tokens=2))
-    found, _ = matched_features(sae, [3, 7], [], SteerOptions(seed=1))
+    norm = sae.W_dec.detach().norm(dim=1)
+    found = matched_features([3, 7], torch.full((40,), torch.nan), norm=norm, seed=1)[0]
     assert all(f % 4 == 3 for f in found) and len(found) == 2

@@ -12,22 +12,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.interventions.builders import NORMALISATIONS, sae_lens_sae
 from tests.tiny import n_hooks, tiny_model
+from workbench.controls.arms import UNEDITED, Arm, InTurn
 from workbench.controls.directions import random_directions
 from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError
+from workbench.core.progress import task
 from workbench.core.stats import wilson
+from workbench.core.tokens import TokenBatch
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Where
 from workbench.interventions.ops import Add, Map, PerRow
 from workbench.interventions.saes import SAEAblate, SAEClamp
 from workbench.models.model import Model
 from workbench.steering.directions.contrast import TwoByTwo, mean_activations
-from workbench.steering.refusal.arms import Arm, replies_of
 from workbench.steering.refusal.contrast_features import (
     EVERY_TOKEN_BUT_THE_FIRST,
-    FeatureContrast,
-    FeatureRow,
     find_refusal_features,
-    matched_features,
 )
 from workbench.steering.refusal.data import PromptPair, RefusalData, as_chats, exchanges, refusal_data
 from workbench.steering.refusal.measures import (
@@ -38,6 +37,8 @@ from workbench.steering.refusal.measures import (
 )
 from workbench.steering.refusal.refusal_report import RefusalReport
 from workbench.steering.refusal.study import RefusalOptions, refusal_study
+from workbench.steering.sweep.arms import EditSummary
+from workbench.steering.sweep.rows import ArmRunner, Writing, Written
 
 # ---- metrics
 
@@ -175,22 +176,31 @@ def test_per_row_edits_each_row_by_its_own_op() -> None:
         PerRow(ops, torch.tensor([2]))
 
 
+def replies_of(model: Model, arm: Arm, prompts: TokenBatch, new_tokens: int, site: str = "resid_post.1") -> Written:
+    """Greedy replies in an arm, as the study writes them, with the first logits as a measure."""
+    how = Writing(new_tokens=new_tokens, scope=EVERY_TOKEN_BUT_THE_FIRST, edits_prompt=True)
+    runner = ArmRunner(model, site, prompts, how)
+    with task(total=None, description="x", unit="replies") as progress:
+        return runner.write(arm, lambda logits, base, _: {"logits": logits, "base": base}, progress)
+
+
 def test_replies_and_first_logits_of_an_arm() -> None:
     model = tiny_model()
     prompts = model.tokens(["first prompt", "second", "and a third one"])
     vectors = random_directions(torch.ones(16) * 3, 3, seed=0, orthogonal=True)
     plain = model.generate(prompts, 6, temperature=0.0).texts
-    base = replies_of(model, Arm("unsteered", "unsteered", 0.0), prompts, "resid_post.1", EVERY_TOKEN_BUT_THE_FIRST, 6)
-    assert base.texts == plain and base.applied.share == 0.0
-    assert torch.allclose(base.logits, model.logits(prompts), atol=1e-4)
-    arm = Arm("many", "r", 1.0, tuple(Add(v, 2.0) for v in vectors))
-    found = replies_of(model, arm, prompts, "resid_post.1", EVERY_TOKEN_BUT_THE_FIRST, 6)
+    base = replies_of(model, UNEDITED, prompts, 6)
+    assert base.texts == plain and EditSummary.of(0.0, base.reports).share == 0.0
+    assert torch.allclose(base.first["logits"], model.logits(prompts), atol=1e-4)
+    arm = Arm(name="many", kind="r", strength=1.0, edits=InTurn(tuple(Add(v, 2.0) for v in vectors)))
+    found = replies_of(model, arm, prompts, 6)
     edit = Intervention.at("resid_post.1", Add(vectors, 2.0), EVERY_TOKEN_BUT_THE_FIRST)
     assert found.texts == model.generate(prompts, 6, intervention=edit, temperature=0.0).texts != plain
     with model.plan(edit):
-        assert torch.allclose(found.logits, model.logits(prompts), atol=1e-4)
-    assert not torch.allclose(found.logits, base.logits, atol=0.1)
-    assert found.applied.norm == pytest.approx(2 * 12.0, rel=1e-4)  # norm of 3 * ones(16) is 12
+        assert torch.allclose(found.first["logits"], model.logits(prompts), atol=1e-4)
+    assert torch.allclose(found.first["base"], base.first["logits"], atol=1e-4)
+    assert not torch.allclose(found.first["logits"], base.first["logits"], atol=0.1)
+    assert EditSummary.of(1.0, found.reports).mean_norm == pytest.approx(2 * 12.0, rel=1e-4)  # norm of 3 * ones(16)
     assert n_hooks(model.hf) == 0
 
 
@@ -198,8 +208,8 @@ def test_an_arm_that_changes_nothing_raises() -> None:
     model = tiny_model()
     for op in (Add(torch.ones(16), 1e-30), Map(lambda h: h)):
         with pytest.raises(EditError, match="strength"):
-            arm = Arm("nothing", "d", 1.0, (op,))
-            replies_of(model, arm, model.tokens(["some prompt"]), "resid_post.1", EVERY_TOKEN_BUT_THE_FIRST, 2)
+            arm = Arm(name="nothing", kind="d", strength=1.0, edits=InTurn((op,)))
+            replies_of(model, arm, model.tokens(["some prompt"]), 2)
 
 
 # ---- a model with a planted refusal direction
@@ -442,25 +452,6 @@ def test_features_rank_by_what_they_add_to_the_stream(normalisation: str) -> Non
     )
 
 
-def test_matched_features_are_near_in_frequency_and_never_the_chosen() -> None:
-    frequency = torch.tensor([0.5, 0.45, 0.4, 0.01, 0.02, 0.0, 0.5])
-    strong = FeatureRow(6, 1.0, 0.99, 0.0, 0.5, 1.0, 2)
-    contrast = FeatureContrast((strong,), frequency, torch.ones(7), torch.ones(7))
-    draws = matched_features(contrast, [0], 50, pool=2, seed=0)
-    assert {draw[0] for draw in draws} == {1, 2}
-    nothing = dataclasses.replace(contrast, frequency=torch.tensor([0.5, 0, 0, 0, 0, 0, 0.5]))
-    with pytest.raises(DegenerateInputError, match="no control"):
-        matched_features(nothing, [0], 2)
-
-
-def test_a_set_of_matched_features_holds_each_feature_once() -> None:
-    contrast = FeatureContrast((), torch.full((8,), 0.1), torch.ones(8), torch.ones(8))
-    for drawn in matched_features(contrast, [0, 1, 2], 40, pool=2, seed=0):
-        assert len(set(drawn)) == 3 and not {0, 1, 2} & set(drawn)
-    with pytest.raises(DegenerateInputError, match="no control"):
-        matched_features(contrast, [0, 1, 2, 3, 4], 2)
-
-
 # ---- the real model
 
 
@@ -475,9 +466,10 @@ def test_direction_raises_the_refusal_log_odds_of_the_embedded_model(embedded: M
     prompts = embedded.tokens(as_chats([p.harmful for p in split.test]))
     odds = []
     for vector in (effects.reply, random_directions(effects.reply, 1, orthogonal=True)[0]):
-        arm = Arm("a", "d", 1.0, (Add(vector),))
-        said = replies_of(embedded, arm, prompts, site, EVERY_TOKEN_BUT_THE_FIRST, 2)
-        odds.append(refusal_log_odds(said.logits, tokens))
-        assert said.applied.norm == pytest.approx(float(effects.reply.norm()), rel=1e-3)
-        assert 0.05 < said.applied.share < 1.0, "the attention sink is no part of the norm"
+        arm = Arm(name="a", kind="d", strength=1.0, edits=InTurn((Add(vector),)))
+        said = replies_of(embedded, arm, prompts, 2, site)
+        applied = EditSummary.of(1.0, said.reports)
+        odds.append(refusal_log_odds(said.first["logits"], tokens))
+        assert applied.mean_norm == pytest.approx(float(effects.reply.norm()), rel=1e-3)
+        assert 0.05 < applied.share < 1.0, "the attention sink is no part of the norm"
     assert bool((odds[0] > odds[1] + 0.5).all())

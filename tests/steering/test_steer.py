@@ -10,9 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 
 from tests.features.toys import random_sae
 from tests.tiny import FP32_LOGITS, n_hooks, tiny_model
+from workbench.controls.arms import UNEDITED, Arm
+from workbench.controls.matching import matched_features
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.progress import task
 from workbench.features.scores.table import COLUMNS, FeatureTable
@@ -21,11 +24,11 @@ from workbench.interventions.ops import Add
 from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import Generated, Last, NotPrefix
 from workbench.steering import SteerOptions, kl_divergence, steer
-from workbench.steering.sweep.arms import Arm
+from workbench.steering.sweep.arms import ArmTexts
 from workbench.steering.sweep.build import build_report
 from workbench.steering.sweep.prompts import neutral_prompts
-from workbench.steering.sweep.rows import Harm, Pushes, Sweep
-from workbench.steering.sweep.steer import check_prompts, frequency_ratio, matched_features
+from workbench.steering.sweep.rows import ArmRunner, Harm, Pushes
+from workbench.steering.sweep.steer import check_prompts, frequencies, frequency_ratio
 
 PROMPTS = ("one day", "the", "for now, I", "he said", "two", "what a")
 OPTIONS = SteerOptions(new_tokens=6, k=5, temperature=1.0, plain_texts=("a plain text", "another one"))
@@ -48,12 +51,22 @@ def table_of(d_sae: int = 40) -> FeatureTable:
     return FeatureTable(pd.DataFrame(rows), {}, {})
 
 
-def planted(name: str, counts: list[list[float]], nll: float = 2.0) -> Arm:
+def planted(name: str, counts: list[list[float]], nll: float = 2.0) -> ArmTexts:
     """An arm of one feature with these counts by strength and prompt, of 20 tokens each."""
     count = np.array([counts])
     even = {key: np.ones_like(count) for key in ("distinct1", "distinct2", "repeated", "kl", "log_odds")}
     values = {"success@20": count, "share": count / 20, "nll": np.full_like(count, nll), **even}
-    return Arm(name, (3,), (1.0, 2.0)[: len(counts)], values, ((("x",) * 6,) * len(counts),))
+    return ArmTexts(name, (3,), (1.0, 2.0)[: len(counts)], values, ((("x",) * 6,) * len(counts),))
+
+
+def pushed(sae: Any, features: list[int]) -> Arm:
+    pushes = Pushes(sae.W_dec.detach()[features], 2.0, sae=sae)
+    return Arm(name="pushed", kind="feature", strength=2.0, edits=pushes)
+
+
+def divergence(logits: Tensor, base: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    assert len(logits) == len(base) == len(rows)
+    return {"kl": kl_divergence(base, logits)}
 
 
 SETTINGS = {
@@ -147,12 +160,12 @@ def test_texts_are_those_of_a_plain_steered_generation(family: Any, scope: Any) 
     """Row i of the job is prompt i, so `generate` on the prompts alone draws the same numbers."""
     model, sae = tiny_model(family), random_sae()
     options = replace(OPTIONS, scope=scope)
-    sweep = Sweep(model, sae, model.resolve("resid_post.1"), model.tokens(list(PROMPTS)), options)
+    sweep = ArmRunner(model, "resid_post.1", model.tokens(list(PROMPTS)), options.writing)
     assert sweep.shares_prefix == (scope == "last+generated" and "the" in PROMPTS)
-    pushes = Pushes(sae.W_dec.detach()[[3, 8]], 2.0)
-    lens = torch.tensor([[70, 71], [90, 91]])
+    arm = pushed(sae, [3, 8])
     with task(total=1, description="x", unit="texts") as progress:
-        written, base = sweep.write(pushes, lens, progress), sweep.unsteered(progress)
+        written = sweep.write(arm, divergence, progress)
+        base = sweep.write(UNEDITED, divergence, progress)
     for i, feature in enumerate((3, 8)):
         where = Last() | Generated() if scope == "last+generated" else None
         edit = Intervention.at("resid_post.1", SAEAddMax(sae, sae.W_dec[feature], 2.0), where)
@@ -161,15 +174,15 @@ def test_texts_are_those_of_a_plain_steered_generation(family: Any, scope: Any) 
         with model.plan(edit if where is None else Intervention.at("resid_post.1", edit.edits[0].op, Last())):
             logits = model.logits(list(PROMPTS))
         expected = kl_divergence(model.logits(list(PROMPTS)), logits)
-        assert torch.allclose(written.kl[i * 6 : i * 6 + 6], expected, atol=1e-3)
+        assert torch.allclose(written.first["kl"][i * 6 : i * 6 + 6], expected, atol=1e-3)
     assert base.texts == model.generate(list(PROMPTS), 6, seed=0, temperature=1.0).texts
 
 
 def test_fluency_is_that_of_the_unsteered_model_after_the_plain_prompt() -> None:
     model, sae = tiny_model(), random_sae()
-    sweep = Sweep(model, sae, model.resolve("resid_post.1"), model.tokens(list(PROMPTS)), OPTIONS)
+    sweep = ArmRunner(model, "resid_post.1", model.tokens(list(PROMPTS)), OPTIONS.writing)
     with task(total=1, description="x", unit="texts") as progress:
-        written = sweep.write(Pushes(sae.W_dec.detach()[[3]], 2.0), torch.tensor([[70]]), progress)
+        written = sweep.write(pushed(sae, [3]), divergence, progress)
     for prompt, ids, nll in zip(PROMPTS, written.ids, written.nll.tolist(), strict=True):
         whole = torch.cat([model.tokens(prompt).ids[0], ids])[None]
         assert nll == pytest.approx(float(model.loss(whole)[0, -len(ids) :].mean()), abs=FP32_LOGITS)
@@ -178,9 +191,9 @@ def test_fluency_is_that_of_the_unsteered_model_after_the_plain_prompt() -> None
 def test_a_prompt_of_one_token_is_steered_as_well() -> None:
     model, sae = tiny_model(), random_sae()
     prompts = model.tokens(["a", "bcd"])
-    sweep = Sweep(model, sae, model.resolve("resid_post.1"), prompts, OPTIONS)
+    sweep = ArmRunner(model, "resid_post.1", prompts, OPTIONS.writing)
     with task(total=1, description="x", unit="texts") as progress:
-        written = sweep.write(Pushes(sae.W_dec.detach()[[3]], 2.0), torch.tensor([[70]]), progress)
+        written = sweep.write(pushed(sae, [3]), divergence, progress)
     edit = Intervention.at("resid_post.1", SAEAddMax(sae, sae.W_dec[3], 2.0), Last() | Generated())
     assert written.texts == model.generate(["a", "bcd"], 6, intervention=edit, seed=0, temperature=1.0).texts
 
@@ -188,7 +201,7 @@ def test_a_prompt_of_one_token_is_steered_as_well() -> None:
 def test_harm_is_the_change_of_the_loss_on_plain_text() -> None:
     model, sae = tiny_model(), random_sae()
     texts = model.tokens(["a plain text", "another"])
-    found = Harm(model, sae, model.resolve("resid_post.1"), texts).of(Pushes(sae.W_dec.detach()[[3, 8]], 4.0))
+    found = Harm(model, "resid_post.1", texts).of(Pushes(sae.W_dec.detach()[[3, 8]], 4.0, sae=sae))
     for i, feature in enumerate((3, 8)):
         op = SAEAddMax(sae, sae.W_dec[feature], 4.0)
         with model.plan(Intervention.at("resid_post.1", op, NotPrefix(1))):
@@ -200,26 +213,25 @@ def test_harm_is_the_change_of_the_loss_on_plain_text() -> None:
 def test_matches_are_near_at_both_ends_of_the_frequencies() -> None:
     import pandas as pd
 
-    sae = random_sae(d_sae=4096)
     frequency = np.exp(np.random.default_rng(0).normal(-6, 2, 4096)).clip(max=0.9)
     table = FeatureTable(pd.DataFrame({"feature": range(4096), "frequency": frequency}), {}, {})
     order = np.argsort(frequency)
     for group in (order[50:70], order[2000:2020], order[-120:-100]):
-        found, known = matched_features(sae, group.tolist(), [], replace(OPTIONS, table=table))
+        found = matched_features(group.tolist(), frequencies(table, 4096), seed=OPTIONS.seed)[0]
         ratio = frequency_ratio(table, group.tolist(), found)
-        assert known and ratio is not None and ratio < 1.25
+        assert ratio is not None and ratio < 1.25
     assert frequency_ratio(None, [1], [2]) is None
     pair = FeatureTable(pd.DataFrame({"feature": [0, 1], "frequency": [0.1, 0.4]}), {}, {})
     assert frequency_ratio(pair, [0], [1]) == pytest.approx(4.0)
 
 
 def test_random_features_are_of_like_frequency() -> None:
-    sae = random_sae()
-    found, known = matched_features(sae, [10, 30], [11, 31], replace(OPTIONS, table=table_of()))
-    assert known and len(set(found)) == 2
+    norm = random_sae().W_dec.detach().norm(dim=1)
+    found = matched_features([10, 30], frequencies(table_of(), 40), norm=norm, excluded=[11, 31])[0]
+    assert len(set(found)) == 2
     assert not set(found) & {10, 11, 30, 31}
     assert abs(found[0] - 10) <= 3 and abs(found[1] - 30) <= 3, "frequency rises with the feature"
-    assert matched_features(sae, [10], [], OPTIONS)[1] is False
+    assert not frequencies(None, 40).isfinite().any()
 
 
 def test_strengths_can_multiply_the_largest_activation_in_the_data() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
 from workbench.interventions.op import Op
+from workbench.interventions.ops import PerRow
 
 
 @runtime_checkable
@@ -28,6 +29,20 @@ class RowEdits(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class InTurn:
+    """One edit that is another one for each prompt: prompt i gets op number i, in turn, as random controls do."""
+
+    ops: tuple[Op, ...]
+
+    def __len__(self) -> int:
+        return 1
+
+    def op(self, rows: Int[Tensor, " rows"], n_prompts: int) -> Op:
+        """The edit of a batch."""
+        return PerRow(self.ops, rows % n_prompts % len(self.ops))
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Arm:
     """One way to treat the model.
@@ -37,14 +52,14 @@ class Arm:
         kind: what is done, the same at every strength.
         strength: how much of it, in the kind's own unit; 0 where nothing is edited.
         edits: what is done to each row; None leaves the model as it is.
-        control_for: name of the arm that this one is a control for; None for an arm that is no control.
+        control_for: names of the arms that this one is a control for; none for an arm that is no control.
     """
 
     name: str
     kind: str
     strength: float = 0.0
     edits: RowEdits | None = None
-    control_for: str | None = None
+    control_for: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf or (self.edits is None) != (self.strength == 0):
@@ -72,11 +87,11 @@ class Sweep:
             raise InvalidInputError(
                 f"Sweep: {len(self.arms)} arms, and {twice} are there twice. Name each differently."
             )
-        controlled = {(arm.control_for, arm.strength) for arm in self.arms}
+        controlled = {(name, arm.strength) for arm in self.arms for name in arm.control_for}
         for arm in self.arms:
-            if arm.control_for is not None:
-                self.arm(arm.control_for)
-            elif arm.edits is not None and (arm.name, arm.strength) not in controlled:
+            for name in arm.control_for:
+                self.arm(name)
+            if arm.edits is not None and not arm.control_for and (arm.name, arm.strength) not in controlled:
                 raise DegenerateInputError(
                     f"Sweep: arm {arm.name!r} of strength {arm.strength:g} has no control of this strength among "
                     f"{[other.name for other in self.arms]}. Add one, such as a random direction of the same norm."
@@ -86,26 +101,28 @@ class Sweep:
     def over(
         cls,
         strengths: Sequence[float],
-        subject: tuple[str, Callable[[float], RowEdits]],
+        subjects: Mapping[str, Callable[[float], RowEdits]],
         controls: Mapping[str, Callable[[float], RowEdits]],
         label: str = "{kind} x{strength:g}",
     ) -> Sweep:
-        """The edits of a subject at every strength, each followed by its controls at this strength.
+        """What is studied at every strength, each time followed by the controls at this strength.
 
         Args:
             strengths: of the arms.
-            subject: kind of edit that is studied, and its edits at a strength.
-            controls: the same of its controls.
+            subjects: what is studied: its edits at a strength, by kind.
+            controls: the same of the controls; each is a control for all subjects.
             label: name of an arm.
         """
-        kind, edits = subject
         arms: list[Arm] = []
         for strength in map(float, strengths):
-            name = label.format(kind=kind, strength=strength)
-            arms.append(Arm(name=name, kind=kind, strength=strength, edits=edits(strength)))
-            for other, make in controls.items():
-                own = label.format(kind=other, strength=strength)
-                arms.append(Arm(name=own, kind=other, strength=strength, edits=make(strength), control_for=name))
+            names = tuple(label.format(kind=kind, strength=strength) for kind in subjects)
+            for kind, edits in (*subjects.items(), *controls.items()):
+                arms.append(
+                    Arm(
+                        name=label.format(kind=kind, strength=strength), kind=kind, strength=strength,
+                        edits=edits(strength), control_for=names if kind in controls else (),
+                    )
+                )  # fmt: skip
         return cls(tuple(arms))
 
     def __add__(self, other: Sweep) -> Sweep:
@@ -139,7 +156,7 @@ class Sweep:
 
     def control(self, arm: Arm) -> Arm | None:
         """The first control of an arm; None for one that has none."""
-        return next((other for other in self.arms if other.control_for == arm.name), None)
+        return next((other for other in self.arms if arm.name in other.control_for), None)
 
 
 UNEDITED = Arm(name="unsteered", kind="unsteered")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.bases.saecode import decoder_rows, encode
+from workbench.controls.arms import Sweep
 from workbench.controls.directions import random_directions
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
@@ -22,11 +24,12 @@ from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.report.base import Bars, Block, Metric, Section, Text
 from workbench.steering.directions.classical import Concept, DirectionOptions, concept_directions, concept_tokens
-from workbench.steering.sweep.arms import Arm
+from workbench.steering.sweep.arms import ArmTexts
 from workbench.steering.sweep.build import arm_result, choices, curve, points_of, success_key, with_front
 from workbench.steering.sweep.intervals import two_level
 from workbench.steering.sweep.options import SCOPES, SteerOptions
 from workbench.steering.sweep.prompts import NEUTRAL_PROMPTS
+from workbench.steering.sweep.rows import Pushes
 from workbench.steering.sweep.steer import Bench, check_prompts
 from workbench.steering.sweep.steering_report import (
     MEASURES,
@@ -137,12 +140,15 @@ def steer_concepts(
     bench = Bench(model, directions.sae, where, prompts, options)
     bench.require_room(tokens)
     norm = float(model.capture(list(prompts), [where], positions=Last())[where].float().norm(dim=1).mean())
-    rows = len(prompts) * (1 + len(names) * (1 + len(strengths) * len(vectors)))
+    sizes = torch.full((len(names),), norm)
+    edits = {name: partial(Pushes, v.to(model.device), sizes=sizes) for name, v in vectors.items()}
+    controls = {name: edits.pop(name) for name in DIRECTION_ARMS}
+    sweep = Sweep.over(strengths, edits, controls)
+    rows = len(prompts) * (1 + len(names) * (1 + len(sweep)))
     with task(total=rows, description="steering", unit="texts") as progress:
-        base = bench.unsteered_of(names, tokens, bench.sweep.unsteered(progress))
-        sizes = torch.full((len(names),), norm)
-        arms = [bench.arm_of(name, names, tokens, (v, sizes), strengths, progress) for name, v in vectors.items()]
-        arms.append(bench.prompted_of(names, tokens, progress))
+        base = bench.measured(names, tokens, bench.unsteered(progress))
+        arms = [bench.texts(sweep.of(kind), names, tokens, progress) for kind in sweep.kinds]
+        arms.append(bench.prompted(names, tokens, progress))
     decode = model.tokenizer.decode
     words = [" · ".join(repr(decode([t]))[1:-1] for t in row) for row in tokens.tolist()]
     settings = {
@@ -192,7 +198,7 @@ def best_feature(model: Model, sae: Any, concept: Concept, site: str | Site) -> 
     return int(((means[0].mean(0) - means[1].mean(0)) / spread.clamp_min(1e-6)).argmax())
 
 
-def _report(settings: dict[str, Any], prompts: tuple[str, ...], arms: Sequence[Arm], key: str) -> ConceptReport:
+def _report(settings: dict[str, Any], prompts: tuple[str, ...], arms: Sequence[ArmTexts], key: str) -> ConceptReport:
     selection, evaluation = range(0, len(prompts), 2), list(range(1, len(prompts), 2))
     by_name = {arm.name: arm for arm in arms}
     chosen = {arm.name: [i for i, _ in choices(arm, key, selection)] for arm in arms}

@@ -1,4 +1,4 @@
-"""SAE features that tell refusals from compliance, and ordinary features that match them."""
+"""SAE features that tell refusals from compliance."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from workbench.bases.saecode import Basis, output_scale
 from workbench.controls.area import auroc
-from workbench.core.errors import DegenerateInputError
 from workbench.core.tokens import TokenBatch
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.saes import SAEClamp
@@ -153,37 +152,3 @@ def screen_features(
             change = refusal_log_odds(model.logits(prompts), refusal_tokens) - base
         done.append(FeatureRow(**{**vars(row), "screened": float(change.mean())}))
     return tuple(sorted(done, key=lambda row: -(row.screened or 0.0)))
-
-
-def matched_features(
-    contrast: FeatureContrast, chosen: Sequence[int], draws: int, *, pool: int = 20, seed: int = 0
-) -> tuple[tuple[int, ...], ...]:
-    """`draws` sets of random features, each matched to `chosen` on activation frequency and decoder norm.
-
-    For each chosen feature one of the `pool` nearest that are not in the set yet is drawn; no chosen feature and no
-    strong candidate is among them.
-
-    Raises:
-        DegenerateInputError: if there are fewer other active features than chosen ones.
-    """
-    excluded = [*chosen, *(row.feature for row in contrast.candidates if row.auroc > 0.75)]
-    eligible: Bool[Tensor, " d_sae"] = contrast.frequency > 0
-    eligible[excluded] = False
-    others = eligible.nonzero().flatten()
-    if len(others) < max(1, len(chosen)):
-        raise DegenerateInputError(
-            f"matched_features: {len(others)} of {len(eligible)} features are active on the replies without being "
-            f"refusal features; a control for {len(chosen)} needs as many, so there is no control. "
-            "Use a larger SAE or more replies."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    log_frequency, log_norm = contrast.frequency.clamp_min(1e-6).log(), contrast.decoder_norm.clamp_min(1e-6).log()
-    found: list[list[int]] = [[] for _ in range(draws)]
-    for feature in chosen:
-        distance = (log_frequency[others] - log_frequency[feature]).abs() + (log_norm[others] - log_norm[feature]).abs()
-        nearest = others[distance.argsort()].tolist()
-        for drawn in found:
-            # A feature drawn twice would be clamped once, and the control would be smaller than what it controls.
-            near = [other for other in nearest if other not in drawn][:pool]
-            drawn.append(near[int(torch.randint(len(near), (1,), generator=generator))])
-    return tuple(map(tuple, found))

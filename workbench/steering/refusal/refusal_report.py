@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Lines, Metric, Report, Section, Series, Table, Text
 from workbench.steering.refusal.contrast_features import FeatureRow
-from workbench.steering.refusal.result import ArmResult, Contrast
+from workbench.steering.refusal.result import Contrast, RefusalArm
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class RefusalReport(Report):
     refusal_tokens: tuple[str, ...]
     contrast: Contrast
     features: tuple[FeatureRow, ...]
-    arms: tuple[ArmResult, ...]
+    arms: tuple[RefusalArm, ...]
     new_tokens: int
     note: str = ""
 
-    def arm(self, name: str) -> ArmResult:
+    def arm(self, name: str) -> RefusalArm:
         """The result of the arm of this name."""
         return next(arm for arm in self.arms if arm.name == name)
 
-    def family(self, name: str) -> tuple[ArmResult, ...]:
+    def family(self, name: str) -> tuple[RefusalArm, ...]:
         """The results of one kind of edit, weakest first."""
         return tuple(arm for arm in self.arms if arm.family == name)
 
@@ -223,7 +223,7 @@ def _interval(e: Estimate) -> str:
     return f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}]"
 
 
-def _base_rate(base: ArmResult, model: str) -> str:
+def _base_rate(base: RefusalArm, model: str) -> str:
     harmful, harmless = base.refused_harmful, base.refused_harmless
     verdict = "hardly refuses by itself" if harmful.value < 0.2 else "refuses by itself"
     return (
@@ -242,7 +242,7 @@ def _topic(contrast: Contrast) -> str:
     )
 
 
-def _what(results: Sequence[ArmResult]) -> str:
+def _what(results: Sequence[RefusalArm]) -> str:
     strengths = ", ".join(f"{arm.strength:g}" for arm in results)
     shares = ", ".join(f"{arm.share:.0%}" for arm in results)
     unit = "x" if results[0].family == "refusal direction" else "times their maximum"
@@ -252,7 +252,7 @@ def _what(results: Sequence[ArmResult]) -> str:
     return f"{verb} ({strengths} {unit}; {shares} of the residual norm)"
 
 
-def _effect(results: Sequence[ArmResult]) -> str:
+def _effect(results: Sequence[RefusalArm]) -> str:
     gains = [arm.control_harmful for arm in results if arm.control_harmful is not None]
     works = [e for e in gains if e.low > 0]
     if len(works) == len(gains):
@@ -267,7 +267,7 @@ def _effect(results: Sequence[ArmResult]) -> str:
     return f"{_what(results)} {verdict}: {'; '.join(map(_interval, gains))} nats (n={gains[0].n} prompts)."
 
 
-def _refusals(results: Sequence[ArmResult], report: RefusalReport) -> str:
+def _refusals(results: Sequence[RefusalArm], report: RefusalReport) -> str:
     controls = [report.arm(arm.control) for arm in results if arm.control is not None]
     strongest = results[-1]
     unselective = [arm for arm in results if arm.selective is not None and arm.selective.low <= 0]
@@ -305,7 +305,7 @@ def _shares(shares: Iterable[Estimate]) -> str:
     return ", ".join(f"{_count(e)} [{e.low:.0%}, {e.high:.0%}]" for e in shares)
 
 
-def _cost(results: Sequence[ArmResult]) -> str:
+def _cost(results: Sequence[RefusalArm]) -> str:
     changes = [arm.text_change for arm in results if arm.text_change is not None]
     broken = [f"{arm.strength:g}" for arm in results if arm.broken]
     replies = "; ".join(_interval(arm.reply_change) if arm.reply_change else "no reply" for arm in results)
@@ -321,7 +321,7 @@ def _cost(results: Sequence[ArmResult]) -> str:
     )
 
 
-def _removed(arm: ArmResult) -> str:
+def _removed(arm: RefusalArm) -> str:
     assert arm.control_harmful is not None
     e = arm.control_harmful
     verdict = "changes" if e.excludes(0.0) else "does not measurably change"

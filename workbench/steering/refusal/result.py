@@ -32,7 +32,7 @@ class Contrast:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmResult:
+class RefusalArm:
     """What one arm did on the test prompts.
 
     Attributes:

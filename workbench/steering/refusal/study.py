@@ -8,34 +8,40 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.bases.saecode import refuse_transcoder
+from workbench.controls.arms import UNEDITED, Arm, InTurn, Sweep
 from workbench.controls.directions import random_directions
+from workbench.controls.matching import matched_features
 from workbench.core.errors import InvalidInputError
-from workbench.core.progress import track
+from workbench.core.progress import task
 from workbench.core.stats import Estimate, paired_difference, sample_mean, wilson
 from workbench.core.tokens import TokenBatch
 from workbench.interventions.ops import Add, ProjectOut
 from workbench.interventions.saes import SAEClamp
+from workbench.models.model import Model
 from workbench.saes.formats.load import check_sae_fits
 from workbench.steering.directions.contrast import TwoByTwo, cosine, mean_activations
-from workbench.steering.refusal.arms import Applied, Arm, distinct_bigrams, replies_of, reply_nats, text_loss
 from workbench.steering.refusal.contrast_features import (
     EVERY_TOKEN_BUT_THE_FIRST,
     FeatureContrast,
     FeatureRow,
     find_refusal_features,
-    matched_features,
     screen_features,
 )
 from workbench.steering.refusal.data import Exchange, PromptPair, RefusalData, Split, as_chats, exchanges, refusal_data
 from workbench.steering.refusal.measures import first_token_kl, is_refusal, refusal_log_odds, refusal_token_ids
 from workbench.steering.refusal.refusal_report import RefusalReport
-from workbench.steering.refusal.result import ArmResult, Contrast
+from workbench.steering.refusal.result import Contrast, RefusalArm
+from workbench.steering.sweep.arms import EditSummary
+from workbench.steering.sweep.measures import distinct_2
+from workbench.steering.sweep.rows import ArmRunner, Harm, Writing, Written
 
 SCOPE = EVERY_TOKEN_BUT_THE_FIRST
+STRONG_AUROC = 0.75
+"""AUROC above which a candidate is no control."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class RefusalOptions:
 
 
 def refusal_study(
-    model: Any,
+    model: Model,
     sae: Any | None = None,
     texts: Sequence[str] | TokenBatch | None = None,
     *,
@@ -120,9 +126,9 @@ def refusal_study(
     cells = _cells(model, split.train, data)
     effects, contrast = _direction(model, site, cells)
     rows, matched = _features(model, sae, site, cells, effects.reply, split, tokens, options)
-    arms = _arms(effects.reply, sae, rows[: options.n_features], matched, options)
+    sweep = _sweep(effects.reply, sae, rows[: options.n_features], matched, options)
     text = _text_rows(model, data.plain_texts if texts is None else texts, options.text_tokens)
-    measured = _measure(model, arms, prompts, text, tokens, site, options)
+    measured = _measure(model, sweep, prompts, text, tokens, site, options)
     return RefusalReport(
         model=model.name,
         site=site,
@@ -132,13 +138,13 @@ def refusal_study(
         refusal_tokens=tuple(model.tokenizer.decode([t]) for t in tokens),
         contrast=contrast,
         features=rows,
-        arms=tuple(_result(arm, measured, data.phrases, options.seed) for arm in arms),
+        arms=tuple(_result(arm, sweep, measured, data.phrases, options.seed) for arm in sweep),
         new_tokens=options.new_tokens,
         note=prompts.note,
     )
 
 
-def _site(model: Any, sae: Any | None, site: str | None) -> str:
+def _site(model: Model, sae: Any | None, site: str | None) -> str:
     if sae is None and site is None:
         raise InvalidInputError(
             "refusal_study: neither an SAE nor a site was given. Name one, such as site='resid_post.15'."
@@ -175,7 +181,7 @@ class _Cells:
         return Exchange(tokens, torch.arange(width, device=n_reply.device)[None] >= width - n_reply[:, None])
 
 
-def _cells(model: Any, train: Sequence[PromptPair], data: RefusalData) -> _Cells:
+def _cells(model: Model, train: Sequence[PromptPair], data: RefusalData) -> _Cells:
     """The 2x2: the i-th harmful and the i-th harmless prompt get the same replies."""
     harmful, harmless = [p.harmful for p in train], [p.harmless for p in train]
     return _Cells(
@@ -186,7 +192,7 @@ def _cells(model: Any, train: Sequence[PromptPair], data: RefusalData) -> _Cells
     )
 
 
-def _direction(model: Any, site: str, cells: _Cells) -> tuple[TwoByTwo, Contrast]:
+def _direction(model: Model, site: str, cells: _Cells) -> tuple[TwoByTwo, Contrast]:
     order = (cells.harmful_refusal, cells.harmful_compliant, cells.harmless_refusal, cells.harmless_compliant)
     means = [mean_activations(model, cell.tokens, [site], cell.is_reply)[site] for cell in order]
     effects = TwoByTwo.of(*means)
@@ -196,7 +202,7 @@ def _direction(model: Any, site: str, cells: _Cells) -> tuple[TwoByTwo, Contrast
 
 
 def _features(
-    model: Any,
+    model: Model,
     sae: Any | None,
     site: str,
     cells: _Cells,
@@ -217,40 +223,46 @@ def _features(
     top = contrast.candidates[: options.n_candidates]
     rows = screen_features(model, sae, site, top, prompts, tokens, max(options.clamps))
     chosen = [row.feature for row in rows[: options.n_features]]
-    return rows, matched_features(contrast, chosen, 2 * options.n_test, seed=options.seed)
+    strong = [row.feature for row in contrast.candidates if row.auroc > STRONG_AUROC]
+    return rows, matched_features(
+        chosen, contrast.frequency, 2 * options.n_test, norm=contrast.decoder_norm, excluded=strong, seed=options.seed
+    )
 
 
-def _arms(
+def _sweep(
     direction: Float[Tensor, " d"],
     sae: Any,
     features: Sequence[FeatureRow],
     matched: Sequence[tuple[int, ...]],
     options: RefusalOptions,
-) -> tuple[Arm, ...]:
+) -> Sweep:
+    """The unsteered model, the direction and the features at every strength, and the direction removed."""
     random = random_directions(direction, 2 * options.n_test, seed=options.seed, orthogonal=True)
-    arms = [Arm("unsteered", "unsteered", 0.0)]
-    for strength in options.strengths:
-        control = f"random direction x{strength:g}"
-        arms.append(
-            Arm(f"refusal direction x{strength:g}", "refusal direction", strength, (Add(direction, strength),), control)
-        )
-        arms.append(Arm(control, "random direction", strength, tuple(Add(v, strength) for v in random)))
-    for clamp in options.clamps if features else ():
-        control, ids = f"random features at {clamp:g} max", [row.feature for row in features]
-        # The control gets the same activations, so that with matched decoder norms it pushes as hard.
-        value = torch.tensor([clamp * row.max_act for row in features])
-        arms.append(
-            Arm(f"refusal features at {clamp:g} max", "refusal features", clamp, (SAEClamp(sae, ids, value),), control)
-        )
-        arms.append(Arm(control, "random features", clamp, tuple(SAEClamp(sae, draw, value) for draw in matched)))
-    arms.append(
-        Arm("refusal direction removed", "direction removed", 1.0, (ProjectOut(direction),), "random direction removed")
+    sweep = Sweep((UNEDITED,)) + Sweep.over(
+        options.strengths,
+        {"refusal direction": lambda strength: InTurn((Add(direction, strength),))},
+        {"random direction": lambda strength: InTurn(tuple(Add(v, strength) for v in random))},
     )
-    arms.append(Arm("random direction removed", "random removed", 1.0, tuple(ProjectOut(v) for v in random)))
-    return tuple(arms)
+    if features:
+        ids, peaks = [row.feature for row in features], torch.tensor([row.max_act for row in features])
+        # The control gets the same activations, so that with matched decoder norms it pushes as hard.
+        sweep += Sweep.over(
+            options.clamps,
+            {"refusal features": lambda clamp: InTurn((SAEClamp(sae, ids, clamp * peaks),))},
+            {"random features": lambda clamp: InTurn(tuple(SAEClamp(sae, draw, clamp * peaks) for draw in matched))},
+            label="{kind} at {strength:g} max",
+        )
+    name = "refusal direction removed"
+    return sweep + Sweep((
+        Arm(name=name, kind="direction removed", strength=1.0, edits=InTurn((ProjectOut(direction),))),
+        Arm(
+            name="random direction removed", kind="random removed", strength=1.0,
+            edits=InTurn(tuple(ProjectOut(v) for v in random)), control_for=(name,),
+        ),
+    ))  # fmt: skip
 
 
-def _text_rows(model: Any, texts: Sequence[str] | TokenBatch, width: int) -> TokenBatch:
+def _text_rows(model: Model, texts: Sequence[str] | TokenBatch, width: int) -> TokenBatch:
     batch = texts if isinstance(texts, TokenBatch) else model.tokens(list(texts))
     return TokenBatch.pad([row[:width].tolist() for row in batch.rows()], pad_id=0).to(model.device)
 
@@ -259,88 +271,88 @@ def _text_rows(model: Any, texts: Sequence[str] | TokenBatch, width: int) -> Tok
 class _Measured:
     """What was measured in one arm; the first half of the prompts is harmful, the second harmless."""
 
-    odds: np.ndarray
-    kl_harmless: np.ndarray
-    applied: Applied
-    texts: tuple[str, ...]
-    nats: np.ndarray
-    distinct: np.ndarray
-    loss: np.ndarray
+    written: Written
+    loss: Float[np.ndarray, " texts"]
+    scored: Int[np.ndarray, " scored"]
+
+    @property
+    def odds(self) -> Float[np.ndarray, " prompts"]:
+        return self.written.first["odds"].numpy()
+
+    @property
+    def nats(self) -> Float[np.ndarray, " scored"]:
+        return self.written.nll.double().numpy()[self.scored]
 
 
 def _measure(
-    model: Any,
-    arms: Sequence[Arm],
+    model: Model,
+    sweep: Sweep,
     prompts: TokenBatch,
     text: TokenBatch,
     tokens: Sequence[int],
     site: str,
     options: RefusalOptions,
 ) -> dict[str, _Measured]:
-    n, found, base = len(prompts) // 2, {}, None
-    part = min(n, options.n_scored)
-    scored = [*range(part), *range(n, n + part)]
-    for arm in track(arms, description="refusal: replies", unit="arms"):
-        said = replies_of(model, arm, prompts, site, SCOPE, options.new_tokens)
-        base = said.logits if base is None else base
-        found[arm.name] = _Measured(
-            odds=refusal_log_odds(said.logits, tokens).cpu().numpy(),
-            kl_harmless=first_token_kl(base[n:], said.logits[n:]).cpu().numpy(),
-            applied=said.applied,
-            texts=said.texts,
-            nats=reply_nats(model, prompts[torch.tensor(scored)], [said.ids[i] for i in scored]),
-            distinct=distinct_bigrams(said.ids),
-            loss=text_loss(model, arm, text, site, SCOPE),
-        )
-    return found
+    def first(logits: Tensor, base: Tensor, _rows: Tensor) -> dict[str, Tensor]:
+        return {"odds": refusal_log_odds(logits, tokens), "kl": first_token_kl(base, logits)}
+
+    n = len(prompts) // 2
+    scored = np.array([kind + i for kind in (0, n) for i in range(min(n, options.n_scored))])
+    writing = Writing(new_tokens=options.new_tokens, scope=SCOPE, edits_prompt=True, batch_size=len(prompts))
+    runner, harm = ArmRunner(model, site, prompts, writing), Harm(model, site, text, SCOPE)
+    measured = {}
+    with task(total=len(sweep) * len(prompts), description="refusal", unit="replies") as progress:
+        for arm in sweep:
+            written = runner.write(arm, first, progress)
+            loss = harm.base if arm.edits is None else harm.losses(arm.edits)[0]
+            measured[arm.name] = _Measured(written, loss, scored)
+    return measured
 
 
-def _result(arm: Arm, measured: Mapping[str, _Measured], phrases: Sequence[str], seed: int) -> ArmResult:
-    mine = measured[arm.name]
-    odds, applied, n = mine.odds, mine.applied, len(mine.odds) // 2
-    refused = [is_refusal(text, phrases) for text in mine.texts]
-    return ArmResult(
+def _result(arm: Arm, sweep: Sweep, measured: Mapping[str, _Measured], phrases: Sequence[str], seed: int) -> RefusalArm:
+    mine, control = measured[arm.name], sweep.control(arm)
+    others = (measured[UNEDITED.name], None if control is None else measured[control.name])
+    odds, texts, n = mine.odds, mine.written.texts, len(mine.odds) // 2
+    refused = [is_refusal(text, phrases) for text in texts]
+    edited = EditSummary.of(arm.strength, mine.written.reports)
+    return RefusalArm(
         name=arm.name,
-        family=arm.family,
+        family=arm.kind,
         strength=arm.strength,
-        norm=applied.norm,
-        share=applied.share,
-        control=arm.control,
+        norm=edited.mean_norm,
+        share=edited.share,
+        control=None if control is None else control.name,
         log_odds_harmful=sample_mean(odds[:n], unit="harmful prompts", seed=seed),
         log_odds_harmless=sample_mean(odds[n:], unit="harmless prompts", seed=seed),
         refused_harmful=wilson(sum(refused[:n]), n, unit="harmful prompts"),
         refused_harmless=wilson(sum(refused[n:]), n, unit="harmless prompts"),
         text_loss=sample_mean(mine.loss, unit="texts", seed=seed),
         reply_nats=_over_known(mine.nats, seed),
-        distinct_2=_over_known(mine.distinct, seed),
-        example_harmful=mine.texts[0],
-        example_harmless=mine.texts[n],
-        **_comparisons(arm, measured, n, seed),
+        distinct_2=_over_known(np.array([distinct_2(ids) for ids in mine.written.ids]), seed),
+        example_harmful=texts[0],
+        example_harmless=texts[n],
+        **({} if arm.edits is None else _comparisons(mine, *others, seed)),
     )
 
 
-def _comparisons(arm: Arm, measured: Mapping[str, _Measured], n: int, seed: int) -> dict[str, Estimate | None]:
-    """Differences from the unsteered model and from the control, paired by prompt; none for the unsteered model."""
-    if not arm.ops:
-        return {}
-
-    def by_kind(name: str, against: np.ndarray) -> dict[str, Estimate | None]:
-        kinds = (("harmful", slice(0, n)), ("harmless", slice(n, 2 * n)))
-        return {
-            f"{name}_{kind}": paired_difference(odds[part], against[part], unit=f"{kind} prompts", seed=seed)
-            for kind, part in kinds
-        }
-
-    mine, unsteered = measured[arm.name], measured["unsteered"]
-    odds, base = mine.odds, unsteered.odds
-    shift = odds - base
-    found = by_kind("change", base) | {
+def _comparisons(
+    mine: _Measured, unsteered: _Measured, control: _Measured | None, seed: int
+) -> dict[str, Estimate | None]:
+    """Differences from the unsteered model and from the control, paired by prompt."""
+    n = len(mine.odds) // 2
+    shift, kl = mine.odds - unsteered.odds, mine.written.first["kl"].numpy()
+    differences: dict[str, Estimate | None] = {
+        f"{name}_{kind}": paired_difference(mine.odds[part], other.odds[part], unit=f"{kind} prompts", seed=seed)
+        for name, other in (("change", unsteered), ("control", control))
+        if other is not None
+        for kind, part in (("harmful", slice(0, n)), ("harmless", slice(n, 2 * n)))
+    }
+    return differences | {
         "selective": paired_difference(shift[:n], shift[n:], unit="pairs of prompts", seed=seed),
-        "kl_harmless": sample_mean(mine.kl_harmless, unit="harmless prompts", seed=seed),
+        "kl_harmless": sample_mean(kl[n:], unit="harmless prompts", seed=seed),
         "text_change": paired_difference(mine.loss, unsteered.loss, unit="texts", seed=seed),
         "reply_change": _reply_change(mine.nats, unsteered.nats, seed),
     }
-    return found if arm.control is None else found | by_kind("control", measured[arm.control].odds)
 
 
 def _over_known(values: np.ndarray, seed: int) -> Estimate | None:

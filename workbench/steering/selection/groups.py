@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from workbench.bases.saecode import writing
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.features.scores.table import FeatureTable
 from workbench.steering.sweep.options import SteerOptions
 from workbench.steering.sweep.prompts import NEUTRAL_PROMPTS
-from workbench.steering.sweep.steer import check_prompts, matched_features
+from workbench.steering.sweep.steer import check_prompts, frequencies, random_features
 
 UNFILTERED, SECOND, FILTERED = "unfiltered", "unfiltered, another draw", "output score above the threshold"
 MATCHED = "random, as frequent as those above the threshold"
@@ -75,12 +76,12 @@ def groups_of(depth: Depth, options: StudyOptions) -> dict[str, list[int]]:
     order = random.permutation(alive["feature"].tolist()).tolist()
     good = alive[alive["output_score"] >= options.threshold]["feature"]
     filtered = [int(f) for f in random.permutation(good.tolist())[:n]]
-    steering = replace(options.steering, table=table, seed=options.seed)
+    frequency = frequencies(table, len(writing(depth.sae)))
     found = {
         UNFILTERED: order[:n],
         SECOND: order[n : 2 * n],
         FILTERED: filtered,
-        MATCHED: matched_features(depth.sae, filtered, (), steering)[0],
+        MATCHED: list(random_features(depth.sae, filtered, (), frequency, options.seed)),
     }
     for name, column in BEST.items():
         known = alive.dropna(subset=[column])

@@ -14,16 +14,17 @@ import torch
 from jaxtyping import Float
 
 from workbench.bases.saecode import decoder_rows, sae_fingerprint
+from workbench.controls.arms import Sweep
 from workbench.controls.directions import random_directions
 from workbench.core.progress import Task
 from workbench.core.records import to_jsonable, write_atomic
 from workbench.features.scores.logit_lens import target_site
 from workbench.models.model import Model
 from workbench.steering.selection.groups import Depth, StudyOptions
-from workbench.steering.sweep.arms import Arm
+from workbench.steering.sweep.arms import ArmTexts
 from workbench.steering.sweep.build import success_key
 from workbench.steering.sweep.choose import best_strength, paper_strength
-from workbench.steering.sweep.steer import Bench, PushSet, sizes_of
+from workbench.steering.sweep.steer import Bench, sizes_of
 
 ARMS = ("feature", "random", "unsteered")
 BLOCK = 8
@@ -140,18 +141,19 @@ class _Work:
             write_atomic(file, buffer.getvalue())
         return frame
 
-    def _arms(self, start: int, progress: Task) -> tuple[Arm, Arm, Arm]:
+    def _arms(self, start: int, progress: Task) -> list[ArmTexts]:
         if self._bench is None:
             self._bench = Bench(*self._parts, self._options.prompts, self._steering)
-            self._base = self._bench.sweep.unsteered(progress)
-        some = slice(start, start + BLOCK)
+            self._base = self._bench.unsteered(progress)
+        bench, some = self._bench, slice(start, start + BLOCK)
         owners = self._features[some]
-        sizes, strengths = sizes_of(owners, self._steering), self._options.strengths
-        return (
-            self._bench.arm("feature", PushSet(owners, self._vectors[some], sizes), strengths, progress),
-            self._bench.arm("random", PushSet(owners, self._noise[some], sizes), strengths, progress),
-            self._bench.unsteered(owners, self._base),
-        )
+        sweep = Sweep.over(
+            self._options.strengths, {"feature": bench.pushes(owners, self._vectors[some])},
+            {"random": bench.pushes(owners, self._noise[some])},
+        )  # fmt: skip
+        names, tokens = tuple(owners.tolist()), bench.lens_of(owners)
+        texts = [bench.texts(sweep.of(kind), names, tokens, progress) for kind in sweep.kinds]
+        return [*texts, bench.measured(names, tokens, self._base)]
 
 
 def _measured(tables: Sequence[Any], arm: str, options: StudyOptions) -> Measured:

@@ -1,4 +1,4 @@
-"""The arms of a steering run: every feature at every strength on every prompt, with every measure."""
+"""The texts of a steering run: every feature at every strength on every prompt, with every measure."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class EditSummary:
 
 
 @dataclass(frozen=True, eq=False)
-class Arm:
-    """One kind of run.
+class ArmTexts:
+    """The texts of the arms of one kind, at all strengths.
 
     Attributes:
-        name: a key of `ARM_WORDS`, or the name of a method.
+        name: the kind: a key of `ARM_WORDS`, or the name of a method.
         features: what the rows of each measure are: features, or concepts.
         strengths: of the edits; (0,) for arms without one.
         values: by name of the measure.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from workbench.core.stats import Estimate
-from workbench.steering.sweep.arms import Arm, degenerate
+from workbench.steering.sweep.arms import ArmTexts, degenerate
 from workbench.steering.sweep.choose import HELD_OUT_RULE, PAPER_RULE, best_strength, paper_strength, pareto_front
 from workbench.steering.sweep.intervals import two_level, two_level_difference
 from workbench.steering.sweep.steering_report import ArmResult, FeatureResult, Point, RuleResult, SteeringReport
@@ -26,8 +26,8 @@ def build_report(
     settings: dict[str, Any],
     prompts: tuple[str, ...],
     words: tuple[str, ...],
-    arms: Sequence[Arm],
-    bases: Mapping[str, Arm],
+    arms: Sequence[ArmTexts],
+    bases: Mapping[str, ArmTexts],
 ) -> SteeringReport:
     """Chooses strengths on the even prompts and measures on the odd ones.
 
@@ -75,14 +75,14 @@ def success_key(k: int) -> str:
     return f"success@{k}"
 
 
-def choices(arm: Arm, key: str, prompts: Sequence[int], *, paper: bool = False) -> list[tuple[int, bool]]:
+def choices(arm: ArmTexts, key: str, prompts: Sequence[int], *, paper: bool = False) -> list[tuple[int, bool]]:
     """The strength of each feature by one of the two rules, and whether every strength gave repetition."""
     rule, chosen = (paper_strength if paper else best_strength), list(prompts)
     return [rule(arm.values[key][f][:, chosen], arm.values["nll"][f][:, chosen]) for f in range(len(arm.features))]
 
 
 def _differences(
-    by_name: Mapping[str, Arm], bases: Mapping[str, Arm], chosen: Mapping[str, Sequence[int]], measure: str,
+    by_name: Mapping[str, ArmTexts], bases: Mapping[str, ArmTexts], chosen: Mapping[str, Sequence[int]], measure: str,
     prompts: Sequence[int],
 ) -> dict[str, Estimate]:  # fmt: skip
     steered = by_name["feature"].at(measure, chosen["feature"], prompts)
@@ -99,7 +99,7 @@ def _differences(
     return {words: value for words, value in found.items() if value is not None}
 
 
-def arm_result(arm: Arm, chosen: Sequence[int], key: str, prompts: Sequence[int]) -> ArmResult:
+def arm_result(arm: ArmTexts, chosen: Sequence[int], key: str, prompts: Sequence[int]) -> ArmResult:
     """Every measure of an arm at the chosen strengths."""
     count = arm.at(key, chosen, prompts)
     plain = {
@@ -122,13 +122,13 @@ def perplexity(nll: np.ndarray) -> Estimate | None:
     return replace(mean, value=value, low=low, high=high, method=f"exp of the {mean.method}")
 
 
-def curve(arm: Arm, prompts: Sequence[int]) -> tuple[Estimate | None, ...]:
+def curve(arm: ArmTexts, prompts: Sequence[int]) -> tuple[Estimate | None, ...]:
     """Mean share of lens tokens at each strength."""
     n = len(arm.features)
     return tuple(two_level(arm.at("share", [s] * n, prompts)) for s in range(len(arm.strengths)))
 
 
-def points_of(arm: Arm, base: Arm, prompts: Sequence[int]) -> list[Point]:
+def points_of(arm: ArmTexts, base: ArmTexts, prompts: Sequence[int]) -> list[Point]:
     """Effect and cost of one arm at each strength."""
     n, found = len(arm.features), []
     for s, strength in enumerate(arm.strengths):
@@ -147,14 +147,14 @@ def with_front(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(replace(p, on_front=i in front) for i, p in enumerate(points))
 
 
-def _rule(rule: str, where: str, arm: Arm, chosen: Sequence[int], key: str, prompts: Sequence[int]) -> RuleResult:
+def _rule(rule: str, where: str, arm: ArmTexts, chosen: Sequence[int], key: str, prompts: Sequence[int]) -> RuleResult:
     strength = float(np.mean([arm.strengths[i] for i in chosen]))
     result = arm_result(arm, chosen, key, prompts)
     return RuleResult(rule, where, strength, result.success, result.share, result.perplexity)
 
 
 def _feature_results(
-    by_name: Mapping[str, Arm], chosen: Mapping[str, Sequence[int]], papers: Sequence[int], words: Sequence[str],
+    by_name: Mapping[str, ArmTexts], chosen: Mapping[str, Sequence[int]], papers: Sequence[int], words: Sequence[str],
     prompts: Sequence[int],
 ) -> list[FeatureResult]:  # fmt: skip
     steered = by_name["feature"]
@@ -177,7 +177,7 @@ def _feature_results(
 
 
 def _examples(
-    steered: Arm, base: Arm, chosen: Sequence[int], prompts: Sequence[str], words: Sequence[str]
+    steered: ArmTexts, base: ArmTexts, chosen: Sequence[int], prompts: Sequence[str], words: Sequence[str]
 ) -> tuple[tuple[tuple[str, str, str], ...], str]:
     """Texts of the feature with the most lens tokens on the selection prompts, shown on the evaluation prompts."""
     best = int(steered.at("share", chosen, range(0, len(prompts), 2)).mean(1).argmax())

@@ -11,6 +11,7 @@ from workbench.features.scores.table import FeatureTable
 from workbench.hooks.sites import Site
 from workbench.interventions.scopes import All, Generated, Last, Scope
 from workbench.steering.sweep.prompts import PLAIN_TEXTS
+from workbench.steering.sweep.rows import Writing
 
 ScopeName = Literal["last+generated", "all"]
 Size = Literal["token", "dataset"]
@@ -65,6 +66,14 @@ class SteerOptions:
             raise InvalidInputError(
                 "SteerOptions(a_max='dataset'): the largest activations come from a feature table. Give table=..."
             )
+
+    @property
+    def writing(self) -> Writing:
+        """How continuations are written."""
+        return Writing(
+            new_tokens=self.new_tokens, scope=SCOPES[self.scope], edits_prompt=self.scope == "all",
+            temperature=self.temperature, seed=self.seed, stop=self.stop, batch_size=self.batch_size,
+        )  # fmt: skip
 
     @property
     def ks(self) -> tuple[int, ...]:

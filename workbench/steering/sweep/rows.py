@@ -1,10 +1,10 @@
-"""Many edits on many prompts, as rows: each prompt goes through the model once, and rows that have ended leave."""
+"""Arms on many prompts, as rows: each prompt goes through the model once, and rows that have ended leave."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.controls.arms import Arm, RowEdits
+from workbench.core.errors import EditError
 from workbench.core.progress import Task
 from workbench.core.tokenizer import continuation
 from workbench.core.tokens import TokenBatch
@@ -23,22 +25,14 @@ from workbench.interventions.ops import Add
 from workbench.interventions.plan import Plan
 from workbench.interventions.report import EditReport
 from workbench.interventions.saes import SAEAddMax
-from workbench.interventions.scopes import NotPrefix
+from workbench.interventions.scopes import NotPrefix, Scope
 from workbench.models.decoding import ENDED, Decoder, Prefilled
 from workbench.models.head import forward
 from workbench.models.kvcache import keeps_columns, new_cache, select_rows
 from workbench.models.model import Model
 from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
-from workbench.steering.sweep.measures import (
-    continuation_nll,
-    distinct_n,
-    kl_divergence,
-    lens_log_odds,
-    repeated,
-    text_losses,
-)
-from workbench.steering.sweep.options import SCOPES, SteerOptions
+from workbench.steering.sweep.measures import continuation_nll, distinct_n, repeated, text_losses
 
 HARM_TOKENS = 4096
 """Tokens of plain text per forward pass."""
@@ -46,80 +40,107 @@ HARM_TOKENS = 4096
 _Batch = tuple[list[Tensor], Tensor, tuple[EditReport, ...]]
 
 
+FirstToken = Callable[[Tensor, Tensor, Tensor], Mapping[str, Tensor]]
+"""Measures of the distribution right after the prompt: of the edited logits, the unedited ones of the same prompts, and
+the numbers of the rows; one value per row each."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pushes:
-    """What is added, one push per row: `strength * size * vector`.
+    """What is added, one push per edit: `strength * size * vector`.
 
     Attributes:
         vectors: directions with their magnitude.
         strength: factor on all of them.
-        sizes: factor of each; None takes the largest feature activation at each token that is steered.
+        sizes: factor of each; None takes the largest activation of the SAE at each token that is steered.
+        sae: the SAE that `sizes` None needs.
     """
 
     vectors: Float[Tensor, "pushes d"]
     strength: float
     sizes: Float[Tensor, " pushes"] | None = None
+    sae: Any = None
 
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def op(self, sae: Any, chosen: Int[Tensor, " rows"]) -> Add | SAEAddMax:
-        """The edit in which row i gets push `chosen[i]`."""
+    def op(self, rows: Int[Tensor, " rows"], n_prompts: int) -> Add | SAEAddMax:
+        """The edit in which row r gets push `r // n_prompts`."""
+        chosen = rows // n_prompts
         vectors = self.vectors[chosen]
         if self.sizes is None:
-            return SAEAddMax(sae, vectors, self.strength)
+            return SAEAddMax(self.sae, vectors, self.strength)
         return Add(vectors, self.strength * self.sizes[chosen])
 
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """Continuations, by push and prompt.
+    """Continuations, by edit and prompt.
 
     Attributes:
-        ids: new tokens of each row, push by push; the stop token is no part of them.
+        ids: new tokens of each row, edit by edit; the stop token is no part of them.
         texts: the same as text.
-        nll: mean nats per token under the unsteered model after the plain prompt; nan for an empty one.
-        log_odds: log-odds of the lens tokens right after the prompt, steered minus unsteered.
-        kl: divergence of the steered from the unsteered distribution right after the prompt.
-        edits: one report per batch; empty where nothing was edited.
+        nll: mean nats per token under the unedited model after the plain prompt; nan for an empty one.
+        first: measures of the distribution right after the prompt.
+        reports: one per batch; empty where nothing was edited.
     """
 
     ids: tuple[Int[Tensor, " _"], ...]
     texts: tuple[str, ...]
     nll: Float[Tensor, " rows"]
-    log_odds: Float[Tensor, " rows"]
-    kl: Float[Tensor, " rows"]
-    edits: tuple[EditReport, ...] = ()
+    first: Mapping[str, Float[Tensor, " rows ..."]]
+    reports: tuple[EditReport, ...] = ()
 
-    def values(
-        self, lens: Int[Tensor, "pushes k"], ks: Sequence[int]
-    ) -> dict[str, Float[np.ndarray, "pushes prompts"]]:
-        """Every measure of every text, with these lens tokens of each push."""
+    def values(self, lens: Int[Tensor, "edits k"], ks: Sequence[int]) -> dict[str, Float[np.ndarray, "edits prompts"]]:
+        """Every measure of every text, with these lens tokens of each edit."""
         shape = (len(lens), len(self.ids) // len(lens))
         owner = [i // shape[1] for i in range(len(self.ids))]
         hits = [torch.isin(ids, lens[i]) for ids, i in zip(self.ids, owner, strict=True)]
-        found: dict[str, Sequence[float]] = {
+        measures: dict[str, Sequence[float]] = {
             f"success@{k}": [int(torch.isin(ids, lens[i, :k]).sum()) for ids, i in zip(self.ids, owner, strict=True)]
             for k in ks
         }
-        found["share"] = [float(hit.float().mean()) if len(hit) else 0.0 for hit in hits]
-        found |= {"log_odds": self.log_odds.tolist(), "nll": self.nll.tolist(), "kl": self.kl.tolist()}
-        found |= {f"distinct{n}": [distinct_n(ids, n) for ids in self.ids] for n in (1, 2)}
-        found["repeated"] = [repeated(ids) for ids in self.ids]
-        return {name: np.array(value, dtype=np.float64).reshape(shape) for name, value in found.items()}
+        measures["share"] = [float(hit.float().mean()) if len(hit) else 0.0 for hit in hits]
+        measures |= {name: value.tolist() for name, value in self.first.items()} | {"nll": self.nll.tolist()}
+        measures |= {f"distinct{n}": [distinct_n(ids, n) for ids in self.ids] for n in (1, 2)}
+        measures["repeated"] = [repeated(ids) for ids in self.ids]
+        return {name: np.array(value, dtype=np.float64).reshape(shape) for name, value in measures.items()}
 
 
-class Sweep:
-    """Writes and measures continuations of one set of prompts under many edits at one site.
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How continuations are written.
+
+    Attributes:
+        new_tokens: longest continuation.
+        scope: the tokens that are edited.
+        edits_prompt: whether the scope may hold other tokens of the prompt than the last one.
+        temperature: of sampling; 0 takes the likeliest token.
+        seed: of sampling.
+        stop: strings that end a continuation.
+        batch_size: rows per forward pass.
+    """
+
+    new_tokens: int
+    scope: Scope
+    edits_prompt: bool
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    batch_size: int = 128
+
+
+class ArmRunner:
+    """Writes and measures continuations of one set of prompts in any arm, at one site.
 
     A row's text depends on the seed, its prompt and its edit alone, whatever rows share its batch. Where the edits
     spare all but the last prompt token, every prompt's other tokens go through the model once for all edits.
     """
 
-    def __init__(self, model: Model, sae: Any, site: Site, prompts: TokenBatch, options: SteerOptions) -> None:
-        self.model, self.sae, self.site, self.prompts, self.options = model, sae, site, prompts, options
-        model.require_room(int(prompts.lengths.max()) + options.new_tokens)
-        sampling = Sampling(options.new_tokens, options.temperature, options.seed, model.stop_ids, options.stop)
+    def __init__(self, model: Model, site: str | Site, prompts: TokenBatch, writing: Writing) -> None:
+        self.model, self.site, self.prompts, self.writing = model, model.resolve(site), prompts, writing
+        model.require_room(int(prompts.lengths.max()) + writing.new_tokens)
+        sampling = Sampling(writing.new_tokens, writing.temperature, writing.seed, model.stop_ids, writing.stop)
         self._decoder = Decoder(model.hf, sampling, StopStrings.of(model.hf, model.tokenizer, sampling))
         self.base_logits = self._base_logits()
         self._prefix = self._shared_prefix()
@@ -137,9 +158,9 @@ class Sweep:
     def _shared_prefix(self) -> Any:
         """Keys and values of all but the last token of every prompt; None where an edit may touch them."""
         ids, mask = self.prompts.ids[:, :-1], self.prompts.mask[:, :-1]
-        if self.options.scope == "all" or not ids.shape[1] or not bool(mask.any(1).all()):
+        if self.writing.edits_prompt or not ids.shape[1] or not bool(mask.any(1).all()):
             return None
-        cache = new_cache(self.model.hf.config, self.prompts.ids.shape[1] + self.options.new_tokens)
+        cache = new_cache(self.model.hf.config, self.prompts.ids.shape[1] + self.writing.new_tokens)
         if not keeps_columns(cache):
             return None
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": self.prompts.positions[:, :-1]}
@@ -162,58 +183,75 @@ class Sweep:
         # Untrimmed, so that a row sees the same columns in any batch.
         return TokenBatch(self.prompts.ids[prompt_rows], self.prompts.mask[prompt_rows])
 
-    def unsteered(self, progress: Task) -> Written:
-        """Continuations of every prompt without an edit."""
-        lens = torch.zeros(1, 1, dtype=torch.long)
-        return self._collected(
-            len(self.prompts), lens, lambda rows: (*self.continue_rows(rows, None), ()), self.prompts, progress
-        )
+    def write(self, arm: Arm, first: FirstToken, progress: Task) -> Written:
+        """Continuations of every prompt in an arm: edits times prompts, edit by edit.
 
-    def write(self, pushes: Pushes, lens: Int[Tensor, "pushes k"], progress: Task) -> Written:
-        """Continuations of every prompt under every push."""
-        n = len(self.prompts)
+        Raises:
+            EditError: if the edits changed nothing.
+        """
+        n, edits = len(self.prompts), arm.edits
+        if edits is None:
+            return self._collected(n, first, lambda rows: (*self.continue_rows(rows, None), ()), self.prompts, progress)
 
-        def steered(rows: Tensor) -> _Batch:
-            op = pushes.op(self.sae, rows // n)
-            with self.model.plan(Intervention.at(self.site, op, SCOPES[self.options.scope])) as plan:
+        def edited(rows: Tensor) -> _Batch:
+            with self.model.plan(Intervention.at(self.site, edits.op(rows, n), self.writing.scope)) as plan:
                 ids, logits = self.continue_rows(rows % n, plan)
             return ids, logits, plan.report
 
-        return self._collected(n * len(pushes), lens, steered, self.prompts, progress)
+        written = self._collected(n * len(edits), first, edited, self.prompts, progress)
+        if not any(report.mean_norm_applied for report in written.reports):
+            raise EditError(
+                f"Arm {arm.name!r} edited {sum(report.tokens for report in written.reports)} tokens at {self.site} and "
+                "changed none of them. Use a larger strength."
+            )
+        return written
 
-    def instructed(self, prompts: TokenBatch, lens: Int[Tensor, "instructions k"], progress: Task) -> Written:
+    def instructed(self, prompts: TokenBatch, first: FirstToken, progress: Task) -> Written:
         """Continuations of prompts with an instruction before them, instruction by instruction; no edit.
 
-        Fluency and divergence are those beside the plain prompt.
+        Fluency and the first token are compared with the plain prompt.
         """
 
         def unedited(rows: Tensor) -> _Batch:
             start = self._decoder.prefill(prompts[rows], share=True)
             return self._run(start, rows % len(self.prompts), None), start.logits, ()
 
-        return self._collected(len(prompts), lens, unedited, prompts, progress)
+        return self._collected(len(prompts), first, unedited, prompts, progress)
 
     def _collected(
-        self, total: int, lens: Tensor, make: Callable[[Tensor], _Batch], prompts: TokenBatch, progress: Task
+        self, total: int, first: FirstToken, make: Callable[[Tensor], _Batch], prompts: TokenBatch, progress: Task
     ) -> Written:
         """Rows `0 .. total` in even batches; row i continues prompt `i % prompts`."""
-        n, lens = len(self.prompts), lens.to(self.model.device)
+        n = len(self.prompts)
         every: list[Tensor] = []
-        edits: list[EditReport] = []
-        columns: list[tuple[Tensor, ...]] = []
-        for rows in torch.arange(total).tensor_split(-(-total // self.options.batch_size)):
+        reports: list[EditReport] = []
+        nll: list[Tensor] = []
+        measured: dict[str, list[Tensor]] = {}
+        for rows in torch.arange(total).tensor_split(-(-total // self.writing.batch_size)):
             ids, logits, report = make(rows)
             every += ids
-            edits += report
-            compared = self._compared(rows % n, logits, lens[(rows // n).to(lens.device)])
-            columns.append((self._fluency(rows % n, ids), *compared))
+            reports += report
+            nll.append(self._fluency(rows % n, ids))
+            for name, value in self._first(first, rows, logits).items():
+                measured.setdefault(name, []).append(value)
             progress.advance(len(rows))
         before = [row.tolist() for row in prompts.rows()]
         texts = tuple(
             continuation(self.model.tokenizer, before[i % len(before)], row.tolist()) for i, row in enumerate(every)
         )
-        nll, log_odds, kl = (torch.cat(column) for column in zip(*columns, strict=True))
-        return Written(tuple(every), texts, nll, log_odds, kl, tuple(edits))
+        means = {name: torch.cat(parts) for name, parts in measured.items()}
+        return Written(tuple(every), texts, torch.cat(nll), means, tuple(reports))
+
+    @torch.no_grad()
+    def _first(self, first: FirstToken, rows: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """The measures right after the prompt, some rows at a time: they make copies of the logits."""
+        base = rows.to(logits.device) % len(self.prompts)
+        parts: dict[str, list[Tensor]] = {}
+        for some in torch.arange(len(logits)).split(max(1, slab_rows(logits.shape[1]) // 4)):
+            at = some.to(logits.device)
+            for name, value in first(logits[at], self.base_logits[base[at]], rows[some]).items():
+                parts.setdefault(name, []).append(value.cpu())
+        return {name: torch.cat(values) for name, values in parts.items()}
 
     @torch.no_grad()
     def continue_rows(self, prompt_rows: Tensor, plan: Plan | None) -> tuple[list[Tensor], Tensor]:
@@ -243,16 +281,6 @@ class Sweep:
         stopped = [ENDED[code] == "stop_token" for code in new.why.tolist()]
         lengths = [n - gone for n, gone in zip(new.sampled.tolist(), stopped, strict=True)]
         return [row[:n].cpu() for row, n in zip(new.ids, lengths, strict=True)]
-
-    @torch.no_grad()
-    def _compared(self, prompt_rows: Tensor, logits: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Change of the log-odds of the lens tokens, and the divergence, right after the prompt."""
-        change, kl = [], []
-        for some in torch.arange(len(logits), device=logits.device).split(max(1, slab_rows(logits.shape[1]) // 4)):
-            base = self.base_logits[prompt_rows.to(logits.device)[some]]
-            change.append(lens_log_odds(logits[some], lens[some]) - lens_log_odds(base, lens[some]))
-            kl.append(kl_divergence(base, logits[some]))
-        return torch.cat(change).cpu(), torch.cat(kl).cpu()
 
     @torch.no_grad()
     def _fluency(self, prompt_rows: Tensor, ids: Sequence[Tensor]) -> Float[Tensor, " rows"]:
@@ -286,29 +314,33 @@ class Sweep:
 
 
 class Harm:
-    """Loss of the edited model on ordinary text minus that of the unedited model, in nats per token.
+    """Loss of the edited model on ordinary text, in nats per token; the blocks before the site run once.
 
-    The edit is made at every token but the first of each text; the blocks before the site run once.
+    By default the edit is made at every token but the first of each text.
     """
 
-    def __init__(self, model: Model, sae: Any, site: Site, texts: TokenBatch) -> None:
-        self._model, self._sae, self._site, self._texts = model, sae, site, texts
+    def __init__(self, model: Model, site: str | Site, texts: TokenBatch, scope: Scope | None = None) -> None:
+        self._model, self._site, self._texts = model, model.resolve(site), texts
+        self._scope = NotPrefix() if scope is None else scope
         with torch.no_grad():
-            self._segment = model.segment(texts, site)
+            self._segment = model.segment(texts, self._site)
             hidden, _ = forward(model.hf, texts.hf(), None, unembed=False)
-            self._base = text_losses(model, texts, hidden)[:, 0]
+            self.base: Float[np.ndarray, " texts"] = text_losses(model, texts, hidden)[:, 0].double().numpy()
 
     @torch.no_grad()
-    def of(self, pushes: Pushes) -> Float[np.ndarray, "pushes texts"]:
-        """The increase of the loss on each text under each push."""
-        found = [self._some(pushes, which) for which in self._batches(len(pushes))]
-        return torch.cat(found).double().numpy()
+    def losses(self, edits: RowEdits) -> Float[np.ndarray, "edits texts"]:
+        """The loss on each text under each edit."""
+        step = max(1, HARM_TOKENS // self._texts.ids.numel())
+        parts = [self._some(edits, which) for which in torch.arange(len(edits)).split(step)]
+        return torch.cat(parts).double().numpy()
 
-    def _batches(self, n: int) -> Iterator[Tensor]:
-        yield from torch.arange(n).split(max(1, HARM_TOKENS // self._texts.ids.numel()))
+    def of(self, edits: RowEdits) -> Float[np.ndarray, "edits texts"]:
+        """The increase of the loss on each text under each edit."""
+        return self.losses(edits) - self.base
 
-    def _some(self, pushes: Pushes, which: Tensor) -> Tensor:
-        op = pushes.op(self._sae, which.repeat_interleave(len(self._texts)))
-        with self._model.plan(Intervention.at(self._site, op, NotPrefix())) as plan:
+    def _some(self, edits: RowEdits, which: Tensor) -> Tensor:
+        n = len(self._texts)
+        rows = (which[:, None] * n + torch.arange(n)).flatten()
+        with self._model.plan(Intervention.at(self._site, edits.op(rows, n), self._scope)) as plan:
             hidden = self._segment.run(rows=len(which), plan=plan).hidden
-        return (text_losses(self._model, self._texts, hidden) - self._base[:, None]).T
+        return text_losses(self._model, self._texts, hidden).T

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.bases.saecode import decoder_rows, writing
+from workbench.controls.arms import UNEDITED, Arm, Sweep
 from workbench.controls.directions import random_directions
+from workbench.controls.matching import eligible_features, matched_features
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.progress import Task, task
@@ -24,18 +25,16 @@ from workbench.features.scores.table import FeatureTable
 from workbench.features.token_classes import TokenTexts
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
-from workbench.steering.sweep.arms import Arm, EditSummary
+from workbench.steering.sweep.arms import ArmTexts, EditSummary
 from workbench.steering.sweep.build import build_report
+from workbench.steering.sweep.measures import kl_divergence, lens_log_odds
 from workbench.steering.sweep.options import SCOPES, SteerOptions
 from workbench.steering.sweep.prompts import INSTRUCTION, NEUTRAL_PROMPTS
-from workbench.steering.sweep.rows import Harm, Pushes, Sweep, Written
+from workbench.steering.sweep.rows import ArmRunner, FirstToken, Harm, Pushes, Written
 from workbench.steering.sweep.steering_report import SteeringReport
 
 PLAIN_LENGTH = 64
 INSTRUCTION_WORDS = 6
-NEAREST = 20
-"""A match is drawn among at most so many features, and among no more than a twentieth of all."""
-ALIKE = 1.5
 
 
 @checked
@@ -75,34 +74,39 @@ def steer(
     _check(features, strengths, prompts, control_features)
     if options.table is not None:
         options.table.check(model, sae)
-    chosen = feature_ids(sae, features)
-    matched, by_frequency = matched_features(sae, chosen.tolist(), control_features, options)
+    chosen, site = feature_ids(sae, features), target_site(model, sae, options.site)
+    frequency = frequencies(options.table, len(writing(sae)))
+    matched = random_features(sae, chosen.tolist(), control_features, frequency, options.seed)
     sets = {"feature": chosen}
     sets |= {"matched": torch.tensor(matched)} if matched else {}
     sets |= {"control": feature_ids(sae, control_features)} if len(control_features) else {}
-    bench = Bench(model, sae, target_site(model, sae, options.site), prompts, options)
-    bench.require_room(bench.lens_of(chosen))
+    bench = Bench(model, sae, site, prompts, options)
+    lens = {name: bench.lens_of(ids) for name, ids in sets.items()}
+    bench.require_room(lens["feature"])
     directions = decoder_rows(sae, chosen)
-    planned = [("feature", chosen, directions), ("negated", chosen, -directions)]
-    planned.append(("random", chosen, random_directions(directions, seed=options.seed)))
-    planned += [(name, ids, decoder_rows(sae, ids)) for name, ids in sets.items() if name != "feature"]
-    edits = len(strengths) * sum(len(ids) for _, ids, _ in planned)
+    controls = {"negated": (chosen, -directions), "random": (chosen, random_directions(directions, seed=options.seed))}
+    controls |= {name: (ids, decoder_rows(sae, ids)) for name, ids in sets.items() if name != "feature"}
+    sweep = Sweep.over(
+        strengths, {"feature": bench.pushes(chosen, directions)},
+        {name: bench.pushes(ids, vectors) for name, (ids, vectors) in controls.items()},
+    )  # fmt: skip
+    edits = sum(len(arm.edits or ()) for arm in sweep)
     with task(total=len(prompts) * (1 + edits + len(chosen)), description="steering", unit="texts") as progress:
-        base = bench.sweep.unsteered(progress)
+        base = bench.unsteered(progress)
         arms = [
-            bench.arm(name, PushSet(ids, vectors, sizes_of(ids, options)), strengths, progress)
-            for name, ids, vectors in planned
+            bench.texts(sweep.of(kind), _owners(sets.get(kind, chosen)), lens.get(kind, lens["feature"]), progress)
+            for kind in sweep.kinds
         ]
-        arms.append(bench.prompted(chosen, progress))
-    bases = {name: bench.unsteered(ids, base) for name, ids in sets.items()}
+        arms.append(bench.prompted(_owners(chosen), lens["feature"], progress))
+    bases = {name: bench.measured(_owners(ids), lens[name], base) for name, ids in sets.items()}
     settings = {
-        "model": model.name, "site": str(bench.sweep.site), "scope": str(SCOPES[options.scope]),
+        "model": model.name, "site": str(site), "scope": str(SCOPES[options.scope]),
         "strengths": list(strengths), "new_tokens": options.new_tokens, "temperature": options.temperature,
         "seed": options.seed, "k": options.k, "a_max": options.a_max, "stop": list(options.stop),
         "features": chosen.tolist(), "control_features": [int(f) for f in control_features],
-        "matched_features": matched, "matched_on_frequency": by_frequency,
+        "matched_features": matched, "matched_on_frequency": bool(frequency.isfinite().any()),
         "matched_ratio": frequency_ratio(options.table, chosen.tolist(), matched),
-        "shared_prefix": bench.sweep.shares_prefix,
+        "shared_prefix": bench.runner.shares_prefix,
     }  # fmt: skip
     return build_report(settings, tuple(prompts), bench.words(chosen), arms, bases)
 
@@ -132,43 +136,28 @@ def check_prompts(prompts: Sequence[str], strengths: Sequence[float], caller: st
         )
 
 
-def matched_features(
-    sae: Any, features: Sequence[int], control_features: Sequence[int], options: SteerOptions
-) -> tuple[list[int], bool]:
-    """For each feature another one drawn at random among the nearest in frequency, and whether frequencies were known.
-
-    It is drawn among the `NEAREST` that are at most `ALIKE` times as frequent or rare; the very nearest where none is.
-    Without frequencies it is drawn from all. Features that are steered, or controls, are not drawn; where too few
-    others are there, there are as many as can be had.
-    """
-    taken = {int(f) for f in (*features, *control_features)}
-    frequency = frequencies(options.table, int(sae.W_dec.shape[0]))
-    known = bool(np.isfinite(frequency).any())
-    writes = writing(sae).tolist()
-    pool = [f for f in range(len(frequency)) if f not in taken and writes[f] and (not known or frequency[f] > 0)]
-    random = np.random.default_rng(options.seed)
-    found: list[int] = []
-    for feature in features:
-        if not pool:
-            break
-        target = frequency[int(feature)]
-        if known and np.isfinite(target):
-            far = np.abs(np.log(frequency[pool] + 1e-12) - np.log(target + 1e-12))
-            order = np.argsort(far, kind="stable")[: min(NEAREST, max(1, len(pool) // 20))]
-            near = [pool[i] for i in order if far[i] <= max(np.log(ALIKE), far[order[0]])]
-        else:
-            near = pool
-        found.append(int(random.choice(near)))
-        pool.remove(found[-1])
-    return found, known
+def _owners(features: Int[Tensor, " features"]) -> tuple[int | str, ...]:
+    return tuple(features.tolist())
 
 
-def frequencies(table: FeatureTable | None, d_sae: int) -> Float[np.ndarray, " d_sae"]:
+def random_features(
+    sae: Any, chosen: Sequence[int], controls: Sequence[int], frequency: Float[Tensor, " d_sae"], seed: int
+) -> tuple[int, ...]:
+    """A random feature for each chosen one, `controls` left out; for fewer of them where too few features are left."""
+    norm, controls = decoder_rows(sae).norm(dim=1), [int(f) for f in controls]
+    room = int(eligible_features(frequency, norm=norm, excluded=(*chosen, *controls)).sum())
+    if not room:
+        return ()
+    others = (*controls, *chosen[room:])
+    return matched_features(chosen[:room], frequency, norm=norm, excluded=others, seed=seed)[0]
+
+
+def frequencies(table: FeatureTable | None, d_sae: int) -> Float[Tensor, " d_sae"]:
     """How often each feature is active, from a table; nan where it does not say."""
-    found = np.full(d_sae, np.nan)
+    known = torch.full((d_sae,), torch.nan, dtype=torch.float64)
     if table is not None:
-        found[table.df["feature"].to_numpy()] = table.df["frequency"].to_numpy(dtype=float)
-    return found
+        known[torch.tensor(table.df["feature"].to_numpy())] = torch.tensor(table.df["frequency"].to_numpy(dtype=float))
+    return known
 
 
 def frequency_ratio(table: FeatureTable | None, features: Sequence[int], matched: Sequence[int]) -> float | None:
@@ -202,28 +191,13 @@ def sizes_of(features: Int[Tensor, " features"], options: SteerOptions) -> Float
     return torch.tensor(sizes)
 
 
-@dataclass(frozen=True, eq=False)
-class PushSet:
-    """Directions of one arm.
-
-    Attributes:
-        owners: the feature whose lens tokens are counted under each.
-        vectors: the directions.
-        sizes: factor of each; None takes the largest feature activation at each token.
-    """
-
-    owners: Int[Tensor, " features"]
-    vectors: Float[Tensor, "features d"]
-    sizes: Float[Tensor, " features"] | None = None
-
-
 class Bench:
-    """Turns directions into arms: texts, their measures and the harm done to plain text."""
+    """Turns arms into texts, their measures and the harm done to plain text."""
 
     def __init__(self, model: Model, sae: Any, site: Site, prompts: Sequence[str], options: SteerOptions) -> None:
         self.model, self.sae, self.prompts, self.options = model, sae, tuple(prompts), options
-        self.sweep = Sweep(model, sae, site, model.tokens(list(prompts)), options)
-        self.harm = Harm(model, sae, site, plain_batch(model, options)) if options.plain_texts else None
+        self.runner = ArmRunner(model, site, model.tokens(list(prompts)), options.writing)
+        self.harm = Harm(model, site, plain_batch(model, options)) if options.plain_texts else None
 
     def lens_of(self, features: Int[Tensor, " features"]) -> Int[Tensor, "features k"]:
         """Lens tokens of features."""
@@ -236,42 +210,49 @@ class Bench:
         text = TokenTexts.of(self.model.tokenizer).padded(self.model.d_vocab).text
         return tuple(" · ".join(repr(text(t))[1:-1] for t in row[:6]) for row in self.lens_of(features).tolist())
 
-    def arm(self, name: str, pushes: PushSet, strengths: Sequence[float], progress: Task) -> Arm:
-        """Continuations of all prompts with each direction at each strength."""
-        lens = self.lens_of(pushes.owners)
-        return self.arm_of(
-            name, tuple(pushes.owners.tolist()), lens, (pushes.vectors, pushes.sizes), strengths, progress
-        )
+    def pushes(
+        self, features: Int[Tensor, " features"], vectors: Float[Tensor, "features d"]
+    ) -> Callable[[float], Pushes]:
+        """The pushes along these vectors at a strength, sized by the activations of these features."""
+        vectors, sizes = vectors.to(self.model.device), sizes_of(features, self.options)
+        return lambda strength: Pushes(vectors, strength, sizes, self.sae)
 
-    def arm_of(
-        self,
-        name: str,
-        owners: tuple[int | str, ...],
-        tokens: Int[Tensor, "features k"],
-        pushed: tuple[Float[Tensor, "features d"], Float[Tensor, " features"] | None],
-        strengths: Sequence[float],
-        progress: Task,
-    ) -> Arm:
-        """The arm of some directions (with their sizes), each with the tokens that are counted under it."""
-        vectors, sizes = pushed
-        vectors = vectors.to(self.model.device)
-        each = [Pushes(vectors, float(strength), sizes) for strength in strengths]
-        written = [self.sweep.write(pushes, tokens, progress) for pushes in each]
-        harm = None if self.harm is None else np.stack([self.harm.of(pushes) for pushes in each], axis=1)
-        edits = tuple(EditSummary.of(p.strength, w.edits) for p, w in zip(each, written, strict=True))
-        return self._arm(name, owners, tuple(map(float, strengths)), tokens, written, (harm, edits))
+    def texts(
+        self, arms: Sequence[Arm], owners: tuple[int | str, ...], tokens: Int[Tensor, "features k"], progress: Task
+    ) -> ArmTexts:
+        """Continuations of all prompts in the arms of one kind, each edit with the tokens that are counted under it."""
+        written = [self.runner.write(arm, self._first(tokens), progress) for arm in arms]
+        edited = [arm.edits for arm in arms if arm.edits is not None]
+        harm = None if self.harm is None else np.stack([self.harm.of(edits) for edits in edited], axis=1)
+        edits = tuple(EditSummary.of(arm.strength, w.reports) for arm, w in zip(arms, written, strict=True))
+        return self._texts(arms[0].kind, owners, tuple(arm.strength for arm in arms), tokens, written, (harm, edits))
 
-    def unsteered(self, features: Int[Tensor, " features"], base: Written) -> Arm:
-        """The unsteered texts, measured with the lens tokens of each feature."""
-        return self.unsteered_of(tuple(features.tolist()), self.lens_of(features), base)
+    def unsteered(self, progress: Task) -> Written:
+        """Continuations of all prompts without an edit."""
+        return self.runner.write(UNEDITED, lambda *_: {}, progress)
 
-    def unsteered_of(self, owners: tuple[int | str, ...], tokens: Int[Tensor, "features k"], base: Written) -> Arm:
-        """The unsteered texts, measured with some tokens."""
+    def measured(self, owners: tuple[int | str, ...], tokens: Int[Tensor, "features k"], base: Written) -> ArmTexts:
+        """The unsteered texts, measured with some tokens of each owner."""
         n = len(owners)
-        whole = Written(
-            base.ids * n, base.texts * n, base.nll.repeat(n), base.log_odds.repeat(n) * 0, base.kl.repeat(n) * 0
-        )
-        return self._arm("unsteered", owners, (0.0,), tokens, [whole], (None, ()))
+        zero = torch.zeros(n * len(base.ids))
+        whole = Written(base.ids * n, base.texts * n, base.nll.repeat(n), {"log_odds": zero, "kl": zero})
+        return self._texts(UNEDITED.kind, owners, (0.0,), tokens, [whole], (None, ()))
+
+    def prompted(self, owners: tuple[int | str, ...], tokens: Int[Tensor, "features k"], progress: Task) -> ArmTexts:
+        """Continuations of every prompt after an instruction to use some tokens, without an edit."""
+        written = self.runner.instructed(self._instructed(tokens), self._first(tokens), progress)
+        return self._texts("prompt", owners, (0.0,), tokens, [written], (None, ()))
+
+    def _first(self, tokens: Int[Tensor, "features k"]) -> FirstToken:
+        """Change of the log-odds of each owner's tokens, and the divergence, right after the prompt."""
+        tokens, n = tokens.to(self.model.device), len(self.prompts)
+
+        def measures(logits: Tensor, base: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            own = tokens[(rows // n).to(tokens.device)]
+            change = lens_log_odds(logits, own) - lens_log_odds(base, own)
+            return {"log_odds": change, "kl": kl_divergence(base, logits)}
+
+        return measures
 
     def require_room(self, tokens: Int[Tensor, "features k"]) -> None:
         """Refuses instructions to use some tokens that leave too few positions for texts, before any is written."""
@@ -282,23 +263,13 @@ class Bench:
         """Every prompt after an instruction to use some tokens."""
         return self.model.tokens([self.instruction(row) + prompt for row in tokens.tolist() for prompt in self.prompts])
 
-    def prompted(self, features: Int[Tensor, " features"], progress: Task) -> Arm:
-        """Continuations of every prompt after an instruction to use the feature's lens tokens, without an edit."""
-        lens = self.lens_of(features)
-        return self.prompted_of(tuple(features.tolist()), lens, progress)
-
-    def prompted_of(self, owners: tuple[int | str, ...], tokens: Int[Tensor, "features k"], progress: Task) -> Arm:
-        """Continuations of every prompt after an instruction to use some tokens, without an edit."""
-        written = self.sweep.instructed(self._instructed(tokens), tokens, progress)
-        return self._arm("prompt", owners, (0.0,), tokens, [written], (None, ()))
-
     def instruction(self, tokens: Sequence[int]) -> str:
         """A sentence that asks for words; those with letters where there are any."""
         words = dict.fromkeys(self.model.tokenizer.decode([t]).strip() for t in tokens)
         spelt = [word for word in words if re.search(r"[^\W\d_]{2}", word)] or [word for word in words if word]
         return INSTRUCTION.format(words=", ".join(spelt[:INSTRUCTION_WORDS]) or "…")
 
-    def _arm(
+    def _texts(
         self,
         name: str,
         owners: tuple[int | str, ...],
@@ -306,12 +277,12 @@ class Bench:
         tokens: Tensor,
         written: Sequence[Written],
         done: tuple[np.ndarray | None, tuple[EditSummary, ...]],
-    ) -> Arm:
+    ) -> ArmTexts:
         by_strength = [w.values(tokens, self.options.ks) for w in written]
         values = {key: np.stack([v[key] for v in by_strength], axis=1) for key in by_strength[0]}
         n = len(self.prompts)
         texts = tuple(tuple(w.texts[f * n : (f + 1) * n] for w in written) for f in range(len(owners)))
-        return Arm(name, owners, strengths, values, texts, *done)
+        return ArmTexts(name, owners, strengths, values, texts, *done)
 
 
 def plain_batch(model: Model, options: SteerOptions) -> TokenBatch:

@@ -9,7 +9,7 @@ from typing import Any
 from workbench.core.records import to_jsonable
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Block, Lines, Metric, Report, Scatter, Section, Series, Table, Text
-from workbench.steering.sweep.arms import ARM_WORDS, Arm, EditSummary
+from workbench.steering.sweep.arms import ARM_WORDS, ArmTexts, EditSummary
 from workbench.steering.sweep.measures import DEGENERATE_COUNT
 
 MEASURES = (
@@ -116,7 +116,7 @@ class TextsReport(Report):
 
     arms: tuple[ArmResult, ...]
     prompts: tuple[str, ...] = ()
-    written: tuple[Arm, ...] = field(default=(), repr=False, compare=False)
+    written: tuple[ArmTexts, ...] = field(default=(), repr=False, compare=False)
 
     def arm(self, name: str) -> ArmResult:
         """The results of one arm."""
