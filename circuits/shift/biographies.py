@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from circuits.shift.methods import words_deleted
 from circuits.shift.task import LabelledTexts, ShiftTask
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
 
@@ -287,4 +288,5 @@ def biographies(options: BiographyOptions | None = None) -> ShiftTask:
         balanced=rows("train", "balanced", every_group, options.n_train // 4),
         test=rows("test", "test", every_group, options.n_test // 4),
         spurious_words=gender_words(), target_words=pair[0].words | pair[1].words,
+        methods=(words_deleted("gendered words deleted", gender_words()),),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.shift.feature_judges import Node
-from circuits.shift.task import word_pattern
+from circuits.shift.words import word_pattern
 from workbench.bases.saecode import Basis
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError

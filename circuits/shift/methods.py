@@ -1,16 +1,114 @@
-"""Scores of several methods over the same balanced test rows."""
+"""The methods of a SHIFT study, and their scores over the same balanced test rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
-from torch import Tensor
+import torch
 
+from circuits.shift.feature_judges import Node
 from circuits.shift.shift_report import Comparison, MethodRow, OverDraws
-from circuits.shift.task import ShiftTask
+from circuits.shift.task import Prediction, ShiftMethod, ShiftStudy, ShiftTask
+from circuits.shift.words import delete_words
+from workbench.controls.methods import Method, Role
+from workbench.core.errors import DegenerateInputError
 from workbench.core.stats import Estimate, paired_difference, sample_mean, wilson
+
+Sets = Sequence[Sequence[Node]]
+
+
+def ablation(
+    name: str,
+    information: str,
+    sets: Callable[[ShiftStudy], Sets],
+    roles: tuple[Role, Role],
+    compared_with: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+    *,
+    is_random: bool = False,
+) -> tuple[ShiftMethod, ShiftMethod]:
+    """Two methods: sets of features ablated with the probe as it is, and with the probe retrained.
+
+    Args:
+        name: of the first one.
+        information: what the sets were chosen by.
+        sets: features to ablate; several sets are averaged.
+        roles: of both.
+        compared_with: methods that each is compared with.
+        is_random: whether the sets were drawn.
+    """
+
+    def kept(study: ShiftStudy) -> Prediction:
+        chosen = sets(study)
+        draws = tuple(study.probe.predict(study.ablated(nodes, of="test")) for nodes in chosen)
+        return Prediction(draws, len(chosen[0]), is_random)
+
+    def retrained(study: ShiftStudy) -> Prediction:
+        chosen = sets(study)
+        draws = tuple(
+            study.refit(study.ablated(nodes, of="train")).predict(study.ablated(nodes, of="test")) for nodes in chosen
+        )
+        return Prediction(draws, len(chosen[0]), is_random)
+
+    return (
+        Method(name=name, information=information, run=kept, role=roles[0], compared_with=compared_with[0]),
+        Method(
+            name=f"{name} + retrain", information=information, run=retrained, role=roles[1],
+            compared_with=compared_with[1],
+        ),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _WithoutWords:
+    """A value and no closure, so that equal tasks have equal methods."""
+
+    words: frozenset[str]
+
+    def __call__(self, study: ShiftStudy) -> Prediction:
+        train, test = (
+            study.reader.read([delete_words(text, self.words) for text in part.texts], "reading without words").x
+            for part in (study.train, study.test)
+        )
+        return Prediction((study.refit(train).predict(test),))
+
+
+def words_deleted(name: str, words: Iterable[str]) -> ShiftMethod:
+    """Deletes words from all texts, for tasks whose attribute can be listed."""
+    information = "the word list; the probe is trained and tested on the shorter texts"
+    return Method(name=name, information=information, run=_WithoutWords(frozenset(words)), role="rival")
+
+
+def _original(study: ShiftStudy) -> Prediction:
+    return Prediction((study.probe.predict(study.test.x),))
+
+
+def _swap_direction_removed(study: ShiftStudy) -> Prediction:
+    """The mean difference from attribute 0 to 1 over training texts and their swapped versions, projected out."""
+    sign = 2.0 * torch.tensor(study.task.train.spurious).to(study.train.x) - 1.0
+    direction = (sign[:, None] * (study.train.x - study.swapped.x)).mean(0)
+    if not bool(direction.norm() > 0):
+        raise DegenerateInputError(
+            "shift: the swapped texts equal the training texts at the probe's site. Swap the attribute's words."
+        )
+    unit = direction / direction.norm()
+    train, test = (x - (x @ unit)[:, None] * unit for x in (study.train.x, study.test.x))
+    return Prediction((study.refit(train).predict(test),))
+
+
+def _oracle_probe(study: ShiftStudy) -> Prediction:
+    return Prediction((study.refit(study.balanced.x, study.task.balanced.label).predict(study.test.x),))
+
+
+ORIGINAL: ShiftMethod = Method(name="original", information="nothing else", run=_original, role="start")
+SWAP_DIRECTION_REMOVED: ShiftMethod = Method(
+    name="swap direction removed", run=_swap_direction_removed, role="rival",
+    information="the swapped texts: their mean difference, projected out; probe retrained",
+)  # fmt: skip
+ORACLE_PROBE: ShiftMethod = Method(
+    name="oracle probe", information="label of balanced training rows", run=_oracle_probe, role="bound"
+)
 
 
 class Scorer:
@@ -27,44 +125,31 @@ class Scorer:
         self._by_draw: dict[str, np.ndarray] = {}
         self.rows: list[MethodRow] = []
 
-    def add(
-        self,
-        name: str,
-        information: str,
-        n_features: int,
-        predictions: Sequence[Int[Tensor, " rows"]],
-        *,
-        is_random: bool = False,
-    ) -> None:
-        """One method. Predictions of a random one are draws: averaged per row, and per draw for another interval."""
-        drawn = np.stack([np.asarray(p.cpu()) for p in predictions])
+    def add(self, method: ShiftMethod, prediction: Prediction) -> None:
+        """One method. Draws of a random one are averaged per row, and per draw for another interval."""
+        drawn = np.stack([np.asarray(p.cpu()) for p in prediction.draws])
         every_hit, every_agreement = drawn == self._label, drawn == self._spurious
         hits, agrees = every_hit.mean(axis=0), every_agreement.mean(axis=0)
-        self._hits[name] = hits
+        self._hits[method.name] = hits
         groups = {
             self._task.group_name(a, b): (self._label == a) & (self._spurious == b) for a in (0, 1) for b in (0, 1)
         }
         worst = min(groups, key=lambda group: float(hits[groups[group]].mean()))
         over_draws = None
-        if is_random:
-            self._by_draw[name] = every_hit.mean(axis=1)
+        if prediction.is_random:
+            self._by_draw[method.name] = every_hit.mean(axis=1)
             over_draws = OverDraws(
-                label=sample_mean(self._by_draw[name], unit="draws"),
+                label=sample_mean(self._by_draw[method.name], unit="draws"),
                 spurious=sample_mean(every_agreement.mean(axis=1), unit="draws"),
                 worst=sample_mean(every_hit[:, groups[worst]].mean(axis=1), unit="draws"),
             )
         self.rows.append(
             MethodRow(
-                name,
-                information,
-                n_features,
-                accuracy(hits),
-                accuracy(agrees),
-                accuracy(hits[groups[worst]]),
-                worst,
-                over_draws,
-            )  # fmt: skip
-        )
+                name=method.name, information=method.information, role=method.role, n_features=prediction.n_features,
+                label=accuracy(hits), spurious=accuracy(agrees), worst=accuracy(hits[groups[worst]]),
+                worst_group=worst, over_draws=over_draws,
+            )
+        )  # fmt: skip
 
     def compare(self, better: str, other: str) -> Comparison:
         """Paired difference in label accuracy, over all rows, over those that break the correlation, and over draws."""

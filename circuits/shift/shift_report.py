@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from circuits.shift.feature_judges import Decision
+from workbench.controls.methods import Role
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Metric, Report, Section, Table, Text
 
@@ -24,13 +25,14 @@ class OverDraws:
     worst: Estimate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodRow:
     """One method on the balanced test set.
 
     Attributes:
         name: the method.
         information: what it was allowed to use, beyond the ambiguous training rows.
+        role: what it is in the study.
         n_features: how many features were ablated.
         label: share of test rows whose label is predicted; higher is better.
         spurious: share of test rows where the prediction equals the spurious attribute; 0.5 is best.
@@ -41,6 +43,7 @@ class MethodRow:
 
     name: str
     information: str
+    role: Role
     n_features: int
     label: Estimate
     spurious: Estimate
@@ -230,11 +233,10 @@ class ShiftReport(Report):
         return tuple(lines)
 
     def _controls(self) -> tuple[str, ...]:
-        names = ("skyline + retrain", "gendered words deleted", "swap direction removed", "oracle probe")
-        rows = [row for row in self.methods if row.name in names]
+        rows = [row for row in self.methods if row.role in ("rival", "bound")]
         parts = "; ".join(f"{row.name} {_share(row.label)}" for row in rows)
         best = self.method("SHIFT + retrain").label.value
-        ahead = [row.name for row in rows if row.name != "oracle probe" and row.label.value > best]
+        ahead = [row.name for row in rows if row.role == "rival" and row.label.value > best]
         note = f" Simpler or better-informed methods ahead of SHIFT + retrain: {', '.join(ahead)}." if ahead else ""
         agree = sum(row.decision == row.oracle_decision for row in self.verdicts)
         return (
@@ -311,7 +313,7 @@ class ShiftReport(Report):
             f"Judge: {self.judge}. It uses: {self.judge_information}. Features judged spurious are set to zero "
             "at every pooled "
             f"token, the SAE's error is kept. Random features: {self.random_draws} draws, matched on activation "
-            "frequency. "
+            "frequency and norm. "
             f"Made by plain hooks with the SAE's own encode and decode, the edit differs on {check.n_rows} {checked}"
         )
 

@@ -7,14 +7,12 @@ and intervals are always part of the result.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution import AttributionOptions, LossOfMargin, NodeEffects, linear_effects, node_effects
@@ -31,14 +29,16 @@ from circuits.shift.feature_judges import (
     StatisticsJudge,
     Verdict,
 )
-from circuits.shift.methods import Scorer
+from circuits.shift.methods import ORACLE_PROBE, ORIGINAL, SWAP_DIRECTION_REMOVED, Scorer, ablation
 from circuits.shift.shift_report import AttributionRow, EditCheck, JudgedFeature, ShiftReport
-from circuits.shift.task import ShiftTask, delete_words
+from circuits.shift.task import ShiftMethod, ShiftStudy, ShiftTask
 from workbench.bases.saecode import Basis
+from workbench.controls.matching import matched_features
+from workbench.controls.methods import comparisons, methods_of
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
-from workbench.probes.linear import Probe, ProbeOptions, fit_probe
+from workbench.probes.linear import ProbeOptions, fit_probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,26 +69,6 @@ class ShiftOptions:
         for name in ("top_k", "random_draws", "attribution_rows", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"ShiftOptions({name}={getattr(self, name)}): needs at least 1.")
-
-
-@dataclass(frozen=True, eq=False)
-class _Study:
-    """What all steps share: the texts once read, and the probe that is to be repaired."""
-
-    task: ShiftTask
-    reader: Reader
-    options: ShiftOptions
-    train: PooledTexts
-    swapped: PooledTexts
-    balanced: PooledTexts
-    test: PooledTexts
-    probe: Probe
-
-    def refit(self, x: Float[Tensor, "rows d"]) -> Probe:
-        """A probe on other activations of the ambiguous set."""
-        return fit_probe(
-            x, _ints(self.task.train.label), self.reader.probe_site, options=replace(self.options.probe, folds=0)
-        )
 
 
 def shift(
@@ -122,15 +102,18 @@ def shift(
     """
     options, judge = options or ShiftOptions(), judge or StatisticsJudge()
     study = _read(model, bases_at(model, bases), task, options)
-    effects = _effects(study, study.train, task.train.label)
+    effects = _effects(study, study.train, task.train.label, options)
     candidates = _candidates(effects, options.top_k)
     dossiers = _dossiers(study, candidates)
     verdicts = [judge(d if judge.is_oracle else replace(d, balanced=None)) for d in dossiers]
     oracle = [OracleJudge()(dossier) for dossier in dossiers]
     chosen, oracle_chosen = _spurious(verdicts), _spurious(oracle)
     edit_check = _edit_check(study, chosen or _nodes(candidates))
-    draws = _random_features(study, chosen)
-    scorer = _score(study, judge, chosen, oracle_chosen, draws)
+    draws = _random_features(study, chosen, options)
+    methods = methods_of(_methods(study, judge, chosen, oracle_chosen, draws, options))
+    scorer = Scorer(task)
+    for method in methods.values():
+        scorer.add(method, method.run(study))
     probe = study.probe
     assert probe.accuracy is not None and probe.shuffled is not None
     return ShiftReport(
@@ -138,13 +121,13 @@ def shift(
         probe_site=study.reader.probe_site, probe=probe.accuracy, shuffled=probe.shuffled, tokens=_tokens_text(study),
         judge=judge.name, judge_information=judge.information, attribution=_attribution_rows(effects),
         verdicts=tuple(_judged(d, v, o) for d, v, o in zip(dossiers, verdicts, oracle, strict=True)),
-        methods=tuple(scorer.rows), comparisons=_comparisons(scorer), random_draws=len(draws),
-        edit_check=edit_check,
+        methods=tuple(scorer.rows), comparisons=tuple(scorer.compare(*pair) for pair in comparisons(methods)),
+        random_draws=len(draws), edit_check=edit_check,
         collateral=None if plain_text is None else collateral(study.reader, plain_text, chosen, draws),
     )  # fmt: skip
 
 
-def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: ShiftOptions) -> _Study:
+def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: ShiftOptions) -> ShiftStudy:
     probe_site = str(model.resolve(options.probe_site or list(bases)[-1]))
     refuse_unreached(model, bases, probe_site, "The probe")
     reader = Reader.fitted(model, bases, probe_site, task.train.texts, options.batch_size)
@@ -158,12 +141,14 @@ def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: Sh
     swapped = reader.read(task.swapped, "reading swapped texts")
     balanced = reader.read(task.balanced.texts, "reading balanced texts")
     test = reader.read(task.test.texts, "reading test texts")
-    return _Study(task, reader, options, train, swapped, balanced, test, probe)
+    return ShiftStudy(task, reader, train, swapped, balanced, test, probe, options.probe)
 
 
-def _effects(study: _Study, pooled: PooledTexts, labels: Sequence[int]) -> dict[str, NodeEffects]:
+def _effects(
+    study: ShiftStudy, pooled: PooledTexts, labels: Sequence[int], options: ShiftOptions
+) -> dict[str, NodeEffects]:
     """Effects on the margin of some labels of these texts; exact where they can be."""
-    reader, options = study.reader, study.options
+    reader = study.reader
     if reader.is_linear:
         site = reader.probe_site
         return {site: linear_effects(pooled.acts[site], reader.bases[site].sae, study.probe, _ints(labels))}
@@ -206,14 +191,14 @@ def _nodes(candidates: Sequence[tuple[Node, float]]) -> list[Node]:
     return [node for node, _ in candidates]
 
 
-def _dossiers(study: _Study, candidates: Sequence[tuple[Node, float]]) -> list[FeatureDossier]:
+def _dossiers(study: ShiftStudy, candidates: Sequence[tuple[Node, float]]) -> list[FeatureDossier]:
     task = study.task
     words = (task.spurious_words, task.target_words)
     contexts = token_evidence(study.reader, task.train.texts, _nodes(candidates), words)
     return [_dossier(study, node, effect, contexts[node]) for node, effect in candidates]
 
 
-def _dossier(study: _Study, node: Node, effect: float, tokens: TokenEvidence) -> FeatureDossier:
+def _dossier(study: ShiftStudy, node: Node, effect: float, tokens: TokenEvidence) -> FeatureDossier:
     def column(pooled: PooledTexts) -> np.ndarray:
         return pooled.acts[node.site][:, node.feature].double().cpu().numpy()
 
@@ -231,114 +216,64 @@ def _spurious(verdicts: Sequence[Verdict]) -> list[Node]:
     return [verdict.node for verdict in verdicts if verdict.decision == "spurious"]
 
 
-NEIGHBOURS = 20
-"""From how many features of the closest activation frequency a random one is drawn."""
+def _random_features(study: ShiftStudy, chosen: Sequence[Node], options: ShiftOptions) -> list[list[Node]]:
+    """For each draw as many other features as chosen, each matched to the one at the same site that it stands for."""
+    draws: list[dict[Node, Node]] = [{} for _ in range(options.random_draws)]
+    for site, basis in study.reader.bases.items():
+        nodes = [node for node in chosen if node.site == site]
+        if nodes:
+            matched = matched_features(
+                [node.feature for node in nodes], study.train.frequency[site], options.random_draws,
+                norm=basis.rows().norm(dim=1), seed=options.seed,
+            )  # fmt: skip
+            for draw, features in zip(draws, matched, strict=True):
+                draw |= {node: Node(site, feature) for node, feature in zip(nodes, features, strict=True)}
+    return [[draw[node] for node in chosen] for draw in draws]
 
 
-def _random_features(study: _Study, chosen: Sequence[Node]) -> list[list[Node]]:
-    """For each draw, as many other active features as chosen, each of about the frequency of the one it stands for."""
-    return [
-        _matched(study, chosen, random.Random(f"{study.options.seed}/random/{draw}"))
-        for draw in range(study.options.random_draws)
-    ]
-
-
-def _matched(study: _Study, chosen: Sequence[Node], rng: random.Random) -> list[Node]:
-    taken, drawn = set(chosen), []
-    for node in chosen:
-        frequency = study.train.frequency[node.site]
-        distance = (frequency - frequency[node.feature]).abs().masked_fill(frequency == 0, float("inf"))
-        nearest = distance.argsort()[: int((frequency > 0).sum())]
-        near = [Node(node.site, f) for f in nearest.tolist() if Node(node.site, f) not in taken]
-        if not near:
-            raise DegenerateInputError(
-                f"shift: {len(chosen)} features were judged spurious, and {node.site} has too few other active "
-                "features for a random control of as many. Use a larger SAE, or put fewer candidates before the judge "
-                "(top_k)."
-            )
-        pick = rng.choice(near[:NEIGHBOURS])
-        taken.add(pick)
-        drawn.append(pick)
-    return drawn
-
-
-def _skyline(study: _Study, n: int) -> list[Node]:
+def _skyline(study: ShiftStudy, n: int, options: ShiftOptions) -> list[Node]:
     """As many features as SHIFT ablated, by their effect on the attribute's margin over balanced training rows."""
     if n == 0:
         return []
-    effects = _effects(study, study.balanced, study.task.balanced.spurious)
+    effects = _effects(study, study.balanced, study.task.balanced.spurious, options)
     scores = [
         (effect, Node(site, f)) for site, part in effects.items() for f, effect in enumerate(part.effect.tolist())
     ]
     return [node for _, node in sorted(scores, key=lambda pair: -pair[0])[:n]]
 
 
-def _score(
-    study: _Study, judge: Judge, chosen: list[Node], oracle_chosen: list[Node], draws: list[list[Node]]
-) -> Scorer:
-    """Every method on the test set."""
-    scorer, reader, test = Scorer(study.task), study.reader, study.test
-    scorer.add("original", "nothing else", 0, [study.probe.predict(test.x)])
-
-    def ablation(name: str, information: str, sets: Sequence[Sequence[Node]], *, is_random: bool = False) -> None:
-        edited = [(reader.ablated(study.train, nodes), reader.ablated(test, nodes)) for nodes in sets]
-        n = len(sets[0])
-        kept = [study.probe.predict(there) for _, there in edited]
-        retrained = [study.refit(here).predict(there) for here, there in edited]
-        scorer.add(name, information, n, kept, is_random=is_random)
-        scorer.add(f"{name} + retrain", information, n, retrained, is_random=is_random)
-
-    ablation("random features", f"activation frequencies; mean of {len(draws)} draws", draws, is_random=True)
-    ablation("SHIFT", judge.information, [chosen])
-    ablation("SHIFT, oracle judge", OracleJudge.information, [oracle_chosen])
-    ablation("skyline", "attribute labels of balanced training rows", [_skyline(study, len(chosen))])
-    deleted = [
-        reader.read([delete_words(text, study.task.spurious_words) for text in part.texts], "reading without words")
-        for part in (study.train, test)
-    ]  # fmt: skip
-    scorer.add("gendered words deleted", "the word list; the probe is trained and tested on the shorter texts", 0,
-               [study.refit(deleted[0].x).predict(deleted[1].x)])  # fmt: skip
-    direction = _swap_direction(study)
-    scorer.add("swap direction removed", "the swapped texts: their mean difference, projected out; probe retrained", 0,
-               [study.refit(_without(study.train.x, direction)).predict(_without(test.x, direction))])  # fmt: skip
-    oracle = fit_probe(
-        study.balanced.x,
-        _ints(study.task.balanced.label),
-        reader.probe_site,
-        options=replace(study.options.probe, folds=0),
-    )
-    scorer.add("oracle probe", "label of balanced training rows", 0, [oracle.predict(test.x)])
-    return scorer
-
-
-def _swap_direction(study: _Study) -> Tensor:
-    """Unit direction from attribute 0 to attribute 1, the mean over training texts and their swapped versions."""
-    sign = 2.0 * _ints(study.task.train.spurious).to(study.train.x) - 1.0
-    direction = (sign[:, None] * (study.train.x - study.swapped.x)).mean(0)
-    if not bool(direction.norm() > 0):
-        raise DegenerateInputError(
-            "shift: the swapped texts equal the training texts at the probe's site. Swap the attribute's words."
-        )
-    return direction / direction.norm()
-
-
-def _without(x: Tensor, direction: Tensor) -> Tensor:
-    return x - (x @ direction)[:, None] * direction
-
-
-def _comparisons(scorer: Scorer) -> tuple[Any, ...]:
-    pairs = (
-        ("SHIFT", "random features"), ("SHIFT", "original"), ("SHIFT + retrain", "random features + retrain"),
-        ("SHIFT + retrain", "original"), ("SHIFT + retrain", "swap direction removed"),
+def _methods(
+    study: ShiftStudy,
+    judge: Judge,
+    chosen: Sequence[Node],
+    oracle_chosen: Sequence[Node],
+    draws: Sequence[Sequence[Node]],
+    options: ShiftOptions,
+) -> tuple[ShiftMethod, ...]:
+    """Every method of the study, those of the task included."""
+    skyline = _skyline(study, len(chosen), options)
+    of_draws = f"activation frequencies and norms; mean of {len(draws)} draws"
+    against = (
+        ("random features", "original"), ("random features + retrain", "original", "swap direction removed"),
     )  # fmt: skip
-    return tuple(scorer.compare(better, other) for better, other in pairs)
+    of_skyline = "attribute labels of balanced training rows"
+    return (
+        ORIGINAL,
+        *ablation("random features", of_draws, lambda _: draws, ("control", "control"), is_random=True),
+        *ablation("SHIFT", judge.information, lambda _: [chosen], ("subject", "subject"), against),
+        *ablation("SHIFT, oracle judge", OracleJudge.information, lambda _: [oracle_chosen], ("variant", "variant")),
+        *ablation("skyline", of_skyline, lambda _: [skyline], ("variant", "rival")),
+        *study.task.methods,
+        SWAP_DIRECTION_REMOVED,
+        ORACLE_PROBE,
+    )
 
 
 CHECKED_ROWS = 8
 """Texts on which the edit is made a second time."""
 
 
-def _edit_check(study: _Study, nodes: Sequence[Node]) -> EditCheck:
+def _edit_check(study: ShiftStudy, nodes: Sequence[Node]) -> EditCheck:
     """The ablation against one by plain hooks, on the training texts on which these features are most active.
 
     Raises:
@@ -374,7 +309,7 @@ def _attribution_rows(effects: Mapping[str, NodeEffects]) -> tuple[AttributionRo
     )
 
 
-def _tokens_text(study: _Study) -> str:
+def _tokens_text(study: ShiftStudy) -> str:
     read, left_out = study.train.n_tokens, study.train.n_left_out
     share = f"{left_out} of {read + left_out} left out"
     return f"all tokens but padding, special tokens, the first one and attention sinks ({share})"

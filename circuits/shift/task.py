@@ -1,12 +1,19 @@
-"""The data of a SHIFT study: a label that is wanted, and a spurious attribute that goes along with it in training."""
+"""What a SHIFT study is about: its texts, what is read off them, and the methods that a task brings along."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.shift.evidence import PooledTexts, Reader
+from circuits.shift.feature_judges import Node
+from workbench.controls.methods import Method
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 
 Pair = tuple[str, str]
 
@@ -56,6 +63,7 @@ class ShiftTask:
         test: held-out rows of all four groups; only for evaluation.
         spurious_words: words that give the attribute away.
         target_words: words that belong to the label.
+        methods: other ways to the same end that this task allows, such as `words_deleted`.
 
     Raises:
         ShapeError: if `swapped` does not pair up with `train`.
@@ -71,6 +79,7 @@ class ShiftTask:
     test: LabelledTexts
     spurious_words: frozenset[str]
     target_words: frozenset[str]
+    methods: tuple[ShiftMethod, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.swapped) != len(self.train):
@@ -90,22 +99,57 @@ class ShiftTask:
         return f"{self.spurious_names[spurious]} {self.label_names[label]}"
 
 
-def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the words as a whole, in any case; a final full stop belongs to the word ("Mr.").
+@dataclass(frozen=True, eq=False)
+class ShiftStudy:
+    """What every method of a SHIFT study may use: the texts once read, and the probe that is to be repaired.
 
-    >>> word_pattern(["he", "Mr."]).findall("He met Mr. Heath, the heir.")
-    ['He', 'Mr.']
+    Attributes:
+        task: labels and words.
+        reader: model, bases, and the tokens that are pooled and edited.
+        train: the ambiguous training texts.
+        swapped: the same with the other value of the attribute.
+        balanced: balanced training texts, for methods that say so.
+        test: the balanced test texts.
+        probe: fitted on `train`.
+        probe_options: how probes are fitted.
     """
-    longest_first = sorted({word.lower() for word in words}, key=lambda word: (-len(word), word))
-    if not longest_first:
-        raise DegenerateInputError("word_pattern: the list of words is empty, so nothing could match.")
-    return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)", re.IGNORECASE)
+
+    task: ShiftTask
+    reader: Reader
+    train: PooledTexts
+    swapped: PooledTexts
+    balanced: PooledTexts
+    test: PooledTexts
+    probe: Probe
+    probe_options: ProbeOptions
+    _ablated: dict[tuple[str, tuple[Node, ...]], Tensor] = field(default_factory=dict, repr=False)
+
+    def refit(self, x: Float[Tensor, "rows d"], labels: Sequence[int] | None = None) -> Probe:
+        """A probe on other activations; with the labels of the ambiguous set by default."""
+        labels = self.task.train.label if labels is None else labels
+        return fit_probe(x, torch.tensor(labels), self.reader.probe_site, options=replace(self.probe_options, folds=0))
+
+    def ablated(self, nodes: Sequence[Node], *, of: str) -> Float[Tensor, "rows d"]:
+        """Activations of the `"train"` or `"test"` texts with features ablated; computed once."""
+        key = (of, tuple(nodes))
+        if key not in self._ablated:
+            self._ablated[key] = self.reader.ablated(self.train if of == "train" else self.test, nodes)
+        return self._ablated[key]
 
 
-def delete_words(text: str, words: Iterable[str]) -> str:
-    """The text without these words; what is left stands as it was, single-spaced.
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a method predicts for the test texts.
 
-    >>> delete_words("Mr. Jones said he left.", ["he", "Mr."])
-    'Jones said left.'
+    Attributes:
+        draws: labels; several for a method that is random.
+        n_features: how many features it ablates.
+        is_random: whether other draws would predict something else.
     """
-    return re.sub(r"\s+([.,;]|$)", r"\1", re.sub(r"\s+", " ", word_pattern(words).sub("", text)).strip())
+
+    draws: tuple[Int[Tensor, " rows"], ...]
+    n_features: int = 0
+    is_random: bool = False
+
+
+ShiftMethod = Method[ShiftStudy, Prediction]

@@ -14,7 +14,8 @@ from circuits.shift.biographies import (
     biographies,
     gender_words,
 )
-from circuits.shift.task import LabelledTexts, ShiftTask, delete_words, word_pattern
+from circuits.shift.task import LabelledTexts, ShiftTask
+from circuits.shift.words import delete_words, word_pattern
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError, UnknownNameError
 
 SMALL = BiographyOptions(n_train=40, n_test=40)

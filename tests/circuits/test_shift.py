@@ -13,9 +13,10 @@ from circuits.shift.collateral import collateral
 from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
 from circuits.shift.evidence import Reader, token_evidence
 from circuits.shift.feature_judges import FeatureDossier, LexiconJudge, Node, OracleJudge, StatisticsJudge, Verdict
-from circuits.shift.methods import Scorer
+from circuits.shift.methods import Scorer, words_deleted
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.study import ShiftOptions, shift
+from circuits.shift.task import Prediction, ShiftMethod
 from tests.circuits.planted import (
     LABEL_FEATURES,
     OPPOSING,
@@ -29,8 +30,9 @@ from tests.circuits.planted import (
 from tests.interventions.builders import ARCHITECTURES, NORMALISATIONS, sae_lens_sae
 from tests.tiny import n_hooks, tiny_model
 from workbench.bases.saecode import Basis
+from workbench.controls.methods import Method
 from workbench.controls.tokens import TokenPolicy
-from workbench.core.errors import DegenerateInputError, EditError, MismatchError, ShapeError
+from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.stats import sample_mean
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
@@ -218,7 +220,7 @@ def _several(where: str) -> tuple[Model, dict[str, Basis], str]:
 def _both_ways(model: Model, bases: dict[str, Basis], probe_site: str) -> tuple[torch.Tensor, ...]:
     """Ablated by the reader and by plain hooks, and unedited."""
     texts = ("abcdefgh", "ijk", "lmnopq rs")
-    reader = Reader(model, bases, probe_site, float("inf"))
+    reader = Reader(model, bases, probe_site, TokenPolicy())
     pooled = reader.read(texts, "test")
     nodes = [Node(site, f) for site in bases for f in range(0, 40, 2)]
     ablations = {site: (basis.sae, range(0, 40, 2)) for site, basis in bases.items()}
@@ -291,20 +293,40 @@ def test_random_controls_have_an_interval_over_all_draws() -> None:
 def test_one_draw_says_nothing_about_other_draws() -> None:
     scorer = Scorer(planted_task())
     right = torch.tensor(planted_task().test.label)
-    scorer.add("better", "", 1, [right])
-    scorer.add("random", "", 1, [1 - right], is_random=True)
+
+    def add(name: str, *draws: torch.Tensor, is_random: bool = False) -> None:
+        method: ShiftMethod = Method(name=name, information="", run=lambda _: Prediction(()))
+        scorer.add(method, Prediction(draws, 1, is_random))
+
+    add("better", right)
+    add("random", 1 - right, is_random=True)
     assert scorer.compare("better", "random").label.excludes(0.0)
     assert not scorer.compare("better", "random").excludes_zero
     # two draws, 0 % and 100 % right: the rows agree, the draws do not
-    scorer.add("two", "", 1, [right, 1 - right], is_random=True)
+    add("two", right, 1 - right, is_random=True)
     over = scorer.rows[-1].over_draws
     assert over is not None and over.label.value == 0.5 and over.label.high > 1
     assert scorer.rows[-1].label.low == scorer.rows[-1].label.high == 0.5
 
 
+def test_a_task_brings_its_own_methods_and_the_report_names_them() -> None:
+    given = words_deleted("letters deleted", ["M", "F"])
+    task = replace(planted_task(40, 16), methods=(given,))
+    report = shift(planted_model(), {SITE: planted_sae()}, task, options=OPTIONS)
+    row = report.method("letters deleted")
+    assert (row.role, row.information) == ("rival", given.information)
+    names = [one.name for one in report.methods]
+    assert names.index("skyline + retrain") + 1 == names.index("letters deleted")
+    assert any("letters deleted" in line and line.startswith("Controls") for line in report.findings())
+    assert "letters deleted" not in [one.name for one in _report().methods]
+    with pytest.raises(InvalidInputError, match="'SHIFT' is already the name of a method"):
+        clash = replace(task, methods=(replace(given, name="SHIFT"),))
+        shift(planted_model(), {SITE: planted_sae()}, clash, options=OPTIONS)
+
+
 def test_collateral_is_the_mean_over_every_draw_run_by_itself() -> None:
     model = planted_model()
-    reader = Reader(model, {SITE: Basis(planted_sae())}, SITE, float("inf"))
+    reader = Reader(model, {SITE: Basis(planted_sae())}, SITE, TokenPolicy())
     text = TokenBatch.of_rows(torch.randint(2, 250, (5, 12), generator=torch.Generator().manual_seed(0)))
     draws = [[Node(SITE, 5)], [Node(SITE, 6)], []]
     alone = [collateral(reader, text, [], [draw]).random.value for draw in draws]

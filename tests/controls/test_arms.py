@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from workbench.controls.arms import UNEDITED, Arm, InTurn, Sweep
-from workbench.controls.methods import Method, Methods
+from workbench.controls.methods import Method, comparisons, methods_of
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError
 from workbench.interventions.op import Op, Where
 from workbench.interventions.ops import Add
@@ -76,15 +76,15 @@ def test_methods_are_kept_in_order_and_a_name_is_taken_once() -> None:
         name="double", information="the number", run=lambda x: 2 * x, compared_with=("zero",)
     )
     zero: Method[int, int] = Method(name="zero", information="nothing", run=lambda _: 0, role="control")
-    methods = Methods([double, zero])
-    assert methods.names == ("double", "zero") and [method.run(3) for method in methods] == [6, 0]
-    assert methods.pairs() == (("double", "zero"),)
+    methods = methods_of([double, zero])
+    assert list(methods) == ["double", "zero"] and [method.run(3) for method in methods.values()] == [6, 0]
+    assert comparisons(methods) == (("double", "zero"),)
     with pytest.raises(InvalidInputError, match="already"):
-        methods.register(Method(name="zero", information="one", run=lambda _: 1))
+        methods_of([double, zero, Method(name="zero", information="one", run=lambda _: 1)])
     with pytest.raises(UnknownNameError, match="double"):
         methods["doubl"]
     with pytest.raises(UnknownNameError, match="zero"):
-        Methods([double]).pairs()
+        comparisons(methods_of([double]))
 
 
 def test_one_control_serves_several_subjects() -> None:

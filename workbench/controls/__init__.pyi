@@ -2,12 +2,14 @@ from .area import auroc as auroc
 from .area import chance_above as chance_above
 from .arms import UNEDITED as UNEDITED
 from .arms import Arm as Arm
+from .arms import InTurn as InTurn
 from .arms import RowEdits as RowEdits
 from .arms import Sweep as Sweep
 from .directions import random_directions as random_directions
 from .matching import matched_features as matched_features
 from .methods import Method as Method
-from .methods import Methods as Methods
+from .methods import comparisons as comparisons
+from .methods import methods_of as methods_of
 from .shuffles import another as another
 from .shuffles import shuffled as shuffled
 from .tokens import TokenPolicy as TokenPolicy

@@ -55,11 +55,11 @@ def matched_features(
     ((1,),)
     """
     eligible = eligible_features(frequency, norm=norm, excluded=(*chosen, *excluded))
-    if int(eligible.sum()) < max(1, len(chosen)):
+    if (there := int(eligible.sum())) < max(1, len(chosen)):
         raise DegenerateInputError(
-            f"matched_features: a control for {len(chosen)} features needs as many others, and {int(eligible.sum())} "
-            f"of {len(eligible)} are active, write something and are not excluded, so there is no control. Use a "
-            "larger SAE or more text, or choose fewer features."
+            f"matched_features: a random control for {len(chosen)} features needs as many others, and {there} of "
+            f"{len(eligible)} are active, write something and are not excluded, so there is no control. Use a larger "
+            "SAE or more text, or choose fewer features."
         )
     pools = [
         (_log_ratio(frequency, feature), torch.zeros(len(eligible)) if norm is None else _log_ratio(norm, feature))

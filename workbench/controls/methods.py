@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from workbench.core.errors import InvalidInputError, UnknownNameError, did_you_mean
+from workbench.core.registry import Registry
 
-Role = Literal["subject", "start", "control", "rival", "bound"]
-"""What a method is in a study: what is studied; what it starts from; random; a simpler or better-informed way to the
-same end; one that sees what a user does not have, and is a limit rather than a way."""
+Role = Literal["subject", "variant", "start", "control", "rival", "bound"]
+"""What a method is in a study.
 
-Study = TypeVar("Study", contravariant=True)
-Result = TypeVar("Result", covariant=True)
+subject: what is studied; variant: the same with a part exchanged; start: what it starts from; control: random; rival: a
+simpler or better-informed way to the same end; bound: sees what a user does not have, and is a limit.
+"""
+
+Study = TypeVar("Study")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,48 +38,22 @@ class Method(Generic[Study, Result]):
     compared_with: tuple[str, ...] = ()
 
 
-class Methods(Generic[Study, Result]):
-    """Methods by name, in order; the registry of a study."""
+def methods_of(methods: Iterable[Method[Study, Result]]) -> Registry[Method[Study, Result]]:
+    """Methods by name, in order.
 
-    def __init__(self, methods: Iterable[Method[Study, Result]] = ()) -> None:
-        self._by_name: dict[str, Method[Study, Result]] = {}
-        for method in methods:
-            self.register(method)
+    Raises:
+        InvalidInputError: if two have the same name.
+    """
+    registry: Registry[Method[Study, Result]] = Registry("method")
+    for method in methods:
+        registry.add(method.name, method)
+    return registry
 
-    def register(self, method: Method[Study, Result]) -> Method[Study, Result]:
-        """Adds a method at the end.
 
-        Raises:
-            InvalidInputError: if there is one of this name.
-        """
-        if method.name in self._by_name:
-            raise InvalidInputError(
-                f"register({method.name!r}): there is a method of this name already, among {list(self._by_name)}. "
-                "Name it differently."
-            )
-        self._by_name[method.name] = method
-        return method
+def comparisons(methods: Registry[Method[Study, Result]]) -> tuple[tuple[str, str], ...]:
+    """Names of each method and of each that it is compared with.
 
-    def __getitem__(self, name: str) -> Method[Study, Result]:
-        if name not in self._by_name:
-            raise UnknownNameError(f"method {name!r}: {did_you_mean(name, tuple(self._by_name))}")
-        return self._by_name[name]
-
-    def __iter__(self) -> Iterator[Method[Study, Result]]:
-        return iter(self._by_name.values())
-
-    def __len__(self) -> int:
-        return len(self._by_name)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the methods, in order."""
-        return tuple(self._by_name)
-
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """Each method with each that it is compared with.
-
-        Raises:
-            UnknownNameError: if one of those is not there.
-        """
-        return tuple((method.name, self[other].name) for method in self for other in method.compared_with)
+    Raises:
+        UnknownNameError: if one of those is not there.
+    """
+    return tuple((name, methods[other].name) for name, method in methods.items() for other in method.compared_with)
