@@ -11,15 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments import glitch_tokens, refusal, score_features, self_text_sae, shift, steering_features
+from experiments import (
+    feature_selection,
+    glitch_tokens,
+    refusal,
+    score_features,
+    self_text_sae,
+    shift,
+    steering_features,
+)
 from workbench.activations.store import open_store
-from workbench.cli.base import Command
+from workbench.cli.study import Study
+from workbench.cli.training import TrainingOptions
 from workbench.core.errors import InvalidInputError, WorkbenchError
 from workbench.core.tokens import TokenBatch
 from workbench.features.scores.table import FeatureTable
 from workbench.models.loading import load_model
 from workbench.models.model import Model
-from workbench.report.base import Section, Table
+from workbench.report.base import Report, Section, Table
 from workbench.runs.run import RunDir, list_runs, settings_of
 from workbench.saes.formats.load import load_sae
 from workbench.saes.training.config import SAEConfig
@@ -30,20 +39,16 @@ LONGEST = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo(Command):
+class Demo(TrainingOptions, Study[Report]):
     """Run the main job on one model, end to end: from its text to a report.
 
     Glitch tokens, an SAE, scores of its features, steering, SHIFT and refusal, each beside its controls.
     """
 
-    tokens: int = 65_536
+    run_name = "demo"
+
+    tokens: int = feature_selection.Sizes.tokens
     """Tokens of its own text that the model writes; most of the time goes here."""
-    training_tokens: int = 600_000
-    """Token-steps of SAE training."""
-    expansion: int = 8
-    """Features of the SAE, as a multiple of the width of the residual stream."""
-    k: int = 32
-    """Features that may be active on one token."""
     layer: int | None = None
     """Layer of the SAE; the middle one by default."""
     fresh: bool = dataclasses.field(default=False, metadata={"config": False})
@@ -64,7 +69,7 @@ class Demo(Command):
     def _finished(self) -> RunDir | None:
         """The newest run of this configuration if it is finished; a newer one that was interrupted goes on instead."""
         for info in list_runs(self.out or "runs"):
-            if info.name != "demo" or info.status == "unreadable":
+            if info.name != self.run_name or info.status == "unreadable":
                 continue
             run = RunDir.open(info.path)
             if run.config == settings_of(self):
@@ -72,7 +77,7 @@ class Demo(Command):
         return None
 
     def _work(self) -> RunDir:
-        run = self.start("demo", fresh=self.fresh)
+        run = self.start(fresh=self.fresh)
         with run:
             study = _Study(self, run)
             if not run.has("sae"):
@@ -112,10 +117,7 @@ class _Study:
 
     @functools.cached_property
     def sae_config(self) -> SAEConfig:
-        config = self.config
-        return SAEConfig(
-            d_sae=config.expansion * self.model.d_model, k=config.k, tokens=config.training_tokens, seed=config.seed
-        )
+        return self.config.sae_config(self.model.d_model, self.config.seed)
 
     def require_possible(self) -> None:
         """Refuses what a later step would refuse: a layer or a k that there is not, rows that are too long."""

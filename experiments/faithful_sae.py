@@ -14,10 +14,11 @@ from torch import Tensor
 from experiments.faithful_report import CORPUS, OWN, FaithfulReport, Pair, Trained
 from experiments.local_text import Labelled, library_topics, read_labelled, write_corpus
 from workbench.activations.harvest import harvest
-from workbench.activations.sources import SelfText, TextFiles
+from workbench.activations.sources import OWN_TEXT_TOKENS, SelfText, TextFiles
 from workbench.activations.store import ActivationStore
 from workbench.bases.saecode import sae_fingerprint
-from workbench.cli.base import Command
+from workbench.cli.study import Begin, Study
+from workbench.cli.training import TrainingOptions
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import track
@@ -53,8 +54,8 @@ class Options:
         probe_tokens: tokens of a labelled text that are read.
     """
 
-    tokens: int = 81_920
-    context: int = 64
+    tokens: int = OWN_TEXT_TOKENS
+    context: int = SelfText.context
     seeds: int = 3
     seed: int = 0
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -219,8 +220,10 @@ def _probe(x: Tensor, texts: Labelled, site: str, options: Options) -> tuple[Est
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaithfulSAE(Command):
+class FaithfulSAE(TrainingOptions, Study[FaithfulReport]):
     """Compare SAEs on the model's own text with SAEs on other text: quality, stability, fake features, probes."""
+
+    run_name, step = "faithful-sae", "faithful"
 
     site: str | None = None
     """Where to read; by default the residual stream after the middle layer."""
@@ -228,44 +231,33 @@ class FaithfulSAE(Command):
     """Text to compare with (.txt or .jsonl); by default the documentation strings of Python's standard library."""
     labelled: Path | None = None
     """JSON lines with text and label, two labels, for the probes; by default documentation strings of two topics."""
-    tokens: int = 81_920
+    tokens: int = OWN_TEXT_TOKENS
     """Tokens of each text."""
-    context: int = 64
+    context: int = SelfText.context
     """Tokens per row."""
     seeds: int = 3
     """SAEs per text."""
-    expansion: int = 8
-    """Features, as a multiple of the width of the site."""
-    k: int = 32
-    """Features that may be active on one token."""
-    training_tokens: int = 600_000
-    """Token-steps of training of each SAE."""
     rows: int = 24
     """Held-out rows of each text that the evaluation runs through the model."""
     random_tokens: int = 100_000
     """Random tokens of each of the three sets that the fake feature ratio is measured on."""
 
-    def run(self) -> None:
-        """The study, its run folder and its findings."""
+    def measure(self, begin: Begin) -> FaithfulReport:
         from workbench.models.loading import load_model
 
         labelled = None if self.labelled is None else read_labelled(self.labelled)
         model = load_model(self.model)
         site = str(model.resolve(self.site or f"resid_post.{model.n_layers // 2}"))
-        config = SAEConfig(d_sae=self.expansion * model.width(site), k=self.k, tokens=self.training_tokens)
         options = Options(
-            tokens=self.tokens, context=self.context, seeds=self.seeds, seed=self.seed, sae=config,
-            evaluation=EvalOptions(max_rows=self.rows, seed=self.seed),
+            tokens=self.tokens, context=self.context, seeds=self.seeds, seed=self.seed,
+            sae=self.sae_config(model.width(site)), evaluation=EvalOptions(max_rows=self.rows, seed=self.seed),
             fake=FakeFeatureOptions(tokens=self.random_tokens, context=self.context, seed=self.seed),
         )  # fmt: skip
-        with self.start("faithful-sae") as run:
-            run.note_model(model)
-            report = study(model, site, run.artifacts, corpus=self.corpus, labelled=labelled, options=options)
-            section = report.section()
-            run.save_step("faithful", section)
-            html = run.finish(f"SAEs on own text and on a corpus, {site}")
-        summary = {"run": run.path, "report": html, "findings": section.findings, "metrics": section.metrics}
-        self.emit(summary, (*(f"- {finding}" for finding in section.findings), f"Report: {html}"))
+        run = begin(model)
+        return study(model, site, run.artifacts, corpus=self.corpus, labelled=labelled, options=options)
+
+    def title(self, report: FaithfulReport) -> str:
+        return f"SAEs on own text and on a corpus, {report.site}"
 
 
 if __name__ == "__main__":

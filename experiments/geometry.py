@@ -13,7 +13,7 @@ from torch import Tensor
 from workbench.activations.clipping import ClippingCost, clipping_cost
 from workbench.activations.geometry import GeometryOptions, SiteGeometry, measure_geometry
 from workbench.activations.sources import SelfText, TextFiles
-from workbench.cli.base import Command
+from workbench.cli.study import Begin, Study
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.report.base import Lines, Metric, Report, Section, Series, Table
 from workbench.report.blocks import Block
@@ -202,8 +202,10 @@ def _clipped(model: Any, rows: Tensor, found: Sequence[SiteGeometry], options: O
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry(Command):
+class Geometry(Study[GeometryReport]):
     """Measure outlier dimensions, massive activations, sinks, position and anisotropy, layer by layer."""
+
+    run_name = step = "geometry"
 
     sites: tuple[str, ...] = ()
     """Where to read; by default the residual stream after every block."""
@@ -216,20 +218,17 @@ class Geometry(Command):
     clipped_rows: int = 16
     """Rows on which outlier dimensions are set to 0 during the forward pass, to see what it costs; 0 leaves it out."""
 
-    def run(self) -> None:
-        """The study, its run folder and its findings."""
+    def measure(self, begin: Begin) -> GeometryReport:
         from workbench.models.loading import load_model
 
         model = load_model(self.model)
         sites = self.sites or tuple(f"resid_post.{layer}" for layer in range(model.n_layers))
         options = Options(geometry=GeometryOptions(seed=self.seed), clipped_rows=self.clipped_rows)
-        with self.start("geometry") as run:
-            run.note_model(model)
-            section = study(model, self.rows(model), sites, options).section()
-            run.save_step("geometry", section)
-            html = run.finish("Geometry of activations")
-        summary = {"run": run.path, "report": html, "findings": section.findings, "metrics": section.metrics}
-        self.emit(summary, (*(f"- {finding}" for finding in section.findings), f"Report: {html}"))
+        begin(model)
+        return study(model, self.rows(model), sites, options)
+
+    def title(self, report: GeometryReport) -> str:
+        return "Geometry of activations"
 
     def rows(self, model: Any) -> Tensor:
         """Packed rows of the model's own text or of the files."""

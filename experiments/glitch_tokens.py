@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from workbench.cli.base import Command
+from workbench.cli.study import Begin, Study
 from workbench.core.errors import WorkbenchError
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, examine, scan
 from workbench.glitch.verification.prompts import probes_from
 from workbench.glitch.verification.scoring import VERIFIED
+from workbench.runs.run import RunDir
 
 
 def study(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
@@ -34,12 +35,14 @@ def brief(folder: Path) -> ScanOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchScan(Command):
+class GlitchScan(Study[GlitchReport]):
     """Find tokens that the model was probably never trained on.
 
     The list comes from the weights alone; --verify top tests the first of it beside random tokens. The run folder gets
     the report as HTML, the facts as JSON and a table of all tokens as CSV. An interrupted test goes on where it was.
     """
+
+    run_name, step = "glitch-scan", "glitch"
 
     model: Annotated[str, tyro.conf.Positional] = "embedded"
     """Model: "embedded", a folder, a .gguf file, or a Hugging Face id in the local cache."""
@@ -81,48 +84,53 @@ class GlitchScan(Command):
             verification=VerifyOptions(batch_size=self.batch_size, stop_at=VERIFIED if self.quick else None),
         )  # fmt: skip
 
-    def run(self) -> None:
-        """Scan, save the run folder with the table of all tokens, and say what was found."""
+    def measure(self, begin: Begin) -> GlitchReport:
         from workbench.models.loading import load_model
 
         options = self.options()
         if self.prompts is not None:
             probes_from(self.prompts)  # refused before the weights are read
-        with self.start("glitch-scan") as run:
-            try:
-                report, model = study(self.model, options=options), None
-            except WorkbenchError:  # a model may have to be downloaded, or be laid out as only its own code knows
-                if self.verify != "top":
-                    raise
-                model = load_model(self.model)
-                report = study(model, options=options)
-            self._save(run, report)  # kept even if the model can't be loaded or tested
-            if self.verify == "top":
-                model = model or load_model(self.model)
-                run.note_model(model)
-                # In the run folder, so that the same command, given again after an interruption, goes on from it.
-                options = dataclasses.replace(options, journal=run.artifacts / "tested.jsonl")
-                report = examine(model, report, options=options)
-                self._save(run, report)
-            html = run.finish(f"Glitch tokens of {report.model}")
-            summary = report.to_json() | {"run": run.path, "report": html, "metrics": report.metrics()}
-            self.emit(summary, self._lines(report, run.path))
+        run = begin()
+        try:
+            report, model = study(self.model, options=options), None
+        except WorkbenchError:  # a model may have to be downloaded, or be laid out as only its own code knows
+            if self.verify != "top":
+                raise
+            model = load_model(self.model)
+            report = study(model, options=options)
+        self._save(run, report)  # kept even if the model can't be loaded or tested
+        if self.verify != "top":
+            return report
+        model = model or load_model(self.model)
+        run.note_model(model)
+        # In the run folder, so that the same command, given again after an interruption, continues from it.
+        options = dataclasses.replace(options, journal=run.artifacts / "tested.jsonl")
+        report = examine(model, report, options=options)
+        self._save(run, report)
+        return report
 
-    def _save(self, run: Any, report: GlitchReport) -> None:
+    def _save(self, run: RunDir, report: GlitchReport) -> None:
         from workbench.core.records import save_json
 
         report.to_csv(run.artifacts / "tokens.csv")
-        save_json(run.artifacts / "glitch.json", report.to_json())
-        run.save_step("glitch", report.section())
+        save_json(run.artifacts / f"{self.step}.json", report.to_json())
+        run.save_step(self.step, report.section())
 
-    def _lines(self, report: GlitchReport, folder: Path) -> Iterator[str]:
-        yield from (f"- {finding}" for finding in report.findings())
+    def title(self, report: GlitchReport) -> str:
+        return f"Glitch tokens of {report.model}"
+
+    def summary(self, report: GlitchReport, folder: Path) -> Mapping[str, object]:
+        return report.to_json() | {"metrics": report.metrics()}
+
+    def details(self, report: GlitchReport, folder: Path) -> Iterator[str]:
         for i in report.candidates()[:20]:
             row = report.row(i)
             p = "" if row["max_prob"] is None else f"  p = {row['max_prob']:.4f}"
             yield f"{i:>8}  {row['indicator']:.4f}{p}  {row['verdict']:<16}  {row['token']!r}"
+
+    def places(self, report: GlitchReport, folder: Path) -> str:
         files = folder / "artifacts"
-        yield f"Report: {folder / 'report.html'}; all tokens: {files / 'tokens.csv'}; as JSON: {files / 'glitch.json'}"
+        return f"Report: {folder / 'report.html'}; all tokens: {files / 'tokens.csv'}; as JSON: {files / 'glitch.json'}"
 
 
 if __name__ == "__main__":

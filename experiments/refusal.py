@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.cli.base import Command, read_passages
+from workbench.cli.base import read_passages
+from workbench.cli.study import Begin, Study
 from workbench.core.tokens import TokenBatch
 from workbench.steering.refusal.refusal_report import RefusalReport
 from workbench.steering.refusal.study import RefusalOptions, refusal_study
@@ -34,8 +35,11 @@ def study(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refusal(Command):
+class Refusal(Study[RefusalReport]):
     """Steer refusal with a direction and with SAE features, beside random ones."""
+
+    run_name = step = "refusal"
+    keeps_json = True
 
     sae: Path | None = None
     """Folder of an SAE of this model; without one only the direction is studied."""
@@ -66,9 +70,7 @@ class Refusal(Command):
             seed=self.seed,
         )
 
-    def run(self) -> None:
-        """Study, save the run folder, and say what was found."""
-        from workbench.core.records import save_json
+    def measure(self, begin: Begin) -> RefusalReport:
         from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
@@ -76,18 +78,11 @@ class Refusal(Command):
         sae = None if self.sae is None else load_sae(self.sae)
         model = load_model(self.model)
         site = self.site or (f"resid_post.{model.n_layers // 2}" if sae is None else None)
-        with self.start("refusal") as run:
-            run.note_model(model)
-            report = study(model, sae, texts, site=site, options=options)
-            save_json(run.artifacts / "refusal.json", report.to_json())
-            run.save_step("refusal", report.section())
-            html = run.finish(f"Refusal steering of {report.model}")
-            summary = {"run": run.path, "report": html, "findings": report.findings(), "metrics": report.metrics()}
-            self.emit(summary, self._lines(report, html))
+        begin(model)
+        return study(model, sae, texts, site=site, options=options)
 
-    def _lines(self, report: RefusalReport, html: Path) -> Iterator[str]:
-        yield from (f"- {finding}" for finding in report.findings())
-        yield f"Report: {html}"
+    def title(self, report: RefusalReport) -> str:
+        return f"Refusal steering of {report.model}"
 
 
 if __name__ == "__main__":

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 import tyro
 
 from workbench.cli.sae_eval import SaeMeasurement
+from workbench.cli.study import Begin
+from workbench.report.base import Section
 from workbench.saes.evaluation.absorption import AbsorptionOptions
 from workbench.saes.evaluation.sparse_probing import ProbingOptions
-from workbench.saes.evaluation.suite import SuiteOptions
+from workbench.saes.evaluation.suite import SuiteOptions, SuiteReport, run_suite
 from workbench.saes.evaluation.synthetic_training import SyntheticTraining
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaeSuite(SaeMeasurement):
+class SaeSuite(SaeMeasurement[SuiteReport]):
     """Measure an SAE: core metrics, k-sparse probing, absorption, its training on known features; with controls."""
+
+    run_name = "sae-suite"
 
     text_sets: bool = True
     """Also probe texts: code and docstrings of the standard library of this Python."""
@@ -26,25 +30,22 @@ class SaeSuite(SaeMeasurement):
     synthetic_steps: int = 1200
     """Steps of training an SAE of the same architecture where the true features are known; 0 leaves it out."""
 
-    def run(self) -> None:
-        """Measures, writes the run folder, and says what was found."""
+    def measure(self, begin: Begin) -> SuiteReport:
         from workbench.models.loading import load_model
         from workbench.saes.evaluation.labelled import local_text_sets
-        from workbench.saes.evaluation.suite import run_suite
         from workbench.saes.formats.load import load_sae
 
         rows, sae = self.read_rows(), load_sae(self.sae)
         model = load_model(self.model)
         sets = local_text_sets(self.per_class) if self.text_sets else ()
-        with self.start("sae-suite") as run:
-            run.note_model(model)
-            report = run_suite(model, sae, rows, texts=sets, options=self.options())
-            for name, part in report.parts.items():
-                run.save_step(name, part.section())
-            html = run.finish(f"Suite of {self.sae}")
-        metrics = report.section().metrics
-        lines = [*(f"- {finding}" for finding in report.findings()), f"Report: {html}"]
-        self.emit({"run": run.path, "report": html, "metrics": metrics, "findings": report.findings()}, lines)
+        begin(model)
+        return run_suite(model, sae, rows, texts=sets, options=self.options())
+
+    def sections(self, report: SuiteReport) -> dict[str, Section]:
+        return {name: part.section() for name, part in report.parts.items()}
+
+    def title(self, report: SuiteReport) -> str:
+        return f"Suite of {self.sae}"
 
     def options(self) -> SuiteOptions:
         """What is measured."""

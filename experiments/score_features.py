@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from workbench.activations.store import ActivationStore, open_store
-from workbench.cli.base import Command
+from workbench.cli.study import Begin, Study
 from workbench.features import ContextOptions, FeatureScoreReport, FeatureTable, ScoreOptions, score_features
 from workbench.models.model import Model
 
@@ -38,8 +38,10 @@ def study(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesScore(Command):
+class FeaturesScore(Study[FeatureScoreReport]):
     """Score every feature of an SAE by what it reads and what it writes."""
+
+    run_name, step = "features-score", "features"
 
     sae: tyro.conf.Positional[Path]
     """Folder of the SAE."""
@@ -64,28 +66,34 @@ class FeaturesScore(Command):
             k=self.k, precision=self.precision, contexts=ContextOptions(max_tokens=self.max_tokens), seed=self.seed
         )
 
-    def run(self) -> None:
-        """Score, save the table and the run folder, and say what was found."""
+    def measure(self, begin: Begin) -> FeatureScoreReport:
         from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
         sae, store = load_sae(self.sae), open_store(self.store) if self.store else None
         model = load_model(self.model)
-        with self.start("features-score") as run:
-            run.note_model(model)
-            table = study(model, sae, store, self.prompt, self.strength, self.options())
-            folder = table.save(run.artifacts / "features")
-            report = table.report(self.threshold)
-            run.save_step("features", report.section())
-            html = run.finish(f"Features of {self.sae.name}")
-        summary = {"run": run.path, "report": html, "table": folder, "findings": report.findings(), "best": report.best}
-        self.emit(summary, self._lines(report, folder, html))
+        run = begin(model)
+        table = study(model, sae, store, self.prompt, self.strength, self.options())
+        table.save(table_folder(run.path))
+        return table.report(self.threshold)
 
-    def _lines(self, report: FeatureScoreReport, folder: Path, html: Path) -> Iterator[str]:
-        yield from (f"- {finding}" for finding in report.findings())
+    def title(self, report: FeatureScoreReport) -> str:
+        return f"Features of {self.sae.name}"
+
+    def summary(self, report: FeatureScoreReport, folder: Path) -> Mapping[str, object]:
+        return {"table": table_folder(folder), "findings": report.findings(), "best": report.best}
+
+    def details(self, report: FeatureScoreReport, folder: Path) -> Iterator[str]:
         for feature, output, read, _, tokens in report.best:
             yield f"{feature:>6}  output {output:.3f}  input {read:.3f}  {tokens}"
-        yield f"Table: {folder}; report: {html}"
+
+    def places(self, report: FeatureScoreReport, folder: Path) -> str:
+        return f"Table: {table_folder(folder)}; report: {folder / 'report.html'}"
+
+
+def table_folder(run: Path) -> Path:
+    """Where a run keeps the table."""
+    return run / "artifacts" / "features"
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from workbench.activations.harvest import harvest
-from workbench.activations.sources import SelfText
+from workbench.activations.sources import OWN_TEXT_TOKENS, SelfText
 from workbench.activations.store import ActivationStore
-from workbench.cli.base import Command
+from workbench.cli.study import Begin, Study
+from workbench.cli.training import TrainingOptions
 from workbench.core.records import json_lines
 from workbench.report.base import Lines, Report, Section, Series, Table
 from workbench.saes.evaluation.evaluate import EvalOptions, SAEReport, evaluate_sae
@@ -32,8 +33,8 @@ class Options:
         shares: further SAEs are trained on these shares of the text, to show what more text would bring.
     """
 
-    tokens: int = 81_920
-    context: int = 64
+    tokens: int = OWN_TEXT_TOKENS
+    context: int = SelfText.context
     seed: int = 0
     sae: SAEConfig = field(default_factory=SAEConfig)
     evaluation: EvalOptions = field(default_factory=EvalOptions)
@@ -137,51 +138,42 @@ def _series(name: str, points: tuple[tuple[int, float], ...]) -> Series:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfTextSAE(Command):
+class SelfTextSAE(TrainingOptions, Study[SelfTextReport]):
     """Train and evaluate an SAE on text that the model writes itself."""
+
+    run_name, step = "self-text-sae", "sae"
 
     site: str | None = None
     """Where to read; by default the residual stream after the middle layer."""
-    tokens: int = 81_920
+    tokens: int = OWN_TEXT_TOKENS
     """Tokens of its own text that the model writes."""
-    context: int = 64
+    context: int = SelfText.context
     """Tokens per row of its text."""
-    expansion: int = 8
-    """Features, as a multiple of the width of the site."""
-    k: int = 32
-    """Features that may be active on one token."""
-    training_tokens: int = 600_000
-    """Token-steps of training."""
     rows: int = 64
     """Held-out rows that the evaluation runs through the model."""
     shares: tuple[float, ...] = ()
     """Train further SAEs on these shares of the text, such as 0.25 0.5, to show what more text brings."""
 
-    def run(self) -> None:
-        """The study, its run folder and its findings."""
+    def measure(self, begin: Begin) -> SelfTextReport:
         from workbench.models.loading import load_model
 
         model = load_model(self.model)
         site = str(model.resolve(self.site or f"resid_post.{model.n_layers // 2}"))
-        config = SAEConfig(
-            d_sae=self.expansion * model.width(site), k=self.k, tokens=self.training_tokens, seed=self.seed
-        )
         options = Options(
-            tokens=self.tokens, context=self.context, seed=self.seed, sae=config, shares=self.shares,
-            evaluation=EvalOptions(max_rows=self.rows),
+            tokens=self.tokens, context=self.context, seed=self.seed, shares=self.shares,
+            sae=self.sae_config(model.width(site), self.seed), evaluation=EvalOptions(max_rows=self.rows),
         )  # fmt: skip
-        with self.start("self-text-sae") as run:
-            run.note_model(model)
-            sae = run.artifacts / "sae"
-            report = study(model, site, run.artifacts / "store", sae, options)
-            run.save_step("sae", report.section())
-            html = run.finish(f"SAE on own text, {site}")
-        summary = {"run": run.path, "report": html, "sae": sae, "findings": report.findings()}
-        self.emit(summary, self._lines(report, sae, html))
+        run = begin(model)
+        return study(model, site, run.artifacts / "store", run.artifacts / "sae", options)
 
-    def _lines(self, report: SelfTextReport, sae: Path, html: Path) -> Iterator[str]:
-        yield from (f"- {finding}" for finding in report.findings())
-        yield f"SAE: {sae}; report: {html}"
+    def title(self, report: SelfTextReport) -> str:
+        return f"SAE on own text, {report.quality.site}"
+
+    def summary(self, report: SelfTextReport, folder: Path) -> Mapping[str, object]:
+        return {"sae": folder / "artifacts" / "sae", "findings": report.findings()}
+
+    def places(self, report: SelfTextReport, folder: Path) -> str:
+        return f"SAE: {folder / 'artifacts' / 'sae'}; report: {folder / 'report.html'}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,8 @@ from circuits.shift.biographies import BiographyOptions, biographies
 from circuits.shift.feature_judges import Judge, LexiconJudge, OracleJudge, StatisticsJudge
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.study import ShiftOptions
-from workbench.cli.base import Command, read_passages
+from workbench.cli.base import read_passages
+from workbench.cli.study import Begin, Study
 from workbench.core.tokens import TokenBatch
 
 JudgeName = Literal["statistics", "lexicon", "oracle"]
@@ -48,8 +48,11 @@ def study(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shift(Command):
+class Shift(Study[ShiftReport]):
     """Remove gender from a profession probe by ablating judged SAE features, beside random ones."""
+
+    run_name = step = "shift"
+    keeps_json = True
 
     sae: Path
     """Folder of an SAE of this model."""
@@ -70,9 +73,7 @@ class Shift(Command):
     texts: Path | None = None
     """Text file, one passage per line: measures what the ablation costs on plain text."""
 
-    def run(self) -> None:
-        """Study, save the run folder, and say what was found."""
-        from workbench.core.records import save_json
+    def measure(self, begin: Begin) -> ShiftReport:
         from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
@@ -85,19 +86,11 @@ class Shift(Command):
         )
         model = load_model(self.model)
         plain_text = None if passages is None else model.tokens(passages)
-        with self.start("shift") as run:
-            run.note_model(model)
-            report = study(model, sae, plain_text, task=task, judge=_JUDGES[self.judge](), options=options)
-            save_json(run.artifacts / "shift.json", report.to_json())
-            section = report.section()
-            run.save_step("shift", section)
-            html = run.finish("SHIFT: " + report.task)
-            summary = {"run": run.path, "report": html, "findings": section.findings, "metrics": section.metrics}
-            self.emit(summary, self._lines(report, html))
+        begin(model)
+        return study(model, sae, plain_text, task=task, judge=_JUDGES[self.judge](), options=options)
 
-    def _lines(self, report: ShiftReport, html: Path) -> Iterator[str]:
-        yield from (f"- {finding}" for finding in report.findings())
-        yield f"Report: {html}"
+    def title(self, report: ShiftReport) -> str:
+        return "SHIFT: " + report.task
 
 
 if __name__ == "__main__":

@@ -1,36 +1,22 @@
-"""Do features with a high output score steer what the model writes, at what price, and does selecting them matter?"""
+"""Do features with a high output score steer what the model writes, at what price?"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 
-from workbench.activations.harvest import harvest
-from workbench.activations.sources import SelfText
-from workbench.cli.base import Command
+from workbench.cli.study import Begin, Study
 from workbench.core.errors import InvalidInputError
-from workbench.core.progress import clock
-from workbench.features import ContextOptions, FeatureTable, ScoreOptions, score_features
+from workbench.features import FeatureTable
 from workbench.models.model import Model
-from workbench.saes.training.config import SAEConfig
-from workbench.saes.training.train import train_saes
 from workbench.steering import SteeringReport, SteerOptions, steer
-from workbench.steering.selection.groups import GROUPS, Depth, StudyOptions
-from workbench.steering.selection.selection_report import SelectionReport
-from workbench.steering.selection.study import selection_study
 from workbench.steering.sweep.prompts import NEUTRAL_PROMPTS, neutral_prompts
 
 STRENGTHS = (1.5, 3.0)
-DEPTHS = (1 / 6, 1 / 2, 5 / 6)
-"""Where the study reads by default, as shares of the blocks."""
-TRAINING_COST = 4.0
-"""A training step of a TopK SAE beside the encoder's matrix product alone."""
 
 
 def study(
@@ -59,114 +45,13 @@ def study(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Sizes of the study that trains its own SAEs.
-
-    Attributes:
-        layers: where the SAEs read; () takes three depths.
-        tokens: tokens that the model writes.
-        context: tokens per row of its text.
-        sae: the SAEs and their training; the site is set per layer.
-        scores: details of the feature scores.
-        study: groups, strengths and prompts.
-    """
-
-    layers: tuple[int, ...] = ()
-    tokens: int = 65_536
-    context: int = 64
-    sae: SAEConfig = field(default_factory=SAEConfig)
-    scores: ScoreOptions = field(default_factory=ScoreOptions)
-    study: StudyOptions = field(default_factory=StudyOptions)
-
-    def layers_of(self, model: Model) -> tuple[int, ...]:
-        """Where the SAEs read in this model."""
-        return self.layers or tuple(dict.fromkeys(int(depth * model.n_layers) for depth in DEPTHS))
-
-
-@dataclass(frozen=True)
-class StudyTime:
-    """About how long the study takes from nothing, in seconds per part.
-
-    Attributes:
-        writing: the text and its activations.
-        training: all SAEs.
-        scoring: all features.
-        steering: all groups, at most.
-        texts: steered texts, at most.
-    """
-
-    writing: float
-    training: float
-    scoring: float
-    steering: float
-    texts: int
-
-    def __str__(self) -> str:
-        """One line.
-
-        >>> str(StudyTime(60.0, 60.0, 60.0, 120.0, 1000))
-        'about 5 min 00 s: writing 1 min 00 s, training 1 min 00 s, scoring 1 min 00 s, 1,000 texts 2 min 00 s'
-        """
-        parts = {"writing": self.writing, "training": self.training, "scoring": self.scoring,
-                 f"{self.texts:,} texts": self.steering}  # fmt: skip
-        each = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items())
-        return f"about {clock(sum(parts.values()))}: {each}"
-
-
-@torch.no_grad()
-def study_time(model: Model, sizes: Sizes) -> StudyTime:
-    """Measures the speed of generation and of an encoder for a few seconds, and multiplies."""
-    depths, study = len(sizes.layers_of(model)), sizes.study
-    rows = [study.prompts[i % 4] for i in range(study.steering.batch_size)]
-    start = time.perf_counter()
-    model.generate(rows, 8, seed=study.seed, batch_size=len(rows))
-    per_token = (time.perf_counter() - start) / (8 * len(rows))
-    x, encoder = torch.zeros(sizes.sae.batch, model.d_model), torch.zeros(model.d_model, sizes.sae.d_sae)
-    products = []
-    for _ in range(4):  # the first one is slower; of the others the least disturbed counts
-        start = time.perf_counter()
-        torch.mm(x, encoder)
-        products.append(time.perf_counter() - start)
-    per_step = TRAINING_COST * min(products)
-    features = len(GROUPS) * study.n_features * depths
-    texts = len(study.prompts) * (depths + 2 * features * len(study.strengths))
-    return StudyTime(
-        writing=sizes.tokens * per_token, training=depths * sizes.sae.tokens / sizes.sae.batch * per_step,
-        scoring=depths * sizes.sae.d_sae * per_token, steering=texts * study.steering.new_tokens * per_token,
-        texts=texts,
-    )  # fmt: skip
-
-
-def selection(model: Model, folder: Path, sizes: Sizes | None = None) -> SelectionReport:
-    """Own text, SAEs at several depths in one pass, their scores, and the study of selection; resumed in its folder.
-
-    Args:
-        model: the model.
-        folder: gets the store, the SAEs and the feature tables.
-        sizes: how much of everything.
-    """
-    from workbench.saes.formats.load import load_sae
-
-    sizes = sizes or Sizes()
-    sites = [str(model.resolve(f"resid_post.{layer}")) for layer in sizes.layers_of(model)]
-    source = SelfText(tokens=sizes.tokens, context=sizes.context, seed=sizes.study.seed)
-    store = harvest(model, source, sites, folder / "store")
-    runs = train_saes(store, [replace(sizes.sae, site=site) for site in sites], folder / "saes")
-    depths = []
-    for run in runs:
-        sae, place = load_sae(run.path), folder / "features" / run.path.name
-        if not (place / "features.parquet").is_file():
-            score_features(model, sae, store, options=sizes.scores).save(place)
-        depths.append(Depth(sae, FeatureTable.load(place)))
-    return selection_study(model, depths, sizes.study, folder / "texts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steer(Command):
+class Steer(Study[SteeringReport]):
     """Steer neutral prompts with SAE features, beside their controls.
 
     Controls are the unsteered model, random directions of equal norm, and features that should not steer.
     """
+
+    run_name, step = "steer", "steering"
 
     sae: tyro.conf.Positional[Path]
     """Folder of the SAE."""
@@ -193,8 +78,7 @@ class Steer(Command):
     a_max: Literal["token", "dataset"] = "token"
     """What strengths multiply: the largest activation at each token, or each feature's own largest in the table."""
 
-    def run(self) -> None:
-        """Steer, save the run folder, and say what was found."""
+    def measure(self, begin: Begin) -> SteeringReport:
         from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
@@ -207,109 +91,26 @@ class Steer(Command):
         )  # fmt: skip
         prompts = self.prompts or neutral_prompts(self.n_prompts)
         model = load_model(self.model)
-        with self.start("steer") as run:
-            run.note_model(model)
-            if self.features or table is None:
-                poor = () if table is None else table.worst_matched(self.features)
-                report = steer(model, sae, self.features, self.strengths, prompts, poor, options=options)
-            else:
-                report = study(model, sae, table, self.n_features, self.strengths, prompts, options)
-            run.save_step("steering", report.section())
-            report.frame().to_parquet(run.artifacts / "texts.parquet", index=False)
-            html = run.finish(f"Steering with features of {self.sae.name}")
-        self.emit(report.to_json() | {"run": run.path, "report": html}, self._lines(report, html))
+        run = begin(model)
+        if self.features or table is None:
+            poor = () if table is None else table.worst_matched(self.features)
+            report = steer(model, sae, self.features, self.strengths, prompts, poor, options=options)
+        else:
+            report = study(model, sae, table, self.n_features, self.strengths, prompts, options)
+        report.frame().to_parquet(run.artifacts / "texts.parquet", index=False)
+        return report
 
-    def _lines(self, report: SteeringReport, html: Path) -> Iterator[str]:
-        yield from (f"- {finding}" for finding in report.findings())
+    def title(self, report: SteeringReport) -> str:
+        return f"Steering with features of {self.sae.name}"
+
+    def summary(self, report: SteeringReport, folder: Path) -> Mapping[str, object]:
+        return report.to_json()
+
+    def details(self, report: SteeringReport, folder: Path) -> Iterator[str]:
         yield report.example_title
         for prompt, unsteered, steered in report.examples:
             yield f"{prompt}\n    unsteered: {unsteered!r}\n    steered:   {steered!r}"
-        yield f"Report: {html}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteeringStudy(Command):
-    """Test on SAEs at several depths whether output features lie deep, and whether selecting them makes steering work.
-
-    The model writes text, SAEs are trained on it in one pass, all features are scored, and groups of features selected
-    in different ways are steered with. Three published claims get a verdict each, with intervals and controls.
-    """
-
-    saes: tuple[Path, ...] = ()
-    """Folders of SAEs at different layers, instead of training some; each needs a table."""
-    tables: tuple[Path, ...] = ()
-    """Folders of their feature tables, in the same order, from `workbench features score`."""
-    layers: tuple[int, ...] = ()
-    """Layers of the SAEs that are trained; by default at a sixth, a half and five sixths of the depth."""
-    tokens: int = 65_536
-    """Tokens of its own text that the model writes."""
-    expansion: int = 8
-    """Features of each SAE, as a multiple of the model's width."""
-    k: int = 32
-    """Features that may be active on one token."""
-    training_tokens: int = 600_000
-    """Token-steps of training."""
-    max_tokens: int = 65_536
-    """Stored tokens that are read for contexts."""
-    n_features: int = 20
-    """Features per group and layer."""
-    strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """Factors on the largest feature activation at each token."""
-    n_prompts: int = 12
-    """How many of the built-in neutral prompts; half of them choose the strengths."""
-    new_tokens: int = 20
-    """Tokens to write."""
-    threshold: float = 0.01
-    """Output score from which a feature counts as an output feature."""
-    estimate: bool = field(default=False, metadata={"config": False})
-    """Say how long the study takes here, and do nothing."""
-
-    def options(self) -> StudyOptions:
-        """What the library is called with."""
-        steering = SteerOptions(new_tokens=self.new_tokens, seed=self.seed, plain_texts=())
-        return StudyOptions(
-            n_features=self.n_features, strengths=self.strengths, threshold=self.threshold,
-            prompts=neutral_prompts(self.n_prompts), steering=steering, seed=self.seed,
-        )  # fmt: skip
-
-    def sizes(self, model: Model) -> Sizes:
-        """The same for a study that trains its own SAEs."""
-        sae = SAEConfig(d_sae=self.expansion * model.d_model, k=self.k, tokens=self.training_tokens, seed=self.seed)
-        scores = ScoreOptions(contexts=ContextOptions(max_tokens=self.max_tokens), seed=self.seed)
-        return Sizes(layers=self.layers, tokens=self.tokens, sae=sae, scores=scores, study=self.options())
-
-    def run(self) -> None:
-        """The study, its run folder and its findings."""
-        from workbench.models.loading import load_model
-        from workbench.saes.formats.load import load_sae
-
-        if len(self.saes) != len(self.tables):
-            raise InvalidInputError(
-                f"{len(self.saes)} SAEs and {len(self.tables)} tables: give each SAE of --saes its table in --tables."
-            )
-        model = load_model(self.model)
-        sizes = self.sizes(model)
-        expected = None if self.saes else study_time(model, sizes)
-        if self.estimate:
-            if expected is None:
-                raise InvalidInputError("--estimate is for the whole study. Leave out --saes and --tables.")
-            self.emit({"seconds": expected}, [f"{expected}."])
-            return
-        if expected is not None and not self.json:
-            self.emit({}, [f"From nothing {expected}. It can be stopped at any time; the same command goes on."])
-        with self.start("steering-study") as run:
-            run.note_model(model)
-            if self.saes:
-                pairs = zip(self.saes, self.tables, strict=True)
-                depths = [Depth(load_sae(folder), FeatureTable.load(table)) for folder, table in pairs]
-                report = selection_study(model, depths, self.options(), run.artifacts / "texts")
-            else:
-                report = selection(model, run.artifacts, sizes)
-            run.save_step("selection", report.section())
-            html = run.finish("Which features steer")
-        lines = (*(f"- {finding}" for finding in report.findings()), f"Report: {html}")
-        self.emit(report.to_json() | {"run": run.path, "report": html}, iter(lines))
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"steer": Steer, "study": SteeringStudy}).run()
+    tyro.cli(Steer).run()

@@ -19,6 +19,7 @@ from workbench.cli import commands as commands_module
 from workbench.cli.base import Command, read_passages
 from workbench.cli.commands import CommandEntry
 from workbench.cli.page import GROUPS, help_page
+from workbench.cli.study import Begin, Study
 from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
@@ -26,13 +27,13 @@ from workbench.core.errors import (
     MissingFileError,
     UnknownSiteError,
 )
-from workbench.report.base import Section
+from workbench.report.base import Report, Section
 
 ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(Command):
+class Sample(Command):
     """Study something, and say so.
 
     More about it.
@@ -55,14 +56,15 @@ class Study(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interrupted(Command):
+class Interrupted(Study[Report]):
     """Write one step, then wait."""
 
-    def run(self) -> None:
+    run_name = "waiting"
+
+    def measure(self, begin: Begin) -> Report:
         """Do it."""
-        with self.start("waiting") as run:
-            run.save_step("one", Section("One"))
-            raise KeyboardInterrupt
+        begin().save_step("one", Section("One"))
+        raise KeyboardInterrupt
 
 
 class OutOfMemoryError(RuntimeError):
@@ -89,9 +91,9 @@ ERRORS = {
 @pytest.fixture(autouse=True)
 def _commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     own = {
-        "study": CommandEntry("study", __name__, "Study"),
+        "study": CommandEntry("study", __name__, "Sample"),
         "wait": CommandEntry("wait", __name__, "Interrupted"),
-        "sae train": CommandEntry("sae train", __name__, "Study"),
+        "sae train": CommandEntry("sae train", __name__, "Sample"),
         "gone": CommandEntry("gone", "experiments.no_such_module", "Gone"),
         "half": CommandEntry("half", __name__, "NoSuchClass"),
     }
@@ -261,15 +263,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 from dataclasses import dataclass
 from workbench import cli
 from workbench.cli import commands
-from workbench.cli.base import Command
+from workbench.cli.study import Study
 from workbench.report.base import Section
 @dataclass(frozen=True, kw_only=True)
-class Wait(Command):
-    def run(self) -> None:
-        with self.start("waiting") as run:
-            run.save_step("one", Section("One"))
-            sys.stderr.write("ready\\n"); sys.stderr.flush()
-            time.sleep(60)
+class Wait(Study):
+    run_name = "waiting"
+    def measure(self, begin):
+        begin().save_step("one", Section("One"))
+        sys.stderr.write("ready\\n"); sys.stderr.flush()
+        time.sleep(60)
 commands.CommandEntry.load = lambda self: Wait
 sys.exit(cli.main(["runs", "--out", {str(tmp_path)!r}]))
 """

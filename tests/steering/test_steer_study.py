@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.steering_features import Sizes, selection, study_time
+from experiments.feature_selection import Sizes, selection, study_time
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
 from workbench.core.errors import InvalidInputError

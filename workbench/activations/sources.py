@@ -20,6 +20,9 @@ from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
 from workbench.core.tokenizer import decoded, start_ids
 
+OWN_TEXT_TOKENS = 81_920
+"""Tokens that a model writes where no other number is asked for."""
+
 
 @checked
 @dataclass(frozen=True)

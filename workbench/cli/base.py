@@ -10,10 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TextIO
-
-if TYPE_CHECKING:
-    from workbench.runs.run import RunDir
+from typing import Any, ClassVar, TextIO
 
 _results: ContextVar[TextIO | None] = ContextVar("workbench_results", default=None)
 
@@ -70,11 +67,7 @@ class BaseCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class Command(BaseCommand):
-    """A command that works with a model and writes a run folder.
-
-    A subclass is a study's whole configuration: each field is an option of the command line, the string below it the
-    help text. `out` and `json` say where results go and are no part of the configuration that a run folder records.
-    """
+    """A command that works with a model."""
 
     model: str = "embedded"
     """Model: "embedded", a Hugging Face id, a folder or a .gguf file."""
@@ -82,14 +75,6 @@ class Command(BaseCommand):
     """Seed of everything random; the same seed gives the same result."""
     out: Path | None = dataclasses.field(default=None, metadata={"config": False})
     """Folder for the results; by default a new folder in runs/."""
-
-    def start(self, name: str, fresh: bool = False) -> RunDir:
-        """The run folder of this command, continued if an equal one was interrupted; inside `out` or `runs/`."""
-        from workbench.engine.folder import require_local
-        from workbench.runs.run import RunDir
-
-        require_local(self.out or "runs")  # also for those who call it without the command line
-        return RunDir.resume_or_create(name, self, root=self.out or "runs", fresh=fresh)
 
 
 def read_passages(path: Path | None) -> list[str] | None:

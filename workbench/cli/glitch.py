@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from workbench.cli.base import BaseCommand, Command
+from workbench.cli.base import BaseCommand
+from workbench.cli.study import Begin, R, RunFolderStudy, Study
 from workbench.core.errors import DegenerateInputError
 
 if TYPE_CHECKING:
+    from workbench.glitch.scanning.differences import DiffReport
+    from workbench.glitch.text.adt_run import AdtReport
+    from workbench.glitch.text.lint_report import LintReport
     from workbench.glitch.text.sanitize import Sanitizer
     from workbench.glitch.text.sanitize_files import SanitizeReport
-    from workbench.report.base import Report
-    from workbench.runs.run import RunDir
 
 FOUND = 1
 """Exit code of `glitch lint` if something was found."""
 _LINES = 40
+FINDINGS, ITEMS = "findings.csv", "items.jsonl"
+
+
+class _KeepsAll(RunFolderStudy[R]):
+    """A study whose `--json` is its whole report, which the run folder keeps too."""
+
+    keeps_json = True
+
+    def summary(self, report: R, folder: Path) -> Mapping[str, object]:
+        return report.to_json()
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchLint(Command):
+class GlitchLint(_KeepsAll["LintReport"], Study["LintReport"]):
     """Find tokens that a model stumbles over in prompts or data sets: places, counts, text that is lost.
 
     Exit code: 0 if nothing was found, 1 if something was, 2 for wrong input.
     """
+
+    run_name, step = "glitch-lint", "lint"
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Text files, .jsonl or .parquet files, folders or patterns."""
@@ -43,27 +57,33 @@ class GlitchLint(Command):
     no_fail: bool = False
     """End with exit code 0 also if something was found."""
 
-    def run(self) -> int:
-        """Lints, saves the run folder with all places, and says what was found."""
+    def measure(self, begin: Begin) -> LintReport:
         from workbench.glitch.text.linter import KINDS, linter_for
 
         if not self.files:
             raise DegenerateInputError("glitch lint: no file was named. Give text, .jsonl or .parquet files.")
-        with self.start("glitch-lint") as run:
-            linter = linter_for(self.model, self.scan, self.kinds or tuple(KINDS))
-            report = linter.files(self.files, self.column, self.limit)
-            report.to_csv(run.artifacts / "findings.csv")
-            places = [str(place) for place in report.places[:_LINES]]
-            more = [f"… {report.n_findings - _LINES:,} more: {run.artifacts / 'findings.csv'}"]
-            counts = [f"{row.count:>9,} x {row.kind:<10} {row.token_id:>8}  '{row.text}'" for row in report.counts[:20]]
-            lines = [*places, *(more if report.n_findings > _LINES else []), *counts]
-            _finish(self, run, "lint", report, lines)
+        run = begin()
+        linter = linter_for(self.model, self.scan, self.kinds or tuple(KINDS))
+        report = linter.files(self.files, self.column, self.limit)
+        report.to_csv(run.artifacts / FINDINGS)
+        return report
+
+    def details(self, report: LintReport, folder: Path) -> Iterator[str]:
+        yield from (str(place) for place in report.places[:_LINES])
+        if report.n_findings > _LINES:
+            yield f"… {report.n_findings - _LINES:,} more: {folder / 'artifacts' / FINDINGS}"
+        for row in report.counts[:20]:
+            yield f"{row.count:>9,} x {row.kind:<10} {row.token_id:>8}  '{row.text}'"
+
+    def exit_code(self, report: LintReport) -> int:
         return 0 if self.no_fail or not report.n_findings else FOUND
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchDiff(BaseCommand):
+class GlitchDiff(_KeepsAll["DiffReport"]):
     """Compare two scans, models or tokenizers: flags, ids, categories, verdicts, lost bytes."""
+
+    run_name, step = "glitch-diff", "diff"
 
     a: tyro.conf.Positional[str]
     """Run folder or glitch.json of a scan, or a model (folder, .gguf file, "embedded", cached hub id)."""
@@ -71,23 +91,18 @@ class GlitchDiff(BaseCommand):
     """The same, to compare with."""
     tokenizer_only: bool = False
     """Compare the tokenizers of models alone; their weights are not read."""
-    out: Path | None = None
-    """Folder for the results; by default a new folder in runs/."""
 
-    def run(self) -> None:
-        """Compares, saves the run folder with every change, and says what changed."""
+    def measure(self, begin: Begin) -> DiffReport:
         from workbench.glitch import diff
-        from workbench.runs.run import RunDir
 
-        settings = {"a": self.a, "b": self.b, "tokenizer_only": self.tokenizer_only}
-        with RunDir.resume_or_create("glitch-diff", settings, root=self.out or "runs") as run:
-            report = diff(self.a, self.b, tokenizer_only=self.tokenizer_only)
-            report.to_csv(run.artifacts / "changes.csv")
-            lines = [
-                f"{c.kind:<15} {c.id_a:>8} {c.id_b:>8}  '{c.text}'  {c.before} -> {c.after}"
-                for c in report.changes[:_LINES]
-            ]
-            _finish(self, run, "diff", report, lines)
+        run = begin()
+        report = diff(self.a, self.b, tokenizer_only=self.tokenizer_only)
+        report.to_csv(run.artifacts / "changes.csv")
+        return report
+
+    def details(self, report: DiffReport, folder: Path) -> Iterator[str]:
+        for c in report.changes[:_LINES]:
+            yield f"{c.kind:<15} {c.id_a:>8} {c.id_b:>8}  '{c.text}'  {c.before} -> {c.after}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +146,10 @@ class GlitchExport(BaseCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchSanitize(Command):
+class GlitchSanitize(_KeepsAll["SanitizeReport"], Study["SanitizeReport"]):
     """Write text files as token ids without flagged tokens: the same text in other tokens, one JSON line a document."""
+
+    run_name, step = "glitch-sanitize", "sanitize"
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Text files, .jsonl or .parquet files, folders or patterns."""
@@ -145,25 +162,25 @@ class GlitchSanitize(Command):
     check: int = 0
     """Ask the model to copy so many of the tokens, before and after, and as many ordinary ones; 0 asks nothing."""
 
-    def run(self) -> None:
-        """Writes ids.jsonl into the run folder, and says what was cut."""
+    def measure(self, begin: Begin) -> SanitizeReport:
         from workbench.glitch.text.linter import scan_for
         from workbench.glitch.text.sanitize import Sanitizer
         from workbench.glitch.text.sanitize_files import sanitize_files
 
         if not self.files:
             raise DegenerateInputError("glitch sanitize: no file was named. Give text, .jsonl or .parquet files.")
-        with self.start("glitch-sanitize") as run:
-            scan, codec = scan_for(self.model, self.scan)
-            sanitizer = Sanitizer.of(codec, scan.flags(self.grades))
-            report = sanitize_files(sanitizer, self.files, run.artifacts / "ids.jsonl", self.column)
-            if self.check and any(cut.replaced for cut in report.cuts):
-                report = self._checked(report, sanitizer)
-            cut = [
-                f"{c.replaced:>9,} x {c.token_id:>8}  '{c.text}' -> {'|'.join(c.pieces) or 'IMPOSSIBLE'}"
-                for c in report.cuts[:20]
-            ]
-            _finish(self, run, "sanitize", report, [*cut, f"Ids: {report.file}"])
+        run = begin()
+        scan, codec = scan_for(self.model, self.scan)
+        sanitizer = Sanitizer.of(codec, scan.flags(self.grades))
+        report = sanitize_files(sanitizer, self.files, run.artifacts / "ids.jsonl", self.column)
+        if self.check and any(cut.replaced for cut in report.cuts):
+            report = self._checked(report, sanitizer)
+        return report
+
+    def details(self, report: SanitizeReport, folder: Path) -> Iterator[str]:
+        for c in report.cuts[:20]:
+            yield f"{c.replaced:>9,} x {c.token_id:>8}  '{c.text}' -> {'|'.join(c.pieces) or 'IMPOSSIBLE'}"
+        yield f"Ids: {report.file}"
 
     def _checked(self, report: SanitizeReport, sanitizer: Sanitizer) -> SanitizeReport:
         import dataclasses
@@ -183,8 +200,10 @@ class GlitchSanitize(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchAdt(Command):
+class GlitchAdt(_KeepsAll["AdtReport"], Study["AdtReport"]):
     """Test a model on pairs of words whose border its tokenizer hides, beside the same words with a separator."""
+
+    run_name, step = "glitch-adt", "adt"
 
     model: Annotated[str, tyro.conf.Positional] = "embedded"
     """Model: "embedded", a Hugging Face id, a folder or a .gguf file."""
@@ -197,8 +216,7 @@ class GlitchAdt(Command):
     batch_size: int = 32
     """Prompts at a time."""
 
-    def run(self) -> None:
-        """Makes the items, asks the model, saves the run folder, and says how much worse it does."""
+    def measure(self, begin: Begin) -> AdtReport | None:
         from workbench.core.codec import codec_of
         from workbench.glitch.text.adt import AdtOptions, make_items, read_lexicon
         from workbench.glitch.text.adt_run import run_adt, save_items
@@ -206,35 +224,17 @@ class GlitchAdt(Command):
         from workbench.models.loading import load_model, load_tokenizer
 
         words = () if self.lexicon is None else read_lexicon(self.lexicon)
-        model: Any = None if self.make_only else load_model(self.model)
+        model = None if self.make_only else load_model(self.model)
         codec = codec_of(load_tokenizer(self.model) if model is None else model.tokenizer)
-        with self.start("glitch-adt") as run:
-            options = AdtOptions(items=self.items, seed=self.seed)
-            items = make_items(codec, analyse(codec), words, options)
-            file = save_items(run.artifacts / "items.jsonl", items)
-            saved = f"Items: {file}"
-            if model is None:
-                run.finish("Adversarial tokenization items")
-                shown = [f"{i.text}  {'|'.join(i.tokens)}  = {i.first} + {i.second}" for i in items[:20]]
-                self.emit({"run": run.path, "items": file, "n": len(items)}, [*shown, saved])
-                return
-            run.note_model(model)
-            journal = run.artifacts / "answers.jsonl"
-            _finish(self, run, "adt", run_adt(model, items, batch_size=self.batch_size, journal=journal), [saved])
+        run = begin(model)
+        items = make_items(codec, analyse(codec), words, AdtOptions(items=self.items, seed=self.seed))
+        file = save_items(run.artifacts / ITEMS, items)
+        if model is None:
+            run.finish("Adversarial tokenization items")
+            shown = [f"{i.text}  {'|'.join(i.tokens)}  = {i.first} + {i.second}" for i in items[:20]]
+            self.emit({"run": run.path, "items": file, "n": len(items)}, [*shown, f"Items: {file}"])
+            return None
+        return run_adt(model, items, batch_size=self.batch_size, journal=run.artifacts / "answers.jsonl")
 
-
-def _finish(command: BaseCommand, run: RunDir, name: str, report: Report, lines: Sequence[str]) -> None:
-    """Saves report and JSON, and prints the sentences and the lines."""
-    from workbench.core.records import save_json
-
-    found = report.to_json()
-    save_json(run.artifacts / f"{name}.json", found)
-    run.save_step(name, report.section())
-    html = run.finish(report.section().title)
-    command.emit(found | {"run": run.path, "report": html}, _said(report, lines, html))
-
-
-def _said(report: Report, lines: Sequence[str], html: Path) -> Iterator[str]:
-    yield from (f"- {finding}" for finding in report.findings())
-    yield from lines
-    yield f"Report: {html}"
+    def details(self, report: AdtReport, folder: Path) -> Iterator[str]:
+        yield f"Items: {folder / 'artifacts' / ITEMS}"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from workbench.cli.base import Command
+from workbench.cli.study import Begin, R, Study
 from workbench.core.errors import MissingFileError
 from workbench.glitch.scanning.scanner import ScanOptions
 
@@ -26,7 +26,7 @@ CHOICE = "dtype.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TestsTokens(Command):
+class _TestsTokens(Study[R]):
     """What both commands ask for: the model, its dtype, the ranking and the prompts."""
 
     model: Annotated[str, tyro.conf.Positional] = "embedded"
@@ -69,11 +69,13 @@ class _TestsTokens(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchCensus(_TestsTokens):
+class GlitchCensus(_TestsTokens["CensusReport"]):
     """Test every token of the vocabulary, and measure what the ranking by weights finds.
 
     Ctrl-C loses nothing: the same command continues.
     """
+
+    run_name, step = "glitch-census", "census"
 
     sample: int | None = None
     """Test so many ordinary tokens only, drawn by strata of the ranking, and estimate the rest."""
@@ -82,31 +84,35 @@ class GlitchCensus(_TestsTokens):
         """What the library is called with."""
         return dataclasses.replace(super().census_options(), sample=self.sample)
 
-    def run(self) -> None:
-        """Test the tokens, save the run folder with the table of all tokens, and say what was found."""
+    def measure(self, begin: Begin) -> CensusReport:
         from workbench.glitch.counting.census import run_census
 
-        with self.start("glitch-census") as run:
-            model, plan = self.prepared(run)
-            _announce(f"Census of {model.name}: {plan}.")
-            report = run_census(model, plan, run.artifacts)
-            report.save(run.artifacts)
-            run.save_step("census", report.section())
-            html = run.finish(f"Census of {report.model}")
-            summary = report.to_json() | {"run": run.path, "report": html}
-            self.emit(summary, self._lines(report, run.path))
+        run = begin()
+        model, plan = self.prepared(run)
+        _announce(f"Census of {model.name}: {plan}.")
+        report = run_census(model, plan, run.artifacts)
+        report.save(run.artifacts)
+        return report
 
-    def _lines(self, report: CensusReport, folder: Path) -> Iterator[str]:
-        yield from (f"- {finding}" for finding in report.findings())
-        yield f"All tokens: {folder / 'artifacts' / 'tokens.csv'}; report: {folder / 'report.html'}"
+    def title(self, report: CensusReport) -> str:
+        return f"Census of {report.model}"
+
+    def summary(self, report: CensusReport, folder: Path) -> Mapping[str, object]:
+        return report.to_json()
+
+    def places(self, report: CensusReport, folder: Path) -> str:
+        return f"All tokens: {folder / 'artifacts' / 'tokens.csv'}; report: {folder / 'report.html'}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchSearch(_TestsTokens):
+class GlitchSearch(_TestsTokens["SearchReport"]):
     """Compare searches for glitch tokens: the ranking, GlitchHunter, gradient search and random order.
 
     With --census the recall of each is measured; without, the tokens that are asked for are tested.
     """
+
+    run_name, step = "glitch-search", "search"
+    keeps_json = True
 
     census: Path | None = None
     """Run folder of `glitch census` with the same model and prompts, or its artifacts folder."""
@@ -123,9 +129,7 @@ class GlitchSearch(_TestsTokens):
     iterations: int = 125
     """Steps of the gradient search, of 8 tokens each."""
 
-    def run(self) -> None:
-        """Run the searches, save the run folder, and say what each found."""
-        from workbench.core.records import save_json
+    def measure(self, begin: Begin) -> SearchReport:
         from workbench.glitch.counting.census import prober_of
         from workbench.glitch.searching.gradient import GradientOptions
         from workbench.glitch.searching.hunter import HunterOptions
@@ -135,21 +139,22 @@ class GlitchSearch(_TestsTokens):
             methods=self.methods, budget=self.budget, seeds=self.seeds, seed=self.seed,
             hunter=HunterOptions(resolution=self.resolution), gradient=GradientOptions(iterations=self.iterations),
         )  # fmt: skip
-        with self.start("glitch-search") as run:
-            if self.census is not None:
-                _take_over(self.census, run.artifacts)
-            model, plan = self.prepared(run)
-            report = search(model, plan, prober_of(model, plan, run.artifacts), options=options)
-            save_json(run.artifacts / "search.json", report.to_json())
-            report.df.to_csv(run.artifacts / "searches.csv", index=False)
-            run.save_step("search", report.section())
-            html = run.finish(f"Searches for glitch tokens in {report.model}")
-            summary = report.to_json() | {"run": run.path, "report": html}
-            self.emit(summary, self._lines(report, run.path))
+        run = begin()
+        if self.census is not None:
+            _take_over(self.census, run.artifacts)
+        model, plan = self.prepared(run)
+        report = search(model, plan, prober_of(model, plan, run.artifacts), options=options)
+        report.df.to_csv(run.artifacts / "searches.csv", index=False)
+        return report
 
-    def _lines(self, report: SearchReport, folder: Path) -> Iterator[str]:
-        yield from (f"- {finding}" for finding in report.findings())
-        yield f"Every run: {folder / 'artifacts' / 'search.json'}; report: {folder / 'report.html'}"
+    def title(self, report: SearchReport) -> str:
+        return f"Searches for glitch tokens in {report.model}"
+
+    def summary(self, report: SearchReport, folder: Path) -> Mapping[str, object]:
+        return report.to_json()
+
+    def places(self, report: SearchReport, folder: Path) -> str:
+        return f"Every run: {folder / 'artifacts' / 'search.json'}; report: {folder / 'report.html'}"
 
 
 def _take_over(census: Path, artifacts: Path) -> None:

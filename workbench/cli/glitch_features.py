@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from workbench.cli.base import Command
 from workbench.cli.glitch_repair import named_tokens
+from workbench.cli.study import Begin, Study
+
+if TYPE_CHECKING:
+    from workbench.glitch.scanning.sae_features_report import GlitchFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchFeaturesCommand(Command):
+class GlitchFeaturesCommand(Study["GlitchFeatures"]):
     """Find the SAE features that fire on glitch tokens more than on ordinary ones, and how well both are rebuilt."""
+
+    run_name, step = "glitch-features", "features"
 
     model: Annotated[str, tyro.conf.Positional] = "embedded"
     """Model: "embedded", a folder, a .gguf file, or a Hugging Face id in the local cache."""
@@ -33,8 +39,7 @@ class GlitchFeaturesCommand(Command):
     fdr: float = 0.05
     """Expected share of false ones among the features that are named."""
 
-    def run(self) -> None:
-        """Compare, save, and say what was found."""
+    def measure(self, begin: Begin) -> GlitchFeatures:
         from workbench.glitch.scanning.sae_features import FeatureOptions, glitch_features
         from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
@@ -43,13 +48,13 @@ class GlitchFeaturesCommand(Command):
         tokens, avoid = named_tokens(self.tokens, self.scan)
         model = load_model(self.model)
         sae = load_sae(self.sae, str(model.device), model=model, check=self.check)
-        with self.start("glitch-features") as run:
-            run.note_model(model)
-            report = glitch_features(model, sae, tokens, avoid=avoid, options=options)
-            run.artifacts.mkdir(parents=True, exist_ok=True)
-            report.df.to_csv(run.artifacts / "features.csv", index=False)
-            run.save_step("features", report.section())
-            html = run.finish(f"SAE features on glitch tokens of {report.model}")
-            summary = report.to_json() | {"run": run.path, "report": html, "metrics": report.metrics()}
-            lines = [*(f"- {finding}" for finding in report.findings()), f"Report: {html}"]
-            self.emit(summary, lines)
+        run = begin(model)
+        report = glitch_features(model, sae, tokens, avoid=avoid, options=options)
+        report.df.to_csv(run.artifacts / "features.csv", index=False)
+        return report
+
+    def title(self, report: GlitchFeatures) -> str:
+        return f"SAE features on glitch tokens of {report.model}"
+
+    def summary(self, report: GlitchFeatures, folder: Path) -> Mapping[str, object]:
+        return report.to_json() | {"metrics": report.metrics()}

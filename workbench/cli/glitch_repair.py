@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from workbench.cli.base import Command, read_passages
+from workbench.cli.base import read_passages
+from workbench.cli.study import Begin, Study
 
 if TYPE_CHECKING:
     from workbench.glitch.repairing.repair import Repair, RepairOptions
     from workbench.glitch.repairing.repair_check import RepairCheckOptions
     from workbench.glitch.repairing.repair_report import RepairReport
+    from workbench.glitch.repairing.repaired_copy import CopyReport
+    from workbench.models.model import Model
+
+SAVED = "saved-model"
+"""Step of the report on the saved copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchRepair(Command):
+class GlitchRepair(Study["RepairReport"]):
     """Give glitch tokens new rows, made from the tokens that spell them, and measure whether that helps.
 
     The model itself is never changed: the repair is saved as an intervention, and with --save-model as a new folder.
     """
+
+    run_name, step = "glitch-repair", "repair"
 
     model: Annotated[str, tyro.conf.Positional] = "embedded"
     """Model: "embedded", a folder, a .gguf file, or a Hugging Face id in the local cache."""
@@ -49,8 +57,7 @@ class GlitchRepair(Command):
     force: bool = False
     """Save the copy even if the repair is no success."""
 
-    def run(self) -> None:
-        """Repair, measure, save the intervention, and on request the weights."""
+    def measure(self, begin: Begin) -> RepairReport:
         from workbench.glitch.repairing.repair import repair
         from workbench.glitch.repairing.repair_check import check_repair
         from workbench.models.loading import load_model
@@ -59,18 +66,34 @@ class GlitchRepair(Command):
         self._require_possible()
         model = load_model(self.model)
         made = repair(model, tokens, self._options(), avoid=avoid)
-        with self.start("glitch-repair") as run:
-            run.note_model(model)
-            run.artifacts.mkdir(parents=True, exist_ok=True)
-            made.intervention(required=False).save(run.artifacts / "intervention")
-            report = check_repair(model, made, self._check())
-            run.save_step("repair", report.section())
-            saved = self._saved(model, made, report)
-            if saved is not None:
-                run.save_step("saved-model", saved.section())
-            html = run.finish(f"Repair of glitch tokens of {report.model}")
-            summary = report.to_json() | {"run": run.path, "report": html, "metrics": report.metrics()}
-            self.emit(summary, self._lines(report, saved, run.path))
+        run = begin(model)
+        made.intervention(required=False).save(run.artifacts / "intervention")
+        report = check_repair(model, made, self._check())
+        run.save_step(self.step, report.section())
+        if (saved := self._saved(model, made, report)) is not None:
+            run.save_step(SAVED, saved.section())
+        return report
+
+    def title(self, report: RepairReport) -> str:
+        return f"Repair of glitch tokens of {report.model}"
+
+    def summary(self, report: RepairReport, folder: Path) -> Mapping[str, object]:
+        return report.to_json() | {"metrics": report.metrics()}
+
+    def details(self, report: RepairReport, folder: Path) -> Iterator[str]:
+        from workbench.runs.run import RunDir
+
+        for k, (i, text, pieces) in enumerate(zip(report.ids, report.texts, report.sources, strict=True)):
+            p = f"p {report.copied['before'][k]:.4f} -> {report.copied['repaired'][k]:.4f}"
+            yield f"{i:>8}  {p}  {text!r} = {' + '.join(map(repr, pieces))}"
+        run = RunDir.open(folder)
+        if run.has(SAVED):
+            yield from (f"- {finding}" for finding in run.load_step(SAVED).findings)
+        elif self.save_model is not None:
+            yield f"The model was not saved: the repair is no success. --force writes {self.save_model} nevertheless."
+
+    def places(self, report: RepairReport, folder: Path) -> str:
+        return f"Intervention: {folder / 'artifacts' / 'intervention'}; report: {folder / 'report.html'}"
 
     def _options(self) -> RepairOptions:
         from workbench.glitch.repairing.repair import RepairOptions
@@ -93,7 +116,7 @@ class GlitchRepair(Command):
         if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise InvalidInputError(f"{place} exists and is not an empty folder; name a new one for the copy.")
 
-    def _saved(self, model: Any, made: Repair, report: RepairReport) -> Any:
+    def _saved(self, model: Model, made: Repair, report: RepairReport) -> CopyReport | None:
         """The report on the saved copy, loaded again; None if none was asked for or the repair is no success."""
         from workbench.glitch.repairing.repaired_copy import compare_copy, save_repaired, source_folder
 
@@ -101,17 +124,6 @@ class GlitchRepair(Command):
             return None
         save_repaired(made, source_folder(model), self.save_model, untie=self.untie)
         return compare_copy(model, made, self.save_model)
-
-    def _lines(self, report: RepairReport, saved: Any, folder: Path) -> Iterator[str]:
-        yield from (f"- {finding}" for finding in report.findings())
-        for k, (i, text, pieces) in enumerate(zip(report.ids, report.texts, report.sources, strict=True)):
-            p = f"p {report.copied['before'][k]:.4f} -> {report.copied['repaired'][k]:.4f}"
-            yield f"{i:>8}  {p}  {text!r} = {' + '.join(map(repr, pieces))}"
-        if saved is not None:
-            yield from (f"- {finding}" for finding in saved.findings())
-        elif self.save_model is not None:
-            yield f"The model was not saved: the repair is no success. --force writes {self.save_model} nevertheless."
-        yield f"Intervention: {folder / 'artifacts' / 'intervention'}; report: {folder / 'report.html'}"
 
 
 def named_tokens(tokens: tuple[int, ...], scan: Path | None) -> tuple[list[int], list[int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from workbench.activations.plan import HarvestEstimate, HarvestOptions, estimate_harvest
-from workbench.activations.sources import HubDataset, SelfText, Source, TextFiles
+from workbench.activations.sources import OWN_TEXT_TOKENS, HubDataset, SelfText, Source, TextFiles
 from workbench.activations.store import ActivationStore
 from workbench.cli.base import Command
 from workbench.core.errors import InvalidInputError
@@ -21,9 +21,9 @@ class Harvest(Command):
 
     sites: tuple[str, ...] = ()
     """Where to read; by default the residual stream after the middle layer."""
-    tokens: int = 81_920
+    tokens: int = OWN_TEXT_TOKENS
     """How many tokens."""
-    context: int = 64
+    context: int = SelfText.context
     """Tokens per row."""
     files: tuple[Path, ...] = ()
     """Text files (.txt, .jsonl, .parquet), folders or patterns of them, instead of the model's own text."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from workbench.cli.base import Command, read_passages
+from workbench.cli.base import read_passages
+from workbench.cli.study import Begin, R, Study
 from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from workbench.saes.evaluation.evaluate import EvalOptions
+    from workbench.saes.evaluation.quality import SAEReport
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaeMeasurement(Command):
+class SaeMeasurement(Study[R]):
     """A measurement of one SAE on rows of a store or of a text file."""
 
     sae: tyro.conf.Positional[Path]
@@ -53,21 +56,23 @@ class SaeMeasurement(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaeEval(SaeMeasurement):
+class SaeEval(SaeMeasurement["SAEReport"]):
     """Evaluate an SAE: FVU, L0, loss recovered when it is spliced in, beside controls."""
 
-    def run(self) -> None:
-        """Evaluates, writes the run folder, and says what was found."""
+    run_name, step = "sae-eval", "sae"
+
+    def measure(self, begin: Begin) -> SAEReport:
         from workbench.models.loading import load_model
         from workbench.saes.evaluation.evaluate import evaluate_sae
         from workbench.saes.formats.load import load_sae
 
         rows, sae = self.read_rows(), load_sae(self.sae)
         model = load_model(self.model)
-        with self.start("sae-eval") as run:
-            run.note_model(model)
-            report = evaluate_sae(model, sae, rows, options=self.evaluation())
-            run.save_step("sae", report.section())
-            html = run.finish(f"Evaluation of {self.sae}")
-        lines = [*(f"- {finding}" for finding in report.findings()), f"Report: {html}"]
-        self.emit({"run": run.path, "report": html, "metrics": report.section().metrics}, lines)
+        begin(model)
+        return evaluate_sae(model, sae, rows, options=self.evaluation())
+
+    def title(self, report: SAEReport) -> str:
+        return f"Evaluation of {self.sae}"
+
+    def summary(self, report: SAEReport, folder: Path) -> Mapping[str, object]:
+        return {"metrics": report.section().metrics}

@@ -1,0 +1,123 @@
+"""What all studies share: a run folder that the same command continues, a report, and how both are printed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar
+
+from workbench.cli.base import BaseCommand, Command
+from workbench.core.records import save_json
+from workbench.report.base import Report, Section
+
+if TYPE_CHECKING:
+    from workbench.models.model import Model
+    from workbench.runs.run import RunDir
+
+R = TypeVar("R", bound=Report)
+
+Begin: TypeAlias = "Callable[..., RunDir]"
+"""Opens the run folder and records the model that it is given, if any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolderStudy(BaseCommand, Generic[R]):
+    """A command that measures something and keeps a run folder; its fields are the configuration of the run.
+
+    A study says what it measures, and may say more about its result; what happens to the folder is said here.
+    """
+
+    run_name: ClassVar[str]
+    """Of its run folders."""
+    step: ClassVar[str]
+    """Of its report in the run folder."""
+
+    keeps_json: ClassVar[bool] = False
+    """Whether the run folder keeps the report as JSON, in a file called after the step."""
+
+    out: Path | None = dataclasses.field(default=None, metadata={"config": False})
+    """Folder for the results; by default a new folder in runs/."""
+
+    def measure(self, begin: Begin) -> R | None:
+        """The result.
+
+        Everything that may be wrong with the options is met before `begin(model)`, which opens the run folder: the one
+        of this configuration that was interrupted, or a new one. What is kept in it is not made again.
+
+        Returns:
+            The report; None if this call was for something else, such as an estimate.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no measure(). Define it.")
+
+    def sections(self, report: R) -> Mapping[str, Section]:
+        """What the run folder keeps, by step."""
+        return {self.step: report.section()}
+
+    def title(self, report: R) -> str:
+        """Of the page."""
+        return report.section().title
+
+    def summary(self, report: R, folder: Path) -> Mapping[str, object]:
+        """What `--json` prints besides the places of run folder and page."""
+        return {"findings": report.findings(), "metrics": report.section().metrics}
+
+    def details(self, report: R, folder: Path) -> Iterable[str]:
+        """Lines that are printed below the findings."""
+        return ()
+
+    def places(self, report: R, folder: Path) -> str:
+        """The last line: where the results are."""
+        return f"Report: {folder / 'report.html'}"
+
+    def exit_code(self, report: R) -> int:
+        """Of the command."""
+        return 0
+
+    def start(self, fresh: bool = False) -> RunDir:
+        """The run folder of this configuration, continued if it was interrupted; inside `out` or `runs/`."""
+        from workbench.engine.folder import require_local
+        from workbench.runs.run import RunDir
+
+        require_local(self.out or "runs")  # also for those who call it without the command line
+        return RunDir.resume_or_create(self.run_name, self, root=self.out or "runs", fresh=fresh)
+
+    def run(self) -> int | None:
+        """Measures, saves the run folder, and says what was found."""
+        begun: list[RunDir] = []
+        with contextlib.ExitStack() as until_finished:
+
+            def begin(model: Model | None = None) -> RunDir:
+                begun.append(until_finished.enter_context(self.start()))
+                if model is not None:
+                    begun[0].note_model(model)
+                return begun[0]
+
+            report = self.measure(begin)
+            if report is None:
+                return None
+            (run,) = begun
+            if self.keeps_json:
+                save_json(run.artifacts / f"{self.step}.json", report.to_json())
+            for step, section in self.sections(report).items():
+                run.save_step(step, section)
+            html = run.finish(self.title(report))
+        summary = {**self.summary(report, run.path), "run": run.path, "report": html}
+        self.emit(summary, self._lines(report, run.path))
+        return self.exit_code(report)
+
+    def _lines(self, report: R, folder: Path) -> Iterator[str]:
+        yield from (f"- {finding}" for finding in report.findings())
+        yield from self.details(report, folder)
+        yield self.places(report, folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(RunFolderStudy[R], Command):
+    """A study of a model.
+
+    A subclass is its whole configuration: each field is an option of the command line, the string below it the help
+    text. `out` and `json` say where results go and are no part of the configuration that a run folder records.
+    """
