@@ -25,6 +25,7 @@ from workbench.core.errors import (
     DegenerateInputError,
     InvalidInputError,
     MissingFileError,
+    ShardsFailed,
     UnknownSiteError,
 )
 from workbench.report.base import Report, Section
@@ -75,6 +76,10 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
+def _raise_from(error: BaseException, cause: BaseException) -> None:
+    raise error from cause
+
+
 ERRORS = {
     "site": lambda: _raise(UnknownSiteError("No site 'resid_pst.1'.\nDid you mean resid_post.1?")),
     "file": lambda: Path("/nowhere/at/all").read_text(),
@@ -84,6 +89,8 @@ ERRORS = {
     "torch": lambda: _raise(OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")),
     "cpu": lambda: _raise(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")),
     "defect": lambda: _raise(ZeroDivisionError("ours")),
+    "shards": lambda: _raise_from(ShardsFailed("2 of 9 shards failed (a: no; b: no)."), InvalidInputError("no")),
+    "shard": lambda: _raise_from(ShardsFailed("1 of 9 shards failed (a: ours)."), ZeroDivisionError("ours")),
     "stop": lambda: _raise(KeyboardInterrupt()),
 }
 
@@ -121,6 +128,7 @@ def _failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("memory", "error: out of memory. Use a smaller model, batch or number of tokens.\n"),
         ("torch", "error: out of memory: CUDA out of memory. Tried to allocate 2 GiB."),
         ("cpu", "error: out of memory: DefaultCPUAllocator"),
+        ("shards", "error: 2 of 9 shards failed (a: no; b: no)."),
     ],
 )
 def test_what_a_user_can_do_wrong_is_one_line(capsys: pytest.CaptureFixture[str], what: str, said: str) -> None:
@@ -130,6 +138,8 @@ def test_what_a_user_can_do_wrong_is_one_line(capsys: pytest.CaptureFixture[str]
 def test_a_defect_keeps_its_traceback_and_debug_shows_all() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.main(["study", "--what", "defect"])
+    with pytest.raises(ShardsFailed):
+        cli.main(["study", "--what", "shard"])
     with pytest.raises(UnknownSiteError):
         cli.main(["study", "--what", "site", "--debug"])
 

@@ -173,7 +173,7 @@ def test_the_whole_study_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Mon
     for group in pooled.values():
         assert group.gain.value == pytest.approx(group.success.value - group.random.value)
     assert report._repr_html_() and report.to_json()
-    texts = pd.concat(map(pd.read_parquet, tmp_path.glob("texts/*/*.parquet")))
+    texts = pd.concat(map(pd.read_parquet, tmp_path.glob("texts/layer*/*/parts/*.parquet")))
     assert set(texts["arm"]) == {"feature", "random", "unsteered"}
     assert set(texts["prompt"]) == set(PROMPTS)
     monkeypatch.setattr(Bench, "__init__", lambda *_: pytest.fail("a finished study is not steered again"))
@@ -183,7 +183,7 @@ def test_the_whole_study_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_interrupted_study_goes_on_to_the_same_result(tmp_path: Path) -> None:
     model = tiny_model()
     whole = selection(model, tmp_path, SIZES).to_json()
-    files = sorted((tmp_path / "texts").glob("*/*.parquet"))
+    files = sorted((tmp_path / "texts").glob("layer*/*/parts/*.json"))
     assert len(files) > 2, "more than one block of features"
     files[1].unlink()
     assert selection(model, tmp_path, SIZES).to_json() == whole

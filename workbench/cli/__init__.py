@@ -10,7 +10,7 @@ import shutil
 import sys
 from typing import Any
 
-from workbench.core.errors import WorkbenchError
+from workbench.core.errors import ShardsFailed, WorkbenchError
 
 USER_ERROR = 2
 """Exit code for wrong input."""
@@ -83,6 +83,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         detail = str(error).split("\n", 1)[0]
         return f"out of memory{': ' + detail if detail else ''}. Use a smaller model, batch or number of tokens."
+    if isinstance(error, ShardsFailed) and error.__cause__ is not None and explain(error.__cause__) is None:
+        return None
     if isinstance(error, WorkbenchError):
         return " ".join([str(error), *getattr(error, "__notes__", ())])
     if isinstance(error, FileNotFoundError):

@@ -38,6 +38,11 @@ class Task:
     def __init__(self, reporter: Reporter | None, handle: Any) -> None:
         self._reporter, self._handle = reporter, handle
 
+    @classmethod
+    def silent(cls) -> Task:
+        """A task that nobody watches."""
+        return cls(None, None)
+
     def advance(self, amount: int = 1) -> None:
         """Count `amount` more units (tokens, batches: what the task was started with)."""
         if self._reporter is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import io
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,16 +17,23 @@ from jaxtyping import Float
 from workbench.bases.saecode import decoder_rows, sae_fingerprint
 from workbench.controls.arms import Sweep
 from workbench.controls.directions import random_directions
+from workbench.core.errors import InvalidInputError
 from workbench.core.progress import Task
-from workbench.core.records import to_jsonable, write_atomic
+from workbench.core.records import to_jsonable
+from workbench.engine.job import Made, Shard, Work, job_to_json, register_job
+from workbench.engine.keeper import Keeper
+from workbench.engine.shards import map_shards
 from workbench.features.scores.logit_lens import target_site
 from workbench.models.model import Model
 from workbench.steering.selection.groups import Depth, StudyOptions
-from workbench.steering.sweep.arms import ArmTexts
 from workbench.steering.sweep.build import success_key
 from workbench.steering.sweep.choose import best_strength, paper_strength
 from workbench.steering.sweep.steer import Bench, sizes_of
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+TEXTS = "parquet"
 ARMS = ("feature", "random", "unsteered")
 BLOCK = 8
 """Features that are steered before their texts are written to disk."""
@@ -91,75 +99,131 @@ def steer_groups(
         progress: advanced by texts.
     """
     every = sorted({f for group in groups.values() for f in group})
-    work = _Work(model, depth, every, options, folder)
-    tables = [work.block(start, progress) for start in range(0, len(every), BLOCK)]
-    place = {feature: i for i, feature in enumerate(every)}
+    job = SteerFeatures.of(model, depth, every, options, progress)
+    with contextlib.ExitStack() as until_read:
+        place = folder or Path(until_read.enter_context(tempfile.TemporaryDirectory()))
+        keep = Keeper.of_key(place / f"layer{target_site(model, depth.sae).layer}", job_to_json(job))
+        for receipt in keep.done().values():
+            progress.advance(receipt.units)
+        shards = [Shard(f"features-{start:04d}", start) for start in range(0, len(every), BLOCK)]
+        # the bar is advanced text by text, not shard by shard
+        parts = list(map_shards(job, shards, keep, progress=Task.silent()))
+        tables = [_table(keep, receipt.name) for receipt in parts]
+    row_of = {feature: i for i, feature in enumerate(every)}
     by_arm = {arm: _measured(tables, arm, options) for arm in ARMS}
-    at = {name: [place[f] for f in group] for name, group in groups.items()}
-    return Steered(*({name: by_arm[arm].of(rows) for name, rows in at.items()} for arm in ARMS))
+    rows = {name: [row_of[f] for f in group] for name, group in groups.items()}
+    return Steered(*({name: by_arm[arm].of(at) for name, at in rows.items()} for arm in ARMS))
 
 
-class _Work:
-    """The features of one SAE in blocks; the model is touched only for blocks that are not on disk."""
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """What a job of this process has at hand."""
 
-    def __init__(
-        self, model: Model, depth: Depth, features: Sequence[int], options: StudyOptions, folder: Path | None
-    ) -> None:
-        self._features = torch.tensor(features)
-        self._vectors = decoder_rows(depth.sae, self._features)
+    model: Model
+    depth: Depth
+    options: StudyOptions
+    progress: Task
+
+
+@register_job("steer-features")
+@dataclass(frozen=True, kw_only=True)
+class SteerFeatures:
+    """Steers with the features of one SAE, a block of them per shard; the fields are all that texts depend on.
+
+    Attributes:
+        model: fingerprint.
+        sae: fingerprint.
+        site: where the model is steered.
+        features: the features, of which a shard names the first.
+        sizes: what strengths multiply; None takes the largest activation at each token.
+        strengths: factors.
+        prompts: texts to continue.
+        details: further options of the steering.
+        seed: of the random directions.
+        loaded: the model and the SAE themselves.
+    """
+
+    model: str
+    sae: str
+    site: str
+    features: list[int]
+    sizes: list[float] | None
+    strengths: tuple[float, ...]
+    prompts: tuple[str, ...]
+    details: dict[str, object]
+    seed: int
+    loaded: _Loaded | None = field(default=None, metadata={"config": False}, compare=False)
+
+    @classmethod
+    def of(
+        cls, model: Model, depth: Depth, features: Sequence[int], options: StudyOptions, progress: Task
+    ) -> SteerFeatures:
+        """The job for a model and an SAE that are loaded."""
+        steering = replace(options.steering, table=depth.table)
+        sizes = sizes_of(torch.tensor(features), steering)
+        return cls(
+            model=model.fingerprint,
+            sae=sae_fingerprint(depth.sae),
+            site=str(target_site(model, depth.sae)),
+            features=list(features),
+            sizes=None if sizes is None else sizes.tolist(),
+            strengths=tuple(options.strengths),
+            prompts=tuple(options.prompts),
+            details={f.name: to_jsonable(getattr(steering, f.name)) for f in fields(steering) if f.name != "table"},
+            seed=options.seed,
+            loaded=_Loaded(model, depth, replace(options, steering=steering), progress),
+        )
+
+    def open(self) -> Work:
+        """Writes the unsteered texts, with which those of every shard are compared."""
+        if self.loaded is None:
+            raise InvalidInputError(
+                "SteerFeatures: its model and SAE are those of another process. Start the job there."
+            )
+        loaded, features = self.loaded, torch.tensor(self.features)
+        vectors = decoder_rows(loaded.depth.sae, features)
         # Drawn for all at once, so that a feature's random direction does not depend on how blocks are cut.
-        self._noise = random_directions(self._vectors, seed=options.seed)
-        self._options, self._steering = options, replace(options.steering, table=depth.table)
-        self._parts = (model, depth.sae, target_site(model, depth.sae))
-        self._bench: Bench | None = None
-        self._folder = None if folder is None else folder / f"layer{self._parts[2].layer}-{self._key(model)}"
-        self._base: Any = None
+        noise = random_directions(vectors, seed=self.seed)
+        site = target_site(loaded.model, loaded.depth.sae)
+        bench = Bench(loaded.model, loaded.depth.sae, site, self.prompts, loaded.options.steering)
+        base = bench.unsteered(loaded.progress)
 
-    def _key(self, model: Model) -> str:
-        """Changes with everything that texts depend on."""
-        details = {f.name: getattr(self._steering, f.name) for f in fields(self._steering) if f.name != "table"}
-        sizes = sizes_of(self._features, self._steering)
-        kept = [model.fingerprint, str(self._parts[2]), sae_fingerprint(self._parts[1]), self._features.tolist(),
-                None if sizes is None else sizes.tolist(), self._options.strengths, self._options.prompts, details,
-                self._options.seed]  # fmt: skip
-        return hashlib.sha256(repr(to_jsonable(kept)).encode()).hexdigest()[:12]
+        def work(shard: Shard) -> Made:
+            import pandas as pd
 
-    def block(self, start: int, progress: Task) -> Any:
-        """One row per text of the features from `start` on, as a pandas frame."""
-        import pandas as pd
+            assert isinstance(shard.spec, int)
+            some = slice(shard.spec, shard.spec + BLOCK)
+            owners = features[some]
+            names, tokens = tuple(owners.tolist()), bench.lens_of(owners)
+            arms = Sweep.over(
+                self.strengths, {"feature": bench.pushes(owners, vectors[some])},
+                {"random": bench.pushes(owners, noise[some])},
+            )  # fmt: skip
+            texts = [bench.texts(arms.of(kind), names, tokens, loaded.progress) for kind in arms.kinds]
+            frame = pd.DataFrame(
+                [row for arm in (*texts, bench.measured(names, tokens, base)) for row in arm.rows(self.prompts)]
+            )
+            raw = io.BytesIO()
+            frame.to_parquet(raw, index=False)
+            return Made(
+                files={TEXTS: [raw.getvalue()]}, units=2 * len(owners) * len(self.strengths) * len(self.prompts)
+            )
 
-        file = None if self._folder is None else self._folder / f"features-{start:04d}.parquet"
-        if file is not None and file.is_file():
-            known: Any = pd.read_parquet(file)
-            progress.advance(int((known["arm"] != "unsteered").sum()))
-            return known
-        frame = pd.DataFrame([row for arm in self._arms(start, progress) for row in arm.rows(self._options.prompts)])
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()
-            frame.to_parquet(buffer, index=False)
-            write_atomic(file, buffer.getvalue())
-        return frame
-
-    def _arms(self, start: int, progress: Task) -> list[ArmTexts]:
-        if self._bench is None:
-            self._bench = Bench(*self._parts, self._options.prompts, self._steering)
-            self._base = self._bench.unsteered(progress)
-        bench, some = self._bench, slice(start, start + BLOCK)
-        owners = self._features[some]
-        sweep = Sweep.over(
-            self._options.strengths, {"feature": bench.pushes(owners, self._vectors[some])},
-            {"random": bench.pushes(owners, self._noise[some])},
-        )  # fmt: skip
-        names, tokens = tuple(owners.tolist()), bench.lens_of(owners)
-        texts = [bench.texts(sweep.of(kind), names, tokens, progress) for kind in sweep.kinds]
-        return [*texts, bench.measured(names, tokens, self._base)]
+        return work
 
 
-def _measured(tables: Sequence[Any], arm: str, options: StudyOptions) -> Measured:
+def _table(keep: Keeper, part: str) -> pd.DataFrame:
+    """The kept texts of a block, one row each."""
+    import pandas as pd
+
+    return pd.read_parquet(io.BytesIO(keep.file(part, TEXTS)))
+
+
+def _measured(tables: Sequence[pd.DataFrame], arm: str, options: StudyOptions) -> Measured:
     """The texts of one arm, each feature at its strength."""
     import pandas as pd
 
+    # pandas' own types don't tell a column from a table
     frame: Any = pd.concat([table[table["arm"] == arm] for table in tables])
     prompts = len(options.prompts)
     strengths = frame["strength"].nunique()
