@@ -24,10 +24,10 @@ from workbench.activations.sources import SelfText
 from workbench.activations.store import ActivationStore
 from workbench.core.progress import shown
 from workbench.models.loading import load_model
+from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.formats.load import load_sae, sae_lens_module
 from workbench.saes.training.batches import Batches, OrderKey
-from workbench.saes.training.config import SAEConfig
 from workbench.saes.training.train import train_sae
 
 Curve = list[tuple[float, float]]

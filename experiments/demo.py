@@ -30,8 +30,8 @@ from workbench.models.loading import load_model
 from workbench.models.model import Model
 from workbench.report.base import Report, Section, Table
 from workbench.runs.run import RunDir, list_runs, settings_of
+from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import load_sae
-from workbench.saes.training.config import SAEConfig
 from workbench.steering.refusal import data as refusal_data
 
 LONGEST = 512

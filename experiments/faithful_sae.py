@@ -29,10 +29,10 @@ from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool
 from workbench.saes.comparison.corpus import CorpusOptions, CorpusReport, check_corpus
 from workbench.saes.comparison.faithful import FakeFeatureOptions, FakeFeatures, Quality, fake_features, quality
 from workbench.saes.comparison.matching import MatchOptions, match_by_activations, shared_features
+from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions
 from workbench.saes.formats.load import load_sae
 from workbench.saes.training.checkpoint import store_id
-from workbench.saes.training.config import SAEConfig
 from workbench.saes.training.train import train_sae
 
 

@@ -14,9 +14,9 @@ from workbench.cli.study import Begin, Study
 from workbench.cli.training import TrainingOptions
 from workbench.core.records import json_lines
 from workbench.report.base import Lines, Report, Section, Series, Table
+from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions, SAEReport, evaluate_sae
 from workbench.saes.formats.load import load_sae
-from workbench.saes.training.config import SAEConfig
 from workbench.saes.training.train import SAERun, train_sae
 
 

@@ -64,12 +64,12 @@ from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 from workbench.saes.comparison.corpus import CorpusOptions, check_corpus
 from workbench.saes.comparison.faithful import FakeFeatureOptions, fake_features, quality
 from workbench.saes.comparison.matching import match_by_activations, shared_features
+from workbench.saes.config import ARCHITECTURES, SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.evaluation.sparse_probing import ProbingOptions
 from workbench.saes.evaluation.suite import SuiteOptions, run_suite
 from workbench.saes.formats.load import load_sae
 from workbench.saes.formats.placement import check_sae
-from workbench.saes.training.config import ARCHITECTURES, SAEConfig
 from workbench.saes.training.train import train_sae
 from workbench.steering import SteerOptions, steer
 from workbench.steering.directions.classical import Concept, DirectionOptions, concept_directions

@@ -83,6 +83,7 @@ from .saes.comparison.corpus import check_corpus as check_corpus
 from .saes.comparison.faithful import fake_features as fake_features
 from .saes.comparison.matching import match_by_activations as match_by_activations
 from .saes.comparison.matching import shared_features as shared_features
+from .saes.config import SAEConfig as SAEConfig
 from .saes.evaluation.evaluate import EvalOptions as EvalOptions
 from .saes.evaluation.evaluate import evaluate_sae as evaluate_sae
 from .saes.evaluation.quality import SAEReport as SAEReport
@@ -91,7 +92,6 @@ from .saes.evaluation.synthetic import evaluate_on_synthetic as evaluate_on_synt
 from .saes.formats.load import load_sae as load_sae
 from .saes.formats.placement import FitReport as FitReport
 from .saes.formats.placement import check_sae as check_sae
-from .saes.training.config import SAEConfig as SAEConfig
 from .saes.training.sae_lens_trainer import register_with_sae_lens as register_with_sae_lens
 from .saes.training.train import train_sae as train_sae
 from .saes.training.train import train_saes as train_saes

@@ -25,7 +25,7 @@ from workbench.interventions.ops import Add
 from workbench.models.loading import load_model
 from workbench.report.base import Section
 from workbench.runs.run import RunDir
-from workbench.saes.training.config import SAEConfig
+from workbench.saes.config import SAEConfig
 from workbench.saes.training.train import train_sae
 
 FEW = settings(

@@ -16,8 +16,8 @@ from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFi
 from workbench.core.stats import Estimate
 from workbench.saes.comparison.corpus import CorpusOptions
 from workbench.saes.comparison.faithful import FakeFeatureOptions, Quality
+from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions
-from workbench.saes.training.config import SAEConfig
 
 SMALL = Options(
     tokens=1200, context=12, seeds=2, sae=SAEConfig(d_sae=48, k=4, tokens=2000, batch=100),

@@ -10,9 +10,9 @@ from experiments import self_text_sae
 from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.store import open_store
 from workbench.cli import main
+from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions
 from workbench.saes.formats.load import load_sae
-from workbench.saes.training.config import SAEConfig
 
 SMALL = self_text_sae.Options(
     tokens=1200, context=12, sae=SAEConfig(d_sae=48, k=4, tokens=2000, batch=100, kernel="csr"),

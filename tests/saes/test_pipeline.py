@@ -18,9 +18,9 @@ from tests.tiny import tiny_model
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import SelfText
 from workbench.core.records import to_jsonable
+from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.formats.load import load_sae, sae_lens_module
-from workbench.saes.training.config import SAEConfig
 from workbench.saes.training.train import train_sae
 
 STEPS = 50

@@ -11,11 +11,11 @@ import torch
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import SelfText
 from workbench.models.model import Model
+from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.evaluation.quality import SAEReport
 from workbench.saes.formats.load import load_sae, sae_lens_module
 from workbench.saes.formats.placement import TEXTS
-from workbench.saes.training.config import SAEConfig
 from workbench.saes.training.train import train_sae
 
 SITE = "resid_post.15"

@@ -18,13 +18,13 @@ from workbench.activations.store import ActivationStore
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
 from workbench.saes.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
+from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import load_sae
 from workbench.saes.formats.normalise import Normaliser, SiteScale, fold_decoder_norm
 from workbench.saes.formats.save import Encoder, Provenance, save_sae, save_topk
 from workbench.saes.kernels.weights import SAEWeights
 from workbench.saes.training import threshold as threshold_module
-from workbench.saes.training.config import SAEConfig
-from workbench.saes.training.threshold import RunningThreshold, calibrate_threshold
+from workbench.saes.training.threshold import RunningThreshold
 from workbench.saes.training.train import train_sae
 
 D_IN, D_OUT, D_SAE, THRESHOLD = 12, 7, 40, 0.7
@@ -150,7 +150,9 @@ def test_metadata_says_what_it_is(tmp_path: Path) -> None:
 def test_what_sae_lens_can_not_hold_is_refused(tmp_path: Path) -> None:
     weights = _weights(TopK(5), 0, True)
     for name in ("topk", "gated"):
-        with pytest.raises(InvalidInputError, match=f"no transcoder .*'{name}'.*jumprelu, relu"):
+        with pytest.raises(
+            InvalidInputError, match=f"no transcoder .*'{name}'.*Known: batchtopk, jumprelu, matryoshka, relu"
+        ):
             save_sae(weights, Encoder(architecture=name, k=5), tmp_path, _origin(WRITTEN))
     with pytest.raises(InvalidInputError, match="with a threshold"):
         save_sae(_weights(TopK(5), 0, False), Encoder(architecture="batchtopk"), tmp_path, _origin())
@@ -193,10 +195,10 @@ def test_the_calibrated_threshold_keeps_k_features(start: float) -> None:
     kind = BatchTopK(3.0)
     weights = _weights(kind, 1, False)
     x = torch.randn(500, D_IN, generator=torch.Generator().manual_seed(0))
-    found = calibrate_threshold(kind, weights, x, 3, start=start)
+    found = kind.calibrate(weights, x, start=start, centred=True)
     assert len(kind.encode(weights, x, threshold=found).values) == 1500
     weights.b_enc.sub_(100)
-    assert calibrate_threshold(kind, weights, x, 3, start=start) == 0.0, "fewer are positive than are wanted"
+    assert kind.calibrate(weights, x, start=start, centred=True) == 0.0, "fewer are positive than are wanted"
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +229,7 @@ def test_the_check_of_l0_notices_an_average_that_starts_at_zero(
         return float(self.state[0])
 
     monkeypatch.setattr(RunningThreshold, "value", uncorrected)
-    monkeypatch.setattr("workbench.saes.training.member.calibrate_threshold", lambda *args, start, **kwargs: start)
+    monkeypatch.setattr(BatchTopK, "calibrate", lambda *args, start, **kwargs: start)
     assert threshold_module.RATE == 0.01
     config = SAEConfig(architecture="batchtopk", d_sae=64, k=6, tokens=8 * 400, batch=400, site=SITE, kernel="csr")
     train_sae(store, config, tmp_path)

@@ -33,10 +33,10 @@ from workbench.core.errors import (
 )
 from workbench.core.locks import in_use
 from workbench.saes.architectures import Gated, JumpReLU
+from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import load_sae
 from workbench.saes.training.batches import Batches, OrderKey
 from workbench.saes.training.build import build
-from workbench.saes.training.config import SAEConfig
 from workbench.saes.training.member import Member
 from workbench.saes.training.train import adam_step, train_sae, train_saes
 
@@ -173,7 +173,7 @@ def test_too_little_data_and_the_wrong_site_are_refused(store: ActivationStore, 
         ({"warmup": 2.0}, "warmup=2.0"), ({"distinct_tokens": 0}, "distinct_tokens=0"), ({"buffer": 1}, "buffer=1"),
         ({"betas": (0.9, 1.0)}, "betas"), ({"aux_k": 0}, "aux_k=0"), ({"dead_after": 0}, "dead_after=0"),
         ({"l1_coefficient": 1.0}, "no effect on architecture 'topk', which has k"), ({"widths": (4,)}, "matryoshka"),
-        ({"architecture": "relu"}, r"k=4 has no effect on architecture 'relu'.*one of: topk, batchtopk, matryoshka"),
+        ({"architecture": "relu"}, r"k=4 has no effect on architecture 'relu'.*one of: batchtopk, matryoshka, topk"),
         ({"architecture": "relu", "k": None, "l1_coefficient": -1.0}, "rewards density"),
         ({"architecture": "jumprelu", "k": None, "bandwidth": 0.0}, "no gradient"),
         ({"architecture": "jumprelu", "k": None, "initial_threshold": -0.1}, "not negative"),

@@ -19,9 +19,9 @@ from tests.saes.stores import (
 )
 from workbench.activations.store import ActivationStore
 from workbench.core.errors import InvalidInputError
+from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import load_sae
 from workbench.saes.training import batches as batches_module
-from workbench.saes.training.config import SAEConfig
 from workbench.saes.training.member import Member
 from workbench.saes.training.train import sweep_names, train_sae, train_saes
 

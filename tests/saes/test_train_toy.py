@@ -11,6 +11,7 @@ import torch
 
 from tests.saes.stores import tensors
 from workbench.core.metrics import matched_cosine, mean_max_cosine
+from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.synthetic import SyntheticOptions, SyntheticTruth
 from workbench.saes.evaluation.synthetic_training import (
     SITE,
@@ -21,7 +22,6 @@ from workbench.saes.evaluation.synthetic_training import (
 )
 from workbench.saes.formats.load import sae_lens_module
 from workbench.saes.training.batches import Pair
-from workbench.saes.training.config import SAEConfig
 from workbench.saes.training.member import Member
 from workbench.saes.training.train import SAERun, train_saes
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.features.toys import byte_ids, random_sae
 from tests.tiny import D_MODEL, tiny_model
-from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.probes.linear import ProbeOptions, fit_probe
@@ -141,7 +141,7 @@ def directions() -> Any:
 
 def test_every_method_gives_a_unit_direction_that_points_at_the_concept(directions: Any) -> None:
     model = tiny_model()
-    assert tuple(directions) == METHODS
+    assert tuple(directions) == tuple(METHODS)
     means = [model.mean(list(texts), "resid_post.1") for texts in (TEXTS, PLAIN)]
     for name, v in directions.items():
         assert float(v.norm()) == pytest.approx(1.0, abs=1e-4), name
@@ -161,7 +161,7 @@ def test_adding_the_difference_of_means_makes_the_concept_likelier(directions: A
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="1 positives"):
         Concept("x", ("a",), PLAIN)
-    with pytest.raises(InvalidInputError, match="PCA"):
+    with pytest.raises(UnknownNameError, match="PCA"):
         DirectionOptions(methods=("PCa",))
 
 
@@ -194,7 +194,9 @@ def test_methods_are_compared_at_equal_norm_beside_controls() -> None:
 
 def test_the_best_feature_is_active_on_the_positives_only() -> None:
     model, sae = tiny_model(), random_sae(k=40)
-    v = concept_directions(model, Concept("zz", TEXTS, PLAIN), "resid_post.1", DirectionOptions(METHODS[:1]))
+    v = concept_directions(
+        model, Concept("zz", TEXTS, PLAIN), "resid_post.1", DirectionOptions(("difference of means",))
+    )
     sae.W_enc.zero_()
     sae.W_enc[:, 7] = 5 * v["difference of means"]
     assert best_feature(model, sae, Concept("zz", TEXTS, PLAIN), "resid_post.1") == 7

@@ -16,7 +16,7 @@ from tests.tiny import tiny_model
 from workbench.core.errors import InvalidInputError
 from workbench.features import ContextOptions, ScoreOptions
 from workbench.features.scores.table import COLUMNS, FeatureTable
-from workbench.saes.training.config import SAEConfig
+from workbench.saes.config import SAEConfig
 from workbench.steering.selection.claims import (
     cooccurrence_claim,
     depth_claim,

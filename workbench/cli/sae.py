@@ -12,7 +12,7 @@ import tyro
 
 from workbench.cli.base import BaseCommand
 from workbench.core.errors import InvalidInputError
-from workbench.saes.training.config import ALIASES, OPTIONS, Kernel, SAEConfig
+from workbench.saes.config import ARCHITECTURES, Kernel, SAEConfig, architecture_name
 
 if TYPE_CHECKING:
     from workbench.activations.store import ActivationStore
@@ -74,7 +74,7 @@ class SaeTrain(BaseCommand):
         for (site, target), kind, seed in itertools.product(
             zip(sites, targets, strict=True), self.architecture, self.seed
         ):
-            kind = ALIASES.get(kind, kind)
+            kind = architecture_name(kind)
             d_saes = self.d_sae or (8 * store.manifest.sites[site].d,)
             for values in itertools.product(d_saes, self.lr or (None,), *self._options(kind).values()):
                 options: dict[str, Any] = dict(zip(("d_sae", "lr", *self._options(kind)), values, strict=True))
@@ -100,15 +100,15 @@ class SaeTrain(BaseCommand):
             "k": self.k, "l1_coefficient": self.l1, "l0_coefficient": self.l0,
             "widths": (self.widths,) if self.widths else (),
         }  # fmt: skip
-        kinds = {ALIASES.get(name, name) for name in self.architecture}
+        kinds = set(map(architecture_name, self.architecture))
         for name, values in given.items():
-            owners = [owner for owner, names in OPTIONS.items() if name in names]
+            owners = [owner for owner, spec in ARCHITECTURES.items() if name in spec.options]
             if values and not kinds & set(owners):
                 raise InvalidInputError(
                     f"sae train: {name.split('_')[0]} {values} has no effect on {', '.join(self.architecture)}. Leave "
                     f"it out, or choose an architecture that has it: {', '.join(owners)}."
                 )
-        return {name: values for name, values in given.items() if values and name in OPTIONS.get(kind, ())}
+        return {name: values for name, values in given.items() if values and name in ARCHITECTURES[kind].options}
 
     def run(self) -> None:
         """Trains, saves, and prints the held-out numbers."""

@@ -14,10 +14,13 @@ P = TypeVar("P")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping from names to parts, in the order of registration, that refuses duplicates.
+    """A mapping from names to parts that refuses duplicates.
+
+    Names come in the order of registration, those of a package in alphabetical order, since its modules may be imported
+    in any order.
 
     Errors call one part a `kind`, such as "SAE architecture". All modules of `package` are imported before the first
-    look-up, in alphabetical order, so that a new file in it needs no entry elsewhere.
+    look-up, so that a new file in it needs no entry elsewhere.
 
     >>> COLOURS: Registry[int] = Registry("colour")
     >>> COLOURS.add("red", 0xFF0000)
@@ -30,7 +33,7 @@ class Registry(Mapping[str, T], Generic[T]):
     """
 
     def __init__(self, kind: str, package: str | None = None) -> None:
-        self.kind, self._package = kind, package
+        self.kind, self._undiscovered, self._is_sorted = kind, package, package is not None
         self._parts: dict[str, T] = {}
 
     def add(self, name: str, part: T) -> T:
@@ -78,6 +81,15 @@ class Registry(Mapping[str, T], Generic[T]):
         del self._parts[name]
         return part
 
+    def check(self, *names: str) -> None:
+        """Refuses names that are not registered.
+
+        Raises:
+            UnknownNameError: for the first of them, with the closest names.
+        """
+        for name in names:
+            self[name]
+
     def __getitem__(self, name: str) -> T:
         self._discover()
         if name not in self._parts:
@@ -90,7 +102,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         self._discover()
-        return iter(self._parts)
+        return iter(sorted(self._parts) if self._is_sorted else self._parts)
 
     def __len__(self) -> int:
         self._discover()
@@ -100,8 +112,11 @@ class Registry(Mapping[str, T], Generic[T]):
         return f"Registry({self.kind!r}: {', '.join(self)})"
 
     def _discover(self) -> None:
-        if self._package is not None:
-            path, self._package = self._package, None  # cleared first: the modules may look names up themselves
+        if self._undiscovered is not None:
+            path, self._undiscovered = (
+                self._undiscovered,
+                None,
+            )  # cleared first: the modules may look names up themselves
             package = importlib.import_module(path)
             for module in pkgutil.iter_modules(package.__path__, f"{path}."):
                 importlib.import_module(module.name)

@@ -24,17 +24,16 @@ from workbench.core.errors import (
 from workbench.core.jsontext import content_of
 from workbench.core.records import load_json, save_json, write_atomic
 from workbench.hooks.sites import Site
-from workbench.interventions import bytoken, chosen, gates, ops, replacing, saes, shapes
+from workbench.interventions.gates import Gate
 from workbench.interventions.op import Op
 from workbench.interventions.scopes import Scope
 
 FORMAT = 1
 _JSON, _TENSORS = "intervention.json", "tensors.safetensors"
-_REGISTRIES: dict[str, Mapping[str, type]] = {"op": Op.registry, "scope": Scope.registry, "gate": gates.Gate.registry}
+_REGISTRIES: dict[str, Mapping[str, type]] = {"op": Op.registry, "scope": Scope.registry, "gate": Gate.registry}
 # Scopes that take any number of arguments, and the field that keeps them.
 _ANY_NUMBER = {"Pos": "positions", "TokenIs": "ids"}
 _WITH_FUNCTIONS = ("Map", "FnGate")
-_KNOWN = (bytoken, chosen, gates, ops, replacing, saes, shapes)  # importing them fills the registries
 
 
 def save(folder: str | Path, content: Mapping[str, Any]) -> Path:
@@ -94,7 +93,7 @@ class _Writer:
             return {"tensor": path}
         if isinstance(value, Site):
             return {"site": str(value)}
-        for kind, base in (("op", Op), ("scope", Scope), ("gate", gates.Gate)):
+        for kind, base in (("op", Op), ("scope", Scope), ("gate", Gate)):
             if isinstance(value, base):
                 fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
                 own = {name: self.plain(inner, f"{path}.{name}") for name, inner in fields.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 from workbench.bases.saecode import encode_some
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, ShapeError
+from workbench.core.registry import Registry
 from workbench.hooks.sites import Site
 from workbench.interventions.op import Op, Where, changed, floats, unit
 from workbench.interventions.saes import features_of
@@ -41,11 +42,11 @@ class Gate:
     reduce: Reduce = "mean"
     threshold: float = 0.0
     below: bool = False
-    registry: ClassVar[dict[str, type[Gate]]] = {}
+    registry: ClassVar[Registry[type[Gate]]] = Registry("gate", "workbench.interventions")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        Gate.registry[cls.__name__] = cls
+        Gate.registry.add(cls.__name__, cls)
 
     def __post_init__(self) -> None:
         if self.at is not None:

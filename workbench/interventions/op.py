@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workbench.core.arguments import shown
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.registry import Registry
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +66,12 @@ class Op:
 
     per_row: ClassVar[Mapping[str, int]] = {}
     strength_name: ClassVar[str | None] = None
-    registry: ClassVar[dict[str, type[Op]]] = {}
+    registry: ClassVar[Registry[type[Op]]] = Registry("op", "workbench.interventions")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if not cls.__name__.startswith("_"):
-            Op.registry[cls.__name__] = cls
+            Op.registry.add(cls.__name__, cls)
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         """The edited hidden states. Without `where`, each of them is a row of its own."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.registry import Registry
 from workbench.core.wording import Marker, Wording
 from workbench.interventions.step import Step, ends_of
 
@@ -20,12 +21,12 @@ from workbench.interventions.step import Step, ends_of
 class Scope:
     """A set of tokens; combine with `&`, `|` and `~`. Padding is never part of it."""
 
-    registry: ClassVar[dict[str, type[Scope]]] = {}
+    registry: ClassVar[Registry[type[Scope]]] = Registry("scope", "workbench.interventions")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if not cls.__name__.startswith("_"):
-            Scope.registry[cls.__name__] = cls
+            Scope.registry.add(cls.__name__, cls)
 
     @property
     def touches_prompt(self) -> bool:

@@ -2,6 +2,7 @@ from .comparison.corpus import check_corpus as check_corpus
 from .comparison.faithful import fake_features as fake_features
 from .comparison.matching import match_by_activations as match_by_activations
 from .comparison.matching import shared_features as shared_features
+from .config import SAEConfig as SAEConfig
 from .evaluation.evaluate import EvalOptions as EvalOptions
 from .evaluation.evaluate import evaluate_sae as evaluate_sae
 from .evaluation.quality import SAEReport as SAEReport
@@ -10,7 +11,6 @@ from .evaluation.synthetic import evaluate_on_synthetic as evaluate_on_synthetic
 from .formats.load import load_sae as load_sae
 from .formats.placement import FitReport as FitReport
 from .formats.placement import check_sae as check_sae
-from .training.config import SAEConfig as SAEConfig
 from .training.sae_lens_trainer import register_with_sae_lens as register_with_sae_lens
 from .training.train import train_sae as train_sae
 from .training.train import train_saes as train_saes

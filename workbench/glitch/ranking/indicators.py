@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,21 +13,13 @@ from torch import Tensor
 from workbench.controls.area import chance_above
 from workbench.core.errors import UnknownNameError, did_you_mean
 from workbench.core.progress import track
+from workbench.core.registry import Registry
 from workbench.glitch.ranking.weights import Matrix, TokenMatrices
 
-INDICATORS: dict[str, str] = {
-    "I_in": "norm of the input row",
-    "I_cos": "cosine distance of the output row to the mean of the reference rows",
-    "I_centred": "the same after the mean row is taken off every row",
-    "I_l2": "distance of the output row to the mean of the reference rows",
-    "I_1pc": "cosine distance after the first principal component of all rows is projected out; only when asked for",
-}
-"""Every indicator with its meaning; earlier ones win ties."""
-
 _TINY = 1e-30
-ENOUGH = 0.9
+MIN_AUC = 0.9
 """AUC below which no indicator is used."""
-CLEARLY = 0.02
+MIN_AUC_GAIN = 0.02
 """By how much the AUC of a later indicator must be higher to be preferred: under-trained ordinary tokens blur it."""
 _MAX_HELD_OUT = 512
 
@@ -53,6 +45,26 @@ class RowFacts:
     def usable(self) -> np.ndarray:
         """Rows that have a direction: finite and not zero."""
         return self.finite & (np.nan_to_num(self.norm) > 0)
+
+
+@dataclass(frozen=True)
+class Indicator:
+    """A number for each row, lower where the row is more suspicious.
+
+    Attributes:
+        meaning: in words.
+        compare: the indicator of output rows, each against its own reference mean or all against one, with the facts
+            on all output rows; None for the norm of the input row.
+        needs_component: measured only when asked for, since the first principal component costs a matrix product.
+    """
+
+    meaning: str
+    compare: Callable[[Tensor, Tensor, RowFacts], Tensor] | None = None
+    needs_component: bool = False
+
+
+INDICATORS: Registry[Indicator] = Registry("indicator")
+"""Every indicator; earlier ones win ties."""
 
 
 def read_rows(
@@ -131,30 +143,53 @@ def measure(
     if not len(reference):
         return result
     u = matrices.E_out.rows(reference).double().mean(0).float()
-    result |= {name: np.empty(n) for name in ("I_cos", "I_centred", "I_l2")}
-    if outer.component is not None:
-        result["I_1pc"] = np.empty(n)
+    compared = {
+        name: indicator.compare for name, indicator in INDICATORS.items()
+        if indicator.compare is not None and (outer.component is not None or not indicator.needs_component)
+    }  # fmt: skip
+    result |= {name: np.empty(n) for name in compared}
     blocks = matrices.E_out.blocks(block_rows)
     for start, block in track(blocks, total=-(-n // block_rows), description="indicators", unit="blocks"):
         rows = slice(start, start + len(block))
-        for name in result.keys() - {"I_in"}:
-            result[name][rows] = _distance(name, block, u[None], outer).numpy()
+        for name, compare in compared.items():
+            result[name][rows] = compare(block, u[None], outer).numpy()
     for values in result.values():
         values[~outer.finite] = np.nan
     return result
 
 
-def _distance(indicator: str, rows: Tensor, means: Tensor, outer: RowFacts) -> Tensor:
-    """The output-side indicator of rows, each against its own mean or all against one."""
-    if indicator == "I_l2":
-        return torch.linalg.vector_norm(rows - means, dim=1)
-    if indicator == "I_centred":
-        rows, means = rows - outer.mean, means - outer.mean
-    if indicator == "I_1pc" and (c := outer.component) is not None:
-        rows, means = rows - (rows @ c)[:, None] * c, means - (means @ c)[:, None] * c
+def _cosine(rows: Tensor, means: Tensor, outer: RowFacts) -> Tensor:
+    del outer
     if len(means) == 1:
         return cosine_distance(rows, means[0])
     return torch.stack([cosine_distance(row[None], mean)[0] for row, mean in zip(rows, means, strict=True)])
+
+
+def _centred(rows: Tensor, means: Tensor, outer: RowFacts) -> Tensor:
+    return _cosine(rows - outer.mean, means - outer.mean, outer)
+
+
+def _without_component(rows: Tensor, means: Tensor, outer: RowFacts) -> Tensor:
+    c = outer.component
+    assert c is not None, "measured only with a component"
+    return _cosine(rows - (rows @ c)[:, None] * c, means - (means @ c)[:, None] * c, outer)
+
+
+def _euclidean(rows: Tensor, means: Tensor, outer: RowFacts) -> Tensor:
+    del outer
+    return torch.linalg.vector_norm(rows - means, dim=1)
+
+
+INDICATORS.add("I_in", Indicator("norm of the input row"))
+INDICATORS.add("I_cos", Indicator("cosine distance of the output row to the mean of the reference rows", _cosine))
+INDICATORS.add("I_centred", Indicator("the same after the mean row is taken off every row", _centred))
+INDICATORS.add("I_l2", Indicator("distance of the output row to the mean of the reference rows", _euclidean))
+INDICATORS.add(
+    "I_1pc",
+    Indicator(
+        "cosine distance after the first principal component of all rows is projected out", _without_component, True
+    ),
+)
 
 
 def cosine_distance(rows: Tensor, u: Tensor) -> Tensor:
@@ -198,21 +233,21 @@ def held_out_values(
     indicator: str, matrices: TokenMatrices, outer: RowFacts, values: np.ndarray, reference: Sequence[int]
 ) -> np.ndarray:
     """The indicator of each reference row, with that row left out of the reference mean; nan if it is the only one."""
-    ids = list(reference)
-    if indicator == "I_in":
+    ids, compare = list(reference), INDICATORS[indicator].compare
+    if compare is None:
         return values[ids]
     if len(ids) < 2:
         return np.full(len(ids), np.nan)
     total = matrices.E_out.rows(ids).double().sum(0)
     rows = matrices.E_out.rows(ids[:: -(-len(ids) // _MAX_HELD_OUT)])
     means = ((total - rows.double()) / (len(ids) - 1)).float()
-    return _distance(indicator, rows, means, outer).numpy()
+    return compare(rows, means, outer).numpy()
 
 
 def pick(measured: Sequence[Separation], asked: str | None = None, insist: bool = False) -> tuple[str | None, str]:
     """The indicator to rank by, and why: the first of `INDICATORS` that no other clearly beats.
 
-    Returns None, with the reason, if none separates with an AUC of at least `ENOUGH`; with `insist` (the user named
+    Returns None, with the reason, if none separates with an AUC of at least `MIN_AUC`; with `insist` (the user named
     the reference) the first one, with the warning that nothing confirms it.
     """
     known = {s.indicator: s for s in measured}
@@ -224,15 +259,17 @@ def pick(measured: Sequence[Separation], asked: str | None = None, insist: bool 
             )
         return asked, f"{asked} as asked; held-out AUC {known[asked].auc:.4f}"
     table = ", ".join(f"{s.indicator} {s.auc:.4f}" for s in measured)
-    good = [known[name] for name in INDICATORS if name in known and known[name].auc >= ENOUGH]
+    good = [known[name] for name in INDICATORS if name in known and known[name].auc >= MIN_AUC]
     if not good and insist and known:
         first = next(name for name in INDICATORS if name in known)
         return first, f"{first}, because the reference was given; NOT CONFIRMED by a held-out AUC ({table})"
     if not good:
         return None, f"no indicator separates the unused rows from ordinary tokens (AUC: {table or 'none measured'})"
     best = max(s.auc for s in good)
-    chosen = next(s for s in good if s.auc >= best - CLEARLY)
+    chosen = next(s for s in good if s.auc >= best - MIN_AUC_GAIN)
     reason = (
-        "is the highest" if chosen.auc == best else f"is within {CLEARLY} of the highest, and it is the simpler one"
+        "is the highest"
+        if chosen.auc == best
+        else f"is within {MIN_AUC_GAIN} of the highest, and it is the simpler one"
     )
     return chosen.indicator, f"{chosen.indicator}: its held-out AUC {chosen.auc:.4f} {reason} (AUC: {table})"

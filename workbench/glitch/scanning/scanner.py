@@ -105,10 +105,8 @@ class ScanOptions:
                 f"percentile={self.percentile}: must lie between 0 and 100; the literature takes 2. Leave it "
                 "out to have the threshold found."
             )
-        if self.indicator is not None and self.indicator not in INDICATORS:
-            raise UnknownNameError(
-                f"There is no indicator {self.indicator!r}. " + did_you_mean(self.indicator, INDICATORS)
-            )
+        if self.indicator is not None:
+            INDICATORS.check(self.indicator)
 
 
 def scan(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
@@ -192,7 +190,8 @@ def local_path(name: str | Path) -> Path:
 
 
 def _weights_only(name: str, matrices: TokenMatrices, vocabulary: Vocabulary, options: ScanOptions) -> GlitchReport:
-    outer = read_rows(matrices.E_out, options.block_rows, matrices.bias, component=options.indicator == "I_1pc")
+    component = options.indicator is not None and INDICATORS[options.indicator].needs_component
+    outer = read_rows(matrices.E_out, options.block_rows, matrices.bias, component=component)
     inner = outer if matrices.tied else read_rows(matrices.E_in, options.block_rows, identical=False)
     ordinary = _ordinary(vocabulary, outer)
     chosen, witnesses = _reference(vocabulary, matrices, outer, ordinary, options)

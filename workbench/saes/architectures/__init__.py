@@ -1,21 +1,5 @@
-"""Kinds of SAE that can be trained."""
+"""Kinds of SAE that can be trained, each in its file; `workbench.saes.config.ARCHITECTURES` finds them here."""
 
-from workbench.saes.architectures.base import Architecture, AuxTask, StepOptions, StepResult
-from workbench.saes.architectures.batch_topk import BatchTopK, Matryoshka
-from workbench.saes.architectures.gated import Gated
-from workbench.saes.architectures.jumprelu import JumpReLU
-from workbench.saes.architectures.relu import ReLU
-from workbench.saes.architectures.topk import TopK
+from workbench.core.surface import attach
 
-__all__ = [
-    "Architecture",
-    "AuxTask",
-    "BatchTopK",
-    "Gated",
-    "JumpReLU",
-    "Matryoshka",
-    "ReLU",
-    "StepOptions",
-    "StepResult",
-    "TopK",
-]
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

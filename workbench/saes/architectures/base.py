@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.core.errors import ShapeError
+from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.saes.kernels.sparse import Products, SparseActs, SparseProducts
 from workbench.saes.kernels.weights import SAEWeights
 
@@ -128,6 +129,74 @@ class Batch:
             gradients.b_dec.sub_(d_read @ weights.W_enc)
 
 
+@dataclass(frozen=True)
+class DenseBatch:
+    """One batch for the dense reference step; `weights` are leaves that need gradients.
+
+    Attributes:
+        weights: the SAE.
+        read: what the encoder reads.
+        wanted: what is reconstructed.
+        options: of the step.
+    """
+
+    weights: SAEWeights
+    read: Float[Tensor, "rows d_in"]
+    wanted: Float[Tensor, "rows d_out"]
+    options: StepOptions
+
+    @cached_property
+    def pre(self) -> Float[Tensor, "rows d_sae"]:
+        """Pre-activations."""
+        return self.read @ self.weights.W_enc.T + self.weights.b_enc
+
+    @cached_property
+    def norms(self) -> Float[Tensor, " d_sae"]:
+        """Decoder norms."""
+        return self.weights.W_dec.norm(dim=1)
+
+    def error(self, acts: Float[Tensor, "rows n"]) -> Float[Tensor, "rows d_out"]:
+        """Reconstruction by the first `n` features, minus what is wanted."""
+        n = acts.shape[1]
+        return acts @ self.weights.W_dec[:n] + self.weights.b_dec - self.wanted
+
+    @staticmethod
+    def mean_square(error: Tensor) -> Float[Tensor, ""]:
+        """Mean over rows of the squared norm."""
+        return error.square().sum(1).mean()
+
+    @staticmethod
+    def least(values: Tensor) -> Float[Tensor, ""]:
+        """The smallest value; NaN if there is none."""
+        return values.min() if values.numel() else values.new_full((), float("nan"))
+
+    def elementwise(self, acts: Tensor, penalty: Tensor, aux: Tensor | None = None) -> DenseLosses:
+        """Losses where each activation depends on its own pre-activation: error, weighted penalty, and maybe more."""
+        return DenseLosses(
+            loss=self.mean_square(self.error(acts)), aux=self.wanted.new_zeros(()) if aux is None else aux,
+            sparsity=self.options.sparsity * penalty, acts=acts, threshold=self.least(acts[acts > 0]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseLosses:
+    """What a dense forward pass gives; see `StepResult`.
+
+    Attributes:
+        loss: of the reconstruction.
+        aux: every other reconstruction loss.
+        sparsity: the penalty, coefficient applied.
+        acts: activations of all features.
+        threshold: smallest positive activation that was kept.
+    """
+
+    loss: Float[Tensor, ""]
+    aux: Float[Tensor, ""]
+    sparsity: Float[Tensor, ""]
+    acts: Float[Tensor, "rows d_sae"]
+    threshold: Float[Tensor, ""]
+
+
 class Architecture(abc.ABC):
     """One kind of SAE: its first weights, a training step, its activations, and bounds after a step.
 
@@ -138,6 +207,11 @@ class Architecture(abc.ABC):
     @property
     def revives(self) -> bool:
         """Whether AuxK revives its dead features."""
+        return False
+
+    @property
+    def keeps_threshold(self) -> bool:
+        """Whether it is used, after training, with one threshold for all features, found by `calibrate`."""
         return False
 
     def start(self, weights: SAEWeights) -> SAEWeights:
@@ -181,6 +255,30 @@ class Architecture(abc.ABC):
     def after_step(self, weights: SAEWeights) -> None:
         """Puts parameters back into their bounds, in place; by default there are none."""
         del weights
+
+    def calibrate(
+        self, weights: SAEWeights, x: Float[Tensor, "rows d_in"], *, start: float, centred: bool
+    ) -> float | None:
+        """The threshold for use after training; None for kinds that keep none.
+
+        Args:
+            weights: the SAE.
+            x: activations, in the scale of training.
+            start: a guess, such as the running threshold.
+            centred: see `encode`.
+        """
+        del weights, x, start, centred
+
+    def dense(self, batch: DenseBatch) -> DenseLosses:
+        """The same losses by dense autograd: short, slow, and what the step is checked against.
+
+        Raises:
+            InvalidInputError: if this kind has none.
+        """
+        del batch
+        raise InvalidInputError(
+            f"There is no dense reference for {type(self).__name__}. Give it a method `dense`, or use its own step."
+        )
 
     @abc.abstractmethod
     def _step(self, weights: SAEWeights, batch: Batch, options: StepOptions) -> StepResult: ...

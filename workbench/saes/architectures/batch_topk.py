@@ -9,8 +9,22 @@ import torch
 from torch import Tensor
 
 from workbench.core.errors import InvalidInputError
-from workbench.saes.architectures.base import Architecture, Batch, StepOptions, StepResult
-from workbench.saes.architectures.reconstruction import reconstruction_step, smallest_positive
+from workbench.saes.architectures.base import (
+    Architecture,
+    Batch,
+    DenseBatch,
+    DenseLosses,
+    StepOptions,
+    StepResult,
+)
+from workbench.saes.architectures.jumprelu import threshold_tensors
+from workbench.saes.architectures.reconstruction import (
+    check_k_of,
+    dense_reconstruction,
+    reconstruction_step,
+    smallest_positive,
+)
+from workbench.saes.config import ARCHITECTURES, ArchitectureSpec, LensSpec, SAEConfig
 from workbench.saes.kernels.select import Encoder, Ranking, check_k, select_above, select_batch_topk
 from workbench.saes.kernels.sparse import SparseActs
 from workbench.saes.kernels.weights import SAEWeights
@@ -26,6 +40,24 @@ class _OverTheBatch(Architecture):
     def revives(self) -> bool:
         """AuxK revives dead features."""
         return True
+
+    @property
+    def keeps_threshold(self) -> bool:
+        """What is above it is kept, one token at a time."""
+        return True
+
+    def calibrate(self, weights: SAEWeights, x: Tensor, *, start: float, centred: bool) -> float:
+        """The threshold at which `k` features per token of `x` are active on average, 0 if fewer are ever positive."""
+        wanted, low = int(self.k * len(x)), start / 2
+        while True:
+            values = self.encode(weights, x, centred=centred, threshold=low).values
+            if int((values > 0).sum()) > wanted:
+                largest = values.topk(wanted + 1).values
+                # In the middle between two neighbours neither depends on how the last bit was rounded.
+                return float(largest[-2] + largest[-1]) / 2
+            if low == 0.0:
+                return 0.0
+            low = low / 2 if low > 1e-3 * start else 0.0
 
     def _encode(self, weights: SAEWeights, read: Tensor, dtype: torch.dtype, threshold: float | None) -> SparseActs:
         """Activations above the threshold; without one, the largest of this batch, as in training."""
@@ -51,6 +83,12 @@ class _OverTheBatch(Architecture):
         norms = weights.W_dec.norm(dim=1)
         return replace(result, threshold=smallest_positive(acts.values * norms[acts.indices]))
 
+    def _nested_dense(self, batch: DenseBatch, widths: tuple[int, ...] | None = None) -> DenseLosses:
+        ranks = (batch.pre * batch.norms if self.by_decoder_norm else batch.pre).detach()
+        mask = torch.zeros_like(ranks).flatten()
+        mask[ranks.flatten().sort(descending=True, stable=True).indices[: int(self.k * len(ranks))]] = 1.0
+        return dense_reconstruction(batch, batch.pre.relu() * mask.view_as(ranks), ranks, widths)
+
 
 @dataclass(frozen=True)
 class BatchTopK(_OverTheBatch):
@@ -67,6 +105,10 @@ class BatchTopK(_OverTheBatch):
 
     def _step(self, weights: SAEWeights, batch: Batch, options: StepOptions) -> StepResult:
         return self._nested_step(weights, batch, options, (weights.b_enc.numel(),))
+
+    def dense(self, batch: DenseBatch) -> DenseLosses:
+        """By a mask over the batch."""
+        return self._nested_dense(batch)
 
 
 @dataclass(frozen=True)
@@ -97,3 +139,52 @@ class Matryoshka(_OverTheBatch):
                 f"Matryoshka widths end at {self.widths[-1]}; the SAE has d_sae={d_sae}. End there."
             )
         return self._nested_step(weights, batch, options, self.widths)
+
+    def dense(self, batch: DenseBatch) -> DenseLosses:
+        """By a mask over the batch, for each prefix."""
+        return self._nested_dense(batch, self.widths)
+
+
+def _check_prefixes(config: SAEConfig) -> None:
+    check_k_of(config)
+    widths = config.prefixes
+    if widths[0] < 1 or any(a >= b for a, b in zip(widths, widths[1:], strict=False)):
+        raise InvalidInputError(
+            f"widths={config.widths}, d_sae={config.d_sae}: prefixes must increase, from at least 1 to at most d_sae."
+        )
+
+
+ARCHITECTURES.add(
+    "batchtopk",
+    ArchitectureSpec(
+        build=lambda config: BatchTopK(float(config.active), by_decoder_norm=config.decoder_norm == "free"),
+        options=("k",),
+        check=check_k_of,
+        lens=LensSpec(
+            saved_as="jumprelu",
+            transcoder="jumprelu_transcoder",
+            tensors=threshold_tensors,
+            trained_as="batchtopk",
+            build=lambda cfg: BatchTopK(cfg.k, cfg.rescale_acts_by_decoder_norm),
+        ),
+        aliases=("batch_topk",),
+    ),
+)
+ARCHITECTURES.add(
+    "matryoshka",
+    ArchitectureSpec(
+        build=lambda config: Matryoshka(
+            float(config.active), config.prefixes, by_decoder_norm=config.decoder_norm == "free"
+        ),
+        options=("k", "widths"),
+        check=_check_prefixes,
+        lens=LensSpec(
+            saved_as="jumprelu",
+            transcoder="jumprelu_transcoder",
+            tensors=threshold_tensors,
+            trained_as="matryoshka_batchtopk",
+            build=lambda cfg: Matryoshka(cfg.k, tuple(cfg.matryoshka_widths), cfg.rescale_acts_by_decoder_norm),
+        ),
+        aliases=("matryoshka_batchtopk",),
+    ),
+)

@@ -7,6 +7,7 @@ are computed with. Neither form makes a tensor of shape `[rows, d_sae]`.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -15,12 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.core.errors import InvalidInputError
 from workbench.saes.architectures.base import Architecture, Batch, StepOptions, StepResult
 from workbench.saes.architectures.reconstruction import smallest_positive, squared_norm
+from workbench.saes.config import SAEConfig
 from workbench.saes.kernels.select import Encoder, Ranking, select_above
 from workbench.saes.kernels.sparse import FeatureLists, Products, SparseActs
 from workbench.saes.kernels.weights import SAEWeights
 
+L1_PER_ROOT_WIDTH = 1 / 12
+"""Default weight of the L1 penalty, times the square root of the width, with which activations grow: 2 at 576
+dimensions, 5 at 3,600."""
 SPARSE_BELOW = 1 / 20
 """Density of the pattern below which the sparse form costs less."""
 
@@ -220,3 +226,21 @@ class Elementwise(Architecture):
         kept = values > 0
         before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
         return SparseActs(before[entries.offsets], entries.indices[kept], values[kept], entries.d_sae)
+
+
+def l1_sparsity(config: SAEConfig, width: int) -> float:
+    """Weight of the L1 penalty where so many dimensions are reconstructed."""
+    return L1_PER_ROOT_WIDTH * math.sqrt(width) if config.l1_coefficient is None else config.l1_coefficient
+
+
+def check_coefficients(config: SAEConfig) -> None:
+    """Refuses weights of a penalty that can't be used.
+
+    Raises:
+        InvalidInputError: if one is negative or not a number.
+    """
+    for name in ("l1_coefficient", "l0_coefficient"):
+        if not (getattr(config, name) or 0) >= 0:
+            raise InvalidInputError(
+                f"{name}={getattr(config, name)} can't be used: less than 0 rewards density. Give 0 or more."
+            )

@@ -8,7 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workbench.saes.architectures.elementwise import Backward, Elementwise, Forward, Spread
+from workbench.core.errors import InvalidInputError
+from workbench.saes.architectures.base import DenseBatch, DenseLosses
+from workbench.saes.architectures.elementwise import (
+    Backward,
+    Elementwise,
+    Forward,
+    Spread,
+    check_coefficients,
+    l1_sparsity,
+)
+from workbench.saes.config import ARCHITECTURES, ArchitectureSpec, LensSpec, plain_tensors
 from workbench.saes.kernels.weights import SAEWeights
 
 
@@ -52,6 +62,15 @@ class Gated(Elementwise):
         own = {"r_mag": d_magnitude * (pre - at(weights.b_enc)) * growth, "b_mag": d_magnitude}
         return Backward(d_magnitude * growth + d_gate, d_penalty * pre.clamp_min(0), own, d_gate)
 
+    def dense(self, batch: DenseBatch) -> DenseLosses:
+        """On all features."""
+        w, gate = batch.weights, batch.pre.relu()
+        r_mag, b_mag = _own(w)
+        acts = (batch.pre > 0) * ((batch.read @ w.W_enc.T) * r_mag.exp() + b_mag).relu()
+        W, b = (w.W_dec.detach(), w.b_dec.detach()) if self.frozen_decoder else (w.W_dec, w.b_dec)
+        aux = batch.mean_square(gate @ W + b - batch.wanted)
+        return batch.elementwise(acts, (gate * batch.norms).sum(1).mean(), aux)
+
     def _magnitude(self, weights: SAEWeights, pre: Tensor, at: Spread) -> Tensor:
         r_mag, b_mag = _own(weights)
         return (pre - at(weights.b_enc)) * at(r_mag).exp() + at(b_mag)
@@ -60,3 +79,29 @@ class Gated(Elementwise):
 def _own(weights: SAEWeights) -> tuple[Tensor, Tensor]:
     assert weights.r_mag is not None and weights.b_mag is not None, "weights of a gated SAE come from Gated.start"
     return weights.r_mag, weights.b_mag
+
+
+def _tensors(weights: SAEWeights, threshold: float | None) -> dict[str, Tensor]:
+    if weights.r_mag is None or weights.b_mag is None:
+        raise InvalidInputError("A gated SAE is saved with r_mag and b_mag, and these weights have none.")
+    tensors = plain_tensors(weights, threshold)
+    return tensors | {"b_gate": tensors.pop("b_enc"), "r_mag": weights.r_mag, "b_mag": weights.b_mag}
+
+
+ARCHITECTURES.add(
+    "gated",
+    ArchitectureSpec(
+        build=lambda config: Gated(frozen_decoder=bool(config.frozen_decoder)),
+        options=("l1_coefficient", "frozen_decoder"),
+        check=check_coefficients,
+        sparsity=l1_sparsity,
+        lens=LensSpec(
+            saved_as="gated",
+            tensors=_tensors,
+            trained_as="gated",
+            build=lambda cfg: Gated(),  # noqa: ARG005
+            coefficient="l1",
+            penalty="l1_loss",
+        ),
+    ),
+)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.core.errors import InvalidInputError
-from workbench.saes.architectures.elementwise import Backward, Elementwise, Forward, Spread
+from workbench.saes.architectures.base import DenseBatch, DenseLosses
+from workbench.saes.architectures.elementwise import Backward, Elementwise, Forward, Spread, check_coefficients
+from workbench.saes.config import ARCHITECTURES, ArchitectureSpec, LensSpec, SAEConfig, plain_tensors
 from workbench.saes.kernels.weights import SAEWeights
+
+DEFAULT_L0_COEFFICIENT = 1.0
+DEFAULT_THRESHOLD = 1.0
+"""One standard deviation of what a unit encoder row reads at first. From near zero half of the features are active, and
+thresholds, which Adam moves by no more than the learning rate, need thousands of steps to come up."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,115 @@ class JumpReLU(Elementwise):
         d_acts = d_paths[0] + slope * norms
         return Backward(d_acts * active, slope * acts, {"threshold": -window * theta * d_acts})
 
+    def dense(self, batch: DenseBatch) -> DenseLosses:
+        """On all features, with the estimates as autograd functions."""
+        threshold = _threshold(batch.weights)
+        acts = _Jump.apply(batch.pre, threshold, self.bandwidth)
+        if self.penalty == "step":
+            penalty = _Step.apply(batch.pre, threshold, self.bandwidth)
+        else:
+            penalty = torch.tanh(self.tanh_scale * acts * batch.norms)
+        return batch.elementwise(acts, penalty.sum(1).mean())
+
 
 def _threshold(weights: SAEWeights) -> Tensor:
     assert weights.threshold is not None, "weights of a JumpReLU SAE come from JumpReLU.start"
     return weights.threshold
+
+
+class _Jump(torch.autograd.Function):
+    """`x` where it exceeds the threshold; the threshold gets the estimate of eq. 11 of arXiv 2407.14435."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(x, threshold)
+        ctx.bandwidth = bandwidth
+        return x * (x > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, None]:  # noqa: D102
+        (d_out,) = grad_outputs
+        x, threshold = ctx.saved_tensors
+        window = (x - threshold).abs() < ctx.bandwidth / 2
+        return d_out * (x > threshold), -(threshold / ctx.bandwidth * window * d_out).sum(0), None
+
+
+class _Step(torch.autograd.Function):
+    """One where `x` exceeds the threshold; the threshold gets the estimate of eq. 12 of arXiv 2407.14435."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(x, threshold)
+        ctx.bandwidth = bandwidth
+        return (x > threshold).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, Tensor, None]:  # noqa: D102
+        (d_out,) = grad_outputs
+        x, threshold = ctx.saved_tensors
+        window = (x - threshold).abs() < ctx.bandwidth / 2
+        return None, -(window * d_out / ctx.bandwidth).sum(0), None
+
+
+def threshold_tensors(weights: SAEWeights, threshold: float | None) -> dict[str, Tensor]:
+    """The tensors with a threshold per feature: the trained ones, or the one for all.
+
+    Raises:
+        InvalidInputError: if there is neither.
+    """
+    if weights.threshold is None and threshold is None:
+        raise InvalidInputError("An SAE of this kind is saved with a threshold, and none was given.")
+    own = torch.full_like(weights.b_enc, threshold or 0.0) if weights.threshold is None else weights.threshold
+    return plain_tensors(weights) | {"threshold": own}
+
+
+def _of_config(config: SAEConfig) -> JumpReLU:
+    given = {name: value for name, value in config.given.items() if name in JumpReLU.__dataclass_fields__}
+    return replace(JumpReLU(initial_threshold=DEFAULT_THRESHOLD), **given)
+
+
+def _check(config: SAEConfig) -> None:
+    check_coefficients(config)
+    if config.bandwidth is not None and not config.bandwidth > 0:
+        raise InvalidInputError(f"bandwidth={config.bandwidth}: thresholds would get no gradient. Give more than 0.")
+    if config.initial_threshold is not None and not config.initial_threshold >= 0:
+        raise InvalidInputError(f"initial_threshold={config.initial_threshold}: thresholds are not negative.")
+    if config.penalty not in (None, "step", "tanh"):
+        raise InvalidInputError(f'penalty={config.penalty!r}: choose "step" or "tanh".')
+    if config.tanh_scale is not None and not (config.penalty == "tanh" and 0 < config.tanh_scale < math.inf):
+        raise InvalidInputError(
+            f'tanh_scale={config.tanh_scale}: give a positive number, together with penalty="tanh".'
+        )
+
+
+def _sparsity(config: SAEConfig, width: int) -> float:
+    del width
+    return DEFAULT_L0_COEFFICIENT if config.l0_coefficient is None else config.l0_coefficient
+
+
+def _of_sae_lens(cfg: Any) -> JumpReLU:
+    if cfg.jumprelu_ste_to_input or cfg.pre_act_loss_coefficient is not None:
+        raise InvalidInputError("jumprelu_ste_to_input and pre_act_loss_coefficient are not offered. Leave them out.")
+    return JumpReLU(
+        cfg.jumprelu_bandwidth, cfg.jumprelu_init_threshold, cfg.jumprelu_sparsity_loss_mode, cfg.jumprelu_tanh_scale
+    )
+
+
+ARCHITECTURES.add(
+    "jumprelu",
+    ArchitectureSpec(
+        build=_of_config,
+        options=("l0_coefficient", "bandwidth", "initial_threshold", "penalty", "tanh_scale"),
+        check=_check,
+        sparsity=_sparsity,
+        lens=LensSpec(
+            saved_as="jumprelu",
+            transcoder="jumprelu_transcoder",
+            tensors=threshold_tensors,
+            trained_as="jumprelu",
+            build=_of_sae_lens,
+            coefficient="l0",
+            penalty="l0_loss",
+        ),
+    ),
+)

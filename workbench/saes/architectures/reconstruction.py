@@ -8,7 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.saes.architectures.base import NO_VARIANCE, AuxTask, Batch, StepOptions, StepResult
+from workbench.core.errors import InvalidInputError
+from workbench.saes.architectures.base import (
+    NO_VARIANCE,
+    AuxTask,
+    Batch,
+    DenseBatch,
+    DenseLosses,
+    StepOptions,
+    StepResult,
+)
+from workbench.saes.config import SAEConfig
 from workbench.saes.kernels.select import topk_indices
 from workbench.saes.kernels.sparse import SparseActs
 from workbench.saes.kernels.weights import SAEWeights
@@ -130,6 +140,46 @@ def _aux_gradients(weights: SAEWeights, read: Tensor, error: Tensor, aux: AuxTas
     return _AuxGradients(total * weight, g_enc, g_bias, g_dec)
 
 
-def _add(gradients: SAEWeights, found: _AuxGradients, aux: AuxTask) -> None:
+def _add(gradients: SAEWeights, part: _AuxGradients, aux: AuxTask) -> None:
     for name in ("W_enc", "b_enc", "W_dec"):
-        getattr(gradients, name).index_add_(0, aux.dead, getattr(found, name))
+        getattr(gradients, name).index_add_(0, aux.dead, getattr(part, name))
+
+
+def dense_reconstruction(
+    batch: DenseBatch, acts: Tensor, kept: Tensor, widths: tuple[int, ...] | None = None
+) -> DenseLosses:
+    """The same by dense autograd.
+
+    Args:
+        batch: the batch.
+        acts: activations, zero where they were not chosen.
+        kept: what the chosen activations were compared by.
+        widths: of the nested reconstructions; None for one by all features.
+    """
+    zero = batch.pre.new_zeros(())
+    errors = [batch.error(acts[:, :n]) for n in widths or (acts.shape[1],)]
+    loss, aux = sum((batch.mean_square(error) for error in errors), start=zero), batch.options.aux
+    return DenseLosses(
+        loss=loss, aux=zero if aux is None else _dense_aux(batch, -errors[-1].detach(), aux), sparsity=zero, acts=acts,
+        threshold=batch.least(kept[acts > 0]),
+    )  # fmt: skip
+
+
+def _dense_aux(batch: DenseBatch, residual: Tensor, aux: AuxTask) -> Tensor:
+    dead = batch.pre[:, aux.dead]
+    if aux.k < len(aux.dead):
+        dead = torch.zeros_like(dead).scatter(1, dead.topk(aux.k).indices, dead.topk(aux.k).values)
+    variance = (residual - residual.mean(0)).square().sum()
+    if variance <= NO_VARIANCE * residual.square().sum():
+        return variance.new_zeros(())
+    return aux.coefficient * (dead.relu() @ batch.weights.W_dec[aux.dead] - residual).square().sum() / variance
+
+
+def check_k_of(config: SAEConfig) -> None:
+    """Refuses a `k` that the SAE can't have.
+
+    Raises:
+        InvalidInputError: if it is below 1 or above the number of features.
+    """
+    if not 1 <= config.active <= config.d_sae:
+        raise InvalidInputError(f"k={config.active}, d_sae={config.d_sae}: choose 1 <= k <= d_sae.")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from workbench.activations.manifest import Manifest, Shard, SiteStats
 from workbench.activations.store import ActivationStore, Split, checked_split
-from workbench.core.errors import InvalidInputError
+from workbench.core.errors import InvalidInputError, UnknownNameError
+from workbench.saes.config import ARCHITECTURES, SAEConfig, architecture_name
 from workbench.saes.evaluation.synthetic import SyntheticOptions, SyntheticReport, SyntheticTruth, evaluate_on_synthetic
 from workbench.saes.formats.load import load_sae
-from workbench.saes.training.config import ALIASES, ARCHITECTURES, OPTIONS, SAEConfig
 from workbench.saes.training.train import train_sae
 
 SITE = "resid_post.0"
@@ -48,7 +48,7 @@ class SyntheticTraining:
 
     def config(self, architecture: str) -> SAEConfig:
         """The SAE; where k is fixed, with room for one feature more than are there on average."""
-        has_k = "k" in OPTIONS[ALIASES.get(architecture, architecture)]
+        has_k = "k" in ARCHITECTURES[architecture_name(architecture)].options
         return SAEConfig(
             architecture=architecture, d_sae=self.d_sae or self.world.n_features,
             k=round(self.world.mean_active) + 1 if has_k else None, tokens=self.steps * self.batch, batch=self.batch,
@@ -86,8 +86,10 @@ class SyntheticStore(ActivationStore):
 def trained_as(sae: Any) -> str | None:
     """The architecture that an SAE was trained as, by its metadata; None if it is none that can be trained here."""
     name = str(sae.cfg.metadata.get("training_architecture") or sae.cfg.architecture())
-    name = ALIASES.get(name, TRANSCODERS.get(name, name))
-    return name if name in ARCHITECTURES else None
+    try:
+        return architecture_name(TRANSCODERS.get(name, name))
+    except UnknownNameError:
+        return None
 
 
 def train_on_synthetic(architecture: str, training: SyntheticTraining | None = None) -> SyntheticReport:

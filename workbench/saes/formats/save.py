@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
 from workbench.core.records import save_json, to_jsonable, write_atomic
 from workbench.hooks.sites import Site
+from workbench.saes.config import ARCHITECTURES
 from workbench.saes.formats.load import CONFIG_FILE, WEIGHTS_FILE
 from workbench.saes.formats.normalise import Normaliser, SiteScale
 from workbench.saes.kernels.weights import SAEWeights
-
-STOCK = {
-    "topk": "topk",
-    "batchtopk": "jumprelu",
-    "matryoshka": "jumprelu",
-    "jumprelu": "jumprelu",
-    "relu": "standard",
-    "gated": "gated",
-}
-"""The inference architecture of sae_lens by which each of ours is saved."""
-
-STOCK_TRANSCODER = {
-    "batchtopk": "jumprelu_transcoder",
-    "matryoshka": "jumprelu_transcoder",
-    "jumprelu": "jumprelu_transcoder",
-    "relu": "transcoder",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +51,8 @@ class Encoder:
 
     Attributes:
         architecture: kind of SAE, by its name here.
-        k: active features per token of a TopK SAE.
-        threshold: of BatchTopK and Matryoshka, which keep what is larger; in the units of the saved activations.
+        k: active features per token, of kinds that are saved with it.
+        threshold: of kinds that keep what is larger; in the units of the saved activations.
     """
 
     architecture: str
@@ -90,15 +73,11 @@ def save_sae(weights: SAEWeights, encoder: Encoder, path: str | Path, origin: Pr
         InvalidInputError: if sae_lens has no architecture that computes the same, or k or a threshold is missing.
     """
     folder = Path(path)
-    stock = _stock(encoder, origin)
-    if stock.startswith("jumprelu") and weights.threshold is None:
-        if encoder.threshold is None:
-            raise InvalidInputError(f"A {encoder.architecture} SAE is saved with a threshold, and none was given.")
-        weights = replace(weights, threshold=torch.full_like(weights.b_enc, encoder.threshold))
-    tensors = _stock_tensors(stock, weights)
+    stock, lens = _stock(encoder, origin), ARCHITECTURES[encoder.architecture].lens
+    entries, tensors = lens.entries(encoder.k), lens.tensors(weights, encoder.threshold)
     raw = safetensors.torch.save({name: t.detach().cpu().float().contiguous() for name, t in tensors.items()})
     write_atomic(folder / WEIGHTS_FILE, raw)
-    save_json(folder / CONFIG_FILE, _config(stock, weights, encoder, origin))
+    save_json(folder / CONFIG_FILE, _config(stock, weights, encoder, origin) | entries)
     return folder
 
 
@@ -109,27 +88,17 @@ def save_topk(weights: SAEWeights, k: int, path: str | Path, origin: Provenance,
 
 
 def _stock(encoder: Encoder, origin: Provenance) -> str:
-    known = STOCK if origin.target_site is None else STOCK_TRANSCODER
-    if encoder.architecture not in known:
-        what = "SAE" if origin.target_site is None else "transcoder"
+    """The inference architecture of sae_lens that computes the same."""
+    is_sae = origin.target_site is None
+    known = {name: spec.lens.saved_as if is_sae else spec.lens.transcoder for name, spec in ARCHITECTURES.items()}
+    stock = known.get(encoder.architecture)
+    if stock is None:
+        names = ", ".join(name for name, saved in known.items() if saved is not None)
         raise InvalidInputError(
-            f"sae_lens has no {what} that computes what {encoder.architecture!r} does. Known: {', '.join(known)}."
+            f"sae_lens has no {'SAE' if is_sae else 'transcoder'} that computes what {encoder.architecture!r} does. "
+            f"Known: {names}."
         )
-    if encoder.architecture == "topk" and encoder.k is None:
-        raise InvalidInputError("A topk SAE is saved with its k, and none was given.")
-    return known[encoder.architecture]
-
-
-def _stock_tensors(stock: str, weights: SAEWeights) -> dict[str, Tensor]:
-    tensors = {"W_enc": weights.W_enc.t(), "W_dec": weights.W_dec, "b_dec": weights.b_dec}
-    if stock == "gated":
-        if weights.r_mag is None or weights.b_mag is None:
-            raise InvalidInputError("A gated SAE is saved with r_mag and b_mag, and these weights have none.")
-        return tensors | {"b_gate": weights.b_enc, "r_mag": weights.r_mag, "b_mag": weights.b_mag}
-    tensors["b_enc"] = weights.b_enc
-    if stock.startswith("jumprelu") and weights.threshold is not None:
-        tensors["threshold"] = weights.threshold
-    return tensors
+    return stock
 
 
 def _config(stock: str, weights: SAEWeights, encoder: Encoder, origin: Provenance) -> dict[str, Any]:
@@ -139,8 +108,6 @@ def _config(stock: str, weights: SAEWeights, encoder: Encoder, origin: Provenanc
         "device": "cpu", "apply_b_dec_to_input": not is_transcoder, "normalize_activations": "none",
         "reshape_activations": "none",
     }  # fmt: skip
-    if stock == "topk":
-        config |= {"k": encoder.k, "rescale_acts_by_decoder_norm": False}
     if is_transcoder:
         config["d_out"] = weights.W_dec.shape[1]
     return config | {"metadata": _metadata(encoder, origin)}

@@ -12,8 +12,8 @@ from torch import Tensor
 from workbench.activations.ring import RingBuffer
 from workbench.activations.store import ActivationStore
 from workbench.core.errors import DegenerateInputError
+from workbench.saes.config import SAEConfig
 from workbench.saes.formats.normalise import Normaliser, SiteScale, site_scale
-from workbench.saes.training.config import SAEConfig
 
 HELD_OUT_ROWS = 4096
 STATISTICS_ROWS = 262_144

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from workbench.core.errors import InvalidInputError, ResourceError
-from workbench.saes.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from workbench.saes.training.config import DEFAULT_BANDWIDTH, DEFAULT_TANH_SCALE, DEFAULT_THRESHOLD, SAEConfig
+from workbench.saes.architectures.base import Architecture
+from workbench.saes.config import SAEConfig
 from workbench.saes.training.kernel_choice import (
     available_kernels,
     can_run,
@@ -19,49 +18,9 @@ from workbench.saes.training.kernel_choice import (
 )
 
 
-def _topk(config: SAEConfig) -> Architecture:
-    return TopK(config.active, by_decoder_norm=config.decoder_norm == "free")
-
-
-def _batchtopk(config: SAEConfig) -> Architecture:
-    return BatchTopK(float(config.active), by_decoder_norm=config.decoder_norm == "free")
-
-
-def _matryoshka(config: SAEConfig) -> Architecture:
-    return Matryoshka(float(config.active), by_decoder_norm=config.decoder_norm == "free", widths=config.prefixes)
-
-
-def _relu(config: SAEConfig) -> Architecture:
-    del config
-    return ReLU()
-
-
-def _jumprelu(config: SAEConfig) -> Architecture:
-    return JumpReLU(
-        DEFAULT_BANDWIDTH if config.bandwidth is None else config.bandwidth,
-        DEFAULT_THRESHOLD if config.initial_threshold is None else config.initial_threshold,
-        config.penalty or "step",
-        DEFAULT_TANH_SCALE if config.tanh_scale is None else config.tanh_scale,
-    )
-
-
-def _gated(config: SAEConfig) -> Architecture:
-    return Gated(frozen_decoder=bool(config.frozen_decoder))
-
-
-_BUILDERS: dict[str, Callable[[SAEConfig], Architecture]] = {
-    "topk": _topk,
-    "batchtopk": _batchtopk,
-    "matryoshka": _matryoshka,
-    "relu": _relu,
-    "jumprelu": _jumprelu,
-    "gated": _gated,
-}
-
-
 def build(config: SAEConfig, kernel: str) -> Architecture:
     """What computes the steps of this configuration with a kernel of this name."""
-    return with_kernel(_BUILDERS[config.architecture](config), kernel)
+    return with_kernel(config.spec.build(config), kernel)
 
 
 @dataclass(frozen=True)

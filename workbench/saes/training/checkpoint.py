@@ -18,8 +18,8 @@ from workbench.core.atomic import replacing
 from workbench.core.errors import MismatchError
 from workbench.core.jsontext import content_of, parse_json
 from workbench.core.records import json_lines, load_json, to_jsonable, write_atomic
+from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import CONFIG_FILE, WEIGHTS_FILE
-from workbench.saes.training.config import SAEConfig
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"

@@ -13,11 +13,11 @@ import torch
 from workbench.activations.interrupts import held_interrupt
 from workbench.activations.store import ActivationStore
 from workbench.core.progress import task
+from workbench.saes.config import SAEConfig
 from workbench.saes.formats.normalise import Normaliser
 from workbench.saes.training.batches import Batches, OrderKey, Scaled
 from workbench.saes.training.build import build, find_device, kernel_for
 from workbench.saes.training.checkpoint import checkpoint_state
-from workbench.saes.training.config import SAEConfig
 from workbench.saes.training.member import Log, Member, Setting
 
 SAVING_SHARE = 0.05

@@ -77,6 +77,13 @@ class _WithKernel(Architecture):
     def revives(self) -> bool:
         return self.architecture.revives
 
+    @property
+    def keeps_threshold(self) -> bool:
+        return self.architecture.keeps_threshold
+
+    def calibrate(self, weights: SAEWeights, x: Tensor, *, start: float, centred: bool) -> float | None:
+        return self.architecture.calibrate(weights, x, start=start, centred=centred)
+
     def start(self, weights: SAEWeights) -> SAEWeights:
         return self.architecture.start(weights)
 

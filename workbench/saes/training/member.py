@@ -17,6 +17,7 @@ from workbench.activations.store import ActivationStore
 from workbench.core.metrics import squared_error
 from workbench.core.records import to_jsonable
 from workbench.saes.architectures.base import Architecture, AuxTask, StepOptions, StepResult
+from workbench.saes.config import SAEConfig
 from workbench.saes.formats.normalise import Normaliser, fold_decoder_norm
 from workbench.saes.formats.save import Encoder, Provenance, save_sae
 from workbench.saes.kernels.weights import SAEWeights
@@ -31,9 +32,8 @@ from workbench.saes.training.checkpoint import (
     truncate_metrics,
     write_checkpoint,
 )
-from workbench.saes.training.config import SAEConfig
 from workbench.saes.training.optim import adam_step
-from workbench.saes.training.threshold import RunningThreshold, calibrate_threshold
+from workbench.saes.training.threshold import RunningThreshold
 
 EVALUATIONS = 10
 MAX_DEAD_PER_STEP = 1024
@@ -99,7 +99,7 @@ class Member:
     @property
     def keeps_threshold(self) -> bool:
         """Whether it is saved with one threshold for all features."""
-        return self.config.architecture in ("batchtopk", "matryoshka")
+        return self.architecture.keeps_threshold
 
     def train_step(self, batch: Pair) -> None:
         """One step; measures and writes a line of metrics where it is due."""
@@ -256,17 +256,15 @@ class Member:
         threshold = None
         if self.keeps_threshold and calibration is not None:
             x = normaliser.read_(calibration.to(self.device, torch.float32, copy=True))
-            threshold = calibrate_threshold(
-                self.architecture, weights, x, config.active,
-                start=self.threshold.value() or 1.0, centred=config.target_site is None,
-            )  # fmt: skip
+            start = self.threshold.value() or 1.0
+            threshold = self.architecture.calibrate(weights, x, start=start, centred=config.target_site is None)
         metrics = {**self.measure(threshold, exact=True), "steps": float(self.step), "seconds": round(self.seconds, 2)}
         if not math.isfinite(metrics["fvu"]):
             self.problem = f"{self.folder}: the held-out FVU is {metrics['fvu']} at the end. {self._kept()} Lower lr."
             return None
         encoder = Encoder(
             architecture=config.architecture,
-            k=config.active if config.architecture == "topk" else None,
+            k=config.active,
             threshold=None if threshold is None else threshold / normaliser.written.scale,
         )
         save_sae(normaliser.fold(weights), encoder, self.folder, self._origin(metrics))

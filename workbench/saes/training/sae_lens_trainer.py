@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import field, make_dataclass
 from typing import Any
 
 import torch
@@ -11,18 +11,8 @@ from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
-from workbench.saes.architectures import (
-    Architecture,
-    AuxTask,
-    BatchTopK,
-    Gated,
-    JumpReLU,
-    Matryoshka,
-    ReLU,
-    StepOptions,
-    StepResult,
-    TopK,
-)
+from workbench.saes.architectures.base import AuxTask, StepOptions, StepResult
+from workbench.saes.config import ARCHITECTURES, LensSpec
 from workbench.saes.formats.lensmodule import sae_lens_module
 from workbench.saes.kernels.weights import SAEWeights
 from workbench.saes.training.kernel_choice import with_kernel
@@ -30,58 +20,6 @@ from workbench.saes.training.kernel_choice import with_kernel
 PREFIX = "workbench_"
 _OUTSIDE = ("none", "expected_average_only_in", "covariance_whitening")
 """Normalisations that sae_lens' trainer applies before the SAE sees its input."""
-
-
-def _relu(cfg: Any) -> Architecture:
-    if cfg.lp_norm != 1.0:
-        raise InvalidInputError(f"lp_norm={cfg.lp_norm}: the sparse step knows the L1 penalty alone. Use lp_norm=1.")
-    return ReLU()
-
-
-def _jumprelu(cfg: Any) -> Architecture:
-    if cfg.jumprelu_ste_to_input or cfg.pre_act_loss_coefficient is not None:
-        raise InvalidInputError("jumprelu_ste_to_input and pre_act_loss_coefficient are not offered. Leave them out.")
-    return JumpReLU(
-        cfg.jumprelu_bandwidth, cfg.jumprelu_init_threshold, cfg.jumprelu_sparsity_loss_mode, cfg.jumprelu_tanh_scale
-    )
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How one of our architectures is written in sae_lens.
-
-    Attributes:
-        stock: the training class of sae_lens that it takes the place of.
-        inference: the inference class by which it is saved.
-        build: the architecture that a config describes.
-        coefficient: of the penalty, in the words of sae_lens; empty if there is none.
-        losses: names of the penalty and of the second reconstruction loss, as sae_lens logs them.
-    """
-
-    stock: str
-    inference: str
-    build: Callable[[Any], Architecture]
-    coefficient: str = ""
-    losses: tuple[str, str] = ("sparsity_loss", "auxiliary_reconstruction_loss")
-
-
-_KINDS = {
-    "relu": _Kind("StandardTrainingSAE", "StandardSAE", _relu, "l1", ("l1_loss", "auxiliary_reconstruction_loss")),
-    "topk": _Kind("TopKTrainingSAE", "TopKSAE", lambda cfg: TopK(cfg.k, cfg.rescale_acts_by_decoder_norm)),
-    "batchtopk": _Kind(
-        "BatchTopKTrainingSAE", "JumpReLUSAE", lambda cfg: BatchTopK(cfg.k, cfg.rescale_acts_by_decoder_norm)
-    ),
-    "jumprelu": _Kind(
-        "JumpReLUTrainingSAE", "JumpReLUSAE", _jumprelu, "l0", ("l0_loss", "auxiliary_reconstruction_loss")
-    ),
-    "gated": _Kind(
-        "GatedTrainingSAE", "GatedSAE", lambda _: Gated(), "l1", ("l1_loss", "auxiliary_reconstruction_loss")
-    ),
-    "matryoshka": _Kind(
-        "MatryoshkaBatchTopKTrainingSAE", "JumpReLUSAE",
-        lambda cfg: Matryoshka(cfg.k, tuple(cfg.matryoshka_widths), cfg.rescale_acts_by_decoder_norm),
-    ),
-}  # fmt: skip
 
 
 @checked
@@ -97,15 +35,18 @@ def register_with_sae_lens() -> dict[str, tuple[type, type]]:
     lens = sae_lens_module()
     from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-    for name, kind in _KINDS.items():
+    names = [name for name, spec in ARCHITECTURES.items() if spec.lens.trained_as is not None]
+    for name in names:
         if PREFIX + name not in SAE_TRAINING_CLASS_REGISTRY:
-            lens.register_sae_training_class(PREFIX + name, *_classes(lens, name, kind))
-    return {PREFIX + name: SAE_TRAINING_CLASS_REGISTRY[PREFIX + name] for name in _KINDS}
+            lens.register_sae_training_class(PREFIX + name, *_classes(name, ARCHITECTURES[name].lens))
+    return {PREFIX + name: SAE_TRAINING_CLASS_REGISTRY[PREFIX + name] for name in names}
 
 
-def _classes(lens: Any, name: str, kind: _Kind) -> tuple[type, type]:
-    stock, stock_config = getattr(lens, kind.stock), getattr(lens, f"{kind.stock}Config")
-    inference = getattr(lens, f"{kind.inference}Config")
+def _classes(name: str, spec: LensSpec) -> tuple[type, type]:
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+    stock, stock_config = SAE_TRAINING_CLASS_REGISTRY[str(spec.trained_as)]
+    _, inference = SAE_CLASS_REGISTRY[spec.saved_as]
     namespace = {
         "architecture": classmethod(lambda _: PREFIX + name),
         "get_inference_config_class": lambda _: inference,
@@ -117,13 +58,13 @@ def _classes(lens: Any, name: str, kind: _Kind) -> tuple[type, type]:
         f"Workbench{stock_config.__name__}", options, bases=(stock_config,), namespace=namespace, kw_only=True
     )
     base = _WithThreshold if hasattr(stock, "update_topk_threshold") else _SparselyTrained
-    return type(f"Workbench{stock.__name__}", (base, stock), {"kind": kind}), config
+    return type(f"Workbench{stock.__name__}", (base, stock), {"spec": spec}), config
 
 
 class _SparselyTrained:
     """What replaces the dense forward pass of a training SAE of sae_lens."""
 
-    kind: _Kind
+    spec: LensSpec
 
     def __init__(self, cfg: Any, *args: Any, **more: Any) -> None:
         stock: Any = super()
@@ -133,7 +74,8 @@ class _SparselyTrained:
                 f"normalize_activations={cfg.normalize_activations!r}, apply_b_dec_to_input="
                 f"{cfg.apply_b_dec_to_input}: the sparse step needs one of {', '.join(_OUTSIDE)} and True."
             )
-        self.sparse_architecture = with_kernel(self.kind.build(cfg), cfg.kernel)
+        assert self.spec.build is not None, "only kinds that sae_lens can train are registered"
+        self.sparse_architecture = with_kernel(self.spec.build(cfg), cfg.kernel)
 
     def training_forward_pass(self, step_input: Any) -> Any:
         """Loss of one batch, whose backward pass hands out gradients that are computed already."""
@@ -156,10 +98,9 @@ class _SparselyTrained:
         loss = _Step.apply(run, *parameters)
         result = found[0]
         self._after(result)
-        losses = {"mse_loss": result.loss}
-        for name, value in zip(self.kind.losses, (result.sparsity_loss, result.aux_loss), strict=True):
-            if name != "sparsity_loss":
-                losses[name] = value
+        losses = {"mse_loss": result.loss, "auxiliary_reconstruction_loss": result.aux_loss}
+        if self.spec.penalty:
+            losses[self.spec.penalty] = result.sparsity_loss
         acts, out = self._shown(step_input, x, result)
         return TrainStepOutput(
             sae_in=step_input.sae_in,
@@ -171,7 +112,7 @@ class _SparselyTrained:
         )
 
     def _options(self, step_input: Any) -> StepOptions:
-        sparsity = float(step_input.coefficients.get(self.kind.coefficient, 0.0)) if self.kind.coefficient else 0.0
+        sparsity = float(step_input.coefficients.get(self.spec.coefficient, 0.0)) if self.spec.coefficient else 0.0
         return StepOptions(aux=self._aux(step_input.dead_neuron_mask), sparsity=sparsity)
 
     def _aux(self, dead: Tensor | None) -> AuxTask | None:

@@ -6,9 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.saes.architectures.base import Architecture
-from workbench.saes.kernels.weights import SAEWeights
-
 RATE = 0.01
 
 
@@ -36,34 +33,3 @@ class RunningThreshold:
         """The average so far; None before the first batch that kept anything."""
         total, weight = self.state.tolist()
         return total / weight if weight else None
-
-
-def calibrate_threshold(
-    architecture: Architecture,
-    weights: SAEWeights,
-    x: Float[Tensor, "rows d_in"],
-    k: int,
-    *,
-    start: float,
-    centred: bool = True,
-) -> float:
-    """The threshold at which `k` features per token of `x` are active on average, 0 if fewer are ever positive.
-
-    Args:
-        architecture: a BatchTopK or Matryoshka SAE.
-        weights: its weights.
-        x: activations, in the scale of training.
-        k: active features per token that are wanted.
-        start: a guess, such as the running threshold.
-        centred: see `Architecture.encode`.
-    """
-    wanted, low = k * len(x), start / 2
-    while True:
-        values = architecture.encode(weights, x, centred=centred, threshold=low).values
-        if int((values > 0).sum()) > wanted:
-            largest = values.topk(wanted + 1).values
-            # In the middle between two neighbours neither depends on how the last bit was rounded.
-            return float(largest[-2] + largest[-1]) / 2
-        if low == 0.0:
-            return 0.0
-        low = low / 2 if low > 1e-3 * start else 0.0

@@ -11,9 +11,9 @@ from workbench.activations.store import ActivationStore, open_store
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
 from workbench.core.locks import in_use
+from workbench.saes.config import SAEConfig
 from workbench.saes.training.batches import OrderKey
 from workbench.saes.training.checkpoint import CHECKPOINT_FILE, finished_metrics
-from workbench.saes.training.config import OPTIONS, SAEConfig
 from workbench.saes.training.group import Group
 from workbench.saes.training.member import Log
 from workbench.saes.training.optim import adam_step
@@ -123,9 +123,10 @@ def sweep_names(configs: Sequence[SAEConfig]) -> list[str]:
 
 def _stem(config: SAEConfig) -> str:
     site = str(config.site) if config.target_site is None else f"{config.site}-to-{config.target_site}"
-    given = [name for name in OPTIONS[config.architecture] if name != "k" and getattr(config, name) is not None]
-    k = [f"k{config.active}"] if "k" in OPTIONS[config.architecture] else []
-    options = [f"{name}={_short(getattr(config, name))}" for name in given]
+    options = [
+        f"{name}={_short(config.given[name])}" for name in config.spec.options if name != "k" and name in config.given
+    ]
+    k = [f"k{config.active}"] if "k" in config.spec.options else []
     return "-".join([site, config.architecture, str(config.d_sae), *k, *options, f"s{config.seed}"])
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.controls.tokens import TokenPolicy
-from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError, did_you_mean
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.registry import Registry
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
@@ -19,7 +20,6 @@ from workbench.probes.linear import ProbeOptions, fit_probe
 from workbench.steering.directions.contrast import difference_of_means, mean_activations
 from workbench.steering.directions.reft import ReftOptions, fit_reft
 
-METHODS = ("difference of means", "PCA", "centred PCA", "logistic probe", "LEACE", "ReFT-r1")
 SHRINKAGE = 0.1
 WHITENING_FLOOR = 1e-6
 
@@ -49,26 +49,64 @@ class Concept:
                 )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DirectionTask:
+    """What a method finds a direction from.
+
+    Attributes:
+        model: the model.
+        site: where.
+        texts: the positive texts.
+        positives: mean activation of each positive text.
+        negatives: of each negative text.
+        start: unit difference of means.
+        options: how directions are found.
+    """
+
+    model: Model
+    site: str
+    texts: TokenBatch
+    positives: Float[Tensor, "n d"]
+    negatives: Float[Tensor, "m d"]
+    start: Float[Tensor, " d"]
+    options: DirectionOptions
+
+
+@dataclass(frozen=True)
+class DirectionMethod:
+    """A way to find a direction.
+
+    Attributes:
+        find: the direction, of any length.
+        is_oriented: whether its sign and length are final, and not to be set by `oriented`.
+    """
+
+    find: Callable[[DirectionTask], Float[Tensor, " d"]]
+    is_oriented: bool = False
+
+
+METHODS: Registry[DirectionMethod] = Registry("direction method")
+"""Every way to find a direction, in the order in which they are compared."""
+
+
 @dataclass(frozen=True)
 class DirectionOptions:
     """How directions are found.
 
     Attributes:
-        methods: which, of `METHODS`.
+        methods: which, of `METHODS`; by default all.
         probe_l2: penalty of the logistic probe.
         reft: training of ReFT-r1.
         sae: an SAE that reads the site; `steer_concepts` then also takes the feature that tells the sides apart best.
     """
 
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))
     probe_l2: float = 1.0
     reft: ReftOptions = ReftOptions()
     sae: Any = None
 
     def __post_init__(self) -> None:
-        for method in self.methods:
-            if method not in METHODS:
-                raise InvalidInputError(f"DirectionOptions(methods=...): {did_you_mean(method, METHODS)}")
+        METHODS.check(*self.methods)
 
 
 def concept_directions(
@@ -88,21 +126,35 @@ def concept_directions(
     positive, negative = model.tokens(list(concept.positives)), model.tokens(list(concept.negatives))
     a, b = (_text_means(model, batch, where) for batch in (positive, negative))
     start = oriented(difference_of_means(a, b), a, b)
-    found: dict[str, Tensor] = {}
-    for method in options.methods:
-        if method == "ReFT-r1":
-            v = fit_reft(model, positive, where, start, options.reft).direction
-        elif method == "logistic probe":
-            labels = torch.tensor([1] * len(a) + [0] * len(b))
-            v = fit_probe(torch.cat([a, b]), labels, where, options=ProbeOptions(l2=options.probe_l2, folds=0)).w
-        elif method == "LEACE":
-            v = leace_direction(a, b)
-        elif method == "difference of means":
-            v = start
-        else:
-            v = pca_direction(a, b, centred=method == "centred PCA")
-        found[method] = v if method == "ReFT-r1" else oriented(v.to(a.device), a, b)
-    return found
+    task = DirectionTask(
+        model=model, site=where, texts=positive, positives=a, negatives=b, start=start, options=options
+    )
+    directions: dict[str, Tensor] = {}
+    for name in options.methods:
+        v = METHODS[name].find(task)
+        directions[name] = v if METHODS[name].is_oriented else oriented(v.to(a.device), a, b)
+    return directions
+
+
+def _probe(task: DirectionTask) -> Tensor:
+    a, b = task.positives, task.negatives
+    labels, options = torch.tensor([1] * len(a) + [0] * len(b)), ProbeOptions(l2=task.options.probe_l2, folds=0)
+    return fit_probe(torch.cat([a, b]), labels, task.site, options=options).w
+
+
+def _reft(task: DirectionTask) -> Tensor:
+    return fit_reft(task.model, task.texts, task.site, task.start, task.options.reft).direction
+
+
+for _name, _method in {
+    "difference of means": DirectionMethod(lambda task: task.start),
+    "PCA": DirectionMethod(lambda task: pca_direction(task.positives, task.negatives, centred=False)),
+    "centred PCA": DirectionMethod(lambda task: pca_direction(task.positives, task.negatives, centred=True)),
+    "logistic probe": DirectionMethod(_probe),
+    "LEACE": DirectionMethod(lambda task: leace_direction(task.positives, task.negatives)),
+    "ReFT-r1": DirectionMethod(_reft, is_oriented=True),
+}.items():
+    METHODS.add(_name, _method)
 
 
 def _text_means(model: Model, batch: TokenBatch, site: str) -> Float[Tensor, "texts d"]:

@@ -1,39 +1,109 @@
-"""What an SAE or transcoder is and how it is trained."""
+"""What an SAE or transcoder is and how it is trained; what a kind of SAE consists of."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, UnknownNameError, did_you_mean
+from workbench.core.registry import Registry
+from workbench.saes.architectures.base import Architecture
+from workbench.saes.kernels.weights import SAEWeights
 
-ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated")
-ALIASES = {"standard": "relu", "matryoshka_batchtopk": "matryoshka", "batch_topk": "batchtopk"}
 LR_AT_16K_FEATURES = 1e-3
-
 DEFAULT_K = 32
-DEFAULT_L1_PER_ROOT = 1 / 12
-"""Times the square root of the width, with which activations grow: 2 at 576 dimensions, 5 at 3,600."""
-DEFAULT_L0 = 1.0
-DEFAULT_BANDWIDTH = 0.05
-DEFAULT_TANH_SCALE = 4.0
-DEFAULT_THRESHOLD = 1.0
-"""One standard deviation of what a unit encoder row reads at first. From near zero half of the features are active, and
-thresholds, which Adam moves by no more than the learning rate, need thousands of steps to come up."""
-
-OPTIONS = {
-    "topk": ("k",),
-    "batchtopk": ("k",),
-    "matryoshka": ("k", "widths"),
-    "relu": ("l1_coefficient",),
-    "jumprelu": ("l0_coefficient", "bandwidth", "initial_threshold", "penalty", "tanh_scale"),
-    "gated": ("l1_coefficient", "frozen_decoder"),
-}
-"""The options that only some architectures read."""
 
 Kernel = Literal["auto", "csr", "csr_bf16", "dense", "triton", "reference"]
+
+
+def plain_tensors(weights: SAEWeights, threshold: float | None = None) -> dict[str, Tensor]:
+    """The tensors of an SAE without parameters of its own, in the names and orientation of sae_lens."""
+    del threshold
+    return {"W_enc": weights.W_enc.t(), "b_enc": weights.b_enc, "W_dec": weights.W_dec, "b_dec": weights.b_dec}
+
+
+def _nothing(config: SAEConfig) -> None:
+    del config
+
+
+def _no_entries(k: int | None) -> dict[str, object]:
+    del k
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LensSpec:
+    """How a kind of SAE is written in sae_lens.
+
+    Attributes:
+        saved_as: the inference architecture of sae_lens that computes the same.
+        transcoder: that of a transcoder; None if sae_lens has none.
+        instead: the kind of transcoder to train where sae_lens has none of this kind.
+        tensors: what is saved, from weights that read raw activations and, for kinds that keep one, the threshold.
+        entries: further entries of `cfg.json`, from k.
+        trained_as: the training architecture of sae_lens that it can replace; None if there is none.
+        build: what computes the steps, from a training config of sae_lens, whose class differs by architecture.
+        coefficient: of the penalty, in the words of sae_lens; empty if there is none.
+        penalty: name of the penalty in the logs of sae_lens.
+    """
+
+    saved_as: str
+    transcoder: str | None = None
+    instead: str = "jumprelu"
+    tensors: Callable[[SAEWeights, float | None], dict[str, Tensor]] = plain_tensors
+    entries: Callable[[int | None], dict[str, object]] = _no_entries
+    trained_as: str | None = None
+    build: Callable[[Any], Architecture] | None = None
+    coefficient: str = ""
+    penalty: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSpec:
+    """Everything that a kind of SAE is; registered in `ARCHITECTURES` by the file that defines it.
+
+    Attributes:
+        build: what computes the steps of a configuration.
+        lens: how it is written in sae_lens.
+        options: options that it reads and not every kind has: fields of `SAEConfig`, or names in `SAEConfig.own`.
+        check: raises InvalidInputError if their values can't be used.
+        sparsity: weight of the penalty after its warm-up, where so many dimensions are reconstructed.
+        aliases: other names.
+    """
+
+    build: Callable[[SAEConfig], Architecture]
+    lens: LensSpec
+    options: tuple[str, ...] = ()
+    check: Callable[[SAEConfig], None] = _nothing
+    sparsity: Callable[[SAEConfig, int], float] = lambda config, width: 0.0  # noqa: ARG005
+    aliases: tuple[str, ...] = ()
+
+
+ARCHITECTURES: Registry[ArchitectureSpec] = Registry("SAE architecture", package="workbench.saes.architectures")
+"""Every kind of SAE by its name."""
+
+
+def architecture_name(name: str) -> str:
+    """The name under which a kind is registered, from that name or an alias.
+
+    Raises:
+        UnknownNameError: for any other name.
+
+    >>> architecture_name("standard")
+    'relu'
+    """
+    aliases = {alias: kind for kind, spec in ARCHITECTURES.items() for alias in spec.aliases}
+    if name not in aliases and name not in ARCHITECTURES:
+        raise UnknownNameError(
+            f"Architecture {name!r} is unknown. {did_you_mean(name, (*ARCHITECTURES, *aliases))} A kind of your own is "
+            "known once its file is imported."
+        )
+    return aliases.get(name, name)
 
 
 @checked
@@ -116,54 +186,46 @@ class SAEConfig:
     """Where to train: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one."""
     checkpoint_seconds: float = 20.0
     """Time between checkpoints."""
+    own: Mapping[str, float | str] | None = field(default=None, hash=False)
+    """Options, by name, of an architecture whose options have no field here, such as one of your own."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "architecture", ALIASES.get(self.architecture, self.architecture))
-        if self.architecture not in ARCHITECTURES:
-            raise UnknownNameError(
-                f"Architecture {self.architecture!r} is unknown. "
-                f"{did_you_mean(self.architecture, (*ARCHITECTURES, *ALIASES))}"
-            )
+        object.__setattr__(self, "architecture", architecture_name(self.architecture))
         self._check_options()
         self._check_training()
-        self._check_transcoder()
+        if self.target_site is not None and self.spec.lens.transcoder is None:
+            raise InvalidInputError(
+                f"architecture={self.architecture!r} with target_site={self.target_site!r}: sae_lens has no transcoder "
+                f"of this kind, so it could not be saved. Use {self.spec.lens.instead!r}."
+            )
+
+    @property
+    def spec(self) -> ArchitectureSpec:
+        """What its kind of SAE consists of."""
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def given(self) -> dict[str, object]:
+        """Options that not every architecture has, as far as they were given."""
+        names = {name for spec in ARCHITECTURES.values() for name in spec.options}
+        values = {name: getattr(self, name, None) for name in sorted(names)} | dict(self.own or {})
+        return {name: value for name, value in values.items() if value is not None}
 
     def _check_options(self) -> None:
-        mine = OPTIONS[self.architecture]
-        for name in sorted({name for names in OPTIONS.values() for name in names}):
-            if getattr(self, name) is not None and name not in mine:
-                owners = ", ".join(kind for kind, names in OPTIONS.items() if name in names)
+        for name, value in self.given.items():
+            if name not in self.spec.options:
+                owners = [kind for kind, spec in ARCHITECTURES.items() if name in spec.options]
                 raise InvalidInputError(
-                    f"{name}={getattr(self, name)} has no effect on architecture {self.architecture!r}, which has "
-                    f"{', '.join(mine)}. Leave it out, or choose one of: {owners}."
+                    f"{name}={value} has no effect on architecture {self.architecture!r}, which has "
+                    f"{', '.join(self.spec.options) or 'no options'}. Leave it out, or choose one of: "
+                    f"{', '.join(owners) or '(none has it)'}."
                 )
         for name in ("d_sae", "k", "tokens", "batch"):
             if not isinstance(getattr(self, name), int | None):
                 raise InvalidInputError(f"{name}={getattr(self, name)!r}: give a whole number.")
-        if not 1 <= self.active <= self.d_sae and "k" in mine:
-            raise InvalidInputError(f"k={self.active}, d_sae={self.d_sae}: choose 1 <= k <= d_sae.")
         if self.d_sae < 1:
             raise InvalidInputError(f"d_sae={self.d_sae}: an SAE has at least one feature.")
-        widths = self.prefixes
-        if widths and (widths[0] < 1 or any(a >= b for a, b in zip(widths, widths[1:], strict=False))):
-            raise InvalidInputError(
-                f"widths={self.widths}, d_sae={self.d_sae}: prefixes must increase, from at least 1 to at most d_sae."
-            )
-        for name in ("l1_coefficient", "l0_coefficient"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise InvalidInputError(
-                    f"{name}={getattr(self, name)} can't be used: less than 0 rewards density. Give 0 or more."
-                )
-        if self.bandwidth is not None and not self.bandwidth > 0:
-            raise InvalidInputError(f"bandwidth={self.bandwidth}: thresholds would get no gradient. Give more than 0.")
-        if self.initial_threshold is not None and not self.initial_threshold >= 0:
-            raise InvalidInputError(f"initial_threshold={self.initial_threshold}: thresholds are not negative.")
-        if self.penalty not in (None, "step", "tanh"):
-            raise InvalidInputError(f'penalty={self.penalty!r}: choose "step" or "tanh".')
-        if self.tanh_scale is not None and not (self.penalty == "tanh" and 0 < self.tanh_scale < math.inf):
-            raise InvalidInputError(
-                f'tanh_scale={self.tanh_scale}: give a positive number, together with penalty="tanh".'
-            )
+        self.spec.check(self)
 
     def _check_training(self) -> None:
         if self.batch < 1 or self.tokens < self.batch:
@@ -192,16 +254,6 @@ class SAEConfig:
         if self.buffer < 2:
             raise InvalidInputError(f"buffer={self.buffer}: hold at least 2 activations.")
 
-    def _check_transcoder(self) -> None:
-        if self.target_site is None:
-            return
-        if self.architecture in ("topk", "gated"):
-            instead = "batchtopk" if self.architecture == "topk" else "jumprelu"
-            raise InvalidInputError(
-                f"architecture={self.architecture!r} with target_site={self.target_site!r}: sae_lens has no transcoder "
-                f"of this kind, so it could not be saved. Use {instead!r}."
-            )
-
     @property
     def steps(self) -> int:
         """Number of training steps."""
@@ -219,7 +271,7 @@ class SAEConfig:
         >>> SAEConfig(architecture="matryoshka", d_sae=64).prefixes
         (4, 8, 16, 32, 64)
         """
-        if self.architecture != "matryoshka":
+        if "widths" not in self.spec.options:
             return ()
         if self.widths is None:
             return tuple(dict.fromkeys(max(1, self.d_sae // part) for part in (16, 8, 4, 2, 1)))
@@ -245,11 +297,7 @@ class SAEConfig:
         >>> SAEConfig(architecture="relu").sparsity(576)  # sqrt(576) / 12
         2.0
         """
-        if "l1_coefficient" in OPTIONS[self.architecture]:
-            return DEFAULT_L1_PER_ROOT * math.sqrt(width) if self.l1_coefficient is None else self.l1_coefficient
-        if "l0_coefficient" in OPTIONS[self.architecture]:
-            return DEFAULT_L0 if self.l0_coefficient is None else self.l0_coefficient
-        return 0.0
+        return self.spec.sparsity(self, width)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0: linear warm-up, constant, linear decay.

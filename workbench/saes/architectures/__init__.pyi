@@ -1,0 +1,10 @@
+from .base import Architecture as Architecture
+from .base import AuxTask as AuxTask
+from .base import StepOptions as StepOptions
+from .base import StepResult as StepResult
+from .batch_topk import BatchTopK as BatchTopK
+from .batch_topk import Matryoshka as Matryoshka
+from .gated import Gated as Gated
+from .jumprelu import JumpReLU as JumpReLU
+from .relu import ReLU as ReLU
+from .topk import TopK as TopK
