@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from workbench.saes.training.config import SAEConfig
 
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import SelfText
@@ -19,6 +18,7 @@ from workbench.core.errors import InvalidInputError
 from workbench.core.progress import clock
 from workbench.features import ContextOptions, FeatureTable, ScoreOptions, score_features
 from workbench.models.model import Model
+from workbench.saes.config import SAEConfig
 from workbench.saes.training.train import train_saes
 from workbench.steering import SteerOptions
 from workbench.steering.selection.groups import GROUPS, Depth, StudyOptions

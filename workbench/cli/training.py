@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workbench.saes.training.config import SAEConfig
+from workbench.saes.config import SAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
