@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from tests.tiny import tiny_model
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import TokenRows
 from workbench.activations.store import ActivationStore
+from workbench.features.explain.examples import Examples, Windows
 from workbench.features.passes.store_pass import Chunk
 from workbench.features.token_classes import TokenTexts
 
@@ -39,6 +41,12 @@ def corpus(rows: int = 400, context: int = 24, seed: int = 3) -> Tensor:
 def corpus_store(folder: Path, rows: int = 400, context: int = 24, shard_tokens: int = 2048) -> ActivationStore:
     options = HarvestOptions(shard_tokens=shard_tokens, batch_tokens=2048)
     return harvest(tiny_model(), TokenRows(corpus(rows, context), batch_rows=8), [SITE], folder, options=options)
+
+
+def examples_from(windows: Windows, **changes: Any) -> Examples:
+    """The same windows for every purpose."""
+    kinds = ("shown", "shown_silent", "tested", "tested_silent", "held_silent")
+    return Examples(**{"feature": 0, "top_tokens": ()} | dict.fromkeys(kinds, windows) | changes)
 
 
 @dataclass(frozen=True, eq=False)

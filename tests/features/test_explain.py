@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.features.corpus import SITE, VOCABULARY, Planted, corpus, corpus_store, word
+from tests.features.corpus import SITE, VOCABULARY, Planted, corpus, corpus_store, examples_from, word
 from tests.tiny import tiny_model
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TokenRows
@@ -99,7 +99,7 @@ def test_windows_that_give_no_wrong_marks_are_counted() -> None:
     values = np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     view = TokenView(np.full((2, 3), 2), np.full((2, 3, 8), -1), np.tile(np.arange(3), (2, 1)))
     windows = Windows(view, values, np.ones((2, 3), dtype=bool), np.arange(2), np.arange(2))
-    items = fuzzing_items(Examples(0, windows, windows, windows, windows, (), windows))
+    items = fuzzing_items(examples_from(windows))
     assert (len(items), items.unusable) == (2, 1)
 
 

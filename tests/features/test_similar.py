@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from tests.features.corpus import examples_from
 from workbench.features.explain.examples import Examples, Windows
 from workbench.features.explain.rule_explanations import RuleTests, rule_scores
 from workbench.features.explain.rules import Never, TokenIn, TokenView
@@ -52,7 +53,9 @@ def feature() -> Examples:
     with_it = windows(yes)
     with_it.values[:, 5] = 1.0
     silent = windows([*far, *near])
-    return Examples(0, with_it, silent[:5], with_it, silent[:20], (9,), silent)
+    return examples_from(
+        with_it, shown_silent=silent[:5], tested_silent=silent[:20], top_tokens=(9,), held_silent=silent
+    )
 
 
 def test_hard_negatives_hold_the_token_without_its_condition() -> None:
@@ -94,10 +97,10 @@ def test_the_intruder_is_found_where_windows_share_words() -> None:
 
 def test_windows_that_are_all_alike_are_guessed_at_chance() -> None:
     same = windows([[1, 2, 3]] * 50)
-    found = intruder_score(Examples(0, same, same, same, same, (), same))
+    found = intruder_score(examples_from(same))
     assert found.accuracy is not None and found.accuracy.value == pytest.approx(0.2, abs=0.05)
 
 
 def test_without_a_full_trial_there_is_no_score() -> None:
     few = windows([[1, 2, 3]] * 3)
-    assert intruder_score(Examples(0, few, few, few, few, (), few)).accuracy is None
+    assert intruder_score(examples_from(few)).accuracy is None

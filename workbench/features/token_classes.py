@@ -14,7 +14,7 @@ from workbench.core.tokenizer import TokenizerLike
 
 _WORD = re.compile(r"^\s?[^\W\d_]+$")
 
-_LISTS = {
+_WORDS_OF_CLASS = {
     "an article or determiner": "the a an this that these those each every some any no another",
     "a pronoun": "i you he she it we they me him her us them my your his its our their mine yours who whom whose",
     "a preposition": "of in to for with on at by from about as into over after between under through during before",
@@ -46,7 +46,7 @@ def _tests() -> dict[str, Callable[[str], bool]]:
         "a bracket": lambda t: any(c in "()[]{}<>" for c in t),
         "a quotation mark": lambda t: any(c in "\"'`“”‘’«»" for c in t),
     }
-    for name, words in _LISTS.items():
+    for name, words in _WORDS_OF_CLASS.items():
         known = frozenset(words.split())
         tests[name] = lambda t, known=known: t.strip().lower() in known
     for suffix in _SUFFIXES:
@@ -57,7 +57,13 @@ def _tests() -> dict[str, Callable[[str], bool]]:
 
 
 TOKEN_CLASSES = tuple(_tests())
-"""Names of the classes, as they stand in explanations."""
+"""Names of the classes, as explanations call them."""
+
+
+def quoted(texts: Sequence[str], limit: int = 12) -> str:
+    """Some texts for people, each in quotes, and how many more there are."""
+    shown = ", ".join(map(repr, texts[:limit]))
+    return shown + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +80,7 @@ class TokenTexts:
 
     @classmethod
     def of(cls, tokenizer: TokenSource) -> TokenTexts:
-        """Of a Hugging Face tokenizer, computed once per tokenizer; a vocabulary is returned as it is."""
+        """Of a Hugging Face tokenizer, computed once per tokenizer; token texts are returned as they are."""
         return tokenizer if isinstance(tokenizer, TokenTexts) else _vocabulary(tokenizer)
 
     @classmethod
@@ -107,21 +113,22 @@ class TokenTexts:
         """Text of a token; its number where it has none."""
         return self.texts[token_id] or f"⟨{token_id}⟩"
 
-    def quoted(self, ids: tuple[int, ...], limit: int = 12) -> str:
+    def quoted(self, ids: Sequence[int]) -> str:
         """A list of tokens for people, each in quotes."""
-        shown = ", ".join(repr(self.text(i)) for i in ids[:limit])
-        return shown + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
+        return quoted([self.text(i) for i in ids])
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - bounded, and a vocabulary lives as long as its model
     def mask(self, name: str) -> np.ndarray:
         """Whether each token is in a class; one place more than there are tokens, for the id -1."""
-        return _mask(self, name)
+        return np.array([*map(_tests()[name], self.texts), False])
 
     def holds(self, tokens: Sequence[int]) -> np.ndarray:
         """Whether each token is one of these; one place more than there are tokens, for the id -1."""
-        found = np.zeros(len(self) + 1, dtype=bool)
-        found[list(tokens)] = True
-        return found
+        is_one = np.zeros(len(self) + 1, dtype=bool)
+        is_one[list(tokens)] = True
+        return is_one
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - likewise
     def beginnings(self, length: int) -> tuple[dict[str, int], np.ndarray]:
         """The different first letters of the stems, numbered in order, and their number for each token.
 
@@ -130,7 +137,9 @@ class TokenTexts:
         >>> TokenTexts.of_texts([" Dog", "do", "cat"]).beginnings(3)
         ({'cat': 0, 'dog': 1}, array([ 1, -1,  0, -1], dtype=int32))
         """
-        return _beginnings(self, length)
+        starts = [stem[:length] if len(stem) >= length else None for stem in self.stems]
+        number = {start: i for i, start in enumerate(sorted({start for start in starts if start is not None}))}
+        return number, np.array([-1 if start is None else number[start] for start in (*starts, None)], dtype=np.int32)
 
 
 TokenSource = TokenizerLike | TokenTexts
@@ -144,16 +153,3 @@ def _vocabulary(tokenizer: TokenizerLike) -> TokenTexts:
 def _shown(raw: bytes) -> str:
     text = raw.decode("utf-8", errors="surrogateescape")
     return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
-
-
-@functools.lru_cache(maxsize=256)
-def _mask(vocabulary: TokenTexts, name: str) -> np.ndarray:
-    test = _tests()[name]
-    return np.array([test(text) for text in vocabulary.texts] + [False])
-
-
-@functools.lru_cache(maxsize=64)
-def _beginnings(vocabulary: TokenTexts, length: int) -> tuple[dict[str, int], np.ndarray]:
-    found = [stem[:length] if len(stem) >= length else None for stem in vocabulary.stems]
-    number = {name: i for i, name in enumerate(sorted({name for name in found if name is not None}))}
-    return number, np.array([-1 if name is None else number[name] for name in found] + [-1], dtype=np.int32)

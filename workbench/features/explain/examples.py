@@ -1,4 +1,4 @@
-"""Windows to explain a feature from and to test the explanation on, from documents that do not overlap."""
+"""Windows that a feature is explained from, and windows of other documents that the explanation is tested on."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ExampleOptions:
 
     Attributes:
         held_out: share of the documents that explanations are tested on and never made from.
-        silent: windows without the feature that an explanation is made from, at most.
-        tested: windows with the feature that it is tested on, at most; as many without.
+        silent: most windows without the feature that an explanation is made from.
+        tested: most windows with the feature that it is tested on; as many without.
         fewest: windows of each kind that a test needs; with fewer there is no score.
         seed: of the division.
     """
@@ -84,9 +84,9 @@ def joined(parts: Sequence[Windows]) -> Windows:
     return Windows(TokenView(*view), *others)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Examples:
-    """What one feature is explained from, and what the explanation is tested on; no document is in both.
+    """The windows that one feature is explained from and tested on; no document is in both.
 
     Attributes:
         feature: its number.
@@ -107,7 +107,7 @@ class Examples:
     held_silent: Windows
 
     def data(self) -> RuleData:
-        """The tokens to choose a rule from: those of known activation."""
+        """The tokens of known activation among those that are shown."""
         both = joined([self.shown, self.shown_silent])
         return RuleData(both.view[both.known], both.active[both.known])
 
@@ -131,40 +131,32 @@ class Examples:
 
 
 def is_held_out(documents: torch.Tensor, options: ExampleOptions) -> torch.Tensor:
-    """Which documents are tested on: decided by a hash of the document, the same for every feature."""
+    """Which documents explanations are tested on: chosen by a hash of the document, the same for every feature."""
     return uniform(documents, _SPLIT, options.seed) < options.held_out
 
 
-def examples_of(found: FeatureWindows, slot: int, feature: int, options: ExampleOptions) -> Examples:
-    """The windows of one feature, divided by document.
-
-    Args:
-        found: what a pass over a store found.
-        slot: place of the feature in it.
-        feature: its number.
-        options: how windows are divided.
-    """
-    top, sample = (_of_table(found, table, slot) for table in (found.top, found.sample))
+def examples_of(windows: FeatureWindows, slot: int, feature: int, options: ExampleOptions) -> Examples:
+    """The windows of feature number `feature`, at place `slot` of a pass over a store, divided by document."""
+    top, sample = (_of_table(windows, table, slot) for table in (windows.top, windows.sample))
     # Documents may share passages; a passage is shown once, and no passage that was shown is tested.
     seen: set[bytes] = set()
     strongest = _unseen(top[~_held(top, options)], seen)
     shown_sample = sample[~_held(sample, options) & ~np.isin(sample.rows, strongest.rows)]
     shown = joined([strongest, _unseen(shown_sample, seen)])
     tested = _unseen(sample[_held(sample, options)], seen)[: options.tested]
-    silent = _silent(found, slot, feature, options)
+    silent = _silent(windows, slot, feature, options)
     held, seen = _held(silent, options), set()
     shown_silent = _unseen(silent[~held], seen)[: options.silent]
     held_silent = _unseen(silent[held], seen)
     tested_silent = held_silent[: max(len(tested), 1)]
-    peaks = strongest.view.ids[:, found.options.before]
-    tokens, counts = np.unique(peaks, return_counts=True)
-    order = np.lexsort((tokens, -counts))[:10]
-    made = Examples(
-        feature, shown, shown_silent, tested, tested_silent, tuple(tokens[order].tolist()), held_silent,
-    )  # fmt: skip
-    explained = {*shown.documents.tolist(), *made.shown_silent.documents.tolist()}
+    tokens, counts = np.unique(strongest.view.ids[:, windows.options.before], return_counts=True)
+    top_tokens = tokens[np.lexsort((tokens, -counts))[:10]]
+    explained = {*shown.documents.tolist(), *shown_silent.documents.tolist()}
     assert explained.isdisjoint({*tested.documents.tolist(), *tested_silent.documents.tolist()})
-    return made
+    return Examples(
+        feature=feature, shown=shown, shown_silent=shown_silent, tested=tested, tested_silent=tested_silent,
+        top_tokens=tuple(top_tokens.tolist()), held_silent=held_silent,
+    )  # fmt: skip
 
 
 def _held(windows: Windows, options: ExampleOptions) -> np.ndarray:
@@ -172,7 +164,7 @@ def _held(windows: Windows, options: ExampleOptions) -> np.ndarray:
 
 
 def _unseen(windows: Windows, seen: set[bytes]) -> Windows:
-    """The windows whose tokens were not seen before, in order; adds them to what was seen."""
+    """The windows whose tokens are new, in order; `seen` grows by them."""
     fresh = []
     for i, ids in enumerate(windows.view.ids):
         if (key := ids.tobytes()) not in seen:
@@ -181,32 +173,33 @@ def _unseen(windows: Windows, seen: set[bytes]) -> Windows:
     return windows[np.array(fresh, dtype=int)]
 
 
-def _of_table(found: FeatureWindows, table: WindowTable, slot: int) -> Windows:
+def _of_table(windows: FeatureWindows, table: WindowTable, slot: int) -> Windows:
     n = int((table.row[slot] != MISSING).sum())
-    values = table.values[slot, :n].numpy().copy()
     columns = (table.row, table.position, table.document, table.start)
-    return _windows(found, values, *(column[slot, :n].numpy().astype(np.int64) for column in columns))
+    where = (column[slot, :n].numpy().astype(np.int64) for column in columns)
+    return _looked_up(windows, table.values[slot, :n].numpy().copy(), *where)
 
 
-def _silent(found: FeatureWindows, slot: int, feature: int, options: ExampleOptions) -> Windows:
+def _silent(windows: FeatureWindows, slot: int, feature: int, options: ExampleOptions) -> Windows:
     """Background windows without the feature, in an order of its own."""
-    chosen = (~found.background.active[:, slot]).nonzero().squeeze(1)
-    rows = found.background.where[chosen, 0].long()
-    chosen = chosen[uniform(rows, _SILENT + feature, options.seed).argsort()]
-    row, position, _, document, low, high, start = found.background.where[chosen].numpy().astype(np.int64).T
-    at = position[:, None] + np.arange(-found.options.before, found.options.after + 1)
+    background = windows.background
+    chosen = (~background.active[:, slot]).nonzero().squeeze(1)
+    chosen = chosen[uniform(background.where[chosen, 0].long(), _SILENT + feature, options.seed).argsort()]
+    row, position, _, document, low, high, start = background.where[chosen].numpy().astype(np.int64).T
+    at = position[:, None] + np.arange(-windows.options.before, windows.options.after + 1)
     inside = (at >= low[:, None]) & (at < high[:, None])
-    values = np.where(found.background.kept[chosen].numpy(), 0.0, np.nan)
-    return _windows(found, np.where(inside, values, OUTSIDE), row, position, document, start)
+    values = np.where(background.kept[chosen].numpy(), 0.0, np.nan)
+    return _looked_up(windows, np.where(inside, values, OUTSIDE), row, position, document, start)
 
 
-def _windows(
-    found: FeatureWindows, values: np.ndarray, row: np.ndarray, position: np.ndarray, document: np.ndarray,
+def _looked_up(
+    windows: FeatureWindows, values: np.ndarray, row: np.ndarray, position: np.ndarray, document: np.ndarray,
     start: np.ndarray,
 ) -> Windows:  # fmt: skip
-    ids = found.row_ids.numpy()[np.searchsorted(found.row_numbers.numpy(), row)].astype(np.int64)
+    """The windows with their token ids and what precedes them."""
+    ids = windows.row_ids.numpy()[np.searchsorted(windows.row_numbers.numpy(), row)].astype(np.int64)
     inside = values != OUTSIDE
-    at = position[:, None] + np.arange(-found.options.before, found.options.after + 1)
+    at = position[:, None] + np.arange(-windows.options.before, windows.options.after + 1)
     width = ids.shape[1] if ids.ndim == 2 else 1
 
     def look(places: np.ndarray) -> np.ndarray:

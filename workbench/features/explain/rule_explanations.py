@@ -1,8 +1,9 @@
-"""Explanations by rules, and what they are worth on documents that they have not seen."""
+"""Explanations by rules, and their scores on held-out documents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ DETECTION = {"balanced_accuracy": "detection", "precision": "precision", "recall
 COMPARED = ("detection", "hard detection", "fuzzing")
 """Scores that are shown of the controls as well."""
 BLOCK = 128
-"""Features whose rules, or tests, are kept together."""
+"""Features per kept part."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -42,7 +43,7 @@ class RuleExplanation:
         feature: its number.
         fitted: the rule with its score on the windows it was made from; None where there were too few windows.
         lacking: why there is none; "" otherwise.
-        found: the pass over a store that its windows are from.
+        windows: the pass over a store that its windows are from.
         slot: place of the feature in it.
         options: how windows are divided.
     """
@@ -50,48 +51,46 @@ class RuleExplanation:
     feature: int
     fitted: FittedRule | None
     lacking: str
-    found: FeatureWindows = field(repr=False)
+    windows: FeatureWindows = field(repr=False)
     slot: int
     options: ExampleOptions
 
     @property
     def examples(self) -> Examples:
-        """The windows it was made from and is tested on; looked up anew, for those of a whole SAE are gigabytes."""
-        return examples_of(self.found, self.slot, self.feature, self.options)
+        """The windows it was made from and is tested on; not kept, because those of a whole SAE are gigabytes."""
+        return examples_of(self.windows, self.slot, self.feature, self.options)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """A rule, or why there is none."""
-
     fitted: FittedRule | None
     lacking: str
 
 
 def explain_by_rules(
-    found: FeatureWindows, features: Int[Tensor, " features"], tokenizer: TokenSource,
+    windows: FeatureWindows, features: Int[Tensor, " features"], tokenizer: TokenSource,
     options: ExampleOptions | None = None, keep: Keeper | None = None,
 ) -> tuple[RuleExplanation, ...]:  # fmt: skip
     """The best rule of each feature, chosen on documents that are not used for its test.
 
     Args:
-        found: what a pass over a store found.
+        windows: result of a pass over a store.
         features: their numbers, in the order of the pass.
         tokenizer: of the model, or a `TokenTexts`.
         options: how windows are divided.
-        keep: where rules are kept while others are made; those that are there already are not made again.
+        keep: holds finished rules, so that a repeated call makes only the missing ones.
     """
     options, vocabulary = options or ExampleOptions(), TokenTexts.of(tokenizer)
 
     def fit(entry: tuple[int, int]) -> _Fit:
-        examples = examples_of(found, *entry, options)
+        examples = examples_of(windows, *entry, options)
         lacking = examples.lacking(options.fewest)
         return _Fit(None if lacking else fit_rule(examples.data(), vocabulary), lacking)
 
     slots = list(enumerate(features.tolist()))
     fits = _kept(slots, fit, _Fit, keep, "rules")
     return tuple(
-        RuleExplanation(feature, made.fitted, made.lacking, found, slot, options)
+        RuleExplanation(feature, made.fitted, made.lacking, windows, slot, options)
         for (slot, feature), made in zip(slots, fits, strict=True)
     )
 
@@ -99,27 +98,25 @@ def explain_by_rules(
 def _kept(
     items: Sequence[Item], make: Callable[[Item], Made], kind: type[Made], keep: Keeper | None, name: str
 ) -> list[Made]:
-    """What is made of each item, in blocks that are kept."""
+    """The results for all items; finished blocks of them are kept."""
     made: list[Made] = []
     with task(total=len(items), description=name, unit="features") as running:
+
+        def results(part: Sequence[Item]) -> Iterator[Made]:
+            for item in part:
+                yield make(item)
+                running.advance()
+
         for start in range(0, len(items), BLOCK):
-
-            def block(part: Sequence[Item] = items[start : start + BLOCK]) -> list[Made]:
-                found = []
-                for item in part:
-                    found.append(make(item))
-                    running.advance()
-                return found
-
-            whole = block() if keep is None else keep.once(f"{name.replace(' ', '-')}-{start}", list[kind], block)
-            made += whole
+            block = functools.partial(list, results(items[start : start + BLOCK]))
+            made += block() if keep is None else keep.once(f"{name.replace(' ', '-')}-{start}", list[kind], block)
     return made
 
 
 def score_rules(
     explained: Sequence[RuleExplanation], tokenizer: TokenSource, *, seed: int = 0, keep: Keeper | None = None
 ) -> dict[int, Explanation]:
-    """Each rule's scores in detection, hard detection and fuzzing on held-out documents, beside those of its controls.
+    """Each rule's scores in detection, hard detection and fuzzing on held-out documents, with those of its controls.
 
     Controls: "shuffled", the rule of another feature (if there is another); "empty", a rule that never fires; "top
     tokens", the list of the tokens that the strongest windows peak on. Features without a rule say why in their text.
@@ -152,11 +149,10 @@ def _others(with_rule: Sequence[RuleExplanation], seed: int) -> dict[int, Rule]:
 def _tested(rule: Rule, others: dict[str, Rule], examples: Examples, vocabulary: TokenTexts, seed: int) -> Explanation:
     tests = RuleTests(detection_items(examples), hard_items(examples), fuzzing_items(examples, seed))
     scores = rule_scores(rule, tests, vocabulary, seed)
-    controls = {}
-    for name, other in others.items():
-        for score, value in rule_scores(other, tests, vocabulary, seed).items():
-            if score in COMPARED:
-                controls[f"{name}: {score}"] = value
+    by_control = {name: rule_scores(other, tests, vocabulary, seed) for name, other in others.items()}
+    controls = {
+        f"{name}: {score}": value for name, of in by_control.items() for score, value in of.items() if score in COMPARED
+    }
     text = rule.text(vocabulary) or "no rule describes it better than none"
     return Explanation(text, "rule", scores, controls, len(tests.detection))
 
@@ -171,7 +167,7 @@ class RuleTests:
 
 
 def rule_scores(rule: Rule, tests: RuleTests, vocabulary: TokenTexts, seed: int = 0) -> dict[str, Estimate]:
-    """What a rule scores when it is executed.
+    """Scores of a rule as a detector.
 
     Detection says yes where the rule fires anywhere in the window on a token of known activation, fuzzing where it
     fires on at least half of the marks. Fuzzing is left out if no window gives both right and wrong marks.

@@ -1,10 +1,10 @@
-"""The rule that describes best where a feature is active, at the least length."""
+"""Fits a rule to where a feature is active: the best description for its length."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -25,10 +25,11 @@ from workbench.features.explain.rules import (
 from workbench.features.token_classes import TOKEN_CLASSES, TokenTexts
 
 LENGTH_WEIGHT = 1.0
-"""What a rule loses that is as long as the list of all active tokens; shorter rules lose in proportion."""
+"""Penalty, in F1, of a rule as long as the list of all active tokens; shorter rules lose in proportion."""
 MOST_TOKENS, MOST_STEMS, MOST_SEQUENCES, MOST_TRIGGERS = 64, 4, 16, 8
+Numbers = np.ndarray | np.number | float | int
 _BOUNDARIES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_CANDIDATES = 40
+_MOST_CANDIDATES = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +66,13 @@ class _Task:
     vocabulary: TokenTexts
     n_active: int
 
-    def score(self, hits: Any, fired: Any, bits: Any) -> Any:
+    def score(self, hits: Numbers, fired: Numbers, bits: Numbers) -> np.ndarray:
         f1 = 2 * hits / np.maximum(fired + self.n_active, 1)
-        return f1 - LENGTH_WEIGHT * bits / (self.n_active * self.vocabulary.bits)
+        return np.asarray(f1 - LENGTH_WEIGHT * bits / (self.n_active * self.vocabulary.bits))
 
     def fitted(self, rule: AnyRule) -> FittedRule:
         fires = rule.fires(self.data.view, self.vocabulary)
-        hits, fired = np.count_nonzero(fires & self.data.active), np.count_nonzero(fires)
+        hits, fired = int((fires & self.data.active).sum()), int(fires.sum())
         score = self.score(hits, fired, rule.bits(self.vocabulary))
         return FittedRule(rule, 2 * hits / max(fired + self.n_active, 1), float(score))
 
@@ -80,7 +81,7 @@ def fit_rule(data: RuleData, vocabulary: TokenTexts) -> FittedRule:
     """The rule with the largest F1 over tokens less a penalty for its length (minimum description length).
 
     The grammar: sets of tokens, beginnings of words, classes of tokens, sets of preceding tokens (directly, or within
-    8), intervals of positions, sequences of two or three tokens, and each rule on the token together with a context.
+    8), intervals of positions, sequences of two or three tokens, and each rule on the token combined with a context.
 
     Raises:
         DegenerateInputError: if no token is active.
@@ -90,15 +91,14 @@ def fit_rule(data: RuleData, vocabulary: TokenTexts) -> FittedRule:
         raise DegenerateInputError(f"fit_rule: none of {len(data.active)} tokens is active. Give windows that are.")
     whole = _Task(data, vocabulary, n_active)
     alone = [whole.fitted(rule) for rule in (*_token_rules(whole), *_context_rules(whole))]
-    best = sorted(alone, key=lambda found: -found.score)
-    bases = [found for found in best if not isinstance(found.rule, After | At | Ngram)][:3]
-    found = [*alone, *(whole.fitted(rule) for base in bases for rule in _refined(whole, base.rule))]
-    found.append(whole.fitted(Never()))
-    return max(found, key=lambda f: (round(f.score, 9), -f.rule.bits(vocabulary)))
+    on_token = [fit for fit in alone if not isinstance(fit.rule, After | At | Ngram)]
+    best = sorted(on_token, key=lambda fit: -fit.score)[:3]
+    refined = [whole.fitted(rule) for fit in best for rule in _refined(whole, fit.rule)]
+    return max(*alone, *refined, whole.fitted(Never()), key=lambda f: (round(f.score, 9), -f.rule.bits(vocabulary)))
 
 
 def _refined(whole: _Task, base: AnyRule) -> Iterator[AnyRule]:
-    """The rule in each context that suits it best."""
+    """The rule in each context, fitted to the tokens where the rule fires."""
     inside = base.fires(whole.data.view, whole.vocabulary)
     if inside.any() and not inside.all():
         part = replace(whole, data=whole.data[inside])
@@ -143,9 +143,8 @@ def _best_keys(task: _Task, keys: np.ndarray, bits: float, most: int) -> np.ndar
 
 def _best_prefixes(task: _Task, length: int) -> tuple[str, ...]:
     number, of_token = task.vocabulary.beginnings(length)
-    found = _best_keys(task, of_token[task.data.view.ids], 5.0 * length, MOST_STEMS)
-    names = tuple(number)
-    return tuple(names[i] for i in found.tolist() if i >= 0)
+    best, prefixes = _best_keys(task, of_token[task.data.view.ids], 5.0 * length, MOST_STEMS), tuple(number)
+    return tuple(prefixes[i] for i in best.tolist() if i >= 0)
 
 
 def _best_sequences(task: _Task, length: int) -> tuple[tuple[int, ...], ...]:
@@ -153,8 +152,8 @@ def _best_sequences(task: _Task, length: int) -> tuple[tuple[int, ...], ...]:
     keys = view.ids.astype(np.int64) + 1
     for back in range(length - 1):
         keys = keys + (view.before[:, back] + 1) * size ** (back + 1)
-    found = _best_keys(task, keys, length * task.vocabulary.bits, MOST_SEQUENCES)
-    unpacked = (tuple(int(key // size**back % size) - 1 for back in reversed(range(length))) for key in found.tolist())
+    best = _best_keys(task, keys, length * task.vocabulary.bits, MOST_SEQUENCES).tolist()
+    unpacked = (tuple(int(key // size**back % size) - 1 for back in reversed(range(length))) for key in best)
     return tuple(sequence for sequence in unpacked if min(sequence) >= 0)
 
 
@@ -165,7 +164,7 @@ def _best_triggers(task: _Task) -> tuple[int, ...]:
     overall, total = np.unique(before, return_counts=True)
     usual = total[np.searchsorted(overall, inside)]
     some = (inside >= 0).nonzero()[0]
-    likely = some[np.lexsort((inside[some], -counts[some], -(counts[some] ** 1.5) / usual[some]))][:_CANDIDATES]
+    likely = some[np.lexsort((inside[some], -counts[some], -(counts[some] ** 1.5) / usual[some]))][:_MOST_CANDIDATES]
     tokens = np.sort(inside[likely])
     place_of = np.full(len(task.vocabulary) + 1, -1)
     place_of[tokens] = np.arange(len(tokens))
@@ -193,11 +192,8 @@ def _best_interval(task: _Task) -> Iterator[AnyRule]:
     edges = [b for b in _BOUNDARIES if b < last] + [last]
     total = np.histogram(positions, edges)[0]
     hits = np.histogram(positions[active], edges)[0]
-    found = []
-    for i in range(len(edges) - 1):
-        for j in range(i + 1, len(edges)):
-            score = task.score(hits[i:j].sum(), total[i:j].sum(), 8.0)
-            found.append((float(score), -i, -j))
-    _, i, j = max(found)
-    if (-i, -j) != (0, len(edges) - 1):
-        yield At(edges[-i], None if edges[-j] == last else edges[-j])
+    intervals = itertools.combinations(range(len(edges)), 2)
+    # of equal ones the first
+    i, j = max(intervals, key=lambda ij: float(task.score(hits[slice(*ij)].sum(), total[slice(*ij)].sum(), 8.0)))
+    if (i, j) != (0, len(edges) - 1):
+        yield At(edges[i], None if edges[j] == last else edges[j])

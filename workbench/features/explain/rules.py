@@ -1,4 +1,4 @@
-"""Explanations that can be executed: rules on tokens, what precedes them and where they stand."""
+"""Rules: explanations in terms of a token, what precedes it and its position, executed on text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from workbench.features.token_classes import TOKEN_CLASSES, TokenTexts
+from workbench.features.token_classes import TOKEN_CLASSES, TokenTexts, quoted
 
 REACH = 8
 """How many preceding tokens a rule can look at."""
@@ -33,18 +33,18 @@ class TokenView:
 
 @runtime_checkable
 class Rule(Protocol):
-    """Says of every token whether a feature should be active there."""
+    """An explanation that can be executed: whether a feature should be active, token by token."""
 
-    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
+    def fires(self, view: TokenView, vocabulary: TokenTexts, /) -> np.ndarray:
         """True where the rule holds, in the shape of `view.ids`."""
         ...
 
-    def text(self, vocabulary: TokenTexts) -> str:
+    def text(self, vocabulary: TokenTexts, /) -> str:
         """The rule in words."""
         ...
 
-    def bits(self, vocabulary: TokenTexts) -> float:
-        """Length of the rule's description."""
+    def bits(self, vocabulary: TokenTexts, /) -> float:
+        """Length of the rule's description, in bits."""
         ...
 
 
@@ -54,19 +54,13 @@ class Never:
 
     kind: Literal["never"] = "never"
 
-    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
-        """False everywhere."""
-        del vocabulary
+    def fires(self, view: TokenView, _: TokenTexts) -> np.ndarray:
         return np.zeros(view.ids.shape, dtype=bool)
 
-    def text(self, vocabulary: TokenTexts) -> str:
-        """No words."""
-        del vocabulary
+    def text(self, _: TokenTexts) -> str:
         return ""
 
-    def bits(self, vocabulary: TokenTexts) -> float:
-        """Nothing to say."""
-        del vocabulary
+    def bits(self, _: TokenTexts) -> float:
         return 0.0
 
 
@@ -78,15 +72,12 @@ class TokenIn:
     kind: Literal["token"] = "token"
 
     def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
-        """By token id."""
         return vocabulary.holds(self.tokens)[view.ids]
 
     def text(self, vocabulary: TokenTexts) -> str:
-        """The set, quoted."""
         return f"token is {'one of ' if len(self.tokens) > 1 else ''}{vocabulary.quoted(self.tokens)}"
 
     def bits(self, vocabulary: TokenTexts) -> float:
-        """One name per token."""
         return len(self.tokens) * vocabulary.bits
 
 
@@ -98,23 +89,18 @@ class BeginsWith:
     kind: Literal["begins"] = "begins"
 
     def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
-        """By the letters of the token."""
-        found = np.zeros(view.ids.shape, dtype=bool)
+        fires = np.zeros(view.ids.shape, dtype=bool)
         for length in {len(prefix) for prefix in self.prefixes}:
             number, of_token = vocabulary.beginnings(length)
             wanted = [number[p] for p in self.prefixes if len(p) == length and p in number]
-            found |= np.isin(of_token[view.ids], wanted)
-        return found
+            fires |= np.isin(of_token[view.ids], wanted)
+        return fires
 
-    def text(self, vocabulary: TokenTexts) -> str:
-        """The prefixes."""
-        del vocabulary
+    def text(self, _: TokenTexts) -> str:
         return "token begins with " + " or ".join(f"{prefix}-" for prefix in self.prefixes)
 
-    def bits(self, vocabulary: TokenTexts) -> float:
-        """Five bits a letter."""
-        del vocabulary
-        return 2 + 5.0 * sum(map(len, self.prefixes))
+    def bits(self, _: TokenTexts) -> float:
+        return 2 + 5.0 * sum(map(len, self.prefixes))  # five bits a letter
 
 
 @dataclass(frozen=True)
@@ -126,17 +112,12 @@ class InClass:
     kind: Literal["class"] = "class"
 
     def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
-        """By the class of the token."""
         return vocabulary.mask(self.name)[view.before[..., self.back - 1] if self.back else view.ids]
 
-    def text(self, vocabulary: TokenTexts) -> str:
-        """The class."""
-        del vocabulary
+    def text(self, _: TokenTexts) -> str:
         return f"preceding token is {self.name}" if self.back else f"token is {self.name}"
 
-    def bits(self, vocabulary: TokenTexts) -> float:
-        """Which of the classes."""
-        del vocabulary
+    def bits(self, _: TokenTexts) -> float:
         return 1 + float(np.log2(len(TOKEN_CLASSES)))
 
 
@@ -148,23 +129,16 @@ class At:
     high: int | None
     kind: Literal["at"] = "at"
 
-    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
-        """By position."""
-        del vocabulary
-        below = True if self.high is None else view.positions < self.high
-        return (view.positions >= self.low) & below
+    def fires(self, view: TokenView, _: TokenTexts) -> np.ndarray:
+        return (view.positions >= self.low) & (True if self.high is None else view.positions < self.high)
 
-    def text(self, vocabulary: TokenTexts) -> str:
-        """The interval."""
-        del vocabulary
+    def text(self, _: TokenTexts) -> str:
         if self.high is None:
             return f"position {self.low} or later"
         return f"position {self.low}" if self.high == self.low + 1 else f"position {self.low} to {self.high - 1}"
 
-    def bits(self, vocabulary: TokenTexts) -> float:
-        """Two of sixteen boundaries."""
-        del vocabulary
-        return 8.0
+    def bits(self, _: TokenTexts) -> float:
+        return 8.0  # two of sixteen boundaries
 
 
 @dataclass(frozen=True)
@@ -176,17 +150,14 @@ class After:
     kind: Literal["after"] = "after"
 
     def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
-        """By the preceding ids; what precedes the document does not count."""
         return np.asarray(vocabulary.holds(self.tokens)[view.before[..., : self.within]].any(-1))
 
     def text(self, vocabulary: TokenTexts) -> str:
-        """Which tokens, and how far back."""
         where = "directly after" if self.within == 1 else f"within {self.within} tokens after"
         return f"{where} {vocabulary.quoted(self.tokens)}"
 
     def bits(self, vocabulary: TokenTexts) -> float:
-        """One name per token, and the distance."""
-        return 3 + len(self.tokens) * vocabulary.bits
+        return 3 + len(self.tokens) * vocabulary.bits  # three for the distance
 
 
 @dataclass(frozen=True)
@@ -196,25 +167,19 @@ class Ngram:
     sequences: tuple[tuple[int, ...], ...]
     kind: Literal["ngram"] = "ngram"
 
-    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
-        """By the token and those before it."""
-        del vocabulary
-        found = np.zeros(view.ids.shape, dtype=bool)
+    def fires(self, view: TokenView, _: TokenTexts) -> np.ndarray:
+        fires = np.zeros(view.ids.shape, dtype=bool)
         for sequence in self.sequences:
             here = view.ids == sequence[-1]
             for back, token in enumerate(reversed(sequence[:-1])):
                 here &= view.before[..., back] == token
-            found |= here
-        return found
+            fires |= here
+        return fires
 
     def text(self, vocabulary: TokenTexts) -> str:
-        """The sequences, quoted."""
-        shown = ", ".join(repr("".join(vocabulary.text(t) for t in s)) for s in self.sequences[:12])
-        more = f" and {len(self.sequences) - 12} more" if len(self.sequences) > 12 else ""
-        return f"last token of {shown}{more}"
+        return "last token of " + quoted(["".join(map(vocabulary.text, s)) for s in self.sequences])
 
     def bits(self, vocabulary: TokenTexts) -> float:
-        """One name per token."""
         return 1 + sum(map(len, self.sequences)) * vocabulary.bits
 
 
@@ -227,15 +192,12 @@ class Both:
     kind: Literal["both"] = "both"
 
     def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
-        """Where both hold."""
         return self.token.fires(view, vocabulary) & self.context.fires(view, vocabulary)
 
     def text(self, vocabulary: TokenTexts) -> str:
-        """Both in words."""
         return f"{self.token.text(vocabulary)}, and {self.context.text(vocabulary)}"
 
     def bits(self, vocabulary: TokenTexts) -> float:
-        """Both and the conjunction."""
         return 1 + self.token.bits(vocabulary) + self.context.bits(vocabulary)
 
 

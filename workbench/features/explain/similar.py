@@ -1,4 +1,4 @@
-"""Windows compared by their tokens: negatives that are hard, and whether a feature's windows belong together at all."""
+"""Windows compared by their tokens: hard negatives, and whether the windows of a feature are alike at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from workbench.core.stats import Estimate, wilson
 from workbench.features.explain.examples import Examples, Windows, joined
-from workbench.features.explain.testing import Items
+from workbench.features.explain.testing import Items, balanced_items
 
 
 def tf_idf(windows: Windows) -> Float[np.ndarray, "windows words"]:
@@ -38,12 +38,11 @@ def most_alike(pool: Windows, to: Windows, n: int) -> Windows:
 def hard_items(examples: Examples) -> Items:
     """Detection whose windows without the feature are those most like the ones that its explanation is made from.
 
-    An explanation that names a token though the feature asks for more than the token passes with windows drawn at
-    random, and fails here.
+    An explanation that names only a token, of a feature that depends on more than the token, passes with windows drawn
+    at random and fails here.
     """
-    n = min(len(examples.tested), len(examples.held_silent))
-    parts = [examples.tested[np.arange(n)], most_alike(examples.held_silent, examples.shown, n)]
-    return Items(joined(parts), np.repeat([True, False], n))
+    alike = most_alike(examples.held_silent, examples.shown, len(examples.tested))
+    return balanced_items(examples.tested, alike)
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,10 @@ def intruder_score(examples: Examples, shown: int = 4) -> IntruderScore:
     """
     peaks = np.nan_to_num(examples.tested.values).max(1, initial=0.0)
     inside = examples.tested[np.argsort(-peaks, kind="stable")]
-    found = _guessed(inside, examples.tested_silent, shown)
+    accuracy = _guessed(inside, examples.tested_silent, shown)
     half = len(examples.tested_silent) * shown // (shown + 1)
     control = _guessed(examples.tested_silent[:half], examples.tested_silent[half:], shown)
-    return IntruderScore(found, control, 1 / (shown + 1))
+    return IntruderScore(accuracy, control, 1 / (shown + 1))
 
 
 def _guessed(inside: Windows, intruders: Windows, shown: int) -> Estimate | None:

@@ -1,4 +1,4 @@
-"""Tests of explanations: windows to be told apart, and what a set of answers is worth."""
+"""Tests of explanations: windows to tell apart, and the scores of a set of answers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ class Items:
     """Windows of a test, each with the right answer.
 
     Attributes:
-        windows: what is shown.
         labels: True where the right answer is yes.
         marks: marked tokens, for fuzzing; None for detection.
-        unusable: windows that could not be made into a pair of right and wrong marks, because too few of their tokens
-            lie below the threshold.
+        unusable: windows without a pair of right and wrong marks, because too few of their tokens lie below the
+            threshold.
     """
 
     windows: Windows
@@ -41,9 +40,13 @@ class Items:
 
 def detection_items(examples: Examples) -> Items:
     """Is the feature active in this window? As many windows with it as without, as far as there are."""
-    n = min(len(examples.tested), len(examples.tested_silent))
-    parts = [examples.tested[np.arange(n)], examples.tested_silent[np.arange(n)]]
-    return Items(joined(parts), np.repeat([True, False], n))
+    return balanced_items(examples.tested, examples.tested_silent)
+
+
+def balanced_items(active: Windows, silent: Windows) -> Items:
+    """The first windows of each kind, the same number of both."""
+    n = min(len(active), len(silent))
+    return Items(joined([active[:n], silent[:n]]), np.repeat([True, False], n))
 
 
 def fuzzing_items(examples: Examples, seed: int = 0) -> Items:
@@ -67,10 +70,8 @@ def fuzzing_items(examples: Examples, seed: int = 0) -> Items:
         wrong.append(other)
         usable.append(i)
     chosen = examples.tested[np.array(usable, dtype=int)]
-    width = examples.tested.values.shape[1]
-    marks = np.array([*right, *wrong], dtype=bool).reshape(-1, width)
-    labels = np.repeat([True, False], len(usable))
-    return Items(joined([chosen, chosen]), labels, marks, len(examples.tested) - len(usable))
+    marks = np.array([*right, *wrong], dtype=bool).reshape(-1, examples.tested.values.shape[1])
+    return Items(joined([chosen, chosen]), np.repeat([True, False], len(usable)), marks, len(known) - len(usable))
 
 
 def answer_scores(labels: np.ndarray, answers: np.ndarray, documents: np.ndarray, seed: int = 0) -> dict[str, Estimate]:
@@ -163,14 +164,14 @@ def _check(labels: np.ndarray, answers: np.ndarray, documents: np.ndarray) -> No
 
 
 def _weights(documents: np.ndarray, seed: int) -> np.ndarray:
-    """How often each item counts in each resample: whole documents are drawn."""
+    """Number of times that each item counts in each resample of documents."""
     unique, inverse = np.unique(documents, return_inverse=True)
     return _draws(len(unique), seed)[:, inverse]
 
 
 @functools.lru_cache(maxsize=256)
 def _draws(n: int, seed: int) -> np.ndarray:
-    """How often each of n documents is drawn in each resample; kept, since drawing takes longer than all else."""
+    """Number of times that each of n documents is drawn in each resample; kept, because drawing takes longest."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
 
 

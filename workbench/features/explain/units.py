@@ -1,7 +1,8 @@
-"""Units whose meaning is known, over the tokens of a store: what explainers and judges are tried on first."""
+"""Units of known meaning over the tokens of a store, to test explainers and judges on."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from workbench.features.passes.sampling import MISSING
 from workbench.features.passes.store_pass import Chunk, token_rows
 from workbench.features.token_classes import TokenTexts
 
+_CASINGS = ("a capitalised word", "all capitals", "a lower-case word")
 FAMILIES = ("token", "token set", "conditional", "position", "casing", "digit")
 
 
@@ -37,11 +39,11 @@ class KnownUnits:
 
     @property
     def ids(self) -> Int[Tensor, " n"]:
-        """0, 1, 2, ..."""
+        """Number of each unit, from 0."""
         return torch.arange(len(self.units))
 
     def acts(self, chunk: Chunk) -> Float[Tensor, "tokens n"]:
-        """1 where the rule fires."""
+        """1 where the rule fires, else 0."""
         view = view_of(chunk)
         fires = [unit.rule.fires(view, self.vocabulary) for unit in self.units]
         return torch.from_numpy(np.stack(fires, 1)).float()
@@ -57,7 +59,7 @@ def view_of(chunk: Chunk) -> TokenView:
 
 
 def unit_bank(store: ActivationStore, *, per_family: int = 7, seed: int = 0) -> tuple[KnownUnit, ...]:
-    """Units of six families over the tokens of a store's first shard; families that the text can't show have fewer.
+    """Units of six families over the tokens of a store's first shard; fewer of a family that the text does not show.
 
     "token" and "token set" (one of three tokens) take tokens of middling frequency, "conditional" a frequent token
     within eight tokens after another, "position" an interval, "casing" and "digit" a class of tokens.
@@ -84,11 +86,9 @@ def unit_bank(store: ActivationStore, *, per_family: int = 7, seed: int = 0) -> 
     pairs = zip(common[::2], common[1::2], strict=False)
     bank += [KnownUnit("conditional", Both(TokenIn((a,)), After((b,), REACH))) for a, b in list(pairs)[:per_family]]
     edges = [e for e in (1, 2, 4, 8, 16, 32, 64, 128) if e < rows.shape[1]]
-    bank += [KnownUnit("position", At(a, b)) for a, b in list(zip(edges, edges[1:], strict=False))[:per_family]]
-    casing = ("a capitalised word", "all capitals", "a lower-case word")
-    bank += [KnownUnit("casing", InClass(name)) for name in casing]
-    bank.append(KnownUnit("digit", InClass("digits")))
-    return tuple(bank)
+    bank += [KnownUnit("position", At(a, b)) for a, b in list(itertools.pairwise(edges))[:per_family]]
+    bank += [KnownUnit("casing", InClass(name)) for name in _CASINGS]
+    return (*bank, KnownUnit("digit", InClass("digits")))
 
 
 def families(bank: Sequence[KnownUnit]) -> tuple[str, ...]:
