@@ -12,7 +12,14 @@ from workbench.features.passes.coactivation import CoSample
 
 def sample_of(acts: Tensor) -> CoSample:
     token, feature = acts.nonzero(as_tuple=True)
-    return CoSample(token, feature, acts[token, feature], len(acts), 1.0, acts.shape[1])
+    return CoSample(
+        token=token,
+        feature=feature,
+        value=acts[token, feature],
+        n_tokens=len(acts),
+        share=1.0,
+        n_features=acts.shape[1],
+    )
 
 
 def sparse_acts(tokens: int = 600, features: int = 20) -> Tensor:
@@ -68,8 +75,7 @@ def test_features_that_fire_too_rarely_are_not_compared() -> None:
 
 
 def test_an_empty_sample_has_no_neighbours() -> None:
-    empty = CoSample(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0), 0, 0.0, 3)
-    assert activation_neighbours(empty, torch.arange(3)) == [(), (), ()]
+    assert activation_neighbours(sample_of(torch.zeros(0, 3)), torch.arange(3)) == [(), (), ()]
 
 
 def test_decoder_neighbours_are_the_largest_cosines_among_all_rows() -> None:

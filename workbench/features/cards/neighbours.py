@@ -1,4 +1,4 @@
-"""Features that are close: by their activations on the same tokens, and by decoder cosine, each beside its null."""
+"""Features that are close: by their activations on the same tokens, and by decoder cosine, each with its null."""
 
 from __future__ import annotations
 
@@ -52,23 +52,18 @@ def activation_neighbours(
     side are shuffled. Blocks of features are taken in turn, so memory grows with the sample, not with features squared.
     """
     options = options or NeighbourOptions()
-    often = _Firing.of(co, options.min_fired)
+    often, numbers = _Firing.of(co, options.min_fired), ids.tolist()
     null = _activation_null(often, options)
-    numbers = ids.tolist()
-    found: list[tuple[Neighbour, ...]] = []
+    neighbours: list[tuple[Neighbour, ...]] = []
     for rows in _blocks(co.n_features, co.n_features):
         correlation, together = often.compare(rows, often.by_token)
-        correlation[np.arange(len(rows)), rows] = -np.inf
         correlation[together <= 0] = -np.inf
-        best = _top(correlation, options.n)
-        for i, columns in enumerate(best):
-            chosen = [int(j) for j in columns if np.isfinite(correlation[i, j])]
-            either = {j: often.fired[rows[i]] + often.fired[j] - together[i, j] for j in chosen}
-            found.append(tuple(
-                Neighbour(numbers[j], "activation", float(correlation[i, j]), float(together[i, j] / either[j]), null)
-                for j in chosen
-            ))  # fmt: skip
-    return found
+        jaccard = together / np.maximum(often.fired[rows][:, None] + often.fired - together, 1)
+        neighbours += [
+            tuple(Neighbour(numbers[j], "activation", value, float(jaccard[i, j]), null) for value, j in near)
+            for i, near in enumerate(_nearest(torch.from_numpy(correlation), rows, options.n))
+        ]
+    return neighbours
 
 
 def decoder_neighbours(
@@ -79,24 +74,29 @@ def decoder_neighbours(
     A row of zeros has no direction: it has no neighbours and is nobody's.
     The null is the 95th percentile of the largest cosine with a dictionary that holds no match: the larger of random
     directions and of the decoder with each dimension shuffled (`workbench.core.similarity`). A cosine is no property
-    of the model; where activations say something else, believe those.
+    of the model: where activations disagree with it, believe the activations.
     """
     options = options or NeighbourOptions()
     W = torch.nn.functional.normalize(W_dec.detach().float().cpu(), dim=1)
-    writes = (W != 0).any(dim=1)
-    null = _decoder_null(W[writes], options) if bool(writes.any()) else 0.0
-    found: list[tuple[Neighbour, ...]] = []
+    is_zero = (W == 0).all(dim=1)
+    null = 0.0 if bool(is_zero.all()) else _decoder_null(W[~is_zero], options)
+    neighbours: list[tuple[Neighbour, ...]] = []
     for block in _blocks(len(ids), len(W)):
-        chosen = ids[torch.from_numpy(block)]
-        near = W[chosen] @ W.T
-        near[torch.arange(len(chosen)), chosen] = -torch.inf
-        near[~writes[chosen]] = -torch.inf
-        near[:, ~writes] = -torch.inf
-        values, columns = near.topk(min(options.n, len(W) - 1), dim=1)
-        for row, others in zip(values.tolist(), columns.tolist(), strict=True):
-            pairs = [pair for pair in zip(row, others, strict=True) if math.isfinite(pair[0])]
-            found.append(tuple(Neighbour(other, "decoder", value, None, null) for value, other in pairs))
-    return found
+        rows = ids[torch.from_numpy(block)]
+        cosine = W[rows] @ W.T
+        cosine[is_zero[rows]] = -torch.inf
+        cosine[:, is_zero] = -torch.inf
+        nearest = _nearest(cosine, rows.numpy(), options.n)
+        neighbours += [tuple(Neighbour(j, "decoder", value, None, null) for value, j in near) for near in nearest]
+    return neighbours
+
+
+def _nearest(closeness: Float[Tensor, "rows columns"], own: np.ndarray, n: int) -> list[list[tuple[float, int]]]:
+    """The n largest values of each row with their columns, its own and -inf left out; of equal values the first."""
+    closeness[torch.arange(len(own)), torch.from_numpy(own)] = -torch.inf
+    best = closeness.topk(min(n, closeness.shape[1] - 1), dim=1)
+    pairs = (zip(*row, strict=True) for row in zip(best.values.tolist(), best.indices.tolist(), strict=True))
+    return [sorted((p for p in row if math.isfinite(p[0])), key=lambda p: (-p[0], p[1])) for row in pairs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +162,3 @@ def _decoder_null(W: Tensor, options: NeighbourOptions) -> float:
 def _blocks(n: int, width: int) -> list[np.ndarray]:
     size = max(1, BLOCK_ENTRIES // max(width, 1))
     return [np.arange(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-def _top(values: np.ndarray, n: int) -> np.ndarray:
-    """Columns of the n largest values of each row, largest first; of equal values the first."""
-    n = min(n, values.shape[1])
-    some = (
-        np.argpartition(-values, min(n, values.shape[1] - 1), axis=1)[:, :n] if n else np.zeros((len(values), 0), int)
-    )
-    some = np.sort(some, axis=1)
-    order = np.argsort(-np.take_along_axis(values, some, 1), axis=1, kind="stable")
-    return np.take_along_axis(some, order, 1)

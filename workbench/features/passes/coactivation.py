@@ -1,4 +1,4 @@
-"""Sparse activations of as many tokens as fit, for comparing features on the same tokens."""
+"""A bounded sample of sparse activations, to compare features on the same tokens."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from workbench.features.passes.sampling import uniform
 _ROWS = 0xC0AC
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class CoSample:
     """Activations of all features on some tokens.
 
     Attributes:
         token: of each entry, numbered from 0 without gaps.
-        feature: of each entry.
-        value: its activation.
-        n_tokens: tokens of the packed rows that were kept, active or not.
-        share: of the packed rows that was kept; 1 means all.
-        n_features: how many features were read.
+        value: activation of each entry.
+        n_tokens: tokens of the packed rows in the sample, active or not.
+        share: of the packed rows that are in the sample; 1 means all.
     """
 
     token: Int[Tensor, " entries"]
@@ -35,9 +33,9 @@ class CoSample:
 
 
 class CoActivationSample:
-    """All activations, until there are too many; then those of half of the packed rows, and so on.
+    """Collects all activations up to a limit, then those of half of the packed rows, of a quarter, and so on.
 
-    Which rows stay is decided by a hash of the row, so the result depends on nothing but the limit and the seed.
+    A hash of the row decides which rows stay, so the result depends only on the limit and the seed.
     """
 
     def __init__(self, n_features: int, limit: int, seed: int) -> None:
@@ -54,7 +52,7 @@ class CoActivationSample:
         value: Float[Tensor, " entries"],
         rows: Int[Tensor, " tokens"],
     ) -> None:
-        """Takes the entries of whole packed rows; `rows` is the packed row of every kept token."""
+        """Adds the entries of whole packed rows; `rows` is the packed row of every kept token, active or not."""
         if not self._limit:
             return
         drawn = uniform(row, _ROWS, self._seed)
@@ -82,12 +80,12 @@ class CoActivationSample:
             self._thin_last()
 
     def result(self) -> CoSample:
-        """What is left."""
-        if not self._parts:
-            empty = torch.zeros(0, dtype=torch.long)
-            return CoSample(empty, empty, torch.zeros(0), 0, 0.0, self._n_features)
-        _, token, feature, value = (torch.cat(column) for column in zip(*self._parts, strict=True))
-        numbers, place = token.unique(return_inverse=True)
-        del numbers
-        n_tokens = sum(int(counts.sum()) for _, counts in self._kept)
-        return CoSample(place, feature.long(), value, n_tokens, self._share, self._n_features)
+        """The sample, with a share of 0 if nothing was added."""
+        none = torch.zeros(0, dtype=torch.long)
+        columns = zip(*(self._parts or [(none, none, none, torch.zeros(0))]), strict=True)
+        _, token, feature, value = (torch.cat(column) for column in columns)
+        return CoSample(
+            token=token.unique(return_inverse=True)[1], feature=feature.long(), value=value,
+            n_tokens=sum(int(counts.sum()) for _, counts in self._kept),
+            share=self._share if self._parts else 0.0, n_features=self._n_features,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Documents of a store that repeat an earlier one: they count as tokens and give no windows."""
+"""Finds documents of a store that repeat an earlier one: their tokens count, but they give no windows."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _document_of_each(
 
 
 def _runs(documents: np.ndarray, ids: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """The tokens of each document, one after the other."""
+    """The tokens of each run of one document."""
     cuts = (np.diff(documents) != 0).nonzero()[0] + 1
     parts = np.split(ids, cuts)
     return [(int(d), part) for d, part in zip(documents[np.r_[0, cuts]], parts, strict=True)] if len(ids) else []

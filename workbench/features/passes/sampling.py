@@ -1,4 +1,4 @@
-"""Keeping the best few entries of every feature while a stream goes by, and draws that no chunking can change."""
+"""Keeps the best entries of every feature of a stream; random draws that do not depend on how it is chunked."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 MISSING = -1
-"""Stands for a context that does not exist."""
+"""Index of a window that does not exist."""
 BUFFER_ENTRIES = 2**16
-"""Entries that wait before it is settled who is kept, at least; no effect on the result."""
+"""Least number of entries that are buffered before the best are chosen; no effect on the result."""
 
 _GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def uniform(items: Int[Tensor, " n"], groups: Int[Tensor, " n"] | int = 0, seed: int = 0) -> Float[Tensor, " n"]:
-    """A number in [0, 1) for each pair of item and group: the same whatever else is asked, in whatever order.
+    """A number in [0, 1) for each pair of item and group, whatever the other pairs and their order.
 
     >>> uniform(torch.tensor([3, 4]))[1] == uniform(torch.tensor([4]))[0]
     tensor(True)
@@ -30,7 +30,7 @@ def uniform(items: Int[Tensor, " n"], groups: Int[Tensor, " n"] | int = 0, seed:
 
 
 def mixed(x: np.ndarray) -> np.ndarray:
-    """64-bit integers as hashes: the finaliser of SplitMix64, one to one."""
+    """Hashes of 64-bit integers by the finaliser of SplitMix64, which is one to one."""
     x = x + np.uint64(_GAMMA)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX1)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX2)
@@ -40,7 +40,7 @@ def mixed(x: np.ndarray) -> np.ndarray:
 class BestEntries:
     """The entries with the largest keys of each feature; of equal keys the one that came first.
 
-    Memory is `features * keep` entries and a buffer of the same order, however many entries go by.
+    Memory is `features * keep` entries and a buffer of the same order, however many entries are added.
 
     Attributes:
         keys: of the kept entries, largest first; -inf where there are fewer.
@@ -56,7 +56,7 @@ class BestEntries:
         self._n, self._flush_at = 0, max(BUFFER_ENTRIES, features * keep // 4)
 
     def wants(self, features: Int[Tensor, " n"], keys: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
-        """Which entries could still be among the best; the others need not be made."""
+        """Which entries could still be among the best; the others need not be added."""
         if self.keys.shape[1] == 0:
             return torch.zeros(len(keys), dtype=torch.bool)
         return keys > self.keys[:, -1][features]
@@ -68,14 +68,14 @@ class BestEntries:
         where: Int[Tensor, "n columns"],
         values: Float[Tensor, "n width"],
     ) -> None:
-        """Lets entries compete."""
+        """Adds entries; the best are chosen when the buffer is full."""
         self._pending.append((features, keys.double(), where.int(), values))
         self._n += len(features)
         if self._n >= self._flush_at:
             self.flush()
 
     def flush(self) -> None:
-        """Settles who is kept; to be called before reading."""
+        """Chooses the best of kept and buffered entries; call it before reading."""
         if not self._pending:
             return
         features, keys, where, values = (torch.cat(parts) for parts in zip(*self._pending, strict=True))

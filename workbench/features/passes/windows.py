@@ -1,8 +1,8 @@
-"""What features do on a store, in one pass with flat memory: counts, histograms, strongest and sampled windows.
+"""Counts, histograms, strongest and sampled windows of features, in one pass over a store with constant memory.
 
-Nothing of size tokens x features is kept. The dense activations of a few packed rows exist at a time; from them only
-entries survive that are among a feature's strongest, or that a hash of feature and row draws into its sample. The
-result depends neither on how the store is cut into shards nor on how many tokens are read at once.
+Dense activations exist for a few packed rows at a time. Of them only entries are kept that are among a feature's
+strongest, or that a hash of feature and row draws into its sample. The result depends neither on how the store is cut
+into shards nor on how many tokens are read at once.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class WindowOptions:
         return self.before + 1 + self.after
 
     def memory(self, n_features: int) -> int:
-        """Bytes that the pass keeps, whatever the number of tokens; twice that while entries are settled.
+        """Bytes that the pass keeps, whatever the number of tokens; twice that while the best entries are chosen.
 
-        Beside it stand the dense activations of the chunk that is being read, 4 bytes per token and feature.
+        The dense activations of the chunk that is read take another 4 bytes per token and feature.
         """
         entry = 8 + 4 * len(_COLUMNS) + 4 * self.width
         return n_features * ((self.top + self.sample) * entry + 2 * 4 * N_BINS + self.background) + 24 * self.co_entries
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class WindowTable:
     """Windows of each feature; the last places are empty (`MISSING`) where a feature has fewer.
 
@@ -83,10 +83,10 @@ class WindowTable:
         row: packed row in the store.
         position: of the peak in the row.
         token: id of the peak.
-        document: document in the source.
         low: first position of the window.
         high: position behind its last.
         start: first position of the document in the row.
+        peaks: activation at the peak; 0 where there is no window.
     """
 
     values: Float[Tensor, "features n width"]
@@ -101,19 +101,19 @@ class WindowTable:
 
     @functools.cached_property
     def counts(self) -> Int[Tensor, " features"]:
-        """Number of windows of each feature."""
+        """Number of windows per feature."""
         return (self.row != MISSING).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
 class Background:
-    """Windows drawn from all packed rows, and which features are active somewhere in them.
+    """Windows drawn from all packed rows.
 
     Attributes:
         where: row, position of the middle, its token, document, first position, position behind the last, first
             position of the document.
         kept: False where a token was left out of the store.
-        active: per window and feature.
+        active: whether each feature is active anywhere in each window.
     """
 
     where: Int[Tensor, "n columns"]
@@ -121,17 +121,15 @@ class Background:
     active: Bool[Tensor, "n features"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class FeatureWindows:
-    """What one pass found.
+    """Result of one pass.
 
     Attributes:
         n_tokens: kept tokens that were read.
-        active: tokens on which each feature is active.
-        max_act: largest activation.
+        active: number of tokens on which each feature is active.
         histogram: tokens by activation, see `bin_edges`.
-        peak_histogram: packed rows by their largest activation in documents that repeat no earlier one, where that is
-            positive.
+        peak_histogram: packed rows by their largest positive activation in documents that repeat no earlier one.
         top: strongest windows, strongest first; of equal ones the earlier row.
         sample: windows drawn evenly from the rows in which the feature is active.
         background: windows drawn from all rows.
@@ -173,13 +171,10 @@ class FeatureWindows:
         if not counts.sum():
             raise DegenerateInputError(f"Feature {feature} of this pass was never active, so it has no deciles.")
         edges, cumulated = bin_edges().double(), torch.cat([torch.zeros(1).double(), counts.cumsum(0)])
-        found = []
-        for share in torch.arange(0.9, 0.05, -0.1).tolist():
-            wanted = share * float(counts.sum())
-            at = min(int(torch.searchsorted(cumulated, wanted, right=True)) - 1, N_BINS - 1)
-            inside = (wanted - float(cumulated[at])) / max(float(counts[at]), 1.0)
-            found.append(float(edges[at] + inside * (edges[at + 1] - edges[at])))
-        return torch.tensor(found)
+        below = torch.arange(0.9, 0.05, -0.1, dtype=torch.float64) * counts.sum()
+        at = (torch.searchsorted(cumulated, below, right=True) - 1).clamp_max(N_BINS - 1)
+        inside = (below - cumulated[at]) / counts[at].clamp_min(1.0)
+        return (edges[at] + inside * (edges[at + 1] - edges[at])).float()
 
 
 def bin_edges() -> Float[Tensor, " edges"]:
@@ -213,9 +208,8 @@ def collect_windows(
 
 class _Running:
     def __init__(self, ids: Tensor, options: WindowOptions, repeated: Tensor) -> None:
-        self.ids, self.n, self.options, self.n_tokens = ids, len(ids), options, 0
-        self.repeated = repeated
-        n = self.n
+        self.ids, self.n, self.options, self.repeated = ids, len(ids), options, repeated
+        self.n_tokens, n = 0, self.n
         self.active = torch.zeros(n, dtype=torch.long)
         self.max_act = torch.zeros(n)
         self.histogram, self.peaks = (torch.zeros(n, N_BINS, dtype=torch.int32) for _ in range(2))
@@ -292,15 +286,15 @@ class _Running:
         rows = torch.cat([top.row.flatten(), sample.row.flatten(), background.where[:, 0]]).unique()
         rows = rows[rows != MISSING].long()
         return FeatureWindows(
-            self.options, self.n_tokens, self.active, self.max_act, self.histogram, self.peaks, top, sample, background,
-            self.co.result(), rows, rows_of_tokens(store, rows),
+            options=self.options, n_tokens=self.n_tokens, active=self.active, max_act=self.max_act,
+            histogram=self.histogram, peak_histogram=self.peaks, top=top, sample=sample, background=background,
+            co=self.co.result(), row_numbers=rows, row_ids=_ids_of_rows(store, rows),
         )  # fmt: skip
 
     def _background(self) -> Background:
         if not self.background:
-            shape = (0, self.options.width)
-            empty = torch.zeros(0, len(_COLUMNS), dtype=torch.int32)
-            return Background(empty, torch.zeros(shape).bool(), torch.zeros(0, self.n).bool())
+            where, kept, active = (torch.zeros(0, n) for n in (len(_COLUMNS), self.options.width, self.n))
+            return Background(where.int(), kept.bool(), active.bool())
         _, where, kept, active = zip(*self.background, strict=True)
         return Background(torch.stack(where).int(), torch.stack(kept), torch.stack(active))
 
@@ -311,7 +305,7 @@ def _count(histogram: Tensor, feature: Tensor, values: Tensor) -> None:
 
 
 class _Layout:
-    """Where the tokens of a chunk stand in their rows and documents."""
+    """Places of a chunk's tokens in their rows and documents."""
 
     def __init__(self, chunk: Chunk, options: WindowOptions) -> None:
         block, (n_rows, self.context) = chunk.block, chunk.ids.shape
@@ -343,16 +337,16 @@ class _Layout:
 
 
 def _table(entries: BestEntries, before: int) -> WindowTable:
-    row, position, token, document, low, high, start = entries.where.unbind(2)
-    peaks = entries.values[:, :, before].masked_fill(row == MISSING, 0.0)
-    return WindowTable(entries.values, row, position, token, document, low, high, start, peaks)
+    columns = dict(zip(_COLUMNS, entries.where.unbind(2), strict=True))
+    peaks = entries.values[:, :, before].masked_fill(columns["row"] == MISSING, 0.0)
+    return WindowTable(values=entries.values, peaks=peaks, **columns)
 
 
-def rows_of_tokens(store: ActivationStore, rows: Int[Tensor, " rows"]) -> Int[Tensor, "rows context"]:
-    """Token ids of some packed rows, read shard by shard; `rows` in order."""
-    found = torch.full((len(rows), store.context), MISSING, dtype=torch.int32)
+def _ids_of_rows(store: ActivationStore, rows: Int[Tensor, " rows"]) -> Int[Tensor, "rows context"]:
+    """Token ids of some packed rows, read shard by shard."""
+    ids = torch.full((len(rows), store.context), MISSING, dtype=torch.int32)
     for index, shard in enumerate(store.manifest.shards):
         inside = ((rows >= shard.first_row) & (rows < shard.first_row + shard.n_rows)).nonzero().squeeze(1)
         if len(inside):
-            found[inside] = token_rows(store, index)[rows[inside] - shard.first_row].int()
-    return found
+            ids[inside] = token_rows(store, index)[rows[inside] - shard.first_row].int()
+    return ids
