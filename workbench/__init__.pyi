@@ -47,10 +47,10 @@ from .interventions.ops import LowRank as LowRank
 from .interventions.ops import Map as Map
 from .interventions.ops import ProjectOut as ProjectOut
 from .interventions.plan import Plan as Plan
+from .interventions.proof import EditReport as EditReport
 from .interventions.replacing import Ablate as Ablate
 from .interventions.replacing import Patch as Patch
 from .interventions.replacing import Replace as Replace
-from .interventions.report import EditReport as EditReport
 from .interventions.saes import SAEAblate as SAEAblate
 from .interventions.saes import SAEAdd as SAEAdd
 from .interventions.saes import SAEAddMax as SAEAddMax

@@ -19,7 +19,7 @@ from workbench.core.progress import track
 from workbench.core.tokens import TokenBatch
 from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
-from workbench.interventions.report import EditReport
+from workbench.interventions.proof import EditReport
 from workbench.interventions.saes import SAEAblate
 from workbench.models.model import Model
 from workbench.probes.linear import mean_pool

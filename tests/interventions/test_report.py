@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from workbench.interventions.gates import FnGate, ProbeGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op
 from workbench.interventions.ops import Add, AddScaled, Map, PerRow, ProjectOut
-from workbench.interventions.report import EditReport
+from workbench.interventions.proof import EditReport
 from workbench.interventions.saes import SAEAdd, SAEAddMax
 from workbench.interventions.scopes import All, Generated, Last, Pos, Prompt
 from workbench.interventions.shapes import NormPreserve
@@ -96,12 +98,17 @@ def test_a_gate_counts_its_decisions_and_only_the_tokens_that_were_edited() -> N
 
 
 def test_reports_of_several_batches_become_one_with_means_over_tokens() -> None:
-    a = EditReport("e", SITE, 1, 1, 4.0, 3.0, 10.0, 1, 1, 5)
-    b = EditReport("e", SITE, 2, 3, 8.0, 7.0, 20.0, 1, 0, 7)
+    def made(*values: Any) -> EditReport:
+        counts = ("fired", "tokens", "mean_norm_intended", "mean_norm_applied", "mean_norm_before", "together")
+        return EditReport(
+            edit="e", site=SITE, **dict(zip((*counts, "gate_open", "gate_decided"), values, strict=False))
+        )
+
+    a, b = made(1, 1, 4.0, 3.0, 10.0, 1, 1, 5), made(2, 3, 8.0, 7.0, 20.0, 1, 0, 7)
     both = EditReport.merged([a, b])
     # (1 * 4 + 3 * 8) / 4, (1 * 3 + 3 * 7) / 4, (1 * 10 + 3 * 20) / 4
-    assert both == EditReport("e", SITE, 3, 4, 7.0, 6.0, 17.5, 1, 1, 12)
-    assert EditReport.merged([EditReport("e", SITE, 1, 0, 0.0, 0.0, 0.0)]).share == 0.0
+    assert both == made(3, 4, 7.0, 6.0, 17.5, 1, 1, 12)
+    assert EditReport.merged([made(1, 0, 0.0, 0.0, 0.0)]).share == 0.0
     assert EditReport.merged([a]) == a
 
 

@@ -197,7 +197,7 @@ def recording(scope: Scope, *, expected: bool = True) -> Iterator[tuple[Plan, _R
         with model().plan(Intervention.at("resid_post.0", op, scope)) as plan:
             yield plan, op
             # Positions that no row has, or that some row lacks, are refused by name, which is tested elsewhere.
-            for tally in plan._compiled.tallies:
+            for tally in plan.tallies:
                 tally.missing, tally.waiting, tally.empty = [], None, None
 
 
@@ -287,7 +287,7 @@ def test_rows_that_leave_a_batch_while_generating_leave_the_scope_of_the_others_
             assert found[-1] == [
                 (row, p) for row, p in reference(case, width + step, width + step + 1) if row in keep.tolist()
             ]
-        plan._compiled.tallies.clear()  # whether anything was in scope is not the question here
+        plan.tallies.clear()  # whether anything was in scope is not the question here
 
 
 @PROPERTY

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.bases.saecode import encode_some
@@ -18,6 +18,7 @@ from workbench.core.registry import Registry
 from workbench.hooks.sites import Site
 from workbench.interventions.op import Op, Where, changed, floats, unit
 from workbench.interventions.saes import features_of
+from workbench.interventions.step import Step
 
 Reduce = Literal["mean", "last", "max"]
 
@@ -202,6 +203,40 @@ class FnGate(Gate):
         if scores.shape != h.shape[:1]:
             raise ShapeError(f"FnGate: the function returned {tuple(scores.shape)} for {tuple(h.shape)}; give (n,).")
         return scores.float()
+
+
+class GateState:
+    """What one gate has decided from the activations at one site."""
+
+    def __init__(self, gate: Gate, site: Site) -> None:
+        self.gate, self.site = gate, site
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is decided any more."""
+        self._of_row: Tensor | None = None
+        self._of_token: Tensor | None = None
+
+    @torch.no_grad()
+    def read(self, x: Float[Tensor, "batch pos d"], step: Step) -> None:
+        """Decides; a prompt's decision is held while generating."""
+        if self.gate.when == "token":
+            self._of_token = self.gate.open(self.gate.score(x.flatten(0, 1).float())).view(x.shape[:2])
+            return
+        prompt = (step.is_prompt & step.is_real).to(x.device)
+        if bool(prompt.any()):
+            self._of_row = self.gate.decide(x, prompt)
+
+    def select(self, index: Int[Tensor, " kept"]) -> None:
+        """Keeps the decisions of some rows."""
+        if self._of_row is not None:
+            self._of_row = self._of_row[index.to(self._of_row.device)]
+
+    def at(self, row: Int[Tensor, " n"], column: Int[Tensor, " n"], width: int) -> Bool[Tensor, " n"] | None:
+        """The decision for each token of the last `width` columns, or None if there is none yet."""
+        if self._of_token is not None:
+            return self._of_token.to(row.device)[row, column - width]
+        return None if self._of_row is None else self._of_row.to(row.device)[row]
 
 
 @checked

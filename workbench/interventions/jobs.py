@@ -1,18 +1,15 @@
-"""What a plan has to know from outside a forward pass: the prompts of `hf.generate`, and how much a cache holds."""
+"""What a plan has to know from outside a forward pass: the prompts of `hf.generate`."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-
-from workbench.core.errors import EditError
 
 _REPLACED = "_replaced_by_watch_generate"
 """Attribute of our `generate`: what stood in its place on the instance, or None for the method of the class."""
@@ -88,24 +85,3 @@ def unwatch_generate(hf: nn.Module) -> None:
         del vars(hf)["generate"]
     else:
         vars(hf)["generate"] = replaced
-
-
-def cached_columns(given: Mapping[str, Any]) -> int:
-    """How many columns the cache among a model's arguments holds.
-
-    Raises:
-        EditError: for a recurrent state, or a cache that does not tell: positions can't be known then.
-    """
-    for name in ("cache_params", "state"):
-        if given.get(name) is not None:
-            raise EditError(
-                f"The edited model was called with a recurrent state ({name}), from which the position of a token "
-                "can't be told. Run the whole text at once, with use_cache=False."
-            )
-    cache = given.get("past_key_values")
-    if cache is None:
-        return 0
-    for part in (cache, *getattr(cache, "layers", ())):
-        with contextlib.suppress(ValueError, AttributeError, NotImplementedError):
-            return int(part.get_seq_length())
-    raise EditError(f"A {type(cache).__name__} does not say how many tokens it holds. Use use_cache=False.")

@@ -14,7 +14,7 @@ from workbench.core.progress import track
 from workbench.core.tokens import TokenBatch
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
-from workbench.interventions.report import EditReport
+from workbench.interventions.proof import EditReport
 from workbench.interventions.scopes import Last
 from workbench.interventions.variants import variants
 from workbench.models.choice import chosen_tokens

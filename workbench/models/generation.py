@@ -19,8 +19,8 @@ from workbench.hooks.handles import refuse_compiled
 from workbench.hooks.sites import Site, SiteMap
 from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
-from workbench.interventions.plan import Plan, require_met
-from workbench.interventions.report import EditReport
+from workbench.interventions.plan import Plan
+from workbench.interventions.proof import EditReport, require_met
 from workbench.models.decoding import ENDED, Decoder, Recorder, Rows
 from workbench.models.folderrules import left_aside
 from workbench.models.sampling import Sampling
@@ -105,7 +105,7 @@ def generate(
         recorder = Recorder(points, len(rows), part.ids.shape[1] + options.max_new_tokens)
         new = _one_batch(Decoder(parts.hf, options, stops, recorder), part, rows, plan, recorder)
         found.append((new, part, {str(site): _per_row(x, part, new) for site, x in recorder.found.items()}))
-    require_met(plans)
+    require_met([plan.tallies for plan in plans])
     done = collected(parts.tokenizer, found, [plan.report for plan in plans])
     return dataclasses.replace(done, note="; ".join(filter(None, (left_aside(parts.hf), _batch_note(parts.hf, batch)))))
 

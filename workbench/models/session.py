@@ -16,7 +16,7 @@ from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
 from workbench.core.tokens import TokenBatch, encode
 from workbench.interventions.intervention import Intervention
-from workbench.interventions.report import EditReport
+from workbench.interventions.proof import EditReport
 from workbench.models.decoding import Decoder, Prefilled
 from workbench.models.generation import Generation, Parts, collected
 from workbench.models.kvcache import crop, length, new_cache

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from workbench.interventions.report import EditReport
+from workbench.interventions.proof import EditReport
 from workbench.steering.sweep.measures import DEGENERATE_COUNT
 
 ARM_WORDS = {

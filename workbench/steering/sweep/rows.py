@@ -23,7 +23,7 @@ from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.interventions.plan import Plan
-from workbench.interventions.report import EditReport
+from workbench.interventions.proof import EditReport
 from workbench.interventions.saes import SAEAddMax
 from workbench.interventions.scopes import NotPrefix, Scope
 from workbench.models.decoding import ENDED, Decoder, Prefilled

@@ -1,7 +1,8 @@
-"""What an edit did: counted and measured while the model ran."""
+"""The proof that edits happened: what each did, counted and measured while the model ran."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,12 +10,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.core.errors import EditError
 from workbench.interventions.intervention import Edit
 from workbench.interventions.scopes import Scope
 from workbench.interventions.step import Step
 
+MAX_ROWS_NAMED = 10
+"""Rows that an error names."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class EditReport:
     """What one edit did.
 
@@ -52,21 +57,13 @@ class EditReport:
     def merged(cls, parts: Sequence[EditReport]) -> EditReport:
         """One report of the same edit in several batches; means are over tokens."""
         tokens = sum(part.tokens for part in parts)
-
-        def mean(name: str) -> float:
-            return sum(part.tokens * getattr(part, name) for part in parts) / max(tokens, 1)
-
-        def total(name: str) -> int | None:
-            counts = [getattr(part, name) for part in parts]
-            return None if counts[0] is None else sum(counts)
-
-        norms = [mean(name) for name in ("mean_norm_intended", "mean_norm_applied", "mean_norm_before")]
-        gates = [total(name) for name in ("gate_open", "gate_decided")]
-        fired = sum(part.fired for part in parts)
-        return replace(
-            parts[0], fired=fired, tokens=tokens, mean_norm_intended=norms[0], mean_norm_applied=norms[1],
-            mean_norm_before=norms[2], gate_open=gates[0], gate_decided=gates[1],
-        )  # fmt: skip
+        norms = {
+            name: sum(part.tokens * getattr(part, name) for part in parts) / max(tokens, 1)
+            for name in ("mean_norm_intended", "mean_norm_applied", "mean_norm_before")
+        }
+        gated = ("gate_open", "gate_decided") if parts[0].gate_decided is not None else ()
+        counts = {name: sum(getattr(part, name) for part in parts) for name in ("fired", *gated)}
+        return replace(parts[0], tokens=tokens, **norms, **counts)
 
     def __str__(self) -> str:
         text = (
@@ -83,25 +80,24 @@ class EditReport:
 class Tally:
     """Sums of one edit, kept on the device so that no forward pass waits for them."""
 
-    def __init__(self, edit: Edit, *, gated: bool, n_rows: int | None = None) -> None:
-        self.edit, self.gated, self.n_rows = edit, gated, n_rows
+    def __init__(self, edit: Edit, n_rows: int | None) -> None:
+        self.edit, self.n_rows = edit, n_rows
         self.together = 1
         self.reset()
 
     def reset(self) -> None:
-        """Begins to count anew."""
+        """Sets every count to zero."""
         self.of_rows: Tensor | None = None
         self.missing: list[Scope] = list(self.edit.scope.parts)
         # Rows of the batch that wait for a token at a position asked for by name, with their numbers.
         self.waiting: tuple[Tensor, Tensor] | None = None
         # Of the batches before it: how many rows met none, and the number of one of them.
         self.empty: tuple[Tensor, Tensor] | None = None
-        self.fired = self.tokens = self.in_scope = 0
+        self.fired = self.tokens = self.in_scope = self.gate_decided = 0
         self.intended: Tensor | float = 0.0
         self.applied: Tensor | float = 0.0
         self.before: Tensor | float = 0.0
         self.gate_open: Tensor | int = 0
-        self.gate_decided = 0
 
     def measure(self, before: Float[Tensor, " n"], applied: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> None:
         """Adds the norms of some tokens before the edit and of their change, and the rows that they belong to."""
@@ -137,7 +133,7 @@ class Tally:
         return (n, row) if self.empty is None else (n + self.empty[0], torch.maximum(row, self.empty[1]))
 
     def keep_rows(self, index: Int[Tensor, " kept"]) -> None:
-        """The batch goes on with these rows; the others have ended and need no token any more."""
+        """The batch consists of these rows from now on; the others have ended and need no token any more."""
         if self.waiting is not None:
             waiting, number = self.waiting
             self.waiting = waiting[index.to(waiting.device)], number[index.to(number.device)]
@@ -147,22 +143,69 @@ class Tally:
         if self.waiting is not None and len(self.waiting[0]) == len(ended):
             self.waiting[0].masked_fill_(ended.to(self.waiting[0].device), False)
 
-    def rows_without(self) -> tuple[int, int]:
-        """How many rows had to meet a token and met none, and the number of one of them."""
-        empty = self._all_empty()
-        return (0, -1) if empty is None else (int(empty[0]), int(empty[1]))
-
-    def unchanged_rows(self) -> list[int]:
-        """Rows of the parameters that met tokens and changed none of them."""
-        if self.of_rows is None:
-            return []
-        return ((self.of_rows[0] > 0) & (self.of_rows[1] == 0)).nonzero().flatten().tolist()
-
     def report(self) -> EditReport:
         """The sums as means."""
-        n = max(self.tokens, 1)
+        n, gated = max(self.tokens, 1), self.edit.op.gated
         return EditReport(
-            str(self.edit), str(self.edit.site), self.fired, self.tokens, float(self.intended) / n,
-            float(self.applied) / n, float(self.before) / n, self.together,
-            int(self.gate_open) if self.gated else None, self.gate_decided if self.gated else None,
+            edit=str(self.edit), site=str(self.edit.site), fired=self.fired, tokens=self.tokens,
+            mean_norm_intended=float(self.intended) / n, mean_norm_applied=float(self.applied) / n,
+            mean_norm_before=float(self.before) / n, together=self.together,
+            gate_open=int(self.gate_open) if gated else None, gate_decided=self.gate_decided if gated else None,
         )  # fmt: skip
+
+    def prove(self, first_row: int = 0) -> None:
+        """Raises EditError if the edit met tokens and did not change them as it had to, or met none in some row.
+
+        Args:
+            first_row: number of the first row of the batch in the whole job, for the text of the error.
+        """
+        done, must_change = self.report(), self.edit.op.must_change
+        n_empty, row = (0, -1) if (empty := self._all_empty()) is None else map(int, empty)
+        if n_empty:
+            raise EditError(
+                f"{done.edit}: row {row + first_row} has no token there, so it was not edited ({n_empty} such rows "
+                "in all). Leave them out of the batch, or give longer prompts."
+            )
+        if not math.isfinite(done.mean_norm_applied) or not math.isfinite(done.mean_norm_before):
+            raise EditError(
+                f"{done.edit}: the activations there hold non-finite values, with or without the edit. Look for "
+                "the first site at which they appear with model.capture."
+            )
+        if done.tokens and done.mean_norm_applied == 0 and must_change:
+            why = (
+                f"the change of mean norm {done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. "
+                "Use a larger strength or load the model in float32."
+            )
+            if done.mean_norm_intended == 0:
+                why = "the change was exactly zero. Use a larger strength, unless what it multiplies is zero there."
+            elif self.together > 1:
+                why = f"the {self.together} edits of this site cancel, or were lost in rounding to its dtype."
+            raise EditError(f"{done.edit}: {done.tokens} tokens met the edit, but {why}")
+        unchanged = () if self.of_rows is None else ((self.of_rows[0] > 0) & (self.of_rows[1] == 0)).nonzero()
+        lost = [int(row) for row in unchanged if self.edit.op.take(row.cpu()).must_change]
+        if lost:
+            raise EditError(
+                f"{done.edit}: its parameters of row {', '.join(map(str, lost[:MAX_ROWS_NAMED]))} ({len(lost)} of "
+                f"{self.n_rows} rows) met tokens, but changed none of them; the change was zero or lost in "
+                "rounding. Use a larger strength there."
+            )
+
+
+def require_met(parts: Sequence[Sequence[Tally]]) -> None:
+    """Raises EditError for an edit, or a position asked for by name, that met no token in any part of a job."""
+    for tallies in zip(*parts, strict=True):
+        edit, fired = tallies[0].edit, sum(tally.fired for tally in tallies)
+        if not edit.scope.is_empty and not any(tally.in_scope for tally in tallies):
+            why = "the hook never ran. Nothing was edited; was the model called inside the block?"
+            if fired:
+                why = f"no token was in scope in {fired} forward passes, so nothing was edited."
+            elif not edit.scope.touches_prompt:
+                why = (
+                    "no generated token went through the model, so nothing was edited. A token is edited when it is "
+                    "fed back: ask for at least 2 new tokens, and check that rows do not end at once."
+                )
+            raise EditError(f"{edit}: {why}")
+        missing = [part for part in tallies[0].missing if all(part in tally.missing for tally in tallies)]
+        if missing:
+            places = ", ".join(map(str, missing))
+            raise EditError(f"{edit}: no row has a token at {places}. Leave it out, or give longer prompts.")
