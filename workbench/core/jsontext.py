@@ -7,9 +7,16 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from workbench.core.errors import CorruptFileError, WorkbenchError
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    Json = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
+else:  # beartype, which checks annotations in the tests, knows no recursive types
+    Json = object
 
 MAX_JSON_DEPTH = 64
 """Deeper nesting is refused; nothing that is written here has more than about ten levels."""
@@ -21,8 +28,8 @@ WRITE_AGAIN = "Delete it and run the step that writes it."
 
 
 def parse_json(
-    raw: str | bytes, where: str, kind: Any = object, *, foreign: bool = False, remedy: str = WRITE_AGAIN
-) -> Any:
+    raw: str | bytes, where: str, kind: type[T] = object, *, foreign: bool = False, remedy: str = WRITE_AGAIN
+) -> T:
     """The value of JSON text in UTF-8; every reader of JSON in this package comes here.
 
     Another program's text (`foreign`), such as a model's config, may hold NaN and infinities, integers of any size, and
@@ -62,12 +69,11 @@ def content_of(what: str | os.PathLike[str], remedy: str = WRITE_AGAIN, *others:
     except WorkbenchError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, *others) as error:
-        said = " ".join(str(error).split())[:200]
-        problem = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
         raise CorruptFileError(f"{os.fspath(what)} can't be read ({problem}). {remedy}") from error
 
 
-def _is_deep(value: Any) -> bool:
+def _is_deep(value: object) -> bool:
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_JSON_DEPTH):
         inside = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
@@ -77,13 +83,13 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _each_key_once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    by_name = dict(pairs)
+    if len(by_name) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice[:60]!r} occurs twice")
-    return found
+    return by_name
 
 
 def _integer(digits: str) -> int:
@@ -98,7 +104,7 @@ def _finite(digits: str) -> float:
     return number
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 

@@ -12,9 +12,9 @@ import os
 import stat
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from workbench.core.atomic import sync_folder as sync_folder
 from workbench.core.atomic import write_atomic as write_atomic
@@ -25,7 +25,10 @@ from workbench.core.errors import (
     UnknownConfigKeyError,
     did_you_mean,
 )
-from workbench.core.jsontext import parse_json
+from workbench.core.jsontext import Json, parse_json
+
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -39,7 +42,11 @@ _FLOAT_TAG = "$float"
 _INFINITIES = {"inf": math.inf, "-inf": -math.inf}
 
 
-def to_jsonable(value: Any) -> Any:
+@typing.overload
+def to_jsonable(value: DataclassInstance | Mapping[str, object]) -> dict[str, Json]: ...
+@typing.overload
+def to_jsonable(value: object) -> Json: ...
+def to_jsonable(value: object) -> Json:
     """The value in JSON types: dict, list, str, int, float, bool, None.
 
     Dataclasses become dicts of their fields, tuples and sets lists, paths, dtypes and devices strings, numpy and torch
@@ -74,7 +81,7 @@ def to_jsonable(value: Any) -> Any:
     return _foreign_to_json(value)
 
 
-def from_jsonable(cls: Any, data: Any) -> Any:
+def from_jsonable(cls: type[T] | types.GenericAlias | types.UnionType, data: object) -> T:
     """The value of type `cls` that `to_jsonable` turned into `data`; strict about types and keys.
 
     `cls` may be a dataclass, `X | None`, a union, `tuple[...]`, `list[...]`, `dict[...]`, `Literal`, `Path`, an enum or
@@ -87,16 +94,16 @@ def from_jsonable(cls: Any, data: Any) -> Any:
     >>> from_jsonable(tuple[int, ...], [1, 2])
     (1, 2)
     """
-    return _decode(cls, data, _name_of(cls))
+    return typing.cast("T", _decode(cls, data, _name_of(cls)))
 
 
-def save_json(path: str | os.PathLike[str], value: Any) -> Path:
+def save_json(path: str | os.PathLike[str], value: object) -> Path:
     """Write `value` as JSON: after a crash the file is the old one or the new one, never a part. Returns the path."""
     text = json.dumps(to_jsonable(value), indent=1, ensure_ascii=False, allow_nan=False)
     return write_atomic(path, text + "\n")
 
 
-def load_json(path: str | os.PathLike[str], kind: Any = object, *, foreign: bool = False) -> Any:
+def load_json(path: str | os.PathLike[str], kind: type[T] = object, *, foreign: bool = False) -> T:
     """The JSON content of a file; `kind` and `foreign` are those of `parse_json`.
 
     Raises:
@@ -106,7 +113,9 @@ def load_json(path: str | os.PathLike[str], kind: Any = object, *, foreign: bool
     return parse_json(_read_bytes(path, MAX_JSON_BYTES), os.fspath(path), kind, foreign=foreign)
 
 
-def json_lines(path: str | os.PathLike[str], *, only_whole: bool = False) -> Iterator[dict[str, Any]]:
+def json_lines(
+    path: str | os.PathLike[str], *, only_whole: bool = False
+) -> Iterator[dict[str, typing.Any]]:  # as the file has them
     """The objects of a file with one on each line; empty lines are left out.
 
     With `only_whole` a last line without a line feed, which a killed process leaves, is left out too.
@@ -143,33 +152,34 @@ def not_utf8(path: str | os.PathLike[str], error: UnicodeDecodeError) -> Corrupt
 def _read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     """The bytes of a regular file: reading a pipe or a device might never end."""
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
             raise InvalidInputError(f"{os.fspath(path)} is {kind}, not a file. Name a file.")
-        if limit is not None and found.st_size > limit:
+        if limit is not None and status.st_size > limit:
             raise CorruptFileError(
-                f"{os.fspath(path)} has {found.st_size:,} bytes; at most {limit:,} are read. Name the right file."
+                f"{os.fspath(path)} has {status.st_size:,} bytes; at most {limit:,} are read. Name the right file."
             )
         return Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise MissingFileError(f"No file {path}. Check the path, or run the step that writes it.") from None
 
 
-def _float_to_json(value: float) -> Any:
+def _float_to_json(value: float) -> Json:
     if math.isfinite(value):
         return value
     return None if math.isnan(value) else {_FLOAT_TAG: "inf" if value > 0 else "-inf"}
 
 
-def _key(key: Any) -> str:
+def _key(key: object) -> str:
     if isinstance(key, str | int | Path) and not isinstance(key, bool):
         return str(key)
     raise InvalidInputError(f"A {type(key).__name__} ({key!r}) can't be a JSON key. Use strings or integers.")
 
 
-def _foreign_to_json(value: Any) -> Any:
-    """Numpy and torch values, recognised by what they offer, so that neither library is imported here."""
+def _foreign_to_json(
+    value: typing.Any,
+) -> Json:  # of numpy or torch, recognised by what it offers: neither is imported here
     if (size := getattr(value, "size", None)) is not None and hasattr(value, "tolist"):
         count = value.numel() if callable(size) else int(size)
         if count > MAX_INLINE_VALUES:
@@ -186,19 +196,19 @@ def _foreign_to_json(value: Any) -> Any:
     )
 
 
-def _name_of(cls: Any) -> str:
+def _name_of(cls: object) -> str:
     return getattr(cls, "__name__", str(cls))
 
 
-def _wrong(where: str, expected: Any, data: Any) -> InvalidInputError:
+def _wrong(where: str, expected: object, data: object) -> InvalidInputError:
     shown = repr(data) if len(repr(data)) <= 60 else repr(data)[:57] + "…"
     expected = expected if isinstance(expected, str) else _name_of(expected)
     return InvalidInputError(f"{where}: {shown} is a {type(data).__name__}; expected {expected}. Correct that value.")
 
 
-def _decode(cls: Any, data: Any, where: str) -> Any:
+def _decode(cls: object, data: object, where: str) -> object:
     origin = typing.get_origin(cls)
-    if cls in (Any, object):
+    if cls in (typing.Any, object):
         return data
     if origin in (typing.Union, types.UnionType):
         return _decode_union(typing.get_args(cls), data, where)
@@ -208,21 +218,24 @@ def _decode(cls: Any, data: Any, where: str) -> Any:
         raise _wrong(where, " or ".join(map(repr, typing.get_args(cls))), data)
     if origin is typing.Annotated:
         return _decode(typing.get_args(cls)[0], data, where)
-    if dataclasses.is_dataclass(cls):
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         return _decode_dataclass(cls, data, where)
-    if (origin or cls) in _CONTAINERS:
-        return _decode_container(origin or cls, typing.get_args(cls), data, where)
+    if callable(kind := origin or cls) and kind in _CONTAINERS:
+        return _decode_container(kind, typing.get_args(cls), data, where)
     return _decode_plain(cls, data, where)
 
 
-def _decode_plain(cls: Any, data: Any, where: str) -> Any:
+def _decode_plain(cls: object, data: object, where: str) -> object:
     if cls is type(None) and data is None:
         return None
     if cls is float:
         return _decode_float(data, where)
-    if cls in (bool, str) and isinstance(data, cls):
-        return data
-    if cls is int and isinstance(data, int) and not isinstance(data, bool):
+    if (
+        isinstance(cls, type)
+        and cls in (bool, int, str)
+        and isinstance(data, cls)
+        and isinstance(data, bool) <= (cls is bool)
+    ):
         return data
     if isinstance(cls, type) and issubclass(cls, PurePath) and isinstance(data, str):
         return Path(data)
@@ -234,7 +247,7 @@ def _decode_plain(cls: Any, data: Any, where: str) -> Any:
     raise _wrong(where, cls, data)
 
 
-def _decode_float(data: Any, where: str) -> float:
+def _decode_float(data: object, where: str) -> float:
     if data is None:
         return math.nan
     if isinstance(data, dict) and data.keys() == {_FLOAT_TAG} and data[_FLOAT_TAG] in tuple(_INFINITIES):
@@ -247,11 +260,11 @@ def _decode_float(data: Any, where: str) -> float:
 _CONTAINERS = (tuple, list, dict, set, frozenset, typing.get_origin(Mapping[str, int]))
 
 
-def _decode_container(kind: Any, args: tuple[Any, ...], data: Any, where: str) -> Any:
+def _decode_container(kind: Callable[..., object], args: tuple[object, ...], data: object, where: str) -> object:
     if kind in (dict, Mapping):
         if not isinstance(data, dict):
             raise _wrong(where, "an object", data)
-        key_type, value_type = args or (str, Any)
+        key_type, value_type = args or (str, object)
         return {
             (_decode_key(key, where) if key_type is int else key): _decode(value_type, item, f"{where}[{key!r}]")
             for key, item in data.items()
@@ -262,7 +275,7 @@ def _decode_container(kind: Any, args: tuple[Any, ...], data: Any, where: str) -
         if len(args) != len(data):
             raise _wrong(where, f"a list of {len(args)}", data)
         return tuple(_decode(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(zip(args, data, strict=True)))
-    item_type = args[0] if args else Any
+    item_type = args[0] if args else object
     if set(map(type, data)) <= _as_they_are(item_type):
         return kind(data)
     return kind(_decode(item_type, item, f"{where}[{i}]") for i, item in enumerate(data))
@@ -276,19 +289,20 @@ def _decode_key(key: str, where: str) -> int:
 
 
 @functools.cache
-def _as_they_are(cls: Any) -> frozenset[type]:
+def _as_they_are(cls: object) -> frozenset[type]:
     """Types of values that decode to themselves: long lists of them need no look at each."""
     options = typing.get_args(cls) if typing.get_origin(cls) in (typing.Union, types.UnionType) else (cls,)
-    return frozenset(options) if set(options) <= {str, int, float, bool, type(None)} else frozenset()
+    plain = {str, int, float, bool, type(None)}
+    return frozenset(plain & set(options)) if plain.issuperset(options) else frozenset()
 
 
-def _decode_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
+def _decode_union(options: tuple[object, ...], data: object, where: str) -> object:
     if data is None and type(None) in options:
         return None
     if isinstance(data, dict) and data.keys() == {_FLOAT_TAG} and float in options:
         return _decode_float(data, where)
     if isinstance(data, dict) and "kind" in data:
-        named = [cls for cls in options if dataclasses.is_dataclass(cls) and _kind_of(cls) == data["kind"]]
+        named = [cls for cls in options if isinstance(cls, type) and getattr(cls, "kind", None) == data["kind"]]
         if named:
             return _decode_dataclass(named[0], data, where)
     # an exact type first: 1 stays an int in `float | int`, and 1.0 a float in `int | float`
@@ -303,16 +317,12 @@ def _decode_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
     raise first or _wrong(where, " | ".join(map(_name_of, options)), data)
 
 
-def _kind_of(cls: Any) -> Any:
-    return next((field.default for field in dataclasses.fields(cls) if field.name == "kind"), None)
-
-
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, object]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
+def _decode_dataclass(cls: type, data: object, where: str) -> object:
     if not isinstance(data, Mapping):
         raise _wrong(where, cls, data)
     fields = {field.name: field for field in dataclasses.fields(cls)}

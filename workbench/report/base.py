@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from dataclasses import dataclass
 
+from workbench.core.jsontext import Json
 from workbench.core.records import to_jsonable
 from workbench.report.blocks import (
     Bars,
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Report(abc.ABC):
     """Base of every study's frozen result: it shows itself in a notebook, in a run folder and as JSON."""
 
@@ -53,7 +55,7 @@ class Report(abc.ABC):
     def findings(self) -> tuple[str, ...]:
         """What was found, in plain sentences, negative results included, each with its n and interval."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """The result in JSON types, ready for `json.dumps`."""
         return to_jsonable(self)
 

@@ -95,7 +95,7 @@ def _from_files(made: Repair, matrices: TokenMatrices, source: Path) -> Repair:
 def _weight_files(source: Path) -> list[Path]:
     """The files that transformers reads: those of the index, where other layouts of the same weights may lie beside."""
     if (source / INDEX).is_file():
-        return [source / name for name in sorted(set(load_json(source / INDEX)["weight_map"].values()))]
+        return [source / name for name in sorted(set(load_json(source / INDEX, dict)["weight_map"].values()))]
     return sorted(source.glob("*.safetensors"))
 
 
@@ -161,7 +161,7 @@ def _write_weights(
     from safetensors.torch import save_file
 
     files = _weight_files(source)
-    index: dict[str, Any] = load_json(source / INDEX) if (source / INDEX).is_file() else {}
+    index: dict[str, Any] = load_json(source / INDEX, dict) if (source / INDEX).is_file() else {}
     for file in track(files, total=len(files), description="write the repaired weights", unit="files"):
         with safe_open(file, framework="pt") as opened:
             names = set(opened.keys())
