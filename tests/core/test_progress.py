@@ -7,22 +7,27 @@ import pytest
 from rich.console import Console
 
 from workbench.core import progress
-from workbench.core.progress import BarReporter, shown, task, track
+from workbench.core.progress import BarReporter, Task, shown, task, track
 
 
 class Recorder:
     def __init__(self) -> None:
         self.said: list[tuple[Any, ...]] = []
 
-    def start(self, description: str, total: int | None, unit: str) -> str:
+    def start(self, description: str, total: int | None, unit: str) -> Task:
         self.said.append(("start", description, total, unit))
-        return description
+        return Recorded(self.said, description)
 
-    def advance(self, handle: str, amount: int) -> None:
-        self.said.append(("advance", handle, amount))
 
-    def stop(self, handle: str) -> None:
-        self.said.append(("stop", handle))
+class Recorded(Task):
+    def __init__(self, said: list[tuple[Any, ...]], description: str) -> None:
+        self.said, self.description = said, description
+
+    def advance(self, amount: int = 1) -> None:
+        self.said.append(("advance", self.description, amount))
+
+    def stop(self) -> None:
+        self.said.append(("stop", self.description))
 
 
 def test_silent_by_default(capsys: pytest.CaptureFixture[str]) -> None:

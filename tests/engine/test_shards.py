@@ -90,17 +90,15 @@ def test_what_stops_the_work_stops_at_once_and_keeps_what_is_finished(keep: Keep
 
 @pytest.mark.parametrize(("unit", "total"), [("shards", 3), ("tokens", 6)])
 def test_the_bar_counts_kept_parts_too(keep: Keeper, unit: str, total: int) -> None:
-    class Counts:
+    class Counts(progress.Task):
         done = 0
 
-        def start(self, description: str, total: int | None, unit: str) -> str:
+        def start(self, description: str, total: int | None, unit: str) -> progress.Task:
             assert description == "squares" and total == (3 if unit == "shards" else None)
-            return description
+            return self
 
-        def advance(self, handle: str, amount: int) -> None:
+        def advance(self, amount: int = 1) -> None:
             self.done += amount
-
-        def stop(self, handle: str) -> None: ...
 
     keep.put("n-1", Made(1, units=1))
     counts = Counts()

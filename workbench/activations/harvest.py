@@ -160,7 +160,7 @@ class _Harvest:
 
     def __init__(self, model: Any, source: Source, folder: Folder, options: HarvestOptions) -> None:
         self.model, self.source, self.folder, self.options = model, source, folder, options
-        self._running = Task(None, None)
+        self._running = Task()
         self._buffers: Iterator[dict[str, Tensor]] | None = None
         self._first: _Kept | None = None
 

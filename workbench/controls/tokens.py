@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError
-from workbench.core.tokenizer import NoTokenizer, special_ids
+from workbench.core.tokenizer import special_ids
 from workbench.core.tokens import TokenBatch
 
 SINK_FACTOR = 10.0
@@ -67,8 +67,7 @@ class TokenPolicy:
     @classmethod
     def of_batch(cls, batch: TokenBatch, x: Float[Tensor, "batch pos d"] | None = None) -> TokenPolicy:
         """The policy of a tokenized batch; without its activations no norm is too large."""
-        has_tokenizer = batch.tokenizer is not None and not isinstance(batch.tokenizer, NoTokenizer)
-        policy = cls(special_ids=special_ids(batch.tokenizer) if has_tokenizer else ())
+        policy = cls(special_ids=() if batch.tokenizer is None else special_ids(batch.tokenizer))
         if x is None:
             return policy
         return cls.from_norms(x.float().norm(dim=-1)[policy.kept(batch).to(x.device)], policy.special_ids)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from workbench.core.errors import InvalidInputError, did_you_mean
+from workbench.core.tokenizer import TokenizerLike
 
-Chat = Sequence[Mapping[str, Any]]
+Message = Mapping[str, Any]
+"""A role with a text, a list of parts or a tool call: what may be in it is up to the template."""
+Chat = Sequence[Message]
 
 _GIVEN = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now"})
 """Names that every template gets."""
@@ -18,12 +21,12 @@ _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 """Marks of what the assistant wrote, which transformers adds to Jinja's language."""
 
 
-def is_chat(value: Any) -> bool:
+def is_chat(value: object) -> bool:
     """Whether this is one list of messages."""
     return isinstance(value, Sequence) and not isinstance(value, str) and bool(value) and isinstance(value[0], Mapping)
 
 
-def rendered(tokenizer: Any, chat: Chat, options: Mapping[str, Any] | None = None) -> str:
+def rendered(tokenizer: TokenizerLike, chat: Chat, options: Mapping[str, object] | None = None) -> str:
     """The text that the tokenizer's template makes of a chat, with the generation prompt.
 
     Every message has to appear in it: the template is run once more with marks in place of the texts, and each mark has
@@ -36,14 +39,18 @@ def rendered(tokenizer: Any, chat: Chat, options: Mapping[str, Any] | None = Non
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInputError("tokens(chat): this tokenizer has no chat template. Give plain text instead.")
     options = options or {}
-    _require_known(tokenizer, options)
+    known = template_options(tokenizer) if options else frozenset()
+    for name in options:
+        if name not in known:
+            has = f"has no such option. {did_you_mean(name, known)}" if known else "has no options."
+            raise InvalidInputError(f"tokens(chat, {name}=...): the chat template {has} Leave it out.")
     texts = [_texts(chat, i) for i in range(len(chat))]
     text = _run(tokenizer, chat, options)
     _require_whole(tokenizer, chat, texts, text, options)
     return text
 
 
-def _run(tokenizer: Any, chat: Chat, options: Mapping[str, Any]) -> str:
+def _run(tokenizer: TokenizerLike, chat: Chat, options: Mapping[str, object]) -> str:
     try:
         return tokenizer.apply_chat_template(
             [dict(message) for message in chat], tokenize=False, add_generation_prompt=True, **options
@@ -80,12 +87,12 @@ def _texts(chat: Chat, i: int) -> tuple[str, ...]:
     )
 
 
-def _text_of(part: Any) -> Any:
+def _text_of(part: object) -> object:
     return part.get("text") if isinstance(part, Mapping) else part
 
 
 def _require_whole(
-    tokenizer: Any, chat: Chat, texts: Sequence[tuple[str, ...]], text: str, options: Mapping[str, Any]
+    tokenizer: TokenizerLike, chat: Chat, texts: Sequence[tuple[str, ...]], text: str, options: Mapping[str, object]
 ) -> None:
     """Raises for a message whose text is not in the prompt, or there only as a Python object."""
     try:
@@ -99,9 +106,12 @@ def _require_whole(
             for k, one in enumerate(said) if one.strip()
         ]  # fmt: skip
         if not all(is_there):
+            advice = "the content as one text."
+            if isinstance(message.get("content"), str):
+                advice = "a list of parts, [{'type': 'text', 'text': ...}], or have no place for this role."
             raise InvalidInputError(
                 f"tokens(chat): the template leaves out the text of message {i} ({message.get('role')}), "
-                f"{_clipped(said)}. {_advice(message)}"
+                f"{_clipped(said)}. It may want {advice}"
             )
         if any(shown in text for shown in _as_objects(message)):
             raise InvalidInputError(
@@ -110,7 +120,7 @@ def _require_whole(
             )
 
 
-def _as_objects(message: Mapping[str, Any]) -> list[str]:
+def _as_objects(message: Message) -> list[str]:
     """How a list of parts looks where a template prints it as it is; results of tools may look so on purpose."""
     content = message.get("content")
     if not content or isinstance(content, str) or message.get("role") == "tool":
@@ -119,19 +129,12 @@ def _as_objects(message: Mapping[str, Any]) -> list[str]:
     return [repr(content), *map(repr, parts), *(json.dumps(part, ensure_ascii=False, default=str) for part in parts)]
 
 
-def _advice(message: Mapping[str, Any]) -> str:
-    if isinstance(message.get("content"), str):
-        return "It may want a list of parts, [{'type': 'text', 'text': ...}], or have no place for this role."
-    return "It may want the content as one text."
-
-
-def _clipped(texts: Any) -> str:
+def _clipped(texts: Iterable[str]) -> str:
     joined = " ".join(texts)
     return repr(joined[:60] + ("…" if len(joined) > 60 else ""))
 
 
-def _marked(message: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """The message with marks in place of its texts."""
+def _marked(message: Message, i: int) -> Message:
     content = message.get("content")
     if isinstance(content, str):
         content = _mark(i, 0) if content.strip() else content
@@ -153,17 +156,7 @@ def _squeezed(text: str) -> str:
     return "".join(text.split()).casefold()
 
 
-def _require_known(tokenizer: Any, options: Mapping[str, Any]) -> None:
-    if not options:
-        return
-    known = template_options(tokenizer)
-    for name in options:
-        if name not in known:
-            has = f"has no such option. {did_you_mean(name, known)}" if known else "has no options."
-            raise InvalidInputError(f"tokens(chat, {name}=...): the chat template {has} Leave it out.")
-
-
-def template_options(tokenizer: Any) -> frozenset[str]:
+def template_options(tokenizer: TokenizerLike) -> frozenset[str]:
     """Names that the tokenizer's chat template asks for, apart from the messages and the special tokens."""
     written = tokenizer.chat_template
     sources = list(written.values()) if isinstance(written, Mapping) else [written]

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from workbench.core.errors import InvalidInputError, MissingFileError
 from workbench.core.gguffile import GGUFFile, gguf_backend, read_gguf
+from workbench.core.jsontext import Json
 from workbench.core.records import load_json
-from workbench.core.tokenizer import NoTokenizer
+from workbench.core.tokenizer import NoTokenizer, TokenizerLike
 
 ByteStyle = Literal["byte_level", "byte_fallback", "raw_bytes", "none"]
 
@@ -114,10 +115,10 @@ class FastCodec(Codec):
 class SlowCodec(Codec):
     """A Hugging Face tokenizer without a `tokenizers` backend: the same answers, one text at a time."""
 
-    tokenizer: Any
+    tokenizer: TokenizerLike
 
     @classmethod
-    def of(cls, tokenizer: Any) -> SlowCodec:
+    def of(cls, tokenizer: TokenizerLike) -> SlowCodec:
         """Wraps the tokenizer as it is."""
         raw = _by_id(tokenizer.get_vocab())
         codec = cls(
@@ -149,7 +150,7 @@ class SlowCodec(Codec):
         return text
 
 
-def codec_of(tokenizer: Any) -> Codec:
+def codec_of(tokenizer: TokenizerLike) -> Codec:
     """The codec of a loaded Hugging Face tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
     if backend is not None and hasattr(backend, "get_added_tokens_decoder"):
@@ -161,7 +162,7 @@ _ANCHOR = "abcdef"
 
 
 @functools.lru_cache(maxsize=4)
-def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:
+def token_bytes(tokenizer: TokenizerLike) -> tuple[bytes, ...]:
     """What each token id adds to a text, in bytes; empty for ids without a token.
 
     A leading space is part of the token (`▁the` and `Ġthe` are both `b" the"`), half a character is its bytes, and a
@@ -240,13 +241,13 @@ def _marked(path: Path, raw: Sequence[str | None]) -> frozenset[int]:
     return frozenset(i for i in found if i is not None and i < len(raw))
 
 
-def _special_names(settings: dict[str, Any]) -> Iterator[str]:
+def _special_names(settings: dict[str, Json]) -> Iterator[str]:
     """Texts of the special tokens in a file: eos_token and others, and lists of more."""
     for name, value in settings.items():
         if name.endswith("_token"):
             listed = [value]
         elif name in ("additional_special_tokens", "extra_special_tokens"):
-            listed = list(value.values() if isinstance(value, dict) else value or ())
+            listed = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
         else:
             continue
         for token in listed:

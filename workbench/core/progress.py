@@ -6,10 +6,12 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 T = TypeVar("T")
 Number = int | float
@@ -18,35 +20,23 @@ SECONDS_BETWEEN_LINES = 10.0
 """How often a log (no terminal) gets a line."""
 
 
+class Task:
+    """One running task; on its own it is silent."""
+
+    def advance(self, amount: int = 1) -> None:
+        """Counts `amount` more units (tokens, batches: what the task was started with)."""
+
+    def stop(self) -> None:
+        """Ends the task, finished or not."""
+
+
 @runtime_checkable
 class Reporter(Protocol):
     """Where progress goes."""
 
-    def start(self, description: str, total: int | None, unit: str) -> Any:
-        """Begin a task; the returned handle names it."""
-
-    def advance(self, handle: Any, amount: int) -> None:
-        """Say that `amount` more units are done."""
-
-    def stop(self, handle: Any) -> None:
-        """End the task, finished or not."""
-
-
-class Task:
-    """One running task; `advance` counts what is done."""
-
-    def __init__(self, reporter: Reporter | None, handle: Any) -> None:
-        self._reporter, self._handle = reporter, handle
-
-    @classmethod
-    def silent(cls) -> Task:
-        """A task that nobody watches."""
-        return cls(None, None)
-
-    def advance(self, amount: int = 1) -> None:
-        """Count `amount` more units (tokens, batches: what the task was started with)."""
-        if self._reporter is not None:
-            self._reporter.advance(self._handle, amount)
+    def start(self, description: str, total: int | None, unit: str) -> Task:
+        """Begins a task."""
+        ...
 
 
 _reporter: ContextVar[Reporter | None] = ContextVar("workbench_progress", default=None)
@@ -60,12 +50,11 @@ def task(*, total: int | None, description: str, unit: str) -> Iterator[Task]:
     ...     reading.advance(10)
     """
     reporter = _reporter.get()
-    handle = None if reporter is None else reporter.start(description, total, unit)
+    running = Task() if reporter is None else reporter.start(description, total, unit)
     try:
-        yield Task(reporter, handle)
+        yield running
     finally:
-        if reporter is not None:
-            reporter.stop(handle)
+        running.stop()
 
 
 def track(iterable: Iterable[T], *, total: int | None = None, description: str, unit: str = "steps") -> Iterator[T]:
@@ -111,12 +100,9 @@ def _default_reporter(console: Console | None) -> Iterator[Reporter]:
     console = console or RichConsole(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
         yield LineReporter(console)
-        return
-    bars = BarReporter(console)
-    try:
-        yield bars
-    finally:
-        bars.close()
+    else:
+        with contextlib.closing(BarReporter(console)) as bars:
+            yield bars
 
 
 class BarReporter:
@@ -145,62 +131,64 @@ class BarReporter:
             transient=True,
         )
 
-    def start(self, description: str, total: int | None, unit: str) -> Any:
-        """Add a bar, and begin drawing with the first."""
+    def start(self, description: str, total: int | None, unit: str) -> Task:
+        """Adds a bar, and begins drawing with the first."""
         self._progress.start()
-        return self._progress.add_task(description, total=total, unit=unit)
+        return _Bar(self._progress, self._progress.add_task(description, total=total, unit=unit))
 
-    def advance(self, handle: Any, amount: int) -> None:
-        """Move the bar."""
-        self._progress.advance(handle, amount)
+    def close(self) -> None:
+        """Stops drawing."""
+        self._progress.stop()
 
-    def stop(self, handle: Any) -> None:
-        """Remove the bar and leave one line that says how long it took."""
-        done = next(task for task in self._progress.tasks if task.id == handle)
+
+class _Bar(Task):
+    def __init__(self, progress: Progress, task_id: TaskID) -> None:
+        self._progress, self._id = progress, task_id
+
+    def advance(self, amount: int = 1) -> None:
+        self._progress.advance(self._id, amount)
+
+    def stop(self) -> None:
+        """Removes the bar and leaves one line that says how long it took."""
+        done = next(task for task in self._progress.tasks if task.id == self._id)
         line = _closing_line(done.description, done.completed, done.elapsed or 0.0, str(done.fields["unit"]))
-        self._progress.remove_task(handle)
+        self._progress.remove_task(self._id)
         if (done.elapsed or 0.0) >= 1.0:
             self._progress.console.print(line, markup=False, highlight=False, style="dim")
         if not self._progress.tasks:
             self._progress.stop()
 
-    def close(self) -> None:
-        """Stop drawing."""
-        self._progress.stop()
 
-
-class _Running:
-    def __init__(self, description: str, total: int | None, unit: str) -> None:
-        self.description, self.total, self.unit = description, total, unit
-        self.done = 0
-        self.started = self.said = time.monotonic()
-
-
+@dataclass(frozen=True)
 class LineReporter:
     """Plain lines for logs, at most one every ten seconds per task and one at its end."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    console: Console
 
-    def start(self, description: str, total: int | None, unit: str) -> Any:
-        """Begin counting; nothing is written yet."""
-        return _Running(description, total, unit)
+    def start(self, description: str, total: int | None, unit: str) -> Task:
+        """Begins counting; nothing is written yet."""
+        return _Lines(self.console, description, total, unit)
 
-    def advance(self, handle: Any, amount: int) -> None:
-        """Count, and write a line if the last one is old."""
-        handle.done += amount
+
+class _Lines(Task):
+    def __init__(self, console: Console, description: str, total: int | None, unit: str) -> None:
+        self._console, self._description, self._total, self._unit = console, description, total, unit
+        self._done = 0
+        self._started = self._written = time.monotonic()
+
+    def advance(self, amount: int = 1) -> None:
+        self._done += amount
         now = time.monotonic()
-        if now - handle.said >= SECONDS_BETWEEN_LINES:
-            handle.said = now
-            self._say(f"{handle.description}: {_pace(handle.done, handle.total, now - handle.started, handle.unit)}")
+        if now - self._written >= SECONDS_BETWEEN_LINES:
+            self._written = now
+            self._print(f"{self._description}: {_pace(self._done, self._total, now - self._started, self._unit)}")
 
-    def stop(self, handle: Any) -> None:
-        """Write the closing line of a task that took a second or more."""
-        seconds = time.monotonic() - handle.started
+    def stop(self) -> None:
+        seconds = time.monotonic() - self._started
         if seconds >= 1.0:
-            self._say(_closing_line(handle.description, handle.done, seconds, handle.unit))
+            self._print(_closing_line(self._description, self._done, seconds, self._unit))
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -11,7 +11,7 @@ number of directions. So features are matched by what they do on the same tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from torch.nn.functional import normalize
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.stats import Estimate, sample_mean, wilson
+
+SparseMatrix: TypeAlias = Any  # of scipy, whose sparse arrays and matrices have no common type with `shape` and `data`
 
 EXACT_ASSIGNMENT = 8192
 """Directions up to which the assignment is solved on the full matrix."""
@@ -106,7 +108,7 @@ def assign(scores: Float[Tensor, "n m"]) -> Assignment:
     return Assignment(columns, values, "exact")
 
 
-def assign_candidates(candidates: Any, floor: float) -> Assignment:
+def assign_candidates(candidates: SparseMatrix, floor: float) -> Assignment:
     """The assignment of the largest sum where every score below `floor` counts as `floor`.
 
     Pairs at the floor are left out, so this is a matching on the candidates alone, which sparse matrices can hold.
@@ -114,7 +116,7 @@ def assign_candidates(candidates: Any, floor: float) -> Assignment:
     from scipy.sparse import coo_array, hstack, identity
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-    pairs: Any = coo_array(candidates)
+    pairs: SparseMatrix = coo_array(candidates)
     n, m = pairs.shape
     above = pairs.data > floor
     # A column of its own for each row means "alone". One is added everywhere, since explicit zeros would be no edges.
@@ -127,11 +129,11 @@ def assign_candidates(candidates: Any, floor: float) -> Assignment:
     return Assignment(columns, values, f"exact with scores below {floor:g} counted as {floor:g}")
 
 
-def entries(matrix: Any, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def entries(matrix: SparseMatrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Single entries of a scipy sparse matrix, one per pair of row and column; 0 where nothing is stored."""
     from scipy.sparse import coo_array
 
-    pairs: Any = coo_array(matrix)
+    pairs: SparseMatrix = coo_array(matrix)
     keys = pairs.row.astype(np.int64) * pairs.shape[1] + pairs.col
     order = np.argsort(keys)
     asked = rows.astype(np.int64) * pairs.shape[1] + columns
@@ -154,7 +156,9 @@ def assign_directions(
     return assign_candidates(cosines_above(a, b, floor, block=block), floor)
 
 
-def cosines_above(a: Float[Tensor, "n d"], b: Float[Tensor, "m d_b"], floor: float, *, block: int = BLOCK) -> Any:
+def cosines_above(
+    a: Float[Tensor, "n d"], b: Float[Tensor, "m d_b"], floor: float, *, block: int = BLOCK
+) -> SparseMatrix:
     """The cosines above `floor` as a scipy sparse matrix, found block by block."""
     from scipy.sparse import coo_array
 

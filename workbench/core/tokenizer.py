@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         eos_token_id: int | None
         pad_token_id: int | None
         all_special_ids: Sequence[int]
+        chat_template: str | Mapping[str, str] | None
 
         def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Sequence[int]]: ...
         def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]: ...
@@ -57,6 +58,15 @@ if TYPE_CHECKING:
             self, ids: Sequence[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
         ) -> str: ...
         def get_vocab(self) -> dict[str, int]: ...
+        def convert_ids_to_tokens(self, ids: Sequence[int]) -> Sequence[str]: ...
+        def apply_chat_template(
+            self,
+            conversation: Sequence[dict[str, object]],
+            *,
+            tokenize: bool,
+            add_generation_prompt: bool,
+            **options: object,
+        ) -> str: ...
 
     TokenizerLike = _HFTokenizer | NoTokenizer
 else:

@@ -6,7 +6,7 @@ import functools
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,7 +15,7 @@ from torch import Tensor
 from workbench.core.arguments import checked
 from workbench.core.chats import Chat, is_chat, rendered
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.core.tokenizer import Affixes, NoTokenizer, affixes, decoded, pieces, special_ids, text_ids
+from workbench.core.tokenizer import Affixes, TokenizerLike, affixes, decoded, pieces, special_ids, text_ids
 
 Bos = Literal["auto"] | bool
 
@@ -37,7 +37,7 @@ class TokenBatch:
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     note: str = ""
-    tokenizer: Any = None
+    tokenizer: TokenizerLike | None = None
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape != self.mask.shape:
@@ -93,22 +93,18 @@ class TokenBatch:
         keep = slice(ids.shape[1] - int(mask.sum(1).max()), None)
         return replace(self, ids=ids[:, keep], mask=mask[:, keep])
 
-    @property
-    def _has_tokenizer(self) -> bool:
-        return not (self.tokenizer is None or isinstance(self.tokenizer, NoTokenizer))
-
     @functools.cached_property
     def str_tokens(self) -> tuple[tuple[str, ...], ...]:
         """The text of each real token, one tuple per row: joined, a row is its decoded text; empty without a tokenizer.
 
         A character that several tokens make up belongs to the last of them.
         """
-        return () if not self._has_tokenizer else tuple(pieces(self.tokenizer, row.tolist()) for row in self.rows())
+        return () if not self.tokenizer else tuple(pieces(self.tokenizer, row.tolist()) for row in self.rows())
 
     @functools.cached_property
     def special(self) -> Bool[Tensor, "batch pos"] | None:
         """True at special tokens, and at all that the tokenizer puts around a text; None without a tokenizer."""
-        if not self._has_tokenizer:
+        if not self.tokenizer:
             return None
         return torch.isin(self.ids, torch.tensor(special_ids(self.tokenizer), device=self.ids.device)) & self.mask
 
@@ -126,7 +122,7 @@ class TokenBatch:
 
     def _shown(self, rows: int, tokens: int) -> list[tuple[str, ...]]:
         """The texts of the first tokens of the first rows, `…` where there are more."""
-        if not self._has_tokenizer:
+        if not self.tokenizer:
             return []
         start = [pieces(self.tokenizer, row[:tokens].tolist()) for row in self[:rows].rows()]
         return [(*row, "…") if int(n) > tokens else row for row, n in zip(start, self.lengths[:rows], strict=True)]
@@ -145,7 +141,7 @@ class TokenBatch:
         return f"<div>{html.escape(self.note)}<table>{rows}</table></div>"
 
 
-def _encode_text(tokenizer: Any, text: str, bos: Bos, around: Affixes | None) -> tuple[list[int], str]:
+def _encode_text(tokenizer: TokenizerLike, text: str, bos: Bos, around: Affixes | None) -> tuple[list[int], str]:
     ids = text_ids(tokenizer, text)
     if around is None:
         return ids, "no BOS added"
@@ -168,7 +164,7 @@ def _present(prefix: Sequence[int], ids: Sequence[int]) -> int:
     return next((n for n in range(len(prefix), 0, -1) if list(ids[:n]) == list(prefix[-n:])), 0)
 
 
-def _prefix_note(tokenizer: Any, prefix: Sequence[int], ids: Sequence[int]) -> str:
+def _prefix_note(tokenizer: TokenizerLike, prefix: Sequence[int], ids: Sequence[int]) -> str:
     if not prefix:
         return "no BOS added (this tokenizer adds none)"
     name = "BOS" if tuple(prefix) == (tokenizer.bos_token_id,) else f"prefix {decoded(tokenizer, prefix)}"
@@ -179,7 +175,10 @@ def _prefix_note(tokenizer: Any, prefix: Sequence[int], ids: Sequence[int]) -> s
 
 
 def encode(
-    tokenizer: Any, value: str | Sequence[str] | Chat | Sequence[Chat], bos: Bos = "auto", **template_options: Any
+    tokenizer: TokenizerLike,
+    value: str | Sequence[str] | Chat | Sequence[Chat],
+    bos: Bos = "auto",
+    **template_options: object,
 ) -> TokenBatch:
     """Token ids of a text, a list of texts, a chat, or a list of chats.
 
@@ -194,7 +193,7 @@ def encode(
         InvalidInputError: for a chat that the template can't or does not write, an option that it does not know, BOS
             without a BOS token, or a text with half a character.
     """
-    items: list[Any] = [value] if isinstance(value, str) or is_chat(value) else list(value)
+    items = cast("list[str | Chat]", [value] if isinstance(value, str) or is_chat(value) else list(value))
     if not items:
         raise DegenerateInputError("tokens([]): there is no text. Give a text, a list of texts, or chat messages.")
     rows, notes = [], []

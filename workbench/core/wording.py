@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from workbench.core.codec import token_bytes
 from workbench.core.errors import InvalidInputError
-from workbench.core.tokenizer import affixes, pieces, require_unicode, text_ids
+from workbench.core.tokenizer import TokenizerLike, affixes, pieces, require_unicode, text_ids
 
 _SPACES = (" ", "▁", "Ġ")
 _BEHIND = ("", ".", "\n", "a", "»")
@@ -23,7 +22,7 @@ _BEHIND = ("", ".", "\n", "a", "»")
 class Wording:
     """What texts in a scope stand for under one tokenizer; read when a text occurs."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: TokenizerLike) -> None:
         self._tokenizer = tokenizer
 
     @property

@@ -63,16 +63,18 @@ class Log:
         Raises:
             InvalidInputError: for a row without an integer `row_id`; then nothing is written.
         """
-        plain = [to_jsonable(dict(row)) for row in rows]
-        for row in plain:
-            if type(row.get(self.row_id)) is not int:
+        by_id: list[tuple[int, Row]] = []
+        for row in (to_jsonable(dict(row)) for row in rows):
+            about = row.get(self.row_id)
+            if type(about) is not int:
                 raise InvalidInputError(
                     f"Log.append: the row {row} has no integer {self.row_id!r}. Each row is about one; name it."
                 )
-        if plain:
-            self._write(plain)
-        for row in plain:
-            self._done.setdefault(row[self.row_id], {}).update(row)
+            by_id.append((about, dict(row)))
+        if by_id:
+            self._write([row for _, row in by_id])
+        for about, row in by_id:
+            self._done.setdefault(about, {}).update(row)
 
     def _whole_lines(self) -> list[bytes]:
         """The lines that were written completely; what is left of a last one is cut off the file."""

@@ -321,7 +321,7 @@ class RunDir:
 
 def settings_of(config: Any) -> Any:
     """The configuration in JSON types, without dataclass fields marked `metadata={"config": False}`."""
-    data = to_jsonable(config)
+    data: Any = to_jsonable(config)
     if dataclasses.is_dataclass(config):
         for field in dataclasses.fields(config):
             if not field.metadata.get("config", True):

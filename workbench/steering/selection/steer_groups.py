@@ -107,7 +107,7 @@ def steer_groups(
             progress.advance(receipt.units)
         shards = [Shard(f"features-{start:04d}", start) for start in range(0, len(every), BLOCK)]
         # the bar is advanced text by text, not shard by shard
-        parts = list(map_shards(job, shards, keep, progress=Task.silent()))
+        parts = list(map_shards(job, shards, keep, progress=Task()))
         tables = [_table(keep, receipt.name) for receipt in parts]
     row_of = {feature: i for i, feature in enumerate(every)}
     by_arm = {arm: _measured(tables, arm, options) for arm in ARMS}
