@@ -1,32 +1,36 @@
-"""Feature cards: everything that a pass over a store says about each feature, made one at a time, saved as Parquet."""
+"""A set of feature cards, made or read one at a time, saved as Parquet."""
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from workbench.core.arguments import checked
 from workbench.core.atomic import replacing
-from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError
+from workbench.core.errors import CorruptFileError, InvalidInputError
 from workbench.core.jsontext import content_of, parse_json
 from workbench.core.progress import track
 from workbench.core.records import from_jsonable, to_jsonable
 from workbench.features.card import FeatureCard
-from workbench.features.passes.parquetheader import HEADER, header, read_header
+from workbench.features.parquet import reading, with_header
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 CARDS_FILE = "cards.parquet"
 VERSION = 2
-AGAIN = "Make the cards again."
+AGAIN = "Make the cards with feature_cards or `workbench features cards`."
 ROW_GROUP = 32
 """Cards that are read at once."""
 
 
 @runtime_checkable
 class CardSource(Protocol):
-    """Where the cards of a set come from."""
+    """Makes or reads the cards of a set."""
 
     def card(self, place: int) -> FeatureCard:
         """The card at a place of the set."""
@@ -35,7 +39,7 @@ class CardSource(Protocol):
 
 @checked
 class CardSet:
-    """Cards of some features, made or read when they are asked for; `cards[i]` is the card of feature i.
+    """Cards of some features, made or read on access; `cards[i]` is the card of feature i.
 
     Attributes:
         features: which features, in order.
@@ -77,48 +81,40 @@ class CardSet:
         folder = Path(path)
         fields = [("feature", pa.int64()), ("frequency", pa.float64()), ("max_act", pa.float64())]
         schema = pa.schema([*fields, ("flags", pa.list_(pa.string())), ("card", pa.string())])
-        schema = schema.with_metadata({HEADER: header({"version": VERSION, "meta": self.meta})})
+        schema = with_header(schema, {"version": VERSION, "meta": self.meta})
+        rows = map(_row, track(self, total=len(self), description="cards", unit="cards"))
         with replacing(folder / CARDS_FILE) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            for group in _groups(track(self, total=len(self), description="cards", unit="cards")):
-                writer.write_table(pa.Table.from_pylist([_row(card) for card in group], schema=schema))
+            while group := list(itertools.islice(rows, ROW_GROUP)):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
         return folder
 
     @classmethod
     def load(cls, path: str | Path) -> CardSet:
-        """The cards in a folder; they are read when they are asked for.
+        """The cards in a folder; they are read on access.
 
         Raises:
             MissingFileError: if there are none.
             CorruptFileError: if the files can't be used.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        folder = Path(path)
-        if not (folder / CARDS_FILE).is_file():
-            raise MissingFileError(
-                f"No feature cards in {folder}: it has no {CARDS_FILE}. Make them with feature_cards."
-            )
-        with content_of(folder / CARDS_FILE, AGAIN, pa.ArrowException, OSError):
-            file = pq.ParquetFile(folder / CARDS_FILE)
-            record = read_header(file.schema_arrow.metadata, folder / CARDS_FILE, AGAIN)
-            if record.get("version") != VERSION or not isinstance(record.get("meta"), dict):
-                raise CorruptFileError(f"{folder / CARDS_FILE} holds no cards of format {VERSION}. {AGAIN}")
-            stored = [int(feature) for feature in file.read(columns=["feature"])["feature"].to_pylist()]
-        return cls(tuple(stored), record["meta"], _Stored(folder / CARDS_FILE, file))
+        place = Path(path) / CARDS_FILE
+        with reading(place, "feature cards", AGAIN) as (file, header):
+            if header.get("version") != VERSION or not isinstance(header.get("meta"), dict):
+                raise CorruptFileError(f"{place} holds no cards of format {VERSION}. {AGAIN}")
+            features = tuple(int(feature) for feature in file.read(columns=["feature"])["feature"].to_pylist())
+        return cls(features, header["meta"], _Stored(place, file))
 
     def __repr__(self) -> str:
         return f"CardSet({len(self)} features of {self.meta.get('site')} in {self.meta.get('model')})"
 
 
 class _Stored:
-    """Cards in a Parquet file, of which one row group is kept at a time."""
+    """Cards in a Parquet file; the last row group that was read is kept."""
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Path, file: ParquetFile) -> None:
         self._path, self._file, self._group = path, file, -1
         self._cards: list[str] = []
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        self._first = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._first = [0, *itertools.accumulate(sizes)]
 
     def card(self, place: int) -> FeatureCard:
         import pyarrow as pa
@@ -131,17 +127,6 @@ class _Stored:
         where = f"{self._path}: card {place}"
         with content_of(where, AGAIN):
             return from_jsonable(FeatureCard, parse_json(self._cards[place - self._first[group]], where, remedy=AGAIN))
-
-
-def _groups(cards: Iterator[FeatureCard]) -> Iterator[list[FeatureCard]]:
-    group: list[FeatureCard] = []
-    for card in cards:
-        group.append(card)
-        if len(group) == ROW_GROUP:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _row(card: FeatureCard) -> dict[str, Any]:

@@ -17,32 +17,25 @@ _NOT_SCORES = ("feature", "frequency", "max_act", "n_contexts")
 def table_cards(table: FeatureTable) -> Iterator[FeatureCard]:
     """A card of each row: its scores, its lens tokens and its contexts as text.
 
-    A table keeps no logits and of the contexts' activations only the largest, so the others are nan: not measured.
+    A table holds no logits and only the largest activation of the contexts, so the others are nan: not measured.
     """
     n_tokens = int(table.meta.get("n_tokens") or 0)
-    for row in table.df.to_dict("records"):
-        yield _card(row, n_tokens)
+    return (_card(row, n_tokens) for row in table.df.to_dict("records"))
 
 
 def complete_cards(cards: Iterable[FeatureCard], table: FeatureTable) -> Iterator[FeatureCard]:
     """The cards with the table's scores, and with its tokens and contexts where a card has none.
 
-    Scores that a card already has stay. Rows of the table without a card follow as cards of their own.
+    Scores of the card win over those of the table. Rows of the table without a card follow as cards of their own.
     """
     rows = {card.feature: card for card in table_cards(table)}
     for card in cards:
-        other = rows.pop(card.feature, None)
-        yield card if other is None else _completed(card, other)
+        row = rows.pop(card.feature, card)
+        yield dataclasses.replace(
+            card, scores=(row.scores or {}) | (card.scores or {}) or card.scores,
+            promoted=card.promoted or row.promoted, windows=card.windows or row.windows,
+        )  # fmt: skip
     yield from rows.values()
-
-
-def _completed(card: FeatureCard, other: FeatureCard) -> FeatureCard:
-    return dataclasses.replace(
-        card,
-        scores=(other.scores or {}) | (card.scores or {}),
-        promoted=card.promoted or other.promoted,
-        windows=card.windows or other.windows,
-    )
 
 
 def _card(row: dict[str, Any], n_tokens: int) -> FeatureCard:
@@ -66,8 +59,6 @@ def _card(row: dict[str, Any], n_tokens: int) -> FeatureCard:
 
 def _window(text: str, peak: float) -> Window:
     before, token, after = unmarked(text)
-    parts: list[tuple[str, float | None]] = [(before, None)] if before else []
-    place = len(parts)
-    parts += [(token, peak), (after, None)] if after else [(token, peak)]
+    parts = [part for part in ((before, None), (token, peak), (after, None)) if part[0] or part[1] is not None]
     texts, values = zip(*parts, strict=True)
-    return Window(texts, values, place, "top", MISSING, MISSING)
+    return Window(texts, values, int(bool(before)), "top", MISSING, MISSING)

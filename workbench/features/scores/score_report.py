@@ -1,4 +1,4 @@
-"""What the scores of an SAE's features say, beside their controls."""
+"""Report on the scores of an SAE's features, with their controls."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from workbench.core.errors import InvalidInputError
 from workbench.core.stats import Estimate, sample_mean, wilson
 from workbench.report.base import Block, Histogram, Metric, Report, Section, Table, Text
 
-_FLOOR = 1e-12
+MIN_DRAWN_SCORE = 1e-12
+"""Smaller scores are drawn at this value, on a logarithmic axis."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureScoreReport(Report):
     """Distributions, shares and co-occurrence of input and output scores.
 
@@ -54,26 +55,23 @@ class FeatureScoreReport(Report):
     best: tuple[tuple[int, float, float, float, str], ...]
 
     def findings(self) -> tuple[str, ...]:
-        """What the scores say, and what their controls say."""
+        """The scores compared with their controls, in sentences."""
         n_tokens = self.meta.get("n_tokens")
         dead = f"; {self.n_dead} of them were never active on the {n_tokens} tokens read" if n_tokens else ""
-        found = [f"{self.n} features scored{dead}."]
+        sentences = [f"{self.n} features scored{dead}."]
         if self.above is not None and self.random_above is not None:
             verdict = "more than" if self.above.low > self.random_above.high else "not clearly more than"
-            found.append(
-                f"Output score of at least {self.threshold:g}: {self.above} of the live features, {verdict} "
-                "random directions of "
-                f"the same norm, {self.random_above}."
+            sentences.append(
+                f"Output score of at least {self.threshold:g}: {self.above} of the live features, {verdict} random "
+                f"directions of the same norm, {self.random_above}."
             )
         if self.input_mean is not None and self.shuffled_input_mean is not None:
             verdict = "above" if self.input_mean.low > self.shuffled_input_mean.high else "not clearly above"
-            found.append(
+            sentences.append(
                 f"Mean input score {self.input_mean}, {verdict} the score against other features' tokens, "
                 f"{self.shuffled_input_mean}; {self.n_few} features had too few contexts for an input score."
             )
-        if self.both is not None:
-            found.append(self._co_occurrence())
-        return tuple(found)
+        return (*sentences, self._co_occurrence()) if self.both is not None else tuple(sentences)
 
     def _co_occurrence(self) -> str:
         share = f"Both scores at least {self.high:g}: {self.both}; independent scores would give {self.independent:.3g}"
@@ -88,8 +86,7 @@ class FeatureScoreReport(Report):
         """Histograms of scores and controls, and the best features."""
         metrics: dict[str, Metric] = {"n_features": self.n, "n_dead": self.n_dead, "n_too_few_contexts": self.n_few}
         for name in ("above", "random_above", "input_mean", "shuffled_input_mean", "both", "pmi"):
-            value = getattr(self, name)
-            if value is not None:
+            if (value := getattr(self, name)) is not None:
                 metrics[name] = value
         return Section("Feature scores", (*self._blocks(),), self.findings(), metrics)
 
@@ -97,31 +94,24 @@ class FeatureScoreReport(Report):
         meta = self.meta
         blocks: list[Block] = [Text(
             f"Site {meta.get('site')} of {meta.get('model')}. Output score: last token of {meta.get('prompt')!r} "
-            "steered with "
-            f"{meta.get('strength')} times the largest activation there, score of the best of {meta.get('k')} "
-            "logit-lens tokens, "
-            f"steered run only, in {meta.get('precision')}. Input score: share of a feature's top contexts whose "
-            "most activating "
-            "token is a lens token."
+            f"steered with {meta.get('strength')} times the largest activation there, score of the best of "
+            f"{meta.get('k')} logit-lens tokens, steered run only, in {meta.get('precision')}. Input score: share of a "
+            "feature's top contexts whose most activating token is a lens token."
         )]  # fmt: skip
         blocks += _histogram("Output score", self.output_scores, "features", log=True)
         blocks += _histogram("Output score of random directions", self.random_output_scores, "directions", log=True)
         blocks += _histogram("Input score", self.input_scores, "features")
         blocks += _histogram("Input score, contexts of other features", self.shuffled_input_scores, "features")
-        rows = tuple((f, o, _none(i), _none(q), t) for f, o, i, q, t in self.best)
+        rows = tuple(tuple(None if v != v else v for v in row) for row in self.best)  # nan: not measured
         columns = ("feature", "output score", "input score", "frequency", "lens tokens")
         return [*blocks, Table(columns, rows, "Features with the highest output scores")] if rows else blocks
-
-
-def _none(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _histogram(title: str, values: Sequence[float], unit: str, log: bool = False) -> list[Block]:
     if not values:
         return []
-    shown = tuple(max(v, _FLOOR) for v in values) if log else tuple(values)
-    floor = f"; scores below {_FLOOR:g} are drawn there" if log else ""
+    shown = tuple(max(v, MIN_DRAWN_SCORE) for v in values) if log else tuple(values)
+    floor = f"; scores below {MIN_DRAWN_SCORE:g} are drawn there" if log else ""
     return [Histogram(title, shown, x_label="score", y_label=unit, log_x=log, caption=f"{len(values)} {unit}{floor}")]
 
 
@@ -133,9 +123,8 @@ def score_report(
         raise InvalidInputError(f"threshold={threshold}, high={high}: give numbers to compare scores with.")
     dead = df["frequency"].to_numpy() == 0
     alive = df[~dead]
-    outputs = _known(alive["output_score"])
-    inputs = _known(alive["input_score"])
-    random, shuffled = _known(controls.get("random_output_score", ())), _known(controls.get("shuffled_input_score", ()))
+    outputs, inputs = _known(alive["output_score"]), _known(alive["input_score"])
+    random, shuffled = (_known(controls.get(name, ())) for name in ("random_output_score", "shuffled_input_score"))
     pair = alive[["input_score", "output_score"]].dropna().to_numpy()
     both, independent, pmi = co_occurrence(pair[:, 0] >= high, pair[:, 1] >= high) if len(pair) else (None, None, None)
     best = alive.sort_values("output_score", ascending=False)[:15]
@@ -188,20 +177,9 @@ def co_occurrence(
     if not a.any() or not b.any():
         return both, independent, None
     draws = np.random.default_rng(seed).multinomial(n, cells / n, size=resamples)
-    values = _pmi(draws)
-    low, high = np.quantile(values, [0.025, 0.975])
-    return (
-        both,
-        independent,
-        Estimate(
-            float(_pmi(cells[None])[0]),
-            float(low),
-            float(high),
-            n,
-            "percentile bootstrap, half a row added per cell",
-            "features",
-        ),
-    )
+    low, high = np.quantile(_pmi(draws), [0.025, 0.975]).tolist()
+    point, method = float(_pmi(cells[None])[0]), "percentile bootstrap, half a row added per cell"
+    return both, independent, Estimate(point, low, high, n, method, "features")
 
 
 def _pmi(cells: np.ndarray) -> np.ndarray:

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from workbench.core.arguments import checked
+from workbench.core.atomic import replacing
 from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
     InvalidInputError,
-    MissingFileError,
     UnknownNameError,
     did_you_mean,
 )
-from workbench.core.jsontext import content_of
-from workbench.core.records import from_jsonable, write_atomic
-from workbench.features.passes.parquetheader import HEADER, header, read_header
+from workbench.core.records import from_jsonable
+from workbench.features.parquet import reading, with_header
 from workbench.features.scores.origin import origin, require_same_origin
 from workbench.features.scores.score_report import FeatureScoreReport, score_report
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 IN_RUN = "artifacts/features"
 """Where `workbench features score` saves a table in its run folder."""
 TABLE_FILE = "features.parquet"
-AGAIN = "Score the features again."
+AGAIN = "Score the features with `workbench features score`."
 COLUMNS = (
     "feature", "input_score", "output_score", "output_score_delta", "confidence_delta", "frequency", "max_act",
     "n_contexts", "best_token", "top_tokens", "top_token_ids", "contexts", "context_token_ids",
@@ -48,7 +49,7 @@ class FeatureTable:
             `shuffled_input_score` (each feature's contexts against another feature's lens tokens).
     """
 
-    df: Any
+    df: Any  # pandas is imported only where a table is made
     meta: dict[str, Any]
     controls: dict[str, tuple[float, ...]]
 
@@ -56,7 +57,7 @@ class FeatureTable:
         return len(self.df)
 
     def check(self, model: Any, sae: Any) -> None:
-        """Refuses a table that was made with another model or SAE; what a table does not say is not checked.
+        """Refuses a table of another model or SAE; what the table does not record is not checked.
 
         Raises:
             MismatchError: naming what differs.
@@ -69,15 +70,14 @@ class FeatureTable:
         Raises:
             InvalidInputError: if the feature was not scored.
         """
-        found = self.df[self.df["feature"] == feature]
-        if found.empty:
+        rows = self.df[self.df["feature"] == feature]
+        if rows.empty:
             raise InvalidInputError(f"Feature {feature} is not in this table of {len(self)} features. Score it first.")
-        return found.iloc[0]
+        return rows.iloc[0]
 
     def alive(self) -> Any:
         """The rows of features that were active on at least one token; all rows if no store was read."""
-        known = self.df["frequency"].notna()
-        return self.df[(self.df["frequency"] > 0) | ~known]
+        return self.df[(self.df["frequency"] > 0) | self.df["frequency"].isna()]
 
     def select(self, n: int | None = None, min_output_score: float = 0.01, by: str = "output_score") -> tuple[int, ...]:
         """Features to steer with: alive, best first, at most n.
@@ -88,7 +88,7 @@ class FeatureTable:
             by: "output_score", or "confidence_delta" for those that change the model's confidence most, either way.
 
         Raises:
-            DegenerateInputError: if no feature qualifies; says what the best score is.
+            DegenerateInputError: if no feature qualifies, with the best score.
             UnknownNameError: for another `by`.
             InvalidInputError: for n below 1.
 
@@ -105,9 +105,8 @@ class FeatureTable:
         if good.empty:
             best = float(alive["output_score"].max()) if len(alive) else float("nan")
             raise DegenerateInputError(
-                f"select(min_output_score={min_output_score}): none of {len(alive)} alive features reaches it; "
-                "the best has "
-                f"{best:.3g}. Lower the threshold, or score at a later layer."
+                f"select(min_output_score={min_output_score}): none of {len(alive)} alive features reaches it; the "
+                f"best has {best:.3g}. Lower the threshold, or score at a later layer."
             )
         return tuple(int(f) for f in good["feature"][:n])
 
@@ -121,7 +120,7 @@ class FeatureTable:
         return tuple(int(f) for f in known.loc[order, "feature"][:n])
 
     def worst_matched(self, features: Sequence[int], share: float = 0.25) -> tuple[int, ...]:
-        """For each given feature another one of like frequency from the `share` with the lowest output scores.
+        """For each given feature another of similar frequency from the `share` with the lowest output scores.
 
         Without frequencies the lowest scores are taken in order. No feature is used twice.
 
@@ -133,7 +132,7 @@ class FeatureTable:
         pool = pool.sort_values(["output_score", "feature"])[: max(int(share * len(pool)), len(features))]
         if len(pool) < len(features):
             raise DegenerateInputError(
-                f"worst_matched: {len(features)} features asked for, {len(pool)} others are alive."
+                f"worst_matched: {len(features)} features asked for, {len(pool)} others are alive. Ask for fewer."
             )
         ids, logs = pool["feature"].to_numpy(), np.log(pool["frequency"].to_numpy(dtype=float) + 1e-12)
         chosen: list[int] = []
@@ -145,7 +144,7 @@ class FeatureTable:
         return tuple(chosen)
 
     def report(self, threshold: float = 0.01, high: float = 0.1) -> FeatureScoreReport:
-        """Distributions, shares and co-occurrence of the scores, beside their controls.
+        """Distributions, shares and co-occurrence of the scores, with their controls.
 
         Args:
             threshold: output score above which a feature counts as an output feature.
@@ -158,13 +157,11 @@ class FeatureTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        folder = Path(path)
-        buffer = io.BytesIO()
         rows = pa.Table.from_pandas(self.df, preserve_index=False)
-        said = {HEADER: header({"version": 2, "meta": self.meta, "controls": self.controls})}
-        pq.write_table(rows.replace_schema_metadata({**(rows.schema.metadata or {}), **said}), buffer)
-        write_atomic(folder / TABLE_FILE, buffer.getvalue())
-        return folder
+        schema = with_header(rows.schema, {"version": 2, "meta": self.meta, "controls": self.controls})
+        with replacing(Path(path) / TABLE_FILE) as file:
+            pq.write_table(rows.replace_schema_metadata(schema.metadata), file)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureTable:
@@ -174,26 +171,17 @@ class FeatureTable:
             MissingFileError: if there is none.
             CorruptFileError: if its files can't be read.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        folder = Path(path)
-        if not (folder / TABLE_FILE).is_file() and (folder / IN_RUN / TABLE_FILE).is_file():
-            folder = folder / IN_RUN
-        if not (folder / TABLE_FILE).is_file():
-            raise MissingFileError(
-                f"No feature table in {folder}: it has no {TABLE_FILE}. Make one with `workbench features score`."
-            )
-        with content_of(folder / TABLE_FILE, AGAIN, pa.ArrowException, OSError):
-            rows = pq.read_table(folder / TABLE_FILE)
-            record = read_header(rows.schema.metadata, folder / TABLE_FILE, AGAIN)
+        places = (Path(path) / TABLE_FILE, Path(path) / IN_RUN / TABLE_FILE)
+        place = next((file for file in places if file.is_file()), places[0])
+        with reading(place, "feature table", AGAIN) as (file, header), file:
+            rows = file.read()
             if missing := [column for column in COLUMNS if column not in rows.column_names]:
-                raise CorruptFileError(f"{folder / TABLE_FILE} lacks the columns {', '.join(missing)}. {AGAIN}")
-            df = _typed(rows, folder / TABLE_FILE).to_pandas()
+                raise CorruptFileError(f"{place} lacks the columns {', '.join(missing)}. {AGAIN}")
+            df = _typed(rows, place).to_pandas()
             for column in ("top_tokens", "top_token_ids", "contexts", "context_token_ids"):
                 df[column] = [list(value) for value in df[column]]
-            controls = from_jsonable(dict[str, tuple[float, ...]], record["controls"])
-            return cls(df, from_jsonable(dict[str, Any], record["meta"]), controls)
+            controls = from_jsonable(dict[str, tuple[float, ...]], header["controls"])
+            return cls(df, from_jsonable(dict[str, Any], header["meta"]), controls)
 
     def __repr__(self) -> str:
         where = f"{self.meta.get('site')} in {self.meta.get('model')}"
@@ -203,14 +191,13 @@ class FeatureTable:
         best = self.df.sort_values("output_score", ascending=False)[:20]
         shown = ("feature", "output_score", "input_score", "frequency", "max_act", "top_tokens", "contexts")
         head = "".join(f"<th>{name}</th>" for name in shown)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in shown) + "</tr>" for _, row in best.iterrows()
-        )
+        rows = ("".join(f"<td>{_cell(row[name])}</td>" for name in shown) for _, row in best.iterrows())
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
         caption = f"{len(self)} features; the 20 with the highest output score"
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
 
 
-def _typed(rows: Any, path: Path) -> Any:
+def _typed(rows: Table, path: Path) -> Table:
     """The Arrow table with each of `COLUMNS` in its type; only scores may be missing."""
     import pyarrow as pa
 
@@ -225,7 +212,7 @@ def _typed(rows: Any, path: Path) -> Any:
     return rows
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, float | np.floating):
         return f"{float(value):.3g}"
     if isinstance(value, list | tuple | np.ndarray):
