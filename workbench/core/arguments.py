@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import AbstractArray
 from torch import Tensor
@@ -25,18 +26,18 @@ from torch import Tensor
 from workbench.core.errors import InvalidInputError, did_you_mean
 
 T = TypeVar("T")
-Check = Callable[[Any], Any]
+Check = Callable[[object], object]
 """Gives the value as the function is to see it, or `_WRONG`."""
 
-_WRONG: Any = object()
+_WRONG = object()
 
 
 class _Model(typing.Protocol):
-    hf: Any
+    hf: object
 
 
 class _SAE(typing.Protocol):
-    W_dec: Any
+    W_dec: object
 
 
 _BY_NAME = {"model": _Model, "sae": _SAE}
@@ -68,7 +69,7 @@ def checked(target: T) -> T:
         InvalidInputError: when a wrong argument is given.
     """
     if not isinstance(target, type):
-        return typing.cast("T", _checked(typing.cast("Callable[..., Any]", target), target.__name__))  # type: ignore[attr-defined]
+        return typing.cast("T", _checked(typing.cast("Callable[..., object]", target), target.__name__))  # type: ignore[attr-defined]
     for name, member in list(vars(target).items()):
         if name.startswith("_") and name != "__init__":
             continue
@@ -80,12 +81,12 @@ def checked(target: T) -> T:
     return target
 
 
-def _checked(fn: Callable[..., Any], label: str) -> Callable[..., Any]:
+def _checked(fn: Callable[..., object], label: str) -> Callable[..., object]:
     signature = inspect.signature(fn)
-    checks: dict[str, tuple[Check, Any]] | None = None
+    checks: dict[str, tuple[Check, object]] | None = None
 
     @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         nonlocal checks
         try:
             given = signature.bind(*args, **kwargs)
@@ -105,12 +106,12 @@ def _checked(fn: Callable[..., Any], label: str) -> Callable[..., Any]:
     return call
 
 
-def _checks_of(fn: Callable[..., Any], signature: inspect.Signature) -> dict[str, tuple[Check, Any]]:
+def _checks_of(fn: Callable[..., object], signature: inspect.Signature) -> dict[str, tuple[Check, object]]:
     names = getattr(inspect.unwrap(fn), "__globals__", {})
-    found: dict[str, tuple[Check, Any]] = {}
+    found: dict[str, tuple[Check, object]] = {}
     for name, parameter in signature.parameters.items():
         annotation = _resolved(parameter.annotation, names)
-        if annotation is Any and name in _BY_NAME:
+        if annotation in (Any, object) and name in _BY_NAME:
             annotation = _BY_NAME[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
             annotation = tuple[annotation, ...]
@@ -120,7 +121,7 @@ def _checks_of(fn: Callable[..., Any], signature: inspect.Signature) -> dict[str
     return found
 
 
-def _resolved(annotation: Any, names: Mapping[str, Any]) -> Any:
+def _resolved(annotation: object, names: Mapping[str, object]) -> object:
     """The annotation behind a string; Any where its names exist for the type checker only."""
     if annotation is inspect.Parameter.empty:
         return Any
@@ -132,25 +133,26 @@ def _resolved(annotation: Any, names: Mapping[str, Any]) -> Any:
         return Any
 
 
-def _of_filters(annotation: Any, names: Mapping[str, Any]) -> Check | None:
+def _of_filters(annotation: object, names: Mapping[str, object]) -> Check | None:
     """The check of keyword arguments that are declared as `Unpack[SomeTypedDict]`."""
     declared = typing.get_args(annotation)
     if not declared or not typing.is_typeddict(declared[0]):
         return None
     checks = {name: _check_of(_resolved(part, names)) for name, part in typing.get_type_hints(declared[0]).items()}
 
-    def check(values: dict[str, Any]) -> Any:
-        new = {name: (checks.get(name) or _same)(value) for name, value in values.items()}
+    def check(values: object) -> object:
+        given = typing.cast("dict[str, object]", values)
+        new = {name: (checks.get(name) or _same)(value) for name, value in given.items()}
         return _WRONG if any(value is _WRONG for value in new.values()) else new
 
     return check
 
 
-def _same(value: Any) -> Any:
+def _same(value: object) -> object:
     return value
 
 
-def _check_of(annotation: Any) -> Check | None:
+def _check_of(annotation: object) -> Check | None:
     """The check of one annotation; None if every value passes."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any or origin is typing.Annotated:
@@ -174,7 +176,7 @@ def _check_of(annotation: Any) -> Check | None:
         return lambda value: value if callable(value) else _WRONG
     if isinstance(kind, type) and issubclass(kind, PurePath):
         return lambda value: _WRONG if isinstance(value, str) else _path(value)
-    if getattr(kind, "_is_protocol", False):
+    if isinstance(kind, type) and getattr(kind, "_is_protocol", False):
         return _like(kind)
     # Arrays of numpy are made of anything that holds numbers.
     return _is(kind) if isinstance(kind, type) and kind is not object and kind.__module__ != "numpy" else None
@@ -186,11 +188,13 @@ def _like(kind: type) -> Check:
     return lambda value: value if all(hasattr(value, name) for name in wanted) else _WRONG
 
 
-def _path(value: Any) -> Any:
+def _path(value: object) -> object:
     """A path that an operating system can take: no half characters, no zero byte."""
+    if not isinstance(value, (str, os.PathLike)):
+        return _WRONG
     try:
         text = os.fspath(value)
-        return value if b"\0" not in os.fsencode(text) and not isinstance(text, bytes) else _WRONG
+        return value if isinstance(text, str) and b"\0" not in os.fsencode(text) else _WRONG
     except (TypeError, UnicodeEncodeError):
         return _WRONG
 
@@ -199,11 +203,11 @@ def _is(kind: type) -> Check:
     return lambda value: value if isinstance(value, kind) else _WRONG
 
 
-def _flag(value: Any) -> Any:
+def _flag(value: object) -> object:
     return bool(value) if type(value).__name__ in ("bool", "bool_") and not isinstance(value, Tensor) else _WRONG
 
 
-def whole(value: Any) -> Any:
+def whole(value: object) -> object:
     """A whole number as an int."""
     if isinstance(value, Tensor):
         plain = value.ndim == 0 and not value.is_meta and not value.is_floating_point() and not value.is_complex()
@@ -214,7 +218,7 @@ def whole(value: Any) -> Any:
     return number if -(2**63) <= number < 2**63 else _WRONG
 
 
-def real(value: Any) -> Any:
+def real(value: object) -> object:
     """A number that is not nan, as an int or a float."""
     if isinstance(value, Tensor):
         # What is trained stays a tensor.
@@ -230,14 +234,15 @@ def real(value: Any) -> Any:
     return value if isinstance(value, int) and abs(number) < 2**63 else number
 
 
-def _tensor(value: Any) -> Any:
+def _tensor(value: object) -> object:
     """A tensor whose numbers can be read: not sparse, nested or quantised, and not on the meta device."""
-    usable = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
-    return value if usable and not value.is_meta and not value.is_quantized else _WRONG
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
+        return _WRONG
+    return value if not value.is_meta and not value.is_quantized else _WRONG
 
 
-def _array(value: Any, kind: Any) -> Any:
-    if _tensor(value) is _WRONG or value.is_complex():
+def _array(value: object, kind: type[AbstractArray]) -> object:
+    if not isinstance(value, Tensor) or _tensor(value) is _WRONG or value.is_complex():
         return _WRONG
     for is_one, word in ((value.dtype == torch.bool, "bool"), (value.is_floating_point(), "float")):
         if is_one:
@@ -251,7 +256,7 @@ def _any_of(checks: Sequence[Check | None]) -> Check | None:
     if len(known) < len(checks):
         return None
 
-    def check(value: Any) -> Any:
+    def check(value: object) -> object:
         found = [new for one in known if (new := one(value)) is not _WRONG]
         # A tensor of several numbers stays a tensor where a number is declared as well.
         number = next((new for new in found if isinstance(value, Tensor) and not isinstance(new, Tensor)), None)
@@ -260,13 +265,13 @@ def _any_of(checks: Sequence[Check | None]) -> Check | None:
     return check
 
 
-def _list_of(kind: Any, parts: tuple[Any, ...]) -> Check:
+def _list_of(kind: object, parts: tuple[object, ...]) -> Check:
     of_each = kind is not tuple or parts[1:] == (...,)
     element = _check_of(parts[0]) if parts and of_each else None
     unordered = kind in (Sequence, list, tuple)
 
-    def check(value: Any) -> Any:
-        if isinstance(value, (Tensor, *_arrays())):
+    def check(value: object) -> object:
+        if isinstance(value, (Tensor, np.ndarray)):
             unreadable = isinstance(value, Tensor) and _tensor(value) is _WRONG
             if unreadable or parts[:1] not in ((int,), (float,)) or value.ndim != 1:
                 return _WRONG
@@ -286,14 +291,7 @@ def _list_of(kind: Any, parts: tuple[Any, ...]) -> Check:
     return check
 
 
-@functools.cache
-def _arrays() -> tuple[type, ...]:
-    import numpy
-
-    return (numpy.ndarray,)
-
-
-def _advice(annotation: Any, value: Any) -> str:
+def _advice(annotation: object, value: object) -> str:
     """What the value is and what to give instead."""
     words = list(dict.fromkeys(_words(annotation)))
     known = [part for part in _literals(annotation) if isinstance(part, str)]
@@ -304,13 +302,13 @@ def _advice(annotation: Any, value: Any) -> str:
     return f"got {got}; give {' or '.join(words)}.{close}"
 
 
-def _literals(annotation: Any) -> list[Any]:
+def _literals(annotation: object) -> list[object]:
     if typing.get_origin(annotation) is Literal:
         return list(typing.get_args(annotation))
     return [one for part in typing.get_args(annotation) for one in _literals(part)]
 
 
-def _words(annotation: Any) -> list[str]:
+def _words(annotation: object) -> list[str]:
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return [word for part in parts for word in _words(part)]

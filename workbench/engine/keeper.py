@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import GenericAlias, TracebackType, UnionType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -178,7 +178,7 @@ class Keeper:
         Raises:
             MissingFileError: if there is no such part.
         """
-        return from_jsonable(cls, self._receipt(name).value)
+        return cast("T", from_jsonable(cls, self._receipt(name).value))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a part, on the CPU.

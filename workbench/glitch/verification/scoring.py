@@ -14,6 +14,7 @@ from torch import Tensor
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.metrics import token_log_probabilities
 from workbench.core.progress import task
+from workbench.core.records import from_jsonable
 from workbench.core.tokens import TokenBatch
 from workbench.engine.log import Log
 from workbench.glitch.verification.prompts import Template
@@ -139,8 +140,8 @@ def _recall(journal: Log, templates: Sequence[Template], tokens: Sequence[int], 
     done = journal.done()
     for k, token in enumerate(tokens):
         for t, template in enumerate(templates):
-            values = done.get(token, {}).get(template.name, ())
-            found.p[k, t, : len(values)] = [np.nan if value is None else value for value in values]
+            values = from_jsonable(list[float], done.get(token, {}).get(template.name, []))
+            found.p[k, t, : len(values)] = values
             found.ran[k, t, : len(values)] = True
 
 
