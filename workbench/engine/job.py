@@ -13,9 +13,6 @@ from torch import Tensor
 from workbench.core.errors import InvalidInputError, UnknownNameError, did_you_mean
 from workbench.core.records import from_jsonable, to_jsonable
 
-Json: TypeAlias = object
-"""A value that `to_jsonable` takes."""
-
 MAX_SPEC_BYTES = 65_536
 """Of a shard's description: a range, ids or a config, never data."""
 
@@ -33,7 +30,7 @@ class Shard:
     """
 
     name: str
-    spec: Json = None
+    spec: object = None
 
     def __post_init__(self) -> None:
         size = len(json.dumps(to_jsonable(self.spec)))
@@ -55,7 +52,7 @@ class Made:
         units: how much work it was, in the unit of the progress bar.
     """
 
-    value: Json = None
+    value: object = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     files: Mapping[str, Iterable[bytes]] = field(default_factory=dict)
     units: int = 0
@@ -85,10 +82,10 @@ class Receipt:
 
     name: str
     files: dict[str, FileRecord]
-    value: Json
+    value: object
     units: int
     seconds: float
-    made_by: dict[str, Json]
+    made_by: dict[str, object]
 
     def same_content(self, other: Receipt) -> bool:
         """Whether both hold the same value and the same bytes, whoever made them."""
@@ -141,7 +138,7 @@ def register_job(name: str) -> Callable[[_JobClass], _JobClass]:
     return registered
 
 
-def job_to_json(job: Job) -> dict[str, Json]:
+def job_to_json(job: Job) -> dict[str, object]:
     """The job as registered name and configuration.
 
     Raises:
@@ -156,7 +153,7 @@ def job_to_json(job: Job) -> dict[str, Json]:
     return {"job": name, "config": {f.name: to_jsonable(getattr(job, f.name)) for f in _config_fields(type(job))}}
 
 
-def job_from_json(data: Mapping[str, Json]) -> Job:
+def job_from_json(data: Mapping[str, object]) -> Job:
     """The job that `job_to_json` described.
 
     Raises:

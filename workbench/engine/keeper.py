@@ -25,7 +25,7 @@ from workbench.core.jsontext import parse_json
 from workbench.core.locks import lock_folder, refuse_folder_in_use, unlock_folder
 from workbench.core.records import from_jsonable, to_jsonable
 from workbench.engine.folder import open_folder
-from workbench.engine.job import FileRecord, Json, Made, Receipt
+from workbench.engine.job import FileRecord, Made, Receipt
 from workbench.engine.local import Folder, LocalFolder, Part, cache_dir, content_name
 from workbench.engine.log import TOKEN, Log, require_same_key
 
@@ -62,14 +62,14 @@ class Keeper:
     >>> folder.cleanup()
     """
 
-    def __init__(self, folder: Folder, key: Mapping[str, Json], *, locked: bool = False) -> None:
+    def __init__(self, folder: Folder, key: Mapping[str, object], *, locked: bool = False) -> None:
         """Use `open` or `of_key`, which check the key and take the lock."""
         self.key = dict(key)
         self._folder, self._locked = folder, locked
         self._parts = folder.below("parts")
 
     @classmethod
-    def open(cls, where: str | Path, key: Json, *, alone: bool = True) -> Keeper:
+    def open(cls, where: str | Path, key: object, *, alone: bool = True) -> Keeper:
         """The keeper at a folder or an fsspec address; made if there is none.
 
         Args:
@@ -99,7 +99,7 @@ class Keeper:
         return cls(folder, plain, locked=locked)
 
     @classmethod
-    def of_key(cls, where: str | Path, key: Json, *, alone: bool = False) -> Keeper:
+    def of_key(cls, where: str | Path, key: object, *, alone: bool = False) -> Keeper:
         """The keeper in the folder of this key inside `where`; results of other keys stay in folders of their own."""
         text = json.dumps(to_jsonable(key), sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -295,7 +295,7 @@ class Keeper:
         return first
 
 
-def _plain_key(key: Json) -> dict[str, Json]:
+def _plain_key(key: object) -> dict[str, object]:
     plain = json.loads(json.dumps(to_jsonable(key)))
     return plain if isinstance(plain, dict) else {"key": plain}
 
@@ -323,7 +323,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _worker() -> dict[str, Json]:
+def _worker() -> dict[str, object]:
     """Who makes a part."""
     return {
         "host": platform.node(), "pid": os.getpid(), "device": "cuda" if torch.cuda.is_initialized() else "cpu",
