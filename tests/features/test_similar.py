@@ -11,8 +11,14 @@ from tests.features.corpus import examples_from
 from workbench.features.explain.examples import Examples, Windows
 from workbench.features.explain.rule_explanations import RuleTests, rule_scores
 from workbench.features.explain.rules import Never, TokenIn, TokenView
-from workbench.features.explain.similar import hard_items, intruder_score, most_alike, tf_idf
-from workbench.features.explain.testing import detection_items, fuzzing_items
+from workbench.features.explain.testing import (
+    detection_items,
+    fuzzing_items,
+    hard_items,
+    intruder_score,
+    most_alike,
+    tf_idf,
+)
 from workbench.features.token_classes import TokenTexts
 
 

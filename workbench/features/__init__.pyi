@@ -17,8 +17,8 @@ from .explain.judging import judge_explanations as judge_explanations
 from .explain.judging import judge_gate as judge_gate
 from .explain.rule_explanations import explain_by_rules as explain_by_rules
 from .explain.rule_explanations import score_rules as score_rules
-from .explain.similar import IntruderScore as IntruderScore
-from .explain.similar import intruder_score as intruder_score
+from .explain.testing import IntruderScore as IntruderScore
+from .explain.testing import intruder_score as intruder_score
 from .passes.contexts import ContextOptions as ContextOptions
 from .passes.contexts import TopContexts as TopContexts
 from .passes.contexts import top_contexts as top_contexts

@@ -19,8 +19,7 @@ from workbench.features.card import Explanation
 from workbench.features.explain.examples import ExampleOptions, Examples, examples_of
 from workbench.features.explain.rulefit import FittedRule, fit_rule
 from workbench.features.explain.rules import Never, Rule, TokenIn
-from workbench.features.explain.similar import hard_items
-from workbench.features.explain.testing import Items, answer_scores, detection_items, fuzzing_items
+from workbench.features.explain.testing import Items, answer_scores, detection_items, fuzzing_items, hard_items
 from workbench.features.passes.windows import FeatureWindows
 from workbench.features.token_classes import TokenSource, TokenTexts
 
