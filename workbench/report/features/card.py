@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from workbench.report.features.encode import Card, StringTable, clip, finite, pack_card, spread
+from workbench.report.features.encode import Card, Number, StringTable, clip, finite, pack_card, spread
 from workbench.report.features.words import KINDS, NOT_MEASURED, label, meaning
 from workbench.report.text import number
 
@@ -43,7 +43,7 @@ def card_body(card: Card) -> Markup:
     ))  # fmt: skip
 
 
-def bars(bins: Sequence[tuple[float, float, int]]) -> list[dict[str, Any]]:
+def bars(bins: Sequence[tuple[float, float, int]]) -> list[dict[str, object]]:
     """Rectangles of a histogram; heights by log(1 + tokens), because counts fall off steeply.
 
     >>> [bar["height"] for bar in bars([(0.0, 1.0, 8), (1.0, 2.0, 2)])]  # log 3 / log 9 of the full height
@@ -76,7 +76,7 @@ def _flag(text: str) -> tuple[str, str]:
     return clip(name.strip()), clip(reason.strip())
 
 
-def _lens(tokens: Sequence[Card]) -> list[dict[str, Any]]:
+def _lens(tokens: Sequence[Card]) -> list[dict[str, object]]:
     sizes = [abs(_plain(token["logit"])) for token in tokens]
     most = max(sizes, default=0.0) or 1.0
     return [
@@ -85,7 +85,7 @@ def _lens(tokens: Sequence[Card]) -> list[dict[str, Any]]:
     ]
 
 
-def _windows(windows: Sequence[Card]) -> list[tuple[str, list[dict[str, Any]]]]:
+def _windows(windows: Sequence[Card]) -> list[tuple[str, list[dict[str, object]]]]:
     largest = max((_plain(value) for window in windows for value in window["values"]), default=0.0) or 1.0
     groups = itertools.groupby(windows, key=lambda window: window["stratum"])
     return [
@@ -94,7 +94,7 @@ def _windows(windows: Sequence[Card]) -> list[tuple[str, list[dict[str, Any]]]]:
     ]
 
 
-def _line(window: Card, largest: float) -> dict[str, Any]:
+def _line(window: Card, largest: float) -> dict[str, object]:
     tokens = []
     for place, (text, value) in enumerate(zip(window["tokens"], window["values"], strict=True)):
         peak = place == window["peak"]
@@ -108,22 +108,22 @@ def _line(window: Card, largest: float) -> dict[str, Any]:
     return {"peak": window["values"][window["peak"]], "tokens": tokens, "where": where}
 
 
-def _neighbour(given: Card) -> dict[str, Any]:
+def _neighbour(given: Card) -> dict[str, object]:
     value, zero = finite(given["value"]), finite(given["null"])
-    known = isinstance(value, int | float) and isinstance(zero, int | float)
-    verdict = (": above" if value > zero else ": no more than random") if known else ""
+    verdict = ""
+    if isinstance(value, int | float) and isinstance(zero, int | float):
+        verdict = ": above" if value > zero else ": no more than random"
     kind = KINDS.get(given["kind"], clip(given["kind"]))
-    return {"feature": given["feature"], "kind": kind, "value": value, "null": zero, "verdict": verdict} | {
-        "jaccard": finite(given["jaccard"])
-    }
+    both = {"verdict": verdict, "jaccard": finite(given["jaccard"])}
+    return {"feature": given["feature"], "kind": kind, "value": value, "null": zero} | both
 
 
-def _plain(value: Any) -> float:
+def _plain(value: Number) -> float:
     """A finite number to draw with; 0 where there is none."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
-def _num(value: Any) -> str:
+def _num(value: Number) -> str:
     if isinstance(value, Mapping):
         return "−∞" if value.get("$float") == "-inf" else "∞"
     if value is None or math.isnan(value):
@@ -131,7 +131,7 @@ def _num(value: Any) -> str:
     return number(int(value) if float(value).is_integer() and abs(value) < 1e9 else value)
 
 
-def _real(value: Any) -> str:
+def _real(value: Number) -> str:
     """A measured quantity: 3.00 beside 2.80.
 
     >>> _real(3), _real(2.8), _real(None)
@@ -140,7 +140,7 @@ def _real(value: Any) -> str:
     return _num(value) if value is None or isinstance(value, Mapping) or math.isnan(value) else number(float(value))
 
 
-def _percent(share: Any) -> str:
+def _percent(share: float | None) -> str:
     """A share as a percentage, and below one in 100,000 as so many in a million.
 
     >>> _percent(0.25), _percent(2.5e-6), _percent(None)

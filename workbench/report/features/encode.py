@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import zlib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,9 @@ MAX_TEXT = 400
 """Characters of one token or text that are kept; the number of those left out is said."""
 
 Card = Mapping[str, Any]
+"""A `FeatureCard`, or a part of one, as JSON: its fields have the types that `workbench.features.card` says."""
+Number = float | int | Mapping[str, str] | None
+"""A number in JSON; an infinity is `{"$float": "inf"}`."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +51,25 @@ class Packed:
         chunks: cards, `PackOptions.chunk` at a time, as base64 of deflated JSON.
     """
 
-    index: dict[str, Any]
+    index: dict[str, Any]  # columns of unlike types, which the script of the page reads
     chunks: tuple[str, ...]
 
 
 def clip(text: str, limit: int = MAX_TEXT) -> str:
-    """The text as people can see it, cut with the number of characters that are missing.
+    """The text as people can see it; a long one is cut, with the number of missing characters.
 
     >>> clip("abcdef", limit=4)
     'abcd… (2 characters more)'
     """
     rest = len(text) - limit
     if rest <= 0:
-        # what is printable hides nothing, and most text is
+        # printable text hides nothing, and most text is printable
         return text if text.isprintable() else visible(text)
     return f"{visible(text[:limit])}… ({rest:,} characters more)"
 
 
-def finite(value: Any, digits: int = 4) -> Any:
-    """A number for JSON with some significant digits; None where nothing was measured; an infinity stays tagged.
+def finite(value: Number, digits: int = 4) -> Number:
+    """A number for JSON, rounded to some significant digits; None where nothing was measured; infinities stay tagged.
 
     >>> finite(0.123456), finite(float("nan")), finite(3), finite(float("inf"))
     (0.1235, None, 3, {'$float': 'inf'})
@@ -87,12 +92,11 @@ class StringTable:
         self._place: dict[str, int] = {}
 
     def place(self, text: str) -> int:
-        """Where the text is, adding it where it is new."""
-        found = self._place.get(text)
-        if found is None:
-            found = self._place[text] = len(self.texts)
+        """The place of the text, which is added if it is new."""
+        if text not in self._place:
+            self._place[text] = len(self.texts)
             self.texts.append(clip(text))
-        return found
+        return self._place[text]
 
 
 def pack_cards(cards: Iterable[Card], options: PackOptions | None = None) -> Packed:
@@ -103,38 +107,39 @@ def pack_cards(cards: Iterable[Card], options: PackOptions | None = None) -> Pac
         InvalidInputError: if a feature occurs twice.
     """
     options = options or PackOptions()
-    index, strings = _Index(), StringTable()
-    chunks: list[str] = []
-    waiting: list[dict[str, Any]] = []
-    for card in cards:
-        waiting.append(pack_card(card, strings, options.windows))
-        index.add(card, strings)
-        if len(waiting) == options.chunk:
-            chunks.append(deflate(waiting))
-            waiting = []
-    if waiting:
-        chunks.append(deflate(waiting))
+    index, strings, chunks = _Index(), StringTable(), []
+
+    def packed() -> Iterator[object]:
+        for card in cards:
+            yield pack_card(card, strings, options.windows)
+            index.add(card, strings)
+
+    rows = packed()
+    while chunk := list(itertools.islice(rows, options.chunk)):
+        chunks.append(deflate(chunk))
     if not chunks:
         raise DegenerateInputError("No feature card was given, so there is nothing to show. Make some cards first.")
     return Packed(index.columns(strings) | {"chunk": options.chunk}, tuple(chunks))
 
 
-def deflate(value: Any) -> str:
+def deflate(value: object) -> str:
     """JSON, deflated, in base64."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
 
 
-def pack_card(card: Card, strings: StringTable, n_windows: int) -> dict[str, Any]:
-    """What only the open card shows, with tokens by place in the table of strings."""
+def pack_card(card: Card, strings: StringTable, n_windows: int) -> dict[str, object]:
+    """The data of an open card, with tokens by place in the table of strings."""
     explanation = card["explanation"]
     return {
         "tokens": card["n_tokens"],
         "histogram": [[finite(x) for x in bin_] for bin_ in card["histogram"]],
         "windows": [_pack_window(window, strings) for window in spread(card["windows"], n_windows)],
         "windows_left": max(0, len(card["windows"]) - n_windows),
-        "promoted": [_pack_token(token, strings) for token in card["promoted"]],
-        "suppressed": [_pack_token(token, strings) for token in card["suppressed"]],
+        **{
+            side: [[strings.place(token["token"]), token["token_id"], finite(token["logit"])] for token in card[side]]
+            for side in ("promoted", "suppressed")
+        },
         "neighbours": [
             [n["feature"], strings.place(n["kind"]), *(finite(n[key]) for key in ("value", "jaccard", "null"))]
             for n in card["neighbours"]
@@ -156,16 +161,14 @@ def spread(windows: Sequence[Card], n: int) -> list[Card]:
     """
     if len(windows) <= n:
         return list(windows)
-    seen: dict[str, int] = {}
-    turns: list[tuple[int, int]] = []
+    turns, seen = [], Counter[str]()
     for place, window in enumerate(windows):
-        turn = seen.get(window["stratum"], 0)
-        seen[window["stratum"]] = turn + 1
-        turns.append((turn, place))
+        turns.append((seen[window["stratum"]], place))
+        seen[window["stratum"]] += 1
     return [windows[place] for place in sorted(place for _, place in sorted(turns)[:n])]
 
 
-def _pack_window(window: Card, strings: StringTable) -> list[Any]:
+def _pack_window(window: Card, strings: StringTable) -> list[object]:
     values = window["values"]
     if len(values) != len(window["tokens"]) or not 0 <= window["peak"] < len(values):
         raise InvalidInputError(
@@ -179,24 +182,20 @@ def _pack_window(window: Card, strings: StringTable) -> list[Any]:
     return [*where, ids, active, left]
 
 
-def _pack_token(token: Card, strings: StringTable) -> list[Any]:
-    return [strings.place(token["token"]), token["token_id"], finite(token["logit"])]
-
-
-def _pack_explanation(explanation: Card) -> dict[str, Any]:
+def _pack_explanation(explanation: Card) -> dict[str, object]:
     scores = explanation["scores"]
     controls = {split_control(key, scores): estimate for key, estimate in explanation["controls"].items()}
     arms = list(dict.fromkeys(control for control, _ in controls))
-    rows = []
+    tests = []
     for name in dict.fromkeys([*scores, *(name for _, name in controls)]):
-        found = [_pack_estimate(e) for e in (scores.get(name), *(controls.get((arm, name)) for arm in arms))]
-        rows.append({
-            "label": clip(label(name)), "meaning": meaning(name), "arms": found,
-            "verdict": verdict(found[0], found[1:]),
+        own, *others = (_pack_estimate(e) for e in (scores.get(name), *(controls.get((arm, name)) for arm in arms)))
+        tests.append({
+            "label": clip(label(name)), "meaning": meaning(name), "arms": [own, *others],
+            "verdict": verdict(own, others),
         })  # fmt: skip
     return {
         "text": clip(explanation["text"], 2000), "method": clip(explanation["method"]),
-        "windows": explanation["n_windows"], "tests": rows,
+        "windows": explanation["n_windows"], "tests": tests,
         "arms": ["this explanation", *(clip(CONTROLS.get(arm, arm)) for arm in arms)],
     }  # fmt: skip
 
@@ -213,7 +212,7 @@ def verdict(score: Card | None, controls: Sequence[Card | None]) -> str:
     return "above its controls" if score["low"] > max(highs) else "not clearly above its controls"
 
 
-def _pack_estimate(estimate: Card | None) -> dict[str, Any] | None:
+def _pack_estimate(estimate: Card | None) -> Card | None:
     if estimate is None:
         return None
     numbers = {key: finite(estimate[key]) for key in ("value", "low", "high", "n", "level")}
@@ -221,10 +220,11 @@ def _pack_estimate(estimate: Card | None) -> dict[str, Any] | None:
 
 
 class _Index:
-    """Columns of the table, filled row by row; a score that appears late is not measured for the rows before."""
+    """Columns of the table, filled row by row; a score is not measured in the rows before its first one."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.values: list[dict[str, Number]] = []
+        self.rows: list[dict[str, object]] = []
         self.about: dict[str, dict[str, str]] = {}
         self.seen: set[int] = set()
 
@@ -233,18 +233,17 @@ class _Index:
             raise InvalidInputError(f"Feature {card['feature']} has two cards. Give one of each feature.")
         self.seen.add(card["feature"])
         explanation = card["explanation"]
-        values: dict[str, Any] = {}
-        for name in ("feature", "frequency", "max_act"):
-            self._put(values, "number", name, card[name])
-        for name, value in (card["scores"] or {}).items():
+        values: dict[str, Number] = {}
+        numbers = {name: card[name] for name in ("feature", "frequency", "max_act")}
+        for name, value in (numbers | (card["scores"] or {})).items():
             self._put(values, "number", name, value)
         tested: Card = explanation or {"scores": {}, "controls": {}}
         for kind, key in (("test", "scores"), ("control", "controls")):
             for name, estimate in tested[key].items():
                 self._put(values, kind, name, estimate["value"], tested["scores"])
         peaks = dict.fromkeys(window["tokens"][window["peak"]] for window in card["windows"])
+        self.values.append(values)
         self.rows.append({
-            "values": values,
             "flags": [clip(flag) for flag in card["flags"]],
             "explanation": "" if explanation is None else clip(explanation["text"]),
             "promoted": [strings.place(token["token"]) for token in card["promoted"]],
@@ -252,8 +251,8 @@ class _Index:
             "reads": [strings.place(token) for token in list(peaks)[:10]],
         })  # fmt: skip
 
-    def _put(self, row: dict[str, Any], kind: str, name: str, value: Any, scores: Container[str] = ()) -> None:
-        """One number into a row; the first of a name says what its column is."""
+    def _put(self, row: dict[str, Number], kind: str, name: str, value: Number, scores: Container[str] = ()) -> None:
+        """Puts a number into a row; the first of a name defines its column."""
         control, score = split_control(name, scores) if kind == "control" else ("", name)
         key = field(f"{control or 'control'} {score}" if kind == "control" else name)
         if key not in self.about:
@@ -265,14 +264,10 @@ class _Index:
             self.about[key] = {"name": key, "label": clip(about[0]), "meaning": clip(about[1]), "kind": kind}
         row[key] = finite(value)
 
-    def columns(self, strings: StringTable) -> dict[str, Any]:
+    def columns(self, strings: StringTable) -> dict[str, object]:
         lists = ("flags", "explanation", "promoted", "suppressed", "reads")
-        values = {name: [row["values"].get(name) for row in self.rows] for name in self.about}
-        rest = {name: [row[name] for row in self.rows] for name in lists}
+        values = {name: [row.get(name) for row in self.values] for name in self.about}
         return {
-            "feature": values["feature"],
-            "values": values,
-            "columns": list(self.about.values()),
-            "strings": strings.texts,
-            **rest,
-        }
+            "feature": values["feature"], "values": values, "columns": list(self.about.values()),
+            "strings": strings.texts, **{name: [row[name] for row in self.rows] for name in lists},
+        }  # fmt: skip

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
@@ -18,6 +18,9 @@ from workbench.report.features.encode import Card, Packed, PackOptions, pack_car
 from workbench.report.features.words import KINDS
 from workbench.report.plots import DARK, LIGHT, colour_css
 from workbench.report.text import visible
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _FOLDER = Path(__file__).parent
 _TEXT_FIELDS = ("explanation", "flag", "token", "promoted", "suppressed", "reads")
@@ -66,7 +69,7 @@ def card_html(card: Card) -> str:
     return str(Markup('<article class="wb-card"><style>{}</style>{}</article>').format(style, card_body(card)))
 
 
-def safe_json(value: Any) -> str:
+def safe_json(value: object) -> str:
     r"""JSON that can stand inside a script element: nothing in it ends the element or begins a comment.
 
     >>> safe_json("</script>&")
@@ -112,7 +115,7 @@ def asset(name: str) -> str:
 
 
 @functools.cache
-def page_template(source: str) -> Any:
+def page_template(source: str) -> Template:
     """A template that escapes everything and refuses unknown names; `visible` shows what could hide or reorder text."""
     import jinja2
 

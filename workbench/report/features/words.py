@@ -1,4 +1,4 @@
-"""What the scores on a feature's card mean, in one sentence each."""
+"""Labels and meanings of the scores on a feature's card."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ KINDS = {
 
 
 def meaning(name: str) -> str:
-    """What a score says, or that its meaning is not recorded.
+    """The meaning of a score, in one sentence.
 
     >>> meaning("no_such_score")
     'The meaning of this score is not recorded.'
@@ -69,7 +69,7 @@ def meaning(name: str) -> str:
 
 
 def last(name: str) -> str:
-    """The measure itself, of a name that also says of what.
+    """The measure alone, without what it was measured on.
 
     >>> last("detection: auroc"), last("fuzzing")
     ('auroc', 'fuzzing')
