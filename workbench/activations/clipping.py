@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from workbench.core.tokens import TokenBatch
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Map
 from workbench.interventions.scopes import All
+from workbench.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ClippingCost:
 
 
 def clipping_cost(
-    model: Any, rows: Int[Tensor, "rows pos"], site: str, dims: Sequence[int], *, seed: int = 0
+    model: Model, rows: Int[Tensor, "rows pos"], site: str, dims: Sequence[int], *, seed: int = 0
 ) -> ClippingCost:
     """The loss with these dimensions set to 0 at all tokens, against the clean loss and random dimensions.
 
@@ -57,11 +57,11 @@ def clipping_cost(
     return ClippingCost(str(model.resolve(site)), tuple(dims), costs["outliers"], costs["random"])
 
 
-def _row_losses(model: Any, batch: TokenBatch) -> np.ndarray:
+def _row_losses(model: Model, batch: TokenBatch) -> np.ndarray:
     return model.loss(batch).double().nanmean(1).cpu().numpy()
 
 
-def _clipped(model: Any, batch: TokenBatch, site: str, dims: Iterable[int]) -> np.ndarray:
+def _clipped(model: Model, batch: TokenBatch, site: str, dims: Iterable[int]) -> np.ndarray:
     index = torch.tensor(sorted(dims))
     zeroed = Map(lambda x: x.index_fill(-1, index.to(x.device), 0.0))
     with model.plan(Intervention.at(site, zeroed, scope=All())):

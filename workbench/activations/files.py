@@ -5,27 +5,30 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, did_you_mean
 from workbench.core.jsontext import parse_json
 from workbench.core.records import not_utf8, read_text
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 BYTES_PER_TOKEN_OF_TEXT = 3
 ROWS_AT_ONCE = 1024
 
 
-def text_files(paths: Iterable[str | Path]) -> tuple[Path, ...]:
+def text_files(paths: str | Path | Iterable[str | Path]) -> tuple[Path, ...]:
     """The files that paths, folders and patterns stand for; those of a folder or pattern in the order of their names.
 
     Raises:
         MissingFileError: for a path that does not exist, or stands for no file.
     """
-    found: list[Path] = []
-    for path in (Path(path).expanduser() for path in paths):
+    files: list[Path] = []
+    for path in (Path(path).expanduser() for path in ([paths] if isinstance(paths, str | Path) else paths)):
         if path.is_file():
-            found.append(path)
+            files.append(path)
             continue
         if path.is_dir():
             inside = [file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
@@ -36,8 +39,8 @@ def text_files(paths: Iterable[str | Path]) -> tuple[Path, ...]:
                 f"There is no file {path}, and as a folder or pattern it holds no {', '.join(SUFFIXES)}. Check the "
                 "path."
             )
-        found += sorted(inside)
-    return tuple(found)
+        files += sorted(inside)
+    return tuple(files)
 
 
 def documents(path: Path, column: str) -> Iterator[str]:
@@ -118,7 +121,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise _not_parquet(path, error) from None
 
 
-def _open_parquet(path: Path, column: str) -> Any:
+def _open_parquet(path: Path, column: str) -> ParquetFile:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

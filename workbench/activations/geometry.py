@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.progress import track
 from workbench.core.stats import Estimate
 from workbench.core.tokenizer import special_ids
+from workbench.models.model import Model
 
 CLASSES = ("BOS", "first", "special", "punctuation", "other")
 """Classes of tokens: a special token that opens its row; the first other token of the row; special tokens elsewhere;
@@ -199,8 +199,8 @@ class Geometry:
         extremal = self._extremal / self._moments.n
         often = extremal > max(self.options.extremal_share, 5 / self.d)
         rms = energy.sqrt()
-        found = (often | (rms > self.options.rms_factor * rms.median())).nonzero().flatten()
-        return found[rms[found].argsort(descending=True)]
+        flagged = (often | (rms > self.options.rms_factor * rms.median())).nonzero().flatten()
+        return flagged[rms[flagged].argsort(descending=True)]
 
     def _dims(self, dims: Tensor) -> tuple[DimStats, ...]:
         m, energy = self._moments, self._moments.mean_square
@@ -260,7 +260,7 @@ def all_but_the_top(x: Float[Tensor, "n d"], components: int) -> Float[Tensor, "
     return centred - centred @ top @ top.T
 
 
-def token_kinds(model: Any) -> tuple[Int[Tensor, " d_vocab"], tuple[int, ...]]:
+def token_kinds(model: Model) -> tuple[Int[Tensor, " d_vocab"], tuple[int, ...]]:
     """Class of each token by its text alone ("special", "punctuation" or "other"), and the special ids."""
     special = special_ids(model.tokenizer)
     known = min(model.d_vocab, len(model.tokenizer))
@@ -274,17 +274,17 @@ def token_kinds(model: Any) -> tuple[Int[Tensor, " d_vocab"], tuple[int, ...]]:
 
 def classes_of(ids: Int[Tensor, "rows pos"], kinds: Int[Tensor, " d_vocab"]) -> Int[Tensor, "rows pos"]:
     """Class of each token in its row, an index into `CLASSES`."""
-    found = kinds[ids]
-    special = found == CLASSES.index("special")
-    found[:, 0] = torch.where(special[:, 0], CLASSES.index("BOS"), found[:, 0])
+    classes = kinds[ids]
+    special = classes == CLASSES.index("special")
+    classes[:, 0] = torch.where(special[:, 0], CLASSES.index("BOS"), classes[:, 0])
     first = (~special).int().argmax(1)
     rows = torch.arange(len(ids))
-    found[rows, first] = torch.where(special[rows, first], found[rows, first], CLASSES.index("first"))
-    return found
+    classes[rows, first] = torch.where(special[rows, first], classes[rows, first], CLASSES.index("first"))
+    return classes
 
 
 def measure_geometry(
-    model: Any,
+    model: Model,
     rows: Int[Tensor, "rows pos"],
     sites: Sequence[str],
     *,
@@ -304,7 +304,7 @@ def measure_geometry(
     running: dict[str, tuple[Geometry, TokenPolicy]] = {}
     batches = rows.split(batch_rows)
     for number, ids in enumerate(track(batches, description="Measuring geometry", unit="batches")):
-        acts, found = model.capture(ids, names), classes_of(ids, kinds).flatten()
+        acts, classes = model.capture(ids, names), classes_of(ids, kinds).flatten()
         row, position = torch.meshgrid(torch.arange(len(ids)), torch.arange(ids.shape[1]), indexing="ij")
         row = (row + number * batch_rows).flatten()
         for name in names:
@@ -314,12 +314,12 @@ def measure_geometry(
                 first = Geometry(name, x.flatten(0, 1), rule.mask(x, ids).flatten(), rule.max_norm, options)
                 running[name] = first, rule
             geometry, rule = running[name]
-            geometry.add(x.flatten(0, 1), found, rule.mask(x, ids).flatten(), position.flatten(), row)
+            geometry.add(x.flatten(0, 1), classes, rule.mask(x, ids).flatten(), position.flatten(), row)
     return tuple(geometry.result() for geometry, _ in running.values())
 
 
 def geometry_of_store(
-    model: Any, store: ActivationStore, site: str | None = None, *, options: GeometryOptions | None = None
+    model: Model, store: ActivationStore, site: str | None = None, *, options: GeometryOptions | None = None
 ) -> SiteGeometry:
     """The geometry of one stored site. A store holds ordinary tokens only, so it can't show sinks.
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from workbench.core.locks import in_use
 from workbench.core.progress import Task, task
 from workbench.engine.folder import check_writable, open_folder
 from workbench.engine.local import Folder, LocalFolder, Part
+from workbench.models.model import Model
 
 STATISTICS_TOKENS = 100_000
 """Kept tokens of the first shard from which the channels are standardised for int8, at most."""
@@ -47,7 +48,7 @@ STATISTICS_TOKENS = 100_000
 
 @checked
 def harvest(
-    model: Any,
+    model: Model,
     source: Source,
     sites: Sequence[str],
     out: str | Path,
@@ -90,14 +91,14 @@ def _begun(folder: Folder, plan: Manifest, options: HarvestOptions) -> Manifest:
     own = options.manifest_name
     for name in dict.fromkeys((MANIFEST, own)):
         if folder.has(name):
-            found = load_manifest(folder, name)
-            check_same(found, plan, folder)
-            if name != own and not found.done:
+            begun = load_manifest(folder, name)
+            check_same(begun, plan, folder)
+            if name != own and not begun.done:
                 raise MismatchError(
                     f"{folder.where} holds the unfinished harvest of one process. Finish it with world=1, or use "
                     "another folder."
                 )
-            return found
+            return begun
     worlds = {int(part[1]) for name in folder.names() if (part := PART_NAME.fullmatch(name))} - {options.place[1]}
     if worlds:
         raise MismatchError(
@@ -158,7 +159,7 @@ class _Made(NamedTuple):
 class _Harvest:
     """One run of a harvest: the model, what it reads and where it writes."""
 
-    def __init__(self, model: Any, source: Source, folder: Folder, options: HarvestOptions) -> None:
+    def __init__(self, model: Model, source: Source, folder: Folder, options: HarvestOptions) -> None:
         self.model, self.source, self.folder, self.options = model, source, folder, options
         self._running = Task()
         self._buffers: Iterator[dict[str, Tensor]] | None = None
@@ -260,7 +261,12 @@ class _Harvest:
         import xxhash
 
         quick = xxhash.xxh3_128()
-        sha256 = self.folder.write(entry.file, (_seen(part, quick) for part in safetensors_parts(tensors)))
+
+        def hashed(part: Part) -> Part:
+            quick.update(part)
+            return part
+
+        sha256 = self.folder.write(entry.file, map(hashed, safetensors_parts(tensors)))
         entry = replace(entry, sha256=str(sha256), xxh3=quick.hexdigest())
         manifest = replace(manifest, shards=(*manifest.shards, entry))
         manifest.save(self.folder, self.options.manifest_name)
@@ -347,11 +353,6 @@ def _alone(folder: Folder, options: HarvestOptions) -> Iterator[None]:
             if world > 1:
                 locks.enter_context(in_use(folder.path / f".rank-{rank}-of-{world}", temporary=True))
         yield
-
-
-def _seen(part: Part, digest: Any) -> Part:
-    digest.update(part)
-    return part
 
 
 def _check_finite(x: Tensor, norms: Tensor, site: str, ids: Tensor, first_row: int) -> None:

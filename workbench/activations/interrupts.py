@@ -6,7 +6,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 
 @contextlib.contextmanager
@@ -22,8 +21,7 @@ def held_interrupt(*, every: bool = False) -> Iterator[threading.Event]:
         return
     before = signal.getsignal(signal.SIGINT)
 
-    def hold(number: int, frame: Any) -> None:
-        del number, frame
+    def hold(*_: object) -> None:
         event.set()
         if not every:
             signal.signal(signal.SIGINT, before)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from workbench.activations.quant import Int8Code
 from workbench.controls.tokens import SINK_FACTOR
 from workbench.core.errors import CorruptFileError, InvalidInputError
-from workbench.core.jsontext import parse_json
+from workbench.core.jsontext import Json, parse_json
 from workbench.core.records import from_jsonable, to_jsonable
 from workbench.engine.local import Folder
 
@@ -101,7 +101,7 @@ class Manifest:
 
     model_name: str
     model_fingerprint: str
-    source: dict[str, Any]
+    source: dict[str, Json]
     sites: dict[str, SiteStats]
     context: int
     special_ids: tuple[int, ...]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from workbench.activations.manifest import Packing
 from workbench.core.errors import DegenerateInputError, InvalidInputError
-from workbench.core.tokenizer import affixes, decoded, require_unicode, text_ids
+from workbench.core.jsontext import Json
+from workbench.core.tokenizer import TokenizerLike, affixes, decoded, require_unicode, text_ids
+from workbench.models.model import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,7 @@ class Source(Protocol):
         """Rows per batch; a harvest starts again only at a multiple of it."""
         ...
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Json]:
         """What the rows depend on, in JSON types; two equal descriptions mean the same rows."""
         ...
 
@@ -45,28 +47,20 @@ class Source(Protocol):
         """About how many rows, if that is known before reading."""
         ...
 
-    def batches(self, model: Any, start_row: int = 0) -> Iterator[PackedRows]:
+    def batches(self, model: Model, start_row: int = 0) -> Iterator[PackedRows]:
         """The rows from `start_row` on."""
         ...
 
 
-@runtime_checkable
-class SaysPacking(Protocol):
-    """A source that can say how its rows came about."""
-
-    def packing(self, tokenizer: Any) -> Packing:
-        """What starts a row, what stands between documents."""
-        ...
-
-
-def packing_of(source: Source, tokenizer: Any) -> Packing:
-    """How the rows of a source came about, as far as it says."""
-    if isinstance(source, SaysPacking):
-        return source.packing(tokenizer)
+def packing_of(source: Source, tokenizer: TokenizerLike) -> Packing:
+    """How the rows of a source came about, if it has a method `packing` that tells."""
+    packing: Callable[[TokenizerLike], Packing] | None = getattr(source, "packing", None)
+    if packing is not None:
+        return packing(tokenizer)
     return Packing(row_start="as the source gives it", separator="as the source gives it", crosses_documents=True)
 
 
-def packing_of_text(tokenizer: Any) -> Packing:
+def packing_of_text(tokenizer: TokenizerLike) -> Packing:
     """The rule of `packed` with this tokenizer."""
     end, prefix = _end(tokenizer), affixes(tokenizer).prefix
     start = "no BOS; the text goes on"
@@ -82,7 +76,13 @@ def packing_of_text(tokenizer: Any) -> Packing:
 
 
 def packed(
-    texts: Iterable[str], tokenizer: Any, *, context: int, batch_rows: int, tokens: int | None, start_row: int = 0
+    texts: Iterable[str],
+    tokenizer: TokenizerLike,
+    *,
+    context: int,
+    batch_rows: int,
+    tokens: int | None,
+    start_row: int = 0,
 ) -> Iterator[PackedRows]:
     """Documents as full rows of tokens: an end token after each document, no padding, batch by batch.
 
@@ -107,7 +107,8 @@ def packed(
     rows = _Rows(width, prefix)
     done = 0
     for document, text in enumerate(texts):
-        rows.add([*_ids(tokenizer, text, document), *_end(tokenizer)], document)
+        require_unicode(text, f"Document {document} (from 0)")
+        rows.add([*text_ids(tokenizer, text), *_end(tokenizer)], document)
         while rows.full >= batch_rows or (limit is not None and rows.full >= limit - done):
             n = batch_rows if limit is None else min(batch_rows, limit - done)
             batch = rows.take(n)
@@ -134,17 +135,14 @@ class _Rows:
 
     @property
     def full(self) -> int:
-        """Rows that can be taken."""
         return self.waiting // self.width
 
     def add(self, ids: list[int], document: int) -> None:
-        """Adds the tokens of a document."""
         self._ids.append(torch.tensor(ids, dtype=torch.long))
         self._documents.append(torch.full((len(ids),), document))
         self.waiting += len(ids)
 
     def take(self, n: int) -> PackedRows:
-        """The next `n` rows."""
         size = n * self.width
         ids, documents = torch.cat(self._ids), torch.cat(self._documents)
         self._ids, self._documents, self.waiting = [ids[size:]], [documents[size:]], self.waiting - size
@@ -167,11 +165,6 @@ def check_sizes(tokens: int, context: int, batch_rows: int = 1) -> None:
         raise InvalidInputError(f"tokens={tokens}, context={context}: they must be >= 1 and >= 2.")
 
 
-def _ids(tokenizer: Any, text: str, document: int) -> list[int]:
-    require_unicode(text, f"Document {document} (from 0)")
-    return text_ids(tokenizer, text)
-
-
-def _end(tokenizer: Any) -> list[int]:
+def _end(tokenizer: TokenizerLike) -> list[int]:
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     return [] if end is None else [end]

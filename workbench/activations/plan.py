@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -21,9 +21,10 @@ from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
 from workbench.core.progress import clock
 from workbench.core.records import to_jsonable
-from workbench.core.tokenizer import NoTokenizer, special_ids
+from workbench.core.tokenizer import NoTokenizer, TokenizerLike, special_ids
 from workbench.engine.folder import open_folder
 from workbench.engine.local import Folder
+from workbench.models.model import Model
 
 BYTES_PER_TOKEN = 14
 """Token, row and document ids as int32, position as int16 (int32 in rows of more than `MOST_INT16` tokens)."""
@@ -138,7 +139,7 @@ class FirstLook:
     tokens_per_second: float
 
 
-def resolved(model: Any, sites: Sequence[str]) -> tuple[str, ...]:
+def resolved(model: Model, sites: Sequence[str]) -> tuple[str, ...]:
     """The sites by their full names.
 
     Raises:
@@ -153,7 +154,7 @@ def resolved(model: Any, sites: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def make_plan(model: Any, source: Source, sites: tuple[str, ...], options: HarvestOptions) -> Manifest:
+def make_plan(model: Model, source: Source, sites: tuple[str, ...], options: HarvestOptions) -> Manifest:
     """The manifest that a harvest starts from.
 
     Raises:
@@ -182,7 +183,7 @@ def make_plan(model: Any, source: Source, sites: tuple[str, ...], options: Harve
     )
 
 
-def _vocabulary_hash(tokenizer: Any) -> str | None:
+def _vocabulary_hash(tokenizer: TokenizerLike) -> str | None:
     if isinstance(tokenizer, NoTokenizer):
         return None
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -214,7 +215,7 @@ def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:
         )
 
 
-def _difference(name: str, old: Any, new: Any) -> str:
+def _difference(name: str, old: object, new: object) -> str:
     """What differs; of two descriptions of a source, only the fields that do."""
     if isinstance(old, dict) and isinstance(new, dict):
         differ = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -224,7 +225,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 @checked
 def estimate_harvest(
-    model: Any, source: Source, sites: Sequence[str], out: str | Path = ".", *, options: HarvestOptions | None = None
+    model: Model, source: Source, sites: Sequence[str], out: str | Path = ".", *, options: HarvestOptions | None = None
 ) -> HarvestEstimate:
     """What a harvest would take in disk, memory and time; its first batch is made and run, and nothing is written.
 
@@ -237,7 +238,7 @@ def estimate_harvest(
     return expected(plan, source, open_folder(out), speed)
 
 
-def first_look(model: Any, source: Source, plan: Manifest) -> FirstLook:
+def first_look(model: Model, source: Source, plan: Manifest) -> FirstLook:
     """Makes the first batch and runs its start through the model.
 
     Raises:

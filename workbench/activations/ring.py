@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class RingBuffer(Generic[Rows]):
         """Where the stream is; small, because a restored buffer reads its epoch again up to here."""
         return {"epoch": self._epoch, "served": self._served, "seed": self._seed, "capacity": self._capacity}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to where another buffer over the same blocks was; what follows is the same to the bit.
 
         Raises:
@@ -128,11 +128,11 @@ class RingBuffer(Generic[Rows]):
         return slots[:done]
 
     def _next_block(self) -> dict[str, Tensor] | None:
-        block: Any = next(self._stream, None)
+        block: Tensor | dict[str, Tensor] | None = next(self._stream, None)
         if block is None:
             return None
         self._single = not isinstance(block, Mapping)
-        parts: dict[str, Tensor] = {_ONLY: block} if self._single else dict(block)
+        parts = dict(block) if isinstance(block, Mapping) else {_ONLY: block}
         if len({len(part) for part in parts.values()}) != 1:
             shapes = {name: tuple(part.shape) for name, part in parts.items()}
             raise ShapeError(f"RingBuffer: a block of {shapes}. Give one tensor, or several with equally many rows.")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.core.errors import CorruptFileError
-from workbench.core.jsontext import parse_json
+from workbench.core.jsontext import Json, parse_json
 from workbench.engine.local import Folder, Part
 
 _DTYPES = {torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8"}
@@ -24,7 +23,7 @@ def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[Part]:
     """
     order = list(_DTYPES)
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
-    header: dict[str, Any] = {}
+    header: dict[str, Json] = {}
     start = 0
     for name in names:
         x = tensors[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,9 @@ from workbench.activations.packing import PackedRows, check_sizes, packed, packi
 from workbench.activations.packing import Source as Source
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
-from workbench.core.tokenizer import decoded, start_ids
+from workbench.core.jsontext import Json
+from workbench.core.tokenizer import TokenizerLike, decoded, start_ids
+from workbench.models.model import Model
 
 OWN_TEXT_TOKENS = 81_920
 """Tokens that a model writes where no other number is asked for."""
@@ -54,16 +57,16 @@ class SelfText:
         """Rows that are written at once."""
         return self.batch_size
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Json]:
         """The fields, with the kind of source."""
         return {"source": "self_text", **asdict(self)}
 
-    def packing(self, tokenizer: Any) -> Packing:
+    def packing(self, tokenizer: TokenizerLike) -> Packing:
         """Each row is what the model writes after its start tokens."""
         start = start_ids(tokenizer)
-        named = (
-            f"token (id {start[0]})" if len(start) == 1 else f"tokens {decoded(tokenizer, start)} (ids {list(start)})"
-        )
+        named = f"token (id {start[0]})"
+        if len(start) > 1:
+            named = f"tokens {decoded(tokenizer, start)} (ids {list(start)})"
         return Packing(
             row_start=f"start {named}, as prompt",
             separator="none added: a row is one text, with what the model writes after its own end token",
@@ -75,7 +78,7 @@ class SelfText:
         """Number of rows."""
         return -(-self.tokens // self.context)
 
-    def batches(self, model: Any, start_row: int = 0) -> Iterator[PackedRows]:
+    def batches(self, model: Model, start_row: int = 0) -> Iterator[PackedRows]:
         """Writes the rows from `start_row` on, batch by batch."""
         start = torch.tensor(start_ids(model.tokenizer))
         if len(start) >= self.context:
@@ -116,12 +119,12 @@ class TokenRows:
         """Tokens per row."""
         return self.ids.shape[1]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Json]:
         """Shape and hash of the ids."""
         digest = hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
         return {"source": "token_rows", "shape": list(self.ids.shape), "sha256": digest}
 
-    def packing(self, tokenizer: Any) -> Packing:  # noqa: ARG002
+    def packing(self, tokenizer: TokenizerLike) -> Packing:  # noqa: ARG002
         """Nothing is added."""
         return Packing(row_start="as given", separator="none: a row is one document", crosses_documents=False)
 
@@ -129,16 +132,37 @@ class TokenRows:
         """Number of rows."""
         return self.ids.shape[0]
 
-    def batches(self, model: Any, start_row: int = 0) -> Iterator[PackedRows]:  # noqa: ARG002
+    def batches(self, model: Model, start_row: int = 0) -> Iterator[PackedRows]:  # noqa: ARG002
         """The rows from `start_row` on."""
         for first in range(start_row, self.n_rows(), self.batch_rows):
             ids = self.ids[first : first + self.batch_rows]
             yield PackedRows(ids, torch.arange(first, first + len(ids))[:, None].expand(ids.shape).contiguous())
 
 
+class _Documents(abc.ABC):
+    """A source of documents that are packed into rows."""
+
+    tokens: int | None
+    context: int
+    batch_rows: int
+
+    @abc.abstractmethod
+    def _texts(self) -> Iterator[str]: ...
+
+    def packing(self, tokenizer: TokenizerLike) -> Packing:
+        return packing_of_text(tokenizer)
+
+    def batches(self, model: Model, start_row: int = 0) -> Iterator[PackedRows]:
+        """The packed rows from `start_row` on; earlier documents are read again and skipped."""
+        return packed(
+            self._texts(), model.tokenizer, context=self.context, batch_rows=self.batch_rows, tokens=self.tokens,
+            start_row=start_row,
+        )  # fmt: skip
+
+
 @checked
 @dataclass(frozen=True)
-class TextFiles:
+class TextFiles(_Documents):
     """Documents from files: a text file is one, each line of a `.jsonl` file, each row of a `.parquet` file.
 
     Documents are packed one after the other into rows of `context` tokens, an end token after each; nothing is padded
@@ -151,69 +175,39 @@ class TextFiles:
         column: name of the text in `.jsonl` lines and `.parquet` files.
     """
 
-    paths: tuple[str | Path, ...]
+    paths: str | Path | Sequence[str | Path]
     tokens: int | None = None
     context: int = 128
     column: str = "text"
     batch_rows: int = 256
 
-    def __init__(
-        self,
-        paths: str | Path | Sequence[str | Path],
-        tokens: int | None = None,
-        context: int = 128,
-        column: str = "text",
-        batch_rows: int = 256,
-    ) -> None:
-        listed = (paths,) if isinstance(paths, str | Path) else tuple(paths)
-        if not listed:
+    def __post_init__(self) -> None:
+        if not isinstance(self.paths, str | Path) and not self.paths:
             raise DegenerateInputError("TextFiles: there are no paths. Name a .txt, .jsonl or .parquet file.")
-        check_sizes(context if tokens is None else tokens, context, batch_rows)
-        for name, value in (
-            ("paths", text_files(listed)),
-            ("tokens", tokens),
-            ("context", context),
-            ("column", column),
-            ("batch_rows", batch_rows),
-        ):
-            object.__setattr__(self, name, value)
+        check_sizes(self.context if self.tokens is None else self.tokens, self.context, self.batch_rows)
+        object.__setattr__(self, "paths", text_files(self.paths))
 
-    def describe(self) -> dict[str, Any]:
-        """The fields, and size and hash of each file."""
-        files = []
-        for path in map(Path, self.paths):
+    def describe(self) -> dict[str, Json]:
+        """The fields, with the hash of each file in place of its path."""
+        files: list[Json] = []
+        for path in text_files(self.paths):
             with path.open("rb") as file:
                 files.append({"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
-        return {
-            "source": "text_files",
-            "files": files,
-            "tokens": self.tokens,
-            "context": self.context,
-            "column": self.column,
-            "batch_rows": self.batch_rows,
-        }
-
-    def packing(self, tokenizer: Any) -> Packing:
-        """As `packed` does it."""
-        return packing_of_text(tokenizer)
+        rest: dict[str, Json] = {name: value for name, value in asdict(self).items() if name != "paths"}
+        return {"source": "text_files", "files": files, **rest}
 
     def n_rows(self) -> int | None:
         """About how many: three bytes of text make a token."""
-        about = sum(about_tokens(Path(path), self.column) for path in self.paths)
+        about = sum(about_tokens(path, self.column) for path in text_files(self.paths))
         return -(-min(self.tokens or about, about) // self.context)
 
-    def batches(self, model: Any, start_row: int = 0) -> Iterator[PackedRows]:
-        """The packed rows from `start_row` on; earlier text is read again and skipped."""
-        texts = (text for path in self.paths for text in documents(Path(path), self.column))
-        return packed(
-            texts, model.tokenizer, context=self.context, batch_rows=self.batch_rows, tokens=self.tokens,
-            start_row=start_row,
-        )  # fmt: skip
+    def _texts(self) -> Iterator[str]:
+        return (text for path in text_files(self.paths) for text in documents(path, self.column))
 
 
 @checked
 @dataclass(frozen=True)
-class HubDataset:
+class HubDataset(_Documents):
     """Documents from a Hugging Face data set (or a local folder of one), streamed and packed as in `TextFiles`.
 
     Attributes:
@@ -224,7 +218,7 @@ class HubDataset:
     name: str
     split: str = "train"
     column: str = "text"
-    tokens: int = 1_000_000
+    tokens: int = 1_000_000  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower, and frozen
     context: int = 128
     revision: str | None = None
     batch_rows: int = 256
@@ -232,24 +226,13 @@ class HubDataset:
     def __post_init__(self) -> None:
         check_sizes(self.tokens, self.context, self.batch_rows)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Json]:
         """The fields, with the kind of source."""
         return {"source": "hub_dataset", **asdict(self)}
-
-    def packing(self, tokenizer: Any) -> Packing:
-        """As `packed` does it."""
-        return packing_of_text(tokenizer)
 
     def n_rows(self) -> int:
         """Number of rows, if the data set is long enough."""
         return -(-self.tokens // self.context)
-
-    def batches(self, model: Any, start_row: int = 0) -> Iterator[PackedRows]:
-        """The packed rows from `start_row` on; earlier documents are streamed again and skipped."""
-        return packed(
-            self._texts(), model.tokenizer, context=self.context, batch_rows=self.batch_rows, tokens=self.tokens,
-            start_row=start_row,
-        )  # fmt: skip
 
     def _texts(self) -> Iterator[str]:
         for number, record in enumerate(self._records()):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +33,7 @@ from workbench.core.errors import (
 from workbench.engine.folder import open_folder
 from workbench.engine.local import Folder
 from workbench.hooks.sites import Site
+from workbench.models.model import Model
 
 Split = Literal["all", "train", "heldout"]
 
@@ -113,7 +114,7 @@ class ActivationStore:
         """The rule by which tokens were kept at this site."""
         return TokenPolicy(self.manifest.sites[self.site(site)].max_norm, self.manifest.special_ids)
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: Model) -> None:
         """Refuses a model that did not make this store.
 
         Raises:
@@ -243,11 +244,11 @@ class ActivationStore:
         if shard.file not in self._verified:
             quick = bool(shard.xxh3) and not thorough
             kind, wanted = ("xxh3", shard.xxh3) if quick else ("sha256", shard.sha256)
-            found, size = file_xxh3(path) if quick else file_sha256(path), path.stat().st_size
-            if found != wanted:
+            actual, size = file_xxh3(path) if quick else file_sha256(path), path.stat().st_size
+            if actual != wanted:
                 self.folder.discard(shard.sha256)
                 raise CorruptFileError(
-                    f"Shard {self._name(shard)} ({size} bytes) has {kind} {found[:12]}…, the manifest says "
+                    f"Shard {self._name(shard)} ({size} bytes) has {kind} {actual[:12]}…, the manifest says "
                     f"{wanted[:12]}…: it is damaged or truncated. {_REMAKE}"
                 )
             self._verified.add(shard.file)
