@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from scipy.stats import binomtest, fisher_exact
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -18,6 +19,7 @@ from workbench.glitch.text.adt_run import AdtAnswer, load_items, prompts_of, run
 from workbench.glitch.text.spans import encode_spans
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.loading import load_tokenizer
+from workbench.models.model import Model
 
 ENDS = ("counts", "maps", "dots", "rats", "winds")
 STARTS = ("parent", "pixel", "paper", "pond", "pebble")
@@ -137,8 +139,11 @@ class Written:
 
 
 @dataclass
-class Reader:
+class Reader(Model):
     """Answers separated words rightly and joined ones along the tokens of the item."""
+
+    dtype = torch.float32
+    fingerprint = property(lambda self: self.name)
 
     items: tuple[AdtItem, ...]
     name: str = "reader"
@@ -211,17 +216,9 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
 
 def test_a_wrong_answer_is_along_the_tokens_only_if_it_cuts_where_a_token_ends() -> None:
     item = AdtItem(
-        "attack",
-        "hashtag",
-        "counts",
-        "parent",
-        "#countsparent",
-        "#counts-parent",
-        ("#", "count", "sp", "arent"),
-        "sp",
-        1,
-        7,
-    )
+        arm="attack", carrier="hashtag", first="counts", second="parent", text="#countsparent",
+        separated="#counts-parent", tokens=("#", "count", "sp", "arent"), trap="sp", trap_id=1, border=7,
+    )  # fmt: skip
     assert item.cuts == ("count", "countsp")
     assert AdtAnswer(item, "count sparent", "").along_tokens
     assert not AdtAnswer(item, "counts parent", "").along_tokens

@@ -23,9 +23,19 @@ def _ids(*raws: str) -> tuple[int, ...]:
     return tuple(codec.raw.index(raw) for raw in raws)
 
 
+def _fact(i: int, text: str, indicator: float, max_prob: float, verdict: str) -> TokenFact:
+    return TokenFact(
+        token_id=i, text=text, category="ok", indicator=indicator, max_prob=max_prob, verdict=verdict, candidate=True
+    )
+
+
+def _scan_of(facts: dict[int, TokenFact]) -> SavedScan:
+    return SavedScan(model="many", origin="test", tokens=facts, complete=True, lossy=(), ranked=True)
+
+
 def _many(n: int) -> SavedScan:
-    facts = {i: TokenFact(i, f"t{i}", "ok", i / n, i / n / 200, "weak_verified", True) for i in range(n)}
-    return SavedScan("many", "test", facts, True, (), True)
+    facts = {i: _fact(i, f"t{i}", i / n, i / n / 200, "weak_verified") for i in range(n)}
+    return _scan_of(facts)
 
 
 def test_only_tested_ordinary_tokens_are_banned_unless_asked() -> None:
@@ -69,7 +79,7 @@ def test_ids_beyond_the_matrix_and_of_unknown_kind_are_never_sent() -> None:
     scan = _many(4)
     facts = dict(scan.tokens)
     facts[1] = replace(facts[1], category="no_row")
-    facts[2] = TokenFact(2, "", "", reference=True)
+    facts[2] = TokenFact(token_id=2, text="", category="", reference=True)
     bans = ban_list(replace(scan, tokens=facts), ("verified", "reference"))
     assert bans.ids == (0, 3)
     assert {why: ids for why, ids in bans.left_out.items() if ids} == {
@@ -85,8 +95,8 @@ def test_generate_with_the_list_never_writes_a_banned_id() -> None:
     torch.manual_seed(0)
     free = hf.generate(inputs, **seed)[:, inputs.shape[1] :]
     common = [i for i in torch.bincount(free.flatten()).argsort(descending=True).tolist() if i > 1][:100]
-    facts = {i: TokenFact(i, str(i), "ok", 0.1, 0.0, "strong_verified", True) for i in common}
-    payload = ban_list(SavedScan("tiny", "test", facts, True, (), True)).payload("transformers")
+    facts = {i: _fact(i, str(i), 0.1, 0.0, "strong_verified") for i in common}
+    payload = ban_list(_scan_of(facts)).payload("transformers")
     assert isinstance(payload, dict)
     torch.manual_seed(0)
     banned = hf.generate(inputs, **seed, **payload)[:, inputs.shape[1] :]

@@ -14,6 +14,7 @@ from workbench.core.tokens import TokenBatch, encode
 from workbench.glitch.verification.chat import SYSTEM, chat_text, prompt_set
 from workbench.glitch.verification.prompts import PROBES, Probe, prompt_hash
 from workbench.glitch.vocabulary.tokenizer import Vocabulary, analyse
+from workbench.models.model import Model
 
 PLAIN = (
     "{% for m in messages %}<u>{{ m.role }}: {{ m.content }}</u>\n{% endfor %}"
@@ -31,8 +32,10 @@ PARTS = "{% for m in messages %}<u>{{ m.role }}: {% for p in m.content %}{{ p.te
 TRIMS = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}"
 
 
-class Asked:
+class Asked(Model):
     """As much of a model as prompts need."""
+
+    d_vocab = None  # as many rows as are needed
 
     def __init__(self, backend: Tokenizer, template: str | None, bos: bool = False) -> None:
         extra = {"bos_token": SPECIAL} if backend.token_to_id(SPECIAL) is not None else {}

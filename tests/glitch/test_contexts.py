@@ -28,7 +28,7 @@ from workbench.models.model import Model
 ODD, COMMON, *PLAIN = (AT(space + word) for space in ("", "Ġ") for word in WORDS)
 
 
-class Typist:
+class Typist(Model):
     """Copies the third word of the last line with the probability that `says` names for it, else 0.6."""
 
     dtype, fingerprint, tokenizer = torch.float32, "typist", None

@@ -91,8 +91,10 @@ def test_a_saved_scan_says_the_same_as_the_scan_itself(tmp_path: Path, capsys: p
 
 def test_without_evidence_the_tokenizers_are_not_called_the_same() -> None:
     def made(first: int, n: int, vocabulary: str = "") -> SavedScan:
-        facts = {i: TokenFact(i, f"t{i}", "ok", candidate=True) for i in range(first, first + n)}
-        return SavedScan("m", "test", facts, False, (), True, vocabulary)
+        facts = {i: TokenFact(token_id=i, text=f"t{i}", category="ok", candidate=True) for i in range(first, first + n)}
+        return SavedScan(
+            model="m", origin="test", tokens=facts, complete=False, lossy=(), ranked=True, vocabulary=vocabulary
+        )
 
     apart = between(made(0, 10), made(50, 10))
     assert apart.matched_by == "text" and not apart.evident
@@ -152,7 +154,8 @@ def test_what_is_no_scan_is_refused(tmp_path: Path) -> None:
 
 def test_tokens_with_the_same_text_are_paired_by_what_they_are() -> None:
     def made(*kinds: str) -> SavedScan:
-        return SavedScan("m", "test", {i: TokenFact(i, "a", kind) for i, kind in enumerate(kinds)}, True, (), True)
+        facts = {i: TokenFact(token_id=i, text="a", category=kind) for i, kind in enumerate(kinds)}
+        return SavedScan(model="m", origin="test", tokens=facts, complete=True, lossy=(), ranked=True)
 
     a, b = made("unreachable_single", "ok"), made("ok", "unreachable_single", "ok")
     assert _changed(a, b, "moved") == {("a", 0, 1), ("a", 1, 0)} and not _changed(a, b, "category")

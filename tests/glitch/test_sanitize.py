@@ -14,7 +14,7 @@ from tests.tiny import tiny_model
 from workbench.cli import main
 from workbench.core.codec import FastCodec
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
-from workbench.glitch.text.copying import copy_check, spliced
+from workbench.glitch.text.copying import copy_check
 from workbench.glitch.text.sanitize import Sanitizer
 from workbench.glitch.text.sanitize_files import sanitize_files
 from workbench.glitch.verification.prompts import Probe, Template
@@ -183,7 +183,7 @@ def test_spliced_prompts_hold_every_piece_in_every_place() -> None:
     import torch
 
     made = Template(Probe("p", "", "{token}", "{token}"), torch.tensor([5, 9, 6, 9]), torch.tensor([1, 3]))
-    assert spliced(made, (7, 8)) == [5, 7, 8, 6, 7, 8]
+    assert made.spelled((7, 8)) == [5, 7, 8, 6, 7, 8]
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from workbench.core.errors import (
     UnknownNameError,
 )
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, scan
-from workbench.glitch.scanning.result import cell_text, shown
+from workbench.glitch.reporting import cell_text, shown
 from workbench.glitch.verification.chat import PromptSet, prompt_set
 from workbench.glitch.verification.prompts import Probe, Template, probes_from
 from workbench.glitch.verification.verify import verify

@@ -26,7 +26,7 @@ LONG = [AT(word) for word in WORDS[:6]]
 CONTROLS = [i for i in SPELLED if i not in LONG][:40]
 
 
-class Reader:
+class Reader(Model):
     """What follows depends on the text alone, however it is cut, and the last text in « » is the most probable."""
 
     def __init__(self, unread: set[int] = frozenset(), unwritten: set[int] = frozenset(), deaf: bool = False) -> None:  # type: ignore[assignment]  # empty

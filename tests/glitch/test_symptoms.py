@@ -14,12 +14,13 @@ from workbench.core.errors import DegenerateInputError
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.verification.symptoms import LABELS, label_of, succeeds, symptoms
 from workbench.glitch.vocabulary.tokenizer import analyse
+from workbench.models.model import Model
 
 AT = byte_level().token_to_id
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 
 
-class Talker:
+class Talker(Model):
     """Answers by task and token: `says` maps a token to its replies to repeat, spell and measure."""
 
     def __init__(self, says: dict[int, tuple[str, str, str]], template: str | None = None) -> None:

@@ -22,12 +22,13 @@ from workbench.glitch.scanning.scanner import ScanOptions, scan
 from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.prompts import PROBES, Probe, Template, probes_from, template
 from workbench.glitch.verification.scoring import VerifyOptions, greedy_logits, score, target_probabilities
-from workbench.glitch.verification.verify import journal_key, max_probabilities, verdict, verify, with_spliced
+from workbench.glitch.verification.verify import journal_key, verdict, verify, with_spliced
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.hooks.sites import Site
 from workbench.interventions.bytoken import ReplaceTokens
 from workbench.interventions.intervention import Edit, Intervention
 from workbench.interventions.scopes import TokenIs
+from workbench.models.model import Model
 
 TOKENIZER = byte_level()
 CODEC = FastCodec.of(TOKENIZER)
@@ -44,10 +45,10 @@ QUICK = VerifyOptions(stop_at=0.01)
 TEMPLATES = tuple(template(probe, VOCABULARY, _encode) for probe in PROBES)
 
 
-class Parrot:
+class Parrot(Model):
     """Says the token of the first slot with a probability given per token; `late` ones only at the second step."""
 
-    dtype = torch.float32
+    dtype, fingerprint = torch.float32, "parrot"
 
     def __init__(self, says: dict[int, float], late: frozenset[int] = frozenset()) -> None:
         self.says, self.late, self.rows = says, late, 0
@@ -285,8 +286,10 @@ def test_a_token_is_cleared_by_the_form_in_which_the_model_says_it() -> None:
     raw, chat = _made([3, 7, 9], [1], "copy"), replace(_made([4, 7, 9, 9], [1], "copy"), form="chat")
     silent, chatty, plain = (AT(word) for word in WORDS[:3])
 
-    class Formal:
-        dtype = torch.float32
+    class Formal(Model):
+        dtype, fingerprint = torch.float32, "formal"
+
+        def __init__(self) -> None: ...
 
         def logits(self, batch: TokenBatch, keep: str = "all") -> Tensor:
             says = {(3, plain): 0.5, (4, plain): 1e-4, (4, chatty): 0.2}
@@ -323,15 +326,15 @@ def test_later_steps_follow_the_greedy_continuation() -> None:
     model = tiny_model("gpt2")
     made = Template(Probe("p", "", "{token}", "{token}"), torch.tensor([3, 7, 9]), torch.tensor([1]))
     tokens = torch.tensor([5, 20, 100])
-    best, _, passes = max_probabilities(model, [made], tokens, VerifyOptions(stop_at=None))
-    assert passes.tolist() == [3, 3, 3]
+    scores = score(model, [made], tokens, VerifyOptions(stop_at=None))
+    assert scores.passes.tolist() == [3, 3, 3]
     for k, token in enumerate(tokens.tolist()):
         ids, seen = torch.tensor([[3, token, 9]]), []
         for _ in range(3):
             p = model.hf(input_ids=ids).logits[0, -1].softmax(-1)
             seen.append(float(p[token]))
             ids = torch.cat([ids, p.argmax()[None, None]], 1)
-        assert best[k] == pytest.approx(max(seen), abs=1e-6)
+        assert scores.best[k] == pytest.approx(max(seen), abs=1e-6)
 
 
 def test_prompts_longer_than_the_positions_of_a_model_are_left_out_or_refused() -> None:

@@ -35,7 +35,7 @@ SHORT_IDS = template(SHORT, VOCABULARY, _encode)
 LONG_IDS = tuple(template(probe, VOCABULARY, _encode) for probe in PROBES)
 
 
-class Parrot:
+class Parrot(Model):
     """Gives the token in the first slot of any known prompt the probability that `says` names, else `usual`."""
 
     dtype = torch.float32

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from tests.glitch.tiny_vocab import WORDS
 from workbench.core.codec import Codec, FastCodec
-from workbench.glitch.scanning.saved import SavedScan, TokenFact, of_tokenizer
+from workbench.glitch.scanning.saved import SavedScan, of_tokenizer
 
 HOSTILE = ("\u202eevil", "a\nb", "<script>alert(1)</script>", "\"'`", "a\x00b", "\u2028", "=1+1", "\x1b[2J")
 
@@ -61,7 +61,8 @@ def scan_with(
             "rejected": (0.5, "weak_rejected"),
         }
         p, verdict = values.get(grade, (float("nan"), "untested"))
-        facts[i] = TokenFact(
-            i, old.text, old.category, 0.1, p, verdict, grade != "reference", grade == "reference", old.is_byte
-        )
-    return SavedScan(model, "made for a test", facts, True, base.lossy, True), codec
+        facts[i] = replace(
+            old, indicator=0.1, max_prob=p, verdict=verdict, candidate=grade != "reference",
+            reference=grade == "reference",
+        )  # fmt: skip
+    return replace(base, origin="made for a test", tokens=facts, ranked=True, vocabulary=""), codec

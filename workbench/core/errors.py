@@ -109,3 +109,28 @@ def did_you_mean(asked: str, known: Iterable[str], limit: int = 3) -> str:
         return f"Did you mean {', '.join(close)}?"
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"Known: {shown}."
+
+
+def require_known(kind: str, asked: str, known: Iterable[str]) -> None:
+    """Refuses a name that does not exist.
+
+    Raises:
+        UnknownNameError: with the names that are close.
+
+    >>> require_known("colour", "rad", ["red", "blue"])
+    Traceback (most recent call last):
+    workbench.core.errors.UnknownNameError: There is no colour 'rad'. Did you mean red?
+    """
+    names = tuple(known)
+    if asked not in names:
+        raise UnknownNameError(f"There is no {kind} {asked!r}. {did_you_mean(asked, names)}")
+
+
+def require(holds: bool, given: object, rule: str) -> None:
+    """Refuses options that break a rule.
+
+    Raises:
+        InvalidInputError: with what was given and the rule.
+    """
+    if not holds:
+        raise InvalidInputError(f"{given}: {rule}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 from workbench.core.errors import UnknownNameError
 from workbench.glitch.counting.census import in_dtype, plan_census, run_census
@@ -12,18 +12,23 @@ from workbench.glitch.counting.census_report import CensusReport
 from workbench.glitch.counting.census_result import CensusOptions
 from workbench.glitch.scanning.differences import DiffReport, between, side
 from workbench.glitch.scanning.glitch_report import GlitchReport
-from workbench.glitch.scanning.scanner import ScanOptions
+from workbench.glitch.scanning.scanner import ScanOptions, loaded
 from workbench.glitch.scanning.scanner import scan as scan_rows
 from workbench.glitch.text.lint_report import LintReport
 from workbench.glitch.text.linter import KINDS, linter_for
 from workbench.glitch.verification.prompts import PROBES, probes_from
+from workbench.models.model import Model
 
 
 @overload
-def scan(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport: ...
+def scan(
+    model: object, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None
+) -> GlitchReport: ...
 @overload
-def scan(model: Any, verify: Literal["census"], *, options: ScanOptions | None = None) -> CensusReport: ...
-def scan(model: Any, verify: str | None = None, *, options: ScanOptions | None = None) -> GlitchReport | CensusReport:
+def scan(model: object, verify: Literal["census"], *, options: ScanOptions | None = None) -> CensusReport: ...
+def scan(
+    model: object, verify: str | None = None, *, options: ScanOptions | None = None
+) -> GlitchReport | CensusReport:
     """Ranks every token of a model by how untrained its row looks, and on request asks the model for tokens.
 
     Args:
@@ -54,7 +59,7 @@ def _census_options(options: ScanOptions) -> CensusOptions:
     )
 
 
-def census(model: Any, *, options: CensusOptions | None = None, folder: str | Path | None = None) -> CensusReport:
+def census(model: object, *, options: CensusOptions | None = None, folder: str | Path | None = None) -> CensusReport:
     """Asks a model for every token of its vocabulary, or for a sample of them.
 
     Args:
@@ -66,16 +71,14 @@ def census(model: Any, *, options: CensusOptions | None = None, folder: str | Pa
     Raises:
         MismatchError: if the folder holds results of another model, dtype or prompt.
     """
-    loaded = hasattr(model, "hf")
-    if not loaded:
-        from workbench.models.loading import load_model
-
-        model = load_model(model, dtype="float32")
-    plan = plan_census(model, options=options, measure_both=not loaded)
-    return run_census(in_dtype(model, plan.dtype), plan, None if folder is None else Path(folder))
+    loaded_model = loaded(model, dtype="float32")
+    plan = plan_census(loaded_model, options=options, measure_both=not isinstance(model, Model))
+    return run_census(in_dtype(loaded_model, plan.dtype), plan, None if folder is None else Path(folder))
 
 
-def lint(model: Any, text: str, *, scan: str | Path | None = None, kinds: Iterable[str] = tuple(KINDS)) -> LintReport:
+def lint(
+    model: object, text: str, *, scan: str | Path | None = None, kinds: Iterable[str] = tuple(KINDS)
+) -> LintReport:
     """Where a text holds tokens that a model is likely to stumble over, and characters that its tokenizer loses.
 
     Args:
@@ -92,7 +95,7 @@ def lint(model: Any, text: str, *, scan: str | Path | None = None, kinds: Iterab
     return linter_for(model, scan, kinds).text(text)
 
 
-def diff(a: Any, b: Any, *, tokenizer_only: bool = False) -> DiffReport:
+def diff(a: object, b: object, *, tokenizer_only: bool = False) -> DiffReport:
     """What differs between two models, scans or tokenizers: flags, ids, categories, verdicts, lost bytes.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,19 @@ from workbench.core.records import save_json, to_jsonable
 from workbench.core.stats import Estimate, clopper_pearson
 from workbench.glitch.counting.census_result import NO_TEST, CensusResult, ranking
 from workbench.glitch.counting.sampling import Stratum, recall, total
-from workbench.glitch.scanning.result import shown, write_table
+from workbench.glitch.reporting import TokenReport, meanings, measured, rate, sentences, shown
+from workbench.glitch.scanning.result import write_table
 from workbench.glitch.verification.verify import VERDICTS, VERIFIED, verdict
 from workbench.glitch.vocabulary.tokenizer import CATEGORIES
-from workbench.report.base import Block, Histogram, Report, Section, Table, Text
+from workbench.report.base import Block, Histogram, Metric, Table, Text
 
-USUAL = 0.02
+USUAL_SHARE = 0.02
 """The share of a ranking that is usually tested and nothing else."""
 _ROWS = 60
 
 
 @dataclass(frozen=True, eq=False)
-class CensusReport(CensusResult, Report):
+class CensusReport(CensusResult, TokenReport):
     """Result of `run_census`. `df` has every token; `save` writes the tables."""
 
     @property
@@ -35,9 +37,11 @@ class CensusReport(CensusResult, Report):
     @property
     def can_rank(self) -> bool:
         """Whether recall has a value: there is a ranking, and each part of it has tested tokens, settled at random."""
-        if self.plan.scan.indicator is None or self.unconfirmed.any():
-            return False
-        return all(s.tested for s in self.strata())
+        return self._is_settled and all(s.tested for s in self.strata())
+
+    @property
+    def _is_settled(self) -> bool:
+        return self.plan.scan.indicator is not None and not self.unconfirmed.any()
 
     def total(self) -> Estimate:
         """Number of glitch tokens among all ordinary tokens; exact after a full census."""
@@ -52,34 +56,32 @@ class CensusReport(CensusResult, Report):
             DegenerateInputError: without a ranking, without glitch tokens, or if a part of the ranking was not tested.
         """
         strata = self.strata(probabilities)
-        ends = np.cumsum([s.size for s in strata])
-        return recall(strata, int(np.searchsorted(ends, round(share * ends[-1]), "right")))
+        return recall(strata, _n_strata(strata, share))
 
     def control(self) -> Estimate | None:
         """Share of glitch tokens in the less suspicious half of the ranking: what the ranking misses, or test errors.
 
         None without a ranking.
         """
-        if self.plan.scan.indicator is None or self.unconfirmed.any():
+        if not self._is_settled:
             return None
         ranked = ranking(self.plan.scan)
         late = ranked[len(ranked) // 2 :]
-        n = int(self.tested[late].sum())
-        return clopper_pearson(int(self.glitch[late].sum()), n, unit="tokens") if n else None
+        return rate(self.glitch[late][self.tested[late]].tolist(), "tokens")
 
     @property
-    def df(self) -> Any:
+    def df(self) -> Any:  # pandas has no types here
         """One row per id, the most suspicious first, as a pandas table; `max_prob` is nan where a token was not run."""
         frame = self.plan.scan.df
         ids = frame["token_id"].to_numpy()
         frame["max_prob"], frame["short_prob"] = self.best[ids], self.short[ids]
-        frame["verdict"] = [verdict(p) if tested else "untested" for p, tested in self._by(ids)]
+        frame["verdict"] = list(map(self._verdict, ids.tolist()))
         frame["glitch"] = self.glitch[ids]
         frame["role"] = np.where(self.tested[ids], "census", "")
         return frame
 
-    def _by(self, ids: np.ndarray) -> list[tuple[float, bool]]:
-        return list(zip(self.best[ids].tolist(), self.tested[ids].tolist(), strict=True))
+    def _verdict(self, i: int) -> str:
+        return verdict(float(self.best[i])) if self.tested[i] else "untested"
 
     def save(self, folder: Path) -> Path:
         """Writes tokens.csv, glitch.json (both as a scan writes them) and census.json; returns the first's path."""
@@ -104,26 +106,27 @@ class CensusReport(CensusResult, Report):
         return {
             "token_id": i, "token": table.token[i], "category": table.category[i],
             "indicator": float(table.indicator[i]), "short_prob": float(self.short[i]),
-            "max_prob": float(self.best[i]), "verdict": verdict(float(self.best[i])) if self.tested[i] else "untested",
+            "max_prob": float(self.best[i]), "verdict": self._verdict(i),
         }  # fmt: skip
 
-    def metrics(self) -> dict[str, Estimate | float | int | str]:
+    def metrics(self) -> dict[str, Metric]:
         """Flat numbers of the census."""
-        found: dict[str, Estimate | float | int | str] = {
+        recalls = self.plan.options.shares if self._has_recall else ()
+        return measured({
             "n_tested": int(self.tested.sum()), "n_glitch": self.n_glitch,
             "n_failed_short": int((self.short < VERIFIED).sum()), "dtype": self.plan.dtype.dtype,
-        }  # fmt: skip
-        if self.can_rank:
-            found["n_glitch_ordinary"] = self.total()
-            if any(s.glitch for s in self.strata()):
-                found |= {f"recall_at_{share:g}": self.recall_at(share) for share in self.plan.options.shares}
-        if (rate := self.control()) is not None:
-            found["glitch_rate_in_less_suspicious_half"] = rate
-        return found
+            "n_glitch_ordinary": self.total() if self.can_rank else None,
+            **{f"recall_at_{share:g}": self.recall_at(share) for share in recalls},
+            "glitch_rate_in_less_suspicious_half": self.control(),
+        })  # fmt: skip
+
+    @property
+    def _has_recall(self) -> bool:
+        return self.can_rank and any(s.glitch for s in self.strata())
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences, with what is not known."""
-        return (self._what_ran(), self._what_was_found(), *self._what_ranking_finds(), *self._what_is_open())
+        return sentences(self._what_ran(), self._what_was_found(), *self._what_ranking_finds(), self._what_is_open())
 
     def _what_ran(self) -> str:
         plan, n = self.plan, int(self.tested.sum())
@@ -149,48 +152,44 @@ class CensusReport(CensusResult, Report):
             return [f"No recall of a ranking, because {scan.indicator_why}."]
         if self.unconfirmed.any():
             return []
-        if not self.can_rank or not any(s.glitch for s in self.strata()):
+        if not self._has_recall:
             return ["Recall has no value: no glitch token among the ordinary tokens tested, or too few tested."]
-        share = min(self.plan.options.shares, key=lambda s: abs(s - USUAL))
-        said = [
+        share, control = min(self.plan.options.shares, key=lambda s: abs(s - USUAL_SHARE)), self.control()
+        return [
             f"Recall of the first {share:.1%} by {scan.indicator}: {self.recall_at(share)}; a random {share:.1%} would "
-            f"find {share:.1%}. Glitch tokens among ordinary tokens: {self.total()}."
-        ]
-        rate = self.control()
-        if rate is not None:
-            said.append(
-                f"In the less suspicious half of the ranking {rate} are glitch tokens: an upper bound on the test's "
-                "error rate, since some of them are real."
-            )
-        return said
+            f"find {share:.1%}. Glitch tokens among ordinary tokens: {self.total()}.",
+            "" if control is None else
+            f"In the less suspicious half of the ranking {control} are glitch tokens: an upper bound on the test's "
+            "error rate, since some of them are real.",
+        ]  # fmt: skip
 
-    def _what_is_open(self) -> list[str]:
-        if self.unconfirmed.any():
-            n = int(self.unconfirmed.sum())
-            return [f"{n:,} tokens failed the short prompt and were not confirmed; nothing is estimated without them."]
+    def _what_is_open(self) -> str:
+        if n := int(self.unconfirmed.sum()):
+            return f"{n:,} tokens failed the short prompt and were not confirmed; nothing is estimated without them."
         if self.is_complete:
-            return ["Every token was tested: the counts are exact for this model, these prompts and this dtype."]
+            return "Every token was tested: the counts are exact for this model, these prompts and this dtype."
         table, untested = self.plan.scan.table, ~self.tested
         left, plain = int((~np.isin(np.asarray(table.category), NO_TEST) & untested).sum()), table.ordinary & untested
-        return [
+        return (
             f"{left:,} tokens were not tested, {int(plain.sum()):,} of them ordinary. Within each part of the ranking "
             "those were left out at random, so totals and recall of ordinary tokens are estimates."
-        ]
+        )
 
-    def section(self) -> Section:
-        """Tables, histogram and findings."""
-        blocks: list[Block] = [self._categories()]
+    @property
+    def _title(self) -> str:
+        return f"Census of {self.model}"
+
+    def _blocks(self) -> Iterator[Block]:
+        yield self._categories()
         if self.can_rank:
-            blocks += [self._recalls(), self._listed()]
+            yield self._recalls()
+            yield self._listed()
         p = self.short[self.tested]
-        blocks.append(
-            Histogram(
-                "log10 p of the token in the short prompt", tuple(np.log10(np.maximum(p, 1e-12)).tolist()),
-                x_label="log10 p", bins=60, caption=f"n = {len(p):,}; glitch tokens lie below {np.log10(VERIFIED):g}",
-            )
+        yield Histogram(
+            "log10 p of the token in the short prompt", tuple(np.log10(np.maximum(p, 1e-12)).tolist()),
+            x_label="log10 p", bins=60, caption=f"n = {len(p):,}; glitch tokens lie below {np.log10(VERIFIED):g}",
         )  # fmt: skip
-        blocks.append(Text("Verdicts: " + "; ".join(f"{name}: {means}" for name, means in VERDICTS.items()) + "."))
-        return Section(f"Census of {self.model}", tuple(blocks), findings=self.findings(), metrics=self.metrics())
+        yield Text(f"Verdicts: {meanings(VERDICTS)}.")
 
     def _categories(self) -> Table:
         category, failed = np.asarray(self.plan.scan.table.category), self.short < VERIFIED
@@ -205,17 +204,15 @@ class CensusReport(CensusResult, Report):
 
     def _recalls(self) -> Table:
         strata, shorts = self.strata(), self.strata(self.short)
-        ends = np.cumsum([s.size for s in strata])
-        some = {"all prompts": any(s.glitch for s in strata), "short": any(s.glitch for s in shorts)}
+        any_glitch, any_short = (any(s.glitch for s in part) for part in (strata, shorts))
         rows = []
         for share in self.plan.options.shares:
-            first = int(np.searchsorted(ends, round(share * ends[-1]), "right"))
-            here = _together(strata[:first])
+            here = _together(strata[: _n_strata(strata, share)])
             rows.append((
                 f"{share:.1%}", here.size, here.tested, here.glitch,
                 clopper_pearson(here.glitch, here.tested) if here.is_complete and here.tested else None,
-                self.recall_at(share) if some["all prompts"] else None,
-                self.recall_at(share, self.short) if some["short"] else None, share,
+                self.recall_at(share) if any_glitch else None,
+                self.recall_at(share, self.short) if any_short else None, share,
             ))  # fmt: skip
         columns = (
             "first of the ranking", "tokens", "tested", "glitch tokens", "precision", "recall",
@@ -224,17 +221,23 @@ class CensusReport(CensusResult, Report):
         return Table(columns, tuple(rows), caption=f"What testing the first tokens by {self.plan.scan.indicator} finds")
 
     def _listed(self) -> Table:
-        ranked, table = ranking(self.plan.scan), self.plan.scan.table
-        place = {int(i): k for k, i in enumerate(ranked)}
-        found = [int(i) for i in ranked[::-1] if self.glitch[i]]
+        ranked = ranking(self.plan.scan)
+        places = np.flatnonzero(self.glitch[ranked])[::-1].tolist()
+        tokens = [(place, self.row(int(ranked[place]))) for place in places[:_ROWS]]
         rows = tuple(
-            (i, shown(table.token[i]), f"{(place[i] + 1) / len(ranked):.1%}", float(table.indicator[i]),
-             float(self.short[i]), float(self.best[i]), verdict(float(self.best[i])))
-            for i in found[:_ROWS]
+            (t["token_id"], shown(t["token"]), f"{(place + 1) / len(ranked):.1%}", t["indicator"], t["short_prob"],
+             t["max_prob"], t["verdict"])
+            for place, t in tokens
         )  # fmt: skip
         columns = ("id", "token", "place in the ranking", "indicator", "p, short prompt", "highest p", "verdict")
-        caption = f"{len(rows)} of {len(found)} ordinary glitch tokens, those that the ranking finds last in front"
+        caption = f"{len(rows)} of {len(places)} ordinary glitch tokens, those that the ranking finds last in front"
         return Table(columns, rows, caption=caption)
+
+
+def _n_strata(strata: tuple[Stratum, ...], share: float) -> int:
+    """Number of strata that the first share of the ranking ends with."""
+    ends = np.cumsum([s.size for s in strata])
+    return int(np.searchsorted(ends, round(share * ends[-1]), "right"))
 
 
 def _together(strata: tuple[Stratum, ...]) -> Stratum:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, require
 from workbench.core.progress import clock
 from workbench.glitch.counting.sampling import Stratum, by_rank, tally
 from workbench.glitch.scanning.glitch_report import GlitchReport
@@ -44,16 +44,12 @@ class CensusOptions:
     scan: ScanOptions = ScanOptions()
 
     def __post_init__(self) -> None:
-        if self.sample is not None and self.sample < 2 * (len(self.shares) + 1):
-            raise InvalidInputError(
-                f"sample={self.sample}: too small for {len(self.shares) + 1} strata. Ask for at least "
-                f"{2 * (len(self.shares) + 1)}, or None for all tokens."
-            )
-        if self.batch_size < 1 or not self.shares or any(not 0 < share < 1 for share in self.shares):
-            raise InvalidInputError(
-                f"batch_size={self.batch_size}, shares={self.shares}: batch_size is at least 1, shares lie between "
-                "0 and 1, and there is at least one."
-            )
+        n = len(self.shares) + 1
+        rule = f"too small for {n} strata. Ask for at least {2 * n}, or None for all tokens."
+        require(self.sample is None or self.sample >= 2 * n, f"sample={self.sample}", rule)
+        is_valid = self.batch_size >= 1 and self.shares and all(0 < share < 1 for share in self.shares)
+        rule = "batch_size is at least 1, shares lie between 0 and 1, and there is at least one."
+        require(bool(is_valid), f"batch_size={self.batch_size}, shares={self.shares}", rule)
 
 
 @dataclass(frozen=True, eq=False)

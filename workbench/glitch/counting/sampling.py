@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, require
 from workbench.core.stats import Estimate, clopper_pearson
 
 _DRAWS = 4000
@@ -26,11 +26,7 @@ class Stratum:
     glitch: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.glitch <= self.tested <= self.size:
-            raise InvalidInputError(
-                f"Stratum(size={self.size}, tested={self.tested}, glitch={self.glitch}): needs "
-                "0 <= glitch <= tested <= size."
-            )
+        require(0 <= self.glitch <= self.tested <= self.size, self, "needs 0 <= glitch <= tested <= size.")
 
     @property
     def is_complete(self) -> bool:
@@ -47,8 +43,8 @@ def by_rank(ranked: np.ndarray, shares: Sequence[float]) -> tuple[np.ndarray, ..
     >>> [part.tolist() for part in by_rank(np.arange(10), [0.2, 0.5])]
     [[0, 1], [2, 3, 4], [5, 6, 7, 8, 9]]
     """
-    if any(not 0 < share <= 1 for share in shares):
-        raise InvalidInputError(f"shares={list(shares)}: ends of strata lie between 0 and 1, such as 0.02 for 2%.")
+    are_valid = all(0 < share <= 1 for share in shares)
+    require(are_valid, f"shares={list(shares)}", "ends of strata lie between 0 and 1, such as 0.02 for 2%.")
     ends = sorted({round(share * len(ranked)) for share in shares} | {len(ranked)})
     starts = [0, *ends[:-1]]
     return tuple(ranked[start:end] for start, end in zip(starts, ends, strict=True) if end > start)
@@ -65,10 +61,8 @@ def draw(strata: Sequence[np.ndarray], n: int, seed: int) -> np.ndarray:
     >>> sorted(draw([np.array([7]), np.arange(100, 200)], 4, seed=0).tolist())[0]
     7
     """
-    if n < 2 * len(strata):
-        raise InvalidInputError(
-            f"A sample of {n} tokens is too small for {len(strata)} strata. Ask for at least {2 * len(strata)}."
-        )
+    least = 2 * len(strata)
+    require(n >= least, f"A sample of {n} tokens", f"too small for {len(strata)} strata; ask for at least {least}.")
     rng, left, chosen = np.random.default_rng(seed), n, []
     ordered = sorted(strata, key=len)
     for k, members in enumerate(ordered):
@@ -124,8 +118,8 @@ def recall(strata: Sequence[Stratum], first: int, *, level: float = 0.95, seed: 
             f"Recall has no value: none of the {sum(s.tested for s in strata):,} tested tokens is a glitch token."
         )
     if all(s.is_complete for s in strata):
-        found, everything = sum(s.glitch for s in strata[:first]), sum(s.glitch for s in strata)
-        return clopper_pearson(found, everything, unit="glitch tokens", level=level)
+        among_first, everything = sum(s.glitch for s in strata[:first]), sum(s.glitch for s in strata)
+        return clopper_pearson(among_first, everything, unit="glitch tokens", level=level)
     totals = [s.glitch * s.size / s.tested for s in strata]
     few, many = _draws(strata, seed)
     return _interval(

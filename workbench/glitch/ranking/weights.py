@@ -16,7 +16,9 @@ from torch import Tensor
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownNameError
 from workbench.core.gguffile import GGUFFile, GGUFTensor, read_gguf
 from workbench.core.records import load_json
+from workbench.glitch.reporting import first_few
 
+INDEX = "model.safetensors.index.json"
 BLOCK_ROWS = 16_384
 """Rows per block: 16k rows of width 8,192 are half a GiB in fp32."""
 
@@ -90,7 +92,7 @@ def in_folder(folder: Path) -> TokenMatrices:
         CorruptFileError: if the config promises an output matrix that no file holds.
         InvalidInputError: if a matrix is stored in packed integers, whose scales lie elsewhere.
     """
-    names = _tensor_files(folder)
+    names = tensor_files(folder)
     config = _config(folder)
     E_in = _safetensors(names, _choose(names, _INPUT, folder))
     heads = _candidates(names, _OUTPUT, E_in)
@@ -104,7 +106,7 @@ def in_folder(folder: Path) -> TokenMatrices:
     if output is None:
         raise CorruptFileError(
             f"{folder}: the config says tie_word_embeddings=false, but no file holds an output matrix "
-            f"({', '.join(_OUTPUT)}). Its {len(names)} tensors: {_some(names)}. Save the model again with its head."
+            f"({', '.join(_OUTPUT)}). Its {len(names)} tensors: {first_few(names)}. Save the model again with its head."
         )
     return _untied(E_in, _safetensors(names, output), bias, "config and files hold two matrices")
 
@@ -122,7 +124,7 @@ def in_gguf(file: GGUFFile | Path) -> TokenMatrices:
         tensors |= read_gguf(part).tensors
     if "token_embd.weight" not in tensors:
         raise CorruptFileError(
-            f"{file.path} holds no token_embd.weight; it has {_some(tensors)}. Use a language model."
+            f"{file.path} holds no token_embd.weight; it has {first_few(tensors)}. Use a language model."
         )
     E_in = _of_gguf(tensors["token_embd.weight"])
     bias = torch.from_numpy(tensors["output.bias"].rows(0, 1)[0]) if "output.bias" in tensors else None
@@ -178,13 +180,6 @@ def _safetensors(names: dict[str, Path], name: str) -> Matrix:
     return Matrix(name, n_rows, width, part.get_dtype(), lambda start, stop: part[start:stop])
 
 
-def _shape(path: Path, name: str) -> list[int]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as opened:
-        return opened.get_slice(name).get_shape()
-
-
 def _bias(names: dict[str, Path], output: str) -> Tensor | None:
     """The output layer's bias, of its own or (BART, Marian) one that the model adds to the logits."""
     from safetensors import safe_open
@@ -196,40 +191,42 @@ def _bias(names: dict[str, Path], output: str) -> Tensor | None:
         return opened.get_tensor(name).float().flatten()
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """File of each tensor: those of the index, if there is one, since other layouts of the weights may lie beside it.
+
+    Raises:
+        MissingFileError: without safetensors files.
+        CorruptFileError: for a file that cannot be read, or one that the index names and that is not there.
+    """
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        files = _load(index).get("weight_map", {})
+        files = load_json(index, dict, foreign=True).get("weight_map", {})
         for file in set(files.values()):
             if Path(file).name != file or not (folder / file).is_file():
                 raise CorruptFileError(f"{index} names {file!r}, which is not in {folder}. Fetch the missing shard.")
         return {name: folder / file for name, file in files.items()}
-    found: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
-                found |= dict.fromkeys(opened.keys(), file)
+                file_of |= dict.fromkeys(opened.keys(), file)
         except SafetensorError as error:
             raise CorruptFileError(f"{file} is not a readable safetensors file ({error}). Fetch it again.") from error
-    if not found:
+    if not file_of:
         other = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "no weights"
         raise MissingFileError(
             f"{folder} has no .safetensors file (found: {other}). Pickled weights are not read; "
             "convert them with save_pretrained(safe_serialization=True)."
         )
-    return found
+    return file_of
 
 
 def _config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise MissingFileError(f"{folder} is not a model folder: it has no config.json. Name a save_pretrained folder.")
-    return _load(folder / "config.json")
-
-
-def _load(path: Path) -> dict[str, Any]:
-    return load_json(path, dict, foreign=True)
+    return load_json(folder / "config.json", dict, foreign=True)
 
 
 def _candidates(names: dict[str, Path], kinds: tuple[str, ...], like: Matrix | None = None) -> list[str]:
@@ -237,13 +234,21 @@ def _candidates(names: dict[str, Path], kinds: tuple[str, ...], like: Matrix | N
 
     With `like` only those of its width and at least half its rows: a classifier's head is no output embedding.
     """
-    fits = [name for name in names if name.endswith(".weight") and name.split(".")[-2:][0] in kinds]
-    fits = [name for name in fits if not any(bad in name for bad in _NOT_TEXT)]
-    shapes = {name: _shape(names[name], name) for name in fits}
-    fits = [name for name, shape in shapes.items() if len(shape) == 2]
-    if like is not None:
-        fits = [name for name in fits if shapes[name][1] == like.width and 2 * shapes[name][0] >= like.n_rows]
-    return sorted(fits, key=lambda name: (kinds.index(name.split(".")[-2:][0]), len(name)))
+    from safetensors import safe_open
+
+    fits = []
+    for name in names:
+        if not name.endswith(".weight") or _module(name) not in kinds or any(bad in name for bad in _NOT_TEXT):
+            continue
+        with safe_open(names[name], framework="pt") as opened:
+            shape = opened.get_slice(name).get_shape()
+        if len(shape) == 2 and (like is None or (shape[1] == like.width and 2 * shape[0] >= like.n_rows)):
+            fits.append(name)
+    return sorted(fits, key=lambda name: (kinds.index(_module(name)), len(name)))
+
+
+def _module(name: str) -> str:
+    return name.split(".")[-2:][0]
 
 
 def _choose(names: dict[str, Path], kinds: tuple[str, ...], folder: Path, like: Matrix | None = None) -> str:
@@ -253,15 +258,9 @@ def _choose(names: dict[str, Path], kinds: tuple[str, ...], folder: Path, like: 
         UnknownNameError: if none fits, or two of the same kind do.
     """
     fits = _candidates(names, kinds, like)
-    kind = [name.split(".")[-2:][0] for name in fits]
-    if len(fits) == 1 or (len(fits) > 1 and kind[0] != kind[1]):
+    if len(fits) == 1 or (len(fits) > 1 and _module(fits[0]) != _module(fits[1])):
         return fits[0]
     raise UnknownNameError(
-        f"{folder}: looked for one {' or '.join(kinds)} matrix and found {len(fits)} ({_some(fits) or 'none'}) among "
-        f"{len(names)} tensors ({_some(names)}). Load the model with load_model and scan that object."
+        f"{folder}: looked for one {' or '.join(kinds)} matrix and found {len(fits)} ({first_few(fits) or 'none'}) "
+        f"among {len(names)} tensors ({first_few(names)}). Load the model with load_model and scan that object."
     )
-
-
-def _some(names: Any, limit: int = 6) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")

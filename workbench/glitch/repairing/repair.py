@@ -5,22 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.core.codec import codec_of, token_bytes
-from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
+from workbench.core.codec import token_bytes
+from workbench.core.errors import DegenerateInputError, InvalidInputError, require, require_known
 from workbench.glitch.ranking.weights import Matrix, TokenMatrices, in_memory
 from workbench.glitch.vocabulary.segments import Pieces, Speller
-from workbench.glitch.vocabulary.tokenizer import Vocabulary, analyse
+from workbench.glitch.vocabulary.tokenizer import Vocabulary, vocabulary_of
 from workbench.hooks.sites import Site
 from workbench.interventions.bytoken import MixEntries, ReplaceTokens
 from workbench.interventions.intervention import Edit, Intervention
 from workbench.interventions.scopes import All, TokenIs
+from workbench.models.model import Model
 
 Sources = Literal["subtokens", "neighbours"]
 Control = Literal["shuffled", "random"]
@@ -52,17 +53,12 @@ class RepairOptions:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise UnknownNameError(f"RepairOptions({name}={value!r}): {did_you_mean(str(value), choices)}")
-        if self.neighbours < 1 or self.reading == self.writing == "keep":
-            raise InvalidInputError(
-                f"RepairOptions(reading={self.reading!r}, writing={self.writing!r}, neighbours={self.neighbours}): "
-                "change reading or writing, with at least 1 neighbour."
-            )
+            require_known(f"choice of {name},", getattr(self, name), choices)
+        changes = not self.reading == self.writing == "keep"
+        require(self.neighbours >= 1 and changes, self, "change reading or writing, with at least 1 neighbour.")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Repair:
     """New rows for some tokens of one model.
 
@@ -118,13 +114,9 @@ class Repair:
 
 
 def repair(
-    model: Any,
-    tokens: Sequence[int],
-    options: RepairOptions | None = None,
-    *,
-    vocabulary: Vocabulary | None = None,
-    avoid: Sequence[int] = (),
-) -> Repair:
+    model: Model, tokens: Sequence[int], options: RepairOptions | None = None, *,
+    vocabulary: Vocabulary | None = None, avoid: Sequence[int] = (),
+) -> Repair:  # fmt: skip
     """New rows for tokens; nothing is changed yet.
 
     Args:
@@ -138,8 +130,7 @@ def repair(
         InvalidInputError: for ids without a row, or an embedding that does more than scale its rows.
         DegenerateInputError: if no token can be repaired.
     """
-    options = options or RepairOptions()
-    vocabulary = vocabulary or analyse(codec_of(model.tokenizer))
+    options, vocabulary = options or RepairOptions(), vocabulary or vocabulary_of(model)
     matrices = in_memory(model.hf)
     wanted = _checked(tokens, min(matrices.E_in.n_rows, matrices.E_out.n_rows, len(vocabulary)))
     allowed = _usable(vocabulary, matrices, {*wanted, *avoid})
@@ -158,12 +149,14 @@ def repair(
         model=str(model.name), made_for=model.fingerprint, tied=matrices.tied, options=options, ids=tuple(kept),
         texts=tuple(vocabulary.text[i] for i in kept), spellings=tuple(spellings.get(i, ()) for i in kept),
         sources=(), skipped=skipped, E_in=None, E_out=None, scale=torch.ones(len(kept)), bias=None,
-        embed_scale=embed_scale(model), head=_head(model.hf),
+        embed_scale=embed_scale(model), head=_head(model),
     )  # fmt: skip
     return with_sources(plan, matrices, [sources[i] for i in kept])
 
 
-def control_of(model: Any, made: Repair, kind: Control, seed: int = 0, vocabulary: Vocabulary | None = None) -> Repair:
+def control_of(
+    model: Model, made: Repair, kind: Control, seed: int = 0, vocabulary: Vocabulary | None = None
+) -> Repair:
     """The same repair with the wrong sources: those of another token ("shuffled"), or as many random ordinary tokens.
 
     Raises:
@@ -171,8 +164,7 @@ def control_of(model: Any, made: Repair, kind: Control, seed: int = 0, vocabular
         UnknownNameError: for another kind.
     """
     random, matrices = np.random.default_rng(seed), in_memory(model.hf)
-    if kind not in ("shuffled", "random"):
-        raise UnknownNameError(f"control {kind!r}: {did_you_mean(str(kind), ('shuffled', 'random'))}")
+    require_known("control", kind, ("shuffled", "random"))
     if kind == "shuffled":
         if len(made.ids) < 2:
             raise DegenerateInputError("control 'shuffled': one token alone has nobody to swap with. Use 'random'.")
@@ -181,8 +173,7 @@ def control_of(model: Any, made: Repair, kind: Control, seed: int = 0, vocabular
         for mine, other in zip(order, np.roll(order, 1), strict=True):
             sources[mine] = made.sources[other]
     else:
-        vocabulary = vocabulary or analyse(codec_of(model.tokenizer))
-        pool = np.flatnonzero(_usable(vocabulary, matrices, set(made.ids), ("ok",)))
+        pool = np.flatnonzero(_usable(vocabulary or vocabulary_of(model), matrices, set(made.ids), ("ok",)))
         sources = [tuple(random.choice(pool, min(len(s), len(pool)), replace=False).tolist()) for s in made.sources]
     return dataclasses.replace(with_sources(made, matrices, sources), control=kind)
 
@@ -222,7 +213,7 @@ def mixture(
     return mean_row + factor * mean, factor
 
 
-def embed_scale(model: Any) -> float:
+def embed_scale(model: Model) -> float:
     """What the embedding multiplies its rows by (Gemma: the square root of `d_model`); 1 for most models.
 
     Raises:
@@ -258,9 +249,9 @@ def _mixtures(
     return torch.stack([row for row, _ in made]), torch.tensor([factor for _, factor in made])
 
 
-def _head(hf: Any) -> str:
-    output = hf.get_output_embeddings()
-    return next(path for path, module in hf.named_modules() if module is output)
+def _head(model: Model) -> str:
+    output = model.hf.get_output_embeddings()
+    return next(path for path, module in model.hf.named_modules() if module is output)
 
 
 def _checked(tokens: Sequence[int], n: int) -> tuple[int, ...]:
@@ -285,10 +276,9 @@ def _usable(
     return fits
 
 
-def _spellings(model: Any, vocabulary: Vocabulary, wanted: Sequence[int], allowed: np.ndarray) -> dict[int, Pieces]:
+def _spellings(model: Model, vocabulary: Vocabulary, wanted: Sequence[int], allowed: np.ndarray) -> dict[int, Pieces]:
     texts = token_bytes(model.tokenizer)
-    spell = Speller(texts, allowed[: len(texts)])
-    plain = vocabulary.is_category("ok", "partial_utf8")
+    spell, plain = Speller(texts, allowed[: len(texts)]), vocabulary.is_category("ok", "partial_utf8")
     return {i: spell(texts[i], i) or () for i in wanted if plain[i] and not vocabulary.reserved[i]}
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from workbench.core.codec import codec_of
-from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, require
 from workbench.core.progress import task
 from workbench.core.stats import paired_difference
 from workbench.glitch.repairing.repair import Control, Repair, control_of
@@ -19,8 +16,9 @@ from workbench.glitch.verification.prompts import Template
 from workbench.glitch.verification.scoring import VerifyOptions
 from workbench.glitch.verification.sides import measure_sides
 from workbench.glitch.verification.verify import verify
-from workbench.glitch.vocabulary.tokenizer import Vocabulary, analyse
+from workbench.glitch.vocabulary.tokenizer import Vocabulary, draw_controls, vocabulary_of
 from workbench.interventions.intervention import Intervention
+from workbench.models.model import Model
 from workbench.saes.formats.placement import TEXTS
 
 
@@ -43,15 +41,12 @@ class RepairCheckOptions:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        if self.controls < 1 or self.tolerance < 0 or len(self.texts) < 2:
-            raise InvalidInputError(
-                f"RepairCheckOptions(controls={self.controls}, tolerance={self.tolerance}, {len(self.texts)} texts): "
-                "give at least 1 control token, 2 texts, and a tolerance of at least 0 nats."
-            )
+        rule = "give at least 1 control token, 2 texts, and a tolerance of at least 0 nats."
+        require(self.controls >= 1 and self.tolerance >= 0 and len(self.texts) >= 2, self, rule)
 
 
 def check_repair(
-    model: Any, made: Repair, options: RepairCheckOptions | None = None, *, vocabulary: Vocabulary | None = None
+    model: Model, made: Repair, options: RepairCheckOptions | None = None, *, vocabulary: Vocabulary | None = None
 ) -> RepairReport:
     """Measures a repair as an intervention: before, after, and with the wrong sources.
 
@@ -62,7 +57,7 @@ def check_repair(
     Raises:
         EditError: if the repair did not reach the model.
     """
-    options, vocabulary = options or RepairCheckOptions(), vocabulary or analyse(codec_of(model.tokenizer))
+    options, vocabulary = options or RepairCheckOptions(), vocabulary or vocabulary_of(model)
     templates = prompt_set(model, vocabulary, forms=options.forms, steps=options.steps).templates
     controls = _controls(model, made, vocabulary, options)
     kinds: tuple[Control, ...] = ("shuffled", "random") if len(made.ids) > 1 else ("random",)
@@ -90,38 +85,34 @@ def check_repair(
     )  # fmt: skip
 
 
-def _controls(model: Any, made: Repair, vocabulary: Vocabulary, options: RepairCheckOptions) -> list[int]:
-    used = {*made.ids, *(i for pieces in made.sources for i in pieces)}
-    pool = np.flatnonzero((vocabulary.is_category("ok") & ~vocabulary.reserved)[: model.d_vocab])
-    pool = np.setdiff1d(pool, list(used))
+def _controls(model: Model, made: Repair, vocabulary: Vocabulary, options: RepairCheckOptions) -> list[int]:
+    pool = vocabulary.pool(model.d_vocab, {*made.ids, *(i for pieces in made.sources for i in pieces)})
     if not len(pool):
-        raise DegenerateInputError("check_repair: no ordinary token is left as a control.")
-    chosen = np.random.default_rng(options.seed).choice(pool, min(options.controls, len(pool)), replace=False)
-    return chosen.tolist()
+        raise DegenerateInputError("check_repair: no ordinary token is left as a control. Repair fewer tokens.")
+    return draw_controls(pool, options.controls, options.seed)
 
 
 def _copied(
-    model: Any, templates: Sequence[Template], ids: Sequence[int], controls: Sequence[int], options: RepairCheckOptions
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    model: Model, templates: Sequence[Template], ids: Sequence[int], controls: Sequence[int],
+    options: RepairCheckOptions,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:  # fmt: skip
     """Highest probability of each repaired token and of each control; every prompt is run for every token."""
     how = VerifyOptions(steps=options.steps, batch_size=options.batch_size, stop_at=None)
     done = verify(model, codec_of(model.tokenizer), templates, ids, controls, how)
     return tuple(t.max_prob for t in done.candidates), tuple(t.max_prob for t in done.controls)
 
 
-def _gap(model: Any, made: Repair, vocabulary: Vocabulary, batch_size: int) -> tuple[float, ...]:
+def _gap(model: Model, made: Repair, vocabulary: Vocabulary, batch_size: int) -> tuple[float, ...]:
     """Nats from what follows each token's text in other tokens to what follows the token; nan where none spell it."""
-    codec = codec_of(model.tokenizer)
-    sides = measure_sides(model, codec, vocabulary, made.ids, [], batch_size=batch_size)
+    sides = measure_sides(model, codec_of(model.tokenizer), vocabulary, made.ids, [], batch_size=batch_size)
     return tuple(side.read_kl for side in sides.tested)
 
 
-def _losses(model: Any, made: Repair | None, options: RepairCheckOptions) -> list[float]:
+def _losses(model: Model, made: Repair | None, options: RepairCheckOptions) -> list[float]:
     """Mean next-token loss of each text, nats per token."""
     edit = Intervention() if made is None else made.intervention(required=False)
-    found = []
+    losses = []
     with model.plan(edit):
         for start in range(0, len(options.texts), options.batch_size):
-            loss = model.loss(list(options.texts[start : start + options.batch_size]))
-            found += loss.nanmean(1).tolist()
-    return found
+            losses += model.loss(list(options.texts[start : start + options.batch_size])).nanmean(1).tolist()
+    return losses

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from workbench.core.errors import DegenerateInputError
 from workbench.core.stats import Estimate, paired_difference
 from workbench.glitch.repairing.repair import RepairOptions
-from workbench.glitch.scanning.result import shown
+from workbench.glitch.reporting import TokenReport, finite, first_few, measured, sentences, shown
 from workbench.glitch.verification.scoring import VERIFIED
-from workbench.report.base import Metric, Report, Section, Table
+from workbench.report.base import Block, Metric, Table
 
-ENOUGH = 5
+MIN_TOKENS = 5
 """Fewer tokens than this allow no claim, whatever their interval is."""
 ARMS = {
     "before": "not repaired",
@@ -23,8 +23,8 @@ ARMS = {
 }
 
 
-@dataclass(frozen=True, repr=False)
-class RepairReport(Report):
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RepairReport(TokenReport):
     """A repair before and after, beside the same repair with the wrong sources.
 
     Attributes:
@@ -82,13 +82,13 @@ class RepairReport(Report):
     def helps_copying(self) -> bool:
         """Whether the tokens are copied with a higher probability: the interval lies above zero."""
         done = self.copying()
-        return self.options.writing != "block" and done.n >= ENOUGH and done.low > 0
+        return self.options.writing != "block" and done.n >= MIN_TOKENS and done.low > 0
 
     @property
     def helps_reading(self) -> bool:
         """Whether they are read more like their spelled text: the interval lies below zero."""
         done = self.reading()
-        return done is not None and done.n >= ENOUGH and done.high < 0
+        return done is not None and done.n >= MIN_TOKENS and done.high < 0
 
     @property
     def blocked(self) -> bool:
@@ -112,7 +112,9 @@ class RepairReport(Report):
 
     def findings(self) -> tuple[str, ...]:
         """The verdict first, then each measure beside its control."""
-        return (self._verdict(), self._copying(), *self._reading(), self._cost(), *self._skipped())
+        skipped = first_few((f"{i}: {why}" for i, why in self.skipped), 6, "; ")
+        left = f"{len(self.skipped)} tokens were left as they are ({skipped})." if self.skipped else ""
+        return sentences(self._verdict(), self._copying(), self._reading(), self._cost(), left)
 
     def _verdict(self) -> str:
         kind = "tied" if self.tied else "untied"
@@ -125,7 +127,7 @@ class RepairReport(Report):
             )
         if self.success:
             return f"The repair helps {' and '.join(self._helped())} ({what})."
-        few = f", which are too few for a claim (at least {ENOUGH})" if len(self.ids) < ENOUGH else ""
+        few = f", which are too few for a claim (at least {MIN_TOKENS})" if len(self.ids) < MIN_TOKENS else ""
         return f"No help shown on these tokens{few} ({what})."
 
     def _helped(self) -> Iterator[str]:
@@ -133,8 +135,8 @@ class RepairReport(Report):
         if self.helps_copying:
             yield "copying" + ("" if all(self.copying(kind).low > 0 for kind in self._controls()) else any_row)
         if self.helps_reading:
-            others = [more for kind in self._controls() if (more := self.reading(kind)) is not None]
-            yield "reading" + ("" if all(more.high < 0 for more in others) else any_row)
+            others = [self.reading(kind) for kind in self._controls()]
+            yield "reading" + ("" if all(more is None or more.high < 0 for more in others) else any_row)
         if self.blocked:
             yield "blocking"
 
@@ -146,25 +148,18 @@ class RepairReport(Report):
             f"change of p {_with_n(self.copying())}."
         )
         for kind in self._controls():
-            more = self.copying(kind)
-            word = "more than" if more.low > 0 else "less than" if more.high < 0 else "not clearly more than"
-            said += f" That is {word} {ARMS[kind].removesuffix(' (control)')}: {_with_n(more)}."
+            said += f" That is {_against(self.copying(kind), kind, 'less', 'more', 'more')}."
         return said
 
-    def _reading(self) -> Iterator[str]:
+    def _reading(self) -> str:
         done = self.reading()
         if done is None:
-            yield "Reading: nothing spells these tokens, so there is nothing to compare their reading with."
-            return
+            return "Reading: nothing spells these tokens, so there is nothing to compare their reading with."
         said = f"Reading: the gap to the spelled text changed by {_with_n(done)} nats (below 0 is better)."
         for kind in self._controls():
-            more = self.reading(kind)
-            if more is not None:
-                word = (
-                    "smaller than" if more.high < 0 else "larger than" if more.low > 0 else "not clearly smaller than"
-                )
-                said += f" It is {word} {ARMS[kind].removesuffix(' (control)')}: {_with_n(more)}."
-        yield said
+            if (more := self.reading(kind)) is not None:
+                said += f" It is {_against(more, kind, 'smaller', 'larger', 'smaller')}."
+        return said
 
     def _cost(self) -> str:
         worst = min(self.controls.low, 0.0) + 0.0
@@ -173,17 +168,14 @@ class RepairReport(Report):
             f"probability of tokens that were not repaired {_with_n(self.controls)}, at worst {worst:.3g}."
         )
 
-    def _skipped(self) -> Iterator[str]:
-        if self.skipped:
-            more = "; …" if len(self.skipped) > 6 else ""
-            listed = "; ".join(f"{i}: {why}" for i, why in self.skipped[:6])
-            yield f"{len(self.skipped)} tokens were left as they are ({listed}{more})."
-
     def _controls(self) -> Sequence[str]:
         return [arm for arm in ("shuffled", "random") if arm in self.copied]
 
-    def section(self) -> Section:
-        """The findings with the arms beside each other, and one row per token."""
+    @property
+    def _title(self) -> str:
+        return f"Repair of glitch tokens of {self.model}"
+
+    def _blocks(self) -> tuple[Block, ...]:
         arms = Table(
             ("arm", "mean copy probability", "mean gap to the spelled text (nats)"),
             tuple((ARMS[arm], _mean(self.copied[arm]), _mean(self.gap[arm])) for arm in self.copied),
@@ -191,29 +183,27 @@ class RepairReport(Report):
         )
         rows = tuple(
             (i, shown(text), " + ".join(map(shown, pieces)), self.copied["before"][k], self.copied["repaired"][k],
-             _finite(self.gap["before"][k]), _finite(self.gap["repaired"][k]))
+             finite(self.gap["before"][k]), finite(self.gap["repaired"][k]))
             for k, (i, text, pieces) in enumerate(zip(self.ids, self.texts, self.sources, strict=True))
         )  # fmt: skip
         columns = ("id", "token", "made of", "p before", "p repaired", "gap before", "gap repaired")
         edits = Table(("what the edits did",), tuple((line,) for line in self.edits))
-        tables = (arms, Table(columns, rows, f"n = {len(rows)} tokens"), edits)
-        return Section(f"Repair of glitch tokens of {self.model}", tables, self.findings(), self.metrics())
+        return arms, Table(columns, rows, f"n = {len(rows)} tokens"), edits
 
     def metrics(self) -> dict[str, Metric]:
         """Flat numbers."""
-        found: dict[str, Metric] = {
+        return measured({
             "success": int(self.success), "copying": self.copying(), "loss_rise": self.loss,
-            "control_copying": self.controls, "n_tokens": len(self.ids),
-        }  # fmt: skip
-        reading = self.reading()
-        if reading is not None:
-            found["reading"] = reading
-        for kind in self._controls():
-            found[f"copying_against_{kind}"] = self.copying(kind)
-            more = self.reading(kind)
-            if more is not None:
-                found[f"reading_against_{kind}"] = more
-        return found
+            "control_copying": self.controls, "n_tokens": len(self.ids), "reading": self.reading(),
+            **{f"copying_against_{kind}": self.copying(kind) for kind in self._controls()},
+            **{f"reading_against_{kind}": self.reading(kind) for kind in self._controls()},
+        })  # fmt: skip
+
+
+def _against(more: Estimate, control: str, below: str, above: str, wanted: str) -> str:
+    """In words how a difference compares with that of a control."""
+    word = below if more.high < 0 else above if more.low > 0 else f"not clearly {wanted}"
+    return f"{word} than {ARMS[control].removesuffix(' (control)')}: {_with_n(more)}"
 
 
 def _with_n(estimate: Estimate) -> str:
@@ -223,7 +213,3 @@ def _with_n(estimate: Estimate) -> str:
 def _mean(values: Sequence[float]) -> float | None:
     known = [value for value in values if math.isfinite(value)]
     return sum(known) / len(known) if known else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -17,14 +17,15 @@ from torch import Tensor
 from workbench.core.errors import InvalidInputError, MismatchError, MissingFileError, NotExactlyExportable
 from workbench.core.progress import track
 from workbench.core.records import load_json, save_json
-from workbench.glitch.ranking.weights import Matrix, TokenMatrices, in_folder
+from workbench.glitch.ranking.weights import INDEX, Matrix, TokenMatrices, in_folder, tensor_files
 from workbench.glitch.repairing.repair import Repair, with_sources
+from workbench.glitch.reporting import TokenReport
 from workbench.glitch.scanning.scanner import local_path
 from workbench.models.head import agree
 from workbench.models.loading import load_model
-from workbench.report.base import Report, Section
+from workbench.models.model import Model
+from workbench.report.base import Metric
 
-INDEX = "model.safetensors.index.json"
 NOTE = "repair.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.h5", "*.msgpack", "*.onnx")
 
@@ -92,28 +93,19 @@ def _from_files(made: Repair, matrices: TokenMatrices, source: Path) -> Repair:
     return again
 
 
-def _weight_files(source: Path) -> list[Path]:
-    """The files that transformers reads: those of the index, where other layouts of the same weights may lie beside."""
-    if (source / INDEX).is_file():
-        return [source / name for name in sorted(set(load_json(source / INDEX, dict)["weight_map"].values()))]
-    return sorted(source.glob("*.safetensors"))
-
-
 def _copies(source: Path, E_in: Matrix) -> tuple[str, ...]:
     """Tensors that are bit-for-bit copies of the embedding: the output matrix of a tied model that was saved twice."""
     from safetensors import safe_open
 
-    found = []
-    for file in _weight_files(source):
+    copies = []
+    for name, file in tensor_files(source).items():
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(name)
-                if name == E_in.name or tuple(part.get_shape()) != (E_in.n_rows, E_in.width):
-                    continue
+            part = opened.get_slice(name)
+            if name != E_in.name and tuple(part.get_shape()) == (E_in.n_rows, E_in.width):
                 blocks = E_in.blocks()
                 if all(torch.equal(part[start : start + len(block)].float(), block) for start, block in blocks):
-                    found.append(name)
-    return tuple(found)
+                    copies.append(name)
+    return tuple(copies)
 
 
 def _new_head(made: Repair, copies: Sequence[str], config: Mapping[str, Any], untie: bool) -> str | None:
@@ -160,7 +152,7 @@ def _write_weights(
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    files = _weight_files(source)
+    files = sorted(set(tensor_files(source).values()))
     index: dict[str, Any] = load_json(source / INDEX, dict) if (source / INDEX).is_file() else {}
     for file in track(files, total=len(files), description="write the repaired weights", unit="files"):
         with safe_open(file, framework="pt") as opened:
@@ -210,7 +202,7 @@ def _record(made: Repair, source: Path, head: str | None) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
-def source_folder(model: Any) -> Path:
+def source_folder(model: Model) -> Path:
     """The safetensors folder that a model was loaded from; of a .gguf file, the folder it was converted to.
 
     Raises:
@@ -223,7 +215,7 @@ def source_folder(model: Any) -> Path:
 
 
 @dataclass(frozen=True)
-class CopyReport(Report):
+class CopyReport(TokenReport):
     """Whether a saved copy does what the edit does.
 
     Attributes:
@@ -247,13 +239,19 @@ class CopyReport(Report):
             f"{self.n} prompts, where the repair changes them by up to {self.effect:.3g} ({self.stored} rows).",
         )
 
-    def section(self) -> Section:
-        """The finding."""
-        metrics = {"copy_difference": self.difference, "copy_effect": self.effect, "copy_agrees": int(self.agrees)}
-        return Section("The saved copy", (), self.findings(), metrics)
+    def metrics(self) -> dict[str, Metric]:
+        """Flat numbers."""
+        return {"copy_difference": self.difference, "copy_effect": self.effect, "copy_agrees": int(self.agrees)}
+
+    @property
+    def _title(self) -> str:
+        return "The saved copy"
+
+    def _blocks(self) -> tuple[()]:
+        return ()
 
 
-def compare_copy(model: Any, made: Repair, folder: Path, *, size: int = 32) -> CopyReport:
+def compare_copy(model: Model, made: Repair, folder: Path, *, size: int = 32) -> CopyReport:
     """Loads a saved copy and compares it with the edited model on prompts that end in the repaired tokens."""
     again = load_model(folder, dtype=model.dtype, device=str(model.device), check=False)
     begun = model.tokens("She pointed at the word").ids[0].tolist()

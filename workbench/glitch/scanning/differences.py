@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from workbench.core.codec import codec_in, codec_of
 from workbench.core.errors import MissingFileError
 from workbench.core.records import to_jsonable
 from workbench.core.stats import clopper_pearson
-from workbench.glitch.scanning.result import harmless_cell, shown
+from workbench.glitch.reporting import TokenReport, measured, sentences, shown, write_csv
 from workbench.glitch.scanning.saved import SavedScan, TokenFact, load_scan, of_report, of_tokenizer
-from workbench.glitch.scanning.scanner import local_path, scan
-from workbench.report.base import Cell, Report, Section, Table, Text
-from workbench.report.blocks import Block, Metric
+from workbench.glitch.scanning.scanner import codec_for, scan
+from workbench.models.model import Model
+from workbench.report.base import Block, Metric, Table, Text
 
 CHANGES: dict[str, str] = {
     "flag_gone": "flagged in A, in B not",
@@ -34,7 +32,7 @@ CHANGES: dict[str, str] = {
 """Every kind of change with its meaning, those that matter most first."""
 
 _SHOWN = 40
-_ENOUGH = 20
+_MIN_SAME_TEXTS = 20
 """So many ids with the same text in both tell that the tokenizers agree, where neither has a hash of its vocabulary."""
 
 
@@ -50,8 +48,8 @@ class Change:
     after: str
 
 
-@dataclass(frozen=True, eq=False)
-class DiffReport(Report):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DiffReport(TokenReport):
     """Result of `diff`.
 
     Attributes:
@@ -79,39 +77,38 @@ class DiffReport(Report):
 
     def counts(self) -> dict[str, int]:
         """Number of changes of each kind."""
-        found = Counter(change.kind for change in self.changes)
-        return {kind: found[kind] for kind in CHANGES}
+        counted = Counter(change.kind for change in self.changes)
+        return {kind: counted[kind] for kind in CHANGES}
 
     def findings(self) -> tuple[str, ...]:
         """What changed, in sentences."""
-        said = [f"A is {self.a}: {self.n_a:,} tokens. B is {self.b}: {self.n_b:,} tokens."]
-        if self.matched_by == "id":
-            said.append("Both have the same tokenizer: tokens are matched by id.")
-        else:
+        matched = "Both have the same tokenizer: tokens are matched by id."
+        if self.matched_by != "id":
             why = "DIFFERENT TOKENIZERS" if self.evident else "NOT KNOWN whether both have the same tokenizer"
-            said.append(
+            matched = (
                 f"{why}: tokens are matched by their text; {self.shared:,} texts are in both "
                 f"({self.shared / max(1, self.n_a):.1%} of A, {self.shared / max(1, self.n_b):.1%} of B)."
             )
-        said += [f"{n:,} x {CHANGES[kind]}." for kind, n in self.counts().items() if n]
-        if not self.changes:
-            said.append("No token differs.")
-        for name, lost in (("A", self.lossy_a), ("B", self.lossy_b)):
-            if lost:
-                said.append(f"Only {name} loses the bytes {' '.join(f'{byte:02X}' for byte in lost)} of valid text.")
-        return (*said, *([self.partial] if self.partial else []))
+        return sentences(
+            f"A is {self.a}: {self.n_a:,} tokens. B is {self.b}: {self.n_b:,} tokens.",
+            matched,
+            *(f"{n:,} x {CHANGES[kind]}." for kind, n in self.counts().items() if n),
+            "" if self.changes else "No token differs.",
+            *(f"Only {name} loses the bytes {' '.join(f'{byte:02X}' for byte in lost)} of valid text."
+              for name, lost in (("A", self.lossy_a), ("B", self.lossy_b)) if lost),
+            self.partial,
+        )  # fmt: skip
 
     def metrics(self) -> dict[str, Metric]:
         """Counts of each change, and the share of A's flags that are gone among the tokens that B has too."""
-        stay = sum(self.flagged_a.values()) - self.counts()["flag_lost_token"]
-        found: dict[str, Metric] = {"shared": self.shared, **self.counts()}
-        if stay:
-            found["flags_gone"] = clopper_pearson(self.counts()["flag_gone"], stay, unit="flagged tokens")
-        return found
+        counts = self.counts()
+        stay = sum(self.flagged_a.values()) - counts["flag_lost_token"]
+        gone = clopper_pearson(counts["flag_gone"], stay, unit="flagged tokens") if stay else None
+        return measured({"shared": self.shared, **counts, "flags_gone": gone})
 
-    def section(self) -> Section:
-        """A table of counts and one of each kind of change."""
-        return Section(f"{self.a} and {self.b}", tuple(self._blocks()), self.findings(), self.metrics())
+    @property
+    def _title(self) -> str:
+        return f"{self.a} and {self.b}"
 
     def to_json(self) -> dict[str, Any]:
         """All fields, with counts and sentences."""
@@ -119,8 +116,8 @@ class DiffReport(Report):
 
     def _blocks(self) -> Iterator[Block]:
         grades = sorted(self.flagged_a.keys() | self.flagged_b.keys())
-        rows: list[tuple[Cell, ...]] = [(g, self.flagged_a.get(g, 0), self.flagged_b.get(g, 0)) for g in grades]
-        yield Table(("grade", "flagged in A", "flagged in B"), tuple(rows), "Flagged tokens")
+        rows = tuple((g, self.flagged_a.get(g, 0), self.flagged_b.get(g, 0)) for g in grades)
+        yield Table(("grade", "flagged in A", "flagged in B"), rows, "Flagged tokens")
         for kind, n in self.counts().items():
             chosen = [change for change in self.changes if change.kind == kind][:_SHOWN]
             if chosen:
@@ -132,15 +129,11 @@ class DiffReport(Report):
 
     def to_csv(self, path: str | Path) -> Path:
         """Writes every change as CSV and returns the path."""
-        target = Path(path)
-        with target.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("kind", "text", "id_a", "id_b", "before", "after"))
-            writer.writerows((c.kind, harmless_cell(c.text), c.id_a, c.id_b, c.before, c.after) for c in self.changes)
-        return target
+        rows = ((c.kind, c.text, c.id_a, c.id_b, c.before, c.after) for c in self.changes)
+        return write_csv(path, ("kind", "text", "id_a", "id_b", "before", "after"), rows)
 
 
-def side(what: Any, tokenizer_only: bool = False) -> SavedScan:
+def side(what: object, tokenizer_only: bool = False) -> SavedScan:
     """One side of a comparison: a saved scan, a model (its weights are scanned now), or a tokenizer alone.
 
     A scan is named by its run folder or glitch.json, a model as for `scan`.
@@ -148,20 +141,19 @@ def side(what: Any, tokenizer_only: bool = False) -> SavedScan:
     Raises:
         MissingFileError: if it is none of these.
     """
-    if hasattr(what, "tokenizer"):
-        return of_tokenizer(codec_of(what.tokenizer), what.name) if tokenizer_only else of_report(scan(what))
-    path = Path(what).expanduser()
-    if path.is_file() and path.suffix in (".json", ".csv"):
+    if isinstance(what, Model):
+        return of_tokenizer(codec_for(what), what.name) if tokenizer_only else of_report(scan(what))
+    path = Path(str(what)).expanduser()
+    is_file = path.is_file() and path.suffix in (".json", ".csv")
+    if is_file or any((path / name).is_file() for name in ("artifacts/glitch.json", "glitch.json")):
         return load_scan(path)
-    if any((path / name).is_file() for name in ("artifacts/glitch.json", "glitch.json")):
-        return load_scan(path)
-    if path.is_dir() and not (path / "tokenizer.json").is_file() and not (path / "config.json").is_file():
+    is_bare = path.is_dir() and not (path / "config.json").is_file()
+    if is_bare and not (path / "tokenizer.json").is_file():
         raise MissingFileError(
             f"{path} is neither a scan nor a model: it has no glitch.json, config.json or tokenizer."
         )
-    alone = tokenizer_only or (path.is_dir() and not (path / "config.json").is_file())
-    place = local_path(what)
-    return of_tokenizer(codec_in(place), str(what)) if alone else of_report(scan(what))
+    alone = tokenizer_only or is_bare
+    return of_tokenizer(codec_for(what), str(what)) if alone else of_report(scan(what))
 
 
 def between(a: SavedScan, b: SavedScan) -> DiffReport:
@@ -192,15 +184,10 @@ def _size(scan: SavedScan) -> int:
 
 
 def _partial(a: SavedScan, b: SavedScan) -> str:
-    said = [
-        f"{name} has no tokens.csv: tokens that it neither suspects nor tested are taken as not flagged."
-        for name, scan in (("A", a), ("B", b)) if not scan.complete
-    ]  # fmt: skip
-    said += [
-        f"{name} has no ranking of its tokens, so it has no candidates."
-        for name, scan in (("A", a), ("B", b)) if not scan.ranked
-    ]  # fmt: skip
-    return " ".join(said)
+    rest = "tokens that it neither suspects nor tested are taken as not flagged"
+    said = [f"{name} has no tokens.csv: {rest}." for name, scan in (("A", a), ("B", b)) if not scan.complete]
+    bare = [name for name, scan in (("A", a), ("B", b)) if not scan.ranked]
+    return " ".join([*said, *(f"{name} has no ranking of its tokens, so it has no candidates." for name in bare)])
 
 
 def _same_tokenizer(a: SavedScan, b: SavedScan) -> bool | None:
@@ -212,15 +199,18 @@ def _same_tokenizer(a: SavedScan, b: SavedScan) -> bool | None:
     both = [(x, y) for i in a.tokens.keys() & b.tokens.keys() if (x := a.text(i)) and (y := b.text(i))]
     if any(x != y for x, y in both):
         return False
-    return True if len(both) >= _ENOUGH else None
+    return True if len(both) >= _MIN_SAME_TEXTS else None
 
 
 def _completed(scan: SavedScan, other: SavedScan) -> SavedScan:
     """With the tokens that only the other lists, where this scan kept no more than its flagged ones."""
     if scan.complete:
         return scan
-    extra = {i: TokenFact(i, fact.text, fact.category) for i, fact in other.tokens.items() if i not in scan.tokens}
-    return replace(scan, tokens={**scan.tokens, **extra})
+    more = {
+        i: TokenFact(token_id=i, text=fact.text, category=fact.category) for i, fact in other.tokens.items()
+        if i not in scan.tokens
+    }  # fmt: skip
+    return replace(scan, tokens={**scan.tokens, **more})
 
 
 def _texts(scan: SavedScan) -> dict[int, str]:
@@ -248,12 +238,9 @@ def _compare(a: SavedScan, b: SavedScan, pairs: list[tuple[int, int]]) -> Iterat
         left, right = a.tokens[i], b.tokens[j]
         text = left.text or right.text
         old, new = left.grade, right.grade
-        if old and not new:
-            yield Change("flag_gone", text, i, j, _say(left), _say(right))
-        elif new and not old:
-            yield Change("flag_new", text, i, j, _say(left), _say(right))
-        elif old != new:
-            yield Change("grade", text, i, j, _say(left), _say(right))
+        if old != new:
+            kind = "flag_gone" if not new else "flag_new" if not old else "grade"
+            yield Change(kind, text, i, j, _say(left), _say(right))
         if "untested" not in (left.verdict, right.verdict) and left.verdict != right.verdict:
             yield Change("verdict", text, i, j, _say(left), _say(right))
         if left.category != right.category and left.text and right.text:

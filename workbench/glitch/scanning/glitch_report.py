@@ -7,20 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.core.records import to_jsonable
-from workbench.core.stats import Estimate
+from workbench.glitch.reporting import TokenReport
 from workbench.glitch.scanning.narrate import describe, say, summarise
 from workbench.glitch.scanning.result import ScanResult
-from workbench.glitch.verification.verify import Verification
-from workbench.report.base import Report, Section
+from workbench.report.base import Block, Metric
 
 
 @dataclass(frozen=True, eq=False)
-class GlitchReport(ScanResult, Report):
+class GlitchReport(ScanResult, TokenReport):
     """Result of `scan`. `df` has every token; `to_json` the facts, the suspicious tokens and everything tested."""
-
-    def with_verification(self, verification: Verification) -> GlitchReport:
-        """The same report with the tests of its tokens."""
-        return dataclasses.replace(self, verification=verification)
 
     def to_json(self) -> dict[str, Any]:
         """Everything except the table of all tokens, which `to_csv` writes: its suspicious and tested rows are here."""
@@ -33,16 +28,17 @@ class GlitchReport(ScanResult, Report):
             "findings": list(self.findings()),
         })  # fmt: skip
 
-    def metrics(self) -> dict[str, Estimate | float | int | str]:
-        """Flat numbers of the scan."""
+    def metrics(self) -> dict[str, Metric]:
+        """Flat numbers; those of verification only if it ran."""
         return summarise(self)
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences, with what is not known."""
         return say(self)
 
-    def section(self) -> Section:
-        """Tables, histogram and findings."""
-        return Section(
-            f"Glitch tokens of {self.model}", describe(self), findings=self.findings(), metrics=self.metrics()
-        )
+    @property
+    def _title(self) -> str:
+        return f"Glitch tokens of {self.model}"
+
+    def _blocks(self) -> tuple[Block, ...]:
+        return describe(self)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from workbench.core.stats import Estimate
+from workbench.glitch.reporting import finite, first_few, measured, sentences, shown
 from workbench.glitch.scanning.narrate_tests import kinds_table, say_tests, test_blocks, tests_table
-from workbench.glitch.scanning.result import ScanResult, shown
+from workbench.glitch.scanning.result import ScanResult
 from workbench.glitch.vocabulary.tokenizer import CATEGORIES, IMPOSSIBLE_BYTES
-from workbench.report.base import Block, Cell, Histogram, Table
+from workbench.report.base import Block, Histogram, Metric, Table
 
 TOP_ROWS = 40
 
 
 def say(report: ScanResult) -> tuple[str, ...]:
     """The report's sentences."""
-    said = [_tokenizer(report), *_lossy(report), _reference(report), _ranking(report), *_oddities(report)]
-    return (*said, *say_tests(report), _recall(report))
+    said = (_tokenizer(report), _lossy(report), _reference(report), _ranking(report), *_oddities(report))
+    return sentences(*said, *say_tests(report), _recall(report))
 
 
 def _tokenizer(report: ScanResult) -> str:
@@ -25,20 +25,19 @@ def _tokenizer(report: ScanResult) -> str:
     parts = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in kinds)
     bare = f"; {counts['no_token']:,} ids without a token" if counts.get("no_token") else ""
     shape = f"{report.n_rows:,} rows x {report.d_model} ({report.stored})"
-    tied = f"tied ({report.tied_why})" if report.tied else f"untied ({report.tied_why})"
+    tied = f"{'tied' if report.tied else 'untied'} ({report.tied_why})"
     return f"{report.tokenizer.n_tokens:,} tokens: {parts}{bare}. Output matrix: {shape}, {tied}."
 
 
-def _lossy(report: ScanResult) -> list[str]:
+def _lossy(report: ScanResult) -> str:
     lossy = report.tokenizer.lossy
     if not lossy:
-        return ["Every byte of valid UTF-8 survives encode and decode (checked on example characters of each byte)."]
-    first = lossy[0]
+        return "Every byte of valid UTF-8 survives encode and decode (checked on example characters of each byte)."
     names = " ".join(f"{item.byte:02X}" for item in lossy)
-    return [
+    return (
         f"NON-ENCODABLE BYTES: {len(lossy)} bytes of valid text are lost by this tokenizer ({names}); "
-        f"{first.text!r} comes back as {first.back!r}."
-    ]
+        f"{lossy[0].text!r} comes back as {lossy[0].back!r}."
+    )
 
 
 def _reference(report: ScanResult) -> str:
@@ -65,13 +64,19 @@ def _oddities(report: ScanResult) -> list[str]:
     said = []
     if report.identical:
         sizes = sorted((len(ids) for ids in report.identical), reverse=True)
-        listed = ", ".join(map(str, sizes[:8])) + (", …" if len(sizes) > 8 else "")
         said.append(
-            f"{sum(sizes)} rows are bit-identical copies, in {len(sizes)} sets of {listed}. Certificate without a "
-            "forward pass: no prompt can give a token of a set of k more than 1/k (at most "
+            f"{sum(sizes)} rows are bit-identical copies, in {len(sizes)} sets of {first_few(sizes)}. Certificate "
+            "without a forward pass: no prompt can give a token of a set of k more than 1/k (at most "
             f"{1 / sizes[0]:.3f} in the largest)."
         )
-    said += _zero(report)
+    ordinary = [i for i in report.zero_rows if report.table.ordinary[i]]
+    others = [i for i in report.zero_rows if not report.table.ordinary[i]]
+    if ordinary:
+        place = "they head the candidates" if report.indicator is not None else "they were never trained"
+        said.append(f"{len(ordinary)} rows of ordinary tokens are zero (ids {first_few(ordinary)}); {place}.")
+    if others:
+        kinds = "padding, reserved or special"
+        said.append(f"{len(others)} rows without an ordinary token are zero (ids {first_few(others)}): {kinds}.")
     if report.same_text:
         n = sum(map(len, report.same_text))
         said.append(
@@ -79,35 +84,14 @@ def _oddities(report: ScanResult) -> list[str]:
             "set at most."
         )
     if report.bad_rows:
-        said.append(f"{len(report.bad_rows)} rows hold NaN or infinity (ids {_ids(report.bad_rows)}); left out.")
-    spare = report.spare()
-    if spare:
-        said.append(f"{len(spare)} reserved ids are unused, free for tokens of your own (ids {_ids(tuple(spare))}).")
+        said.append(f"{len(report.bad_rows)} rows hold NaN or infinity (ids {first_few(report.bad_rows)}); left out.")
+    if spare := report.spare():
+        said.append(f"{len(spare)} reserved ids are unused, free for tokens of your own (ids {first_few(spare)}).")
     if report.has_bias:
         said.append("The output layer has a bias; the indicators do not use it.")
-    beyond = report.tokenizer.counts.get("no_row", 0)
-    if beyond:
+    if beyond := report.tokenizer.counts.get("no_row", 0):
         said.append(f"{beyond} token ids lie beyond the matrix's {report.n_rows:,} rows: the model cannot take them.")
     return said
-
-
-def _zero(report: ScanResult) -> list[str]:
-    """Rows that are zero: those of ordinary tokens are suspicious, the others may be meant to be."""
-    ordinary = tuple(i for i in report.zero_rows if report.table.ordinary[i])
-    others = tuple(i for i in report.zero_rows if not report.table.ordinary[i])
-    said = []
-    if ordinary:
-        place = "they head the candidates" if report.indicator is not None else "they were never trained"
-        said.append(f"{len(ordinary)} rows of ordinary tokens are zero (ids {_ids(ordinary)}); {place}.")
-    if others:
-        said.append(
-            f"{len(others)} rows without an ordinary token are zero (ids {_ids(others)}): padding, reserved or special."
-        )
-    return said
-
-
-def _ids(ids: tuple[int, ...], limit: int = 8) -> str:
-    return ", ".join(map(str, ids[:limit])) + (", …" if len(ids) > limit else "")
 
 
 def _recall(report: ScanResult) -> str:
@@ -119,39 +103,35 @@ def _recall(report: ScanResult) -> str:
     )
 
 
-def summarise(report: ScanResult) -> dict[str, Estimate | float | int | str]:
+def summarise(report: ScanResult) -> dict[str, Metric]:
     """Flat numbers; those of verification only if it ran."""
-    found: dict[str, Estimate | float | int | str] = {
+    metrics: dict[str, Metric | None] = {
         "n_tokens": report.tokenizer.n_tokens, "n_candidates": len(report.candidates()),
         "n_reference": len(report.reference.members), "n_lossy_bytes": len(report.tokenizer.lossy),
         "n_identical_rows": sum(map(len, report.identical)), "indicator": report.indicator or "none",
+        **{f"tokens.{name}": count for name, count in report.tokenizer.counts.items()},
+        **{f"auc.{s.indicator}": s.auc for s in report.separations},
+        "threshold": None if report.indicator is None else report.threshold,
     }  # fmt: skip
-    found |= {f"tokens.{name}": count for name, count in report.tokenizer.counts.items()}
-    found |= {f"auc.{s.indicator}": s.auc for s in report.separations}
-    if report.indicator is not None:
-        found["threshold"] = report.threshold
-    if report.verification is not None:
-        found["n_tested"] = len(report.verification.candidates)
-        found["n_verified"] = sum(t.verified for t in report.verification.candidates)
-        if report.verification.control_failures is not None:
-            found["control_failure_rate"] = report.verification.control_failures
-        if report.verification.expected_false is not None:
-            found["expected_false"] = report.verification.expected_false
-        found |= {f"control_failure_rate.{form}": rate for form, rate in report.verification.failures_by_form.items()}
-        found |= {f"control_p.{name}": p for name, p in report.verification.control_quantiles.items()}
-        found["n_cleared_by_chat"] = sum(t.cleared_by_chat for t in report.verification.candidates)
-        found["n_spliced_verified"] = sum(t.verified for t in report.verification.spliced)
-    if report.sides is not None:
-        found |= {f"n_broken.{name}": report.sides.count(name) for name in ("both", "input", "output", "neither")}
-        found |= {"auc.read": report.sides.read_auc, "auc.write": report.sides.write_auc}
-    if report.contexts is not None:
-        found["n_fail_in_context"] = sum(c.failed for c in report.contexts.candidates)
-        if report.contexts.control_failures is not None:
-            found["context_control_failure_rate"] = report.contexts.control_failures
+    if (done := report.verification) is not None:
+        metrics |= {
+            "n_tested": len(done.candidates), "n_verified": sum(t.verified for t in done.candidates),
+            "control_failure_rate": done.control_failures, "expected_false": done.expected_false,
+            **{f"control_failure_rate.{form}": share for form, share in done.failures_by_form.items()},
+            **{f"control_p.{name}": p for name, p in done.control_quantiles.items()},
+            "n_cleared_by_chat": sum(t.cleared_by_chat for t in done.candidates),
+            "n_spliced_verified": sum(t.verified for t in done.spliced),
+        }  # fmt: skip
+    if (sides := report.sides) is not None:
+        metrics |= {f"n_broken.{name}": sides.count(name) for name in ("both", "input", "output", "neither")}
+        metrics |= {"auc.read": sides.read_auc, "auc.write": sides.write_auc}
+    if (contexts := report.contexts) is not None:
+        metrics["n_fail_in_context"] = sum(c.failed for c in contexts.candidates)
+        metrics["context_control_failure_rate"] = contexts.control_failures
     if report.symptoms is not None:
-        found |= {f"symptom.{task}": rate for task, rate in report.symptoms.candidate_failures.items()}
-        found |= {f"symptom_control.{task}": rate for task, rate in report.symptoms.failures.items()}
-    return found
+        metrics |= {f"symptom.{task}": share for task, share in report.symptoms.candidate_failures.items()}
+        metrics |= {f"symptom_control.{task}": share for task, share in report.symptoms.failures.items()}
+    return measured(metrics)
 
 
 def describe(report: ScanResult) -> tuple[Block, ...]:
@@ -168,13 +148,11 @@ def describe(report: ScanResult) -> tuple[Block, ...]:
 
 def _categories(report: ScanResult) -> Table:
     facts = report.tokenizer
-    rows: list[tuple[Cell, ...]] = [
-        (name, facts.counts[name], means) for name, means in CATEGORIES.items() if facts.counts.get(name)
-    ]
-    harmless = [b for b in facts.missing_bytes if b in IMPOSSIBLE_BYTES]
+    harmless = sum(b in IMPOSSIBLE_BYTES for b in facts.missing_bytes)
+    rows = [(name, facts.counts[name], means) for name, means in CATEGORIES.items() if facts.counts.get(name)]
     rows.append(("byte tokens", facts.n_byte_tokens, f"single-byte tokens ({facts.style})"))
     if facts.style != "none":
-        rows.append(("missing bytes", len(facts.missing_bytes), f"{len(harmless)} of them never occur in valid UTF-8"))
+        rows.append(("missing bytes", len(facts.missing_bytes), f"{harmless} of them never occur in valid UTF-8"))
     rows.append(("lossy bytes", len(facts.lossy), " ".join(f"{item.byte:02X}" for item in facts.lossy) or "none"))
     return Table(("category", "tokens", "meaning"), tuple(rows), caption="The tokenizer's side")
 
@@ -182,7 +160,7 @@ def _categories(report: ScanResult) -> Table:
 def _groups(report: ScanResult) -> Table:
     chosen = report.reference.name
     rows = tuple(
-        (("* " if g.name == chosen else "") + g.name, g.found, len(g.members), _number(g.cosine), g.verdict, g.why)
+        (("* " if g.name == chosen else "") + g.name, g.found, len(g.members), finite(g.cosine), g.verdict, g.why)
         for g in report.reference.groups
     )
     pairs = "; ".join(f"{a} and {b}: cosine {c:.3f}, {n} ids in both" for a, b, c, n in report.reference.agreement)
@@ -227,7 +205,3 @@ def _histogram(report: ScanResult) -> Histogram:
         f"{report.indicator} of ordinary tokens", tuple(values.tolist()), x_label=str(report.indicator), bins=60,
         caption=f"n = {len(values):,}; threshold {report.threshold:.4f} ({report.percentile:.3g}%), {below:,} below",
     )  # fmt: skip
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from workbench.glitch.ranking.indicators import Separation
 from workbench.glitch.ranking.reference import Reference
+from workbench.glitch.reporting import harmless_cell
 from workbench.glitch.verification.contexts import Contexts
 from workbench.glitch.verification.sides import Side, Sides
 from workbench.glitch.verification.symptoms import Symptoms
@@ -23,7 +23,7 @@ NO_TEXT = ("partial_utf8", "unreachable_special", "unreachable_single", "unreach
 """Categories of tokens that no text gives; they can be tested by their ids alone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
     """Counts of the tokenizer's side.
 
@@ -45,7 +45,7 @@ class TokenizerFacts:
     vocabulary: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TokenTable:
     """Columns of the result; index = token id = row of the matrix.
 
@@ -78,7 +78,7 @@ class TokenTable:
         return (np.asarray(self.category) == "ok") & ~self.reserved
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ScanResult:
     """Everything that `scan` measured.
 
@@ -130,24 +130,17 @@ class ScanResult:
         """
         if self.indicator is None:
             return []
-        table = self.table
-        plain, zero = table.ordinary, np.zeros(len(table), dtype=bool)
+        plain, zero = self.table.ordinary, np.zeros(len(self.table), dtype=bool)
         zero[list(self.zero_rows)] = True
-        low = np.flatnonzero(plain & ~zero & (np.nan_to_num(table.indicator, nan=np.inf) <= self.threshold))
-        ranked = low[np.argsort(table.indicator[low], kind="stable")]
-        return [*np.flatnonzero(plain & zero).tolist(), *ranked.tolist()]
+        return [*np.flatnonzero(plain & zero).tolist(), *self._ranked(plain & ~zero & self._is_low)]
 
     def unwritable(self) -> list[int]:
         """Ids of suspicious tokens that no text gives, the most suspicious first; they are never candidates.
 
         These are parts of characters and unreachable tokens; members of the reference and reserved names are left out.
         """
-        if self.indicator is None:
-            return []
-        table = self.table
-        hidden = np.isin(np.asarray(table.category), NO_TEXT) & ~table.reserved & ~table.is_reference
-        low = np.flatnonzero(hidden & (np.nan_to_num(table.indicator, nan=np.inf) <= self.threshold))
-        return low[np.argsort(table.indicator[low], kind="stable")].tolist()
+        hidden = np.isin(np.asarray(self.table.category), NO_TEXT) & ~self.table.reserved & ~self.table.is_reference
+        return self._ranked(hidden & self._is_low)
 
     def spare(self) -> list[int]:
         """Ids that are free for tokens of one's own, such as new turn marks: reserved, writable, never trained.
@@ -159,11 +152,20 @@ class ScanResult:
             return []
         table = self.table
         writable = np.isin(np.asarray(table.category), ("ok", "special"))
-        unused = table.is_reference | (np.nan_to_num(table.indicator, nan=np.inf) <= self.threshold)
+        unused = table.is_reference | self._is_low
         return np.flatnonzero(table.reserved & writable & unused & np.isfinite(table.norm)).tolist()
 
     @property
-    def df(self) -> Any:
+    def _is_low(self) -> np.ndarray:
+        # without a ranking the threshold is nan, and nothing is low
+        return np.nan_to_num(self.table.indicator, nan=np.inf) <= self.threshold
+
+    def _ranked(self, chosen: np.ndarray) -> list[int]:
+        ids = np.flatnonzero(chosen)
+        return ids[np.argsort(self.table.indicator[ids], kind="stable")].tolist()
+
+    @property
+    def df(self) -> Any:  # pandas has no types here
         """One row per id, the most suspicious first, as a pandas table.
 
         `max_prob` is nan where a token was not run. `p_bound` is the certificate 1/k of k identical rows: whatever the
@@ -172,30 +174,23 @@ class ScanResult:
         import pandas as pd
 
         table, n = self.table, len(self.table)
+        tests = self.verification.tested if self.verification else ()
         flagged = np.zeros(n, dtype=bool)
         flagged[self.candidates()] = True
-        max_prob, verdict, role = np.full(n, np.nan), np.full(n, "untested", dtype=object), np.full(n, "", dtype=object)
-        p_value, form = np.full(n, np.nan), np.full(n, "", dtype=object)
-        for t in self.verification.tested if self.verification else ():
-            max_prob[t.token_id], verdict[t.token_id], form[t.token_id] = t.max_prob, t.verdict, t.form
-            role[t.token_id] = "control" if t.control else "spliced" if t.spliced else "candidate"
-            p_value[t.token_id] = np.nan if t.p_value is None else t.p_value
-        kind, broken = np.full(n, "", dtype=object), np.full(n, "", dtype=object)
-        for i, nature in self.natures.items():
-            kind[i] = nature.kind
-        for side in self.sides.tested if self.sides else ():
-            broken[side.token_id] = side.broken
-        context_p = np.full(n, np.nan)
-        for found in self.contexts.tested if self.contexts else ():
-            context_p[found.token_id] = found.median
+        sides, contexts = self.sides.tested if self.sides else (), self.contexts.tested if self.contexts else ()
         columns = {
             "token_id": np.arange(n), "token": table.token, "category": table.category, "indicator": table.indicator,
-            "max_prob": max_prob, "verdict": verdict, "is_reference": table.is_reference, "group": table.group,
-            "candidate": flagged, "role": role, "copies": table.copies,
+            "max_prob": _column(n, np.nan, ((t.token_id, t.max_prob) for t in tests)),
+            "verdict": _column(n, "untested", ((t.token_id, t.verdict) for t in tests)),
+            "is_reference": table.is_reference, "group": table.group,
+            "candidate": flagged, "role": _column(n, "", ((t.token_id, t.role) for t in tests)), "copies": table.copies,
             "p_bound": np.where(table.copies > 1, 1 / table.copies, np.nan),
             "is_byte": table.is_byte, "reserved": table.reserved, "norm": table.norm, **table.indicators,
-            "form": form, "p_value": p_value, "kind": kind, "broken": broken,
-            "context_p": context_p,
+            "form": _column(n, "", ((t.token_id, t.form) for t in tests)),
+            "p_value": _column(n, np.nan, ((t.token_id, t.p_value) for t in tests if t.p_value is not None)),
+            "kind": _column(n, "", ((i, nature.kind) for i, nature in self.natures.items())),
+            "broken": _column(n, "", ((side.token_id, side.broken) for side in sides)),
+            "context_p": _column(n, np.nan, ((among.token_id, among.median) for among in contexts)),
         }  # fmt: skip
         return pd.DataFrame(columns).sort_values("indicator", kind="stable", ignore_index=True)
 
@@ -205,24 +200,24 @@ class ScanResult:
 
     def row(self, i: int) -> dict[str, Any]:
         """One token as plain values."""
-        table = self.table
-        found = {"token_id": i, "token": table.token[i], "category": table.category[i],
-                 "indicator": float(table.indicator[i]), "group": table.group[i],
-                 "is_reference": bool(table.is_reference[i]), "is_byte": bool(table.is_byte[i]),
-                 "copies": int(table.copies[i])}  # fmt: skip
-        tested, nature, side = self.tested(i), self.natures.get(i), self.side(i)
-        max_prob, verdict = (tested.max_prob, tested.verdict) if tested else (None, "untested")
-        found |= {"max_prob": max_prob, "verdict": verdict, "form": tested.form if tested else None,
-                  "p_value": tested.p_value if tested else None, "p_bound": self.p_bound(i)}  # fmt: skip
-        if nature is not None:
-            found |= {"kind": nature.kind, "script": nature.script, "words": nature.words, "part_of": nature.part_of}
-        if side is not None:
-            found |= {"broken": side.broken, "read_kl": side.read_kl, "write_logp": side.write_logp}
+        table, tested = self.table, self.tested(i)
+        row: dict[str, Any] = {
+            "token_id": i, "token": table.token[i], "category": table.category[i],
+            "indicator": float(table.indicator[i]), "group": table.group[i],
+            "is_reference": bool(table.is_reference[i]), "is_byte": bool(table.is_byte[i]),
+            "copies": int(table.copies[i]), "max_prob": tested and tested.max_prob,
+            "verdict": tested.verdict if tested else "untested", "form": tested and tested.form,
+            "p_value": tested and tested.p_value, "p_bound": self.p_bound(i),
+        }  # fmt: skip
+        if nature := self.natures.get(i):
+            row |= {"kind": nature.kind, "script": nature.script, "words": nature.words, "part_of": nature.part_of}
+        if side := self.side(i):
+            row |= {"broken": side.broken, "read_kl": side.read_kl, "write_logp": side.write_logp}
         if self.contexts is not None and (among := self.contexts.of(i)):
-            found["context_p"] = among.median
-        if self.symptoms is not None and (said := self.symptoms.of(i)):
-            found["symptoms"] = {task: symptom.label for task, symptom in said.items()}
-        return found
+            row["context_p"] = among.median
+        if self.symptoms is not None and (replies := self.symptoms.of(i)):
+            row["symptoms"] = {task: symptom.label for task, symptom in replies.items()}
+        return row
 
     def p_bound(self, i: int) -> float | None:
         """The certificate 1/k where k rows (and their biases) are bit-identical: no prompt can give the token more."""
@@ -231,58 +226,23 @@ class ScanResult:
 
     def side(self, i: int) -> Side | None:
         """Reading and writing of one token, or None if it was not examined."""
-        return self._sides.get(i)
-
-    @functools.cached_property
-    def _sides(self) -> dict[int, Side]:
-        return {side.token_id: side for side in (self.sides.tested if self.sides else ())}
-
-    @functools.cached_property
-    def _tests(self) -> dict[int, Tested]:
-        return {t.token_id: t for t in (self.verification.tested if self.verification else ())}
+        return self.sides.of(i) if self.sides else None
 
     def tested(self, i: int) -> Tested | None:
         """The test of one token, or None if it was not run."""
-        return self._tests.get(i)
+        return self.verification.of(i) if self.verification else None
+
+
+def _column(n: int, fill: float | str, values: Iterable[tuple[int, float | str]]) -> np.ndarray:
+    """A value for some ids, and `fill` for the others."""
+    column = np.full(n, fill, dtype=object if isinstance(fill, str) else np.float64)
+    for i, value in values:
+        column[i] = value
+    return column
 
 
 def write_table(frame: Any, path: Path) -> Path:
-    """Writes a table with one token per row as CSV that a spreadsheet can open, and returns the path.
-
-    Control characters of tokens are escaped, and a token that a spreadsheet would take for a formula gets an apostrophe
-    in front; `cell_text` removes it.
-    """
-    cells = [harmless_cell(shown(token)) for token in frame["token"]]
+    """Writes a pandas table with one token per row as CSV that a spreadsheet can open, and returns the path."""
+    cells = [harmless_cell(token) for token in frame["token"]]
     frame.assign(token=cells).to_csv(path, index=False, encoding="utf-8", lineterminator="\n")
     return path
-
-
-def shown(token: str) -> str:
-    r"""A token on one line: control characters escaped, spaces kept.
-
-    >>> shown(" a\n")
-    ' a\\n'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in token)
-
-
-def harmless_cell(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula; `cell_text` gives the text back.
-
-    >>> harmless_cell("=1+1"), harmless_cell("a=1"), harmless_cell("'s"), harmless_cell("'=1")
-    ("'=1+1", 'a=1', "'s", "''=1")
-    """
-    return "'" + text if _is_formula(text) else text
-
-
-def cell_text(cell: str) -> str:
-    """The text of a cell that `harmless_cell` wrote.
-
-    >>> [cell_text(harmless_cell(text)) for text in ("=1+1", "a=1", "'s", "'=1", "'+")]
-    ['=1+1', 'a=1', "'s", "'=1", "'+"]
-    """
-    return cell[1:] if cell.startswith("'") and _is_formula(cell[1:]) else cell
-
-
-def _is_formula(text: str) -> bool:
-    return text.lstrip("' ")[:1] in tuple("=+-@") and len(text) > 1

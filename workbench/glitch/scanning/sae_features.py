@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.bases.coder import Coder
-from workbench.core.codec import codec_of, token_bytes
-from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.codec import token_bytes
+from workbench.core.errors import DegenerateInputError, InvalidInputError, require
 from workbench.core.metrics import squared_error
 from workbench.core.progress import task
-from workbench.core.stats import paired_difference, sample_mean, sample_ratio
+from workbench.core.stats import Estimate, paired_difference, sample_mean, sample_ratio
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.ranking.weights import in_memory
 from workbench.glitch.scanning.sae_features_report import FeatureRow, GlitchFeatures
-from workbench.glitch.vocabulary.tokenizer import Vocabulary, analyse
+from workbench.glitch.vocabulary.tokenizer import Vocabulary, vocabulary_of
+from workbench.models.model import Model
 from workbench.saes.evaluation.splice import SpliceReader
 
 CONTEXTS = (
@@ -29,6 +30,9 @@ CONTEXTS = (
 """Texts behind which each token is read: the same position and the same words for all."""
 MIN_TOKENS = 5
 _COLUMNS = 256
+
+Beside = Mapping[int, np.ndarray]
+"""Rows of the controls that are left of each glitch token, by its row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +58,8 @@ class FeatureOptions:
 
     def __post_init__(self) -> None:
         least = min(self.controls, len(self.contexts), self.shuffles, self.batch_size)
-        if least < 1 or self.most < MIN_TOKENS or not 0 < self.fdr < 1:
-            raise InvalidInputError(
-                f"FeatureOptions(controls={self.controls}, {len(self.contexts)} contexts, most={self.most}, "
-                f"fdr={self.fdr}, shuffles={self.shuffles}, batch_size={self.batch_size}): fdr lies between 0 and 1, "
-                f"most is at least {MIN_TOKENS}, the others are at least 1."
-            )
+        rule = f"fdr lies between 0 and 1, most is at least {MIN_TOKENS}, the others are at least 1."
+        require(least >= 1 and self.most >= MIN_TOKENS and 0 < self.fdr < 1, self, rule)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +81,9 @@ class _Read:
 
 
 def glitch_features(
-    model: Any,
-    sae: Any,
-    tokens: Sequence[int],
-    *,
-    avoid: Sequence[int] = (),
-    options: FeatureOptions | None = None,
-    vocabulary: Vocabulary | None = None,
-) -> GlitchFeatures:
+    model: Model, sae: Any, tokens: Sequence[int], *, avoid: Sequence[int] = (),
+    options: FeatureOptions | None = None, vocabulary: Vocabulary | None = None,
+) -> GlitchFeatures:  # fmt: skip
     """Compares an SAE's features on glitch tokens with those on matched ordinary tokens in the same places.
 
     Each token is put by its id behind the same few texts, and a token's mean over them is one observation. Tokens with
@@ -98,7 +93,7 @@ def glitch_features(
 
     Args:
         model: a `Model`.
-        sae: an SAE or transcoder of it, from `load_sae`.
+        sae: an SAE or transcoder of it, from `load_sae` (Any: an object of sae_lens).
         tokens: glitch tokens, such as those that a scan verified.
         avoid: further ids that must not be controls, such as all that a scan suspects.
         options: how many controls, which contexts.
@@ -108,7 +103,7 @@ def glitch_features(
         DegenerateInputError: if fewer than `MIN_TOKENS` different tokens are left to compare.
         MismatchError: if the SAE is not one of this model.
     """
-    options, vocabulary = options or FeatureOptions(), vocabulary or analyse(codec_of(model.tokenizer))
+    options, vocabulary = options or FeatureOptions(), vocabulary or vocabulary_of(model)
     asked = list(dict.fromkeys(int(i) for i in tokens))
     distinct = _distinct(model, asked)
     _require_some(len(distinct), f"{len(asked)} tokens were given, {len(distinct)} with a row of their own")
@@ -121,9 +116,12 @@ def glitch_features(
     owner = np.array([-1] * len(drawn) + [k for k, group in enumerate(controls) for _ in group])
     kept = read.n > 0
     _require_some(int(kept[: len(drawn)].sum()), "the others are special tokens or attention sinks at this site")
-    rows, tested, shuffled = _compared(read, owner, kept, options)
-    fvu = _fvu(read, owner, kept, options.seed)
     glitch, control = (owner < 0) & kept, (owner >= 0) & kept
+    beside = {int(k): np.flatnonzero(kept & (owner == k)) for k in np.flatnonzero(glitch)}
+    beside = {k: controls for k, controls in beside.items() if len(controls)}
+    if not beside:
+        raise DegenerateInputError("glitch_features: no control is left beside any glitch token. Ask for more of them.")
+    rows, tested, shuffled = _compared(read, owner, kept, beside, options)
     l0 = (read.acts > 0).sum(1)
     return GlitchFeatures(
         model=str(model.name), site=reader.sites.read, target_site=reader.sites.write, sae=coder.name,
@@ -132,12 +130,12 @@ def glitch_features(
         n_controls=int(control.sum()), dropped=(int((~kept & (owner < 0)).sum()), int((~kept & (owner >= 0)).sum())),
         contexts=options.contexts, rows=rows, tested=tested, fdr=options.fdr, shuffled=shuffled,
         l0=(sample_mean(l0[glitch], unit="glitch tokens"), sample_mean(l0[control], unit="control tokens")),
-        **fvu,
+        **_fvu(read, glitch, control, beside, options.seed),
     )  # fmt: skip
 
 
 def matched_controls(
-    model: Any, vocabulary: Vocabulary, tokens: Sequence[int], avoid: set[int], options: FeatureOptions
+    model: Model, vocabulary: Vocabulary, tokens: Sequence[int], avoid: set[int], options: FeatureOptions
 ) -> list[list[int]]:
     """For each token, random ordinary ones with a leading space if it has one, and as nearly its length as there are.
 
@@ -145,12 +143,11 @@ def matched_controls(
         DegenerateInputError: if there are not enough ordinary tokens.
     """
     texts = token_bytes(model.tokenizer)
-    ordinary = (vocabulary.is_category("ok") & ~vocabulary.reserved)[: model.d_vocab]
-    pool = np.setdiff1d(np.flatnonzero(ordinary), list(avoid))
+    pool = vocabulary.pool(model.d_vocab, avoid)
     random = np.random.default_rng(options.seed)
     spaced = np.array([texts[i][:1] == b" " for i in pool], dtype=bool)
     length = np.array([len(texts[i]) for i in pool])
-    free, found = np.ones(len(pool), dtype=bool), []
+    free, controls = np.ones(len(pool), dtype=bool), []
     for i in tokens:
         fits = np.flatnonzero(free & (spaced == (texts[i][:1] == b" ")))
         fits = np.flatnonzero(free) if len(fits) < options.controls else fits
@@ -161,11 +158,11 @@ def matched_controls(
         order = np.lexsort((random.random(len(fits)), np.abs(length[fits] - len(texts[i]))))
         chosen = fits[order[: options.controls]]
         free[chosen] = False
-        found.append(pool[chosen].tolist())
-    return found
+        controls.append(pool[chosen].tolist())
+    return controls
 
 
-def _distinct(model: Any, tokens: Sequence[int]) -> list[int]:
+def _distinct(model: Model, tokens: Sequence[int]) -> list[int]:
     rows = in_memory(model.hf).E_in
     bad = [i for i in tokens if not 0 <= i < rows.n_rows]
     if bad:
@@ -191,18 +188,18 @@ def _require_some(n: int, why: str) -> None:
         )
 
 
-def _batches(model: Any, ids: Sequence[int], options: FeatureOptions) -> list[TokenBatch]:
+def _batches(model: Model, ids: Sequence[int], options: FeatureOptions) -> list[TokenBatch]:
     """Every token behind every context, the context outermost; the token is the last of its row."""
-    found = []
+    batches = []
     for text in options.contexts:
         begun = model.tokens(text).ids[0].tolist()
         rows = torch.tensor([[*begun, i] for i in ids])
-        found += [TokenBatch.of_rows(part).to(model.device) for part in rows.split(options.batch_size)]
-    return found
+        batches += [TokenBatch.of_rows(part).to(model.device) for part in rows.split(options.batch_size)]
+    return batches
 
 
 @torch.no_grad()
-def _read(model: Any, reader: SpliceReader, coder: Coder, ids: Sequence[int], options: FeatureOptions) -> _Read:
+def _read(model: Model, reader: SpliceReader, coder: Coder, ids: Sequence[int], options: FeatureOptions) -> _Read:
     acts = np.zeros((len(ids), coder.d_sae), dtype=np.float32)
     x = np.zeros((len(ids), coder.W_dec.shape[1]))
     error, square, n = np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids))
@@ -229,7 +226,7 @@ def _read(model: Any, reader: SpliceReader, coder: Coder, ids: Sequence[int], op
 
 
 def _compared(
-    read: _Read, owner: np.ndarray, kept: np.ndarray, options: FeatureOptions
+    read: _Read, owner: np.ndarray, kept: np.ndarray, beside: Beside, options: FeatureOptions
 ) -> tuple[tuple[FeatureRow, ...], int, tuple[float, int]]:
     """Features that differ, the number tested, and how many are found when labels are shuffled: mean and most."""
     acts, label = read.acts[kept], (owner < 0)[kept]
@@ -240,22 +237,17 @@ def _compared(
     labels = np.stack([label, *(random.permutation(label) for _ in range(options.shuffles))])
     q, *shuffled = discovery_rates(acts, alive, labels)
     by_chance = [int((rates <= options.fdr).sum()) for rates in shuffled]
-    group = owner[kept]
-    glitch = np.flatnonzero(kept & (owner < 0))
-    pairs = [(k, np.flatnonzero(group == i)) for k, i in enumerate(glitch)]
-    found = []
+    rows = []
     for column in np.flatnonzero(q <= options.fdr):
-        values = acts[:, alive[column]]
-        own = [float(values[k]) for k, mine in pairs if len(mine)]
-        other = [float(values[mine].mean()) for _, mine in pairs if len(mine)]
-        if own:
-            difference = paired_difference(own, other, unit="glitch tokens", seed=options.seed)
-            found.append(FeatureRow(
-                int(alive[column]), float(values[label].mean()), float(values[~label].mean()), difference,
-                float((values[label] > 0).mean()), float((values[~label] > 0).mean()), float(q[column]),
-            ))  # fmt: skip
-    found.sort(key=lambda row: (-abs(row.difference.value), row.feature))
-    return tuple(found), len(alive), (float(np.mean(by_chance)), max(by_chance))
+        feature = int(alive[column])
+        glitch, control = acts[label, feature], acts[~label, feature]
+        rows.append(FeatureRow(
+            feature=feature, glitch=float(glitch.mean()), control=float(control.mean()),
+            difference=_paired(read.acts[:, feature], beside, options.seed), fires_glitch=float((glitch > 0).mean()),
+            fires_control=float((control > 0).mean()), q=float(q[column]),
+        ))  # fmt: skip
+    rows.sort(key=lambda row: (-abs(row.difference.value), row.feature))
+    return tuple(rows), len(alive), (float(np.mean(by_chance)), max(by_chance))
 
 
 def discovery_rates(
@@ -286,19 +278,21 @@ def _rank_tests(acts: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(variance > 0, 2 * norm.sf(distance / np.sqrt(np.where(variance > 0, variance, 1.0))), 1.0)
 
 
-def _fvu(read: _Read, owner: np.ndarray, kept: np.ndarray, seed: int) -> dict[str, Any]:
+def _fvu(read: _Read, glitch: np.ndarray, control: np.ndarray, beside: Beside, seed: int) -> dict[str, Estimate]:
     """Unexplained over total variance of each kind, both about the mean of the controls.
 
     About their own mean, tokens that are all alike would have no variance, and any error on them would look large.
     """
-    glitch, control = kept & (owner < 0), kept & (owner >= 0)
     mean = read.x[control].sum(0) / read.n[control].sum()
     spread = read.square - 2 * read.x @ mean + read.n * float(mean @ mean)
     ratio = {
         name: sample_ratio(read.error[chosen], spread[chosen], unit=f"{unit} tokens", seed=seed)
         for name, chosen, unit in (("fvu_glitch", glitch, "glitch"), ("fvu_control", control, "control"))
     }
-    relative = read.error / np.where(spread > 0, spread, 1.0)
-    pairs = [(relative[k], relative[kept & (owner == k)]) for k in np.flatnonzero(glitch)]
-    own, other = [a for a, b in pairs if len(b)], [float(b.mean()) for _, b in pairs if len(b)]
-    return {**ratio, "fvu_difference": paired_difference(own, other, unit="glitch tokens", seed=seed)}
+    return {**ratio, "fvu_difference": _paired(read.error / np.where(spread > 0, spread, 1.0), beside, seed)}
+
+
+def _paired(values: np.ndarray, beside: Beside, seed: int) -> Estimate:
+    """Each glitch token's value minus the mean of its own controls."""
+    others = [float(values[controls].mean()) for controls in beside.values()]
+    return paired_difference(values[list(beside)].tolist(), others, unit="glitch tokens", seed=seed)

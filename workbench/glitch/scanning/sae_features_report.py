@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.core.stats import Estimate
-from workbench.glitch.scanning.result import shown
-from workbench.report.base import Metric, Report, Section, Table, Text
+from workbench.glitch.reporting import TokenReport, sentences, shown
+from workbench.report.base import Block, Metric, Table, Text
 
 TOP = 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureRow:
     """One feature that differs between glitch tokens and controls.
 
@@ -32,8 +32,8 @@ class FeatureRow:
     q: float
 
 
-@dataclass(frozen=True, repr=False)
-class GlitchFeatures(Report):
+@dataclass(frozen=True, repr=False, kw_only=True)
+class GlitchFeatures(TokenReport):
     """Features and reconstruction on glitch tokens and matched ordinary tokens.
 
     Attributes:
@@ -76,18 +76,28 @@ class GlitchFeatures(Report):
         return tuple(row for row in self.rows if row.difference.value > 0)
 
     @property
-    def df(self) -> Any:
+    def df(self) -> Any:  # pandas has no types here
         """One row per feature that differs, as a pandas table."""
         import pandas as pd
 
-        columns = ("feature", "glitch", "control", "difference", "low", "high", "fires_glitch", "fires_control", "q")
+        columns = ["feature", "glitch", "control", "difference", "low", "high", "fires_glitch", "fires_control", "q"]
         values = [(r.feature, r.glitch, r.control, r.difference.value, r.difference.low, r.difference.high,
                    r.fires_glitch, r.fires_control, r.q) for r in self.rows]  # fmt: skip
-        return pd.DataFrame(values, columns=list(columns))
+        return pd.DataFrame(values, columns=columns)
 
     def findings(self) -> tuple[str, ...]:
-        """How many features, how many by chance, and how well the tokens are reconstructed."""
-        return (self._features(), self._reconstruction(), *self._left_out())
+        """How many features, how many by chance, how well tokens are reconstructed, and what was left out."""
+        same, drawn = self.asked - self.distinct, len(self.ids) + self.dropped[0]
+        return sentences(
+            self._features(),
+            self._reconstruction(),
+            f"{same} of {self.asked} tokens have the same input row as another one, bit for bit, and were not counted "
+            "again." if same else "",
+            f"Of {self.distinct} different glitch tokens {drawn} were drawn at random."
+            if drawn < self.distinct else "",
+            f"{self.dropped[0]} glitch tokens and {self.dropped[1]} controls were left out: special tokens, or "
+            "attention sinks at this site." if any(self.dropped) else "",
+        )  # fmt: skip
 
     def _features(self) -> str:
         here = f"{len(self.ids)} glitch tokens than on {self.n_controls} matched ordinary ones at {self.site}"
@@ -113,35 +123,18 @@ class GlitchFeatures(Report):
             f"against {self.l0[1]}."
         )
 
-    def _left_out(self) -> tuple[str, ...]:
-        said = []
-        if self.distinct < self.asked:
-            said.append(
-                f"{self.asked - self.distinct} of {self.asked} tokens have the same input row as another one, bit for "
-                "bit, and were not counted again."
-            )
-        drawn = len(self.ids) + self.dropped[0]
-        if drawn < self.distinct:
-            said.append(f"Of {self.distinct} different glitch tokens {drawn} were drawn at random.")
-        if any(self.dropped):
-            said.append(
-                f"{self.dropped[0]} glitch tokens and {self.dropped[1]} controls were left out: special tokens, or "
-                "attention sinks at this site."
-            )
-        return tuple(said)
+    @property
+    def _title(self) -> str:
+        return f"SAE features on glitch tokens at {self.site}"
 
-    def section(self) -> Section:
-        """The findings with one row per feature."""
+    def _blocks(self) -> tuple[Block, ...]:
         columns = ("feature", "on glitch tokens", "on controls", "difference", "fires on", "fires on controls", "q")
         rows = tuple((str(r.feature), r.glitch, r.control, r.difference, r.fires_glitch, r.fires_control, r.q)
                      for r in self.rows[:TOP])  # fmt: skip
         n = len(self.contexts)
         caption = f"The {len(rows)} largest differences of {len(self.rows)}; mean activations over {n} texts."
         tokens = Text("Glitch tokens: " + ", ".join(repr(shown(text)) for text in self.texts) + ".")
-        return Section(
-            f"SAE features on glitch tokens at {self.site}", (Table(columns, rows, caption), tokens), self.findings(),
-            self.metrics(),
-        )  # fmt: skip
+        return Table(columns, rows, caption), tokens
 
     def metrics(self) -> dict[str, Metric]:
         """Flat numbers."""

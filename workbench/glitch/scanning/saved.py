@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from workbench.core.codec import Codec
-from workbench.core.errors import CorruptFileError, MissingFileError, UnknownNameError, did_you_mean
+from workbench.core.errors import CorruptFileError, MissingFileError, require_known
 from workbench.core.jsontext import content_of
 from workbench.core.records import load_json
+from workbench.glitch.reporting import cell_text, shown
 from workbench.glitch.scanning.glitch_report import GlitchReport
-from workbench.glitch.scanning.result import cell_text, shown
 from workbench.glitch.vocabulary.tokenizer import LossyByte, analyse
 
 GRADES: dict[str, str] = {
@@ -29,7 +29,7 @@ GRADES: dict[str, str] = {
 """Why a token is flagged, strongest evidence first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenFact:
     """One token of a scan.
 
@@ -63,7 +63,7 @@ class TokenFact:
         return "reference" if self.reference and self.category != "special" else None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SavedScan:
     """A scan as far as its users need it.
 
@@ -88,8 +88,7 @@ class SavedScan:
             UnknownNameError: for a grade that does not exist.
         """
         wanted = check_grades(grades)
-        found = {i: fact.grade for i, fact in sorted(self.tokens.items())}
-        return {i: grade for i, grade in found.items() if grade in wanted}
+        return {i: fact.grade for i, fact in sorted(self.tokens.items()) if fact.grade in wanted}
 
     def counts(self) -> dict[str, int]:
         """Flagged tokens per grade."""
@@ -109,26 +108,25 @@ def check_grades(grades: Iterable[str]) -> tuple[str, ...]:
     """
     wanted = tuple(dict.fromkeys(grades))
     for grade in wanted:
-        if grade not in GRADES:
-            raise UnknownNameError(f"There is no grade {grade!r}. {did_you_mean(grade, GRADES)}")
+        require_known("grade", grade, GRADES)
     return wanted
 
 
 def of_report(report: GlitchReport, origin: str = "scanned now") -> SavedScan:
     """The facts of a scan that was just made."""
     table, candidates = report.table, set(report.candidates())
-    tested = {t.token_id: t for t in report.verification.tested} if report.verification else {}
     facts = {}
     for i, text in enumerate(table.token):
-        test = tested.get(i)
+        test = report.tested(i)
         facts[i] = TokenFact(
-            i, shown(text), table.category[i], float(table.indicator[i]),
-            math.nan if test is None else test.max_prob, "untested" if test is None else test.verdict,
-            i in candidates, bool(table.is_reference[i] or table.reserved[i]), bool(table.is_byte[i]),
+            token_id=i, text=shown(text), category=table.category[i], indicator=float(table.indicator[i]),
+            max_prob=test.max_prob if test else math.nan, verdict=test.verdict if test else "untested",
+            candidate=i in candidates, reference=bool(table.is_reference[i] or table.reserved[i]),
+            is_byte=bool(table.is_byte[i]),
         )  # fmt: skip
     return SavedScan(
-        report.model, origin, facts, True, report.tokenizer.lossy, report.indicator is not None,
-        report.tokenizer.vocabulary,
+        model=report.model, origin=origin, tokens=facts, complete=True, lossy=report.tokenizer.lossy,
+        ranked=report.indicator is not None, vocabulary=report.tokenizer.vocabulary,
     )  # fmt: skip
 
 
@@ -137,12 +135,16 @@ def of_tokenizer(codec: Codec, name: str) -> SavedScan:
     vocabulary = analyse(codec)
     facts = {
         i: TokenFact(
-            i, shown(text), category, reference=bool(vocabulary.reserved[i]), is_byte=bool(vocabulary.byte[i] >= 0)
+            token_id=i, text=shown(text), category=category, reference=bool(vocabulary.reserved[i]),
+            is_byte=bool(vocabulary.byte[i] >= 0),
         )
         for i, (text, category) in enumerate(zip(vocabulary.text, vocabulary.category, strict=True))
         if category != "no_token"
     }  # fmt: skip
-    return SavedScan(name, "tokenizer alone", facts, True, vocabulary.lossy, False, vocabulary.digest)
+    return SavedScan(
+        model=name, origin="tokenizer alone", tokens=facts, complete=True, lossy=vocabulary.lossy, ranked=False,
+        vocabulary=vocabulary.digest,
+    )  # fmt: skip
 
 
 def load_scan(path: str | Path) -> SavedScan:
@@ -165,8 +167,8 @@ def load_scan(path: str | Path) -> SavedScan:
         tokens = _from_csv(table) if table.is_file() else _from_json(facts)
         lossy = tuple(LossyByte(int(x["byte"]), x["text"], x["back"]) for x in facts["tokenizer"].get("lossy", []))
         return SavedScan(
-            str(facts["model"]), str(path), tokens, table.is_file(), lossy, facts.get("indicator") is not None,
-            str(facts["tokenizer"].get("vocabulary", "")),
+            model=str(facts["model"]), origin=str(path), tokens=tokens, complete=table.is_file(), lossy=lossy,
+            ranked=facts.get("indicator") is not None, vocabulary=str(facts["tokenizer"].get("vocabulary", "")),
         )  # fmt: skip
 
 
@@ -184,39 +186,31 @@ def _scan_file(path: Path) -> Path:
 
 def _from_csv(path: Path) -> dict[int, TokenFact]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    found = {}
     with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            i = int(row["token_id"])
-            found[i] = TokenFact(
-                i, cell_text(row["token"]), row["category"], _number(row["indicator"]), _number(row["max_prob"]),
-                row["verdict"],
-                _truth(row["candidate"]), _truth(row["is_reference"]) or _truth(row.get("reserved", "")),
-                _truth(row.get("is_byte", "")),
-            )  # fmt: skip
-    return found
+        facts = [_fact(row, cell_text(row["token"]), _truth(row["candidate"])) for row in csv.DictReader(file)]
+    return {fact.token_id: fact for fact in facts}
 
 
-def _from_json(facts: Mapping[str, Any]) -> dict[int, TokenFact]:
-    found: dict[int, TokenFact] = {}
-    members = {int(i) for i in (facts.get("reference") or {}).get("members", [])}
-    for i in members:
-        found[i] = TokenFact(i, "", "", reference=True)
-    verification = facts.get("verification") or {}
-    for test in verification.get("tested", []):
-        i = int(test["token_id"])
-        found[i] = TokenFact(
-            i, "", "", max_prob=_number(test["max_prob"]), verdict=test["verdict"], candidate=not test["control"]
-        )
+def _from_json(scan: Mapping[str, Any]) -> dict[int, TokenFact]:  # Any: JSON
+    facts = [
+        TokenFact(token_id=int(i), text="", category="", reference=True)
+        for i in (scan.get("reference") or {}).get("members", [])
+    ]
+    facts += [
+        _fact(test | {"category": ""}, "", not test["control"])
+        for test in (scan.get("verification") or {}).get("tested", [])
+    ]
     for kind in ("controls", "unwritable", "candidates"):
-        found |= {int(row["token_id"]): _of_row(row, kind == "candidates") for row in facts.get(kind, [])}
-    return found
+        facts += [_fact(row, shown(row["token"]), kind == "candidates") for row in scan.get(kind, [])]
+    return {fact.token_id: fact for fact in facts}  # later ones say more
 
 
-def _of_row(row: Mapping[str, Any], candidate: bool) -> TokenFact:
+def _fact(row: Mapping[str, Any], text: str, candidate: bool) -> TokenFact:
+    """A row of a report, of its JSON or of its CSV."""
     return TokenFact(
-        int(row["token_id"]), shown(row["token"]), row["category"], _number(row["indicator"]),
-        _number(row["max_prob"]), row["verdict"], candidate, bool(row.get("is_reference")), bool(row.get("is_byte")),
+        token_id=int(row["token_id"]), text=text, category=row["category"], indicator=_number(row.get("indicator")),
+        max_prob=_number(row["max_prob"]), verdict=row["verdict"], candidate=candidate,
+        reference=_truth(row.get("is_reference")) or _truth(row.get("reserved")), is_byte=_truth(row.get("is_byte")),
     )  # fmt: skip
 
 
@@ -232,9 +226,9 @@ def _grade_of(verdict: str) -> str | None:
     return "verified" if unsayable else "borderline"
 
 
-def _number(value: Any) -> float:
+def _number(value: str | float | None) -> float:
     return math.nan if value in (None, "") else float(value)
 
 
-def _truth(value: str) -> bool:
-    return value == "True"
+def _truth(value: object) -> bool:
+    return value in (True, "True")

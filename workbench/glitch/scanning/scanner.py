@@ -16,8 +16,8 @@ from workbench.core.errors import (
     InvalidInputError,
     MissingFileError,
     ModelUnavailableError,
-    UnknownNameError,
-    did_you_mean,
+    require,
+    require_known,
 )
 from workbench.core.gguffile import read_gguf
 from workbench.engine.log import Log
@@ -40,12 +40,13 @@ from workbench.glitch.verification.chat import FORMS, Forms, PromptSet, prompt_s
 from workbench.glitch.verification.contexts import Contexts, in_contexts, line_options, make_lines
 from workbench.glitch.verification.prompts import PROBES, Template, probes_from
 from workbench.glitch.verification.scoring import VerifyOptions
-from workbench.glitch.verification.sides import measure_sides
-from workbench.glitch.verification.symptoms import symptoms
+from workbench.glitch.verification.sides import Sides, measure_sides
+from workbench.glitch.verification.symptoms import Symptoms, symptoms
 from workbench.glitch.verification.verify import journal_key, verify, with_spliced
 from workbench.glitch.vocabulary.fragments import same_text
 from workbench.glitch.vocabulary.taxonomy import natures
-from workbench.glitch.vocabulary.tokenizer import CATEGORIES, Vocabulary, analyse
+from workbench.glitch.vocabulary.tokenizer import CATEGORIES, Vocabulary, analyse, draw_controls
+from workbench.models.model import Model
 
 _N_ORDINARY = 2000
 _NO_WORDS = 100
@@ -90,26 +91,17 @@ class ScanOptions:
     verification: VerifyOptions = VerifyOptions()
 
     def __post_init__(self) -> None:
-        if min(self.top, self.block_rows) < 1 or min(self.spliced, self.contexts, self.controls or 0) < 0:
-            raise InvalidInputError(
-                f"ScanOptions(top={self.top}, controls={self.controls}, spliced={self.spliced}, contexts="
-                f"{self.contexts}, block_rows={self.block_rows}): top and block_rows are at least 1, the others "
-                "at least 0."
-            )
-        if self.forms not in ("auto", *FORMS):
-            raise UnknownNameError(
-                f"There is no prompt form {self.forms!r}. {did_you_mean(self.forms, ('auto', *FORMS))}"
-            )
-        if self.percentile is not None and not 0 < self.percentile < 100:
-            raise InvalidInputError(
-                f"percentile={self.percentile}: must lie between 0 and 100; the literature takes 2. Leave it "
-                "out to have the threshold found."
-            )
+        rule = "top and block_rows are at least 1, spliced, contexts and controls at least 0."
+        least = min(self.spliced, self.contexts, self.controls or 0)
+        require(min(self.top, self.block_rows) >= 1 and least >= 0, self, rule)
+        require_known("prompt form", self.forms, ("auto", *FORMS))
+        rule = "must lie between 0 and 100; the literature takes 2. Leave it out to have the threshold found."
+        require(self.percentile is None or 0 < self.percentile < 100, f"percentile={self.percentile}", rule)
         if self.indicator is not None:
             INDICATORS.check(self.indicator)
 
 
-def scan(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
+def scan(model: object, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
     """Ranks every token of a model by how untrained its row looks, and on request tests the first ones.
 
     Args:
@@ -132,24 +124,37 @@ def scan(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptio
     report = _weights_only(name, matrices, vocabulary, options)
     candidates = report.candidates()
     suspects = {*candidates[: max(options.top, _NO_WORDS)], *report.reference.members}
-    found = natures(vocabulary, [*candidates, *report.unwritable()], suspects)
-    report = dataclasses.replace(report, natures=found)
+    report = dataclasses.replace(report, natures=natures(vocabulary, [*candidates, *report.unwritable()], suspects))
     return report if verify is None else _examined(model, report, codec, vocabulary, options)
 
 
-def examine(model: Any, report: GlitchReport, *, options: ScanOptions | None = None) -> GlitchReport:
+def examine(model: object, report: GlitchReport, *, options: ScanOptions | None = None) -> GlitchReport:
     """The second half of `scan(model, "top")`, for a report that was made of the same model's weights.
 
     Raises:
         DegenerateInputError: if there is nothing to verify, or the model gives no numbers.
     """
-    codec = _open(model)[2]
+    codec = codec_for(model)
     return _examined(model, report, codec, analyse(codec), options or ScanOptions())
 
 
-def _open(model: Any) -> tuple[str, TokenMatrices, Codec]:
-    if hasattr(model, "hf") and hasattr(model, "tokenizer"):
-        return str(model.name), in_memory(model.hf), codec_of(model.tokenizer)
+def codec_for(model: object) -> Codec:
+    """The tokenizer of a model, or of what names one; see `scan`."""
+    return codec_of(model.tokenizer) if isinstance(model, Model) else codec_in(local_path(str(model)))
+
+
+def loaded(model: object, *, dtype: str = "auto") -> Model:
+    """The model, loaded if it is named; see `scan`."""
+    if isinstance(model, Model):
+        return model
+    from workbench.models.loading import load_model
+
+    return load_model(str(model), dtype=dtype)
+
+
+def _open(model: object) -> tuple[str, TokenMatrices, Codec]:
+    if isinstance(model, Model):
+        return model.name, in_memory(model.hf), codec_of(model.tokenizer)
     if not isinstance(model, str | Path):
         raise InvalidInputError(
             f"scan({type(model).__name__}): give a Model, a folder, a .gguf file, a hub id or 'embedded'."
@@ -217,7 +222,7 @@ def _weights_only(name: str, matrices: TokenMatrices, vocabulary: Vocabulary, op
 def _ordinary(vocabulary: Vocabulary, outer: RowFacts) -> np.ndarray:
     """Ids of reachable text tokens with a usable row: what the reference is compared with."""
     shared = min(len(vocabulary), len(outer.norm))
-    plain = vocabulary.is_category("ok")[:shared] & ~vocabulary.reserved[:shared] & outer.usable[:shared]
+    plain = vocabulary.ordinary[:shared] & outer.usable[:shared]
     if not plain.any():
         raise DegenerateInputError(
             f"None of the {len(vocabulary)} tokens is ordinary text with a usable row among {len(outer.norm)} rows. "
@@ -247,13 +252,11 @@ def _separations(
 ) -> tuple[Separation, ...]:
     if not unused:
         return ()
-    others = np.setdiff1d(ordinary, unused)
+    others, measured = np.setdiff1d(ordinary, unused), [(name, values[name]) for name in INDICATORS if name in values]
     return tuple(
-        separation(
-            name, values[name], others, held_out_values(name, matrices, outer, values[name], unused)
-        )
-        for name in INDICATORS if name in values
-    )  # fmt: skip
+        separation(name, column, others, held_out_values(name, matrices, outer, column, unused))
+        for name, column in measured
+    )
 
 
 def _facts(vocabulary: Vocabulary, table: TokenTable) -> TokenizerFacts:
@@ -298,7 +301,7 @@ def _padded(values: np.ndarray, n: int, fill: Any = np.nan) -> np.ndarray:
 
 
 def _examined(
-    model: Any, report: GlitchReport, codec: Codec, vocabulary: Vocabulary, options: ScanOptions
+    source: object, report: GlitchReport, codec: Codec, vocabulary: Vocabulary, options: ScanOptions
 ) -> GlitchReport:
     candidates = report.candidates()[: options.top]
     if not candidates:
@@ -306,24 +309,22 @@ def _examined(
             f"verify='top': there is nothing to test in {report.model}, because {report.indicator_why}. "
             "Give ScanOptions(reference=(ids of tokens known to be unused,)), or read the weights-only report."
         )
-    if isinstance(model, str | Path):
-        from workbench.models.loading import load_model
-
-        model = load_model(model)
-    controls = _controls(report, options.top if options.controls is None else options.controls, options.seed)
+    model, table = loaded(source), report.table
+    pool = np.flatnonzero(table.ordinary & (table.indicator > report.threshold) & ~table.is_reference)
+    controls = draw_controls(pool, options.top if options.controls is None else options.controls, options.seed)
     made = _prompts(model, vocabulary, options)
     journal = _journal(options.journal, model, made.templates, options.verification)
     done = verify(model, codec, made.templates, candidates, controls, options.verification, journal)
-    spliced = report.unwritable()[: options.spliced]
-    if spliced:
+    if spliced := report.unwritable()[: options.spliced]:
         done = with_spliced(done, model, made.templates, spliced, journal)
-    report = report.with_verification(dataclasses.replace(done, notes=made.notes))
-    more: dict[str, Callable[[], Any]] = {}
+    report = dataclasses.replace(report, verification=dataclasses.replace(done, notes=made.notes))
+    more: dict[str, Callable[[], Sides | Contexts | Symptoms]] = {}
     if options.sides:
         suspects = report.candidates()
         more["sides"] = lambda: measure_sides(model, codec, vocabulary, candidates, controls, suspects)
     if options.contexts:
-        more["contexts"] = lambda: _among_others(model, vocabulary, report, candidates, controls, options)
+        words = np.setdiff1d(pool, [*candidates, *controls]).tolist()
+        more["contexts"] = lambda: _among_others(model, vocabulary, words, candidates, controls, options)
     if options.symptoms:
         more["symptoms"] = lambda: symptoms(model, vocabulary, candidates, controls, forms=options.forms)
     for name, measure_more in more.items():
@@ -334,33 +335,21 @@ def _examined(
     return report
 
 
-def _journal(path: Path | None, model: Any, templates: Sequence[Template], how: VerifyOptions) -> Log | None:
+def _journal(path: Path | None, model: Model, templates: Sequence[Template], how: VerifyOptions) -> Log | None:
     return None if path is None else Log(path, journal_key(model, templates, how))
 
 
-def _among_others(
-    model: Any, vocabulary: Vocabulary, report: GlitchReport, candidates: Sequence[int], controls: Sequence[int],
-    options: ScanOptions,
-) -> Contexts:  # fmt: skip
-    pool = np.setdiff1d(_pool(report), [*candidates, *controls]).tolist()
-    lines = make_lines(model, vocabulary, pool, options.contexts, options.seed)
-    how = line_options(options.verification)
-    path = options.journal and options.journal.with_name(f"{options.journal.stem}-lines{options.journal.suffix}")
-    return in_contexts(model, lines, candidates, controls, how, _journal(path, model, lines.templates, how))
-
-
-def _prompts(model: Any, vocabulary: Vocabulary, options: ScanOptions) -> PromptSet:
+def _prompts(model: Model, vocabulary: Vocabulary, options: ScanOptions) -> PromptSet:
     own = options.prompts is not None
     probes = probes_from(options.prompts) if options.prompts is not None else PROBES
     return prompt_set(model, vocabulary, probes, options.forms, strict=own, steps=options.verification.steps)
 
 
-def _controls(report: GlitchReport, n: int, seed: int) -> Sequence[int]:
-    """Random ordinary tokens that are no candidates, drawn without replacement."""
-    pool = _pool(report)
-    return np.random.default_rng(seed).choice(pool, min(n, len(pool)), replace=False).tolist()
-
-
-def _pool(report: GlitchReport) -> np.ndarray:
-    table = report.table
-    return np.flatnonzero(table.ordinary & (table.indicator > report.threshold) & ~table.is_reference)
+def _among_others(
+    model: Model, vocabulary: Vocabulary, words: Sequence[int], candidates: Sequence[int], controls: Sequence[int],
+    options: ScanOptions,
+) -> Contexts:  # fmt: skip
+    lines = make_lines(model, vocabulary, words, options.contexts, options.seed)
+    how = line_options(options.verification)
+    path = options.journal and options.journal.with_name(f"{options.journal.stem}-lines{options.journal.suffix}")
+    return in_contexts(model, lines, candidates, controls, how, _journal(path, model, lines.templates, how))

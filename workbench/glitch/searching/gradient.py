@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, require
 from workbench.core.progress import task
 from workbench.glitch.searching.oracle import Asker, Found, Oracle
 from workbench.glitch.verification.prompts import Template
+from workbench.models.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,8 @@ class GradientOptions:
     neighbours: int = 32
 
     def __post_init__(self) -> None:
-        if min(self.iterations, self.batch_size) < 1 or self.neighbours < self.batch_size:
-            raise InvalidInputError(
-                f"{self}: iterations and batch_size are at least 1, neighbours at least batch_size."
-            )
+        is_valid = min(self.iterations, self.batch_size) >= 1 and self.neighbours >= self.batch_size
+        require(is_valid, self, "iterations and batch_size are at least 1, neighbours at least batch_size.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +49,7 @@ class Uncertainty:
     gradient: Float[Tensor, "batch d_model"]
 
 
-def uncertainty(model: Any, template: Template, tokens: Int[Tensor, " batch"]) -> Uncertainty:
+def uncertainty(model: Model, template: Template, tokens: Int[Tensor, " batch"]) -> Uncertainty:
     """Entropy of the token that follows the prompt, and its gradient; fp32, on the CPU.
 
     Raises:
@@ -73,7 +71,7 @@ def uncertainty(model: Any, template: Template, tokens: Int[Tensor, " batch"]) -
 
 
 def climb(
-    model: Any, template: Template, ids: np.ndarray, oracle: Oracle, options: GradientOptions | None = None
+    model: Model, template: Template, ids: np.ndarray, oracle: Oracle, options: GradientOptions | None = None
 ) -> Found:
     """Tests tokens where the entropy of the answer to a copying prompt should be highest, to first order.
 
@@ -111,9 +109,9 @@ def climb(
                 batch = torch.cat([torch.tensor([at]), batch[batch != at]])[: options.batch_size]
             asker(places[batch].numpy())
             untested[batch] = False
-            found = uncertainty(model, template, places[batch])
+            there = uncertainty(model, template, places[batch])
             passes += len(batch)
-            best = int(found.entropy.argmax())
-            at, entropy, gradient = int(batch[best]), found.entropy[best], found.gradient[best]
+            best = int(there.entropy.argmax())
+            at, entropy, gradient = int(batch[best]), there.entropy[best], there.gradient[best]
             running.advance()
     return asker.found("gradient", passes)

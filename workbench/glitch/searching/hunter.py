@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.core.errors import DegenerateInputError, InvalidInputError, MissingFileError, ShapeError
+from workbench.core.errors import DegenerateInputError, MissingFileError, ShapeError, require
 from workbench.core.progress import task, track
 from workbench.glitch.searching.oracle import Asker, Found, Oracle
 
@@ -44,15 +44,13 @@ class HunterOptions:
 
     def __post_init__(self) -> None:
         counts = (self.components, self.neighbours, self.at_least, self.max_rounds)
-        if min(counts) < 1 or self.at_most < self.at_least or self.resolution <= 0:
-            raise InvalidInputError(
-                f"{self}: components, neighbours, at_least and max_rounds are at least 1, at_most is at least "
-                "at_least, resolution is above 0."
-            )
-        if not 0 < self.share <= 1 or not 0 <= self.keep_above < 1:
-            raise InvalidInputError(
-                f"share={self.share}, keep_above={self.keep_above}: share lies in (0, 1], keep_above in [0, 1)."
-            )
+        is_valid = min(counts) >= 1 and self.at_most >= self.at_least and self.resolution > 0
+        is_valid &= 0 < self.share <= 1 and 0 <= self.keep_above < 1
+        rule = (
+            "components, neighbours, at_least and max_rounds are at least 1, at_most is at least at_least, resolution "
+            "is above 0, share lies in (0, 1], keep_above in [0, 1)."
+        )
+        require(is_valid, self, rule)
 
     def sample_size(self, size: int) -> int:
         """Tokens of a cluster that are tested.
@@ -91,10 +89,9 @@ def hunt(
         shrunk, current = len(kept) < len(current), kept
         if not shrunk or len(current) < 2:
             break
-    before = asker.found("hunter").calls
-    if len(current):
-        asker(current)
-    notes.append(f"the {len(current):,} members tested one by one: {asker.found('hunter').calls - before:,} more calls")
+    more = int((~asker.knows(current)).sum())
+    asker(current)
+    notes.append(f"the {len(current):,} members tested one by one: {more:,} more calls")
     return asker.found("hunter", notes=notes)
 
 
@@ -106,7 +103,7 @@ def _kept(
     clusters = np.split(current[order], np.flatnonzero(np.diff(member[order])) + 1)
     samples = [rng.choice(ids, options.sample_size(len(ids)), replace=False) for ids in clusters]
     labels = np.split(asker(np.concatenate(samples)), np.cumsum([len(sample) for sample in samples])[:-1])
-    kept = [ids for ids, found in zip(clusters, labels, strict=True) if found.mean() > options.keep_above]
+    kept = [ids for ids, glitch in zip(clusters, labels, strict=True) if glitch.mean() > options.keep_above]
     return np.sort(np.concatenate(kept)) if kept else np.zeros(0, dtype=np.int64)
 
 
@@ -126,13 +123,13 @@ def communities(rows: Float[Tensor, "n d_model"], options: HunterOptions) -> np.
             "`pip install interp-workbench[search]`, or use another search."
         ) from error
     edges = nearest_pairs(principal_components(rows, options.components), options.neighbours)
-    graph: Any = igraph.Graph(n=len(rows), edges=edges)
+    graph: Any = igraph.Graph(n=len(rows), edges=edges)  # igraph has no types
     with task(total=None, description=f"communities of {len(rows):,} tokens", unit="steps"):
-        found = leidenalg.find_partition(
+        partition = leidenalg.find_partition(
             graph, leidenalg.RBConfigurationVertexPartition, resolution_parameter=options.resolution,
             seed=options.seed,
         )  # fmt: skip
-    return np.asarray(found.membership, dtype=np.int64)
+    return np.asarray(partition.membership, dtype=np.int64)
 
 
 def principal_components(rows: Float[Tensor, "n d_model"], k: int) -> Float[Tensor, "n k"]:

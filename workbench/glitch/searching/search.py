@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 
-from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
+from workbench.core.errors import DegenerateInputError, require, require_known
 from workbench.core.progress import track
 from workbench.glitch.counting.census_result import CensusPlan, ranking
 from workbench.glitch.searching.gradient import GradientOptions, climb
@@ -49,13 +49,9 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            if method not in METHODS:
-                raise UnknownNameError(f"There is no search {method!r}. {did_you_mean(method, METHODS)}")
-        if not self.methods or self.seeds < 1 or (self.budget is not None and self.budget < 1):
-            raise InvalidInputError(
-                f"SearchOptions(methods={self.methods}, seeds={self.seeds}, budget={self.budget}): name at least one "
-                f"of {', '.join(get_args(Method))}; seeds and budget are at least 1."
-            )
+            require_known("search", method, METHODS)
+        is_valid = self.methods and self.seeds >= 1 and (self.budget is None or self.budget >= 1)
+        require(bool(is_valid), self, f"name at least one of {', '.join(METHODS)}; seeds and budget are at least 1.")
 
 
 def search(model: Model, plan: CensusPlan, prober: Prober, *, options: SearchOptions | None = None) -> SearchReport:
@@ -74,20 +70,19 @@ def search(model: Model, plan: CensusPlan, prober: Prober, *, options: SearchOpt
     ids = ids[torch.isfinite(rows[torch.from_numpy(ids).to(rows.device)]).all(1).cpu().numpy()]
     if len(ids) < 2:
         raise DegenerateInputError(f"search: {len(ids)} ordinary tokens have a finite row. Check the model's weights.")
-    known = ~np.isnan(prober.best[ids])
-    truth = prober.best[ids] < VERIFIED if known.all() else None
+    best = prober.best[ids]
+    n_glitch = None if np.isnan(best).any() else int((best < VERIFIED).sum())
     arms = _run(model, plan, ids, rows, prober.is_glitch, options)
-    ranked = plan.scan.indicator is not None
     return SearchReport(
-        model=plan.scan.model, n_tokens=len(ids), n_glitch=None if truth is None else int(truth.sum()),
-        arms=tuple(arms), dtype=plan.dtype.dtype, indicator=plan.scan.indicator if ranked else None,
+        model=plan.scan.model, n_tokens=len(ids), n_glitch=n_glitch, arms=tuple(arms), dtype=plan.dtype.dtype,
+        indicator=plan.scan.indicator,
         token={int(i): table.token[int(i)] for arm in arms for run in arm.runs for i in run.asked[run.glitch]},
         methods=METHODS,
     )  # fmt: skip
 
 
 def _run(
-    model: Model, plan: CensusPlan, ids: np.ndarray, rows: Any, oracle: Oracle, options: SearchOptions
+    model: Model, plan: CensusPlan, ids: np.ndarray, rows: torch.Tensor, oracle: Oracle, options: SearchOptions
 ) -> list[Arm]:
     """Searches that decide themselves how much they ask, then those with a budget."""
     runs: dict[str, list[Found]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from workbench.core.records import to_jsonable
 from workbench.core.stats import Estimate, clopper_pearson, sample_mean
-from workbench.glitch.scanning.result import shown
+from workbench.glitch.reporting import TokenReport, measured, shown
 from workbench.glitch.searching.oracle import Found
-from workbench.report.base import Block, Lines, Report, Section, Series, Table
+from workbench.report.base import Block, Lines, Metric, Series, Table
 
 _POINTS = 120
 _ROWS = 60
@@ -33,17 +33,19 @@ class Arm:
 
     def precision(self, calls: int | None = None) -> Estimate:
         """Share of the tested tokens that are glitch tokens; `calls` takes only the first so many of each run."""
-        runs = [run if calls is None else run.first(calls) for run in self.runs]
-        if len(runs) == 1:
-            return runs[0].precision
-        return _over_runs([run.precision for run in runs])
+        return _over_runs([run.precision for run in self._first(calls)])
 
     def recall(self, n_glitch: int, calls: int | None = None) -> Estimate:
         """Share of all glitch tokens that are found; several runs give their mean with an interval over runs."""
-        runs = [run if calls is None else run.first(calls) for run in self.runs]
-        if len(runs) == 1:
-            return runs[0].recall(n_glitch)
-        return _over_runs([run.recall(n_glitch) for run in runs])
+        return _over_runs([run.recall(n_glitch) for run in self._first(calls)])
+
+    @property
+    def n_found(self) -> float:
+        """Mean number of glitch tokens found."""
+        return float(np.mean([run.n_found for run in self.runs]))
+
+    def _first(self, calls: int | None) -> list[Found]:
+        return [run if calls is None else run.first(calls) for run in self.runs]
 
 
 def _over_runs(shares: list[Estimate]) -> Estimate:
@@ -51,13 +53,15 @@ def _over_runs(shares: list[Estimate]) -> Estimate:
 
     Runs that agree by chance, such as two without any find, say nothing of how sure their share is.
     """
-    found = sample_mean([share.value for share in shares], unit="runs")
+    if len(shares) == 1:
+        return shares[0]
+    mean = sample_mean([share.value for share in shares], unit="runs")
     low, high = (float(np.mean([getattr(share, end) for share in shares])) for end in ("low", "high"))
-    return dataclasses.replace(found, low=max(0.0, min(found.low, low)), high=min(1.0, max(found.high, high)))
+    return dataclasses.replace(mean, low=max(0.0, min(mean.low, low)), high=min(1.0, max(mean.high, high)))
 
 
-@dataclass(frozen=True, eq=False)
-class SearchReport(Report):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SearchReport(TokenReport):
     """Result of `search`.
 
     Attributes:
@@ -87,32 +91,33 @@ class SearchReport(Report):
         random = self.arm("random")
         return None if random is None else random.runs[0].precision
 
-    def metrics(self) -> dict[str, Estimate | float | int | str]:
+    def metrics(self) -> dict[str, Metric]:
         """Flat numbers per search."""
-        found: dict[str, Estimate | float | int | str] = {"n_tokens": self.n_tokens, "n_found": len(self.token)}
-        if self.n_glitch is not None:
-            found["n_glitch"] = self.n_glitch
+        metrics: dict[str, Metric | None] = {
+            "n_tokens": self.n_tokens, "n_found": len(self.token), "n_glitch": self.n_glitch
+        }  # fmt: skip
         for arm in self.arms:
-            found[f"{arm.name}.calls"] = arm.calls
-            found[f"{arm.name}.precision"] = arm.precision()
-            if self.n_glitch:
-                found[f"{arm.name}.recall"] = arm.recall(self.n_glitch)
-        return found
+            metrics |= {f"{arm.name}.calls": arm.calls, f"{arm.name}.precision": arm.precision(),
+                        f"{arm.name}.recall": self._recall(arm)}  # fmt: skip
+        return measured(metrics)
+
+    def _recall(self, arm: Arm) -> Estimate | None:
+        return arm.recall(self.n_glitch) if self.n_glitch else None
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences."""
         return (self._truth(), *(self._said(arm) for arm in self.arms), *self._at_equal_cost())
 
     def _truth(self) -> str:
-        rate = self.base_rate()
+        share = self.base_rate()
         if self.n_glitch is not None:
             return (
                 f"{self.n_glitch} of {self.n_tokens:,} ordinary tokens of {self.model} are glitch tokens, by a census "
                 f"({self.dtype}); recall is measured against them."
             )
-        if rate is None:
+        if share is None:
             return "Recall is not known: there is no census, and no random arm to estimate the total from."
-        value, low, high = (self.n_tokens * share for share in (rate.value, rate.low, rate.high))
+        value, low, high = (self.n_tokens * part for part in (share.value, share.low, share.high))
         return (
             f"{len(self.token)} glitch tokens of {self.model} found by all searches together. Recall is not known; by "
             f"the random arm there are {value:.0f} [{low:.0f}, {high:.0f}] among {self.n_tokens:,}."
@@ -120,25 +125,18 @@ class SearchReport(Report):
 
     def _said(self, arm: Arm) -> str:
         said = f"{arm.name} ({self.methods[arm.name]}): {arm.calls:,.0f} tokens tested, precision {arm.precision()}"
-        if self.n_glitch:
-            said += f", recall {arm.recall(self.n_glitch)}"
-        passes = arm.runs[0].gradient_passes
+        recall, passes = self._recall(arm), arm.runs[0].gradient_passes
+        said += "" if recall is None else f", recall {recall}"
         return said + (f"; {passes:,} gradient passes on top." if passes else ".")
 
-    def _at_equal_cost(self) -> list[str]:
-        said = []
-        for name in ("hunter", "gradient"):
-            arm = self.arm(name)
-            others = [other for other in (self.arm("indicator"), self.arm("random")) if other is not None]
-            if arm is None or not others:
-                continue
-            calls = round(arm.calls)
-            listed = "; ".join(
-                f"{other.name} {np.mean([run.first(calls).n_found for run in other.runs]):.1f}" for other in others
-            )
-            mean = np.mean([run.n_found for run in arm.runs])
-            said.append(f"With the {calls:,} calls of {name}, which finds {mean:.1f} glitch tokens: {listed}.")
-        return said
+    def _at_equal_cost(self) -> Iterator[str]:
+        others = [arm for arm in (self.arm("indicator"), self.arm("random")) if arm is not None]
+        for arm in (self.arm("hunter"), self.arm("gradient")):
+            if arm is not None and others:
+                calls = round(arm.calls)
+                stopped = [Arm(other.name, tuple(other._first(calls))) for other in others]
+                listed = "; ".join(f"{other.name} {other.n_found:.1f}" for other in stopped)
+                yield f"With the {calls:,} calls of {arm.name}, which finds {arm.n_found:.1f} glitch tokens: {listed}."
 
     def to_json(self) -> dict[str, Any]:
         """Every run with its tokens in the order asked; glitch tokens with their text."""
@@ -155,7 +153,7 @@ class SearchReport(Report):
         })  # fmt: skip
 
     @property
-    def df(self) -> Any:
+    def df(self) -> Any:  # pandas has no types here
         """One row per run, as a pandas table."""
         import pandas as pd
 
@@ -167,25 +165,22 @@ class SearchReport(Report):
         ]  # fmt: skip
         return pd.DataFrame(rows)
 
-    def section(self) -> Section:
-        """Tables, curves and findings."""
-        blocks: list[Block] = [self._compared(), self._curves(), self._listed()]
-        return Section(
-            f"Searches for glitch tokens in {self.model}", tuple(blocks), findings=self.findings(),
-            metrics=self.metrics(),
-        )  # fmt: skip
+    @property
+    def _title(self) -> str:
+        return f"Searches for glitch tokens in {self.model}"
+
+    def _blocks(self) -> tuple[Block, ...]:
+        return self._compared(), self._curves(), self._listed()
 
     def _compared(self) -> Table:
-        rows = []
-        for arm in self.arms:
-            found = float(np.mean([run.n_found for run in arm.runs]))
-            recall = arm.recall(self.n_glitch) if self.n_glitch else None
-            notes = "; ".join(arm.runs[0].notes)
-            rows.append((arm.name, len(arm.runs), round(arm.calls), arm.runs[0].gradient_passes, found,
-                         arm.precision(), recall, notes))  # fmt: skip
+        rows = tuple(
+            (arm.name, len(arm.runs), round(arm.calls), arm.runs[0].gradient_passes, arm.n_found, arm.precision(),
+             self._recall(arm), "; ".join(arm.runs[0].notes))
+            for arm in self.arms
+        )  # fmt: skip
         columns = ("search", "runs", "tokens tested", "gradient passes", "found", "precision", "recall", "first run")
         caption = f"{self.n_tokens:,} ordinary tokens; several runs differ in their seed, their mean is shown"
-        return Table(columns, tuple(rows), caption=caption)
+        return Table(columns, rows, caption=caption)
 
     def _curves(self) -> Lines:
         series = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from workbench.core.codec import Codec
-from workbench.core.errors import DegenerateInputError, InvalidInputError, MissingFileError
+from workbench.core.errors import DegenerateInputError, MissingFileError, require
 from workbench.core.progress import track
 from workbench.glitch.text.spans import encode_spans
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
@@ -30,7 +31,7 @@ _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 _TRIES = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdtItem:
     """Two words whose border lies inside a token, or a control pair whose border does not.
 
@@ -56,13 +57,10 @@ class AdtItem:
     @property
     def cuts(self) -> tuple[str, ...]:
         """Beginnings of the joined words that end where a token ends, the true first word left out."""
-        joined, at, found = self.first + self.second, self.border - len(self.first), []
-        place = 0
-        for token in self.tokens:
-            place += len(token)
-            if at < place < at + len(joined):
-                found.append(joined[: place - at])
-        return tuple(cut for cut in found if cut != self.first)
+        joined, at = self.first + self.second, self.border - len(self.first)
+        ends = itertools.accumulate(map(len, self.tokens))
+        cuts = [joined[: end - at] for end in ends if at < end < at + len(joined)]
+        return tuple(cut for cut in cuts if cut != self.first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +79,8 @@ class AdtOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.items, self.per_trap) < 1 or not 2 <= self.shortest <= self.longest:
-            raise InvalidInputError(
-                f"AdtOptions(items={self.items}, per_trap={self.per_trap}, shortest={self.shortest}, "
-                f"longest={self.longest}): items and per_trap are at least 1, and 2 <= shortest <= longest."
-            )
+        is_valid = min(self.items, self.per_trap) >= 1 and 2 <= self.shortest <= self.longest
+        require(is_valid, self, "items and per_trap are at least 1, and 2 <= shortest <= longest.")
 
 
 def lexicon_of(vocabulary: Vocabulary, options: AdtOptions | None = None) -> tuple[str, ...]:
@@ -155,17 +150,17 @@ def _attacks(
     codec: Codec, vocabulary: Vocabulary, words: Sequence[str], options: AdtOptions, rng: np.random.Generator
 ) -> list[AdtItem]:
     ends, starts = _index(words)
-    found: list[AdtItem] = []
+    attacks: list[AdtItem] = []
     seen: set[tuple[str, str]] = set()
     traps = [i for i, c in enumerate(vocabulary.category) if c == "ok" and _is_trap(vocabulary.text[i])]
     for i in track(traps, description="traps", unit="tokens"):
         pairs = [pair for pair in _pairs(vocabulary.text[i], ends, starts, rng) if pair not in seen]
-        made = _crossing(codec, pairs, rng)[: min(options.per_trap, options.items - len(found))]
-        found += made
+        made = _crossing(codec, pairs, rng)[: min(options.per_trap, options.items - len(attacks))]
+        attacks += made
         seen |= {(item.first, item.second) for item in made}
-        if len(found) >= options.items:
+        if len(attacks) >= options.items:
             break
-    return found
+    return attacks
 
 
 def _index(words: Sequence[str]) -> tuple[Mapping[str, list[str]], Mapping[str, list[str]]]:
@@ -217,7 +212,10 @@ def _item(first: str, second: str, carrier: str) -> AdtItem:
     frame, sign = CARRIERS[carrier]
     border = frame.index("{}") + len(first)
     separated = frame.format(f"{first}{sign}{second}")
-    return AdtItem("", carrier, first, second, frame.format(first + second), separated, (), "", -1, border)
+    return AdtItem(
+        arm="", carrier=carrier, first=first, second=second, text=frame.format(first + second), separated=separated,
+        tokens=(), trap="", trap_id=-1, border=border,
+    )  # fmt: skip
 
 
 def _carrier(text: str, rng: np.random.Generator) -> str:

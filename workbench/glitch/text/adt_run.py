@@ -15,11 +15,11 @@ from workbench.core.progress import task
 from workbench.core.records import from_jsonable, json_lines, to_jsonable, write_atomic
 from workbench.core.stats import Estimate, clopper_pearson, mcnemar, paired_difference
 from workbench.engine.log import Log
-from workbench.glitch.scanning.result import shown
+from workbench.glitch.reporting import TokenReport, measured, rate, sentences, shown
 from workbench.glitch.text.adt import AdtItem
-from workbench.glitch.verification.probing import dtype_name
-from workbench.report.base import Report, Section, Table, Text
-from workbench.report.blocks import Bars, Block, Metric
+from workbench.glitch.verification.scoring import dtype_name
+from workbench.models.model import Model
+from workbench.report.base import Bars, Block, Metric, Table, Text
 
 SHOTS = 4
 _TASK = "Each line shows two words and then the same two words with a space between them.\n"
@@ -52,7 +52,7 @@ class AdtAnswer:
 
 
 @dataclass(frozen=True, eq=False)
-class AdtReport(Report):
+class AdtReport(TokenReport):
     """Result of `run_adt`: one answer per item, attacks first."""
 
     model: str
@@ -73,17 +73,17 @@ class AdtReport(Report):
 
     def drop(self, name: str) -> Estimate:
         """Accuracy in the control minus accuracy where the words are joined; positive if joining hurts."""
-        found = self.arm(name)
+        answers = self.arm(name)
         return paired_difference(
-            [float(a.right_separated) for a in found], [float(a.right_joined) for a in found], unit="items"
+            [float(a.right_separated) for a in answers], [float(a.right_joined) for a in answers], unit="items"
         )
 
     def p_value(self, name: str) -> float:
         """Exact McNemar test of the control against the joined form."""
-        found = self.arm(name)
+        answers = self.arm(name)
         return mcnemar(
-            sum(a.right_separated and not a.right_joined for a in found),
-            sum(a.right_joined and not a.right_separated for a in found),
+            sum(a.right_separated and not a.right_joined for a in answers),
+            sum(a.right_joined and not a.right_separated for a in answers),
         )
 
     def hidden_border_p(self) -> float:
@@ -94,66 +94,57 @@ class AdtReport(Report):
         from scipy.stats import fisher_exact
 
         table = [[sum(a.right_joined for a in self.arm(name)), len(self.arm(name))] for name in ("attack", "plain")]
-        found: Any = fisher_exact([[right, n - right] for right, n in table])
-        return float(found.pvalue)
+        tested: Any = fisher_exact([[right, n - right] for right, n in table])  # scipy does not type its results
+        return float(tested.pvalue)
 
     def errors_along_tokens(self, name: str) -> Estimate | None:
         """Share of wrong answers that cut where a token ends; None without wrong answers."""
-        wrong = [a for a in self.arm(name) if not a.right_joined]
-        return clopper_pearson(sum(a.along_tokens for a in wrong), len(wrong), unit="errors") if wrong else None
+        return rate((a.along_tokens for a in self.arm(name) if not a.right_joined), "errors")
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences, also if it is nothing."""
-        n = len(self.arm("attack"))
         attack, control, drop = self.accuracy("attack"), self.accuracy("attack", True), self.drop("attack")
-        said = [
-            f"{n} pairs of words whose border lies inside a token: {attack.value:.1%} right joined, "
-            f"{control.value:.1%} with a separator; drop {drop} (exact McNemar p = {self.p_value('attack'):.2g})."
-        ]
-        if not self.arm("plain"):
-            said.append("No pairs with a respected border were found, so the drop may come from the missing separator.")
-        else:
-            said.append(
+        plain = "No pairs with a respected border were found, so the drop may come from the missing separator."
+        if self.arm("plain"):
+            plain = (
                 f"Joined pairs whose border the tokens respect: {self.accuracy('plain')} right against {attack} of the "
                 f"hidden ones (Fisher p = {self.hidden_border_p():.2g}); their own drop is {self.drop('plain')}."
             )
         share = self.errors_along_tokens("attack")
-        if share is not None:
-            said.append(f"Wrong answers that cut where a token ends: {share}.")
-        if control.high < 0.5:
-            said.append(
-                f"WEAK TASK: even with a separator only {control.value:.1%} are right, so there is little to lose; the "
-                "drop says more on a stronger model."
-            )
-        return tuple(said)
+        return sentences(
+            f"{attack.n} pairs of words whose border lies inside a token: {attack.value:.1%} right joined, "
+            f"{control.value:.1%} with a separator; drop {drop} (exact McNemar p = {self.p_value('attack'):.2g}).",
+            plain,
+            "" if share is None else f"Wrong answers that cut where a token ends: {share}.",
+            f"WEAK TASK: even with a separator only {control.value:.1%} are right, so there is little to lose; the "
+            "drop says more on a stronger model." if control.high < 0.5 else "",
+        )  # fmt: skip
 
     def metrics(self) -> dict[str, Metric]:
         """Accuracies, drops and p-values."""
-        found: dict[str, Metric] = {}
-        for name in ("attack", "plain"):
-            if self.arm(name):
-                found |= {
-                    f"{name}_joined": self.accuracy(name), f"{name}_separated": self.accuracy(name, True),
-                    f"{name}_drop": self.drop(name), f"{name}_mcnemar_p": self.p_value(name),
-                }  # fmt: skip
-        if self.arm("plain"):
-            found["hidden_border_p"] = self.hidden_border_p()
-        share = self.errors_along_tokens("attack")
-        return found | ({} if share is None else {"errors_along_tokens": share})
+        metrics: dict[str, Metric | None] = {}
+        for name in self._arms:
+            metrics |= {
+                f"{name}_joined": self.accuracy(name), f"{name}_separated": self.accuracy(name, True),
+                f"{name}_drop": self.drop(name), f"{name}_mcnemar_p": self.p_value(name),
+            }  # fmt: skip
+        metrics["hidden_border_p"] = self.hidden_border_p() if self.arm("plain") else None
+        return measured(metrics | {"errors_along_tokens": self.errors_along_tokens("attack")})
 
-    def section(self) -> Section:
-        """Accuracies as bars, and the first attacks with their answers."""
-        return Section(
-            f"Adversarial tokenization of {self.model}", tuple(self._blocks()), self.findings(), self.metrics()
-        )
+    @property
+    def _arms(self) -> list[str]:
+        return [name for name in ("attack", "plain") if self.arm(name)]
+
+    @property
+    def _title(self) -> str:
+        return f"Adversarial tokenization of {self.model}"
 
     def _blocks(self) -> Iterator[Block]:
         yield Text(
             "Each pair is shown joined and with a separator. In the attack arm a token lies across the border of the "
             "words, in the plain arm none does. The answer is right if it is the two words."
         )
-        arms = [name for name in ("attack", "plain") if self.arm(name)]
-        bars = [(f"{name}, {form}", self.accuracy(name, form == "separated")) for name in arms for form in FORMS]
+        bars = [(f"{name}, {form}", self.accuracy(name, form == "separated")) for name in self._arms for form in FORMS]
         yield Bars("Right answers", tuple(label for label, _ in bars), tuple(value for _, value in bars), "share")
         rows = tuple(
             (shown(a.item.text), "|".join(map(shown, a.item.tokens)), f"{a.item.first} {a.item.second}",
@@ -176,7 +167,7 @@ def prompts_of(items: Sequence[AdtItem], shots: Sequence[AdtItem]) -> tuple[str,
 
 
 def run_adt(
-    model: Any, items: Sequence[AdtItem], *, batch_size: int = 32, journal: str | Path | None = None
+    model: Model, items: Sequence[AdtItem], *, batch_size: int = 32, journal: str | Path | None = None
 ) -> AdtReport:
     """Asks the model for the two words of every item, in both forms, greedily.
 
@@ -235,11 +226,7 @@ def _gold(item: AdtItem) -> list[str]:
     return [item.first.casefold(), item.second.casefold()]
 
 
-def _book(model: Any, prompts: Sequence[str], path: str | Path | None) -> Log | None:
-    if path is None:
-        return None
-    key = {
-        "model": str(getattr(model, "fingerprint", model.name)), "dtype": dtype_name(model),
-        "prompts": hashlib.sha256(json.dumps([_NEW_TOKENS, *prompts]).encode()).hexdigest()[:12],
-    }  # fmt: skip
-    return Log(Path(path), key, row_id="prompt")
+def _book(model: Model, prompts: Sequence[str], path: str | Path | None) -> Log | None:
+    digest = hashlib.sha256(json.dumps([_NEW_TOKENS, *prompts]).encode()).hexdigest()[:12]
+    key = {"model": model.fingerprint, "dtype": dtype_name(model), "prompts": digest}
+    return None if path is None else Log(Path(path), key, row_id="prompt")

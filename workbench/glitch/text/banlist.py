@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
+from workbench.core.errors import DegenerateInputError, InvalidInputError, require, require_known
 from workbench.core.records import save_json, write_atomic
+from workbench.glitch.reporting import sentences
 from workbench.glitch.scanning.saved import GRADES, SavedScan, TokenFact, check_grades
 
 
@@ -66,15 +67,14 @@ class BanList:
         """The banned ids."""
         return tuple(fact.token_id for fact in self.tokens)
 
-    def payload(self, form: str) -> dict[str, Any] | str:
+    def payload(self, form: str) -> dict[str, Any] | str:  # Any: JSON
         """The list in a format: JSON values, or text for the command line.
 
         Raises:
             UnknownNameError: for a format that does not exist.
             InvalidInputError: if the engine does not take so many.
         """
-        if form not in FORMATS:
-            raise UnknownNameError(f"There is no ban list format {form!r}. {did_you_mean(form, FORMATS)}")
+        require_known("ban list format", form, FORMATS)
         limit = FORMATS[form].limit
         if limit is not None and len(self.ids) > limit:
             raise InvalidInputError(
@@ -106,31 +106,27 @@ class BanList:
         payload = self.payload(form)
         target = Path(path)
         text = payload if isinstance(payload, str) else json.dumps(payload) + "\n"
-        return write_atomic(target, text), save_json(
-            target.with_name(f"{target.name}.contents.json"), self.contents(form)
-        )
+        contents = target.with_name(f"{target.name}.contents.json")
+        return write_atomic(target, text), save_json(contents, self.contents(form))
 
     def said(self, form: str) -> tuple[str, ...]:
         """What is in the list, in sentences."""
-        grades = ", ".join(f"{n:,} {grade}" for grade, n in Counter(t.grade for t in self.tokens).items())
-        said = [f"{len(self.ids):,} ids of {self.model} are banned ({grades}); flags from {self.origin}."]
-        said += [f"Left out: {len(ids):,} {reason}." for reason, ids in self.left_out.items() if ids]
-        if any(t.grade in ("candidate", "reference") for t in self.tokens):
-            said.append("Some were never tested: the model may be able to say them, and then the ban takes words away.")
-        if not FORMATS[form].exact:
-            said.append("A bias of -100 makes a token practically impossible; it is no proof, as -inf is.")
-        return tuple(said)
+        grades = Counter(t.grade for t in self.tokens)
+        untested = "Some were never tested: the model may be able to say them, and then the ban takes words away."
+        bias = "A bias of -100 makes a token practically impossible; it is no proof, as -inf is."
+        return sentences(
+            f"{len(self.ids):,} ids of {self.model} are banned "
+            f"({', '.join(f'{n:,} {grade}' for grade, n in grades.items())}); flags from {self.origin}.",
+            *(f"Left out: {len(ids):,} {reason}." for reason, ids in self.left_out.items() if ids),
+            untested if "candidate" in grades or "reference" in grades else "",
+            "" if FORMATS[form].exact else bias,
+        )
 
 
 def ban_list(
-    scan: SavedScan,
-    grades: Iterable[str] = DEFAULT_GRADES,
-    *,
-    top: int | None = None,
-    include_special: bool = False,
-    include_bytes: bool = False,
-    keep: Iterable[int] = (),
-) -> BanList:
+    scan: SavedScan, grades: Iterable[str] = DEFAULT_GRADES, *, top: int | None = None, include_special: bool = False,
+    include_bytes: bool = False, keep: Iterable[int] = (),
+) -> BanList:  # fmt: skip
     """The flagged tokens to ban, ordered by grade, then by how improbable the model found them.
 
     Args:
@@ -146,36 +142,32 @@ def ban_list(
         InvalidInputError: for a negative id in `keep`, or `top` below 1.
     """
     kept = set(keep)
-    if (top is not None and top < 1) or any(i < 0 for i in kept):
-        raise InvalidInputError(
-            f"ban_list(top={top}, keep={sorted(kept)[:5]}): top is at least 1 and ids are not negative."
-        )
+    is_valid = (top is None or top >= 1) and all(i >= 0 for i in kept)
+    require(is_valid, f"ban_list(top={top}, keep={sorted(kept)[:5]})", "top is at least 1 and ids are not negative.")
     wanted = check_grades(grades)
-    flags = dict(scan.flags(wanted))
+    flags = scan.flags(wanted)
     if include_special:
         # a special that the model was never seen to say is unused as well
         flags |= {
             i: "reference" for i, t in scan.tokens.items() if _special(t) and t.reference and "reference" in wanted
         }
     left_out: dict[str, list[int]] = {reason: [] for reason in (*_REASONS, "beyond top")}
-    chosen = []
+    chosen: list[TokenFact] = []
     for i in flags:
-        fact = scan.tokens[i]
-        reason = _reason(fact, include_special, include_bytes, i in kept)
+        reason = _reason(scan.tokens[i], include_special, include_bytes, i in kept)
         if reason is None:
-            chosen.append(fact)
+            chosen.append(scan.tokens[i])
         else:
             left_out[reason].append(i)
     chosen.sort(key=_order)
     left_out["beyond top"] = [fact.token_id for fact in chosen[top:]] if top is not None else []
-    chosen = chosen[:top]
     if not chosen:
         raise DegenerateInputError(
             f"Nothing to ban: the scan of {scan.model} has {len(flags)} tokens of the grades {', '.join(wanted)}, and "
             f"none may be banned (flagged in all: {scan.counts() or 'none'}). Ask for other grades, or scan with "
             "--verify top."
         )
-    return BanList(scan.model, scan.origin, tuple(chosen), {why: tuple(ids) for why, ids in left_out.items()})
+    return BanList(scan.model, scan.origin, tuple(chosen[:top]), {why: tuple(ids) for why, ids in left_out.items()})
 
 
 def _reason(fact: TokenFact, include_special: bool, include_bytes: bool, keep: bool) -> str | None:
@@ -191,8 +183,5 @@ def _special(fact: TokenFact) -> bool:
 
 
 def _order(fact: TokenFact) -> tuple[int, float, float, int]:
-    unknown = math.inf
-    return (
-        _RANK[fact.grade or "no_row"], unknown if math.isnan(fact.max_prob) else fact.max_prob,
-        unknown if math.isnan(fact.indicator) else fact.indicator, fact.token_id,
-    )  # fmt: skip
+    p, indicator = (math.inf if math.isnan(value) else value for value in (fact.max_prob, fact.indicator))
+    return _RANK[fact.grade or "no_row"], p, indicator, fact.token_id

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from workbench.core.errors import DegenerateInputError
 from workbench.core.progress import track
@@ -12,8 +11,9 @@ from workbench.core.stats import Estimate, paired_difference
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.text.sanitize import Sanitizer
 from workbench.glitch.verification.chat import prompt_set
-from workbench.glitch.verification.prompts import PROBES, Probe, Template
+from workbench.glitch.verification.prompts import PROBES, Probe
 from workbench.glitch.vocabulary.tokenizer import analyse
+from workbench.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,9 @@ class CopyCheck:
 
 
 def copy_check(
-    model: Any,
-    sanitizer: Sanitizer,
-    tokens: Sequence[int],
-    controls: Sequence[int] = (),
-    *,
-    probe: Probe = PROBES[0],
-    batch_size: int = 16,
-) -> CopyCheck:
+    model: Model, sanitizer: Sanitizer, tokens: Sequence[int], controls: Sequence[int] = (), *,
+    probe: Probe = PROBES[0], batch_size: int = 16,
+) -> CopyCheck:  # fmt: skip
     """Probability of copying each token's text, spliced into a prompt as the token and as its pieces.
 
     Controls are ordinary tokens, cut as if they were flagged.
@@ -74,30 +69,24 @@ def copy_check(
     rows, targets = [], []
     for i, pieces in cut.items():
         for shown, wanted in (((i,), (i,)), ((i,), pieces), (pieces, pieces)):
-            rows.append(spliced(made, shown))
+            rows.append(made.spelled(shown))
             targets.append(wanted)
     scores = _log_probabilities(model, rows, targets, batch_size)
-    found = [
+    copied = tuple(
         Copied(int(i), pieces, i not in set(tokens), max(scores[3 * k], scores[3 * k + 1]), scores[3 * k + 2])
         for k, (i, pieces) in enumerate(cut.items())
-    ]
-    flagged, ordinary = [c for c in found if not c.control], [c for c in found if c.control]
+    )
+    flagged, ordinary = [c for c in copied if not c.control], [c for c in copied if c.control]
     not_cut = tuple(int(i) for i in tokens if i not in cut)
-    return CopyCheck(tuple(found), not_cut, _gain(flagged), _gain(ordinary) if ordinary else None)
+    return CopyCheck(copied, not_cut, _gain(flagged), _gain(ordinary) if ordinary else None)
 
 
-def spliced(made: Template, pieces: Sequence[int]) -> list[int]:
-    """The prompt with several ids in each place of the token."""
-    slots = set(made.slots.tolist())
-    return [j for at, i in enumerate(made.ids.tolist()) for j in (pieces if at in slots else (i,))]
-
-
-def _gain(found: Sequence[Copied]) -> Estimate:
-    return paired_difference([c.after for c in found], [c.before for c in found], unit="tokens")
+def _gain(copied: Sequence[Copied]) -> Estimate:
+    return paired_difference([c.after for c in copied], [c.before for c in copied], unit="tokens")
 
 
 def _log_probabilities(
-    model: Any, rows: Sequence[list[int]], targets: Sequence[Sequence[int]], batch_size: int
+    model: Model, rows: Sequence[list[int]], targets: Sequence[Sequence[int]], batch_size: int
 ) -> list[float]:
     """Log-probability of each target after its row, nats: the sum over its tokens, each given those before."""
     steps = [(k, n) for k, target in enumerate(targets) for n in range(len(target))]

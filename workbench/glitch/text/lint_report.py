@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from workbench.core.records import to_jsonable
 from workbench.core.stats import clopper_pearson
-from workbench.glitch.scanning.result import harmless_cell as harmless_cell
-from workbench.glitch.scanning.result import shown
-from workbench.report.base import Report, Section, Table, Text
-from workbench.report.blocks import Block, Metric
+from workbench.glitch.reporting import TokenReport, measured, sentences, shown, write_csv
+from workbench.report.base import Block, Metric, Table, Text
 
 UNTRAINED = ("verified", "candidate", "reference", "no_row")
 """Kinds of tokens whose rows training hardly touched: fine-tuning on them can blow up or be wasted."""
 _SHOWN = 60
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One place.
 
@@ -77,8 +74,8 @@ class LostCharacter:
         return f"U+{self.code:04X} {unicodedata.name(chr(self.code), 'control or unassigned').lower()}"
 
 
-@dataclass(frozen=True, eq=False)
-class LintReport(Report):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LintReport(TokenReport):
     """Result of a `Linter`.
 
     Attributes:
@@ -110,40 +107,36 @@ class LintReport(Report):
         """Hardly trained ids that occur here, in order: what fine-tuning on this text has to watch."""
         return tuple(sorted(row.token_id for row in self.counts if row.kind in UNTRAINED))
 
+    @property
+    def _n_untrained(self) -> int:
+        return sum(row.count for row in self.counts if row.kind in UNTRAINED)
+
     def to_json(self) -> dict[str, Any]:
         """All fields, with the ids that fine-tuning has to watch."""
-        found = super().to_json()
-        return found | to_jsonable({"guard": self.guard, "n_findings": self.n_findings, "said": self.findings()})
+        more = {"guard": self.guard, "n_findings": self.n_findings, "said": self.findings()}
+        return super().to_json() | to_jsonable(more)
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences."""
-        size = f"{self.documents:,} documents, {self.characters:,} characters, {self.tokens:,} tokens"
-        said = [f"{size} read with the tokenizer of {self.model}; {self.looked_for:,} ids looked for ({self.origin})."]
-        if not self.n_findings:
-            return (*said, "Nothing was found.")
         parts = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in self.by_kind.items() if n)
-        said.append(f"{self.n_findings:,} findings: {parts}.")
-        if self.guard:
-            n = sum(row.count for row in self.counts if row.kind in UNTRAINED)
-            said.append(
-                f"{len(self.guard):,} hardly trained ids occur {n:,} times. Fine-tuning on this text moves rows that "
-                "training left alone: watch their gradients, or take the text out."
-            )
-        if len(self.places) < self.n_findings:
-            said.append(f"The places of the first {len(self.places):,} are listed.")
-        return tuple(said)
+        return sentences(
+            f"{self.documents:,} documents, {self.characters:,} characters, {self.tokens:,} tokens read with the "
+            f"tokenizer of {self.model}; {self.looked_for:,} ids looked for ({self.origin}).",
+            f"{self.n_findings:,} findings: {parts}." if parts else "Nothing was found.",
+            f"{len(self.guard):,} hardly trained ids occur {self._n_untrained:,} times. Fine-tuning on this text moves "
+            "rows that training left alone: watch their gradients, or take the text out." if self.guard else "",
+            f"The places of the first {len(self.places):,} are listed." if len(self.places) < self.n_findings else "",
+        )  # fmt: skip
 
     def metrics(self) -> dict[str, Metric]:
         """Counts, and the share of tokens that are flagged."""
-        flagged = sum(row.count for row in self.counts if row.kind in UNTRAINED)
-        found: dict[str, Metric] = {"findings": self.n_findings, "guard_ids": len(self.guard), **self.by_kind}
-        if self.tokens:
-            found["flagged_share"] = clopper_pearson(flagged, self.tokens, unit="tokens")
-        return found
+        share = clopper_pearson(self._n_untrained, self.tokens, unit="tokens") if self.tokens else None
+        counts = {"findings": self.n_findings, "guard_ids": len(self.guard), **self.by_kind}
+        return measured(counts | {"flagged_share": share})
 
-    def section(self) -> Section:
-        """Tables of counts and places."""
-        return Section(f"Lint with {self.model}", tuple(self._blocks()), self.findings(), self.metrics())
+    @property
+    def _title(self) -> str:
+        return f"Lint with {self.model}"
 
     def _blocks(self) -> Iterator[Block]:
         if self.counts:
@@ -164,19 +157,9 @@ class LintReport(Report):
 
     def to_csv(self, path: str | Path) -> Path:
         """Writes the places as CSV, control characters escaped, and returns the path."""
-        target = Path(path)
-        with target.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(
-                ("file", "document", "line", "column", "start", "end", "kind", "token_id", "text", "context")
-            )
-            for f in self.places:
-                text, context = harmless_cell(shown(f.text)), harmless_cell(shown(f.context))
-                writer.writerow(
-                    (shown(f.file), f.document, f.line, f.column, f.start, f.end, f.kind, f.token_id, text, context)
-                )
-        return target
+        columns = [field.name for field in fields(Finding)]
+        return write_csv(path, columns, ([getattr(place, name) for name in columns] for place in self.places))
 
 
-def _caption(what: str, rows: tuple[Any, ...]) -> str:
+def _caption(what: str, rows: tuple[object, ...]) -> str:
     return f"{what}: first {_SHOWN} of {len(rows):,}" if len(rows) > _SHOWN else what

@@ -7,17 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from workbench.activations.files import text_files
-from workbench.core.codec import Codec, FastCodec, bytes_of, codec_in, codec_of
-from workbench.core.errors import InvalidInputError, MismatchError, UnknownNameError, did_you_mean
+from workbench.core.codec import Codec, FastCodec, bytes_of
+from workbench.core.errors import InvalidInputError, MismatchError, require_known
 from workbench.core.progress import Task, task
-from workbench.glitch.scanning.result import shown
+from workbench.glitch.reporting import shown
 from workbench.glitch.scanning.saved import GRADES, SavedScan, load_scan, of_report
-from workbench.glitch.scanning.scanner import local_path, scan
+from workbench.glitch.scanning.scanner import codec_for, scan
 from workbench.glitch.text.lint_report import Finding, LintReport, LostCharacter, TokenCount
 from workbench.glitch.text.spans import WINDOW, Piece, numbered_texts, windows
 from workbench.glitch.vocabulary.survival import Survival, is_half
@@ -65,8 +64,7 @@ class Linter:
         """
         wanted = tuple(dict.fromkeys(kinds))
         for kind in wanted:
-            if kind not in KINDS:
-                raise UnknownNameError(f"There is no kind {kind!r} of finding. {did_you_mean(kind, KINDS)}")
+            require_known("kind", kind, KINDS)
         check_belongs(scan, codec)
         flags = scan.flags()
         parts = _rare(scan, fragments(codec, {i for i, grade in flags.items() if grade in SUSPECT}))
@@ -101,7 +99,7 @@ class Linter:
         return tally.report(tuple(map(str, found)))
 
 
-def linter_for(model: Any, saved: str | Path | None = None, kinds: Iterable[str] = tuple(KINDS)) -> Linter:
+def linter_for(model: object, saved: str | Path | None = None, kinds: Iterable[str] = tuple(KINDS)) -> Linter:
     """A linter for a model: a `Model`, a folder, a .gguf file, "embedded" or a hub id in the local cache.
 
     `saved` is a run folder or glitch.json of a scan; without it the weights are scanned now, which gives candidates
@@ -110,18 +108,18 @@ def linter_for(model: Any, saved: str | Path | None = None, kinds: Iterable[str]
     return Linter.of(*scan_for(model, saved), kinds)
 
 
-def scan_for(model: Any, saved: str | Path | None = None) -> tuple[SavedScan, Codec]:
+def scan_for(model: object, saved: str | Path | None = None) -> tuple[SavedScan, Codec]:
     """The flags of a model, saved or scanned now, and its tokenizer.
 
     Raises:
         MismatchError: if the saved scan is of another tokenizer.
     """
-    codec = codec_of(model.tokenizer) if hasattr(model, "tokenizer") else codec_in(local_path(model))
+    codec = codec_for(model)
     if saved is None:
         return of_report(scan(model), "weights, scanned now"), codec
-    found = load_scan(saved)
-    check_belongs(found, codec)
-    return found, codec
+    flags = load_scan(saved)
+    check_belongs(flags, codec)
+    return flags, codec
 
 
 def check_belongs(scan: SavedScan, codec: Codec) -> None:
@@ -284,9 +282,10 @@ class _Tally:
     ) -> None:
         file, number, line, column = place
         text = piece.text[start - piece.start : end - piece.start]
-        self.findings.append(
-            Finding(file, number, line, column, start, end, kind, token_id, text, piece.around(start, end))
-        )
+        self.findings.append(Finding(
+            file=file, document=number, line=line, column=column, start=start, end=end, kind=kind, token_id=token_id,
+            text=text, context=piece.around(start, end),
+        ))  # fmt: skip
 
     def report(self, files: tuple[str, ...]) -> LintReport:
         """The result."""

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from workbench.core.codec import Codec, bytes_of, codec_of
+from workbench.core.codec import Codec, bytes_of
 from workbench.core.errors import InvalidInputError
 from workbench.core.tokens import TokenBatch
+from workbench.glitch.vocabulary.segments import ByText, Pieces, segmentations
 from workbench.glitch.vocabulary.tokenizer import analyse
+from workbench.models.model import Model
+from workbench.models.wrapped import Texts
 
 _KEPT = 8
 """Alternative segmentations tried per token, shortest first."""
 _AROUND = 6
-
-Pieces = tuple[int, ...]
-Cost = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Sanitizer:
     codec: Codec
     flagged: frozenset[int]
     written: tuple[bytes, ...] = field(repr=False)
-    pieces: dict[bytes, tuple[tuple[int, int], ...]] = field(repr=False)
+    pieces: ByText = field(repr=False)
     _known: dict[int, tuple[Pieces, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -56,13 +54,13 @@ class Sanitizer:
         """A sanitizer that uses ordinary tokens first and bytes or halves of characters only where it must."""
         avoid = frozenset(int(i) for i in flagged)
         vocabulary = analyse(codec)
-        found: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
+        ids_of: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
         every = bytes_of(codec)
         for i, written in enumerate(every):
             usable = vocabulary.category[i] in ("ok", "partial_utf8", "unreachable_single", "unreachable_multi")
             if written and usable and i not in avoid and i not in codec.special and not vocabulary.reserved[i]:
-                found[written].append((int(vocabulary.category[i] != "ok"), i))
-        return cls(codec, avoid, every, {written: tuple(sorted(ids)[:2]) for written, ids in found.items()})
+                ids_of[written].append((int(vocabulary.category[i] != "ok"), i))
+        return cls(codec, avoid, every, {written: tuple(sorted(ids)[:2]) for written, ids in ids_of.items()})
 
     def __call__(self, ids: Sequence[int]) -> Sanitized:
         """The row without flagged tokens.
@@ -95,10 +93,10 @@ class Sanitizer:
     def alternatives(self, token_id: int) -> tuple[Pieces, ...]:
         """Up to eight ways to write a token's bytes with tokens that are not flagged, shortest first; maybe none."""
         if token_id not in self._known:
-            self._known[token_id] = _shortest(self.written[token_id], self.pieces, token_id)
+            self._known[token_id] = segmentations(self.written[token_id], self.pieces, _KEPT, token_id)
         return self._known[token_id]
 
-    def batch(self, model: Any, value: Any) -> TokenBatch:
+    def batch(self, model: Model, value: Texts) -> TokenBatch:
         """Tokens of texts or chats, as `model.tokens` takes them, with flagged ids cut; `model` has this tokenizer."""
         made = model.tokens(value)
         rows = [self(row.tolist()).ids for row in made.rows()]
@@ -111,10 +109,9 @@ class Sanitizer:
         """The first alternative that decodes to the same among the neighbours."""
         left, right = row[max(0, at - _AROUND) : at], row[at + 1 : at + 1 + _AROUND]
         options = self.alternatives(row[at])
-        wanted, *found = self.codec.decode(
-            [[*left, row[at], *right], *([*left, *pieces, *right] for pieces in options)]
-        )
-        return next((pieces for pieces, text in zip(options, found, strict=True) if text == wanted), None)
+        rows = [[*left, *pieces, *right] for pieces in ((row[at],), *options)]
+        wanted, *texts = self.codec.decode(rows)
+        return next((pieces for pieces, text in zip(options, texts, strict=True) if text == wanted), None)
 
     def _one_by_one(self, row: list[int], chosen: dict[int, Pieces]) -> dict[int, Pieces]:
         """Only the replacements with which the whole row still decodes to its text."""
@@ -126,27 +123,6 @@ class Sanitizer:
         return kept
 
 
-def sanitizer_for(tokenizer: Any, flagged: Iterable[int]) -> Sanitizer:
-    """A sanitizer for a Hugging Face tokenizer."""
-    return Sanitizer.of(codec_of(tokenizer), flagged)
-
-
 def _filled(row: Sequence[int], chosen: dict[int, Pieces]) -> Iterator[int]:
     for at, i in enumerate(row):
         yield from chosen.get(at, (i,))
-
-
-def _shortest(written: bytes, pieces: dict[bytes, tuple[tuple[int, int], ...]], never: int) -> tuple[Pieces, ...]:
-    """Segmentations of `written`, cheapest first: fewest pieces, then fewest that are not whole text, then low ids."""
-    best: list[list[tuple[Cost, Pieces]]] = [[] for _ in range(len(written) + 1)]
-    best[0] = [((0, 0, 0), ())]
-    longest = max(map(len, pieces), default=0)
-    for end in range(1, len(written) + 1):
-        options = (
-            ((cost[0] + 1, cost[1] + odd, cost[2] + i), (*before, i))
-            for start in range(max(0, end - longest), end)
-            for odd, i in pieces.get(written[start:end], ()) if i != never
-            for cost, before in best[start]
-        )  # fmt: skip
-        best[end] = heapq.nsmallest(_KEPT, options)
-    return tuple(found for _, found in best[-1])

@@ -15,12 +15,11 @@ from workbench.core.progress import track
 from workbench.core.records import load_json, save_json
 from workbench.core.stats import clopper_pearson
 from workbench.engine.log import require_same_key
-from workbench.glitch.scanning.result import shown
+from workbench.glitch.reporting import TokenReport, measured, sentences, shown
 from workbench.glitch.text.copying import CopyCheck
 from workbench.glitch.text.sanitize import Sanitizer
 from workbench.glitch.text.spans import numbered_texts, windows
-from workbench.report.base import Report, Section, Table, Text
-from workbench.report.blocks import Block, Metric
+from workbench.report.base import Block, Metric, Table, Text
 
 _LINES = "2"
 """Changes with what a line holds."""
@@ -43,8 +42,8 @@ class Cut:
     left: int
 
 
-@dataclass(frozen=True, eq=False)
-class SanitizeReport(Report):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SanitizeReport(TokenReport):
     """Result of `sanitize_files`.
 
     Attributes:
@@ -62,45 +61,44 @@ class SanitizeReport(Report):
     by_cuts: int
     check: CopyCheck | None = None
 
+    @property
+    def _occurrences(self) -> tuple[int, int]:
+        return sum(cut.replaced for cut in self.cuts), sum(cut.left for cut in self.cuts)
+
     def findings(self) -> tuple[str, ...]:
         """What was done, in sentences."""
-        replaced, left = sum(cut.replaced for cut in self.cuts), sum(cut.left for cut in self.cuts)
-        said = [
+        (replaced, left), check = self._occurrences, self.check
+        control = None if check is None else check.control_gain
+        return sentences(
             f"{self.documents:,} documents, {self.tokens:,} tokens: {replaced:,} occurrences of "
             f"{sum(cut.replaced > 0 for cut in self.cuts):,} flagged tokens were cut into others. "
-            f"{self.tokens_after:,} tokens after."
-        ]
-        said.append(
-            "Checked: every document decodes to the text of its file."
-            if not self.changed
-            else f"CHANGED: {self.changed:,} documents do not decode to the text of their file, first "
+            f"{self.tokens_after:,} tokens after.",
+            "Checked: every document decodes to the text of its file." if not self.changed else
+            f"CHANGED: {self.changed:,} documents do not decode to the text of their file, first "
             f"{self.first_changed}. {self.changed - self.by_cuts:,} of them do not without the cuts either: the "
-            "tokenizer changes case, spaces or characters, or the file is not UTF-8."
-        )
-        if left:
-            said.append(f"IMPOSSIBLE: {left:,} occurrences stay, since no other tokens give their text.")
-        if self.check is not None:
-            said.append(f"Copying, log-probability gained by cutting flagged tokens: {self.check.gain} nats.")
-            if self.check.control_gain is not None:
-                said.append(f"The same cut on ordinary tokens: {self.check.control_gain} nats.")
-        return tuple(said)
+            "tokenizer changes case, spaces or characters, or the file is not UTF-8.",
+            f"IMPOSSIBLE: {left:,} occurrences stay, since no other tokens give their text." if left else "",
+            f"Copying, log-probability gained by cutting flagged tokens: {check.gain} nats." if check else "",
+            f"The same cut on ordinary tokens: {control} nats." if control else "",
+        )  # fmt: skip
 
     def metrics(self) -> dict[str, Metric]:
         """Counts, and the share of flagged occurrences that could be cut."""
-        replaced, left = sum(cut.replaced for cut in self.cuts), sum(cut.left for cut in self.cuts)
-        found: dict[str, Metric] = {
+        replaced, left = self._occurrences
+        share = clopper_pearson(replaced, replaced + left, unit="occurrences") if replaced + left else None
+        return measured({
             "documents": self.documents, "replaced": replaced, "left": left, "changed_documents": self.changed,
-        }  # fmt: skip
-        if replaced + left:
-            found["cut_share"] = clopper_pearson(replaced, replaced + left, unit="occurrences")
-        return found if self.check is None else found | {"copy_gain": self.check.gain}
+            "cut_share": share, "copy_gain": self.check and self.check.gain,
+        })  # fmt: skip
 
-    def section(self) -> Section:
-        """A table of the tokens that were cut."""
+    @property
+    def _title(self) -> str:
+        return "Text without flagged tokens"
+
+    def _blocks(self) -> tuple[Block, ...]:
         rows = tuple((c.token_id, c.text, "|".join(c.pieces), c.replaced, c.left) for c in self.cuts[:60])
         columns = ("id", "token", "cut into", "replaced", "left")
-        blocks: tuple[Block, ...] = (Table(columns, rows, "Flagged tokens"),) if rows else (Text("No flagged token."),)
-        return Section("Text without flagged tokens", blocks, self.findings(), self.metrics())
+        return (Table(columns, rows, "Flagged tokens") if rows else Text("No flagged token."),)
 
 
 def sanitize_files(
@@ -115,11 +113,10 @@ def sanitize_files(
     Raises:
         MismatchError: if `target` was written with other flags, for another tokenizer, or from other files.
     """
-    file = Path(target)
-    found = text_files(paths)
-    _claim(file, _key(sanitizer, found, column))
-    done = _mend(file)
-    every = ((path, number, parts) for path in found for number, parts in numbered_texts(path, column))
+    file, files = Path(target), text_files(paths)
+    _claim(file, _key(sanitizer, files, column))
+    done = _whole_lines(file)
+    every = ((path, number, parts) for path in files for number, parts in numbered_texts(path, column))
     with file.open("a", encoding="utf-8") as out:
         for k, (path, number, parts) in enumerate(track(every, description="sanitize", unit="documents")):
             if k >= done:
@@ -171,7 +168,7 @@ def _noted(parts: Iterable[str], seen: list[str]) -> Iterator[str]:
         yield part
 
 
-def _mend(file: Path) -> int:
+def _whole_lines(file: Path) -> int:
     """Number of complete lines; what a kill left behind the last of them is cut off."""
     if not file.is_file():
         return 0
@@ -204,8 +201,10 @@ def _summary(sanitizer: Sanitizer, file: Path) -> SanitizeReport:
         Cut(i, _text(sanitizer, i), tuple(_text(sanitizer, j) for j in pieces.get(i, ())), replaced[i], left[i])
         for i in sorted(replaced.keys() | left.keys(), key=lambda i: -(replaced[i] + left[i]))
     ]
-    first = changed[0] if changed else ""
-    return SanitizeReport(str(file), documents, before, after, tuple(cuts), len(changed), first, by_cuts)
+    return SanitizeReport(
+        file=str(file), documents=documents, tokens=before, tokens_after=after, cuts=tuple(cuts),
+        changed=len(changed), first_changed=changed[0] if changed else "", by_cuts=by_cuts,
+    )  # fmt: skip
 
 
 def _text(sanitizer: Sanitizer, i: int) -> str:

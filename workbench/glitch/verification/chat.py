@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
+from workbench.core.errors import DegenerateInputError, InvalidInputError, require_known
 from workbench.glitch.verification.prompts import PROBES, Form, Probe, Template, template
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
+from workbench.models.model import Model
 
 Forms = Literal["auto", "raw", "chat", "both"]
 FORMS: dict[str, tuple[Form, ...]] = {"raw": ("raw",), "chat": ("chat",), "both": ("raw", "chat")}
@@ -34,7 +35,7 @@ class PromptSet:
 
 
 def prompt_set(
-    model: Any,
+    model: Model,
     vocabulary: Vocabulary,
     probes: Sequence[Probe] = PROBES,
     forms: Forms = "auto",
@@ -53,8 +54,7 @@ def prompt_set(
         InvalidInputError: if a chat form is asked for and there is no template, or it accepts no user message.
         DegenerateInputError: if no probe (with `strict`: one of them) can be built.
     """
-    if forms != "auto" and forms not in FORMS:
-        raise UnknownNameError(f"There is no prompt form {forms!r}. {did_you_mean(forms, ('auto', *FORMS))}")
+    require_known("prompt form", forms, ("auto", *FORMS))
     made: list[Template] = []
     notes: list[str] = []
     for form in _usable(model.tokenizer, forms, notes):
@@ -85,7 +85,7 @@ def _usable(tokenizer: Any, forms: Forms, notes: list[str]) -> tuple[Form, ...]:
     return FORMS["both" if forms == "auto" else forms]
 
 
-def _built(model: Any, vocabulary: Vocabulary, probe: Probe, form: Form) -> Template:
+def _built(model: Model, vocabulary: Vocabulary, probe: Probe, form: Form) -> Template:
     if form == "raw":
         return template(probe, vocabulary, lambda text: model.tokens(text).ids[0].tolist())
     return template(
@@ -97,7 +97,7 @@ def _built(model: Any, vocabulary: Vocabulary, probe: Probe, form: Form) -> Temp
     )
 
 
-def _fitting(model: Any, made: Template, steps: int) -> Template:
+def _fitting(model: Model, made: Template, steps: int) -> Template:
     rows, largest = getattr(model, "d_vocab", None), int(made.ids.max())
     if rows is not None and largest >= rows:
         raise DegenerateInputError(f"it holds id {largest}, and the model has rows for ids 0 to {rows - 1} only.")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from workbench.core.errors import DegenerateInputError
-from workbench.core.stats import Estimate, clopper_pearson
+from workbench.core.stats import Estimate
 from workbench.engine.log import Log
+from workbench.glitch.reporting import rate
 from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.outcomes import Outcome, Outcomes
 from workbench.glitch.verification.prompts import Probe, Template
 from workbench.glitch.verification.scoring import VERIFIED, VerifyOptions, score
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
+from workbench.models.model import Model
 
 LINE = Probe(
     "line", "A typist copies each line word by word.\nLine: «table» «green» «walking»\nCopy: «table» «green» «walking»",
@@ -26,15 +28,13 @@ N_WORDS = 4
 
 
 @dataclass(frozen=True)
-class InContext:
+class InContext(Outcome):
     """One token among other ones.
 
     Attributes:
         p: its probability where its turn has come, by line; nan where the model gives no number.
     """
 
-    token_id: int
-    control: bool
     p: tuple[float, ...]
 
     @property
@@ -56,7 +56,7 @@ class InContext:
 
 
 @dataclass(frozen=True)
-class Contexts:
+class Contexts(Outcomes[InContext]):
     """Tokens and controls among other ones.
 
     Attributes:
@@ -64,18 +64,8 @@ class Contexts:
         control_failures: share of the controls that fail; None without controls that have a number.
     """
 
-    tested: tuple[InContext, ...]
     lines: tuple[tuple[int, ...], ...]
     control_failures: Estimate | None
-
-    @property
-    def candidates(self) -> tuple[InContext, ...]:
-        """The tokens under suspicion."""
-        return tuple(found for found in self.tested if not found.control)
-
-    def of(self, token_id: int) -> InContext | None:
-        """What was found about one token, or None if it was not tested."""
-        return next((found for found in self.tested if found.token_id == token_id), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +76,7 @@ class Lines:
     words: tuple[tuple[int, ...], ...]
 
 
-def make_lines(model: Any, vocabulary: Vocabulary, pool: Sequence[int], n: int, seed: int = 0) -> Lines:
+def make_lines(model: Model, vocabulary: Vocabulary, pool: Sequence[int], n: int, seed: int = 0) -> Lines:
     """Lines of random ordinary tokens, each of at least three letters; they begin words where there are enough such.
 
     Tokens that will be tested should not be in the `pool`.
@@ -118,7 +108,7 @@ def _filled(made: Template, words: Sequence[int], k: int) -> Template:
 
 
 def in_contexts(
-    model: Any,
+    model: Model,
     lines: Lines,
     candidates: Sequence[int],
     controls: Sequence[int],
@@ -134,8 +124,7 @@ def in_contexts(
     tokens = torch.as_tensor([*candidates, *controls], dtype=torch.long)
     p = score(model, lines.templates, tokens, options, journal).p[:, :, 0]
     tested = tuple(InContext(i, k >= len(candidates), tuple(p[k].tolist())) for k, i in enumerate(tokens.tolist()))
-    counted = [found.failed for found in tested if found.control and np.isfinite(found.median)]
-    failures = clopper_pearson(sum(counted), len(counted), unit="control tokens") if counted else None
+    failures = rate((one.failed for one in tested if one.control and np.isfinite(one.median)), "control tokens")
     return Contexts(tested, lines.words, failures)
 
 

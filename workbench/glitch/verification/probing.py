@@ -19,7 +19,9 @@ from workbench.glitch.verification.prompts import Probe, Template, prompt_hash
 from workbench.glitch.verification.scoring import (
     VERIFIED,
     VerifyOptions,
+    dtype_name,
     greedy_logits,
+    probabilities_in,
     require_numbers,
     score,
     target_probabilities,
@@ -47,14 +49,9 @@ AGAIN = Probe(
 )  # fmt: skip
 """A second prompt as cheap as the first: most tokens that one short prompt fails by accident pass the other."""
 
-AGREE = 1e-3
+MAX_DIFFERENCE = 1e-3
 """How far probabilities in bfloat16 may be from those in float32 for bfloat16 to be used."""
-_SAMPLE = 64
-
-
-def dtype_name(model: Any) -> str:
-    """The type of number in which a model computes, such as "float32"."""
-    return str(getattr(model, "dtype", "unknown")).removeprefix("torch.")
+_N_SAMPLED = 64
 
 
 class Prober:
@@ -80,15 +77,9 @@ class Prober:
     """
 
     def __init__(
-        self,
-        model: Any,
-        short: Template,
-        n_ids: int,
-        *,
-        confirm: Sequence[Template] = (),
-        folder: Path | None = None,
-        batch_size: int = 64,
-    ) -> None:
+        self, model: Model, short: Template, n_ids: int, *, confirm: Sequence[Template] = (),
+        folder: Path | None = None, batch_size: int = 64,
+    ) -> None:  # fmt: skip
         self._model, self._short, self._confirm = model, short, tuple(confirm)
         self._quick = VerifyOptions(steps=1, batch_size=batch_size)
         self._full = VerifyOptions(batch_size=min(batch_size, 32), stop_at=VERIFIED)
@@ -140,9 +131,9 @@ class Prober:
         self.best[settled] = self.short[settled]
 
 
-def _highest(row: Mapping[str, Any], templates: Sequence[Template]) -> float:
+def _highest(row: Mapping[str, object], templates: Sequence[Template]) -> float:
     """Highest probability in a row of a journal; 0 where there is no number."""
-    return max((p for made in templates for p in row.get(made.name, ()) if p is not None), default=0.0)
+    return max((p for made in templates for p in probabilities_in(row, made) if p == p), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -170,7 +161,7 @@ def choose_dtype(model: Model, template: Template, ids: Sequence[int], *, both: 
     The model is left as it is. One that is not in float32, or too large for a second copy, is measured as it is, and so
     is any without `both`.
     """
-    tokens = torch.as_tensor(ids[:_SAMPLE], dtype=torch.long)
+    tokens = torch.as_tensor(ids[:_N_SAMPLED], dtype=torch.long)
     if not len(tokens):
         raise DegenerateInputError("choose_dtype: no tokens to measure with. Give some ids of ordinary tokens.")
     own = dtype_name(model)
@@ -183,15 +174,15 @@ def choose_dtype(model: Model, template: Template, ids: Sequence[int], *, both: 
     speed, p = _measured([model, other], template, tokens)
     difference = float((p[0] - p[1]).abs().max())
     faster = speed[1] > speed[0]
-    chosen = "bfloat16" if faster and difference <= AGREE else "float32"
+    chosen = "bfloat16" if faster and difference <= MAX_DIFFERENCE else "float32"
     why = (
         f"{chosen}: bfloat16 runs at {speed[1] / speed[0]:.2f} times the speed, and its probabilities differ by up to "
-        f"{difference:.1e} on {len(tokens)} tokens (allowed: {AGREE:g})"
+        f"{difference:.1e} on {len(tokens)} tokens (allowed: {MAX_DIFFERENCE:g})"
     )
     return DtypeChoice(chosen, {"float32": speed[0], "bfloat16": speed[1]}, difference, why)
 
 
-def _measured(models: Sequence[Any], template: Template, tokens: Tensor) -> tuple[list[float], list[Tensor]]:
+def _measured(models: Sequence[Model], template: Template, tokens: Tensor) -> tuple[list[float], list[Tensor]]:
     """Tokens per second (the faster of two turns each) and probabilities of the tokens, by model."""
     p = [_probabilities(model, template, tokens) for model in models]
     laps: list[list[float]] = [[] for _ in models]
@@ -203,7 +194,7 @@ def _measured(models: Sequence[Any], template: Template, tokens: Tensor) -> tupl
     return [len(tokens) / min(lap) for lap in laps], p
 
 
-def _probabilities(model: Any, template: Template, tokens: Tensor) -> Tensor:
+def _probabilities(model: Model, template: Template, tokens: Tensor) -> Tensor:
     (logits,) = greedy_logits(model, template.fill(tokens), 1, shared=template.shared)
     return target_probabilities(logits, tokens)
 

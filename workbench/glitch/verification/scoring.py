@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, require
 from workbench.core.metrics import token_log_probabilities
 from workbench.core.progress import task
 from workbench.core.records import from_jsonable
@@ -21,6 +21,7 @@ from workbench.glitch.verification.prompts import Template
 from workbench.interventions.plan import active_plans
 from workbench.models.head import forward
 from workbench.models.kvcache import holds, keeps_columns, new_cache, select_rows, takes_cache
+from workbench.models.model import Model
 
 VERIFIED = 0.01
 """A token is verified as under-trained if no prompt and no step gives it this probability (Land and Bartolo 2024)."""
@@ -44,11 +45,14 @@ class VerifyOptions:
     share_prefix: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or (self.stop_at is not None and self.stop_at < VERIFIED):
-            raise InvalidInputError(
-                f"VerifyOptions(steps={self.steps}, batch_size={self.batch_size}, stop_at={self.stop_at}): steps and "
-                f"batch_size are at least 1; stop_at is at least {VERIFIED} (the threshold) or None."
-            )
+        is_valid = min(self.steps, self.batch_size) >= 1 and (self.stop_at is None or self.stop_at >= VERIFIED)
+        rule = f"steps and batch_size are at least 1; stop_at is at least {VERIFIED} (the threshold) or None."
+        require(is_valid, self, rule)
+
+
+def dtype_name(model: Model) -> str:
+    """The type of number in which a model computes, such as "float32"."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,56 +101,58 @@ def require_numbers(best: np.ndarray) -> None:
     if len(best) > 1 and np.isnan(best).all():
         raise DegenerateInputError(
             f"All {len(best)} tokens have probability NaN: a row of the model's output matrix is not finite. "
-            "`workbench glitch scan` names such rows; mend the weights first."
+            "`workbench glitch scan` names such rows; correct the weights first."
         )
 
 
 def score(
-    model: Any,
-    templates: Sequence[Template],
-    tokens: Int[Tensor, " n"],
-    options: VerifyOptions,
+    model: Model, templates: Sequence[Template], tokens: Int[Tensor, " n"], options: VerifyOptions,
     journal: Log | None = None,
-) -> Scores:
+) -> Scores:  # fmt: skip
     """Probability of each token under each prompt and step.
 
     Prompt after prompt, those with the fewest ids of their own first; a token that reached `stop_at` takes no further
     part. With a journal every batch is written as soon as it is done, and what the journal holds is not run again.
     """
     shape = (len(tokens), len(templates), options.steps)
-    found = Scores(np.full(shape, np.nan), np.zeros(shape, dtype=bool))
+    scores = Scores(np.full(shape, np.nan), np.zeros(shape, dtype=bool))
     if journal is not None:
-        _recall(journal, templates, tokens.tolist(), found)
+        _recall(journal, templates, tokens.tolist(), scores)
     with task(total=len(tokens) * len(templates), description="verify tokens", unit="prompts") as running:
         for t in sorted(range(len(templates)), key=lambda t: len(templates[t].ids) - templates[t].shared):
             template = templates[t]
             settled = np.zeros(len(tokens), dtype=bool)
             if options.stop_at is not None:
-                settled = np.nan_to_num(found.best, nan=-1.0) >= options.stop_at
-            todo = np.flatnonzero(~settled & ~found.ran[:, t].any(1))
+                settled = np.nan_to_num(scores.best, nan=-1.0) >= options.stop_at
+            todo = np.flatnonzero(~settled & ~scores.ran[:, t].any(1))
             running.advance(len(tokens) - len(todo))
             for start in range(0, len(todo), options.batch_size):
                 part = todo[start : start + options.batch_size]
                 p, ran = _steps(model, template, tokens[part], options)
-                found.p[part, t], found.ran[part, t] = p, ran
+                scores.p[part, t], scores.ran[part, t] = p, ran
                 if journal is not None:
                     rows = zip(tokens[part].tolist(), p, ran, strict=True)
                     journal.append([{"token_id": i, template.name: row[run].tolist()} for i, row, run in rows])
                 running.advance(len(part))
-    return found
+    return scores
 
 
-def _recall(journal: Log, templates: Sequence[Template], tokens: Sequence[int], found: Scores) -> None:
+def _recall(journal: Log, templates: Sequence[Template], tokens: Sequence[int], scores: Scores) -> None:
     done = journal.done()
     for k, token in enumerate(tokens):
         for t, template in enumerate(templates):
-            values = from_jsonable(list[float], done.get(token, {}).get(template.name, []))
-            found.p[k, t, : len(values)] = values
-            found.ran[k, t, : len(values)] = True
+            values = probabilities_in(done.get(token, {}), template)
+            scores.p[k, t, : len(values)] = values
+            scores.ran[k, t, : len(values)] = True
+
+
+def probabilities_in(row: Mapping[str, object], template: Template) -> list[float]:
+    """Probabilities by step under one prompt in a row of a journal; nan where there is no number."""
+    return from_jsonable(list[float], row.get(template.name, []))
 
 
 def _steps(
-    model: Any, template: Template, targets: Int[Tensor, " batch"], options: VerifyOptions
+    model: Model, template: Template, targets: Int[Tensor, " batch"], options: VerifyOptions
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities by row and step and which were run, for one batch; a row that reached `stop_at` is settled."""
     p = np.full((len(targets), options.steps), np.nan)
@@ -164,7 +170,7 @@ def _steps(
 
 
 def greedy_logits(
-    model: Any, rows: Int[Tensor, "batch pos"], steps: int, cached: bool = True, *, shared: int = 0
+    model: Model, rows: Int[Tensor, "batch pos"], steps: int, cached: bool = True, *, shared: int = 0
 ) -> Iterator[Float[Tensor, "batch d_vocab"]]:
     """Last-position logits of prompts of equal length, then after one greedy token, then after two, and so on.
 
@@ -203,7 +209,7 @@ def greedy_logits(
             return
 
 
-def _uncached(model: Any, rows: Int[Tensor, "batch pos"], steps: int) -> Iterator[Tensor]:
+def _uncached(model: Model, rows: Int[Tensor, "batch pos"], steps: int) -> Iterator[Tensor]:
     for step in range(steps):
         logits = model.logits(TokenBatch.of_rows(rows), keep="last")
         yield logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from workbench.core.progress import task
 from workbench.core.stats import Estimate, clopper_pearson
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.verification.chat import prompt_set
+from workbench.glitch.verification.outcomes import Outcome, Outcomes
 from workbench.glitch.verification.prompts import Probe, Template
 from workbench.glitch.verification.scoring import target_probabilities
 from workbench.glitch.vocabulary.segments import Pieces, Speller
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
+from workbench.models.model import Model
 
 Broken = Literal["input", "output", "both", "neither", "unknown"]
 BROKEN: dict[str, str] = {
@@ -46,12 +48,12 @@ WRITE = (
 """Texts that ask for the token after its text was shown in other tokens."""
 LEVEL = 0.05
 """Share of ordinary tokens that each of the two measures calls broken."""
-ENOUGH_AUC, ENOUGH_CONTROLS = 0.9, 19
+MIN_AUC, MIN_CONTROLS = 0.9, 19
 """A measure is used if it tells a token from another one this well on the controls, and has so many of them."""
 
 
-@dataclass(frozen=True)
-class Side:
+@dataclass(frozen=True, kw_only=True)
+class Side(Outcome):
     """Reading and writing of one token.
 
     Attributes:
@@ -61,8 +63,6 @@ class Side:
         write_logp: highest log-probability (nats) of the token where its text was shown in pieces.
     """
 
-    token_id: int
-    control: bool
     pieces: Pieces
     read_kl: float
     read_agreement: float
@@ -70,8 +70,8 @@ class Side:
     broken: Broken
 
 
-@dataclass(frozen=True)
-class Sides:
+@dataclass(frozen=True, kw_only=True)
+class Sides(Outcomes[Side]):
     """Reading and writing of tokens and controls.
 
     Attributes:
@@ -84,18 +84,12 @@ class Sides:
         failing: share of these controls called not read, and not written (about `LEVEL` each, by construction).
     """
 
-    tested: tuple[Side, ...]
     read_limit: float
     write_limit: float
     read_auc: float
     write_auc: float
     n_controls: int
     failing: dict[str, Estimate]
-
-    @property
-    def candidates(self) -> tuple[Side, ...]:
-        """The tokens under suspicion."""
-        return tuple(side for side in self.tested if not side.control)
 
     def count(self, broken: Broken) -> int:
         """Number of candidates with this result."""
@@ -114,7 +108,7 @@ class _Measured:
 
 
 def measure_sides(
-    model: Any,
+    model: Model,
     codec: Codec,
     vocabulary: Vocabulary,
     candidates: Sequence[int],
@@ -133,20 +127,21 @@ def measure_sides(
     Raises:
         DegenerateInputError: if none of the texts can be built for this tokenizer.
     """
-    allowed = vocabulary.is_category("ok") & ~vocabulary.reserved
+    allowed = vocabulary.ordinary
     allowed[[i for i in (*candidates, *suspects) if i < len(allowed)]] = False
     allowed[getattr(model, "d_vocab", len(allowed)) :] = False
-    speller = Speller(token_bytes(model.tokenizer)[: len(allowed)], allowed)
+    texts = token_bytes(model.tokenizer)
+    speller = Speller(texts[: len(allowed)], allowed)
     frames = _frames(model, vocabulary)
     parts = []
     with task(total=len(candidates) + len(controls), description="read and write", unit="tokens") as running:
         for ids in (candidates, controls):
-            pieces = [_pieces(codec, model.tokenizer, speller, i) for i in ids]
+            pieces = [_pieces(codec, texts, speller, i) for i in ids]
             parts.append((ids, pieces, _measure(model, frames, ids, pieces, batch_size, running.advance)))
     return _judged(parts)
 
 
-def _frames(model: Any, vocabulary: Vocabulary) -> list[tuple[Template, ...]]:
+def _frames(model: Model, vocabulary: Vocabulary) -> list[tuple[Template, ...]]:
     """The texts to read and those to write; a tokenizer may glue one of them to the token, the others do."""
     try:
         return [prompt_set(model, vocabulary, probes, "raw").templates for probes in (READ, WRITE)]
@@ -156,64 +151,58 @@ def _frames(model: Any, vocabulary: Vocabulary) -> list[tuple[Template, ...]]:
         ) from error
 
 
-def _pieces(codec: Codec, tokenizer: Any, speller: Speller, i: int) -> Pieces:
-    texts = token_bytes(tokenizer)
-    found = speller(texts[i], without=i) if i < len(texts) and texts[i] else None
-    if found is None or len(found) < 2:
+def _pieces(codec: Codec, texts: Sequence[bytes], speller: Speller, i: int) -> Pieces:
+    pieces = speller(texts[i], without=i) if i < len(texts) and texts[i] else None
+    if pieces is None or len(pieces) < 2:
         return ()
     anchor = codec.encode(["a"])[0]
-    whole, parts = codec.decode([[*anchor, i], [*anchor, *found]])
-    return found if whole == parts else ()
+    whole, parts = codec.decode([[*anchor, i], [*anchor, *pieces]])
+    return pieces if whole == parts else ()
 
 
 def _measure(
-    model: Any,
-    frames: Sequence[tuple[Template, ...]],
-    ids: Sequence[int],
-    pieces: Sequence[Pieces],
-    batch_size: int,
+    model: Model, frames: Sequence[tuple[Template, ...]], ids: Sequence[int], pieces: Sequence[Pieces], batch_size: int,
     advance: Callable[[int], None],
-) -> _Measured:
+) -> _Measured:  # fmt: skip
     """Both measures of some tokens; the token before each, in the batch, plays the other one."""
     read, write = frames
     columns = [np.full(len(ids), np.nan) for _ in range(5)]
-    spelled = [k for k, found in enumerate(pieces) if found]
+    spelled = [k for k, spelling in enumerate(pieces) if spelling]
     advance(len(ids) - len(spelled))
     for start in range(0, len(spelled), batch_size):
         part = spelled[start : start + batch_size]
-        tokens = torch.tensor([ids[k] for k in part])
-        kl, same, other = zip(*(_read(model, made, tokens, [pieces[k] for k in part]) for made in read), strict=True)
-        p = [_written(model, made, tokens, [pieces[k] for k in part]) for made in write]
-        logp, other_logp = (torch.stack(each).amax(0) for each in zip(*p, strict=True))
-        means = (torch.stack(each).float().mean(0) for each in (kl, same))
-        if len(part) == 1:
-            other, other_logp = [torch.full((1,), torch.nan)], torch.full((1,), torch.nan)
-        found = (*means, logp, torch.stack(list(other)).mean(0), other_logp)
-        for column, values in zip(columns, found, strict=True):
+        tokens, spellings = torch.tensor([ids[k] for k in part]), [pieces[k] for k in part]
+        reads = zip(*(_read(model, made, tokens, spellings) for made in read), strict=True)
+        kl, same, other_kl = (torch.stack(each).float().mean(0) for each in reads)
+        writes = zip(*(_written(model, made, tokens, spellings) for made in write), strict=True)
+        logp, other_logp = (torch.stack(each).amax(0) for each in writes)
+        if len(part) == 1:  # no other token to compare with
+            other_kl = other_logp = torch.full((1,), torch.nan)
+        for column, values in zip(columns, (kl, same, logp, other_kl, other_logp), strict=True):
             column[part] = values.double().numpy()
         advance(len(part))
     return _Measured(*columns)
 
 
 def _read(
-    model: Any, made: Template, tokens: Int[Tensor, " n"], pieces: Sequence[Pieces]
+    model: Model, made: Template, tokens: Int[Tensor, " n"], pieces: Sequence[Pieces]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divergence from the own pieces, whether the most probable token agrees, and divergence from another's pieces."""
-    with_pieces = _logits(model, [made.spelled(found) for found in pieces])
+    with_pieces = _logits(model, [made.spelled(spelling) for spelling in pieces])
     with_token = _logits(model, made.fill(tokens).tolist())
     same = with_pieces.argmax(1) == with_token.argmax(1)
     return kl_divergence(with_pieces, with_token), same, kl_divergence(with_pieces.roll(1, 0), with_token)
 
 
 def _written(
-    model: Any, made: Template, tokens: Int[Tensor, " n"], pieces: Sequence[Pieces]
+    model: Model, made: Template, tokens: Int[Tensor, " n"], pieces: Sequence[Pieces]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Log-probability of each token behind its pieces, and behind those of another one."""
-    logits = _logits(model, [made.spelled(found) for found in pieces])
+    logits = _logits(model, [made.spelled(spelling) for spelling in pieces])
     return target_probabilities(logits, tokens).log(), target_probabilities(logits, tokens.roll(1)).log()
 
 
-def _logits(model: Any, rows: Sequence[Sequence[int]]) -> Float[Tensor, "n d_vocab"]:
+def _logits(model: Model, rows: Sequence[Sequence[int]]) -> Float[Tensor, "n d_vocab"]:
     # The id of the padding does not matter behind the mask, so it is one that every model has.
     return model.logits(TokenBatch.pad(rows, pad_id=rows[0][0]), keep="last").float().cpu()
 
@@ -222,24 +211,23 @@ def _judged(parts: Sequence[tuple[Sequence[int], Sequence[Pieces], _Measured]]) 
     ordinary = parts[1][2]
     kl, logp = (x[np.isfinite(x)] for x in (ordinary.kl, ordinary.logp))
     read_auc, write_auc = _auc(kl, ordinary.other_kl), _auc(-logp, -ordinary.other_logp)
-    n = int(np.isfinite(ordinary.kl).sum())
-    enough = n >= ENOUGH_CONTROLS
-    read_limit = float(np.quantile(kl, 1 - LEVEL)) if enough and read_auc >= ENOUGH_AUC else float("nan")
-    write_limit = float(np.quantile(logp, LEVEL)) if enough and write_auc >= ENOUGH_AUC else float("nan")
+    n = len(kl)
+    read_limit = float(np.quantile(kl, 1 - LEVEL)) if n >= MIN_CONTROLS and read_auc >= MIN_AUC else float("nan")
+    write_limit = float(np.quantile(logp, LEVEL)) if n >= MIN_CONTROLS and write_auc >= MIN_AUC else float("nan")
     tested = []
-    for control, (ids, pieces, found) in zip((False, True), parts, strict=True):
+    for control, (ids, pieces, values) in zip((False, True), parts, strict=True):
         for k, i in enumerate(ids):
-            broken = which(found.kl[k] - read_limit, write_limit - found.logp[k])
-            values = (float(found.kl[k]), float(found.agreement[k]), float(found.logp[k]))
-            tested.append(Side(int(i), control, pieces[k], *values, broken))
-    failing = {}
-    if n:
-        unit = "control tokens"
-        failing = {
-            "read": clopper_pearson(int((kl > read_limit).sum()), n, unit=unit),
-            "write": clopper_pearson(int((logp < write_limit).sum()), n, unit=unit),
-        }
-    return Sides(tuple(tested), read_limit, write_limit, read_auc, write_auc, n, failing)
+            kl_k, agreement, logp_k = (float(column[k]) for column in (values.kl, values.agreement, values.logp))
+            broken = which(kl_k - read_limit, write_limit - logp_k)
+            tested.append(Side(
+                token_id=int(i), control=control, pieces=pieces[k], read_kl=kl_k, read_agreement=agreement,
+                write_logp=logp_k, broken=broken,
+            ))  # fmt: skip
+    beyond = {"read": int((kl > read_limit).sum()), "write": int((logp < write_limit).sum())} if n else {}
+    return Sides(
+        tuple(tested), read_limit=read_limit, write_limit=write_limit, read_auc=read_auc, write_auc=write_auc,
+        n_controls=n, failing={name: clopper_pearson(k, n, unit="control tokens") for name, k in beyond.items()},
+    )  # fmt: skip
 
 
 def _auc(own: np.ndarray, other: np.ndarray) -> float:

@@ -7,18 +7,21 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from workbench.core.codec import token_bytes
 from workbench.core.errors import DegenerateInputError
 from workbench.core.progress import task as progress
-from workbench.core.stats import Estimate, clopper_pearson
+from workbench.core.stats import Estimate
 from workbench.core.tokens import TokenBatch
+from workbench.glitch.reporting import rate
 from workbench.glitch.verification.chat import Forms, prompt_set
+from workbench.glitch.verification.outcomes import Outcome
 from workbench.glitch.verification.prompts import Probe
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
+from workbench.models.model import Model
 
 Label = Literal[
     "ok", "spelling_mistake", "incapability", "hallucinatory_completion", "question_repetition", "random_characters"
@@ -45,15 +48,13 @@ _CANNOT = re.compile(
     r"not (?:sure|clear|able|provided|given)|no (?:text|word)|unclear|please provide)\b",
     re.IGNORECASE,
 )
-_SIMILAR, _ECHO = 0.7, 20
+_MIN_SIMILARITY, _MIN_ECHO_CHARACTERS = 0.7, 20
 
 
 @dataclass(frozen=True)
-class Symptom:
+class Symptom(Outcome):
     """The model's reply about one token, up to the end of the line, with a key of `LABELS`."""
 
-    token_id: int
-    control: bool
     task: str
     reply: str
     label: Label
@@ -85,7 +86,7 @@ class Symptoms:
 
 
 def symptoms(
-    model: Any,
+    model: Model,
     vocabulary: Vocabulary,
     candidates: Sequence[int],
     controls: Sequence[int],
@@ -112,7 +113,7 @@ def symptoms(
     form = made.forms[-1]
     # Raw text goes on behind the answer's line; a chat reply ends by itself, and may begin with an empty line.
     stop = ("\n",) if form == "raw" else ()
-    found: list[Symptom] = []
+    replies: list[Symptom] = []
     chosen = [t for t in made.templates if t.form == form]
     with progress(total=len(chosen) * len(asked), description="symptoms", unit="replies") as running:
         for template in chosen:
@@ -123,22 +124,20 @@ def symptoms(
                 said = model.generate(rows, max_new_tokens, temperature=0.0, stop=stop, batch_size=batch_size).texts
                 for (i, control), reply in zip(part, said, strict=True):
                     reply = reply.strip().split("\n")[0]
-                    found.append(Symptom(int(i), control, task, reply, label_of(task, texts[i], reply, question)))
+                    replies.append(Symptom(int(i), control, task, reply, label_of(task, texts[i], reply, question)))
                 running.advance(len(part))
     names = [template.probe.name for template in chosen]
     return Symptoms(
-        tuple(found), form, _failures(found, names, True), _failures(found, names, False), max_new_tokens, made.notes
-    )
+        tuple(replies), form, _failures(replies, names, True), _failures(replies, names, False), max_new_tokens,
+        made.notes,
+    )  # fmt: skip
 
 
-def _failures(found: Sequence[Symptom], names: Sequence[str], control: bool) -> dict[str, Estimate]:
-    rates = {}
+def _failures(replies: Sequence[Symptom], names: Sequence[str], control: bool) -> dict[str, Estimate]:
     unit = "control tokens" if control else "candidates"
-    for name in names:
-        labels = [s.label for s in found if s.task == name and s.control == control]
-        if labels:
-            rates[name] = clopper_pearson(sum(label != "ok" for label in labels), len(labels), unit=unit)
-    return rates
+    asked = [s for s in replies if s.control == control]
+    rates = {name: rate((s.label != "ok" for s in asked if s.task == name), unit) for name in names}
+    return {name: failing for name, failing in rates.items() if failing is not None}
 
 
 def label_of(task: str, text: str, reply: str, question: str = "") -> Label:
@@ -160,7 +159,7 @@ def label_of(task: str, text: str, reply: str, question: str = "") -> Label:
         return "incapability"
     if _is_noise(reply):
         return "random_characters"
-    if task != "length" and _similarity(_target(task, wanted), reply) >= _SIMILAR:
+    if task != "length" and _similarity(_target(task, wanted), reply) >= _MIN_SIMILARITY:
         return "spelling_mistake"
     return "hallucinatory_completion"
 
@@ -190,9 +189,8 @@ def _similarity(wanted: str, reply: str) -> float:
 
 
 def _echoes(reply: str, question: str) -> bool:
-    """Whether the reply says a part of the question again, of at least 20 characters."""
-    found = difflib.SequenceMatcher(None, question, reply, autojunk=False).find_longest_match()
-    return found.size >= _ECHO
+    longest = difflib.SequenceMatcher(None, question, reply, autojunk=False).find_longest_match()
+    return longest.size >= _MIN_ECHO_CHARACTERS
 
 
 def _is_noise(reply: str) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,12 +12,21 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.core.codec import Codec
-from workbench.core.stats import Estimate, clopper_pearson
+from workbench.core.stats import Estimate
 from workbench.engine.log import Log
+from workbench.glitch.reporting import rate
+from workbench.glitch.verification.outcomes import Outcome, Outcomes
 from workbench.glitch.verification.prompts import Template, prompt_hash
-from workbench.glitch.verification.scoring import VERIFIED, Scores, VerifyOptions, highest, require_numbers, score
-from workbench.glitch.verification.scoring import greedy_logits as greedy_logits
-from workbench.glitch.verification.scoring import target_probabilities as target_probabilities
+from workbench.glitch.verification.scoring import (
+    VERIFIED,
+    Scores,
+    VerifyOptions,
+    dtype_name,
+    highest,
+    require_numbers,
+    score,
+)
+from workbench.models.model import Model
 
 VERDICTS: dict[str, str] = {
     "strong_verified": "p < 0.001 everywhere: the model cannot say it",
@@ -49,8 +57,8 @@ class PromptScore:
     step: int
 
 
-@dataclass(frozen=True)
-class Tested:
+@dataclass(frozen=True, kw_only=True)
+class Tested(Outcome):
     """One token's result.
 
     Attributes:
@@ -63,8 +71,6 @@ class Tested:
         spliced: whether it is a token that no text gives, tested by its id beside the candidates.
     """
 
-    token_id: int
-    control: bool
     max_prob: float
     probe: str
     passes: int
@@ -74,6 +80,11 @@ class Tested:
     scores: tuple[PromptScore, ...] = ()
     p_value: float | None = None
     spliced: bool = False
+
+    @property
+    def role(self) -> str:
+        """Why it was tested."""
+        return "spliced" if self.spliced else super().role
 
     @property
     def verified(self) -> bool:
@@ -91,9 +102,9 @@ class Tested:
         return raw is not None and raw < VERIFIED <= self.max_prob
 
 
-@dataclass(frozen=True)
-class Verification:
-    """Candidates and controls, tested alike.
+@dataclass(frozen=True, kw_only=True)
+class Verification(Outcomes[Tested]):
+    """Candidates, controls and spliced tokens, tested alike.
 
     Attributes:
         control_failures: share of counted controls that fail the test; they are ordinary tokens, so this is its error
@@ -104,11 +115,10 @@ class Verification:
         passes: forward passes counted in prompts.
     """
 
-    tested: tuple[Tested, ...]
-    control_failures: Estimate | None
-    expected_false: Estimate | None
-    control_quantiles: dict[str, float]
-    failures_by_form: dict[str, Estimate]
+    control_failures: Estimate | None = None
+    expected_false: Estimate | None = None
+    control_quantiles: dict[str, float] = field(default_factory=dict)
+    failures_by_form: dict[str, Estimate] = field(default_factory=dict)
     passes: int
     dtype: str
     model_hash: str
@@ -118,19 +128,9 @@ class Verification:
     notes: tuple[str, ...] = ()
 
     @property
-    def candidates(self) -> tuple[Tested, ...]:
-        """The tokens under suspicion."""
-        return tuple(t for t in self.tested if not t.control and not t.spliced)
-
-    @property
-    def controls(self) -> tuple[Tested, ...]:
-        """The random ordinary tokens."""
-        return tuple(t for t in self.tested if t.control)
-
-    @property
     def counted_controls(self) -> tuple[Tested, ...]:
         """The controls that the model gives a number for: those that say something about the test."""
-        return _counted(self.tested)
+        return tuple(t for t in self.controls if not np.isnan(t.max_prob))
 
     @property
     def spliced(self) -> tuple[Tested, ...]:
@@ -139,7 +139,7 @@ class Verification:
 
 
 def verify(
-    model: Any,
+    model: Model,
     codec: Codec,
     templates: Sequence[Template],
     candidates: Sequence[int],
@@ -160,34 +160,31 @@ def verify(
     require_numbers(scores.best)
     encodable = _encodable(codec, templates, ids, scores.best)
     tested = tuple(
-        _tested(int(i), k >= len(candidates), templates, scores, k, bool(encodable[k]))
-        for k, i in enumerate(ids.tolist())
+        _tested(i, k >= len(candidates), templates, scores, k, bool(encodable[k])) for k, i in enumerate(ids.tolist())
     )
     key = journal_key(model, templates, options)
-    made = Verification(
-        tested, *_error_rate(tested), {}, {}, int(scores.passes.sum()), key["dtype"], key["model"], key["prompts"],
-        tuple(dict.fromkeys(made.form for made in templates)), options,
-    )  # fmt: skip
-    return made if options.stop_at is not None else _graded(made)
+    return _graded(Verification(
+        tested, passes=int(scores.passes.sum()), dtype=key["dtype"], model_hash=key["model"],
+        prompt_hash=key["prompts"], forms=tuple(dict.fromkeys(made.form for made in templates)), options=options,
+    ))  # fmt: skip
 
 
 def with_spliced(
-    done: Verification, model: Any, templates: Sequence[Template], tokens: Sequence[int], journal: Log | None = None
+    done: Verification, model: Model, templates: Sequence[Template], tokens: Sequence[int], journal: Log | None = None
 ) -> Verification:
     """The verification with tokens that no text gives, put into the prompts by their ids; no count of it changes."""
     ids = torch.as_tensor(tokens, dtype=torch.long)
     scores = score(model, templates, ids, done.options, journal)
-    more = (_tested(int(i), False, templates, scores, k, True) for k, i in enumerate(ids.tolist()))
+    more = (_tested(i, False, templates, scores, k, True) for k, i in enumerate(ids.tolist()))
     more = tuple(dataclasses.replace(t, encodable=False, spliced=True, p_value=_p_value(t, done)) for t in more)
     return dataclasses.replace(done, tested=done.tested + more, passes=done.passes + int(scores.passes.sum()))
 
 
-def journal_key(model: Any, templates: Sequence[Template], options: VerifyOptions) -> dict[str, str]:
+def journal_key(model: Model, templates: Sequence[Template], options: VerifyOptions) -> dict[str, str]:
     """What results depend on: model, prompts, dtype, steps and when testing stops."""
     return {
-        "model": str(getattr(model, "fingerprint", "unknown")), "prompts": prompt_hash(templates),
-        "dtype": str(getattr(model, "dtype", "unknown")).removeprefix("torch."), "steps": str(options.steps),
-        "stop_at": str(options.stop_at),
+        "model": model.fingerprint, "prompts": prompt_hash(templates), "dtype": dtype_name(model),
+        "steps": str(options.steps), "stop_at": str(options.stop_at),
     }  # fmt: skip
 
 
@@ -208,14 +205,6 @@ def verdict(p: float, encodable: bool = True) -> str:
     return "strong_verified" if p < VERIFIED / 10 else "weak_verified"
 
 
-def max_probabilities(
-    model: Any, templates: Sequence[Template], tokens: Int[Tensor, " n"], options: VerifyOptions
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Highest probability of each token, the index of the template that gave it, and the passes run for it."""
-    scores = score(model, templates, tokens, options)
-    return scores.best, scores.where, scores.passes
-
-
 def _tested(i: int, control: bool, templates: Sequence[Template], scores: Scores, k: int, encodable: bool) -> Tested:
     each = []
     for t, made in enumerate(templates):
@@ -224,46 +213,39 @@ def _tested(i: int, control: bool, templates: Sequence[Template], scores: Scores
             step = int(np.nan_to_num(scores.p[k, t], nan=-1.0).argmax())
             each.append(PromptScore(made.form, made.probe.name, None if np.isnan(p) else float(p), step))
     best, at = float(scores.best[k]), templates[int(scores.where[k])]
-    return Tested(i, control, best, at.probe.name, int(scores.passes[k]), encodable, verdict(best, encodable),
-                  at.form, tuple(each))  # fmt: skip
+    return Tested(
+        token_id=i, control=control, max_prob=best, probe=at.probe.name, passes=int(scores.passes[k]),
+        encodable=encodable, verdict=verdict(best, encodable), form=at.form, scores=tuple(each),
+    )  # fmt: skip
 
 
-def _error_rate(tested: Sequence[Tested]) -> tuple[Estimate | None, Estimate | None]:
-    controls = _counted(tested)
-    if not controls:
-        return None, None
-    rate = clopper_pearson(sum(t.verified for t in controls), len(controls), unit="control tokens")
-    return rate, scaled(rate, sum(not t.control for t in tested))
-
-
-def _counted(tested: Sequence[Tested]) -> tuple[Tested, ...]:
-    return tuple(t for t in tested if t.control and not np.isnan(t.max_prob))
-
-
-def scaled(rate: Estimate, n: int) -> Estimate:
+def scaled(share: Estimate, n: int) -> Estimate:
     """A rate as the number to expect among `n` others.
 
+    >>> from workbench.core.stats import clopper_pearson
     >>> round(scaled(clopper_pearson(0, 10), 100).high, 2)  # 100 * 0.3085
     30.85
     """
-    method = f"{rate.method}, times {n} candidates"
-    return dataclasses.replace(rate, value=rate.value * n, low=rate.low * n, high=rate.high * n, method=method)
+    method = f"{share.method}, times {n} candidates"
+    return dataclasses.replace(share, value=share.value * n, low=share.low * n, high=share.high * n, method=method)
 
 
 def _graded(done: Verification) -> Verification:
-    """With quantiles and p-values relative to controls, which need every probability in full."""
-    if not done.counted_controls:
+    """With the controls' rate of failure and, where every probability is known in full, quantiles and p-values."""
+    controls, unit = done.counted_controls, "control tokens"
+    failures = rate((t.verified for t in controls), unit)
+    if failures is None:
         return done
-    best = np.array([t.max_prob for t in done.counted_controls])
+    expected = scaled(failures, len(done.candidates))
+    done = dataclasses.replace(done, control_failures=failures, expected_false=expected)
+    if done.options.stop_at is not None:
+        return done
+    best = np.array([t.max_prob for t in controls])
     quantiles = {f"{q:.0%}": float(np.quantile(best, q)) for q in _QUANTILES}
-    by_form = {form: rate for form in done.forms if (rate := _failures(done.counted_controls, form)) is not None}
+    in_form = {form: [p for t in controls if (p := t.best_in(form)) is not None] for form in done.forms}
+    by_form = {form: share for form, ps in in_form.items() if (share := rate((p < VERIFIED for p in ps), unit))}
     tested = tuple(t if t.control else dataclasses.replace(t, p_value=_p_value(t, done)) for t in done.tested)
     return dataclasses.replace(done, tested=tested, control_quantiles=quantiles, failures_by_form=by_form)
-
-
-def _failures(controls: Sequence[Tested], form: str) -> Estimate | None:
-    best = [p for t in controls if (p := t.best_in(form)) is not None]
-    return clopper_pearson(sum(p < VERIFIED for p in best), len(best), unit="control tokens") if best else None
 
 
 def _p_value(token: Tested, done: Verification) -> float | None:
@@ -276,9 +258,9 @@ def _p_value(token: Tested, done: Verification) -> float | None:
 
 def _encodable(codec: Codec, templates: Sequence[Template], tokens: Int[Tensor, " n"], best: np.ndarray) -> np.ndarray:
     """Whether a prompt's text gives the token again, for those whose verdict depends on it; True for the others."""
-    found = ~(best < VERIFIED)
+    encodable = ~(best < VERIFIED)
     for template in templates:
-        left = np.flatnonzero(~found)
+        left = np.flatnonzero(~encodable)
         again = codec.encode(codec.decode(template.fill(tokens[left]).tolist()))
-        found[left] = [i in set(ids) for i, ids in zip(tokens[left].tolist(), again, strict=True)]
-    return found
+        encodable[left] = [i in set(ids) for i, ids in zip(tokens[left].tolist(), again, strict=True)]
+    return encodable

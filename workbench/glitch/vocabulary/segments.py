@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool
@@ -10,6 +11,31 @@ from jaxtyping import Bool
 from workbench.core.errors import ShapeError
 
 Pieces = tuple[int, ...]
+Cost = tuple[int, int, int]
+ByText = Mapping[bytes, Sequence[tuple[int, int]]]
+"""Ids that write a text, each with 0 if it is whole text and 1 if it is a byte or half a character."""
+
+
+def segmentations(text: bytes, ids: ByText, n: int, without: int = -1) -> tuple[Pieces, ...]:
+    """The first `n` ways to write a text, cheapest first: fewest pieces, then fewest that are not whole text, low ids.
+
+    Args:
+        text: what to write.
+        ids: the pieces that are allowed.
+        n: ways that are kept, here and for each beginning of the text.
+        without: a token that must not be used, such as the one whose text this is.
+    """
+    best: list[list[tuple[Cost, Pieces]]] = [[((0, 0, 0), ())], *([] for _ in text)]
+    longest = max(map(len, ids), default=0)
+    for end in range(1, len(text) + 1):
+        options = (
+            ((cost[0] + 1, cost[1] + odd, cost[2] + i), (*before, i))
+            for start in range(max(0, end - longest), end)
+            for odd, i in ids.get(text[start:end], ()) if i != without
+            for cost, before in best[start]
+        )  # fmt: skip
+        best[end] = heapq.nsmallest(n, options)
+    return tuple(pieces for _, pieces in best[-1])
 
 
 class Speller:
@@ -26,26 +52,11 @@ class Speller:
     def __init__(self, texts: Sequence[bytes], allowed: Bool[np.ndarray, " ids"]) -> None:
         if len(allowed) > len(texts):
             raise ShapeError(f"Speller: {len(allowed)} flags for {len(texts)} tokens; give one per token.")
-        self._of: dict[bytes, int] = {}
+        self._ids: dict[bytes, list[tuple[int, int]]] = {}
         for i in np.flatnonzero(allowed).tolist():
             if texts[i]:
-                self._of.setdefault(texts[i], i)
-        self._longest = max(map(len, self._of), default=0)
+                self._ids.setdefault(texts[i], [(0, i)])
 
     def __call__(self, text: bytes, without: int = -1) -> Pieces | None:
-        """The pieces of a text, or None if it can't be written.
-
-        Args:
-            text: what to write.
-            without: a token that must not be used, such as the one whose text this is.
-        """
-        best: list[tuple[int, int, Pieces] | None] = [(0, 0, ()), *[None] * len(text)]
-        for end in range(1, len(text) + 1):
-            for start in range(max(0, end - self._longest), end):
-                before, piece = best[start], self._of.get(text[start:end])
-                if before is None or piece is None or piece == without:
-                    continue
-                found = (before[0] + 1, before[1] + piece, (*before[2], piece))
-                best[end] = found if best[end] is None else min(best[end] or found, found)
-        done = best[len(text)]
-        return None if done is None else done[2]
+        """The pieces of a text, or None if it can't be written."""
+        return next(iter(segmentations(text, self._ids, 1, without)), None)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from workbench.core.codec import BYTE_OF_CHAR, ByteStyle, Codec
+from workbench.core.codec import BYTE_OF_CHAR, ByteStyle, Codec, codec_of
 from workbench.glitch.vocabulary.survival import Survival, between
+from workbench.models.model import Model
 
 CATEGORIES: dict[str, str] = {
     "ok": "re-encodes to itself in some context",
@@ -93,6 +94,25 @@ class Vocabulary:
     def is_category(self, *names: str) -> np.ndarray:
         """Boolean per id: whether its category is one of `names`."""
         return np.isin(np.asarray(self.category), names)
+
+    @property
+    def ordinary(self) -> np.ndarray:
+        """Boolean per id: reachable text tokens that are neither special nor named as reserved."""
+        return self.is_category("ok") & ~self.reserved
+
+    def pool(self, n_rows: int, avoid: Iterable[int]) -> np.ndarray:
+        """Ids of ordinary tokens that a model with so many rows takes, in order, apart from some."""
+        return np.setdiff1d(np.flatnonzero(self.ordinary[:n_rows]), list(avoid))
+
+
+def draw_controls(pool: Sequence[int] | np.ndarray, n: int, seed: int) -> list[int]:
+    """Random ids of a pool without replacement, all of them if it holds fewer than `n`."""
+    return np.random.default_rng(seed).choice(pool, min(n, len(pool)), replace=False).tolist()
+
+
+def vocabulary_of(model: Model) -> Vocabulary:
+    """The analysis of a model's tokenizer."""
+    return analyse(codec_of(model.tokenizer))
 
 
 def analyse(codec: Codec) -> Vocabulary:
