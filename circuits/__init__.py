@@ -17,14 +17,15 @@ from circuits.attribution import (
     linear_effects,
     node_effects,
 )
+from circuits.shift.asked import AskedDecider
 from circuits.shift.biographies import BiographyOptions, biographies
-from circuits.shift.feature_judges import (
+from circuits.shift.deciders import (
+    Decider,
     FeatureDossier,
-    Judge,
-    LexiconJudge,
+    LexiconDecider,
     Node,
-    OracleJudge,
-    StatisticsJudge,
+    OracleDecider,
+    StatisticsDecider,
     Verdict,
 )
 from circuits.shift.shift_report import ShiftReport
@@ -32,21 +33,22 @@ from circuits.shift.study import ShiftOptions, shift
 from circuits.shift.task import LabelledTexts, ShiftTask
 
 __all__ = [
+    "AskedDecider",
     "AttributionOptions",
     "BiographyOptions",
+    "Decider",
     "FeatureDossier",
-    "Judge",
     "LabelledTexts",
-    "LexiconJudge",
+    "LexiconDecider",
     "LossOfMargin",
     "Metric",
     "Node",
     "NodeEffects",
-    "OracleJudge",
+    "OracleDecider",
     "ShiftOptions",
     "ShiftReport",
     "ShiftTask",
-    "StatisticsJudge",
+    "StatisticsDecider",
     "Verdict",
     "biographies",
     "exact_effects",

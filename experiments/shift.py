@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import circuits
 from circuits.shift.biographies import BiographyOptions, biographies
-from circuits.shift.feature_judges import Judge, LexiconJudge, OracleJudge, StatisticsJudge
+from circuits.shift.deciders import Decider, LexiconDecider, OracleDecider, StatisticsDecider
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.study import ShiftOptions
 from workbench.cli.base import read_passages
 from workbench.cli.study import Begin, Study
 from workbench.core.tokens import TokenBatch
+from workbench.judges.protocol import Judge
 
-JudgeName = Literal["statistics", "lexicon", "oracle"]
-_JUDGES: dict[JudgeName, type[Any]] = {"statistics": StatisticsJudge, "lexicon": LexiconJudge, "oracle": OracleJudge}
+DeciderName = Literal["statistics", "lexicon", "oracle"]
+_DECIDERS: dict[DeciderName, Callable[[], Decider]] = {
+    "statistics": StatisticsDecider, "lexicon": LexiconDecider, "oracle": OracleDecider,
+}  # fmt: skip
 
 
 def study(
@@ -26,7 +30,7 @@ def study(
     *,
     site: str | None = None,
     task: BiographyOptions | None = None,
-    judge: Judge | None = None,
+    judge: Decider | Judge | None = None,
     options: ShiftOptions | None = None,
 ) -> ShiftReport:
     """SHIFT on biographies in which profession and gender go together.
@@ -37,7 +41,7 @@ def study(
         plain_text: held-out text, for the loss that the ablation costs.
         site: where the SAE reads; by default what its metadata says.
         task: which biographies.
-        judge: who decides; by default the statistics judge.
+        judge: who decides, by default from statistics of swapped texts; a judge is asked about tokens.
         options: probe site, candidates, controls.
     """
     from workbench.saes.formats.load import sae_site
@@ -58,7 +62,7 @@ class Shift(Study[ShiftReport]):
     """Folder of an SAE of this model."""
     professions: tuple[str, str] = ("professor", "nurse")
     """Label 0 and label 1: two of professor, nurse, attorney, journalist."""
-    judge: JudgeName = "statistics"
+    judge: DeciderName = "statistics"
     """Who calls a feature spurious; the oracle sees balanced labels and is a bound, not a method."""
     probe_site: str | None = None
     """Where the probe reads, such as resid_post.20; by default where the SAE reads, where effects are exact."""
@@ -87,7 +91,7 @@ class Shift(Study[ShiftReport]):
         model = load_model(self.model)
         plain_text = None if passages is None else model.tokens(passages)
         begin(model)
-        return study(model, sae, plain_text, task=task, judge=_JUDGES[self.judge](), options=options)
+        return study(model, sae, plain_text, task=task, judge=_DECIDERS[self.judge](), options=options)
 
     def title(self, report: ShiftReport) -> str:
         return "SHIFT: " + report.task

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.shift.deciders import Node
 from circuits.shift.evidence import Reader
-from circuits.shift.feature_judges import Node
 from circuits.shift.shift_report import Collateral
 from workbench.core.stats import paired_difference, sample_mean
 from workbench.core.tokens import TokenBatch

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.shift.feature_judges import Node
+from circuits.shift.deciders import Node
 from circuits.shift.words import word_pattern
 from workbench.bases.saecode import Basis
 from workbench.controls.tokens import TokenPolicy

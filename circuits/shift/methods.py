@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from circuits.shift.feature_judges import Node
+from circuits.shift.deciders import Node
 from circuits.shift.shift_report import Comparison, MethodRow, OverDraws
 from circuits.shift.task import Prediction, ShiftMethod, ShiftStudy, ShiftTask
 from circuits.shift.words import delete_words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from circuits.shift.feature_judges import Decision
+from circuits.shift.deciders import Decision
 from workbench.controls.methods import Role
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Metric, Report, Section, Table, Text

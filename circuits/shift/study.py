@@ -17,18 +17,19 @@ from torch import Tensor
 
 from circuits.attribution import AttributionOptions, LossOfMargin, NodeEffects, linear_effects, node_effects
 from circuits.bases import bases_at, refuse_unreached
+from circuits.shift.asked import decider_of
 from circuits.shift.collateral import collateral
-from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
-from circuits.shift.evidence import PooledTexts, Reader, TokenEvidence, token_evidence
-from circuits.shift.feature_judges import (
+from circuits.shift.deciders import (
     BalancedEvidence,
+    Decider,
     FeatureDossier,
-    Judge,
     Node,
-    OracleJudge,
-    StatisticsJudge,
+    OracleDecider,
+    StatisticsDecider,
     Verdict,
 )
+from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
+from circuits.shift.evidence import PooledTexts, Reader, TokenEvidence, token_evidence
 from circuits.shift.methods import ORACLE_PROBE, ORIGINAL, SWAP_DIRECTION_REMOVED, Scorer, ablation
 from circuits.shift.shift_report import AttributionRow, EditCheck, JudgedFeature, ShiftReport
 from circuits.shift.task import ShiftMethod, ShiftStudy, ShiftTask
@@ -37,6 +38,7 @@ from workbench.controls.matching import matched_features
 from workbench.controls.methods import comparisons, methods_of
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.tokens import TokenBatch
+from workbench.judges.protocol import Judge
 from workbench.models.model import Model
 from workbench.probes.linear import ProbeOptions, fit_probe
 
@@ -75,7 +77,7 @@ def shift(
     model: Model,
     bases: Mapping[str, Any],
     task: ShiftTask,
-    judge: Judge | None = None,
+    judge: Decider | Judge | None = None,
     *,
     options: ShiftOptions | None = None,
     plain_text: TokenBatch | None = None,
@@ -89,8 +91,8 @@ def shift(
         model: the model.
         bases: an SAE per site.
         task: labelled texts; see `circuits.shift.biographies`.
-        judge: decides on each candidate; by default `StatisticsJudge`. Only a judge that says `is_oracle` is given
-            balanced labels, and no judge sees a test row.
+        judge: decides on each candidate; by default `StatisticsDecider`. Only one that says `is_oracle` is given
+            balanced labels, and none sees a test row. A `workbench.judges.Judge` is asked about each one's tokens.
         options: probe site, number of candidates, controls.
         plain_text: other text, on which the loss is measured with and without the ablation.
 
@@ -100,17 +102,18 @@ def shift(
         ShapeError: if an SAE has another width than its site.
         EditError: if the ablation differs from the one made by plain hooks with the SAE's own encode and decode.
     """
-    options, judge = options or ShiftOptions(), judge or StatisticsJudge()
+    options = options or ShiftOptions()
+    decider = decider_of(judge or StatisticsDecider(), task, options.seed)
     study = _read(model, bases_at(model, bases), task, options)
     effects = _effects(study, study.train, task.train.label, options)
     candidates = _candidates(effects, options.top_k)
     dossiers = _dossiers(study, candidates)
-    verdicts = [judge(d if judge.is_oracle else replace(d, balanced=None)) for d in dossiers]
-    oracle = [OracleJudge()(dossier) for dossier in dossiers]
+    verdicts = [decider(d if decider.is_oracle else replace(d, balanced=None)) for d in dossiers]
+    oracle = [OracleDecider()(dossier) for dossier in dossiers]
     chosen, oracle_chosen = _spurious(verdicts), _spurious(oracle)
     edit_check = _edit_check(study, chosen or _nodes(candidates))
     draws = _random_features(study, chosen, options)
-    methods = methods_of(_methods(study, judge, chosen, oracle_chosen, draws, options))
+    methods = methods_of(_methods(study, decider, chosen, oracle_chosen, draws, options))
     scorer = Scorer(task)
     for method in methods.values():
         scorer.add(method, method.run(study))
@@ -119,7 +122,7 @@ def shift(
     return ShiftReport(
         task=task.name, label_name=" or ".join(task.label_names), spurious_name=" or ".join(task.spurious_names),
         probe_site=study.reader.probe_site, probe=probe.accuracy, shuffled=probe.shuffled, tokens=_tokens_text(study),
-        judge=judge.name, judge_information=judge.information, attribution=_attribution_rows(effects),
+        judge=decider.name, judge_information=decider.information, attribution=_attribution_rows(effects),
         verdicts=tuple(_judged(d, v, o) for d, v, o in zip(dossiers, verdicts, oracle, strict=True)),
         methods=tuple(scorer.rows), comparisons=tuple(scorer.compare(*pair) for pair in comparisons(methods)),
         random_draws=len(draws), edit_check=edit_check,
@@ -244,7 +247,7 @@ def _skyline(study: ShiftStudy, n: int, options: ShiftOptions) -> list[Node]:
 
 def _methods(
     study: ShiftStudy,
-    judge: Judge,
+    decider: Decider,
     chosen: Sequence[Node],
     oracle_chosen: Sequence[Node],
     draws: Sequence[Sequence[Node]],
@@ -260,8 +263,8 @@ def _methods(
     return (
         ORIGINAL,
         *ablation("random features", of_draws, lambda _: draws, ("control", "control"), is_random=True),
-        *ablation("SHIFT", judge.information, lambda _: [chosen], ("subject", "subject"), against),
-        *ablation("SHIFT, oracle judge", OracleJudge.information, lambda _: [oracle_chosen], ("variant", "variant")),
+        *ablation("SHIFT", decider.information, lambda _: [chosen], ("subject", "subject"), against),
+        *ablation("SHIFT, oracle judge", OracleDecider.information, lambda _: [oracle_chosen], ("variant", "variant")),
         *ablation("skyline", of_skyline, lambda _: [skyline], ("variant", "rival")),
         *study.task.methods,
         SWAP_DIRECTION_REMOVED,

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.shift.deciders import Node
 from circuits.shift.evidence import PooledTexts, Reader
-from circuits.shift.feature_judges import Node
 from workbench.controls.methods import Method
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe

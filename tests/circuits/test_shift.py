@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from circuits.shift.collateral import collateral
+from circuits.shift.deciders import FeatureDossier, LexiconDecider, Node, OracleDecider, StatisticsDecider, Verdict
 from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
 from circuits.shift.evidence import Reader, token_evidence
-from circuits.shift.feature_judges import FeatureDossier, LexiconJudge, Node, OracleJudge, StatisticsJudge, Verdict
 from circuits.shift.methods import Scorer, words_deleted
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.study import ShiftOptions, shift
@@ -35,6 +36,7 @@ from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.stats import sample_mean
 from workbench.core.tokens import TokenBatch
+from workbench.judges import Answer, Question
 from workbench.models.model import Model
 
 OPTIONS = ShiftOptions(top_k=10, random_draws=4)
@@ -107,19 +109,52 @@ def test_a_feature_that_opposes_the_label_is_no_candidate() -> None:
 
 def test_judges_agree_with_the_truth_and_say_what_they_use() -> None:
     model, bases, task = planted_model(), {SITE: planted_sae()}, planted_task()
-    for judge in (LexiconJudge(), OracleJudge()):
+    for judge in (LexiconDecider(), OracleDecider()):
         report = shift(model, bases, task, judge, options=OPTIONS)
         assert _ablated(report) & (LABEL_FEATURES | SPURIOUS_FEATURES) == SPURIOUS_FEATURES
         assert report.judge_information == judge.information
-    assert not StatisticsJudge().is_oracle
+    assert not StatisticsDecider().is_oracle
     assert next(v for v in _report().verdicts if v.feature == f"{SITE}/2").spurious_share == pytest.approx(1.0)
+
+
+class Asked:
+    """Says yes where most of the words are on the list of the names that are asked about."""
+
+    name = "reader"
+
+    def __init__(self, says: float | None = None) -> None:
+        self.says, self.asked = says, 0
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        self.asked += len(questions)
+        return [Answer(value=self._one(question.text), judge=self.name) for question in questions]
+
+    def _one(self, text: str) -> float | None:
+        if self.says is not None:
+            return self.says
+        task = planted_task()
+        own = task.spurious_words if f"either {task.spurious_names[0]} or" in text else task.target_words
+        words = text.split("words:\n")[1].split("\n\n")[0].split(", ")
+        return float(np.mean([word in own for word in words]))
+
+
+def test_a_judge_that_can_read_is_asked_about_tokens_and_one_that_can_not_decides_nothing() -> None:
+    model, bases, task = planted_model(), {SITE: planted_sae()}, planted_task()
+    report = shift(model, bases, task, Asked(), options=OPTIONS)
+    assert _ablated(report) & (LABEL_FEATURES | SPURIOUS_FEATURES) == SPURIOUS_FEATURES
+    assert report.judge == "reader" and "no label of a row" in report.judge_information
+    blind = Asked(says=0.7)
+    refused = shift(model, bases, task, blind, options=OPTIONS)
+    assert not _ablated(refused) and {v.decision for v in refused.verdicts} == {"unsure"}
+    assert all("judge not competent: fails on attribute (0 " in v.why for v in refused.verdicts)
+    assert blind.asked == 2 * 12 * 2, "who is refused is not asked about features"
 
 
 def test_the_oracle_judge_needs_what_others_do_not_get() -> None:
     acts = np.array([1.0, 0.0])
     dossier = FeatureDossier(Node(SITE, 0), 1.0, acts, acts, acts, (), 0.0, 0.0, 10)
     with pytest.raises(MismatchError, match="balanced"):
-        OracleJudge()(dossier)
+        OracleDecider()(dossier)
 
 
 def test_statistics_judge_keeps_a_feature_that_does_not_move_and_leaves_rare_ones() -> None:
@@ -128,7 +163,7 @@ def test_statistics_judge_keeps_a_feature_that_does_not_move_and_leaves_rare_one
     noise = 0.1 * generator.standard_normal(80)
     attribute = FeatureDossier(Node(SITE, 0), 1.0, label + noise, 1 - label + noise, label, (), 0.0, 0.0, 99)
     wanted = replace(attribute, swapped=attribute.acts)
-    judge = StatisticsJudge()
+    judge = StatisticsDecider()
     assert judge(attribute).decision == "spurious"
     assert judge(wanted).decision == "intended"
     assert judge(replace(attribute, n_tokens=2)).decision == "unsure"
@@ -183,7 +218,7 @@ def test_report_is_json_shows_itself_and_names_its_controls() -> None:
 
 
 def test_nothing_judged_spurious_is_said() -> None:
-    report = shift(planted_model(), {SITE: planted_sae()}, planted_task(), StatisticsJudge(z=1e9), options=OPTIONS)
+    report = shift(planted_model(), {SITE: planted_sae()}, planted_task(), StatisticsDecider(z=1e9), options=OPTIONS)
     assert report.n_spurious == 0
     assert "nothing was ablated" in " ".join(report.findings())
     assert report.method("SHIFT").label == report.method("original").label

@@ -110,7 +110,7 @@ def test_failures_that_may_pass_are_tried_again_and_others_are_not(monkeypatch: 
 
 
 def test_a_refused_prompt_stops_nobody_and_replies_are_kept(tmp_path: Path) -> None:
-    cache = tmp_path / "replies.jsonl"
+    cache = tmp_path / "replies"
     with served((200, said("1")), (400, {}), (200, said("0")), (500, {})) as url:
         judge = judge_at(url, retries=0, cache=cache)
         with pytest.raises(ModelUnavailableError, match="status 500"):
@@ -123,7 +123,7 @@ def test_a_refused_prompt_stops_nobody_and_replies_are_kept(tmp_path: Path) -> N
     with served((400, {})) as url, pytest.raises(ModelUnavailableError, match="status 400"):
         values(judge_at(url), ["a", "b", "c", "d"])
     assert len(_Handler.seen) == 3, "not every prompt is tried at a server that refuses all"
-    once, mended = tmp_path / "once.jsonl", (200, said("1"))
+    once, mended = tmp_path / "once", (200, said("1"))
     with served((400, {}), (400, {}), (400, {}), (400, {}), (400, {}), (400, {}), mended) as url:
         judge = judge_at(url, cache=once)
         for asked in (3, 6):
@@ -191,10 +191,12 @@ def test_replies_files_and_keys_that_are_not_what_they_should_be_are_named(
     (tmp_path / REPLIES_FILE).write_text('{"id": "a", "reply": "1"}', "utf-16")
     with pytest.raises(CorruptFileError, match="not UTF-8"):
         values(FileJudge(tmp_path), ["a"])
-    cache = tmp_path / "cache.jsonl"
-    cache.write_text('{"id": "a", "value": "abc"}')
-    with pytest.raises(CorruptFileError, match="'abc', which is no number"):
-        values(judge_at("https://host/v1", cache=cache), ["a"])
+    with served((200, said("1"))) as url:
+        values(judge_at(url, cache=tmp_path / "kept"), ["a"])
+        (log,) = (tmp_path / "kept").rglob("answers.jsonl")
+        log.write_text(log.read_text().replace('"value": 1.0', '"value": "abc"'))
+        with pytest.raises(CorruptFileError, match="'abc'.*Delete its line"):
+            values(judge_at(url, cache=tmp_path / "kept"), ["a"])
     monkeypatch.setenv("TEST_JUDGE_KEY", "secret\nkey")
     with pytest.raises(InvalidInputError, match="TEST_JUDGE_KEY holds a line break") as caught:
         values(judge_at("https://host/v1"), ["a"])
@@ -212,8 +214,8 @@ def test_a_server_reads_any_scale_and_its_cost_is_counted_once(tmp_path: Path) -
     reasoned = said("It is fine. Rating: [[2]]", [("It", 0.0)]) | {"usage": {"total_tokens": 30}}
     questions = [Question("how much?", 4), Question("how good?", 2, reasons=True)]
     with served((200, graded), (200, reasoned)) as url:
-        judge = judge_at(url, cache=tmp_path / "kept.jsonl")
-        first, again = ask(judge, questions), judge_at(url, cache=tmp_path / "kept.jsonl").ask(questions)
+        judge = judge_at(url, cache=tmp_path / "kept")
+        first, again = ask(judge, questions), judge_at(url, cache=tmp_path / "kept").ask(questions)
         assert _Handler.seen[0][1]["top_logprobs"] == 5 and "logprobs" not in _Handler.seen[1][1]
         assert _Handler.seen[1][1]["max_tokens"] > _Handler.seen[0][1]["max_tokens"]
         assert len(_Handler.seen) == 2

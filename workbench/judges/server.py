@@ -6,13 +6,16 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from workbench.core.errors import CorruptFileError, InvalidInputError, ModelUnavailableError
+from workbench.core.errors import CorruptFileError, InvalidInputError, ModelUnavailableError, UnknownConfigKeyError
 from workbench.core.progress import track
-from workbench.judges.files import append_lines, read_lines
+from workbench.core.records import from_jsonable
+from workbench.engine.keeper import Keeper
+from workbench.engine.log import Log
 from workbench.judges.protocol import JUDGES, Answer, Question
 
 if TYPE_CHECKING:
@@ -46,8 +49,8 @@ class HTTPJudge:
         retries: further attempts after a failure that may pass (no connection, 408, 409, 429, 5xx).
         wait: seconds before the first further attempt; doubled each time.
         logprobs: ask for log-probabilities, which give graded answers where the server has them.
-        cache: file in which answers are kept as they come, one JSON line each; what it holds is not asked again.
-            Without it this object alone remembers them.
+        cache: folder in which a keeper has the answers as they come; what it holds is not asked again. Without it this
+            object alone remembers them.
     """
 
     url: str
@@ -58,7 +61,7 @@ class HTTPJudge:
     wait: float = 1.0
     logprobs: bool = True
     cache: str | Path | None = None
-    _known: dict[str, Answer] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[int, Answer] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not _is_plain(self.url):
@@ -81,17 +84,25 @@ class HTTPJudge:
             ModelUnavailableError: if the server refuses all, or fails after all attempts; what it answered is kept.
             CorruptFileError: if a line of the cache is not what it should be.
         """
-        if self.cache is not None and not self._known:
-            self._known.update(_kept_answers(Path(self.cache), self.name))
-        keys = [self._key(question) for question in questions]
+        if self._log is not None and not self._known:
+            self._known.update({key: _kept(row, self.name) for key, row in self._log.done().items()})
+        keys = [int(Question(f"{question}").id, 16) for question in questions]
         earlier = set(self._known)
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in earlier}
         if missing:
             self._ask_missing(missing, has_reply=any(self._known[key].value is not None for key in earlier & {*keys}))
         return [replace(self._known[key], kept=key in earlier) for key in keys]
 
-    def _ask_missing(self, missing: Mapping[str, Question], has_reply: bool) -> None:
-        refused: list[str] = []  # until there is a reply the server may mean all prompts
+    @cached_property
+    def _log(self) -> Log | None:
+        """Where answers are kept; those of another server, model or kind of reply are in another folder."""
+        if self.cache is None:
+            return None
+        key = {"url": self.url, "model": self.model, "logprobs": self.logprobs}
+        return Keeper.of_key(self.cache, key).log("answers", "question")
+
+    def _ask_missing(self, missing: Mapping[int, Question], has_reply: bool) -> None:
+        refused: list[int] = []  # until there is a reply the server may mean all prompts
         with self._client() as client:
             for key, question in track(list(missing.items()), description=self.name, unit="replies"):
                 answer = self._asked(client, question)
@@ -105,15 +116,10 @@ class HTTPJudge:
                 while has_reply and refused:
                     self._keep(refused.pop(), Answer(value=None, judge=self.name))
 
-    def _key(self, question: Question) -> str:
-        """By what an answer is found again: everything that it depends on."""
-        return Question(f"{self.url} {self.model} {self.logprobs} {question}").id
-
-    def _keep(self, key: str, answer: Answer) -> None:
+    def _keep(self, key: int, answer: Answer) -> None:
         self._known[key] = answer
-        if self.cache is not None:
-            entry = {"id": key, "value": answer.value, "reply": answer.reply, "tokens": answer.tokens}
-            append_lines(Path(self.cache), [entry])
+        if self._log is not None:
+            self._log.append([{"question": key, "value": answer.value, "reply": answer.reply, "tokens": answer.tokens}])
 
     def _client(self) -> httpx.Client:
         import httpx
@@ -186,19 +192,15 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, httpx.RequestError | ValueError | RecursionError)
 
 
-def _kept_answers(path: Path, judge: str) -> dict[str, Answer]:
-    """Answers of an earlier run."""
-    answers = {}
-    for key, entry in read_lines(path, "value").items():
-        value, reply, tokens = entry["value"], entry.get("reply"), entry.get("tokens")
-        if not isinstance(value, int | float | None) or isinstance(value, bool):
-            raise CorruptFileError(
-                f"{path}: the answer {key!r} has the value {str(value)[:40]!r}, which is no number. Remove that line."
-            )
-        answers[key] = Answer(
-            value=value, judge=judge, reply=str(reply or ""), tokens=tokens if isinstance(tokens, int) else 0
-        )
-    return answers
+def _kept(row: Mapping[str, object], judge: str) -> Answer:
+    """An answer of an earlier run."""
+    try:
+        return from_jsonable(Answer, {**{k: v for k, v in row.items() if k != "question"}, "judge": judge})
+    except (InvalidInputError, UnknownConfigKeyError) as error:
+        raise CorruptFileError(
+            f"The kept answer to question {row['question']} of {judge} can't be read ({error}). Delete its line, and "
+            "it is asked again."
+        ) from None
 
 
 def _answer(reply: Any, question: Question, judge: str, seconds: float) -> Answer:

@@ -88,7 +88,7 @@ class Verdict:
 
 
 @runtime_checkable
-class Judge(Protocol):
+class Decider(Protocol):
     """Decides feature by feature. `information` says what it looks at; only oracles get balanced labels."""
 
     @property
@@ -112,7 +112,7 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class StatisticsJudge:
+class StatisticsDecider:
     """Spurious if swapping the attribute in the text undoes more than half of the feature's difference between labels.
 
     With y = -1, +1 the ambiguous label, a the pooled activation, a' the one after the swap and s the side on which the
@@ -131,7 +131,7 @@ class StatisticsJudge:
     def __post_init__(self) -> None:
         if self.z < 0 or self.min_tokens < 0:
             raise InvalidInputError(
-                f"StatisticsJudge(z={self.z}, min_tokens={self.min_tokens}): both must be 0 or more."
+                f"StatisticsDecider(z={self.z}, min_tokens={self.min_tokens}): both must be 0 or more."
             )
 
     name = "statistics"
@@ -175,7 +175,7 @@ def swap_statistics(acts: Rows, swapped: Rows, label: Rows) -> tuple[float, floa
 
 
 @dataclass(frozen=True)
-class LexiconJudge:
+class LexiconDecider:
     """Spurious if most of the feature's activation falls on words of the spurious lexicon, more than on label words.
 
     Attributes:
@@ -201,7 +201,7 @@ class LexiconJudge:
 
 
 @dataclass(frozen=True)
-class OracleJudge:
+class OracleDecider:
     """Spurious if, on balanced training rows, the activation differs more with the attribute than with the label.
 
     The score is the difference of the two standardised mean differences.
@@ -215,7 +215,7 @@ class OracleJudge:
         """The verdict on one feature."""
         if dossier.balanced is None:
             raise MismatchError(
-                "OracleJudge: the dossier holds no balanced evidence. Pass it through circuits.shift, which adds it."
+                "OracleDecider: the dossier holds no balanced evidence. Pass it through circuits.shift, which adds it."
             )
         seen = dossier.balanced
         by_label, by_spurious = (_standardised(seen.acts, part) for part in (seen.label, seen.spurious))

@@ -1,0 +1,112 @@
+"""A judge that answers questions, asked which features carry the spurious attribute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from circuits.shift.deciders import Decider, Decision, FeatureDossier, Verdict
+from circuits.shift.task import Pair, ShiftTask
+from workbench.core.stats import Estimate, paired_difference
+from workbench.judges.files import FileJudge
+from workbench.judges.gate import JudgeGate, Trial, trial
+from workbench.judges.protocol import Judge, Question, ask
+
+KNOWN_CASES = 12
+WORDS_PER_CASE = 5
+MIN_MARGIN = 0.3
+"""By how much, of 1, the probability of yes must be higher for words of the list that is asked about."""
+MIN_YES = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class AskedDecider:
+    """Asks a judge whether a feature's strongest tokens tell the attribute, and whether they tell the label.
+
+    A feature is spurious if the judge says yes to the attribute, and more so than to the label. Before that the judge
+    has to tell the task's two word lists apart; until it does, no feature is decided.
+
+    Attributes:
+        judge: who answers.
+        attribute: names of the attribute's values.
+        label: names of the labels.
+        gate: what the judge can do.
+    """
+
+    judge: Judge
+    attribute: Pair
+    label: Pair
+    gate: JudgeGate
+
+    is_oracle = False
+
+    @classmethod
+    def of(cls, judge: Judge, task: ShiftTask, seed: int = 0) -> AskedDecider:
+        """Tries the judge on the words of the task."""
+        return cls(judge, task.spurious_names, task.label_names, words_gate(judge, task, seed))
+
+    @property
+    def name(self) -> str:
+        """Short name."""
+        return self.judge.name
+
+    @property
+    def information(self) -> str:
+        """What the judge uses, in words."""
+        return (
+            "the tokens on which a feature is most active, and the names of attribute and label; tried on the task's "
+            "two word lists; no text, no label of a row"
+        )
+
+    def __call__(self, dossier: FeatureDossier) -> Verdict:
+        """The verdict on one feature; "unsure" where the judge is refused or gives no readable reply."""
+        refusal = self.gate.refusal()
+        if refusal and not isinstance(self.judge, FileJudge):  # who answers in a file is asked everything at once
+            return Verdict(dossier.node, "unsure", 0.0, refusal)
+        words = [token for token, _ in dossier.top_tokens]
+        questions = [words_question(words, self.attribute), words_question(words, self.label)]
+        attribute, label = ask(self.judge, questions).values.tolist()
+        score = attribute - label
+        if refusal or np.isnan(score):
+            return Verdict(dossier.node, "unsure", 0.0, refusal or "no readable reply")
+        decision: Decision = "unsure"
+        if max(attribute, label) >= MIN_YES and score:
+            decision = "spurious" if score > 0 else "intended"
+        why = f"its tokens tell {' or '.join(self.attribute)}: {attribute:.2f}; {' or '.join(self.label)}: {label:.2f}"
+        return Verdict(dossier.node, decision, score, why)
+
+
+def decider_of(judge: Decider | Judge, task: ShiftTask, seed: int = 0) -> Decider:
+    """The decider itself, or a judge as one."""
+    return AskedDecider.of(judge, task, seed) if isinstance(judge, Judge) else judge
+
+
+def words_question(words: Iterable[str], names: Pair) -> Question:
+    """Asks whether words tell one of two names from the other."""
+    return Question(
+        f"Somebody is either {names[0]} or {names[1]}. Which of the two is not known, but a text about them contains "
+        f"these words:\n{', '.join(word.strip() for word in words)}\n\nDo the words as such tell which of the two it "
+        "is? Reply with the single digit 1 for yes or 0 for no.\nReply:"
+    )
+
+
+def words_gate(judge: Judge, task: ShiftTask, seed: int = 0) -> JudgeGate:
+    """Tries a judge on words of the task's two lists, each with the question that fits and with the other one."""
+    random, pairs = np.random.default_rng(seed), (task.spurious_names, task.label_names)
+    lists = [sorted(task.spurious_words), sorted(task.target_words)]
+    cases = [random.choice(words, min(WORDS_PER_CASE, len(words)), replace=False).tolist()
+             for words in lists for _ in range(KNOWN_CASES)]  # fmt: skip
+    questions = [words_question(words, pair) for words in cases for pair in pairs]
+    answers = ask(judge, questions)
+    values = answers.values.reshape(2, KNOWN_CASES, 2)  # list, case, question
+
+    def tried(subject: str, right: np.ndarray, wrong: np.ndarray) -> Trial:
+        def margin(read: np.ndarray) -> Estimate:
+            return paired_difference(right[read], wrong[read], unit="known lists of words", seed=seed)
+
+        return trial(subject, right, wrong, margin, needed_margin=MIN_MARGIN)
+
+    trials = tried("attribute", values[0, :, 0], values[0, :, 1]), tried("label", values[1, :, 1], values[1, :, 0])
+    return JudgeGate(judge.name, trials, answers.cost)
