@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ class Serve(ModelCommand):
 
         return None if self.sae is None else load_sae(self.sae, device=model.device, model=model, check=self.check)
 
-    def _index(self, playground: Playground) -> dict[str, Any] | None:
+    def _index(self, playground: Playground) -> Mapping[str, object] | None:
         from workbench.serve.index import feature_index
 
         return None if playground.sae is None else feature_index(playground, self._cards(playground))
@@ -71,7 +71,7 @@ class Serve(ModelCommand):
         require_same_origin(str(folder), meta, origin(playground.model, playground.sae, playground.site))
         return cards if table is None else complete_cards(cards, table)
 
-    def _serve(self, playground: Playground, index: dict[str, Any] | None, listener: socket.socket) -> None:
+    def _serve(self, playground: Playground, index: Mapping[str, object] | None, listener: socket.socket) -> None:
         import uvicorn
 
         from workbench.serve.app import playground_app

@@ -1,10 +1,10 @@
-"""The application: the page, what it is about, runs that answer line by line, and stopping them."""
+"""The application: the page, its setup, runs that answer line by line, and stopping them."""
 # Annotations are not postponed here: FastAPI reads them when the application is made, in functions that import it.
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING
 
 from workbench.core.errors import WorkbenchError
 from workbench.core.records import to_jsonable
@@ -14,17 +14,18 @@ from workbench.serve.guard import Gate, Guard
 from workbench.serve.page import playground_page
 from workbench.serve.playground import Playground
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 MAX_NAME = 64
+"""Characters of the name of a run that count."""
 
 
-def playground_app(playground: Playground, guard: Guard, desk: Desk, index: dict[str, Any] | None = None) -> Any:
-    """An ASGI application for one playground; only requests that the guard lets through reach it.
+def playground_app(playground: Playground, guard: Guard, desk: Desk, index: Mapping[str, object] | None = None) -> Gate:
+    """An ASGI application for one playground; only requests that the guard allows reach it.
 
-    Args:
-        playground: the model and the SAE.
-        guard: who may use it.
-        desk: makes the runs; closed when the application ends.
-        index: the features that can be searched, as the feature page packs them; None where nothing is known of them.
+    The desk makes the runs and is closed with the application. `index` holds the features that can be searched, as the
+    feature page packs them.
     """
     from fastapi import FastAPI
 
@@ -39,7 +40,7 @@ def playground_app(playground: Playground, guard: Guard, desk: Desk, index: dict
     return Gate(app, guard)
 
 
-def _add_page(app: Any, playground: Playground, guard: Guard, index: dict[str, Any] | None) -> None:
+def _add_page(app: "FastAPI", playground: Playground, guard: Guard, index: Mapping[str, object] | None) -> None:
     from fastapi import Response
 
     page = playground_page(playground.model.name)
@@ -50,7 +51,7 @@ def _add_page(app: Any, playground: Playground, guard: Guard, index: dict[str, A
         answer = Response(page.html, media_type="text/html")
         answer.headers["Content-Security-Policy"] = page.policy
         if token is not None:
-            # The guard let it through, so the token is right or the cookie was there already.
+            # The guard allowed the request, so the token is right or the cookie was there already.
             answer.set_cookie(guard.cookie, guard.token, httponly=True, samesite="strict", path="/")
         return answer
 
@@ -59,7 +60,7 @@ def _add_page(app: Any, playground: Playground, guard: Guard, index: dict[str, A
         return Response(setup, media_type="application/json")
 
 
-def _add_runs(app: Any, playground: Playground, desk: Desk) -> None:
+def _add_runs(app: "FastAPI", playground: Playground, desk: Desk) -> None:
     from fastapi import Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, StreamingResponse
@@ -83,11 +84,11 @@ def _add_runs(app: Any, playground: Playground, desk: Desk) -> None:
         return Response(_json(await desk.call(lambda: playground.lens(number))), media_type="application/json")
 
     @app.post("/api/run")
-    async def run(asked: dict[str, Any], name: str) -> StreamingResponse:
+    async def run(asked: dict[str, object], name: str) -> StreamingResponse:
         ask = Ask.read(asked)
         playground.check(ask)
         events = desk.events(name[:MAX_NAME], lambda say, stopped: playground.run(ask, say, stopped))
-        # The first event is asked for here, so that a run that can't begin is refused with a status.
+        # The first event is awaited here, so that a run that can't begin is refused with a status.
         first = await anext(events)
 
         async def lines() -> AsyncIterator[str]:
@@ -105,6 +106,6 @@ def _add_runs(app: Any, playground: Playground, desk: Desk) -> None:
         return {"stopped": desk.stop(name[:MAX_NAME])}
 
 
-def _json(value: Any) -> str:
-    """Strict JSON in ASCII, so that no half of a character can stop it."""
+def _json(value: object) -> str:
+    """Strict JSON in ASCII, which holds half a character too."""
     return json.dumps(to_jsonable(value), allow_nan=False)

@@ -1,11 +1,11 @@
-"""What the page may ask for, checked before anything is run."""
+"""Requests of the page, checked before anything runs."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from workbench.core.errors import InvalidInputError
 from workbench.core.records import from_jsonable
@@ -14,13 +14,13 @@ from workbench.steering.sweep.options import ScopeName
 Mode = Literal["steer", "clamp", "scale", "ablate"]
 
 MAX_NEW_TOKENS = 2000
-"""Longest continuation; every token of it is measured under every model and drawn."""
+"""Longest continuation; every token is measured under every model and drawn."""
 MAX_PROMPT = 100_000
 """Characters of a prompt."""
 MAX_PROMPT_TOKENS = 8192
-"""Tokens of a prompt: it is read by every model twice, once to write and once to measure."""
+"""Tokens of a prompt, which every model reads twice: once to write and once to measure."""
 MAX_EDITS = 64
-"""Features that are edited together; more than a page can show."""
+"""Features that one run edits."""
 _NOTHING: dict[str, tuple[float, str]] = {
     "steer": (0.0, "adds nothing"),
     "scale": (1.0, "leaves the activation as it is"),
@@ -29,7 +29,7 @@ _NOTHING: dict[str, tuple[float, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureEdit:
-    """One feature and what is done with it.
+    """One feature and its edit.
 
     Attributes:
         feature: its index.
@@ -49,7 +49,7 @@ class FeatureEdit:
         if self.strength == useless:
             raise InvalidInputError(
                 f"Feature {self.feature}: {self.mode} with strength {self.strength:g} {why}. Give another strength, or "
-                "remove the feature; the unsteered text is always there."
+                "remove the feature; the unsteered text is always shown."
             )
 
     def __str__(self) -> str:
@@ -64,12 +64,12 @@ class Ask:
     Attributes:
         prompt: what is continued.
         chat: the prompt is a user message and goes through the chat template.
-        max_new_tokens: longest continuation, in tokens.
+        max_new_tokens: longest continuation.
         temperature: 0 takes the most probable token at every step.
         seed: of sampling, the same for all texts, and of the random direction.
         scope: which tokens are edited: "last+generated" or "all".
         control: whether a random direction of equal norm is run as well.
-        edits: the features; none leaves the unsteered text alone.
+        edits: of features; without any, only the unsteered text is written.
     """
 
     prompt: str
@@ -105,11 +105,11 @@ class Ask:
             raise InvalidInputError(f"Feature {min(twice)} is there twice. Give each feature one mode and strength.")
 
     @classmethod
-    def read(cls, data: Any) -> Ask:
-        """The run that JSON asks for.
+    def read(cls, data: object) -> Ask:
+        """The run that JSON describes.
 
         Raises:
             InvalidInputError: for a value that can't be used.
-            UnknownConfigKeyError: for a name that there is not.
+            UnknownConfigKeyError: for an unknown name.
         """
         return from_jsonable(cls, data)

@@ -1,4 +1,4 @@
-"""One worker for one model: runs wait in line, say how far they are, and can be stopped between tokens."""
+"""One worker for one model: runs wait in line, report their progress, and can be stopped between tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TypeVar
 
 from workbench.core.errors import InvalidInputError, WorkbenchError
 from workbench.serve.playground import Event, Say, Stopped
@@ -16,42 +16,41 @@ from workbench.serve.playground import Event, Say, Stopped
 _LOG = logging.getLogger(__name__)
 
 LAST = ("done", "stopped", "error")
-"""Kinds of event after which a run says nothing more."""
+"""Kinds of event that end a run."""
 
-Work = Callable[[Say, Callable[[], bool]], dict[str, Any]]
+T = TypeVar("T")
+Work = Callable[[Say, Callable[[], bool]], Mapping[str, object]]
 
 
 class Desk:
-    """Takes runs from any number of pages and makes them one after the other, in a thread of its own."""
+    """Takes runs from any number of pages and does them one after the other, in a thread of its own."""
 
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="playground")
         self._lock = threading.Lock()
         self._stops: dict[str, threading.Event] = {}
 
-    async def call(self, work: Callable[[], Any]) -> Any:
-        """The result of something short, made when its turn comes."""
+    async def call(self, work: Callable[[], T]) -> T:
+        """The result of something short, when its turn comes."""
         return await asyncio.wrap_future(self._worker.submit(work))
 
     async def events(self, name: str, work: Work) -> AsyncGenerator[Event, None]:
-        """Runs something under a name and yields what it says, to the last event: done, stopped or error.
-
-        Whoever stops listening stops the run.
+        """Runs something under a name and yields its events, the last one of `LAST`; to stop iterating stops the run.
 
         Raises:
-            InvalidInputError: if a run of this name is there already.
+            InvalidInputError: if there is a run of this name already.
         """
         stop, ahead = self._enter(name)
         loop, said = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def say(event: Event) -> None:
-            # The loop is gone when the server has been told twice to end.
+            # The loop is closed when the server was interrupted twice.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(said.put_nowait, event)
 
         try:
             future = self._worker.submit(self._make, name, work, say, stop.is_set)
-            future.add_done_callback(lambda done: self._look_after(name, done, say))
+            future.add_done_callback(lambda done: self._log_outcome(name, done, say))
             yield {"kind": "waiting", "ahead": ahead}
             while True:
                 event = await said.get()
@@ -70,7 +69,7 @@ class Desk:
         return stop is not None
 
     def stop_all(self) -> None:
-        """Stops every run, those that wait included."""
+        """Stops every run, also those that wait."""
         with self._lock:
             for stop in self._stops.values():
                 stop.set()
@@ -89,7 +88,7 @@ class Desk:
             return stop, ahead
 
     def _make(self, name: str, work: Work, say: Say, stopped: Callable[[], bool]) -> None:
-        """Does the work and says how it ended; what nobody expected is said and raised."""
+        """Runs the job and sends its last event; an unexpected error is sent and re-raised."""
         try:
             if stopped():
                 raise Stopped
@@ -105,12 +104,12 @@ class Desk:
         self._leave(name, say, last)
 
     def _leave(self, name: str, say: Say, last: Event) -> None:
-        # First the name, then the last word: whoever hears it may use the name again.
+        # The name is free before the last event is sent: whoever receives it may use the name again.
         with self._lock:
             del self._stops[name]
         say(last)
 
-    def _look_after(self, name: str, done: Future[None], say: Say) -> None:
+    def _log_outcome(self, name: str, done: Future[None], say: Say) -> None:
         if done.cancelled():
             self._leave(name, say, {"kind": "stopped"})
         elif (error := done.exception()) is not None:

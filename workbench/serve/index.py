@@ -1,10 +1,9 @@
-"""The features that the page can search: those of cards or a table, or every feature by its lens tokens."""
+"""The features that the page can search: those of cards, or every feature by its lens tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -19,12 +18,12 @@ from workbench.report.features.encode import pack_cards
 from workbench.serve.playground import Playground
 
 MAX_PRODUCTS = 2**40
-"""Multiplications of the logit lens of all features that are worth waiting for at the start: seconds to a minute."""
+"""Most multiplications for the logit lens of all features at the start: seconds to a minute."""
 N_TOKENS = 10
 
 
-def feature_index(playground: Playground, cards: Iterable[FeatureCard] | None = None) -> dict[str, Any] | None:
-    """What the page searches; None where there are neither cards nor an SAE that is small enough to be read through."""
+def feature_index(playground: Playground, cards: Iterable[FeatureCard] | None = None) -> Mapping[str, object] | None:
+    """The index that the page searches; None without cards if the SAE is missing or too large to read all features."""
     if cards is None:
         if not can_read_all(playground):
             return None
@@ -40,14 +39,14 @@ def can_read_all(playground: Playground) -> bool:
 
 
 def lens_cards(playground: Playground) -> Iterator[FeatureCard]:
-    """A card of every feature with what its decoder row promotes and suppresses, and nothing else."""
+    """A card of every feature with only the tokens that its decoder row promotes and suppresses."""
     model, rows = playground.model, decoder_rows(playground.sae, torch.arange(len(playground.sae.W_dec)))
     vocabulary, alive = TokenTexts.of(model.tokenizer), rows.norm(dim=1) > 0
     features = alive.nonzero().flatten()
     parts = features.split(slab_rows(model.d_vocab))
 
-    def tokens(found: LensTokens, row: int) -> tuple[LensToken, ...]:
-        both = zip(found.ids[row].tolist(), found.values[row].tolist(), strict=True)
+    def tokens(lens: LensTokens, row: int) -> tuple[LensToken, ...]:
+        both = zip(lens.ids[row].tolist(), lens.values[row].tolist(), strict=True)
         # A model may have more rows in its unembedding than the tokenizer has tokens.
         return tuple(LensToken(vocabulary.text(i), i, value) for i, value in both if i < len(vocabulary))
 

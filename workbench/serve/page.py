@@ -1,4 +1,4 @@
-"""The page of the playground: one document with its own script and style, and the policy that allows nothing else."""
+"""The page of the playground: one document with its script and style, and a policy that allows nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ServedPage:
 
 
 def playground_page(title: str) -> ServedPage:
-    """The page of a model; everything else it asks the server for."""
+    """The page of a model; it gets everything else from the server."""
     style = theme() + asset("page.css") + _read("page.css")
     script = asset("logic.js") + asset("dom.js") + _read("logic.js") + _read("page.js")
     policy = (

@@ -1,4 +1,4 @@
-"""Writes one prompt with and without the edits, and measures every text under every model."""
+"""Continues one prompt with and without edits of features, and measures every text under every model."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from workbench.features.token_classes import TokenTexts
 from workbench.hooks.handles import Hooks
 from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
+from workbench.interventions.proof import EditReport
 from workbench.interventions.saes import features_of
 from workbench.models.generation import Generation
 from workbench.models.head import forward
@@ -35,12 +36,12 @@ K = 20
 """Lens tokens of each edited feature that are marked in the texts."""
 UNSTEERED, STEERED, CONTROL = "unsteered", "steered", "control"
 
-Event = Mapping[str, Any]
+Event = Mapping[str, object]
 Say = Callable[[Event], None]
 
 
 class Stopped(Exception):
-    """The run was stopped by whoever asked for it."""
+    """The run was stopped by the user."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +81,8 @@ class Playground:
         model.head.require(hidden.flatten(0, 1), logits.flatten(0, 1))
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What the page says about the model and the SAE, and what may be asked for."""
+    def about(self) -> Mapping[str, object]:
+        """The model, the SAE and the limits of a run, for the page."""
         model = self.model
         return {
             "model": visible(model.name), "layers": model.n_layers, "d_model": model.d_model,
@@ -93,9 +94,9 @@ class Playground:
         }  # fmt: skip
 
     def check(self, ask: Ask) -> None:
-        """Refuses edits without an SAE, or of features that it lacks, and a chat without a template.
+        """Refuses edits without an SAE or of features that it lacks, and a chat without a template.
 
-        The prompt's length is known only when it is encoded, which is left to the thread that runs the model.
+        The length of the prompt is checked later, in the thread that runs the model and encodes it.
 
         Raises:
             InvalidInputError: for any of these.
@@ -109,8 +110,8 @@ class Playground:
         if ask.chat and not self.about["chat"]:
             raise InvalidInputError(f"{self.model.name} has no chat template. Give the prompt as plain text.")
 
-    def lens(self, feature: int) -> dict[str, Any]:
-        """What a feature promotes and suppresses, through the final norm.
+    def lens(self, feature: int) -> Mapping[str, object]:
+        """The tokens that a feature promotes and suppresses, through the final norm.
 
         Raises:
             InvalidInputError: if there is no such feature.
@@ -122,13 +123,13 @@ class Playground:
         sides = {name: getattr(ends, name).ids[0].tolist() for name in ("promoted", "suppressed")}
         return {"feature": feature} | {name: [self._shown(i) for i in ids] for name, ids in sides.items()}
 
-    def run(self, ask: Ask, say: Say, stopped: Callable[[], bool]) -> dict[str, Any]:
-        """Writes and measures everything that was asked for; the texts are those of `Model.generate`.
+    def run(self, ask: Ask, say: Say, stopped: Callable[[], bool]) -> Mapping[str, object]:
+        """Writes and measures all texts of a run; they are those of `Model.generate`.
 
         Args:
-            ask: what was asked for.
-            say: told how far it is, and each token that is written.
-            stopped: asked between tokens, and before each block of the model.
+            ask: the run.
+            say: receives the progress, and each token that is written.
+            stopped: called between tokens, and before each block of the model.
 
         Raises:
             Stopped: if `stopped` says so.
@@ -138,7 +139,7 @@ class Playground:
         with stoppable(self.model, stopped):
             return self._run(ask, say, stopped)
 
-    def _run(self, ask: Ask, say: Say, stopped: Callable[[], bool]) -> dict[str, Any]:
+    def _run(self, ask: Ask, say: Say, stopped: Callable[[], bool]) -> Mapping[str, object]:
         batch = self.model.tokens([{"role": "user", "content": ask.prompt}] if ask.chat else ask.prompt)
         if batch.n_tokens > MAX_PROMPT_TOKENS:
             raise InvalidInputError(
@@ -165,13 +166,12 @@ class Playground:
         return {"note": batch.note, "prompt_tokens": batch.n_tokens, "rows": rows, "edits": reports}
 
     def _interventions(self, ask: Ask) -> dict[str, Intervention | None]:
-        found: dict[str, Intervention | None] = {UNSTEERED: None}
+        arms: dict[str, Intervention | None] = {UNSTEERED: None}
         if ask.edits and self.site is not None:
-            scope = SCOPES[ask.scope]
-            found[STEERED] = steered(self.sae, self.site, ask.edits, scope)
+            arms[STEERED] = steered(self.sae, self.site, ask.edits, SCOPES[ask.scope])
             if ask.control:
-                found[CONTROL] = control(self.sae, self.site, ask.edits, scope, ask.seed)
-        return found
+                arms[CONTROL] = control(self.sae, self.site, ask.edits, SCOPES[ask.scope], ask.seed)
+        return arms
 
     def _write(
         self, arm: str, batch: TokenBatch, ask: Ask, intervention: Intervention | None,
@@ -238,7 +238,7 @@ class Playground:
         k = min(K, self.model.d_vocab)
         return set(lens_tokens(self.model, rows, k).ids.flatten().tolist()) if len(rows) else set()
 
-    def _row(self, arm: str, text: Generation, measured: Measured, lens: set[int]) -> dict[str, Any]:
+    def _row(self, arm: str, text: Generation, measured: Measured, lens: set[int]) -> Mapping[str, object]:
         ids = text.ids[0].tolist()
         return {
             "arm": arm, "ended": text.ended[0].replace("_", " "),
@@ -256,7 +256,7 @@ def _short(values: Float[Tensor, " new"]) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
 
 
-def _report(arm: str, what: str, report: Any) -> dict[str, Any]:
+def _report(arm: str, what: str, report: EditReport) -> Mapping[str, object]:
     return {
         "arm": arm, "what": what, "edit": report.edit, "site": report.site, "passes": report.fired,
         "tokens": report.tokens, "norm": report.mean_norm_applied, "intended": report.mean_norm_intended,
@@ -266,9 +266,9 @@ def _report(arm: str, what: str, report: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def watched(hf: nn.Module, fed: Callable[[Tensor], None]) -> Iterator[None]:
-    """Inside the block, `fed` is told the ids of each forward pass before it is made; what it raises ends the pass."""
+    """Inside the block, `fed` gets the ids of each forward pass before it runs; what it raises ends the pass."""
 
-    def tell(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def tell(_module: nn.Module, _args: tuple[object, ...], kwargs: dict[str, Tensor]) -> None:
         fed(kwargs["input_ids"])
 
     with Hooks() as on:
@@ -278,9 +278,9 @@ def watched(hf: nn.Module, fed: Callable[[Tensor], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stoppable(model: Model, stopped: Callable[[], bool]) -> Iterator[None]:
-    """Inside the block, the model asks before each of its layers whether to go on; a long prompt is one long pass."""
+    """Inside the block, each layer of the model first checks `stopped`, because a long prompt is one long pass."""
 
-    def ask(*_: Any) -> None:
+    def ask(*_: object) -> None:
         if stopped():
             raise Stopped
 
