@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.features.test_input_score import SITE, make_store
+from tests.features.test_input_score import SITE
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.store import ActivationStore
 from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError, MissingFileError
-from workbench.features import ScoreOptions, lens_tokens, score_features
+from workbench.features import FeatureTable, lens_tokens
 from workbench.features.card import FeatureCard
 from workbench.features.cards import cardset
 from workbench.features.cards.cardmaking import CardOptions, bars, feature_cards, flags_of
@@ -32,23 +32,16 @@ OPTIONS = CardOptions(
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    return make_store(tmp_path_factory.mktemp("cards") / "s", rows=120)
+def cards(token_store: ActivationStore, table: FeatureTable) -> CardSet:
+    return feature_cards(tiny_model(), random_sae(), token_store, table=table, options=OPTIONS)
 
 
-@pytest.fixture(scope="module")
-def cards(store: ActivationStore) -> CardSet:
-    model, sae = tiny_model(), random_sae()
-    table = score_features(model, sae, store, options=ScoreOptions(k=5, rows=16, random_directions=4))
-    return feature_cards(model, sae, store, table=table, options=OPTIONS)
-
-
-def test_cards_say_what_the_sae_does(store: ActivationStore, cards: CardSet) -> None:
+def test_cards_say_what_the_sae_does(token_store: ActivationStore, cards: CardSet) -> None:
     sae = random_sae()
-    blocks = list(store.blocks(SITE))
+    blocks = list(token_store.blocks(SITE))
     acts = torch.cat([sae.encode(b.acts.float()) for b in blocks])
     rows, positions = (torch.cat([getattr(b, name) for b in blocks]) for name in ("rows", "positions"))
-    ids = store.token_rows("all")
+    ids = token_store.token_rows("all")
     for card in cards:
         values = acts[:, card.feature]
         assert card.frequency == pytest.approx(float((values > 0).double().mean()))
@@ -151,9 +144,9 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_some_features_and_another_model(store: ActivationStore, cards: CardSet) -> None:
+def test_some_features_and_another_model(token_store: ActivationStore, cards: CardSet) -> None:
     options = dataclasses.replace(OPTIONS, explain=False)
-    some = feature_cards(tiny_model(), random_sae(), store, features=[9, 2], options=options)
+    some = feature_cards(tiny_model(), random_sae(), token_store, features=[9, 2], options=options)
     assert some.features == (9, 2)
     same = ("frequency", "max_act", "histogram", "windows")
     assert all(getattr(some[9], name) == getattr(cards[9], name) for name in same)
@@ -161,17 +154,17 @@ def test_some_features_and_another_model(store: ActivationStore, cards: CardSet)
     near = [[n.feature for n in c.neighbours if n.kind == "decoder"] for c in (some[9], cards[9])]
     assert near[0] == near[1], "decoder neighbours are sought among all features"
     with pytest.raises(MismatchError):
-        feature_cards(tiny_model(seed=5), random_sae(), store)
+        feature_cards(tiny_model(seed=5), random_sae(), token_store)
     with pytest.raises(InvalidInputError, match="shown"):
         CardOptions(shown=50)
 
 
-def test_a_dead_feature_has_an_empty_card(store: ActivationStore) -> None:
+def test_a_dead_feature_has_an_empty_card(token_store: ActivationStore) -> None:
     sae = random_sae()
     with torch.no_grad():
         sae.b_enc[3] = -1e6
         sae.W_dec[3] = 0.0
-    card = feature_cards(tiny_model(), sae, store, features=[3, 4], options=OPTIONS)[3]
+    card = feature_cards(tiny_model(), sae, token_store, features=[3, 4], options=OPTIONS)[3]
     assert card.flags == (f"dead: active on none of {card.n_tokens} tokens",)
     assert (card.windows, card.histogram, card.promoted, card.max_act) == ((), (), (), 0.0)
     assert card.explanation is not None and card.explanation.text.startswith("no explanation")
@@ -210,11 +203,11 @@ def test_bars_keep_every_count() -> None:
 
 
 def test_rules_of_an_interrupted_set_are_kept(
-    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    token_store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, sae = tiny_model(), random_sae()
-    monkeypatch.setattr(explain, "BLOCK", 8)
-    whole = feature_cards(model, sae, store, options=OPTIONS)
+    monkeypatch.setattr(explain, "BLOCK", 4)
+    make = functools.partial(feature_cards, tiny_model(), random_sae(), token_store, features=range(16))
+    whole = make(options=OPTIONS)
     fit, calls = explain.fit_rule, []
 
     def counted(*args: Any, stop: int = 10**9) -> Any:
@@ -223,20 +216,20 @@ def test_rules_of_an_interrupted_set_are_kept(
             raise KeyboardInterrupt
         return fit(*args)
 
-    monkeypatch.setattr(explain, "fit_rule", functools.partial(counted, stop=20))
+    monkeypatch.setattr(explain, "fit_rule", functools.partial(counted, stop=10))
     with pytest.raises(KeyboardInterrupt):
-        feature_cards(model, sae, store, options=OPTIONS, keep=tmp_path)
+        make(options=OPTIONS, keep=tmp_path)
     n_rules = sum(card.explanation is not None and bool(card.explanation.scores) for card in whole)
     calls.clear()
     monkeypatch.setattr(explain, "fit_rule", counted)
-    again = feature_cards(model, sae, store, options=OPTIONS, keep=tmp_path)
-    assert 0 < len(calls) <= n_rules - 12, "at most a block is lost"
+    again = make(options=OPTIONS, keep=tmp_path)
+    assert 0 < len(calls) <= n_rules - 7, "at most a block is lost"
     assert [card.explanation for card in again] == [card.explanation for card in whole]
     calls.clear()
     monkeypatch.setattr(explain, "_tested", lambda *_: pytest.fail("tests are kept as well"))
-    third = feature_cards(model, sae, store, options=OPTIONS, keep=tmp_path)
+    third = make(options=OPTIONS, keep=tmp_path)
     assert not calls and [card.explanation for card in third] == [card.explanation for card in whole]
     monkeypatch.undo()
     other = CardOptions(**{**vars(OPTIONS), "examples": ExampleOptions(fewest=3, seed=1)})
-    fresh, kept = (feature_cards(model, sae, store, options=other, keep=keep) for keep in (None, tmp_path))
+    fresh, kept = (make(options=other, keep=keep) for keep in (None, tmp_path))
     assert [card.explanation for card in kept] == [card.explanation for card in fresh], "another key"

@@ -8,15 +8,16 @@ import torch
 from tests.features.test_input_score import SITE, make_store
 from tests.features.toys import random_sae
 from tests.tiny import tiny_tokenizer
+from workbench.activations.store import ActivationStore
 from workbench.features.passes.contexts import ContextOptions, top_contexts
 
 
 @pytest.mark.parametrize(("chosen", "chunk"), [(None, 2048), ([5, 3, 11], 2048), (None, 7)])
 def test_contexts_equal_a_slow_search(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: list[int] | None, chunk: int
+    token_store: ActivationStore, monkeypatch: pytest.MonkeyPatch, chosen: list[int] | None, chunk: int
 ) -> None:
     monkeypatch.setattr("workbench.features.passes.store_pass.CHUNK_TOKENS", chunk)
-    store, sae = make_store(tmp_path / "s"), random_sae()
+    store, sae = token_store, random_sae()
     features = torch.arange(40) if chosen is None else torch.tensor(chosen)
     found = top_contexts(store, sae, tiny_tokenizer(), features, SITE, ContextOptions(per_feature=10, min_contexts=5))
     blocks = list(store.blocks(SITE))
@@ -37,17 +38,17 @@ def test_contexts_equal_a_slow_search(
         assert float(found.max_act[i]) == pytest.approx(float(acts[:, f].max()), rel=1e-5)
 
 
-def test_sharding_does_not_matter(tmp_path: Path) -> None:
+def test_sharding_does_not_matter(token_store: ActivationStore, tmp_path: Path) -> None:
     sae, all_ = random_sae(), torch.arange(40)
-    small, large = make_store(tmp_path / "a", shard_tokens=128), make_store(tmp_path / "b", shard_tokens=100_000)
+    small, large = token_store, make_store(tmp_path / "s", rows=120, shard_tokens=100_000)
     assert len(small.manifest.shards) > len(large.manifest.shards) == 1
     one, other = (top_contexts(s, sae, tiny_tokenizer(), all_, SITE) for s in (small, large))
     assert torch.equal(one.tokens, other.tokens)
     assert one.texts == other.texts
 
 
-def test_shown_text_marks_the_activating_token(tmp_path: Path) -> None:
-    store, sae = make_store(tmp_path / "s"), random_sae()
+def test_shown_text_marks_the_activating_token(token_store: ActivationStore) -> None:
+    store, sae = token_store, random_sae()
     options = ContextOptions(shown=2, before=3, after=2)
     found = top_contexts(store, sae, tiny_tokenizer(), torch.tensor([4]), SITE, options)
     row = store.token_rows("all")[int(found.rows[0, 0])]
@@ -57,9 +58,10 @@ def test_shown_text_marks_the_activating_token(tmp_path: Path) -> None:
     assert len(found.texts[0]) == 2
 
 
-def test_limit_stops_at_whole_rows(tmp_path: Path) -> None:
-    store, sae = make_store(tmp_path / "s", shard_tokens=128), random_sae()
-    found = top_contexts(store, sae, tiny_tokenizer(), torch.arange(40), SITE, ContextOptions(max_tokens=200))
-    assert 100 < found.n_tokens <= 200
+def test_limit_stops_at_whole_rows(token_store: ActivationStore) -> None:
+    store, sae = token_store, random_sae()
+    assert store.manifest.shards[0].kept < 300, "the limit lies beyond the first shard"
+    found = top_contexts(store, sae, tiny_tokenizer(), torch.arange(40), SITE, ContextOptions(max_tokens=400))
+    assert 300 < found.n_tokens <= 400
     rows = torch.cat([b.rows for b in store.blocks(SITE)])
     assert found.n_tokens in {int((rows < r).sum()) for r in rows.unique().tolist()}

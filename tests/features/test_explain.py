@@ -10,6 +10,7 @@ from tests.features.corpus import SITE, VOCABULARY, Planted, corpus, corpus_stor
 from tests.tiny import tiny_model
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TokenRows
+from workbench.activations.store import ActivationStore
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.features.explain.examples import ExampleOptions, Examples, Windows, examples_of, is_held_out
 from workbench.features.explain.rule_explanations import explain_by_rules, score_rules
@@ -34,10 +35,13 @@ UNITS = Planted((
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> FeatureWindows:
-    return collect_windows(
-        corpus_store(tmp_path_factory.mktemp("e") / "s"), SITE, UNITS, WindowOptions(before=6, after=6)
-    )
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    return corpus_store(tmp_path_factory.mktemp("e") / "s")
+
+
+@pytest.fixture(scope="module")
+def found(store: ActivationStore) -> FeatureWindows:
+    return collect_windows(store, SITE, UNITS, WindowOptions(before=6, after=6))
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +167,7 @@ def test_frequency_weighting_and_options() -> None:
         ExampleOptions(held_out=1.0)
 
 
-def test_results_do_not_depend_on_the_other_features(tmp_path: Path, found: FeatureWindows) -> None:
-    store = corpus_store(tmp_path / "s")
+def test_results_do_not_depend_on_the_other_features(store: ActivationStore, found: FeatureWindows) -> None:
     alone = collect_windows(store, SITE, Planted(UNITS.functions[:1]), WindowOptions(before=6, after=6))
     rules = [explain_by_rules(f, torch.arange(1), VOCABULARY)[0].fitted for f in (alone, found)]
     assert rules[0] == rules[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.features.test_input_score import make_store
 from tests.features.toys import random_sae
 from tests.glitch.tiny_vocab import sentencepiece
 from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
+from workbench.activations.store import ActivationStore
 from workbench.bases.saecode import decode, decoder_rows, encode
 from workbench.cli.features_show import load_cards
 from workbench.controls.matching import matched_features
@@ -75,7 +77,7 @@ def test_tokens_are_read_off_rows_of_the_residual_stream_alone(site: str, tmp_pa
     with pytest.raises(MismatchError, match=f"rows at {site} are not in the coordinates of the residual stream"):
         output_scores(model, sae, [3])
     store = make_store(tmp_path / "s", rows=40, site=site)
-    cards = list(feature_cards(model, sae, store, options=OPTIONS))
+    cards = list(feature_cards(model, sae, store, options=dataclasses.replace(OPTIONS, explain=False)))
     assert any(card.windows for card in cards), "what a feature reads is shown all the same"
     assert not any(card.promoted or card.suppressed for card in cards)
 
@@ -85,7 +87,7 @@ def test_an_unembedding_may_have_more_rows_than_the_tokenizer_has_tokens(tmp_pat
     model = Model(tiny_hf("llama", len(tokenizer) + 400), tokenizer, "padded")
     sae = random_sae()
     store = make_store(tmp_path / "s", rows=40, model=model)
-    cards = list(feature_cards(model, sae, store, options=OPTIONS))
+    cards = list(feature_cards(model, sae, store, features=range(12), options=OPTIONS))
     promoted = {token.token_id: token.token for card in cards for token in card.promoted}
     beyond = {i: text for i, text in promoted.items() if i >= len(TokenTexts.of(tokenizer))}
     assert beyond and all(text == f"⟨{i}⟩" for i, text in beyond.items())
@@ -103,9 +105,9 @@ def test_a_feature_that_writes_nothing_has_no_score_and_stops_nobody() -> None:
     assert df.output_score[others].tolist() == pytest.approx(whole.output_score[others].tolist(), abs=1e-6)
 
 
-def test_cards_are_not_completed_by_the_table_of_another_sae(tmp_path: Path) -> None:
+def test_cards_are_not_completed_by_the_table_of_another_sae(token_store: ActivationStore, tmp_path: Path) -> None:
     model, sae = tiny_model(), random_sae()
-    cards = feature_cards(model, sae, make_store(tmp_path / "s", rows=40), options=OPTIONS)
+    cards = feature_cards(model, sae, token_store, options=dataclasses.replace(OPTIONS, explain=False))
     cards.save(tmp_path / "cards")
     table = score_features(model, sae, scores=("output",), options=FEW)
     table.save(tmp_path / "own")

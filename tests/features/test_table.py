@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.features.test_input_score import make_store
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
+from workbench.activations.store import ActivationStore
 from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
@@ -25,13 +25,6 @@ from workbench.features.scores.output_score import OutputOptions
 from workbench.features.scores.score_report import co_occurrence
 
 OPTIONS = ScoreOptions(k=5, rows=16, random_directions=12, contexts=ContextOptions(per_feature=20))
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> FeatureTable:
-    return score_features(
-        tiny_model(), random_sae(), make_store(tmp_path_factory.mktemp("t") / "s", rows=100), options=OPTIONS
-    )
 
 
 def small_table(output: list[float], frequency: list[float]) -> FeatureTable:
@@ -69,15 +62,17 @@ def test_output_scores_alone_need_no_store() -> None:
         score_features(tiny_model(), random_sae(), scores=("outputs",))
 
 
-def test_store_of_another_model_or_site_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_of_another_model_or_site_is_refused_first(
+    token_store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         "workbench.features.scores.score_features.direction_scores", lambda *_: pytest.fail("something was computed")
     )
     with pytest.raises(MismatchError):
-        score_features(tiny_model(seed=7), random_sae(), make_store(tmp_path / "s", rows=16), options=OPTIONS)
+        score_features(tiny_model(seed=7), random_sae(), token_store, options=OPTIONS)
     with pytest.raises(UnknownSiteError, match="not stored"):
         sae = random_sae(site="resid_post.0")
-        score_features(tiny_model(), sae, make_store(tmp_path / "t", rows=16), options=OPTIONS)
+        score_features(tiny_model(), sae, token_store, options=OPTIONS)
 
 
 def test_saved_and_loaded_tables_are_equal(table: FeatureTable, tmp_path: Path) -> None:

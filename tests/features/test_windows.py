@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tests.features.corpus import SITE, Planted, corpus, corpus_store
-from tests.features.test_input_score import make_store
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
 from workbench.activations.harvest import HarvestOptions, harvest
@@ -130,8 +129,8 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-def test_an_sae_is_read_as_it_encodes_and_subsets_agree(tmp_path: Path) -> None:
-    store, sae = make_store(tmp_path / "s"), random_sae()
+def test_an_sae_is_read_as_it_encodes_and_subsets_agree(token_store: ActivationStore) -> None:
+    store, sae = token_store, random_sae()
     every = collect_windows(store, SITE, SAEFeatures(sae, torch.arange(40)), SMALL)
     acts = torch.cat([sae.encode(b.acts.float()) for b in store.blocks(SITE)])
     assert every.active.tolist() == (acts > 0).sum(0).tolist()
