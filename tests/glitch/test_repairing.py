@@ -264,16 +264,12 @@ def test_nothing_is_written_over_and_foreign_folders_are_refused(tmp_path: Path)
 @pytest.mark.parametrize("tied", [False, True])
 def test_on_trained_models_the_repair_is_judged_by_its_intervals(tied: bool) -> None:
     """What training left out can be copied after the repair; random ordinary tokens and plain text stay as they were."""
-    model = planted(tied, 0.1).model
+    model = (planted(True, 0.1) if tied else planted(False, 0.3, std=0.2)).model  # trained for other tests too
     never = truth().never[:12]
     made = repair(model, never, avoid=truth().never)
     report = check_repair(model, made, RepairCheckOptions(controls=12, texts=_texts(model), tolerance=0.05))
-    assert report.copying().n == len(made.ids) >= 8 and set(report.copied) == {
-        "before",
-        "repaired",
-        "shuffled",
-        "random",
-    }
+    assert report.copying().n == len(made.ids) >= 8
+    assert set(report.copied) == {"before", "repaired", "shuffled", "random"}
     assert max(report.copied["before"]) < 0.05
     assert report.helps_copying, report.findings()
     assert abs(report.controls.value) < 0.1 and report.guard and report.success
@@ -286,7 +282,7 @@ def _texts(model: Model) -> tuple[str, ...]:
 
 
 def test_a_repair_that_costs_plain_text_is_no_success() -> None:
-    model = planted(False, 0.1).model
+    model = planted(False, 0.3, std=0.2).model
     made = repair(model, truth().never[:8], avoid=truth().never)
     options = RepairCheckOptions(controls=4, texts=_texts(model))
     assert made.E_out is not None

@@ -43,20 +43,18 @@ def scan(
         ModelUnavailableError: for a hub id that is not in the local cache.
     """
     if verify == "census":
-        return census(model, options=_census_options(options or ScanOptions()))
+        how = options or ScanOptions()
+        probes = PROBES if how.prompts is None else tuple(probes_from(how.prompts))
+        batch_size = how.verification.batch_size
+        return census(model, options=CensusOptions(
+            confirm=probes, forms=how.forms, batch_size=batch_size, seed=how.seed, scan=how
+        ))  # fmt: skip
     if verify not in (None, "top"):
         raise UnknownNameError(
             f"verify={verify!r} does not exist. There are None (weights only), 'top' (tests the most suspicious "
             "tokens) and 'census' (tests every token)."
         )
     return scan_rows(model, verify, options=options)
-
-
-def _census_options(options: ScanOptions) -> CensusOptions:
-    own = PROBES if options.prompts is None else tuple(probes_from(options.prompts))
-    return CensusOptions(
-        confirm=own, forms=options.forms, batch_size=options.verification.batch_size, seed=options.seed, scan=options
-    )
 
 
 def census(model: object, *, options: CensusOptions | None = None, folder: str | Path | None = None) -> CensusReport:

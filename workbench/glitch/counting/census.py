@@ -7,18 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from workbench.core.codec import codec_of
 from workbench.core.errors import InvalidInputError
 from workbench.glitch.counting.census_report import CensusReport
 from workbench.glitch.counting.census_result import NO_TEST, CensusOptions, CensusPlan, ranking
 from workbench.glitch.counting.sampling import by_rank, draw
-from workbench.glitch.scanning.glitch_report import GlitchReport
 from workbench.glitch.scanning.scanner import scan
 from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.probing import DtypeChoice, Prober, choose_dtype, dtype_name
 from workbench.glitch.verification.prompts import Template
 from workbench.glitch.verification.scoring import VerifyOptions
-from workbench.glitch.vocabulary.tokenizer import analyse
+from workbench.glitch.vocabulary.tokenizer import vocabulary_of
 from workbench.models.model import Model
 
 
@@ -29,7 +27,7 @@ def plan_census(model: Model, *, options: CensusOptions | None = None, measure_b
     """
     options = options or CensusOptions()
     report = scan(model, options=options.scan)
-    vocabulary = analyse(codec_of(model.tokenizer))
+    vocabulary = vocabulary_of(model)
     steps = VerifyOptions().steps
     (short,) = prompt_set(model, vocabulary, [options.short], "raw", strict=True).templates
     confirm: tuple[Template, ...] = ()
@@ -37,19 +35,14 @@ def plan_census(model: Model, *, options: CensusOptions | None = None, measure_b
         confirm = prompt_set(model, vocabulary, options.confirm, options.forms, steps=steps).templates
     if options.confirm and options.again:
         confirm = (*prompt_set(model, vocabulary, options.again, "raw", steps=steps).templates, *confirm)
-    ids = _to_test(report, options)
-    plain = np.flatnonzero(report.table.ordinary)
-    sample = np.random.default_rng(options.seed).permutation(plain).tolist()
-    dtype = choose_dtype(model, short, sample, both=measure_both)
-    return CensusPlan(report, short, confirm, ids, dtype, options)
-
-
-def _to_test(report: GlitchReport, options: CensusOptions) -> np.ndarray:
     if options.sample is not None:
-        return draw(by_rank(ranking(report), options.shares), options.sample, options.seed)
-    category = np.asarray(report.table.category)
-    every = np.flatnonzero(~np.isin(category, NO_TEST))
-    return np.random.default_rng(options.seed).permutation(every)
+        ids = draw(by_rank(ranking(report), options.shares), options.sample, options.seed)
+    else:
+        every = np.flatnonzero(~np.isin(np.asarray(report.table.category), NO_TEST))
+        ids = np.random.default_rng(options.seed).permutation(every)
+    plain = np.flatnonzero(report.table.ordinary)
+    some = np.random.default_rng(options.seed).permutation(plain).tolist()
+    return CensusPlan(report, short, confirm, ids, choose_dtype(model, short, some, both=measure_both), options)
 
 
 def run_census(model: Model, plan: CensusPlan, folder: Path | None = None) -> CensusReport:

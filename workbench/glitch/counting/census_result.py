@@ -56,9 +56,7 @@ class CensusOptions:
 class CensusPlan:
     """What a census will do, known before it starts.
 
-    Attributes:
-        ids: the tokens, in the random order in which they are tested: an interrupted census is a random sample.
-        dtype: in which the model computes, with its measured speed.
+    The `ids` are in the random order in which they are tested: an interrupted census is a random sample.
     """
 
     scan: GlitchReport

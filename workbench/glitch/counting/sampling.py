@@ -152,7 +152,6 @@ def _share(part: np.ndarray, rest: np.ndarray) -> np.ndarray:
 
 
 def _interval(value: float, low: np.ndarray, high: np.ndarray, strata: Sequence[Stratum], level: float) -> Estimate:
-    """The lower quantile of one set of draws and the upper one of the other."""
     n = sum(s.tested for s in strata)
     method = f"Horvitz-Thompson, {len(strata)} strata, Clopper-Pearson rates"
     ends = float(np.quantile(low, (1 - level) / 2)), float(np.quantile(high, (1 + level) / 2))

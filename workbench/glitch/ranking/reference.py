@@ -49,11 +49,9 @@ class ReferenceGroup:
 
 @dataclass(frozen=True)
 class Reference:
-    """The choice among the groups.
+    """The choice among the groups; `name` is None if none can be trusted.
 
-    Attributes:
-        name: the chosen group, or None if none can be trusted.
-        agreement: cosine between the means of each pair of trusted groups, with the number of ids in both.
+    The agreement is the cosine between the means of each pair of trusted groups, with the number of ids in both.
     """
 
     name: str | None

@@ -26,12 +26,7 @@ _PEAK = 20
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where the line lies and how it was drawn.
-
-    Attributes:
-        value: candidates lie at or below it.
-        percentile: share of ordinary tokens, in percent, at or below it.
-    """
+    """Candidates lie at or below `value`, as do `percentile` % of the ordinary tokens; how it was chosen, and why."""
 
     value: float
     percentile: float

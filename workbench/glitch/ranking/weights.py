@@ -252,11 +252,7 @@ def _module(name: str) -> str:
 
 
 def _choose(names: dict[str, Path], kinds: tuple[str, ...], folder: Path, like: Matrix | None = None) -> str:
-    """The one tensor that fits; of several kinds the one listed first.
-
-    Raises:
-        UnknownNameError: if none fits, or two of the same kind do.
-    """
+    """The one tensor that fits; of several kinds the one listed first."""
     fits = _candidates(names, kinds, like)
     if len(fits) == 1 or (len(fits) > 1 and _module(fits[0]) != _module(fits[1])):
         return fits[0]

@@ -63,7 +63,6 @@ class Repair:
     """New rows for some tokens of one model.
 
     Attributes:
-        tied: whether input and output are one matrix; a copy of the weights then has one row for both.
         spellings: the other tokens that spell each; empty where none do.
         sources: the tokens whose rows each new row is the mean of.
         skipped: tokens that were asked for and have no new row, with the reason.

@@ -28,11 +28,9 @@ class RepairReport(TokenReport):
     """A repair before and after, beside the same repair with the wrong sources.
 
     Attributes:
-        sources: the texts of the tokens that each new row is made of.
         copied: by arm, the highest probability with which each token was copied in any prompt.
         gap: by arm, nats by which the next token after each differs from that after its text spelled out; nan where
             nothing spells it.
-        control_ids: random ordinary tokens that were not repaired.
         kept_before: probability with which each of them was copied before.
         loss: rise of the loss on plain text, nats per token, text by text.
         tolerance: what the upper end of its interval may not exceed.
@@ -201,7 +199,6 @@ class RepairReport(TokenReport):
 
 
 def _against(more: Estimate, control: str, below: str, above: str, wanted: str) -> str:
-    """In words how a difference compares with that of a control."""
     word = below if more.high < 0 else above if more.low > 0 else f"not clearly {wanted}"
     return f"{word} than {ARMS[control].removesuffix(' (control)')}: {_with_n(more)}"
 

@@ -74,15 +74,10 @@ def save_repaired(made: Repair, source: str | Path, out: str | Path, *, untie: b
 
 
 def _from_files(made: Repair, matrices: TokenMatrices, source: Path) -> Repair:
-    """The repair with rows made from the files, which may be more exact than the loaded model's.
-
-    Raises:
-        MismatchError: if they are not those of the model that the repair was made for.
-    """
+    """The repair with rows made from the files, which may be more exact than the loaded model's."""
     fits = matrices.tied == made.tied and max(made.ids) < min(matrices.E_in.n_rows, matrices.E_out.n_rows)
     again = with_sources(made, matrices, made.sources) if fits else made
-    pairs = [(made.E_in, again.E_in), (made.E_out, again.E_out)]
-    for before, after in pairs:
+    for before, after in ((made.E_in, again.E_in), (made.E_out, again.E_out)):
         if before is not None and after is not None:
             fits &= before.shape == after.shape and float((before - after).norm()) <= 0.03 * float(before.norm())
     if not fits:
@@ -109,11 +104,7 @@ def _copies(source: Path, E_in: Matrix) -> tuple[str, ...]:
 
 
 def _new_head(made: Repair, copies: Sequence[str], config: Mapping[str, Any], untie: bool) -> str | None:
-    """Name of the output matrix that the copy needs and its original shares with the embedding; None if it needs none.
-
-    Raises:
-        NotExactlyExportable: if it needs one and `untie` is not set.
-    """
+    """Name of the output matrix that the copy needs and its original shares with the embedding; None if none."""
     if not made.tied or made.options.reading == made.options.writing == "mean":
         return None
     if copies and not config.get("tie_word_embeddings", False):
@@ -216,12 +207,9 @@ def source_folder(model: Model) -> Path:
 
 @dataclass(frozen=True)
 class CopyReport(TokenReport):
-    """Whether a saved copy does what the edit does.
+    """Whether a saved copy does what the edit does: their largest difference of a next-token logit is rounding only.
 
-    Attributes:
-        difference: largest difference of a next-token logit between the copy and the edited model.
-        effect: largest change of such a logit by the repair itself.
-        agrees: whether the two differ by rounding only.
+    `effect` is the largest change of such a logit by the repair itself.
     """
 
     folder: Path

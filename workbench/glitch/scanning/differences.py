@@ -50,15 +50,10 @@ class Change:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DiffReport(TokenReport):
-    """Result of `diff`.
+    """Result of `diff`; `shared` tokens were matched by "id", or by "text" where the tokenizers differ.
 
-    Attributes:
-        a: model of A, and where its scan is from.
-        matched_by: "id" if both have the same tokenizer, otherwise "text".
-        shared: tokens that were matched.
-        lossy_a: bytes that only A loses.
-        partial: what could not be compared, in words; empty if everything was.
-        evident: whether the files tell if both tokenizers are the same; where they do not, texts are matched.
+    `lossy_a` are the bytes that only A loses. `partial` says what could not be compared; `evident` whether the files
+    tell if both tokenizers are the same.
     """
 
     a: str

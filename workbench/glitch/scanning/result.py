@@ -28,10 +28,8 @@ class TokenizerFacts:
     """Counts of the tokenizer's side.
 
     Attributes:
-        style: how bytes are written: byte_level, byte_fallback, raw_bytes, none.
         counts: ids per category (keys of `workbench.glitch.vocabulary.tokenizer.CATEGORIES`); absent means zero.
         missing_bytes: bytes without such a token; in a byte-level vocabulary they cannot be written at all.
-        lossy: bytes of valid text that encode and decode lose.
         vocabulary: hash of the vocabulary strings, by which two scans tell whether their tokenizers agree.
     """
 
@@ -83,14 +81,11 @@ class ScanResult:
     """Everything that `scan` measured.
 
     Attributes:
-        stored: the type of number it is stored in.
-        reference: the ids taken as known to be unused, and why.
         indicator: the indicator that ranks, or None: no ranking can be trusted.
         threshold: candidates lie at or below it; nan without a ranking.
         percentile: share of ordinary tokens at or below it, in percent.
         identical: ids of each set of bit-identical rows (and equal output bias).
         same_text: ids of each set of tokens that share their text though no text gives some of them.
-        bad_rows: rows with NaN or infinity.
         notes: what was asked for and could not be done, in sentences.
     """
 
@@ -234,7 +229,6 @@ class ScanResult:
 
 
 def _column(n: int, fill: float | str, values: Iterable[tuple[int, float | str]]) -> np.ndarray:
-    """A value for some ids, and `fill` for the others."""
     column = np.full(n, fill, dtype=object if isinstance(fill, str) else np.float64)
     for i, value in values:
         column[i] = value

@@ -6,7 +6,7 @@ import csv
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ class TokenFact:
     """One token of a scan.
 
     Attributes:
-        text: its text on one line, control characters escaped.
         category: a key of `workbench.glitch.vocabulary.tokenizer.CATEGORIES`; empty where the files do not tell.
         indicator: of the weights, lower is more suspicious; nan where there is none.
         max_prob: highest probability that the model gave it; nan where it was not tested.
@@ -65,12 +64,10 @@ class TokenFact:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SavedScan:
-    """A scan as far as its users need it.
+    """A scan as far as its users need it: facts by token id.
 
-    Attributes:
-        complete: whether every id is here, or only the suspicious and tested ones.
-        ranked: whether the scan had an indicator that it trusted; without one there are no candidates.
-        vocabulary: hash of the vocabulary strings; empty where the files do not tell.
+    Where it is not `complete`, only suspicious and tested tokens are here; where it is not `ranked`, no indicator was
+    trusted and there are no candidates. `vocabulary` is a hash; empty where the files do not tell.
     """
 
     model: str
@@ -164,7 +161,8 @@ def load_scan(path: str | Path) -> SavedScan:
         )
     table = file.with_name("tokens.csv")
     with content_of(file.parent, "Scan the model again.", csv.Error):
-        tokens = _from_csv(table) if table.is_file() else _from_json(facts)
+        rows = _from_csv(table) if table.is_file() else _from_json(facts)
+        tokens = {fact.token_id: fact for fact in rows}  # later rows say more
         lossy = tuple(LossyByte(int(x["byte"]), x["text"], x["back"]) for x in facts["tokenizer"].get("lossy", []))
         return SavedScan(
             model=str(facts["model"]), origin=str(path), tokens=tokens, complete=table.is_file(), lossy=lossy,
@@ -184,29 +182,24 @@ def _scan_file(path: Path) -> Path:
     )
 
 
-def _from_csv(path: Path) -> dict[int, TokenFact]:
+def _from_csv(path: Path) -> Iterator[TokenFact]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8", newline="") as file:
-        facts = [_fact(row, cell_text(row["token"]), _truth(row["candidate"])) for row in csv.DictReader(file)]
-    return {fact.token_id: fact for fact in facts}
+        for row in csv.DictReader(file):
+            yield _fact(row, cell_text(row["token"]), _truth(row["candidate"]))
 
 
-def _from_json(scan: Mapping[str, Any]) -> dict[int, TokenFact]:  # Any: JSON
-    facts = [
-        TokenFact(token_id=int(i), text="", category="", reference=True)
-        for i in (scan.get("reference") or {}).get("members", [])
-    ]
-    facts += [
-        _fact(test | {"category": ""}, "", not test["control"])
-        for test in (scan.get("verification") or {}).get("tested", [])
-    ]
+def _from_json(scan: Mapping[str, Any]) -> Iterator[TokenFact]:  # Any: JSON
+    for i in (scan.get("reference") or {}).get("members", []):
+        yield TokenFact(token_id=int(i), text="", category="", reference=True)
+    for test in (scan.get("verification") or {}).get("tested", []):
+        yield _fact(test | {"category": ""}, "", not test["control"])
     for kind in ("controls", "unwritable", "candidates"):
-        facts += [_fact(row, shown(row["token"]), kind == "candidates") for row in scan.get(kind, [])]
-    return {fact.token_id: fact for fact in facts}  # later ones say more
+        for row in scan.get(kind, []):
+            yield _fact(row, shown(row["token"]), kind == "candidates")
 
 
 def _fact(row: Mapping[str, Any], text: str, candidate: bool) -> TokenFact:
-    """A row of a report, of its JSON or of its CSV."""
     return TokenFact(
         token_id=int(row["token_id"]), text=text, category=row["category"], indicator=_number(row.get("indicator")),
         max_prob=_number(row["max_prob"]), verdict=row["verdict"], candidate=candidate,

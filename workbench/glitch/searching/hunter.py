@@ -98,7 +98,6 @@ def hunt(
 def _kept(
     current: np.ndarray, member: np.ndarray, asker: Asker, rng: np.random.Generator, options: HunterOptions
 ) -> np.ndarray:
-    """Ids of the clusters whose sample holds glitch tokens, in ascending order."""
     order = np.argsort(member, kind="stable")
     clusters = np.split(current[order], np.flatnonzero(np.diff(member[order])) + 1)
     samples = [rng.choice(ids, options.sample_size(len(ids)), replace=False) for ids in clusters]

@@ -16,12 +16,7 @@ Oracle = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What one search asked, in order.
-
-    Attributes:
-        asked: ids in the order in which they were tested, each once: its cost in oracle calls.
-        gradient_passes: forward and backward passes on top of the calls, counted in prompts.
-    """
+    """What one search asked, each id once and in order: its cost in oracle calls, and gradient passes counted in prompts."""
 
     method: str
     asked: np.ndarray

@@ -64,11 +64,7 @@ def _over_runs(shares: list[Estimate]) -> Estimate:
 class SearchReport(TokenReport):
     """Result of `search`.
 
-    Attributes:
-        n_tokens: ordinary tokens that were searched.
-        n_glitch: glitch tokens among them, from a census; None if they are not known.
-        indicator: what the ranking is made of, or None: there is none.
-        token: text of every glitch token found.
+    `n_glitch` counts glitch tokens by a census; None if they are not known. `token` is the text of those found.
     """
 
     model: str

@@ -40,7 +40,6 @@ class AdtItem:
         separated: the control: the same words with a separator.
         tokens: the text of each token of `text`.
         trap: text of the token that lies across the border; empty in the arm "plain".
-        border: where the second word begins in `text`.
     """
 
     arm: str
@@ -65,12 +64,7 @@ class AdtItem:
 
 @dataclass(frozen=True, kw_only=True)
 class AdtOptions:
-    """How items are made.
-
-    Attributes:
-        items: number of attack items; as many plain ones are made.
-        shortest: shortest word of a script with spaces, in characters.
-    """
+    """How items are made: as many plain ones as attack items, of words of scripts with spaces from `shortest` to `longest`."""
 
     items: int = 200
     per_trap: int = 2
@@ -155,7 +149,9 @@ def _attacks(
     traps = [i for i, c in enumerate(vocabulary.category) if c == "ok" and _is_trap(vocabulary.text[i])]
     for i in track(traps, description="traps", unit="tokens"):
         pairs = [pair for pair in _pairs(vocabulary.text[i], ends, starts, rng) if pair not in seen]
-        made = _crossing(codec, pairs, rng)[: min(options.per_trap, options.items - len(attacks))]
+        tried = [_item(first, second, _carrier(first + second, rng)) for first, second in pairs]
+        made = [item for item in _tokenized(codec, tried) if item.arm == "attack"]
+        made = made[: min(options.per_trap, options.items - len(attacks))]
         attacks += made
         seen |= {(item.first, item.second) for item in made}
         if len(attacks) >= options.items:
@@ -181,19 +177,13 @@ def _is_trap(text: str) -> bool:
 def _pairs(
     trap: str, ends: Mapping[str, list[str]], starts: Mapping[str, list[str]], rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-    """A few pairs of words for each split of a trap."""
-    found = []
+    pairs = []
     for at in range(1, len(trap)):
         left, right = ends.get(trap[:at], ()), starts.get(trap[at:], ())
         if left and right:
             picks = rng.integers(0, (len(left), len(right)), size=(max(1, _TRIES // len(trap)), 2))
-            found += [(left[a], right[b]) for a, b in picks.tolist()]
-    return [pair for pair in dict.fromkeys(found) if pair[0] != pair[1]]
-
-
-def _crossing(codec: Codec, pairs: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[AdtItem]:
-    made = [_item(first, second, _carrier(first + second, rng)) for first, second in pairs]
-    return [item for item in _tokenized(codec, made) if item.arm == "attack"]
+            pairs += [(left[a], right[b]) for a, b in picks.tolist()]
+    return [pair for pair in dict.fromkeys(pairs) if pair[0] != pair[1]]
 
 
 def _plain(

@@ -18,12 +18,7 @@ from workbench.glitch.scanning.saved import GRADES, SavedScan, TokenFact, check_
 
 @dataclass(frozen=True)
 class BanFormat:
-    """A form of ban list.
-
-    Attributes:
-        limit: how many ids a request may have; None where no limit is known.
-        exact: whether a banned token can't be written at all.
-    """
+    """A form of ban list; `limit` ids at most in a request, `exact` if a banned token can't be written at all."""
 
     name: str
     use: str

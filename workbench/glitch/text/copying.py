@@ -35,12 +35,9 @@ class Copied:
 
 @dataclass(frozen=True)
 class CopyCheck:
-    """Tokens and controls, measured alike.
+    """Mean of after - before over flagged tokens (nats; above zero means that cutting helps), and over ordinary ones.
 
-    Attributes:
-        not_cut: ids that have no other segmentation.
-        gain: mean of after - before over the flagged tokens, nats; above zero means that cutting helps.
-        control_gain: the same over ordinary tokens: what cutting costs where nothing was wrong; None without controls.
+    `not_cut` are ids that have no other segmentation.
     """
 
     tokens: tuple[Copied, ...]

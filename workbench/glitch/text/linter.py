@@ -38,12 +38,7 @@ _AT_ONCE = 1 << 18
 
 @dataclass(frozen=True, eq=False)
 class Linter:
-    """What is looked for in texts, ready to be used on many.
-
-    Attributes:
-        kinds: kind of each token id that is reported.
-        part_of: for a fragment the flagged id that it is part of.
-    """
+    """What is looked for in texts, ready to be used on many: the kind of each token id that is reported."""
 
     model: str
     origin: str
@@ -88,15 +83,15 @@ class Linter:
             CorruptFileError: for a file that is not what its name says.
             InvalidInputError: where `column` is missing or holds no text.
         """
-        found = text_files(paths)
-        size = sum(path.stat().st_size for path in found)
+        files = text_files(paths)
+        size = sum(path.stat().st_size for path in files)
         with task(total=size, description="lint", unit="bytes") as running:
             tally = _Tally(self, limit, running)
-            for path in found:
+            for path in files:
                 for number, parts in numbered_texts(path, column):
                     tally.document(str(path), number, parts)
                 tally.flush()
-        return tally.report(tuple(map(str, found)))
+        return tally.report(tuple(map(str, files)))
 
 
 def linter_for(model: object, saved: str | Path | None = None, kinds: Iterable[str] = tuple(KINDS)) -> Linter:
@@ -231,9 +226,11 @@ class _Tally:
                 if len(self.findings) < self.limit:
                     upto = piece.text[piece.begin - piece.start : start - piece.start]
                     begins = piece.begin + upto.rfind("\n") + 1 if "\n" in upto else line_start
-                    self._keep(
-                        piece, (file, number, line + upto.count("\n"), start - begins + 1), start, end, kind, token_id
-                    )
+                    self.findings.append(Finding(
+                        file=file, document=number, line=line + upto.count("\n"), column=start - begins + 1,
+                        start=start, end=end, kind=kind, token_id=token_id,
+                        text=piece.text[start - piece.start : end - piece.start], context=piece.around(start, end),
+                    ))  # fmt: skip
             if "\n" in own:
                 line, line_start = line + own.count("\n"), piece.begin + own.rfind("\n") + 1
         self.spread.update(self._of_document)
@@ -246,20 +243,20 @@ class _Tally:
 
     def _found(self, piece: Piece) -> list[tuple[int, int, str, int]]:
         """Start, end, kind and token id (-1 for none) of everything in a piece, counted."""
-        found = list(self._tokens(piece))
-        covered = {at for start, end, kind, _ in found if kind == "lost" for at in range(start, end)}
+        places = list(self._tokens(piece))
+        covered = {at for start, end, kind, _ in places if kind == "lost" for at in range(start, end)}
         own = piece.text[piece.begin - piece.start : piece.end - piece.start]
         bad = self.linter.survival.lost(own) if "lost" in self.linter.wanted else set()
         halves = any(map(is_half, set(own))) and "not_utf8" in self.linter.wanted
         if bad or halves:
             for at, char in enumerate(own, piece.begin):
                 if halves and is_half(char):
-                    found.append((at, at + 1, "not_utf8", -1))
+                    places.append((at, at + 1, "not_utf8", -1))
                 elif char in bad and at not in covered:
                     self.lost[char] += 1
-                    found.append((at, at + 1, "lost", -1))
-        self.by_kind.update(kind for _, _, kind, _ in found)
-        return found
+                    places.append((at, at + 1, "lost", -1))
+        self.by_kind.update(kind for _, _, kind, _ in places)
+        return places
 
     def _tokens(self, piece: Piece) -> Iterator[tuple[int, int, str, int]]:
         kinds = self.linter.kinds
@@ -276,16 +273,6 @@ class _Tally:
                 self.counts[i, kind] += 1
                 self._of_document.add((i, kind))
                 yield start, end, kind, i
-
-    def _keep(
-        self, piece: Piece, place: tuple[str, int, int, int], start: int, end: int, kind: str, token_id: int
-    ) -> None:
-        file, number, line, column = place
-        text = piece.text[start - piece.start : end - piece.start]
-        self.findings.append(Finding(
-            file=file, document=number, line=line, column=column, start=start, end=end, kind=kind, token_id=token_id,
-            text=text, context=piece.around(start, end),
-        ))  # fmt: skip
 
     def report(self, files: tuple[str, ...]) -> LintReport:
         """The result."""

@@ -21,12 +21,7 @@ _AROUND = 6
 
 @dataclass(frozen=True)
 class Sanitized:
-    """A row of ids without flagged tokens, as far as that is possible.
-
-    Attributes:
-        replaced: position in the old row, old id and its pieces.
-        impossible: positions in the old row of flagged ids that stay: no other tokens give their text.
-    """
+    """New ids that decode to the same text: position, old id and pieces of each cut, positions where none is possible."""
 
     ids: tuple[int, ...]
     replaced: tuple[tuple[int, int, Pieces], ...]

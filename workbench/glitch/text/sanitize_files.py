@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from workbench.activations.files import text_files
 from workbench.core.progress import track
@@ -27,13 +26,7 @@ _LINES = "2"
 
 @dataclass(frozen=True)
 class Cut:
-    """What was done with a flagged token.
-
-    Attributes:
-        pieces: texts of what it was cut into most often; empty where that is impossible.
-        replaced: occurrences that were replaced.
-        left: occurrences that stay, because no other tokens give the same text there.
-    """
+    """What was done with a flagged token: what it was cut into most often, and how many of its places stay."""
 
     token_id: int
     text: str
@@ -44,12 +37,7 @@ class Cut:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SanitizeReport(TokenReport):
-    """Result of `sanitize_files`.
-
-    Attributes:
-        changed: number of documents whose ids decode to another text than the file has.
-        by_cuts: how many of them decode to their text without the cuts.
-    """
+    """Result of `sanitize_files`; `changed` documents decode to another text than the file, `by_cuts` only by the cuts."""
 
     file: str
     documents: int
@@ -142,12 +130,11 @@ def _claim(file: Path, key: dict[str, str]) -> None:
         save_json(noted, key)
 
 
-def _document(sanitizer: Sanitizer, parts: Iterable[str]) -> dict[str, Any]:
+def _document(sanitizer: Sanitizer, parts: Iterable[str]) -> dict[str, object]:
     ids: list[int] = []
     before: list[int] = []
-    texts: list[str] = []
-    replaced, impossible = [], []
-    for piece in windows(sanitizer.codec, _noted(parts, texts)):
+    texts, replaced, impossible = list(parts), [], []
+    for piece in windows(sanitizer.codec, texts):
         made = sanitizer(piece.ids)
         ids += made.ids
         replaced += [(len(before) + at, old, new) for at, old, new in made.replaced]
@@ -160,12 +147,6 @@ def _document(sanitizer: Sanitizer, parts: Iterable[str]) -> dict[str, Any]:
         "ids": ids, "tokens_before": len(before), "replaced": replaced, "impossible": impossible,
         "decodes_to": decodes_to,
     }  # fmt: skip
-
-
-def _noted(parts: Iterable[str], seen: list[str]) -> Iterator[str]:
-    for part in parts:
-        seen.append(part)
-        yield part
 
 
 def _whole_lines(file: Path) -> int:

@@ -28,7 +28,6 @@ class Piece:
         text: characters around the part, context included.
         start: position of `text[0]` in the whole text.
         begin: first position that belongs to this part.
-        spans: first character and the one after the last of each token, counted in the whole text.
     """
 
     text: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal  # Any: tokenizers of transformers have no common type
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require_known
 from workbench.glitch.verification.prompts import PROBES, Form, Probe, Template, template
@@ -35,14 +35,9 @@ class PromptSet:
 
 
 def prompt_set(
-    model: Model,
-    vocabulary: Vocabulary,
-    probes: Sequence[Probe] = PROBES,
-    forms: Forms = "auto",
-    *,
-    strict: bool = False,
-    steps: int = 1,
-) -> PromptSet:
+    model: Model, vocabulary: Vocabulary, probes: Sequence[Probe] = PROBES, forms: Forms = "auto", *,
+    strict: bool = False, steps: int = 1,
+) -> PromptSet:  # fmt: skip
     """The probes as ids, raw and through the model's chat template.
 
     Form "auto" is both for a model with a chat template that can be used, else raw. `steps` is the number of tokens
@@ -89,12 +84,9 @@ def _built(model: Model, vocabulary: Vocabulary, probe: Probe, form: Form) -> Te
     if form == "raw":
         return template(probe, vocabulary, lambda text: model.tokens(text).ids[0].tolist())
     return template(
-        probe,
-        vocabulary,
-        lambda text: model.tokenizer(text, add_special_tokens=False)["input_ids"],
-        lambda asked, token: chat_text(model.tokenizer, *asked.turns(token)),
-        "chat",
-    )
+        probe, vocabulary, lambda text: model.tokenizer(text, add_special_tokens=False)["input_ids"],
+        lambda asked, token: chat_text(model.tokenizer, *asked.turns(token)), "chat",
+    )  # fmt: skip
 
 
 def _fitting(model: Model, made: Template, steps: int) -> Template:
@@ -123,9 +115,13 @@ def chat_text(tokenizer: Any, user: str, reply: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInputError("The tokenizer has no chat template. Use raw prompts, or set tokenizer.chat_template.")
     problem = "it changes or drops the text of the reply"
-    for system, listed in ((False, False), (False, True), (True, False), (True, True)):
+    # content as a list is what templates of models with images want
+    for with_system, as_list in ((False, False), (False, True), (True, False), (True, True)):
+        turns = [*([("system", SYSTEM)] if with_system else []), ("user", user), ("assistant", reply + _MARK)]
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": said}] if as_list else said} for role, said in turns
+        ]
         try:
-            messages = _messages(user, reply + _MARK, listed, SYSTEM if system else "")
             text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=_timeless(tokenizer))
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             problem = str(error).strip() or type(error).__name__
@@ -145,9 +141,3 @@ def _timeless(tokenizer: Any) -> str:
     # A macro, since transformers lets no function reach a template; the line break is the one that Jinja drops.
     shown = "".join(f" | replace('%{letter}', '{_DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
     return f"{{% macro strftime_now(format) %}}{{{{ format{shown} }}}}{{% endmacro %}}\n{written}"
-
-
-def _messages(user: str, reply: str, listed: bool, system: str) -> list[dict[str, Any]]:
-    """The messages, `system` first unless it is empty; `listed` as templates of models with images want them."""
-    turns = ((("system", system),) if system else ()) + (("user", user), ("assistant", reply))
-    return [{"role": role, "content": [{"type": "text", "text": t}] if listed else t} for role, t in turns]

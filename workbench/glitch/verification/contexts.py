@@ -57,12 +57,7 @@ class InContext(Outcome):
 
 @dataclass(frozen=True)
 class Contexts(Outcomes[InContext]):
-    """Tokens and controls among other ones.
-
-    Attributes:
-        lines: ids of the other tokens of each line; the one in question stands between the second and the third.
-        control_failures: share of the controls that fail; None without controls that have a number.
-    """
+    """Tokens and controls among the other tokens of the same `lines`; they stand between the second and the third."""
 
     lines: tuple[tuple[int, ...], ...]
     control_failures: Estimate | None
@@ -108,13 +103,9 @@ def _filled(made: Template, words: Sequence[int], k: int) -> Template:
 
 
 def in_contexts(
-    model: Model,
-    lines: Lines,
-    candidates: Sequence[int],
-    controls: Sequence[int],
-    options: VerifyOptions | None = None,
-    journal: Log | None = None,
-) -> Contexts:
+    model: Model, lines: Lines, candidates: Sequence[int], controls: Sequence[int],
+    options: VerifyOptions | None = None, journal: Log | None = None,
+) -> Contexts:  # fmt: skip
     """Asks the model to copy every line with each token in it; exact probabilities, by id.
 
     All tokens get the same lines. Of the options only the batch size counts: the token must come at once. The journal

@@ -138,11 +138,9 @@ def _highest(row: Mapping[str, object], templates: Sequence[Template]) -> float:
 
 @dataclass(frozen=True)
 class DtypeChoice:
-    """In which type of number a census runs, and what that was measured on.
+    """In which type of number a census runs, why, and the speed on a sample, without confirmations.
 
-    Attributes:
-        tokens_per_second: measured on a sample, by dtype; an estimate of the census' speed without confirmations.
-        difference: largest absolute difference of a probability between the two; None if only one was measured.
+    `difference` is the largest one of a probability between two types; None if only one was measured.
     """
 
     dtype: str

@@ -18,6 +18,7 @@ from workbench.core.records import from_jsonable, load_json
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
 
 SLOT = "{token}"
+_MAX_PLACEHOLDERS = 200
 Form = Literal["raw", "chat"]
 """How a prompt is put to the model: as plain text to go on with, or as a user's message with a reply begun."""
 
@@ -138,12 +139,9 @@ def prompt_hash(templates: Sequence[Template]) -> str:
 
 
 def template(
-    probe: Probe,
-    vocabulary: Vocabulary,
-    encode: Callable[[str], Sequence[int]],
-    write: Callable[[Probe, str], str] = Probe.text,
-    form: Form = "raw",
-) -> Template:
+    probe: Probe, vocabulary: Vocabulary, encode: Callable[[str], Sequence[int]],
+    write: Callable[[Probe, str], str] = Probe.text, form: Form = "raw",
+) -> Template:  # fmt: skip
     """The probe as ids, made with a placeholder token that provably stays whole in it.
 
     Placeholders are long, purely alphabetic tokens without a leading space. `encode` gives the ids of a text with what
@@ -152,8 +150,11 @@ def template(
     Raises:
         DegenerateInputError: if no token of the vocabulary stays whole in this prompt.
     """
-    for i in _placeholders(vocabulary):
-        ids = torch.as_tensor(list(encode(write(probe, vocabulary.text[i]))), dtype=torch.long)
+    texts = vocabulary.text
+    plain = [i for i, c in enumerate(vocabulary.category) if c == "ok" and texts[i].isalpha()]
+    plain.sort(key=lambda i: (texts[i].isascii(), len(set(texts[i])), len(texts[i]), -i), reverse=True)
+    for i in plain[:_MAX_PLACEHOLDERS]:
+        ids = torch.as_tensor(list(encode(write(probe, texts[i]))), dtype=torch.long)
         slots = (ids == i).nonzero().flatten()
         if len(slots) == probe.occurrences:
             return Template(probe, ids, slots, form)
@@ -161,10 +162,3 @@ def template(
         f"Probe {probe.name!r} holds its token {probe.occurrences} times, but none of the placeholders tried stays a "
         "single token there. Separate the token from its neighbours, for example by quotes."
     )
-
-
-def _placeholders(vocabulary: Vocabulary, limit: int = 200) -> list[int]:
-    texts = vocabulary.text
-    plain = [i for i, c in enumerate(vocabulary.category) if c == "ok" and texts[i].isalpha()]
-    rank = sorted(plain, key=lambda i: (texts[i].isascii(), len(set(texts[i])), len(texts[i]), -i), reverse=True)
-    return rank[:limit]

@@ -108,14 +108,9 @@ class _Measured:
 
 
 def measure_sides(
-    model: Model,
-    codec: Codec,
-    vocabulary: Vocabulary,
-    candidates: Sequence[int],
-    controls: Sequence[int],
-    suspects: Sequence[int] = (),
-    batch_size: int = 32,
-) -> Sides:
+    model: Model, codec: Codec, vocabulary: Vocabulary, candidates: Sequence[int], controls: Sequence[int],
+    suspects: Sequence[int] = (), batch_size: int = 32,
+) -> Sides:  # fmt: skip
     """Reading and writing of candidates, judged by random ordinary tokens.
 
     Reading: the next-token distribution after the token is compared with the one after other tokens that spell the same

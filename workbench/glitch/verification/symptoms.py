@@ -62,11 +62,9 @@ class Symptom(Outcome):
 
 @dataclass(frozen=True)
 class Symptoms:
-    """Replies to all tasks about tokens and controls.
+    """Replies to all tasks; `failures` is the share of controls that fail each: what fails with ordinary tokens as well.
 
-    Attributes:
-        replies: all of them; tokens of white space only are not asked about.
-        failures: share of controls that fail each task: what the model can't do with ordinary tokens either.
+    Tokens of white space only are not asked about.
     """
 
     replies: tuple[Symptom, ...]
@@ -86,15 +84,9 @@ class Symptoms:
 
 
 def symptoms(
-    model: Model,
-    vocabulary: Vocabulary,
-    candidates: Sequence[int],
-    controls: Sequence[int],
-    *,
-    forms: Forms = "auto",
-    max_new_tokens: int = 64,
-    batch_size: int = 64,
-) -> Symptoms:
+    model: Model, vocabulary: Vocabulary, candidates: Sequence[int], controls: Sequence[int], *,
+    forms: Forms = "auto", max_new_tokens: int = 64, batch_size: int = 64,
+) -> Symptoms:  # fmt: skip
     """Asks the model to repeat, spell and measure each token, and names what goes wrong; greedy, by id.
 
     The forms "auto" and "both" take the chat form where there is one.

@@ -68,7 +68,6 @@ class Tested(Outcome):
         form: the form of that prompt, raw or chat: how the verdict was reached.
         p_value: share of controls (with this token as one more) whose highest probability is not above this token's;
             None for controls, without controls, and where testing stopped early.
-        spliced: whether it is a token that no text gives, tested by its id beside the candidates.
     """
 
     max_prob: float
@@ -107,10 +106,7 @@ class Verification(Outcomes[Tested]):
     """Candidates, controls and spliced tokens, tested alike.
 
     Attributes:
-        control_failures: share of counted controls that fail the test; they are ordinary tokens, so this is its error
-            rate.
         expected_false: verified candidates to expect by that error alone: rate and interval, times candidates.
-        control_quantiles: quantiles of the controls' highest probabilities, by "1%" and so on.
         failures_by_form: share of controls that fail every prompt of one form, where all of it was run.
         passes: forward passes counted in prompts.
     """
@@ -139,14 +135,9 @@ class Verification(Outcomes[Tested]):
 
 
 def verify(
-    model: Model,
-    codec: Codec,
-    templates: Sequence[Template],
-    candidates: Sequence[int],
-    controls: Sequence[int],
-    options: VerifyOptions | None = None,
-    journal: Log | None = None,
-) -> Verification:
+    model: Model, codec: Codec, templates: Sequence[Template], candidates: Sequence[int], controls: Sequence[int],
+    options: VerifyOptions | None = None, journal: Log | None = None,
+) -> Verification:  # fmt: skip
     """Tests candidates and controls with the same prompts in the same batches.
 
     The codec checks that a prompt's text gives the token again; the journal is made with `journal_key`.

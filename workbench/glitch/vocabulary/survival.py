@@ -39,7 +39,8 @@ class Survival:
                     is_glued = ids[row] == glued[0] or (back[row] == glued[1] != apart[1])
                     failed = is_glued or not same[1]
                 else:
-                    failed = not any(same) or self._dropped(char)
+                    bare = self.codec.normalize(between(""))
+                    failed = not any(same) or self.codec.normalize(between(char)) == bare
                 if failed:
                     self.bad[char] = back[row]
             self.seen.update(new)
@@ -47,9 +48,6 @@ class Survival:
 
     def _same(self, text: str, back: str) -> bool:
         return "".join(self.codec.normalize(text).split()) == "".join(self.codec.normalize(back).split())
-
-    def _dropped(self, char: str) -> bool:
-        return self.codec.normalize(between(char)) == self.codec.normalize(between(""))
 
 
 def between(char: str) -> str:

@@ -33,13 +33,7 @@ _STRAY = re.compile(r"<0x[0-9A-F]{2}>")
 
 @dataclass(frozen=True)
 class Nature:
-    """What a token is.
-
-    Attributes:
-        script: script of most of its letters, such as LATIN or CYRILLIC; "none" without letters.
-        words: the words that a "word" token is made of.
-        part_of: ids of other tokens whose text holds this one's, the first few larger ids.
-    """
+    """What a token is; its `script` is that of most letters ("none" without), `part_of` are ids whose text holds its own."""
 
     kind: Kind
     script: str

@@ -35,7 +35,7 @@ _RESERVED = re.compile(
     r"|control_\d)[\w\- ▁]*[|｜]?(?:>|\]|<<)$",
     re.IGNORECASE,
 )
-_SPACES = " ▁Ġ"
+_SPACES = (" ", "▁", "Ġ")
 """How vocabularies write a space: as it is, as SentencePiece does, and as byte-level BPE does."""
 _ANCHORS = ("«", "»", "a", "1", ".", "\n", "(", "é", " a", "=")
 _CONTEXTS = (
@@ -124,7 +124,10 @@ def analyse(codec: Codec) -> Vocabulary:
     Source: Land and Bartolo 2024, section 2.1; departs from it by trying several contexts before it says unreachable.
     """
     ids = [i for i, raw in enumerate(codec.raw) if raw is not None]
-    adds_space, writes_space = _adds_space(codec), _writes_space(codec)
+    # whether encode puts a space in front of a text, and whether tokens hold the one in front of a word: one that
+    # decode strips has to be brought back
+    adds_space = any(_begins_with_space(codec, i) for i in codec.encode(["test"])[0][:1])
+    writes_space = any(_begins_with_space(codec, i) for i in codec.encode(["a test"])[0])
     needs_anchor = adds_space or (writes_space and codec.decode(codec.encode([" test"])) != [" test"])
     anchor = _anchor(codec) if needs_anchor else ((), "")
     decoded = _decode_in_context(codec, ids, anchor)
@@ -164,15 +167,8 @@ def _category(i: int, text: str, back: list[int] | None, special: frozenset[int]
     return "unreachable_single" if len(back) == 1 else "unreachable_multi"
 
 
-def _adds_space(codec: Codec) -> bool:
-    ids = codec.encode(["test"])[0]
-    first = codec.raw[ids[0]] if ids else None
-    return bool(first) and first[0] in _SPACES
-
-
-def _writes_space(codec: Codec) -> bool:
-    """Whether tokens hold the space in front of a word, so that one that decode strips has to be brought back."""
-    return any((codec.raw[i] or "")[:1] in tuple(_SPACES) for i in codec.encode(["a test"])[0])
+def _begins_with_space(codec: Codec, i: int) -> bool:
+    return (codec.raw[i] or "").startswith(_SPACES)
 
 
 Anchor = tuple[tuple[int, ...], str]
@@ -198,9 +194,8 @@ def _decode_in_context(codec: Codec, ids: Sequence[int], anchor: Anchor) -> list
 
 def _encode_in_context(codec: Codec, texts: Sequence[str], anchor: Anchor) -> list[list[int] | None]:
     prefix, shown = anchor
-    found = codec.encode([shown.lstrip(" ") + text if prefix else text for text in texts])
-    size = len(prefix)
-    return [ids[size:] if tuple(ids[:size]) == prefix else None for ids in found]
+    rows = codec.encode([shown.lstrip(" ") + text if prefix else text for text in texts])
+    return [ids[len(prefix) :] if tuple(ids[: len(prefix)]) == prefix else None for ids in rows]
 
 
 def _without_mark(codec: Codec, ids: Sequence[int], alone: list[str]) -> list[str]:
