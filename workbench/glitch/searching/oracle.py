@@ -16,7 +16,7 @@ Oracle = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What one search asked, each id once and in order: its cost in oracle calls, and gradient passes counted in prompts."""
+    """What one search asked, each id once and in order; gradient passes come on top, counted in prompts."""
 
     method: str
     asked: np.ndarray

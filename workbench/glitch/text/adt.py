@@ -64,7 +64,7 @@ class AdtItem:
 
 @dataclass(frozen=True, kw_only=True)
 class AdtOptions:
-    """How items are made: as many plain ones as attack items, of words of scripts with spaces from `shortest` to `longest`."""
+    """How items are made: as many plain ones as attack items; lengths are those of words of scripts with spaces."""
 
     items: int = 200
     per_trap: int = 2

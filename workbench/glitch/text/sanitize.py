@@ -21,7 +21,7 @@ _AROUND = 6
 
 @dataclass(frozen=True)
 class Sanitized:
-    """New ids that decode to the same text: position, old id and pieces of each cut, positions where none is possible."""
+    """New ids that decode to the same text: position, old id and pieces of each cut, and where no cut is possible."""
 
     ids: tuple[int, ...]
     replaced: tuple[tuple[int, int, Pieces], ...]

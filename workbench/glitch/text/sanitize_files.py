@@ -37,7 +37,7 @@ class Cut:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SanitizeReport(TokenReport):
-    """Result of `sanitize_files`; `changed` documents decode to another text than the file, `by_cuts` only by the cuts."""
+    """Result of `sanitize_files`; `changed` documents decode to another text than the file, `by_cuts` by cuts only."""
 
     file: str
     documents: int

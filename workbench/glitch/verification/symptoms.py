@@ -62,7 +62,7 @@ class Symptom(Outcome):
 
 @dataclass(frozen=True)
 class Symptoms:
-    """Replies to all tasks; `failures` is the share of controls that fail each: what fails with ordinary tokens as well.
+    """Replies to all tasks; `failures` is the share of controls that fail each: ordinary tokens fail it as well.
 
     Tokens of white space only are not asked about.
     """

@@ -33,7 +33,7 @@ _STRAY = re.compile(r"<0x[0-9A-F]{2}>")
 
 @dataclass(frozen=True)
 class Nature:
-    """What a token is; its `script` is that of most letters ("none" without), `part_of` are ids whose text holds its own."""
+    """What a token is; `script` is that of most of its letters, `part_of` are ids whose text holds its own."""
 
     kind: Kind
     script: str
