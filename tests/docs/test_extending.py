@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import workbench as wb
+from tests.circuits.planted import SITE as PLANTED_SITE
+from tests.circuits.planted import planted_model, planted_sae, planted_task
+from tests.features.toys import random_sae
 from tests.saes.stores import SITE, small_store
 from tests.tiny import tiny_model
 from workbench.bases.registry import BASES
@@ -79,6 +82,23 @@ def rebuilds(names: dict[str, Any], model: Model, folder: Path) -> None:
     torch.testing.assert_close(names["basis"].decode(names["basis"].encode(x)), x)
 
 
+def is_explained(names: dict[str, Any], model: Model, folder: Path) -> None:
+    effects, batch = names["effects"], names["batch"]
+    x = model.capture(batch, ["resid_post.2"])["resid_post.2"]
+    clean = names["MeanNorm"]("resid_post.2")(x, torch.arange(2)).mean()
+    assert effects.effect.isfinite().all() and effects.effect.abs().max() > 0 and float(clean) > 0
+    assert effects.gap < 0.5, "the effects add up to most of what patching the whole site does"
+
+
+def is_compared(names: dict[str, Any], model: Model, folder: Path) -> None:
+    row = names["report"].method("trained on swapped texts too")
+    assert (
+        row.information == names["both"].information
+        and row.label.value > names["report"].method("original").label.value
+    )
+    assert any((c.better, c.other) == (row.name, "original") for c in names["report"].comparisons)
+
+
 CHECKS: dict[str, Callable[[dict[str, Any], Model, Path], None]] = {
     "An op": shrinks,
     "An SAE architecture": steps_equal_autograd_and_training_saves,
@@ -86,7 +106,10 @@ CHECKS: dict[str, Callable[[dict[str, Any], Model, Path], None]] = {
     "A judge": answers,
     "A direction method": is_unit,
     "A basis": rebuilds,
+    "A metric": is_explained,
+    "A method of a study": is_compared,
 }
+BY_VALUE = ("A metric", "A method of a study")
 
 
 @pytest.fixture(autouse=True)
@@ -105,9 +128,13 @@ def test_every_example_has_a_check() -> None:
 @pytest.mark.parametrize("title", CHECKS)
 def test_the_example_runs_and_does_what_it_says(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = tiny_model()
-    names: dict[str, Any] = {"__name__": "an_example", "model": model}
+    is_study = title == "A method of a study"
+    model = planted_model() if is_study else tiny_model()
+    names: dict[str, Any] = {
+        "__name__": "an_example", "model": model, "sae": planted_sae() if is_study else random_sae(),
+        "site": PLANTED_SITE if is_study else "resid_post.1", "task": planted_task(),
+    }  # fmt: skip
     known = sum(map(len, REGISTRIES))
     exec(compile(EXAMPLES[title], PAGE.name, "exec", dont_inherit=True), names)
-    assert sum(map(len, REGISTRIES)) == known + 1, "it registers one part"
+    assert sum(map(len, REGISTRIES)) == known + (title not in BY_VALUE), "it registers one part"
     CHECKS[title](names, model, tmp_path)

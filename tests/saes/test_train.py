@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
 
         patch.setattr(Member, "restore", remembering)
         before_step(20, lambda: members[0].weights.W_enc.fill_(float("nan")), patch)
-        patch.setattr("workbench.saes.training.group.SAVING_SHARE", 1e9)
+        patch.setattr("workbench.saes.training.group.MAX_CHECKPOINT_TIME_SHARE", 1e9)
         with pytest.raises(InvalidInputError, match=r"the loss is nan at step 21 .* is kept\. Lower lr"):
             train_sae(store, CONFIG, tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == kept

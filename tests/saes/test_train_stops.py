@@ -78,7 +78,7 @@ def dying(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     real(*args)
 os.replace = dying
-group.SAVING_SHARE = 1e9
+group.MAX_CHECKPOINT_TIME_SHARE = 1e9
 train_sae(sys.argv[1], replace(CONFIG, checkpoint_seconds=0.0), Path(sys.argv[2]))
 """
 

@@ -154,37 +154,20 @@ def _check_prefixes(config: SAEConfig) -> None:
         )
 
 
-ARCHITECTURES.add(
-    "batchtopk",
-    ArchitectureSpec(
-        build=lambda config: BatchTopK(float(config.active), by_decoder_norm=config.decoder_norm == "free"),
-        options=("k",),
-        check=check_k_of,
-        lens=LensSpec(
-            saved_as="jumprelu",
-            transcoder="jumprelu_transcoder",
-            tensors=threshold_tensors,
-            trained_as="batchtopk",
-            build=lambda cfg: BatchTopK(cfg.k, cfg.rescale_acts_by_decoder_norm),
-        ),
-        aliases=("batch_topk",),
+_SAVED = LensSpec(saved_as="jumprelu", transcoder="jumprelu_transcoder", tensors=threshold_tensors)
+
+ARCHITECTURES.add("batchtopk", ArchitectureSpec(
+    build=lambda config: BatchTopK(float(config.active), by_decoder_norm=config.decoder_norm == "free"),
+    options=("k",), check=check_k_of, aliases=("batch_topk",),
+    lens=replace(
+        _SAVED, trained_as="batchtopk", build=lambda cfg: BatchTopK(cfg.k, cfg.rescale_acts_by_decoder_norm)
     ),
-)
-ARCHITECTURES.add(
-    "matryoshka",
-    ArchitectureSpec(
-        build=lambda config: Matryoshka(
-            float(config.active), config.prefixes, by_decoder_norm=config.decoder_norm == "free"
-        ),
-        options=("k", "widths"),
-        check=_check_prefixes,
-        lens=LensSpec(
-            saved_as="jumprelu",
-            transcoder="jumprelu_transcoder",
-            tensors=threshold_tensors,
-            trained_as="matryoshka_batchtopk",
-            build=lambda cfg: Matryoshka(cfg.k, tuple(cfg.matryoshka_widths), cfg.rescale_acts_by_decoder_norm),
-        ),
-        aliases=("matryoshka_batchtopk",),
+))  # fmt: skip
+ARCHITECTURES.add("matryoshka", ArchitectureSpec(
+    build=lambda config: Matryoshka(float(config.active), config.prefixes, config.decoder_norm == "free"),
+    options=("k", "widths"), check=_check_prefixes, aliases=("matryoshka_batchtopk",),
+    lens=replace(
+        _SAVED, trained_as="matryoshka_batchtopk",
+        build=lambda cfg: Matryoshka(cfg.k, tuple(cfg.matryoshka_widths), cfg.rescale_acts_by_decoder_norm),
     ),
-)
+))  # fmt: skip

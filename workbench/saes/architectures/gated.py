@@ -88,20 +88,11 @@ def _tensors(weights: SAEWeights, threshold: float | None) -> dict[str, Tensor]:
     return tensors | {"b_gate": tensors.pop("b_enc"), "r_mag": weights.r_mag, "b_mag": weights.b_mag}
 
 
-ARCHITECTURES.add(
-    "gated",
-    ArchitectureSpec(
-        build=lambda config: Gated(frozen_decoder=bool(config.frozen_decoder)),
-        options=("l1_coefficient", "frozen_decoder"),
-        check=check_coefficients,
-        sparsity=l1_sparsity,
-        lens=LensSpec(
-            saved_as="gated",
-            tensors=_tensors,
-            trained_as="gated",
-            build=lambda cfg: Gated(),  # noqa: ARG005
-            coefficient="l1",
-            penalty="l1_loss",
-        ),
+ARCHITECTURES.add("gated", ArchitectureSpec(
+    build=lambda config: Gated(frozen_decoder=bool(config.frozen_decoder)),
+    options=("l1_coefficient", "frozen_decoder"), check=check_coefficients, sparsity=l1_sparsity,
+    lens=LensSpec(
+        saved_as="gated", tensors=_tensors, trained_as="gated", coefficient="l1", penalty="l1_loss",
+        build=lambda cfg: Gated(),  # noqa: ARG005
     ),
-)
+))  # fmt: skip

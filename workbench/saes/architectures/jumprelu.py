@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,9 @@ from workbench.saes.architectures.elementwise import Backward, Elementwise, Forw
 from workbench.saes.config import ARCHITECTURES, ArchitectureSpec, LensSpec, SAEConfig, plain_tensors
 from workbench.saes.kernels.weights import SAEWeights
 
-DEFAULT_L0_COEFFICIENT = 1.0
+if TYPE_CHECKING:
+    from sae_lens import JumpReLUTrainingSAEConfig
+
 DEFAULT_THRESHOLD = 1.0
 """One standard deviation of what a unit encoder row reads at first. From near zero half of the features are active, and
 thresholds, which Adam moves by no more than the learning rate, need thousands of steps to come up."""
@@ -86,53 +88,19 @@ class JumpReLU(Elementwise):
         return Backward(d_acts * active, slope * acts, {"threshold": -window * theta * d_acts})
 
     def dense(self, batch: DenseBatch) -> DenseLosses:
-        """On all features, with the estimates as autograd functions."""
-        threshold = _threshold(batch.weights)
-        acts = _Jump.apply(batch.pre, threshold, self.bandwidth)
-        if self.penalty == "step":
-            penalty = _Step.apply(batch.pre, threshold, self.bandwidth)
-        else:
-            penalty = torch.tanh(self.tanh_scale * acts * batch.norms)
+        """On all features; the threshold gets the estimates of eqs. 11 and 12 of the paper."""
+        pre, theta = batch.pre, _threshold(batch.weights)
+        active = (pre > theta).to(pre.dtype)
+        window = ((pre - theta).detach().abs() < self.bandwidth / 2).to(pre.dtype) / self.bandwidth
+        jump = (theta - theta.detach()) * window  # zero; its gradient is that of the jump
+        acts = pre * active - theta.detach() * jump
+        penalty = active - jump if self.penalty == "step" else torch.tanh(self.tanh_scale * acts * batch.norms)
         return batch.elementwise(acts, penalty.sum(1).mean())
 
 
 def _threshold(weights: SAEWeights) -> Tensor:
     assert weights.threshold is not None, "weights of a JumpReLU SAE come from JumpReLU.start"
     return weights.threshold
-
-
-class _Jump(torch.autograd.Function):
-    """`x` where it exceeds the threshold; the threshold gets the estimate of eq. 11 of arXiv 2407.14435."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:  # noqa: D102
-        ctx.save_for_backward(x, threshold)
-        ctx.bandwidth = bandwidth
-        return x * (x > threshold)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, None]:  # noqa: D102
-        (d_out,) = grad_outputs
-        x, threshold = ctx.saved_tensors
-        window = (x - threshold).abs() < ctx.bandwidth / 2
-        return d_out * (x > threshold), -(threshold / ctx.bandwidth * window * d_out).sum(0), None
-
-
-class _Step(torch.autograd.Function):
-    """One where `x` exceeds the threshold; the threshold gets the estimate of eq. 12 of arXiv 2407.14435."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:  # noqa: D102
-        ctx.save_for_backward(x, threshold)
-        ctx.bandwidth = bandwidth
-        return (x > threshold).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, Tensor, None]:  # noqa: D102
-        (d_out,) = grad_outputs
-        x, threshold = ctx.saved_tensors
-        window = (x - threshold).abs() < ctx.bandwidth / 2
-        return None, -(window * d_out / ctx.bandwidth).sum(0), None
 
 
 def threshold_tensors(weights: SAEWeights, threshold: float | None) -> dict[str, Tensor]:
@@ -166,34 +134,21 @@ def _check(config: SAEConfig) -> None:
         )
 
 
-def _sparsity(config: SAEConfig, width: int) -> float:
-    del width
-    return DEFAULT_L0_COEFFICIENT if config.l0_coefficient is None else config.l0_coefficient
-
-
-def _of_sae_lens(cfg: Any) -> JumpReLU:
+def _of_sae_lens(cfg: JumpReLUTrainingSAEConfig) -> JumpReLU:
     if cfg.jumprelu_ste_to_input or cfg.pre_act_loss_coefficient is not None:
         raise InvalidInputError("jumprelu_ste_to_input and pre_act_loss_coefficient are not offered. Leave them out.")
-    return JumpReLU(
-        cfg.jumprelu_bandwidth, cfg.jumprelu_init_threshold, cfg.jumprelu_sparsity_loss_mode, cfg.jumprelu_tanh_scale
-    )
+    penalty = cfg.jumprelu_sparsity_loss_mode
+    if penalty == "quadratic":
+        raise InvalidInputError('jumprelu_sparsity_loss_mode="quadratic" is not offered. Choose "step" or "tanh".')
+    return JumpReLU(cfg.jumprelu_bandwidth, cfg.jumprelu_init_threshold, penalty, cfg.jumprelu_tanh_scale)
 
 
-ARCHITECTURES.add(
-    "jumprelu",
-    ArchitectureSpec(
-        build=_of_config,
-        options=("l0_coefficient", "bandwidth", "initial_threshold", "penalty", "tanh_scale"),
-        check=_check,
-        sparsity=_sparsity,
-        lens=LensSpec(
-            saved_as="jumprelu",
-            transcoder="jumprelu_transcoder",
-            tensors=threshold_tensors,
-            trained_as="jumprelu",
-            build=_of_sae_lens,
-            coefficient="l0",
-            penalty="l0_loss",
-        ),
+ARCHITECTURES.add("jumprelu", ArchitectureSpec(
+    build=_of_config, check=_check,
+    options=("l0_coefficient", "bandwidth", "initial_threshold", "penalty", "tanh_scale"),
+    sparsity=lambda config, width: 1.0 if config.l0_coefficient is None else config.l0_coefficient,  # noqa: ARG005
+    lens=LensSpec(
+        saved_as="jumprelu", transcoder="jumprelu_transcoder", tensors=threshold_tensors, trained_as="jumprelu",
+        build=_of_sae_lens, coefficient="l0", penalty="l0_loss",
     ),
-)
+))  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from workbench.saes.architectures.elementwise import (
 )
 from workbench.saes.config import ARCHITECTURES, ArchitectureSpec, LensSpec
 from workbench.saes.kernels.weights import SAEWeights
+
+if TYPE_CHECKING:
+    from sae_lens import StandardTrainingSAEConfig
 
 
 @dataclass(frozen=True)
@@ -45,27 +48,17 @@ class ReLU(Elementwise):
         return batch.elementwise(acts, (acts * batch.norms).sum(1).mean())
 
 
-def _of_sae_lens(cfg: Any) -> ReLU:
+def _of_sae_lens(cfg: StandardTrainingSAEConfig) -> ReLU:
     if cfg.lp_norm != 1.0:
         raise InvalidInputError(f"lp_norm={cfg.lp_norm}: the sparse step knows the L1 penalty alone. Use lp_norm=1.")
     return ReLU()
 
 
-ARCHITECTURES.add(
-    "relu",
-    ArchitectureSpec(
-        build=lambda config: ReLU(),  # noqa: ARG005
-        options=("l1_coefficient",),
-        check=check_coefficients,
-        sparsity=l1_sparsity,
-        lens=LensSpec(
-            saved_as="standard",
-            transcoder="transcoder",
-            trained_as="standard",
-            build=_of_sae_lens,
-            coefficient="l1",
-            penalty="l1_loss",
-        ),
-        aliases=("standard",),
+ARCHITECTURES.add("relu", ArchitectureSpec(
+    build=lambda config: ReLU(),  # noqa: ARG005
+    options=("l1_coefficient",), check=check_coefficients, sparsity=l1_sparsity, aliases=("standard",),
+    lens=LensSpec(
+        saved_as="standard", transcoder="transcoder", trained_as="standard", build=_of_sae_lens, coefficient="l1",
+        penalty="l1_loss",
     ),
-)
+))  # fmt: skip

@@ -62,18 +62,11 @@ def _entries(k: int | None) -> dict[str, object]:
     return {"k": k, "rescale_acts_by_decoder_norm": False}
 
 
-ARCHITECTURES.add(
-    "topk",
-    ArchitectureSpec(
-        build=lambda config: TopK(config.active, by_decoder_norm=config.decoder_norm == "free"),
-        options=("k",),
-        check=check_k_of,
-        lens=LensSpec(
-            saved_as="topk",
-            instead="batchtopk",
-            entries=_entries,
-            trained_as="topk",
-            build=lambda cfg: TopK(cfg.k, cfg.rescale_acts_by_decoder_norm),
-        ),
+ARCHITECTURES.add("topk", ArchitectureSpec(
+    build=lambda config: TopK(config.active, by_decoder_norm=config.decoder_norm == "free"),
+    options=("k",), check=check_k_of,
+    lens=LensSpec(
+        saved_as="topk", entries=_entries, instead="batchtopk", trained_as="topk",
+        build=lambda cfg: TopK(cfg.k, cfg.rescale_acts_by_decoder_norm),
     ),
-)
+))  # fmt: skip

@@ -32,8 +32,8 @@ class SAEWeights:
 
     def named(self) -> dict[str, Tensor]:
         """The tensors that this architecture has, by name, in the order of the fields."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in every.items() if tensor is not None}
 
     def tensors(self) -> list[Tensor]:
         """The same without their names."""

@@ -78,10 +78,10 @@ class Batches:
 
     def scales(self) -> dict[str, SiteScale]:
         """Mean and scale of each site, over the first training tokens of the store."""
-        found = {}
-        for site in self.sites:
-            found[site] = site_scale(self._statistics_blocks(site), f"{site} in {self.store.path}", self.key.batch)
-        return found
+        return {
+            site: site_scale(self._statistics_blocks(site), f"{site} in {self.store.path}", self.key.batch)
+            for site in self.sites
+        }
 
     def held_out(self) -> dict[str, Tensor]:
         """The tokens on which the SAEs are measured while they train; at most `HELD_OUT_ROWS`.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +42,15 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     Raises:
         CorruptFileError: if it can't be read.
     """
-    path = folder / CHECKPOINT_FILE
-    if not path.is_file():
+    state = checkpoint_state(folder)
+    if state is None:
         return None
-    with _readable(path), safetensors.safe_open(path, framework="pt") as file:
-        state = _state(path, file)
-        return {key: file.get_tensor(key) for key in file.keys()}, state  # noqa: SIM118 - not a dict
+    with content_of(folder / CHECKPOINT_FILE, _RETRAIN, safetensors.SafetensorError, OSError):
+        return safetensors.torch.load_file(folder / CHECKPOINT_FILE), state
 
 
 def checkpoint_state(folder: Path) -> dict[str, Any] | None:
-    """The state alone, without reading the tensors; None if there is no checkpoint.
+    """The state alone, as JSON, without reading the tensors; None if there is no checkpoint.
 
     Raises:
         CorruptFileError: if it can't be read.
@@ -61,18 +58,11 @@ def checkpoint_state(folder: Path) -> dict[str, Any] | None:
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
         return None
-    with _readable(path), safetensors.safe_open(path, framework="pt") as file:
-        return _state(path, file)
-
-
-def _state(path: Path, file: Any) -> dict[str, Any]:
-    return parse_json(file.metadata()["state"], str(path), dict, foreign=True, remedy=_RETRAIN)
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    with content_of(path, _RETRAIN, safetensors.SafetensorError, OSError):
-        yield
+    with (
+        content_of(path, _RETRAIN, safetensors.SafetensorError, OSError),
+        safetensors.safe_open(path, framework="pt") as file,
+    ):
+        return parse_json(file.metadata()["state"], str(path), dict, foreign=True, remedy=_RETRAIN)
 
 
 def store_id(store: ActivationStore) -> str:

@@ -20,7 +20,7 @@ from workbench.saes.training.build import build, find_device, kernel_for
 from workbench.saes.training.checkpoint import checkpoint_state
 from workbench.saes.training.member import Log, Member, Setting
 
-SAVING_SHARE = 0.05
+MAX_CHECKPOINT_TIME_SHARE = 0.05
 """Of the time of a run, at most this goes into checkpoints."""
 
 
@@ -59,9 +59,9 @@ class Group:
             known = None if state is None else state["kernel"]
             kernel = kernel_for(config, scales[site].mean.numel(), device, known)
             setting = Setting(
-                store, config, build(config, kernel.name),
-                Normaliser(scales[site], None if target is None else scales[target]),
-                (held_out[site], None if target is None else held_out[target]), device, kernel,
+                store=store, config=config, architecture=build(config, kernel.name), device=device, kernel=kernel,
+                normaliser=Normaliser(scales[site], None if target is None else scales[target]),
+                held_out=(held_out[site], None if target is None else held_out[target]),
             )  # fmt: skip
             self.members.append(Member(setting, folder, log))
             self._scaled.setdefault(device, Scaled(device))
@@ -127,7 +127,7 @@ class Group:
         # A member that waits for the others still has the checkpoint that it went on from.
         saved = [member for member in open_ones if member.step > self.position or member.save(state)]
         took = time.monotonic() - started
-        self._pause = max(self._pause, took / SAVING_SHARE)
+        self._pause = max(self._pause, took / MAX_CHECKPOINT_TIME_SHARE)
         return saved
 
     def _finish_those_done(self, done: dict[Path, dict[str, float]], stop: threading.Event) -> None:

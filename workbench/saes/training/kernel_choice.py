@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -12,23 +14,22 @@ from torch import Tensor
 
 from workbench.core.errors import UnknownNameError, did_you_mean
 from workbench.saes.architectures import Architecture, StepOptions, StepResult, TopK
-from workbench.saes.architectures.base import Batch
 from workbench.saes.architectures.dense_reference import reference_step
-from workbench.saes.kernels.sparse import DenseProducts, Products, SparseActs, SparseProducts
+from workbench.saes.kernels.sparse import DenseProducts, Products, SparseProducts
 from workbench.saes.kernels.triton_kernels import TritonProducts, has_triton
 from workbench.saes.kernels.weights import SAEWeights
 
 KERNELS = ("csr", "csr_bf16", "dense", "triton", "reference")
 PROBE_ROWS = 512
 PROBE_FEATURES = 2**14
-CLEARLY_FASTER = 1.1
-"""How many times as fast a kernel of lower precision must be to be preferred."""
+MIN_SPEEDUP = 1.1
+"""Times as fast as csr that a kernel of lower precision must be to be preferred."""
 
 
 def choose_kernel(device: torch.device | str, d_in: int, d_sae: int, k: int) -> str:
-    """The kernel that is fastest here, as `measure_kernels` found; bf16 only if it is clearly faster."""
+    """The kernel that is fastest here, by `measure_kernels`; bf16 only if it is clearly faster."""
     seconds = measure_kernels(device, d_in, d_sae, k)
-    penalised = {name: s if name == "csr" else s * CLEARLY_FASTER for name, s in seconds.items()}
+    penalised = {name: s if name == "csr" else s * MIN_SPEEDUP for name, s in seconds.items()}
     return min(penalised, key=lambda name: penalised[name])
 
 
@@ -65,48 +66,24 @@ def with_kernel(architecture: Architecture, kernel: str) -> Architecture:
     """
     if kernel not in KERNELS:
         raise UnknownNameError(f"There is no kernel {kernel!r}. {did_you_mean(kernel, KERNELS)}")
-    return architecture if kernel == "csr" else _WithKernel(architecture, kernel)
+    if kernel == "csr":
+        return architecture
+    step = reference_step if kernel == "reference" else functools.partial(_ranked_step, kernel)
+    other = copy.copy(architecture)
+    vars(other)["step"] = functools.partial(step, architecture)
+    return other
 
 
-@dataclass(frozen=True)
-class _WithKernel(Architecture):
-    architecture: Architecture
-    kernel: str
-
-    @property
-    def revives(self) -> bool:
-        return self.architecture.revives
-
-    @property
-    def keeps_threshold(self) -> bool:
-        return self.architecture.keeps_threshold
-
-    def calibrate(self, weights: SAEWeights, x: Tensor, *, start: float, centred: bool) -> float | None:
-        return self.architecture.calibrate(weights, x, start=start, centred=centred)
-
-    def start(self, weights: SAEWeights) -> SAEWeights:
-        return self.architecture.start(weights)
-
-    def after_step(self, weights: SAEWeights) -> None:
-        self.architecture.after_step(weights)
-
-    def step(
-        self,
-        weights: SAEWeights,
-        x: Tensor,
-        target: Tensor | None = None,
-        options: StepOptions = StepOptions(),  # noqa: B008 - frozen
-    ) -> StepResult:
-        if self.kernel == "reference":
-            return reference_step(self.architecture, weights, x, target, options)
-        return super().step(weights, x, target, options)
-
-    def _step(self, weights: SAEWeights, batch: Batch, options: StepOptions) -> StepResult:
-        ranked = replace(options, dtype=torch.bfloat16, products=_products(self.kernel))
-        return self.architecture._step(weights, batch, ranked)
-
-    def _encode(self, weights: SAEWeights, read: Tensor, dtype: torch.dtype, threshold: float | None) -> SparseActs:
-        return self.architecture._encode(weights, read, dtype, threshold)
+def _ranked_step(
+    kernel: str,
+    architecture: Architecture,
+    weights: SAEWeights,
+    x: Tensor,
+    target: Tensor | None = None,
+    options: StepOptions = StepOptions(),  # noqa: B008 - frozen
+) -> StepResult:
+    ranked = replace(options, dtype=torch.bfloat16, products=_products(kernel))
+    return architecture.step(weights, x, target, ranked)
 
 
 def _products(kernel: str) -> Products:

@@ -35,17 +35,17 @@ from workbench.saes.training.checkpoint import (
 from workbench.saes.training.optim import adam_step
 from workbench.saes.training.threshold import RunningThreshold
 
-EVALUATIONS = 10
+EVALUATIONS_PER_RUN = 10
 MAX_DEAD_PER_STEP = 1024
 MAX_STEPS_BETWEEN_CHECKS = 100
-MEASURE_CHUNK = 2048
+MEASURED_ROWS_PER_CHUNK = 2048
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 Log = Callable[[str, dict[str, int | float]], None]
 """Takes the name of an SAE and one line of its training metrics."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What a member is trained with, apart from its own state.
 
@@ -166,7 +166,7 @@ class Member:
         )
 
     def _is_due(self) -> bool:
-        every = max(1, self.config.steps // EVALUATIONS)
+        every = max(1, self.config.steps // EVALUATIONS_PER_RUN)
         return self.step % every == 0 or self.step == self.config.steps
 
     def _record(self, result: StepResult) -> None:
@@ -189,8 +189,8 @@ class Member:
         raw_x, raw_target = self.setting.held_out
         raw = raw_x if raw_target is None else raw_target
         error, active = 0.0, 0
-        for start in range(0, len(raw_x), MEASURE_CHUNK):
-            pair = self._held_out(slice(start, start + MEASURE_CHUNK))
+        for start in range(0, len(raw_x), MEASURED_ROWS_PER_CHUNK):
+            pair = self._held_out(slice(start, start + MEASURED_ROWS_PER_CHUNK))
             acts = self.architecture.encode(
                 self.weights, pair.x, centred=raw_target is None, threshold=threshold,
                 dtype=torch.float32 if is_fp32 else torch.bfloat16,
@@ -230,11 +230,11 @@ class Member:
 
     def restore(self) -> dict[str, Any] | None:
         """Goes to its checkpoint; returns where the stream was then, or None if there is no checkpoint."""
-        found = read_checkpoint(self.folder)
-        if found is None:
+        checkpoint = read_checkpoint(self.folder)
+        if checkpoint is None:
             truncate_metrics(self.folder, 0)
             return None
-        tensors, state = found
+        tensors, state = checkpoint
         check_same(self.folder / CHECKPOINT_FILE, state["config"], state["store"], self.config, self.setting.store)
         for name, parameter in self.weights.named().items():
             parameter.copy_(tensors[f"weight.{name}"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,10 +14,9 @@ def adam_step(optimiser: torch.optim.Adam, lr: float, clip: float) -> Float[Tens
     """
     parameters = optimiser.param_groups[0]["params"]
     norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-    scaled: Any = optimiser
-    scaled.grad_scale = (norm / clip).clamp_min(1.0)
-    # A gradient that is not finite must reach the parameters, where the trainer sees it, so nothing is skipped.
-    scaled.found_inf = torch.zeros((), device=norm.device)
+    # Attributes that torch.amp.GradScaler sets too. A gradient that is not finite must reach the parameters, where the
+    # trainer sees it, so nothing is skipped.
+    vars(optimiser).update(grad_scale=(norm / clip).clamp_min(1.0), found_inf=torch.zeros((), device=norm.device))
     optimiser.param_groups[0]["lr"] = lr
     optimiser.step()
     return norm

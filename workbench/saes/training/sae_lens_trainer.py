@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,13 @@ from workbench.saes.config import ARCHITECTURES, LensSpec
 from workbench.saes.formats.lensmodule import sae_lens_module
 from workbench.saes.kernels.weights import SAEWeights
 from workbench.saes.training.kernel_choice import with_kernel
+
+if TYPE_CHECKING:
+    from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
+
+    _Stock = TrainingSAE[TrainingSAEConfig]
+else:
+    _Stock = object
 
 PREFIX = "workbench_"
 _OUTSIDE = ("none", "expected_average_only_in", "covariance_whitening")
@@ -51,38 +58,42 @@ def _classes(name: str, spec: LensSpec) -> tuple[type, type]:
         "architecture": classmethod(lambda _: PREFIX + name),
         "get_inference_config_class": lambda _: inference,
     }
-    options: list[Any] = [("kernel", str, field(default="csr"))]
-    if "aux_loss_coefficient" in stock_config.__dataclass_fields__:
-        options.append(("aux_loss_coefficient", float, field(default=1 / 32)))
+    has_aux = "aux_loss_coefficient" in stock_config.__dataclass_fields__
+    aux = [("aux_loss_coefficient", float, field(default=1 / 32))] if has_aux else []
     config = make_dataclass(
-        f"Workbench{stock_config.__name__}", options, bases=(stock_config,), namespace=namespace, kw_only=True
-    )
+        f"Workbench{stock_config.__name__}", [("kernel", str, field(default="csr")), *aux], bases=(stock_config,),
+        namespace=namespace, kw_only=True,
+    )  # fmt: skip
     base = _WithThreshold if hasattr(stock, "update_topk_threshold") else _SparselyTrained
     return type(f"Workbench{stock.__name__}", (base, stock), {"spec": spec}), config
 
 
-class _SparselyTrained:
-    """What replaces the dense forward pass of a training SAE of sae_lens."""
+class _SparselyTrained(_Stock):
+    """What replaces the dense forward pass of a training SAE of sae_lens, which is its other base class."""
 
     spec: LensSpec
 
-    def __init__(self, cfg: Any, *args: Any, **more: Any) -> None:
-        stock: Any = super()
-        stock.__init__(cfg, *args, **more)
+    def __init__(self, cfg: TrainingSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
         if cfg.normalize_activations not in _OUTSIDE or not cfg.apply_b_dec_to_input:
             raise InvalidInputError(
                 f"normalize_activations={cfg.normalize_activations!r}, apply_b_dec_to_input="
                 f"{cfg.apply_b_dec_to_input}: the sparse step needs one of {', '.join(_OUTSIDE)} and True."
             )
         assert self.spec.build is not None, "only kinds that sae_lens can train are registered"
-        self.sparse_architecture = with_kernel(self.spec.build(cfg), cfg.kernel)
+        self.sparse_architecture = with_kernel(self.spec.build(cfg), self._own.kernel)
 
-    def training_forward_pass(self, step_input: Any) -> Any:
+    @property
+    def _own(self) -> Any:
+        """The config with the options of its own class, which differs by architecture."""
+        return self.cfg
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Loss of one batch, whose backward pass hands out gradients that are computed already."""
         from sae_lens.saes.sae import TrainStepOutput
 
         x = step_input.sae_in.float()
-        found: list[StepResult] = []
+        results: list[StepResult] = []
         names, parameters = zip(*_parameters(self).items(), strict=True)
 
         def run() -> tuple[Tensor, list[Tensor]]:
@@ -91,12 +102,12 @@ class _SparselyTrained:
                 weights = _weights(dict(zip(names, parameters, strict=True)))
                 self.sparse_architecture.after_step(weights)
                 result = self.sparse_architecture.step(weights, x, None, self._options(step_input))
-            found.append(result)
+            results.append(result)
             total = result.loss + result.aux_loss + result.sparsity_loss
             return total, [_as_stored(name, result.gradients) for name in names]
 
         loss = _Step.apply(run, *parameters)
-        result = found[0]
+        result = results[0]
         self._after(result)
         losses = {"mse_loss": result.loss, "auxiliary_reconstruction_loss": result.aux_loss}
         if self.spec.penalty:
@@ -111,30 +122,27 @@ class _SparselyTrained:
             losses=losses,
         )
 
-    def _options(self, step_input: Any) -> StepOptions:
+    def _options(self, step_input: TrainStepInput) -> StepOptions:
         sparsity = float(step_input.coefficients.get(self.spec.coefficient, 0.0)) if self.spec.coefficient else 0.0
         return StepOptions(aux=self._aux(step_input.dead_neuron_mask), sparsity=sparsity)
 
     def _aux(self, dead: Tensor | None) -> AuxTask | None:
-        cfg: Any = getattr(self, "cfg")  # noqa: B009 - the base class has it
         if dead is None or not self.sparse_architecture.revives or not bool(dead.any()):
             return None
         indices = dead.nonzero().flatten()
-        return AuxTask(indices, min(max(1, cfg.d_in // 2), len(indices)), cfg.aux_loss_coefficient)
+        return AuxTask(indices, min(max(1, self.cfg.d_in // 2), len(indices)), self._own.aux_loss_coefficient)
 
     def _after(self, result: StepResult) -> None:
         """Nothing to keep from a step."""
         del result
 
     @torch.no_grad()
-    def _shown(self, step_input: Any, x: Tensor, result: StepResult) -> tuple[Any, Tensor]:
+    def _shown(self, step_input: TrainStepInput, x: Tensor, result: StepResult) -> tuple[Any, Tensor]:
         """What the trainer reads of the activations; the tensors themselves only where it logs them."""
         if not step_input.is_logging_step:
             return _Fired(result.fired, len(x)), x
-        encode: Any = getattr(self, "encode")  # noqa: B009
-        decode: Any = getattr(self, "decode")  # noqa: B009
-        acts = encode(step_input.sae_in)
-        return acts, decode(acts)
+        acts = self.encode(step_input.sae_in)
+        return acts, self.decode(acts)
 
 
 class _WithThreshold(_SparselyTrained):
@@ -143,15 +151,14 @@ class _WithThreshold(_SparselyTrained):
     topk_threshold: Tensor
     threshold_weight: Tensor
 
-    def __init__(self, cfg: Any, *args: Any, **more: Any) -> None:
-        super().__init__(cfg, *args, **more)
+    def __init__(self, cfg: TrainingSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
         weight = torch.zeros((), dtype=torch.double, device=self.topk_threshold.device)
-        getattr(self, "register_buffer")("threshold_weight", weight)  # noqa: B009
+        self.register_buffer("threshold_weight", weight)
 
     @torch.no_grad()
     def _after(self, result: StepResult) -> None:
-        cfg: Any = getattr(self, "cfg")  # noqa: B009
-        rate, least = cfg.topk_threshold_lr, result.threshold.double()
+        rate, least = self._own.topk_threshold_lr, result.threshold.double()
         there = least.isfinite()
         self.topk_threshold.copy_(
             torch.where(there, self.topk_threshold.lerp(least.nan_to_num(), rate), self.topk_threshold)
@@ -163,8 +170,7 @@ class _WithThreshold(_SparselyTrained):
         """Replaces the running threshold by what it stands for."""
         weight = state_dict.pop("threshold_weight")
         state_dict["topk_threshold"] = state_dict["topk_threshold"] / weight.clamp_min(1e-12)
-        stock: Any = super()
-        stock.process_state_dict_for_saving_inference(state_dict)
+        super().process_state_dict_for_saving_inference(state_dict)
 
 
 class _Fired:
@@ -204,12 +210,12 @@ class _Step(torch.autograd.Function):
         return None, *(gradient * grad_outputs[0] for gradient in ctx.gradients)
 
 
-def _parameters(sae: Any) -> dict[str, Tensor]:
+def _parameters(sae: torch.nn.Module) -> dict[str, Tensor]:
     """The parameters of a training SAE by their name in `SAEWeights`."""
-    found = dict(sae.named_parameters())
-    if "b_gate" in found:
-        found["b_enc"] = found.pop("b_gate")
-    return found
+    parameters: dict[str, Tensor] = dict(sae.named_parameters())
+    if "b_gate" in parameters:
+        parameters["b_enc"] = parameters.pop("b_gate")
+    return parameters
 
 
 def _weights(parameters: dict[str, Tensor]) -> SAEWeights:

@@ -165,8 +165,8 @@ def _train(store: ActivationStore, members: Sequence[tuple[SAEConfig, Path]], lo
 
 def _finished(store: ActivationStore, members: Sequence[tuple[SAEConfig, Path]]) -> dict[Path, SAERun]:
     """The runs that need no training, by folder."""
-    found = {folder: finished_metrics(folder, config, store) for config, folder in members}
-    runs = {folder: SAERun(folder, metrics) for folder, metrics in found.items() if metrics is not None}
+    finished = {folder: finished_metrics(folder, config, store) for config, folder in members}
+    runs = {folder: SAERun(folder, metrics) for folder, metrics in finished.items() if metrics is not None}
     for folder in runs:
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # of a process killed after its last step
     return runs
