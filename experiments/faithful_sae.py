@@ -25,6 +25,7 @@ from workbench.core.progress import track
 from workbench.core.stats import Estimate
 from workbench.core.tokens import TokenBatch
 from workbench.engine.keeper import Keeper
+from workbench.models.model import Model
 from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool
 from workbench.saes.comparison.corpus import CorpusOptions, CorpusReport, check_corpus
 from workbench.saes.comparison.faithful import FakeFeatureOptions, FakeFeatures, Quality, fake_features, quality
@@ -72,7 +73,7 @@ class Options:
 
 
 def study(
-    model: Any,
+    model: Model,
     site: str,
     folder: Path,
     *,
@@ -83,7 +84,7 @@ def study(
     """Both texts to stores to SAEs to measurements; whatever of these is in `folder` is resumed or used again.
 
     Args:
-        model: a loaded `Model`.
+        model: the model.
         site: where to read.
         folder: gets `own`, `corpus`, a folder per SAE, and `measured`.
         corpus: text to compare with; None takes the documentation strings of Python's standard library.
@@ -134,7 +135,7 @@ def _name(key: tuple[str, int]) -> str:
     return f"{key[0]}-{key[1]}"
 
 
-def _stores(model: Any, site: str, folder: Path, corpus: Path, options: Options) -> dict[str, ActivationStore]:
+def _stores(model: Model, site: str, folder: Path, corpus: Path, options: Options) -> dict[str, ActivationStore]:
     own = harvest(
         model, SelfText(tokens=options.tokens, context=options.context, seed=options.seed), [site], folder / OWN
     )
@@ -191,7 +192,7 @@ def _probes(
 
 
 @torch.no_grad()
-def _pooled(model: Any, saes: dict[str, Any], site: str, texts: Labelled, options: Options) -> dict[str, Tensor]:
+def _pooled(model: Model, saes: dict[str, Any], site: str, texts: Labelled, options: Options) -> dict[str, Tensor]:
     """Mean activations per text, of the model (`None`) and of each SAE; sinks and first tokens left out."""
     pooled: dict[str, list[Tensor]] = {name: [] for name in saes}
     parts = [texts.texts[i : i + options.probe_batch] for i in range(0, len(texts.texts), options.probe_batch)]

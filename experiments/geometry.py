@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from workbench.activations.geometry import GeometryOptions, SiteGeometry, measur
 from workbench.activations.sources import SelfText, TextFiles
 from workbench.cli.study import Begin, Study
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.models.model import Model
 from workbench.report.base import Lines, Metric, Report, Section, Series, Table
 from workbench.report.blocks import Block
 
@@ -175,11 +175,11 @@ class GeometryReport(Report):
         )
 
 
-def study(model: Any, rows: Tensor, sites: Sequence[str], options: Options | None = None) -> GeometryReport:
+def study(model: Model, rows: Tensor, sites: Sequence[str], options: Options | None = None) -> GeometryReport:
     """Geometry of the sites on these rows, and the cost of clipping at one of them.
 
     Args:
-        model: a loaded `Model`.
+        model: the model.
         rows: packed rows of tokens.
         sites: where to read, all in one pass.
         options: thresholds and sizes.
@@ -189,7 +189,7 @@ def study(model: Any, rows: Tensor, sites: Sequence[str], options: Options | Non
     return GeometryReport(found, _clipped(model, rows, found, options), options)
 
 
-def _clipped(model: Any, rows: Tensor, found: Sequence[SiteGeometry], options: Options) -> ClippingCost | None:
+def _clipped(model: Model, rows: Tensor, found: Sequence[SiteGeometry], options: Options) -> ClippingCost | None:
     with_some = [site for site in found if 0 < len(site.outliers) <= site.d // 2]
     if options.clipped_site is not None:
         wanted = str(model.resolve(options.clipped_site))
@@ -230,7 +230,7 @@ class Geometry(Study[GeometryReport]):
     def title(self, report: GeometryReport) -> str:
         return "Geometry of activations"
 
-    def rows(self, model: Any) -> Tensor:
+    def rows(self, model: Model) -> Tensor:
         """Packed rows of the model's own text or of the files."""
         own = SelfText(tokens=self.tokens, context=self.context, seed=self.seed)
         source = TextFiles(self.files, tokens=self.tokens, context=self.context) if self.files else own

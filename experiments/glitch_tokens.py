@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,14 +15,17 @@ from workbench.core.errors import WorkbenchError
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, examine, scan
 from workbench.glitch.verification.prompts import probes_from
 from workbench.glitch.verification.scoring import VERIFIED
+from workbench.models.model import Model
 from workbench.runs.run import RunDir
 
 
-def study(model: Any, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
+def study(
+    model: Model | str | Path, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None
+) -> GlitchReport:
     """Scans a model; `verify="top"` also tests the most suspicious tokens beside random controls.
 
     Args:
-        model: a loaded `Model`, or a name, folder or .gguf file, of which only two matrices are read.
+        model: a model, or a name, folder or .gguf file, of which only two matrices are read.
         verify: None or "top".
         options: how many tokens, which reference, which prompts.
     """

@@ -10,12 +10,13 @@ from typing import Any
 from workbench.cli.base import read_passages
 from workbench.cli.study import Begin, Study
 from workbench.core.tokens import TokenBatch
+from workbench.models.model import Model
 from workbench.steering.refusal.refusal_report import RefusalReport
 from workbench.steering.refusal.study import RefusalOptions, refusal_study
 
 
 def study(
-    model: Any,
+    model: Model,
     sae: Any | None,
     texts: Sequence[str] | TokenBatch | None = None,
     *,
@@ -25,7 +26,7 @@ def study(
     """Steers refusal with a direction and with SAE features, beside their controls.
 
     Args:
-        model: a loaded `Model`.
+        model: the model.
         sae: its SAE, or None to study the direction alone.
         texts: plain text for the loss that steering costs; by default short passages that come with the package.
         site: where to steer; by default where the SAE reads.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import OWN_TEXT_TOKENS, SelfText
@@ -13,6 +12,7 @@ from workbench.activations.store import ActivationStore
 from workbench.cli.study import Begin, Study
 from workbench.cli.training import TrainingOptions
 from workbench.core.records import json_lines
+from workbench.models.model import Model
 from workbench.report.base import Lines, Report, Section, Series, Table
 from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions, SAEReport, evaluate_sae
@@ -101,11 +101,11 @@ class SelfTextReport(Report):
         return replace(section, blocks=tuple(blocks), findings=self.findings(), metrics=metrics)
 
 
-def study(model: Any, site: str, store: Path, sae: Path, options: Options | None = None) -> SelfTextReport:
+def study(model: Model, site: str, store: Path, sae: Path, options: Options | None = None) -> SelfTextReport:
     """Own text to store to SAE to evaluation; each part is resumed or re-used if its folder holds it.
 
     Args:
-        model: a loaded `Model`.
+        model: the model.
         site: where to read.
         store: folder of the activations.
         sae: folder of the SAE; the SAEs on less text go beside it.

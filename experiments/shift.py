@@ -16,6 +16,7 @@ from workbench.cli.base import read_passages
 from workbench.cli.study import Begin, Study
 from workbench.core.tokens import TokenBatch
 from workbench.judges.protocol import Judge
+from workbench.models.model import Model
 
 DeciderName = Literal["statistics", "lexicon", "oracle"]
 _DECIDERS: dict[DeciderName, Callable[[], Decider]] = {
@@ -24,7 +25,7 @@ _DECIDERS: dict[DeciderName, Callable[[], Decider]] = {
 
 
 def study(
-    model: Any,
+    model: Model,
     sae: Any,
     plain_text: TokenBatch | None = None,
     *,
@@ -36,7 +37,7 @@ def study(
     """SHIFT on biographies in which profession and gender go together.
 
     Args:
-        model: a loaded `Model`.
+        model: the model.
         sae: an SAE of it.
         plain_text: held-out text, for the loss that the ablation costs.
         site: where the SAE reads; by default what its metadata says.

@@ -8,9 +8,14 @@ import os
 import re
 import shutil
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from workbench.core.errors import ShardsFailed, WorkbenchError
+
+if TYPE_CHECKING:
+    from workbench.cli.base import BaseCommand
+
+C = TypeVar("C")
 
 USER_ERROR = 2
 """Exit code for wrong input."""
@@ -123,7 +128,7 @@ def _dispatch(words: list[str]) -> int:
     return run(command)
 
 
-def parse(cls: Any, arguments: list[str], prog: str) -> Any:
+def parse(cls: type[C], arguments: list[str], prog: str) -> C | None:
     """The command with its options; None after `--help`.
 
     Raises:
@@ -148,7 +153,7 @@ def parse(cls: Any, arguments: list[str], prog: str) -> Any:
         raise UsageError(f"{line} See `{prog} --help`.") from None
 
 
-def run(command: Any) -> int:
+def run(command: BaseCommand) -> int:
     """Run a parsed command, progress on stderr; with `json` only its result reaches stdout. Returns the exit code."""
     from workbench.cli.base import only_results_on_stdout
     from workbench.core import progress

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import ClassVar, TextIO
 
 _results: ContextVar[TextIO | None] = ContextVar("workbench_results", default=None)
 
@@ -42,7 +42,7 @@ class BaseCommand:
         """Do what the command is for; returns the exit code where success is not enough to say."""
         raise NotImplementedError(f"{type(self).__name__} has no run(). Define it.")
 
-    def emit(self, summary: Mapping[str, Any], lines: Iterable[Any] = ()) -> None:
+    def emit(self, summary: Mapping[str, object], lines: Iterable[object] = ()) -> None:
         """Print the result: `lines` (text or rich tables) for people, or `summary` as one JSON object with `--json`."""
         stdout = _results.get() or sys.stdout
         if self.json:

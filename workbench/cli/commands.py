@@ -10,9 +10,12 @@ import importlib.util
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from workbench.core.errors import UnknownNameError, WorkbenchError, did_you_mean
+
+if TYPE_CHECKING:
+    from workbench.cli.base import BaseCommand
 
 GROUP = "workbench.commands"
 """Entry-point group; another distribution may add commands to it."""
@@ -36,7 +39,7 @@ class CommandEntry:
     module: str
     attribute: str
 
-    def load(self) -> Any:
+    def load(self) -> type[BaseCommand]:
         """The command's class.
 
         Raises:

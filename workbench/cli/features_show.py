@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import tyro
 
@@ -68,7 +68,7 @@ class FeaturesShow(BaseCommand):
 
 def load_cards(
     folder: Path, table: Path | None = None
-) -> tuple[Iterable[FeatureCard], FeatureTable | None, dict[str, Any]]:
+) -> tuple[Iterable[FeatureCard], FeatureTable | None, dict[str, object]]:
     """The cards of a folder, the table that completes them, and how they were made; cards or table may be missing.
 
     Raises:
@@ -100,6 +100,6 @@ def load_cards(
     return cards, found, cards.meta
 
 
-def _subtitle(meta: dict[str, Any]) -> str:
+def _subtitle(meta: dict[str, object]) -> str:
     where = " of ".join(str(meta[key]) for key in ("site", "model") if meta.get(key))
     return where + (f", {meta['n_tokens']:,} tokens read" if meta.get("n_tokens") else "")

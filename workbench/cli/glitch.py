@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -195,7 +195,7 @@ class GlitchSanitize(_KeepsAll["SanitizeReport"], Study["SanitizeReport"]):
         ordinary = [i for i in usable if len(sanitizer.written[i]) > 2]
         rng = np.random.default_rng(self.seed)
         controls = rng.choice(ordinary, min(len(tokens), len(ordinary)), replace=False).tolist()
-        model: Any = load_model(self.model)
+        model = load_model(self.model)
         return dataclasses.replace(report, check=copy_check(model, sanitizer, tokens, controls))
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -56,7 +56,7 @@ class _TestsTokens(Study[R]):
         from workbench.glitch.verification.probing import DtypeChoice
         from workbench.models.loading import load_model
 
-        model: Any = load_model(self.model, dtype="float32" if self.dtype == "auto" else self.dtype)
+        model = load_model(self.model, dtype="float32" if self.dtype == "auto" else self.dtype)
         noted = run.artifacts / CHOICE
         begun = from_jsonable(DtypeChoice, load_json(noted)) if noted.is_file() else None
         plan = plan_census(model, options=self.census_options(), measure_both=self.dtype == "auto" and begun is None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from workbench.activations.plan import HarvestEstimate, HarvestOptions, estimate_harvest
 from workbench.activations.sources import OWN_TEXT_TOKENS, HubDataset, SelfText, Source, TextFiles
@@ -83,7 +83,7 @@ class Harvest(Command):
 
     def _show_store(self, store: ActivationStore) -> None:
         m = store.manifest
-        summary: dict[str, Any] = {
+        summary: dict[str, object] = {
             "store": str(store.path), "sites": store.sites, "tokens": m.n_tokens, "kept": m.kept, "dropped": m.dropped,
             "dtype": m.dtype, "unique_share": m.unique_share,
         }  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
+from workbench.cli.base import BaseCommand
 from workbench.core.atomic import refuse_address
 from workbench.core.errors import InvalidInputError
 
@@ -35,7 +35,7 @@ def check_text(words: Sequence[str]) -> None:
             )
 
 
-def check_numbers(command: Any) -> None:
+def check_numbers(command: BaseCommand) -> None:
     """Refuses numbers that no option takes; the narrower limits of an option are those of the code that it is for.
 
     Raises:
@@ -53,7 +53,7 @@ def check_numbers(command: Any) -> None:
                 _check_integer(option, field.name, number, int(counts))
 
 
-def check_places(command: Any) -> None:
+def check_places(command: BaseCommand) -> None:
     """Refuses places that results can't go to, before any work is done for them.
 
     Raises:

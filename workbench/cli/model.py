@@ -34,16 +34,16 @@ class ModelCommand(Command):
 
 def _template_options(given: tuple[str, ...]) -> dict[str, Any]:
     """`name=value` pairs; a value that is JSON (true, 3) is read as such, any other as text."""
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}  # of a template, which is another program's
     for pair in given:
         name, sign, value = pair.partition("=")
         if not name or not sign:
             raise InvalidInputError(f"--template-option {pair}: write name=value, such as enable_thinking=false.")
         try:
-            found[name] = json.loads(value)
+            options[name] = json.loads(value)
         except ValueError:
-            found[name] = value
-    return found
+            options[name] = value
+    return options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from workbench.cli.base import BaseCommand
+from workbench.report.blocks import MetricRow
 from workbench.runs.run import RunDir, RunInfo, find_run, list_runs
 
 
@@ -30,7 +30,7 @@ class Runs(BaseCommand):
         shown = infos[: self.limit]
         self.emit({"folder": self.folder, "total": len(infos), "runs": shown}, self._lines(shown, len(infos)))
 
-    def _lines(self, shown: tuple[RunInfo, ...], total: int) -> Iterator[Any]:
+    def _lines(self, shown: tuple[RunInfo, ...], total: int) -> Iterator[str]:
         if not shown:
             yield f"No runs in {self.folder}. `workbench demo` makes the first."
             return
@@ -61,7 +61,7 @@ class Report(BaseCommand):
         self.emit({"report": report, "finished": run.finished, "steps": run.steps()}, [str(report)])
 
 
-def _metric(metric: dict[str, Any]) -> str:
+def _metric(metric: MetricRow) -> str:
     value, low, high = (metric.get(key) for key in ("value", "low", "high"))
     text = f"{value:.4g}" if isinstance(value, int | float) else "n/a" if value is None else str(value)
     if not isinstance(low, int | float) or not isinstance(high, int | float):

@@ -94,9 +94,9 @@ class SaeTrain(BaseCommand):
                 )
         return configs
 
-    def _options(self, kind: str) -> dict[str, tuple[Any, ...]]:
+    def _options(self, kind: str) -> dict[str, tuple[object, ...]]:
         """What was given of the options that only some architectures have, for one of them."""
-        given: dict[str, tuple[Any, ...]] = {
+        given: dict[str, tuple[object, ...]] = {
             "k": self.k, "l1_coefficient": self.l1, "l0_coefficient": self.l0,
             "widths": (self.widths,) if self.widths else (),
         }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -14,6 +14,7 @@ from workbench.cli.study import Begin, R, Study
 from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from workbench.activations.store import ActivationStore
     from workbench.saes.evaluation.evaluate import EvalOptions
     from workbench.saes.evaluation.quality import SAEReport
 
@@ -33,7 +34,7 @@ class SaeMeasurement(Study[R]):
     batch_rows: int = 16
     """Rows per forward pass; less memory, same numbers."""
 
-    def read_rows(self) -> Any:
+    def read_rows(self) -> ActivationStore | list[str]:
         """The store, or the passages of the text file.
 
         Raises:
@@ -46,7 +47,9 @@ class SaeMeasurement(Study[R]):
             raise InvalidInputError(
                 f"The rows to measure on: {given} given. Give --store FOLDER or --texts FILE, one of them."
             )
-        return open_store(self.store) if self.store is not None else read_passages(self.texts)
+        if self.store is not None:
+            return open_store(self.store)
+        return read_passages(self.texts) or []
 
     def evaluation(self) -> EvalOptions:
         """How many rows, in which batches."""

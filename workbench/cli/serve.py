@@ -8,14 +8,18 @@ import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workbench.cli.features_show import load_cards
 from workbench.cli.model import ModelCommand
 from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from types import FrameType
+
+    from workbench.bases.sae import SAELike
     from workbench.features.card import FeatureCard
+    from workbench.models.model import Model
     from workbench.serve.playground import Playground
 
 
@@ -46,7 +50,7 @@ class Serve(ModelCommand):
             playground = Playground(model, self._sae(model))
             self._serve(playground, self._index(playground), listener)
 
-    def _sae(self, model: Any) -> Any:
+    def _sae(self, model: Model) -> SAELike | None:
         from workbench.saes.formats.load import load_sae
 
         return None if self.sae is None else load_sae(self.sae, device=model.device, model=model, check=self.check)
@@ -91,7 +95,7 @@ class Serve(ModelCommand):
                 if self.started:  # from here on the address answers
                     greet()
 
-            def handle_exit(self, sig: int, frame: Any) -> None:
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
                 # First of all, because the server waits for the answers that are being given.
                 desk.stop_all()
                 super().handle_exit(sig, frame)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict, overload
 
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.records import to_jsonable
@@ -158,26 +158,47 @@ class Section:
     metrics: dict[str, Metric] = field(default_factory=dict)
 
 
-def flat_metrics(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, dict[str, Any]]:
+class MetricRow(TypedDict):
+    """A metric in JSON types; what does not apply is null."""
+
+    value: int | float | str | None
+    low: float | None
+    high: float | None
+    n: int | None
+    unit: str | None
+    method: str | None
+    level: NotRequired[float]
+
+
+def flat_metrics(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, MetricRow]:
     """Metrics as rows of value, low, high, n, unit, method; what does not apply is null.
 
     >>> flat_metrics({"fvu": 0.25}, prefix="sae.")["sae.fvu"]["value"]
     0.25
     """
-    rows = {}
+    rows: dict[str, MetricRow] = {}
     for name, metric in metrics.items():
-        row: dict[str, Any] = dict.fromkeys(("value", "low", "high", "n", "unit", "method"))
-        if isinstance(metric, Estimate):
-            row |= {key: getattr(metric, key) for key in row} | {"level": metric.level}
-        else:
-            row["value"] = metric
-        rows[prefix + name] = {key: _null_if_not_finite(value) for key, value in row.items()}
+        is_estimate = isinstance(metric, Estimate)
+        row = MetricRow(
+            value=null_if_not_finite(metric.value if is_estimate else metric),
+            low=null_if_not_finite(metric.low) if is_estimate else None,
+            high=null_if_not_finite(metric.high) if is_estimate else None,
+            n=metric.n if is_estimate else None,
+            unit=metric.unit if is_estimate else None,
+            method=metric.method if is_estimate else None,
+        )
+        rows[prefix + name] = {**row, "level": metric.level} if is_estimate else row
     return rows
 
 
-def _null_if_not_finite(value: Any) -> Any:
+@overload
+def null_if_not_finite(value: int | float) -> int | float | None: ...
+@overload
+def null_if_not_finite(value: int | float | str) -> int | float | str | None: ...
+def null_if_not_finite(value: int | float | str) -> int | float | str | None:
+    """The number (or text) as JSON has it, which has no infinities and no nan."""
     plain = to_jsonable(value)
-    return None if isinstance(plain, dict) else plain
+    return plain if isinstance(plain, int | float | str) else None
 
 
 def _same_length(what: str, **parts: tuple[Any, ...]) -> None:

@@ -8,7 +8,8 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+
+from workbench.runs.content import Environment, GitState
 
 PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "numpy")
 """Distributions whose version can change a number."""
@@ -17,7 +18,7 @@ _GIT_SECONDS = 10
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def environment(seed: int | None = None) -> dict[str, Any]:
+def environment(seed: int | None = None) -> Environment:
     """Versions, machine, seed and the commit of the running code (null outside a git checkout)."""
     return {
         "git": git_state(),
@@ -33,7 +34,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     }
 
 
-def git_state(folder: Path = _CHECKOUT) -> dict[str, Any] | None:
+def git_state(folder: Path = _CHECKOUT) -> GitState | None:
     """Commit of the checkout that tracks this package, and whether tracked files differ from it."""
     # a virtual environment inside somebody's repository must not report that repository's commit
     if not _git(folder, "ls-files", "workbench/runs"):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 from workbench.core.errors import CorruptFileError, MissingFileError, did_you_mean
 from workbench.core.jsontext import content_of
 from workbench.core.locks import locked_elsewhere
 from workbench.core.records import load_json
+from workbench.report.blocks import MetricRow
 
 Status = Literal["finished", "running", "unfinished", "unreadable"]
 
@@ -32,7 +33,7 @@ class RunInfo:
     name: str
     started: str
     status: Status
-    metrics: dict[str, Any]
+    metrics: dict[str, MetricRow]
     problem: str = ""
 
 
@@ -76,7 +77,7 @@ def _info(path: Path) -> RunInfo:
         load_json(path / "config.json")
         result = load_json(path / "result.json", dict) if (path / "result.json").is_file() else {}
         with content_of(path / "result.json"):
-            metrics = {str(name): dict(metric) for name, metric in result.get("metrics", {}).items()}
+            metrics = {str(name): cast("MetricRow", dict(metric)) for name, metric in result.get("metrics", {}).items()}
     except (CorruptFileError, MissingFileError) as error:
         return RunInfo(path, path.name, "", "unreadable", {}, str(error))
     status = _status(path)

@@ -8,10 +8,13 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from workbench.core.records import to_jsonable
-from workbench.runs.mirror import PROJECT, wandb_mode
+from workbench.runs.mirror import PROJECT, Mode, wandb_mode
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 SECONDS_TO_FINISH = 30.0
 MAX_WAITING = 10_000
@@ -36,11 +39,12 @@ class WandbLog:
         problem: why nothing, or not all, was sent; None if all is well.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], configs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str], configs: Mapping[str, object] | None = None) -> None:
         self.folder, self.configs = Path(folder), dict(configs or {})
         self.problem: str | None = None
         self._queue: queue.Queue[Line | None] = queue.Queue(MAX_WAITING)
         self._thread: threading.Thread | None = None
+        self._mode: Mode
         self._mode, notes = wandb_mode()
         self.problem = notes.get("reason")
 
@@ -84,14 +88,14 @@ class WandbLog:
             self.problem = f"wandb can't be imported ({error})"
             self._drain()
             return
-        runs: dict[str, Any] = {}
+        runs: dict[str, Run] = {}
         is_open = True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             while (item := self._queue.get()) is not None:
                 name, line = item
                 if name not in runs:
-                    runs[name] = self._start(wandb, name)
+                    runs[name] = self._start(name)
                 runs[name].log({key: value for key, value in line.items() if key != "step"}, step=int(line["step"]))
             is_open = False
             for run in runs.values():
@@ -105,13 +109,17 @@ class WandbLog:
         while self._queue.get() is not None:
             pass
 
-    def _start(self, wandb: Any, name: str) -> Any:
+    def _start(self, name: str) -> Run:
+        import wandb
+
+        config = to_jsonable(self.configs.get(name, {}))
+        assert isinstance(config, dict)
         settings = wandb.Settings(
             silent=True, console="off", disable_git=True, disable_code=True, disable_job_creation=True,
             x_disable_stats=True, x_disable_meta=True, init_timeout=20,
         )  # fmt: skip
         return wandb.init(
             mode=self._mode, dir=str(self.folder), project=os.environ.get("WANDB_PROJECT", PROJECT), name=name,
-            group=self.folder.resolve().name, config=to_jsonable(self.configs.get(name, {})), reinit="create_new",
+            group=self.folder.resolve().name, config=config, reinit="create_new",
             settings=settings,
         )  # fmt: skip

@@ -10,9 +10,13 @@ import os
 import shutil
 import sys
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeAlias, cast
+
+from workbench.runs.content import Point, Result
+
+Mode: TypeAlias = Literal["online", "offline", "shared", "disabled"]
 
 PROJECT = "interp-workbench"
 """W&B project, unless WANDB_PROJECT says another."""
@@ -21,7 +25,7 @@ _SECONDS = 20
 _MODES = ("online", "offline", "shared", "disabled", "dryrun")
 
 
-def mirror(folder: Path, config: Any, curves: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
+def mirror(folder: Path, config: Mapping[str, object], curves: Sequence[Point], result: Result) -> dict[str, str]:
     """Copy config, curves, metrics and files of a run folder to a W&B run inside it; says what happened.
 
     The mode is WANDB_MODE, or offline; online without stored credentials becomes offline. A failure is part of the
@@ -46,7 +50,7 @@ def mirror(folder: Path, config: Any, curves: list[dict[str, Any]], result: dict
     return {"status": "mirrored", "mode": mode, "folder": inside} | notes
 
 
-def wandb_mode() -> tuple[str, dict[str, str]]:
+def wandb_mode() -> tuple[Mode, dict[str, str]]:
     """The mode for W&B, and why it is not the one that was asked for.
 
     It is WANDB_MODE, or offline; online without stored credentials becomes offline.
@@ -58,20 +62,20 @@ def wandb_mode() -> tuple[str, dict[str, str]]:
         return "offline", {"reason": f"WANDB_MODE={mode} is unknown"}
     if mode not in ("offline", "dryrun") and not _has_credentials():
         return "offline", {"reason": f"WANDB_MODE={mode}, but no W&B credentials are stored"}
-    return ("offline" if mode == "dryrun" else mode), {}
+    return "offline" if mode == "dryrun" else cast("Mode", mode), {}
 
 
-def _send(folder: Path, config: Any, curves: list[dict[str, Any]], result: dict[str, Any], mode: str) -> str:
+def _send(folder: Path, config: Mapping[str, object], curves: Sequence[Point], result: Result, mode: Mode) -> str:
     import wandb
 
-    live: Any = wandb.init(
-        mode=mode,  # type: ignore[arg-type]  # one of _MODES
+    live = wandb.init(
+        mode=mode,
         dir=str(folder),
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=folder.name,
         id=folder.name.rsplit("-", 1)[-1],
         job_type=result["name"],
-        config=config,
+        config=dict(config),
         reinit="create_new",
         settings=wandb.Settings(
             silent=True,

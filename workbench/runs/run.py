@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import cast
 
 from workbench.core.atomic import refuse_address
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, WorkbenchError, did_you_mean
@@ -28,7 +28,8 @@ from workbench.core.records import (
     to_jsonable,
     write_atomic,
 )
-from workbench.report.blocks import Section, flat_metrics
+from workbench.report.blocks import MetricRow, Section, flat_metrics, null_if_not_finite
+from workbench.runs.content import Environment, Finding, Point, Result, StepRecord
 from workbench.runs.environment import environment, git_state
 from workbench.runs.listing import RunInfo, find_run, list_runs
 
@@ -64,7 +65,7 @@ class RunDir:
         return f"RunDir({str(self.path)!r}, steps={list(self.steps())}, finished={self.finished})"
 
     @classmethod
-    def create(cls, name: str, config: Any, root: str | os.PathLike[str] = "runs") -> RunDir:
+    def create(cls, name: str, config: object, root: str | os.PathLike[str] = "runs") -> RunDir:
         """A new run folder with its config.json and env.json.
 
         `config` is a dataclass or a mapping; dataclass fields whose metadata has `config=False` are not recorded.
@@ -75,7 +76,7 @@ class RunDir:
         _check_name("run", name)
         refuse_address(root)
         settings, folder = settings_of(config), Path(root)
-        seed = settings.get("seed") if isinstance(settings, dict) else None
+        seed = settings.get("seed")
         for left in folder.glob(".*.partial"):  # of processes that were killed here
             remove_dead(left)
         made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -85,7 +86,10 @@ class RunDir:
         for sub in ("steps", "artifacts", "plots"):
             (partial / sub).mkdir()
         save_json(partial / "config.json", settings)
-        save_json(partial / "env.json", {"name": name, "started": now.isoformat()} | environment(seed))
+        save_json(
+            partial / "env.json",
+            {"name": name, "started": now.isoformat()} | environment(seed if isinstance(seed, int) else None),
+        )
         os.replace(partial, path)
         lock_moved(partial, path)
         sync_folder(path.parent)
@@ -95,7 +99,7 @@ class RunDir:
 
     @classmethod
     def resume_or_create(
-        cls, name: str, config: Any, root: str | os.PathLike[str] = "runs", fresh: bool = False
+        cls, name: str, config: object, root: str | os.PathLike[str] = "runs", fresh: bool = False
     ) -> RunDir:
         """The newest unfinished run of this name with an equal configuration, or a new one.
 
@@ -139,14 +143,14 @@ class RunDir:
         return (self.path / "DONE").exists()
 
     @property
-    def config(self) -> Any:
+    def config(self) -> dict[str, object]:
         """The recorded configuration in JSON types."""
-        return load_json(self.path / "config.json")
+        return load_json(self.path / "config.json", dict)
 
     @property
-    def env(self) -> dict[str, Any]:
+    def env(self) -> Environment:
         """The recorded environment."""
-        return load_json(self.path / "env.json", dict)
+        return cast("Environment", load_json(self.path / "env.json", dict))
 
     def steps(self) -> tuple[str, ...]:
         """Names of the saved steps, in the order in which they were first saved."""
@@ -178,20 +182,20 @@ class RunDir:
 
     def metrics(self, name: str, value: int | float, step: int) -> None:
         """Append one point of a curve to metrics.jsonl; null if not finite."""
-        row = json.dumps({"name": name, "step": step, "value": _null_if_not_finite(value), "time": _now()})
+        row = json.dumps({"name": name, "step": step, "value": null_if_not_finite(value), "time": _now()})
         with open(self.path / "metrics.jsonl", "ab", buffering=0) as file:
             file.write(row.encode() + b"\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[Point]:
         """All points; of points written twice (a step done again after a kill) the last, in order of writing."""
         file = self.path / "metrics.jsonl"
-        rows: dict[tuple[str, int], dict[str, Any]] = {}
+        rows: dict[tuple[str, int], Point] = {}
         with content_of(file):
             for row in json_lines(file, only_whole=True) if file.exists() else ():
-                rows[row["name"], row["step"]] = row
+                rows[row["name"], row["step"]] = cast("Point", row)
         return list(rows.values())
 
-    def note_model(self, model: Any) -> None:
+    def note_model(self, model: object) -> None:
         """Record a model's name, fingerprint, dtype, device and revision in env.json."""
         noted = {key: getattr(model, key, None) for key in ("name", "fingerprint", "revision", "dtype", "device")}
         known = {key: str(value) for key, value in noted.items() if value is not None}
@@ -277,26 +281,28 @@ class RunDir:
     def _step_file(self, step: str) -> Path:
         return self.path / "steps" / f"{step}.json"
 
-    def _record(self, step: str) -> dict[str, Any]:
+    def _record(self, step: str) -> StepRecord:
         record = load_json(self._step_file(step), dict)
         if type(record.get("order")) is not int or "section" not in record:
             raise CorruptFileError(
                 f"{self._step_file(step)} is not the record of a step (order and section). Delete it, and the same "
                 "command does the step again."
             )
-        return record
+        return cast("StepRecord", record)
 
-    def _write_result(self) -> dict[str, Any]:
-        env, metrics, findings = self.env, {}, []
+    def _write_result(self) -> Result:
+        env = self.env
+        metrics: dict[str, MetricRow] = {}
+        findings: list[Finding] = []
         for step in self.steps():
             section = self.load_step(step)
             metrics |= flat_metrics(section.metrics, prefix=f"{step}.")
-            findings += [{"step": step, "text": text} for text in section.findings]
-        result = {
+            findings += [Finding(step=step, text=text) for text in section.findings]
+        result: Result = {
             "schema": SCHEMA,
             "name": self.name,
-            "title": env["title"],
-            "started": env["started"],
+            "title": env.get("title", self.name),
+            "started": env.get("started", ""),
             "finished": _now(),
             "steps": self.steps(),
             "findings": findings,
@@ -319,16 +325,14 @@ class RunDir:
         save_json(self.path / "env.json", env | {"resumed": [*env.get("resumed", []), again]})
 
 
-def settings_of(config: Any) -> Any:
+def settings_of(config: object) -> dict[str, object]:
     """The configuration in JSON types, without dataclass fields marked `metadata={"config": False}`."""
-    data: Any = to_jsonable(config)
     if dataclasses.is_dataclass(config):
-        for field in dataclasses.fields(config):
-            if not field.metadata.get("config", True):
-                del data[field.name]
+        fields = [field.name for field in dataclasses.fields(config) if field.metadata.get("config", True)]
+        config = {name: getattr(config, name) for name in fields}
     elif not isinstance(config, Mapping):
         raise InvalidInputError(f"A run's config is a {type(config).__name__}; give a dataclass or a dict.")
-    return json.loads(json.dumps(data))
+    return json.loads(json.dumps(to_jsonable(config)))
 
 
 def _check_name(what: str, name: str) -> None:
@@ -350,8 +354,3 @@ def _locked_partial(root: Path, stem: str) -> tuple[Path, Path]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def _null_if_not_finite(value: int | float) -> Any:
-    plain = to_jsonable(value)
-    return None if isinstance(plain, dict) else plain
