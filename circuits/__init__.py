@@ -2,7 +2,7 @@
 
 ```
 import circuits
-report = circuits.shift(model, {"resid_post.15": sae}, circuits.shift.biographies())
+report = circuits.shift(model, {"resid_post.15": sae}, circuits.biographies())
 ```
 """
 
@@ -17,6 +17,7 @@ from circuits.attribution import (
     linear_effects,
     node_effects,
 )
+from circuits.decomposition import bases, neurons
 from circuits.shift.asked import AskedDecider
 from circuits.shift.biographies import BiographyOptions, biographies
 from circuits.shift.deciders import (
@@ -50,9 +51,11 @@ __all__ = [
     "ShiftTask",
     "StatisticsDecider",
     "Verdict",
+    "bases",
     "biographies",
     "exact_effects",
     "linear_effects",
+    "neurons",
     "node_effects",
     "shift",
 ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.bases import bases_at, refuse_unreached
-from workbench.bases.saecode import Basis
+from circuits.decomposition import bases as checked_bases
+from circuits.decomposition import refuse_unreached
+from workbench.bases.base import Basis
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
@@ -135,7 +137,7 @@ def _taken(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def linear_effects(
-    contributions: Float[Tensor, "rows d_sae"], sae: Any, probe: Probe, labels: Int[Tensor, " rows"]
+    contributions: Float[Tensor, "rows d_sae"], sae: AnySAE, probe: Probe, labels: Int[Tensor, " rows"]
 ) -> NodeEffects:
     """Exact effects of zeroing each feature (error kept) on a linear probe at the SAE's own site.
 
@@ -143,13 +145,13 @@ def linear_effects(
     model run, no error of approximation, and effects of sets add up.
 
     Args:
-        contributions: those of `Basis.contributions` (activations, if the SAE does not normalise its input), mean over
+        contributions: those of `Basis.coefficients` (activations, if the SAE does not normalise its input), mean over
             the tokens that the probe pools.
         sae: the SAE.
         probe: the probe; its site is the SAE's.
         labels: 0 or 1 per row.
     """
-    writes = Basis(sae).rows().to(contributions) @ probe.w.to(contributions)
+    writes = as_basis(sae).rows().to(contributions) @ probe.w.to(contributions)
     per_row = sign_of(labels).to(contributions)[:, None] * contributions * writes
     total = per_row.sum(dim=1).mean()
     return NodeEffects(
@@ -160,7 +162,7 @@ def linear_effects(
 
 def node_effects(
     model: Model,
-    bases: Mapping[str, Any],
+    bases: Mapping[str, AnySAE],
     batch: TokenBatch,
     metric: Metric,
     *,
@@ -171,7 +173,7 @@ def node_effects(
 
     The SAE stays out of the gradient: its decoder is affine, so moving features and error in a straight line moves
     the activation in a straight line. One mean gradient `G` per token gives all effects, `G . W_dec[f] * change of f`,
-    where f is measured in the units of the activation (`Basis.contributions`).
+    where f is measured in the units of the activation (`Basis.coefficients`).
 
     Args:
         model: the model.
@@ -190,7 +192,7 @@ def node_effects(
     options = options or AttributionOptions()
     if keep.shape != batch.ids.shape:
         raise ShapeError(f"node_effects: keep {tuple(keep.shape)} and ids {tuple(batch.ids.shape)} must be alike.")
-    checked = bases_at(model, bases)
+    checked = checked_bases(model, bases)
     refuse_unreached(model, checked, metric.site, "The metric")
     batch = batch.to(model.device)
     keep = keep.to(model.device)
@@ -242,7 +244,7 @@ def _collect(site: str, per_row: Tensor, error: float, total: float, options: At
 
 
 def _patch(clean: Tensor, basis: Basis, mean: tuple[Tensor, Tensor] | None, baseline: Baseline) -> _Patch:
-    rows, parts = basis.rows().to(clean), basis.contributions(clean)
+    rows, parts = basis.rows().to(clean), basis.coefficients(clean)
     error = clean - parts @ rows - basis.constant(clean)
     if mean is not None:
         features, residue = mean[0] - parts, mean[1] - error
@@ -261,7 +263,7 @@ def _mean_state(
     parts_sum, rest_sum = 0.0, 0.0
     for rows in chunks:
         x = model.capture(TokenBatch(batch.ids[rows], batch.mask[rows]), [site]).flat(site)[keep[rows]].float()
-        parts_sum = parts_sum + basis.contributions(x).sum(0)
+        parts_sum = parts_sum + basis.coefficients(x).sum(0)
         rest_sum = rest_sum + (x - basis.constant(x)).sum(0)
     parts = torch.as_tensor(parts_sum) / n
     return parts, torch.as_tensor(rest_sum) / n - parts @ basis.rows().to(parts)
@@ -305,7 +307,7 @@ class _Suffix:
 def exact_effects(
     model: Model,
     site: str,
-    sae: Any,
+    sae: AnySAE,
     batch: TokenBatch,
     metric: Metric,
     features: Sequence[int],
@@ -316,11 +318,11 @@ def exact_effects(
 
     The reference that an estimate has to agree with; slow.
     """
-    ((site, basis),) = bases_at(model, {site: sae}).items()
+    ((site, basis),) = checked_bases(model, {site: sae}).items()
     refuse_unreached(model, {site: basis}, metric.site, "The metric")
     batch, keep = batch.to(model.device), keep.to(model.device)
     run = _Suffix(model, site, batch, metric, keep, torch.arange(len(batch), device=model.device))
-    parts, decoder = basis.contributions(run.clean), basis.rows().to(run.clean)
+    parts, decoder = basis.coefficients(run.clean), basis.rows().to(run.clean)
     states = [run.clean, *(run.clean - parts[:, f, None] * decoder[f] for f in features)]
     size = max(1, AttributionOptions.batch_size // len(batch))
     with torch.no_grad():

@@ -16,7 +16,7 @@ from experiments.local_text import Labelled, library_topics, read_labelled, writ
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import OWN_TEXT_TOKENS, SelfText, TextFiles
 from workbench.activations.store import ActivationStore
-from workbench.bases.saecode import sae_fingerprint
+from workbench.bases.sae import as_basis
 from workbench.cli.study import Begin, Study
 from workbench.cli.training import TrainingOptions
 from workbench.controls.tokens import TokenPolicy
@@ -101,7 +101,7 @@ def study(
     stores = _stores(model, site, folder, corpus or write_corpus(folder / "corpus.jsonl", options.seed), options)
     saes = _trained(stores, site, folder, options)
     heldout = {data: store.token_rows("heldout") for data, store in stores.items()}
-    made_of = [*map(store_id, stores.values()), *map(sae_fingerprint, saes.values())]
+    made_of = [*map(store_id, stores.values()), *(as_basis(sae).fingerprint for sae in saes.values())]
     parts = Keeper.of_key(folder / "measured", (model.fingerprint, site, options, texts, made_of))
     alike = torch.cat([rows[: evaluation.max_rows] for rows in heldout.values()])
     named = {_name(key): sae for key, sae in saes.items()}
@@ -203,7 +203,7 @@ def _pooled(model: Model, saes: dict[str, Any], site: str, texts: Labelled, opti
         policy = policy or TokenPolicy.of_batch(batch, x)
         keep = policy.kept(batch, x)
         for name, sae in saes.items():
-            acts = x if sae is None else torch.stack([sae.encode(row).float() for row in x.to(sae.W_dec.device)])
+            acts = x if sae is None else torch.stack([as_basis(sae).encode(row) for row in x])
             pooled[name].append(mean_pool(acts.to(x.device), keep).cpu())
     return {name: torch.cat(parts) for name, parts in pooled.items()}
 

@@ -45,7 +45,7 @@ def study(
         judge: who decides, by default from statistics of swapped texts; a judge is asked about tokens.
         options: probe site, candidates, controls.
     """
-    from workbench.saes.formats.load import sae_site
+    from workbench.bases.fits import sae_site
 
     return circuits.shift(
         model, {site or sae_site(sae): sae}, biographies(task), judge, options=options, plain_text=plain_text

@@ -100,7 +100,7 @@ def _ablation(sae: Any, features: Sequence[int], keep: Tensor) -> Callable[[Tens
     def ablate(x: Tensor, columns: Tensor) -> None:
         row, position = (index[:, None] for index in keep.to(x.device).nonzero(as_tuple=True))
         before = x[row, position, columns]
-        read = before.to(sae.W_dec)
+        read = before.to(getattr(sae, "W_dec", before.float()))
         if getattr(sae, "hook_z_reshaping_mode", False):
             read = read[:, None]  # sae_lens expects heads apart; one that is as wide as all of them will do
         kept = sae.decode(sae.encode(read)).flatten(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuits.shift.deciders import Node
 from circuits.shift.words import word_pattern
-from workbench.bases.saecode import Basis
+from workbench.bases.base import Basis
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import track
@@ -32,7 +32,7 @@ class PooledTexts:
     Attributes:
         texts: the texts.
         x: activations at the probe's site.
-        acts: feature activations per site of an SAE, in the units of the stream (`Basis.contributions`).
+        acts: feature activations per site of an SAE, in the units of the stream (`Basis.coefficients`).
         frequency: share of the readable tokens on which each feature is active, per site.
         n_tokens: readable tokens.
         n_left_out: tokens of the texts that are not read (first, special, sinks).
@@ -129,7 +129,7 @@ class Reader:
         for site, basis in self.bases.items():
             features = [node.feature for node in nodes if node.site == site]
             if features:
-                edits += Intervention.at(site, SAEAblate(basis.sae, features), Mask(keep, may_skip_rows=True))
+                edits += Intervention.at(site, SAEAblate(basis, features), Mask(keep, may_skip_rows=True))
         return edits
 
     def _batches(self, texts: Sequence[str], what: str) -> Any:
@@ -147,7 +147,7 @@ def pooled_features(
     """
     means, active = [], torch.zeros(basis.d_sae)
     for row, kept in zip(x, keep.to(x.device), strict=True):
-        parts = basis.contributions(row[kept])
+        parts = basis.coefficients(row[kept])
         means.append(parts.mean(0).cpu())
         active += (parts != 0).sum(0).cpu()
     return torch.stack(means), active
@@ -187,7 +187,8 @@ def token_evidence(
         keep = reader.keep(batch, found.flat(reader.probe_site))
         for site, basis in reader.bases.items():
             x = found.flat(site)
-            rows = [basis.activations(row[k])[:, features[site]] for row, k in zip(x, keep.to(x.device), strict=True)]
+            some = torch.tensor(features[site], dtype=torch.long)
+            rows = [basis.encode_some(row[k], some) for row, k in zip(x, keep.to(x.device), strict=True)]
             acts[site].append(torch.cat(rows).cpu())
         marks = torch.stack([_marked(reader.model, batch, texts, list_, len(strings)) for list_ in words], dim=-1)
         on_words.append(marks[keep].cpu())

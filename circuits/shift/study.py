@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from circuits.attribution import AttributionOptions, LossOfMargin, NodeEffects, linear_effects, node_effects
-from circuits.bases import bases_at, refuse_unreached
+from circuits.decomposition import bases as checked_bases
+from circuits.decomposition import refuse_unreached
 from circuits.shift.asked import decider_of
 from circuits.shift.collateral import collateral
 from circuits.shift.deciders import (
@@ -33,7 +33,8 @@ from circuits.shift.evidence import PooledTexts, Reader, TokenEvidence, token_ev
 from circuits.shift.methods import ORACLE_PROBE, ORIGINAL, SWAP_DIRECTION_REMOVED, Scorer, ablation
 from circuits.shift.shift_report import AttributionRow, EditCheck, JudgedFeature, ShiftReport
 from circuits.shift.task import ShiftMethod, ShiftStudy, ShiftTask
-from workbench.bases.saecode import Basis
+from workbench.bases.base import Basis
+from workbench.bases.sae import AnySAE
 from workbench.controls.matching import matched_features
 from workbench.controls.methods import comparisons, methods_of
 from workbench.core.errors import DegenerateInputError, InvalidInputError
@@ -75,7 +76,7 @@ class ShiftOptions:
 
 def shift(
     model: Model,
-    bases: Mapping[str, Any],
+    bases: Mapping[str, AnySAE],
     task: ShiftTask,
     judge: Decider | Judge | None = None,
     *,
@@ -104,7 +105,7 @@ def shift(
     """
     options = options or ShiftOptions()
     decider = decider_of(judge or StatisticsDecider(), task, options.seed)
-    study = _read(model, bases_at(model, bases), task, options)
+    study = _read(model, checked_bases(model, bases), task, options)
     effects = _effects(study, study.train, task.train.label, options)
     candidates = _candidates(effects, options.top_k)
     dossiers = _dossiers(study, candidates)
@@ -154,13 +155,12 @@ def _effects(
     reader = study.reader
     if reader.is_linear:
         site = reader.probe_site
-        return {site: linear_effects(pooled.acts[site], reader.bases[site].sae, study.probe, _ints(labels))}
+        return {site: linear_effects(pooled.acts[site], reader.bases[site], study.probe, _ints(labels))}
     rows = _rows_of_each(labels, options.attribution_rows)
     batch = reader.model.tokens([pooled.texts[row] for row in rows])
     keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site]).flat(reader.probe_site))
     metric = LossOfMargin(study.probe, _ints([labels[row] for row in rows]), keep)
-    saes = {site: basis.sae for site, basis in reader.bases.items()}
-    return node_effects(reader.model, saes, batch, metric, keep=keep, options=options.attribution)
+    return node_effects(reader.model, reader.bases, batch, metric, keep=keep, options=options.attribution)
 
 
 def _rows_of_each(labels: Sequence[int], n: int) -> list[int]:
@@ -290,11 +290,11 @@ def _edit_check(study: ShiftStudy, nodes: Sequence[Node]) -> EditCheck:
     batch = reader.model.tokens(list(texts))
     keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site]).flat(reader.probe_site))
     ablations = {
-        site: (basis.sae, features)
+        site: (getattr(basis, "sae", basis), features)
         for site, basis in reader.bases.items() if (features := [n.feature for n in nodes if n.site == site])
     }  # fmt: skip
     again = pooled_by_hooks(reader.model, batch, keep, ablations, reader.probe_site)
-    dtypes = [reader.model.dtype, *(basis.sae.W_dec.dtype for basis in reader.bases.values())]
+    dtypes = [reader.model.dtype, *(basis.dtype for basis in reader.bases.values())]
     difference, allowed = require_same_edit(reader.ablated(few, nodes), again, few.x, dtypes)
     return EditCheck(difference, allowed, len(rows))
 

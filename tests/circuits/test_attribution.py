@@ -10,8 +10,8 @@ from torch import Tensor
 from circuits.attribution import AttributionOptions, LossOfMargin, exact_effects, linear_effects, node_effects
 from tests.circuits.planted import PlantedSAE
 from tests.interventions.builders import ARCHITECTURES, NORMALISATIONS, sae_lens_sae
-from tests.tiny import D_MODEL, tiny_model
-from workbench.bases.saecode import Basis
+from tests.tiny import D_MODEL, as_user, tiny_model
+from workbench.bases.sae import as_basis
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.tokens import TokenBatch
@@ -80,7 +80,7 @@ def test_every_sae_has_the_effects_that_zeroing_its_features_has(architecture: s
     model, batch, keep, metric = _setup("resid_post.1")
     sae = sae_lens_sae(architecture, normalisation)
     x = model.capture(batch, ["resid_post.1"])["resid_post.1"]
-    pooled = torch.stack([Basis(sae).contributions(row[k]).mean(0) for row, k in zip(x, keep, strict=True)])
+    pooled = torch.stack([as_basis(sae).coefficients(row[k]).mean(0) for row, k in zip(x, keep, strict=True)])
     linear = linear_effects(pooled, sae, metric.probe, metric.labels).effect
     options = AttributionOptions(steps=1)  # exact: the metric is linear
     estimated = node_effects(model, {"resid_post.1": sae}, batch, metric, keep=keep, options=options)["resid_post.1"]
@@ -248,5 +248,5 @@ def test_saes_of_another_kind_site_or_width_are_refused() -> None:
         ({}, DegenerateInputError, "no SAE was given"),
     )
     for bases, error, words in cases:
-        with pytest.raises(error, match=words):
+        with as_user(), pytest.raises(error, match=words):
             node_effects(model, bases, batch, metric, keep=keep)

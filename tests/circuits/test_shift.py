@@ -30,7 +30,8 @@ from tests.circuits.planted import (
 )
 from tests.interventions.builders import ARCHITECTURES, NORMALISATIONS, sae_lens_sae
 from tests.tiny import n_hooks, tiny_model
-from workbench.bases.saecode import Basis
+from workbench.bases.base import Basis
+from workbench.bases.sae import as_basis
 from workbench.controls.methods import Method
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError, ShapeError
@@ -173,7 +174,7 @@ def test_statistics_judge_keeps_a_feature_that_does_not_move_and_leaves_rare_one
 
 def test_pooled_ablation_equals_the_edit_run_through_the_model() -> None:
     model, task = planted_model(), planted_task()
-    reader = Reader.fitted(model, {SITE: Basis(planted_sae())}, SITE, task.train.texts, batch_size=7)
+    reader = Reader.fitted(model, {SITE: as_basis(planted_sae())}, SITE, task.train.texts, batch_size=7)
     texts = tuple(task.test.texts[:15]) + ("a much longer text with M and T",)
     pooled = reader.read(texts, "test")
     nodes = [Node(SITE, f) for f in (0, 2, 3)]
@@ -186,7 +187,7 @@ def test_pooled_ablation_equals_the_edit_run_through_the_model() -> None:
 
 def test_top_tokens_and_shares_are_those_of_the_letters() -> None:
     model, task = planted_model(), planted_task()
-    reader = Reader.fitted(model, {SITE: Basis(planted_sae())}, SITE, task.train.texts, batch_size=7)
+    reader = Reader.fitted(model, {SITE: as_basis(planted_sae())}, SITE, task.train.texts, batch_size=7)
     words = (task.spurious_words, task.target_words)
     found = token_evidence(
         reader, [*task.train.texts[:9], "a longer one with T"], [Node(SITE, f) for f in (0, 2)], words
@@ -246,7 +247,7 @@ def _several(where: str) -> tuple[Model, dict[str, Basis], str]:
     sites = {"own site": ["resid_post.1"], "below": ["mlp_out.1"], "several": ["z.0", "resid_mid.1", "resid_pre.2"]}
     model = tiny_model()
     saes = {
-        site: Basis(sae_lens_sae("jumprelu", "layer_norm" if i else "none", d_in=model.width(site)))
+        site: as_basis(sae_lens_sae("jumprelu", "layer_norm" if i else "none", d_in=model.width(site)))
         for i, site in enumerate(sites[where])
     }
     return model, saes, "resid_post.1" if where == "own site" else "resid_post.2"
@@ -268,7 +269,7 @@ def _both_ways(model: Model, bases: dict[str, Basis], probe_site: str) -> tuple[
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_computed_ablation_equals_plain_hooks_for_every_architecture(architecture: str, normalisation: str) -> None:
     model = tiny_model()
-    computed, again, x = _both_ways(model, {SITE: Basis(sae_lens_sae(architecture, normalisation))}, SITE)
+    computed, again, x = _both_ways(model, {SITE: as_basis(sae_lens_sae(architecture, normalisation))}, SITE)
     size = (again - x).norm()
     assert size > 0.05 * x.norm()
     assert (computed - again).norm() < 1e-5 * size
@@ -290,7 +291,7 @@ def test_ablation_through_the_model_equals_plain_hooks_wherever_the_saes_stand(w
 def test_rounding_alone_does_not_end_a_study_in_bfloat16(where: str) -> None:
     model, bases, probe_site = _several(where)
     model.hf.to(torch.bfloat16)
-    bases = {site: Basis(basis.sae.to(dtype=torch.bfloat16)) for site, basis in bases.items()}
+    bases = {site: as_basis(basis.sae.to(dtype=torch.bfloat16)) for site, basis in bases.items()}
     ablated, again, x = _both_ways(model, bases, probe_site)
     difference, allowed = require_same_edit(ablated, again, x, [torch.float32, torch.bfloat16])
     assert 1e-4 < difference < allowed < 0.3
@@ -361,7 +362,7 @@ def test_a_task_brings_its_own_methods_and_the_report_names_them() -> None:
 
 def test_collateral_is_the_mean_over_every_draw_run_by_itself() -> None:
     model = planted_model()
-    reader = Reader(model, {SITE: Basis(planted_sae())}, SITE, TokenPolicy())
+    reader = Reader(model, {SITE: as_basis(planted_sae())}, SITE, TokenPolicy())
     text = TokenBatch.of_rows(torch.randint(2, 250, (5, 12), generator=torch.Generator().manual_seed(0)))
     draws = [[Node(SITE, 5)], [Node(SITE, 6)], []]
     alone = [collateral(reader, text, [], [draw]).random.value for draw in draws]

@@ -16,11 +16,11 @@ from tests.features.toys import random_sae
 from tests.glitch.tiny_vocab import sentencepiece
 from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
 from workbench.activations.store import ActivationStore
-from workbench.bases.saecode import decode, decoder_rows, encode
+from workbench.bases.sae import as_basis
 from workbench.cli.features_show import load_cards
 from workbench.controls.matching import matched_features
 from workbench.core.codec import token_bytes
-from workbench.core.errors import DegenerateInputError, MismatchError, MissingFileError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
 from workbench.features import ContextOptions, ScoreOptions, feature_cards, output_scores, rank_score, score_features
 from workbench.features.cards.cardmaking import CardOptions
 from workbench.features.cards.tablecards import table_cards
@@ -176,23 +176,21 @@ def test_marks_in_a_context_do_not_hide_its_token() -> None:
 
 
 def test_a_number_too_large_for_a_feature_is_refused_in_words() -> None:
-    from workbench.core.errors import InvalidInputError
-    from workbench.interventions.saes import features_of
 
     sae: Any = random_sae()
     with pytest.raises(InvalidInputError, match="no feature numbers"):
-        features_of(sae, [2**70])
+        as_basis(sae).features([2**70])
 
 
 def test_a_zero_row_of_an_sae_in_units_of_its_decoder_norms_spoils_no_other() -> None:
     model, sae = tiny_model(), random_sae()
     sae.cfg.rescale_acts_by_decoder_norm = True
     sae.W_dec[7] = 0.0
-    rows = decoder_rows(sae, torch.arange(40))
+    rows = as_basis(sae).rows()
     assert rows[7].abs().max() == 0 and torch.allclose(rows.norm(dim=1)[:7], torch.ones(7))
     x = torch.randn(3, D_MODEL)
-    acts = encode(sae, x)
-    assert acts[:, 7].abs().max() == 0 and decode(sae, acts, x).isfinite().all()
+    acts = as_basis(sae).encode(x)
+    assert acts[:, 7].abs().max() == 0 and as_basis(sae).decode(acts, x).isfinite().all()
     assert math.isnan(score_features(model, sae, scores=("output",), options=FEW).df.output_score[7])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.saes.handmade import word_tokenizer
 from tests.tiny import tiny_model
-from workbench.bases.coder import Coder
+from workbench.bases.base import Dictionary
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.saes.evaluation.absorption import AbsorptionOptions, absorption, vocabulary_words
 
@@ -23,7 +23,7 @@ X = 3 * torch.eye(D)[LETTER] + torch.eye(D)[LETTERS:]
 OPTIONS = AbsorptionOptions(gate_letters=4)
 
 
-def _sae(absorbed: Tensor) -> Coder:
+def _sae(absorbed: Tensor) -> Dictionary:
     """Letter features, which are silent on absorbed words; those words' own features carry the letter as well."""
     W_dec = torch.eye(D)
     for word in absorbed.nonzero()[:, 0].tolist():
@@ -34,7 +34,7 @@ def _sae(absorbed: Tensor) -> Coder:
         acts[:, :LETTERS] *= (x[:, LETTERS:] @ (~absorbed).float())[:, None]
         return acts
 
-    return Coder(encode, lambda acts, _x: acts @ W_dec, W_dec, torch.zeros(D), D)
+    return Dictionary.of(encode, W_dec)
 
 
 def test_a_clean_sae_absorbs_nothing() -> None:
@@ -61,7 +61,7 @@ def test_an_absorbing_sae_absorbs_all_and_half_of_it_half() -> None:
 
 def test_a_feature_of_the_word_that_does_not_carry_the_letter_is_no_absorption() -> None:
     clean, absorbing = _sae(torch.zeros(N, dtype=torch.bool)), _sae(TEST)
-    deaf = Coder(absorbing.encode, clean.decode, clean.W_dec, clean.b_dec, D)
+    deaf = Dictionary.of(absorbing.encode, clean.W_dec)
     report = absorption(deaf, X, NAMES, TEST, OPTIONS)
     assert report.full is not None and report.full.value == 0
 

@@ -13,7 +13,8 @@ import torch
 from tests.tiny import D_MODEL, n_hooks, tiny_hf, tiny_model, tiny_tokenizer
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import TokenRows
-from workbench.bases.coder import Coder
+from workbench.bases.kinds.random import random_like
+from workbench.bases.sae import as_basis
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.models.model import Model
@@ -302,12 +303,12 @@ def test_the_loss_recovered_grows_from_a_zero_reconstruction_to_a_whole_one(mode
 
 
 def test_the_random_control_has_the_shape_and_sparsity_of_the_sae() -> None:
-    coder = Coder.of(_lens_sae("TopKSAE"))
-    random = Coder.random(coder, 5, seed=3)
+    basis = as_basis(_lens_sae("TopKSAE"))
+    random = random_like(basis, 5, seed=3)
     x = torch.randn(50, D_MODEL)
-    assert random.W_dec.shape == coder.W_dec.shape
+    assert random.rows().shape == basis.rows().shape
     assert all(int(n) <= 5 for n in random.sparse(x).getnnz(1))
-    assert torch.equal(random.reconstruct(x), Coder.random(coder, 5, seed=3).reconstruct(x))
+    assert torch.equal(random.reconstruct(x), random_like(basis, 5, seed=3).reconstruct(x))
     assert random.reconstruct(x[:0]).shape == (0, D_MODEL)
 
 

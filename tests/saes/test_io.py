@@ -9,17 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import D_MODEL, tiny_model
+from workbench.bases.fits import placed_at, sae_site
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import CorruptFileError, MismatchError, MissingFileError
 from workbench.models.model import Model
 from workbench.saes.architectures import TopK
-from workbench.saes.formats.load import (
-    check_sae_fits,
-    load_sae,
-    sae_keep_rule,
-    sae_lens_module,
-    sae_site,
-)
+from workbench.saes.formats.load import load_sae, sae_keep_rule, sae_lens_module
 from workbench.saes.formats.save import Provenance, save_topk
 from workbench.saes.kernels.weights import SAEWeights
 
@@ -96,12 +91,12 @@ def test_folders_that_hold_no_sae_are_refused(model: Model, tmp_path: Path) -> N
 
 def test_an_sae_of_another_model_or_width_is_refused(model: Model, tmp_path: Path) -> None:
     sae = load_sae(save_topk(_weights(), 5, tmp_path / "a", _origin(model)))
-    assert check_sae_fits(model, sae) == SITE
+    assert placed_at(sae, model).site == SITE
     with pytest.raises(MismatchError, match="trained on tiny-llama"):
-        check_sae_fits(tiny_model(seed=3), sae)
+        placed_at(sae, tiny_model(seed=3))
     narrow = SAEWeights(torch.ones(9, 4), torch.zeros(9), torch.ones(9, 4), torch.zeros(4))
     with pytest.raises(MismatchError, match="d_in=4"):
-        check_sae_fits(model, load_sae(save_topk(narrow, 2, tmp_path / "b", _origin(model))))
+        placed_at(load_sae(save_topk(narrow, 2, tmp_path / "b", _origin(model))), model)
 
 
 def _edited(folder: Path, **changes: object) -> Path:

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from workbench.bases.coder import Coder
+from workbench.bases.base import Dictionary
+from workbench.bases.sae import as_basis
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.metrics import matched_cosine, mean_max_cosine
 from workbench.saes.evaluation.synthetic import SyntheticOptions, SyntheticTruth, evaluate_on_synthetic
@@ -44,7 +45,7 @@ def test_the_oracle_is_perfect_where_features_do_not_overlap_and_the_random_sae_
 def test_defects_show_in_the_number_that_is_theirs() -> None:
     D = EASY.directions
     oracle = EASY.oracle()
-    half = Coder(oracle.encode, lambda acts, x: 0.5 * acts @ D, D, torch.zeros(16), 16)
+    half = Dictionary.of(oracle.encode, 0.5 * D)
     assert evaluate_on_synthetic(half, EASY, n_tokens=2000).scores.shrinkage == pytest.approx(0.5, abs=1e-4)
 
     def deaf(x: torch.Tensor) -> torch.Tensor:
@@ -52,11 +53,11 @@ def test_defects_show_in_the_number_that_is_theirs() -> None:
         acts[:, 0] = 0
         return acts
 
-    s = evaluate_on_synthetic(Coder(deaf, oracle.decode, D, torch.zeros(16), 16), EASY, n_tokens=2000).scores
+    s = evaluate_on_synthetic(Dictionary.of(deaf, D), EASY, n_tokens=2000).scores
     assert s.dead == pytest.approx(1 / 12)
     assert s.recall.value == pytest.approx(11 / 12)
     assert s.mcc.value == pytest.approx(1, abs=1e-5), "the direction is there"
-    eager = Coder(lambda x: oracle.encode(x) + 1e-6, oracle.decode, D, torch.zeros(16), 16)
+    eager = Dictionary.of(lambda x: oracle.encode(x) + 1e-6, D)
     s = evaluate_on_synthetic(eager, EASY, n_tokens=2000).scores
     assert s.recall.value == 1
     assert s.precision.value == pytest.approx(2 / 12, abs=0.03)
@@ -81,4 +82,4 @@ def test_any_sae_of_sae_lens_is_accepted_and_another_width_refused() -> None:
     with pytest.raises(InvalidInputError):
         SyntheticOptions(low=2.0)
     with pytest.raises(InvalidInputError, match="not an SAE"):
-        Coder.of("path")
+        as_basis("path")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.core.arguments import shown
 from workbench.core.errors import InvalidInputError, MismatchError, ShapeError
 
 if TYPE_CHECKING:
@@ -69,6 +70,14 @@ class Basis:
         """What one unit of each feature's coefficient adds; of all features by default."""
         raise NotImplementedError
 
+    def encoder_directions(self) -> Float[Tensor, "d_sae d_in"]:
+        """What each feature reads, where the encoder is a matrix.
+
+        Raises:
+            InvalidInputError: if it is not known to be.
+        """
+        raise InvalidInputError(f"{self.name} has no encoder matrix. Use the directions of its decoder, rows().")
+
     @property
     def bias(self) -> Float[Tensor, " d_out"]:
         """What is added whatever the features are, before `scale`."""
@@ -85,6 +94,21 @@ class Basis:
     def constant(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
         """The reconstruction without any feature."""
         return self.bias.to(x.device) * self.scale(x)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What else is known about how it was made; of an SAE its metadata in sae_lens."""
+        return {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features are computed; anything may be given from elsewhere."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which features are computed; results are fp32 in any case."""
+        return torch.float32
 
     @property
     def normalises(self) -> bool:
@@ -111,12 +135,16 @@ class Basis:
             )
         if x is None:
             return acts.float() @ self.rows().to(acts.device) + self.bias.to(acts.device)
-        return (acts.float() * self.scale(x)) @ self.rows().to(acts.device) + self.constant(x)
+        return self.rescaled(acts.float(), x) @ self.rows().to(acts.device) + self.constant(x)
 
     def coefficients(self, x: Float[Tensor, "n d_in"], features: Features | None = None) -> Float[Tensor, "n f"]:
         """By how many of its rows each feature moves each token: activation times `scale`."""
         acts = self.encode(x) if features is None else self.encode_some(x, features)
-        return acts * self.scale(x) if self.normalises else acts
+        return self.rescaled(acts, x)
+
+    def rescaled(self, values: Float[Tensor, "n width"], x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n width"]:
+        """`values * scale(x)`: from the units of the basis to those of what is written."""
+        return values * self.scale(x) if self.normalises else values
 
     def contribution(self, x: Float[Tensor, "n d_in"], features: Features | None = None) -> Float[Tensor, "n d_out"]:
         """The sum of what some features write, in the units of the stream; of all features by default."""
@@ -146,6 +174,31 @@ class Basis:
             MismatchError: if the basis transcodes and there is no target.
         """
         return self._target("ablate(x, features)", x, target) - self.contribution(x, features)
+
+    def features(self, features: Sequence[int] | Tensor) -> Int[Tensor, "*rows f"]:
+        """Checked feature numbers: `(f,)` for all rows or `(rows, f)`; none at all is allowed.
+
+        Raises:
+            InvalidInputError: if a feature does not exist.
+            ShapeError: for more axes.
+        """
+        try:
+            ids = torch.as_tensor(features)
+            ids = ids if ids.numel() else ids.long()
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # which of them depends on their size
+            raise InvalidInputError(
+                f"features={shown(features)}: these are no feature numbers ({error}). Give whole numbers."
+            ) from None
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise InvalidInputError(f"features={shown(features)}: these are no feature numbers; give whole numbers.")
+        ids = ids.long()
+        if ids.ndim not in (1, 2):
+            raise ShapeError(f"features: shape {tuple(ids.shape)}; give (f,) for all rows or (rows, f) for each row.")
+        if (bad := ids[(ids < 0) | (ids >= self.d_sae)]).numel():
+            raise InvalidInputError(
+                f"Feature {int(bad[0])} does not exist; this SAE has features 0 to {self.d_sae - 1}. Name one of these."
+            )
+        return ids
 
     def writing(self) -> Bool[Tensor, " d_sae"]:
         """Which features write anything: those whose row is not zero."""
@@ -252,3 +305,8 @@ class Dictionary(Basis):
     def bias(self) -> Float[Tensor, " d_out"]:
         """The bias."""
         return self.b_dec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the directions are."""
+        return self.W_dec.device

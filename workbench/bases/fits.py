@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from workbench.bases.base import Basis
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.bases.sitenames import site_of
 from workbench.core.errors import MismatchError, WidthError
 from workbench.hooks.sites import Site, SiteMap
@@ -35,28 +35,29 @@ class ModelLike(Protocol):
         ...
 
 
-def read_site(basis: Basis) -> Site:
-    """The site that a basis reads.
+def sae_site(sae: AnySAE) -> str:
+    """The site that an SAE or another basis reads.
 
     Raises:
         MismatchError: if it names none.
         UnknownSiteError: if it names something that is not a site.
     """
+    basis = as_basis(sae)
     if basis.site is None:
         raise MismatchError(
             "This SAE does not say which site it reads (metadata.hook_name). Name the site yourself, as "
             "load_sae(..., site='resid_post.15')."
         )
-    return site_of(basis.site)
+    return str(site_of(basis.site))
 
 
-def placed_at(basis: Basis, model: ModelLike, site: str | Site | None = None) -> Basis:
-    """The basis with the site of this model that it reads, if it belongs there.
+def placed_at(sae: AnySAE, model: ModelLike, site: str | Site | None = None) -> Basis:
+    """An SAE as a basis with the site of this model that it reads, if it belongs there.
 
     One without fingerprint (from elsewhere) is judged by its site and its width alone.
 
     Args:
-        basis: any basis.
+        sae: an SAE in the sae_lens form, or any basis.
         model: the model.
         site: where it is to read; None takes the site that it names.
 
@@ -65,35 +66,22 @@ def placed_at(basis: Basis, model: ModelLike, site: str | Site | None = None) ->
         WidthError: if its width is not that of the site.
         UnknownSiteError: if the model does not have the site.
     """
-    where = model.resolve(read_site(basis) if site is None else site_of(site) if isinstance(site, str) else site)
+    basis = as_basis(sae)
+    where = model.resolve(sae_site(basis) if site is None else site_of(site) if isinstance(site, str) else site)
     if basis.site is not None and model.resolve(own := site_of(basis.site)) != where:
         raise MismatchError(f"This SAE was trained at {own}, not at {where}. Pass it under its own site.")
     if basis.model_fingerprint not in (None, model.fingerprint):
+        name = basis.metadata.get("model_name")
+        made = f"{name} ({basis.model_fingerprint})" if name else f"model {basis.model_fingerprint}"
         raise MismatchError(
-            f"The SAE for {where} was trained on model {basis.model_fingerprint}; this is {model.name}, "
-            f"{model.fingerprint}. Load the model that it was trained on, or train one on this model."
+            f"The SAE for {where} was trained on {made}; this is {model.name}, {model.fingerprint}. "
+            "Load the model that it was trained on, or train one on this model."
         )
-    if basis.d_in != model.width(where):
+    width = basis.d_in if basis.d_in != model.width(where) or basis.transcodes else basis.d_out
+    if width != model.width(where):
         raise WidthError(
-            f"The SAE for {where} reads d_in={basis.d_in}, so it has width {basis.d_in}; {where} of {model.name} has "
-            f"width {model.width(where)}. Give an SAE of this site."
+            f"The SAE for {where} reads d_in={basis.d_in} and writes d_out={basis.d_out}, so it has width {width}; "
+            f"{where} of {model.name} has width {model.width(where)}. Give an SAE of this site."
         )
     out = basis.site_out if basis.transcodes else str(where)
     return replace(basis, site=str(where), site_out=out, model_fingerprint=model.fingerprint)
-
-
-def bases_at(model: ModelLike, bases: Mapping[str, Basis]) -> dict[str, Basis]:
-    """Bases by the names of their sites, in the order of a forward pass, each checked by `placed_at`.
-
-    Raises:
-        MismatchError: if one was made for another model or site, or two are for one site.
-    """
-    placed: dict[str, Basis] = {}
-    for site, basis in sorted(bases.items(), key=lambda item: model.resolve(item[0]).order):
-        name = str(model.resolve(site))
-        if name in placed:
-            raise MismatchError(
-                f"bases={{...}}: {site} is the site {name}, which has an SAE already. Give one of them."
-            )
-        placed[name] = placed_at(basis, model, site)
-    return placed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.bases.base import Basis, Features
-from workbench.bases.sitenames import site_of
-from workbench.core.errors import InvalidInputError, UnknownSiteError
+from workbench.bases.sitenames import named_site
+from workbench.core.errors import InvalidInputError
 
 _THRESHOLDED = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _PER_FEATURE = ("standard", "gated", "transcoder", "skip_transcoder", *_THRESHOLDED)
@@ -39,6 +39,10 @@ class SAELike(Protocol):
     def encode(self, x: Any) -> Any:
         """Feature activations."""
         ...
+
+
+AnySAE = SAELike | Basis
+"""What takes an SAE takes any basis."""
 
 
 def as_basis(sae: object) -> Basis:
@@ -87,8 +91,9 @@ class SAEBasis(Basis):
         metadata = _metadata(config)
         site, out = _site(metadata, ""), _site(metadata, "_out")
         d_sae, d_out = W_dec.shape
+        d_in = getattr(config, "d_in", getattr(sae, "W_enc", W_dec.T).shape[0])
         return cls(
-            name=kind, architecture=kind, d_in=int(getattr(config, "d_in", d_out)), d_sae=d_sae, d_out=d_out, site=site,
+            name=kind, architecture=kind, d_in=int(d_in), d_sae=d_sae, d_out=d_out, site=site,
             site_out=out or (None if "transcoder" in kind else site),
             model_fingerprint=metadata.get("model_fingerprint"),
             normalisation=str(getattr(config, "normalize_activations", "none")),
@@ -129,7 +134,7 @@ class SAEBasis(Basis):
         """
         out = self._decoded(acts)
         if x is not None:
-            out = out * self.scale(x) + self._mean(x) if self.normalises else out
+            out = self.rescaled(out, x) + self._mean(x) if self.normalises else out
             return out if self._skip is None else out + self._skipped(x)
         if not self.normalises:
             return out
@@ -162,6 +167,16 @@ class SAEBasis(Basis):
         left_out = self.architecture == "matching_pursuit" and not self.sae.cfg.apply_b_dec_to_input
         return torch.zeros_like(b_dec, dtype=torch.float32) if left_out else b_dec.detach().float()
 
+    def encoder_directions(self) -> Float[Tensor, "d_sae d_in"]:
+        """What each feature reads: the columns of the encoder, in fp32.
+
+        Raises:
+            InvalidInputError: if the SAE has no W_enc.
+        """
+        if not isinstance(W_enc := getattr(self.sae, "W_enc", None), Tensor):
+            raise InvalidInputError(f"{type(self.sae).__name__} has no W_enc (d_in, d_sae). Use its decoder rows.")
+        return W_enc.detach().T.float()
+
     def scale(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"]:
         """By what the decoder's output is multiplied to be in the units of `x`, in fp32."""
         if not self.normalises:
@@ -181,6 +196,21 @@ class SAEBasis(Basis):
     def normalises(self) -> bool:
         """Whether the output is scaled back to the size of each token; a transcoder of sae_lens never does that."""
         return self.normalisation in ("constant_norm_rescale", "layer_norm") and "transcoder" not in self.architecture
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The metadata of sae_lens: names of sites, how it was trained."""
+        return _metadata(getattr(self.sae, "cfg", None))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.sae.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return self.sae.W_dec.dtype
 
     @property
     def fingerprint(self) -> str:
@@ -289,13 +319,6 @@ def _metadata(config: Any) -> Mapping[str, Any]:
 
 
 def _site(metadata: Mapping[str, Any], end: str) -> str | None:
-    """A site that the metadata name, with its head; the name itself where it is of no site that is known here."""
-    names = [str(metadata[key]) for key in (f"hook_name{end}", f"hf_hook_name{end}") if metadata.get(key)]
-    head = metadata.get(f"hook_head_index{end}")
-    for name in names:
-        try:
-            site = site_of(name)
-        except UnknownSiteError:
-            continue
-        return str(site if head is None else replace(site, head=int(head)))
-    return names[0] if names else None
+    """A site that the metadata name; the name itself where it is of no site that is known here."""
+    named = named_site(metadata, end)
+    return metadata.get(f"hook_name{end}") if named is None else str(named)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from workbench.core.errors import UnknownSiteError
@@ -65,3 +68,18 @@ def site_metadata(site: str | Site | None, site_out: str | Site | None = None) -
             if parsed.head is not None:
                 found[key.replace("name", "head_index")] = parsed.head
     return found
+
+
+def named_site(metadata: Mapping[str, Any], end: str = "") -> Site | None:
+    """The site that an SAE reads by its metadata of sae_lens, or with `end="_out"` the one that it writes.
+
+    None where they name none, or none that is known here.
+    """
+    head = metadata.get(f"hook_head_index{end}")
+    names = [metadata.get(f"{key}{end}") for key in ("hook_name", "hf_hook_name")]
+    for name in names if names[0] or not end else ():
+        with contextlib.suppress(UnknownSiteError):
+            if name:
+                site = site_of(str(name))
+                return site if head is None else replace(site, head=int(head))
+    return None

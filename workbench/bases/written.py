@@ -53,6 +53,11 @@ class Written(Basis):
         return self.b_out * self.gain
 
     @property
+    def device(self) -> torch.device:
+        """Where the projection is."""
+        return self.weight.device
+
+    @property
     def normalises(self) -> bool:
         """Whether a norm is behind the projection."""
         return self.norm is not None

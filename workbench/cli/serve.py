@@ -72,6 +72,7 @@ class Serve(ModelCommand):
             if self.features is not None:
                 raise
             return None
+        assert playground.sae is not None
         require_same_origin(str(folder), meta, origin(playground.model, playground.sae, playground.site))
         return cards if table is None else complete_cards(cards, table)
 

@@ -36,11 +36,7 @@ class _Model(typing.Protocol):
     hf: object
 
 
-class _SAE(typing.Protocol):
-    W_dec: object
-
-
-_BY_NAME = {"model": _Model, "sae": _SAE}
+_BY_NAME = {"model": _Model}
 """What parameters of these names hold where they are declared as Any, since other libraries' objects fit as well."""
 _LISTS = (Sequence, Iterable, typing.get_origin(typing.Collection[int]), list, tuple, set, frozenset)
 
@@ -333,5 +329,5 @@ def _words(annotation: object) -> list[str]:
         return ["a function"]
     if isinstance(kind, type) and issubclass(kind, Mapping):
         return ["a dict"]
-    name = getattr(kind, "__name__", str(kind)).strip("_")
+    name = getattr(kind, "__name__", str(kind)).strip("_").removesuffix("Like")
     return [f"{'an' if name[0] in 'AEIO' or name.startswith('SAE') else 'a'} {name}"]

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from workbench.bases.sae import SAEBasis, SAELike
 from workbench.core.errors import (
     CorruptFileError,
     InvalidInputError,
@@ -106,7 +107,8 @@ class _Writer:
             return {"float": str(value)}  # JSON has no infinity
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        if hasattr(value, "W_dec") and hasattr(value, "save_model"):
+        value = value.sae if isinstance(value, SAEBasis) else value
+        if isinstance(value, SAELike) and hasattr(value, "save_model"):
             return {"sae": self._sae(value)}
         raise InvalidInputError(
             f"{path}: a {type(value).__name__} can't be saved; only tensors, numbers, texts and sae_lens SAEs can. "

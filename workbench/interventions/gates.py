@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.bases.saecode import encode_some
+from workbench.bases.base import Basis
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.registry import Registry
 from workbench.hooks.sites import Site
 from workbench.interventions.op import Op, Where, changed, floats, unit
-from workbench.interventions.saes import features_of
 from workbench.interventions.step import Step
 
 Reduce = Literal["mean", "last", "max"]
@@ -176,19 +177,24 @@ class SAEGate(Gate):
         feature: its index.
     """
 
-    sae: Any
+    sae: AnySAE
     feature: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        features_of(self.sae, [self.feature])
+        self.basis.features([self.feature])
+
+    @functools.cached_property
+    def basis(self) -> Basis:
+        """The SAE as a basis."""
+        return as_basis(self.sae)
 
     @property
     def width(self) -> int | None:
-        return int(self.sae.W_dec.shape[1])
+        return self.basis.d_in
 
     def score(self, h: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        return encode_some(self.sae, h, torch.tensor([self.feature]))[:, 0]
+        return self.basis.encode_some(h, torch.tensor([self.feature]))[:, 0]
 
 
 @checked

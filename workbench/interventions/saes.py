@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.bases.saecode import decode, decoder_rows, encode, encode_some, output_scale, refuse_transcoder
-from workbench.core.arguments import checked, shown
+from workbench.bases.base import Basis
+from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.interventions.op import Op, Where, floats, moves, same_width, set_numbers, vector
 
@@ -22,13 +24,18 @@ When = Literal["always", "active"]
 
 
 class _SAEOp(Op):
-    """Shared by the SAE edits: an `sae` in the sae_lens form that reads the site."""
+    """Shared by the SAE edits: an `sae` in the sae_lens form, or another basis, that reads the site."""
 
-    sae: Any
+    sae: AnySAE
+
+    @functools.cached_property
+    def basis(self) -> Basis:
+        """The SAE as a basis."""
+        return as_basis(self.sae)
 
     @property
     def width(self) -> int | None:
-        return int(self.sae.W_dec.shape[1])
+        return self.basis.d_out
 
 
 class _FeatureOp(_SAEOp):
@@ -47,9 +54,9 @@ class _FeatureOp(_SAEOp):
         raise NotImplementedError
 
     def _check(self, name: str | None = None) -> None:
-        object.__setattr__(self, "features", features_of(self.sae, self.features))
+        object.__setattr__(self, "features", self.basis.features(self.features))
         if self._reads:
-            refuse_transcoder(self.sae, self.name)
+            self.basis.refuse_transcoder(self.name)
         assert isinstance(self.features, Tensor)
         ordered = self.features.sort(-1).values
         twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
@@ -90,56 +97,29 @@ class _FeatureOp(_SAEOp):
         change = self._new(acts, where) - acts
         # Below the rounding of the encoder: the activation is already what it is to be.
         change = change.masked_fill(change.abs() <= 1e-5 * acts.abs(), 0.0)
-        return _changed(h, self.sae, change, features, where)
+        return _changed(h, self.basis, change, features, where)
 
     def _acts(self, h: Tensor, features: Tensor, where: Where) -> Tensor:
         if features.ndim == 1:
-            return encode_some(self.sae, h, features).to(h)
+            return self.basis.encode_some(h, features).to(h)
         used, place = features.unique(return_inverse=True)
-        return encode_some(self.sae, h, used).to(h).gather(1, place[where.rows])
+        return self.basis.encode_some(h, used).to(h).gather(1, place[where.rows])
 
     def _spliced(self, h: Tensor, features: Tensor, where: Where) -> Tensor:
         """The reconstruction alone, with the chosen activations changed."""
-        acts = encode(self.sae, h).to(h.device)
+        acts = self.basis.encode(h)
         at = features.expand(len(h), -1) if features.ndim == 1 else features[where.rows]
         if at.shape[1]:
             old = acts.gather(1, at)
             acts = acts.scatter(1, at, self._new(old, where).to(acts))
-        return decode(self.sae, acts, h).to(h)
+        return self.basis.decode(acts, h).to(h)
 
 
-def _changed(h: Tensor, sae: Any, change: Tensor, features: Tensor, where: Where) -> Tensor:
+def _changed(h: Tensor, basis: Basis, change: Tensor, features: Tensor, where: Where) -> Tensor:
     """`h + sum_f change_f W_dec[f]`; tokens without a change stay bit-identical."""
-    rows = decoder_rows(sae, features).to(h)
+    rows = basis.rows(features).to(h)
     written = change @ rows if features.ndim == 1 else torch.einsum("nf,nfd->nd", change, rows[where.rows])
-    return torch.where((change != 0).any(1, keepdim=True), h + written * output_scale(sae, h), h)
-
-
-def features_of(sae: Any, features: Sequence[int] | Tensor) -> Int[Tensor, "*rows f"]:
-    """Checked feature indices: `(f,)` for all rows or `(rows, f)`; none at all is allowed.
-
-    Raises:
-        InvalidInputError: if a feature does not exist.
-        ShapeError: for more axes.
-    """
-    W_dec = getattr(sae, "W_dec", None)
-    if not isinstance(W_dec, Tensor) or W_dec.ndim != 2:
-        raise InvalidInputError(f"{type(sae).__name__} is no SAE: it has no W_dec (d_sae, d_in). Use wb.load_sae.")
-    try:
-        ids = torch.as_tensor(features)
-        ids = ids if ids.numel() else ids.long()
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # which of them depends on how large they are
-        raise InvalidInputError(f"features={shown(features)}: these are no feature numbers ({error}).") from None
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InvalidInputError(f"features={shown(features)}: these are no feature numbers; give whole numbers.")
-    ids = ids.long()
-    if ids.ndim not in (1, 2):
-        raise ShapeError(f"features: shape {tuple(ids.shape)}; give (f,) for all rows or (rows, f) for each row.")
-    d_sae = len(W_dec)
-    bad = ids[(ids < 0) | (ids >= d_sae)]
-    if bad.numel():
-        raise InvalidInputError(f"Feature {int(bad[0])} does not exist; this SAE has features 0 to {d_sae - 1}.")
-    return ids
+    return torch.where((change != 0).any(1, keepdim=True), h + basis.rescaled(written, h), h)
 
 
 @checked
@@ -163,7 +143,7 @@ class SAEClamp(_FeatureOp):
     tensor([[5.5000, 1.0000]])
     """
 
-    sae: Any
+    sae: AnySAE
     features: Sequence[int] | Int[Tensor, "*rows f"]
     value: float | Float[Tensor, "*values"] = 0.0
     error: ErrorTerm = "keep"
@@ -201,7 +181,7 @@ class SAEScale(_FeatureOp):
     tensor([[3.5000, 1.0000]])
     """
 
-    sae: Any
+    sae: AnySAE
     features: Sequence[int] | Int[Tensor, "*rows f"]
     factor: float | Float[Tensor, "*values"]
     error: ErrorTerm = "keep"
@@ -234,7 +214,7 @@ class SAEAblate(_FeatureOp):
     tensor([[0.5000, 1.0000]])
     """
 
-    sae: Any
+    sae: AnySAE
     features: Sequence[int] | Int[Tensor, "*rows f"]
     error: ErrorTerm = "keep"
     per_row: ClassVar[Mapping[str, int]] = {"features": 1}
@@ -264,7 +244,7 @@ class SAEAdd(_FeatureOp):
     tensor([[5., 1.]])
     """
 
-    sae: Any
+    sae: AnySAE
     features: Sequence[int] | Int[Tensor, "*rows f"]
     amount: float | Float[Tensor, "*values"]
     error: ErrorTerm = "keep"
@@ -323,28 +303,27 @@ class SAEAddMax(_SAEOp):
     tensor([[5., 1.]])
     """
 
-    sae: Any
+    sae: AnySAE
     direction: Float[Tensor, "*rows d"]
     strength: float | Float[Tensor, " rows"] = 1.0
     per_row: ClassVar[Mapping[str, int]] = {"direction": 1, "strength": 0}
     strength_name: ClassVar[str | None] = "strength"
 
     def __post_init__(self) -> None:
-        features_of(self.sae, [])
-        refuse_transcoder(self.sae, self.name)
+        self.basis.refuse_transcoder(self.name)
         object.__setattr__(self, "direction", vector(self.direction, self.name))
-        same_width(self.name, direction=self.direction, W_dec=self.sae.W_dec)
+        same_width(self.name, direction=self.direction, W_dec=self.basis.rows(torch.zeros(1, dtype=torch.long)))
         set_numbers(self, "strength")
 
     @classmethod
-    def of_features(cls, sae: Any, features: Sequence[int], strength: float | Tensor = 1.0) -> SAEAddMax:
+    def of_features(cls, sae: AnySAE, features: Sequence[int], strength: float | Tensor = 1.0) -> SAEAddMax:
         """One feature for all rows, or one feature per batch row."""
-        rows = decoder_rows(sae, features_of(sae, features))
+        rows = (basis := as_basis(sae)).rows(basis.features(features))
         return cls(sae, rows[0] if len(rows) == 1 else rows, strength)
 
     def __call__(self, h: Float[Tensor, "n d"], where: Where | None = None) -> Float[Tensor, "n d"]:
         where = where or Where.of(h)
-        a_max = encode(self.sae, h).to(h).amax(dim=1, keepdim=True) * output_scale(self.sae, h)
+        a_max = self.basis.rescaled(self.basis.encode(h).to(h).amax(dim=1, keepdim=True), h)
         direction, strength = self._per_token("direction", where, h), self._per_token("strength", where, h)
         return h + strength[..., None].to(h) * a_max * direction
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from workbench.bases.saecode import decoder_rows
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.directions import random_directions
 from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op
-from workbench.interventions.saes import SAEAblate, SAEAddMax, SAEClamp, SAEScale, features_of
+from workbench.interventions.saes import SAEAblate, SAEAddMax, SAEClamp, SAEScale
 from workbench.interventions.scopes import Scope
 from workbench.interventions.shapes import EqualNorm
 from workbench.serve.ask import FeatureEdit
 
 
-def steered(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope) -> Intervention:
+def steered(sae: AnySAE, site: Site, edits: Sequence[FeatureEdit], scope: Scope) -> Intervention:
     """The edits: first what is added, so that a_max is that of the unedited token, last what is held at a value."""
     found = Intervention()
     for op in _ops(sae, edits):
@@ -26,9 +25,9 @@ def steered(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope) ->
     return found
 
 
-def control(sae: Any, site: Site, edits: Sequence[FeatureEdit], scope: Scope, seed: int) -> Intervention:
+def control(sae: AnySAE, site: Site, edits: Sequence[FeatureEdit], scope: Scope, seed: int) -> Intervention:
     """A random direction with, at every token, the norm that the edits would have changed it by."""
-    direction = random_directions(torch.ones(1, sae.W_dec.shape[1]), seed=seed % 2**63)[0]
+    direction = random_directions(torch.ones(1, as_basis(sae).d_out), seed=seed % 2**63)[0]
     return Intervention.at(site, EqualNorm(tuple(_ops(sae, edits)), direction), scope)
 
 
@@ -42,13 +41,13 @@ def _groups(edits: Sequence[FeatureEdit]) -> list[tuple[str, list[FeatureEdit]]]
     return [(mode, group) for mode, group in groups if group]
 
 
-def _ops(sae: Any, edits: Sequence[FeatureEdit]) -> list[Op]:
+def _ops(sae: AnySAE, edits: Sequence[FeatureEdit]) -> list[Op]:
     ops: list[Op] = []
     for mode, group in _groups(edits):
         features = [edit.feature for edit in group]
         amounts = torch.tensor([edit.strength for edit in group])
         if mode == "steer":
-            rows = decoder_rows(sae, features_of(sae, features)).float()
+            rows = (basis := as_basis(sae)).rows(basis.features(features))
             ops.append(SAEAddMax(sae, amounts.to(rows) @ rows))
         elif mode == "scale":
             ops.append(SAEScale(sae, features, amounts))

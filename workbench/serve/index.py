@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
-
-from workbench.bases.saecode import decoder_rows
 from workbench.core.progress import track
 from workbench.core.records import to_jsonable
 from workbench.features.card import FeatureCard, LensToken
@@ -33,14 +30,15 @@ def feature_index(playground: Playground, cards: Iterable[FeatureCard] | None = 
 
 def can_read_all(playground: Playground) -> bool:
     """Whether the lens tokens of all features are computed at the start."""
-    if playground.sae is None:
+    if playground.basis is None:
         return False
-    return playground.sae.W_dec.shape[0] * playground.model.d_model * playground.model.d_vocab <= MAX_PRODUCTS
+    return playground.basis.d_sae * playground.model.d_model * playground.model.d_vocab <= MAX_PRODUCTS
 
 
 def lens_cards(playground: Playground) -> Iterator[FeatureCard]:
     """A card of every feature with only the tokens that its decoder row promotes and suppresses."""
-    model, rows = playground.model, decoder_rows(playground.sae, torch.arange(len(playground.sae.W_dec)))
+    assert playground.basis is not None
+    model, rows = playground.model, playground.basis.rows()
     vocabulary, alive = TokenTexts.of(model.tokenizer), rows.norm(dim=1) > 0
     features = alive.nonzero().flatten()
     parts = features.split(slab_rows(model.d_vocab))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.bases.saecode import decoder_rows
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import InvalidInputError
 from workbench.core.metrics import token_log_probabilities
 from workbench.core.tokens import TokenBatch
@@ -21,7 +21,6 @@ from workbench.hooks.handles import Hooks
 from workbench.hooks.sites import Site
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.proof import EditReport
-from workbench.interventions.saes import features_of
 from workbench.models.generation import Generation
 from workbench.models.head import forward
 from workbench.models.model import Model
@@ -64,6 +63,7 @@ class Playground:
     Attributes:
         model: the model.
         sae: an SAE of it, or None to write without edits only.
+        basis: the SAE as a basis.
         site: where the SAE reads and the edits are made.
 
     Raises:
@@ -71,8 +71,9 @@ class Playground:
         InvalidInputError: for a model whose logits can't be computed for chosen positions alone.
     """
 
-    def __init__(self, model: Model, sae: Any = None) -> None:
+    def __init__(self, model: Model, sae: AnySAE | None = None) -> None:
         self.model, self.sae = model, sae
+        self.basis = None if sae is None else as_basis(sae)
         self.site: Site | None = None if sae is None else target_site(model, sae)
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         with torch.no_grad():
@@ -89,7 +90,7 @@ class Playground:
             "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
             "chat": bool(getattr(model.tokenizer, "chat_template", None)),
             "site": None if self.site is None else str(self.site),
-            "d_sae": None if self.sae is None else int(self.sae.W_dec.shape[0]),
+            "d_sae": None if self.basis is None else self.basis.d_sae,
             "max_new_tokens": MAX_NEW_TOKENS, "k": K,
         }  # fmt: skip
 
@@ -101,12 +102,12 @@ class Playground:
         Raises:
             InvalidInputError: for any of these.
         """
-        if ask.edits and self.sae is None:
-            raise InvalidInputError(
-                f"{len(ask.edits)} edits were asked for, but no SAE was given. Start again with --sae FOLDER."
-            )
         if ask.edits:
-            features_of(self.sae, [edit.feature for edit in ask.edits])
+            if self.basis is None:
+                raise InvalidInputError(
+                    f"{len(ask.edits)} edits were asked for, but no SAE was given. Start again with --sae FOLDER."
+                )
+            self.basis.features([edit.feature for edit in ask.edits])
         if ask.chat and not self.about["chat"]:
             raise InvalidInputError(f"{self.model.name} has no chat template. Give the prompt as plain text.")
 
@@ -116,9 +117,9 @@ class Playground:
         Raises:
             InvalidInputError: if there is no such feature.
         """
-        if self.sae is None:
+        if self.basis is None:
             raise InvalidInputError(f"Feature {feature}: no SAE was given. Start again with --sae FOLDER.")
-        row = decoder_rows(self.sae, features_of(self.sae, [feature]))
+        row = self.basis.rows(self.basis.features([feature]))
         ends = lens_ends(self.model, row, min(10, self.model.d_vocab))
         sides = {name: getattr(ends, name).ids[0].tolist() for name in ("promoted", "suppressed")}
         return {"feature": feature} | {name: [self._shown(i) for i in ids] for name, ids in sides.items()}
@@ -167,7 +168,7 @@ class Playground:
 
     def _interventions(self, ask: Ask) -> dict[str, Intervention | None]:
         arms: dict[str, Intervention | None] = {UNSTEERED: None}
-        if ask.edits and self.site is not None:
+        if ask.edits and self.sae is not None and self.site is not None:
             arms[STEERED] = steered(self.sae, self.site, ask.edits, SCOPES[ask.scope])
             if ask.control:
                 arms[CONTROL] = control(self.sae, self.site, ask.edits, SCOPES[ask.scope], ask.seed)
@@ -231,9 +232,9 @@ class Playground:
             return forward(self.model.hf, inputs, chosen, unembed=False)[0]
 
     def _lens_ids(self, ask: Ask) -> set[int]:
-        if not ask.edits:
+        if not ask.edits or self.basis is None:
             return set()
-        rows = decoder_rows(self.sae, torch.tensor([edit.feature for edit in ask.edits]))
+        rows = self.basis.rows(torch.tensor([edit.feature for edit in ask.edits]))
         rows = rows[rows.norm(dim=1) > 0]
         k = min(K, self.model.d_vocab)
         return set(lens_tokens(self.model, rows, k).ids.flatten().tolist()) if len(rows) else set()

@@ -7,14 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
-from workbench.bases import saecode
+from workbench.bases.fits import placed_at
+from workbench.bases.sae import AnySAE
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
 from workbench.engine.keeper import Keeper
@@ -26,12 +26,11 @@ from workbench.features.explain.rule_explanations import explain_by_rules, score
 from workbench.features.passes.sampling import MISSING
 from workbench.features.passes.store_pass import SAEFeatures
 from workbench.features.passes.windows import FeatureWindows, WindowOptions, WindowTable, bin_edges, collect_windows
-from workbench.features.scores.logit_lens import LensEnds, LensTokens, feature_ids, in_residual, lens_ends, writes_at
+from workbench.features.scores.logit_lens import LensEnds, LensTokens, feature_ids, in_residual, lens_ends
 from workbench.features.scores.origin import origin
 from workbench.features.scores.table import FeatureTable
 from workbench.features.token_classes import TokenTexts
 from workbench.models.model import Model
-from workbench.saes.formats.load import check_sae_fits
 
 DENSE_SHARE = 0.1
 """A feature that is active on more than this share of the tokens is dense."""
@@ -72,7 +71,7 @@ class CardOptions:
 @checked
 def feature_cards(
     model: Model,
-    sae: Any,
+    sae: AnySAE,
     store: ActivationStore,
     features: Sequence[int] | None = None,
     table: FeatureTable | None = None,
@@ -96,13 +95,14 @@ def feature_cards(
         UnknownSiteError: if the site is not stored.
     """
     options = options or CardOptions()
-    where, ids = model.resolve(check_sae_fits(model, sae)), feature_ids(sae, features)
+    basis = placed_at(sae, model)
+    where, ids = model.resolve(str(basis.site)), feature_ids(basis, features)
     store.check_model(model)
     if table is not None:
         table.check(model, sae)
     found = collect_windows(store, str(where), SAEFeatures(sae, ids), options.windows)
-    rows = saecode.decoder_rows(sae, ids).cpu()
-    ends = _lens(model, rows, options.lens_k) if in_residual(writes_at(model, sae, where)) else None
+    rows = basis.rows(ids).cpu()
+    ends = _lens(model, rows, options.lens_k) if in_residual(model.resolve(basis.site_out or where)) else None
     vocabulary = TokenTexts.of(model.tokenizer).padded(model.d_vocab)
     meta = {
         **origin(model, sae, where), "store": str(store.path), "n_tokens": found.n_tokens, "options": asdict(options),
@@ -114,7 +114,7 @@ def feature_cards(
         parts = None if keep is None else Keeper.of_key(keep, {**meta, "features": ids.tolist(), "shards": shards})
         rules = explain_by_rules(found, ids, vocabulary, options.examples, parts)
         explanations = score_rules(rules, vocabulary, seed=options.examples.seed, keep=parts)
-    every = saecode.decoder_rows(sae, torch.arange(int(sae.W_dec.shape[0])))
+    every = basis.rows()
     made = _Made(
         ids, found, vocabulary, ends, rows.norm(dim=1),
         activation_neighbours(found.co, ids, options.neighbours), decoder_neighbours(every, ids, options.neighbours),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
+from workbench.bases.sae import AnySAE
 from workbench.core.codec import token_bytes
 from workbench.core.errors import InvalidInputError
 from workbench.core.tokenizer import TokenizerLike
@@ -82,7 +82,7 @@ class TopContexts:
 
 def top_contexts(
     store: ActivationStore,
-    sae: Any,
+    sae: AnySAE,
     tokenizer: TokenizerLike,
     features: Int[Tensor, " features"],
     site: str,

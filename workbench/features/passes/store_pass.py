@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.activations.shardfile import read_tensor
 from workbench.activations.store import ActivationStore, Block
-from workbench.bases import saecode
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError
 from workbench.core.progress import task
 
@@ -76,14 +76,15 @@ class Units(Protocol):
 class SAEFeatures:
     """Features of an SAE; only the encoder columns that are asked for are used, where features do not compete."""
 
-    sae: Any
+    sae: AnySAE
     ids: Int[Tensor, " n"]
 
     def acts(self, chunk: Chunk) -> Float[Tensor, "tokens n"]:
         """The SAE's activations of these features."""
-        x = chunk.block.acts.to(self.sae.W_dec.device).float()
-        whole = torch.equal(self.ids, torch.arange(int(self.sae.W_dec.shape[0])))
-        return (saecode.encode(self.sae, x) if whole else saecode.encode_some(self.sae, x, self.ids)).cpu()
+        basis = as_basis(self.sae)
+        x = chunk.block.acts.to(basis.device).float()
+        whole = torch.equal(self.ids, torch.arange(basis.d_sae))
+        return (basis.encode(x) if whole else basis.encode_some(x, self.ids)).cpu()
 
 
 def token_rows(store: ActivationStore, shard: int) -> Int[Tensor, "rows context"]:

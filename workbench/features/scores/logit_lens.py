@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.bases.saecode import refuse_transcoder
-from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.bases.fits import placed_at
+from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, WidthError
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
-from workbench.saes.formats.load import check_sae_fits
-from workbench.saes.formats.names import named_target
 
 _SLAB_VALUES, _LEAST_ROWS = 2**24, 128
 """Logits held at once, and the rows from which on a product with the unembedding reads it often enough."""
@@ -93,7 +92,7 @@ def _lens(model: Model, directions: Tensor, k: int, ends: tuple[bool, ...]) -> l
     return [LensTokens(*(torch.cat(column) for column in zip(*tops, strict=True))) for tops in found]
 
 
-def target_site(model: Model, sae: Any, site: str | Site | None = None) -> Site:
+def target_site(model: Model, sae: AnySAE, site: str | Site | None = None) -> Site:
     """Where the features of an SAE are read and written: the SAE's own site, or the one that is named.
 
     Raises:
@@ -102,11 +101,11 @@ def target_site(model: Model, sae: Any, site: str | Site | None = None) -> Site:
             rows promote no tokens.
         UnknownSiteError: if the model does not have the site.
     """
-    refuse_transcoder(sae, "A score or an edit of features")
-    resolved = model.resolve(check_sae_fits(model, sae) if site is None else site)
-    d_out, width = int(sae.W_dec.shape[1]), model.width(resolved)
-    if d_out != width:
-        raise MismatchError(f"This SAE writes {d_out} values; site {resolved} of {model.name} has width {width}.")
+    basis = as_basis(sae)
+    basis.refuse_transcoder("A score or an edit of features")
+    resolved = model.resolve(placed_at(basis, model).site or "" if site is None else site)
+    if basis.d_out != (width := model.width(resolved)):
+        raise WidthError(f"This SAE writes {basis.d_out} values; site {resolved} of {model.name} has width {width}.")
     if not in_residual(resolved):
         raise MismatchError(
             f"Decoder rows at {resolved} are not in the coordinates of the residual stream, so no tokens can be read "
@@ -116,35 +115,28 @@ def target_site(model: Model, sae: Any, site: str | Site | None = None) -> Site:
     return resolved
 
 
-def writes_at(model: Model, sae: Any, read: Site) -> Site:
-    """The site that decoder rows belong to: another one than is read for a transcoder."""
-    known = getattr(getattr(sae, "cfg", None), "metadata", None) is not None
-    return (model.resolve(named_target(sae) or read)) if known else read
-
-
 def in_residual(site: Site) -> bool:
     """Whether activations there are in the coordinates of the residual stream."""
     return site.head is None and site.kind in IN_RESIDUAL
 
 
-def feature_ids(sae: Any, features: Any = None) -> Int[Tensor, " features"]:
+def feature_ids(sae: AnySAE, features: Iterable[float] | None = None) -> Int[Tensor, " features"]:
     """Feature indices as a tensor; all of the SAE's by default.
 
     Raises:
         InvalidInputError: for an index that the SAE does not have, or one given twice.
         DegenerateInputError: for an empty choice.
     """
-    d_sae = int(sae.W_dec.shape[0])
+    basis = as_basis(sae)
     if features is None:
-        return torch.arange(d_sae)
+        return torch.arange(basis.d_sae)
     if broken := [f for f in features if not float(f).is_integer()]:
-        raise InvalidInputError(f"Feature {broken[0]} is no whole number. Features are numbered 0 to {d_sae - 1}.")
-    ids = torch.as_tensor([int(f) for f in features], dtype=torch.long)
+        raise InvalidInputError(
+            f"Feature {broken[0]} is no whole number. Features are numbered 0 to {basis.d_sae - 1}."
+        )
+    ids = basis.features([int(f) for f in features])
     if ids.numel() == 0:
         raise DegenerateInputError("features=[] chooses no feature. Name at least one, or leave it out for all.")
-    if int(ids.min()) < 0 or int(ids.max()) >= d_sae:
-        wrong = next(f for f in ids.tolist() if not 0 <= f < d_sae)
-        raise InvalidInputError(f"Feature {wrong} does not exist; this SAE has features 0 to {d_sae - 1}.")
     if len(ids.unique()) != len(ids):
         raise InvalidInputError(
             f"features: {len(ids) - len(ids.unique())} of {len(ids)} are given twice. Name each once."

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from workbench.bases.saecode import sae_fingerprint
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import MismatchError
+from workbench.hooks.sites import Site
+from workbench.models.model import Model
 
 _COMPARED = ("model_fingerprint", "site", "d_sae", "sae")
 
 
-def origin(model: Any, sae: Any, site: Any) -> dict[str, Any]:
+def origin(model: Model, sae: AnySAE, site: Site | str | None) -> dict[str, Any]:
     """What is written beside scores and cards, so that nobody takes them for those of another SAE, model or site."""
+    basis = as_basis(sae)
     return {
         "model": model.name, "model_fingerprint": model.fingerprint, "site": None if site is None else str(site),
-        "d_sae": int(sae.W_dec.shape[0]), "sae": sae_fingerprint(sae),
+        "d_sae": basis.d_sae, "sae": basis.fingerprint,
     }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.bases.saecode import decoder_rows, encode, output_scale
+from workbench.bases.base import Basis
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.metrics import Standing, standing
 from workbench.core.progress import Task, task
@@ -150,7 +151,7 @@ def _one_row_scores(logits: Float[Tensor, " d_vocab"], lens_ids: Int[Tensor, "ro
 
 def output_scores(
     model: Model,
-    sae: Any,
+    sae: AnySAE,
     features: Any = None,
     site: str | Site | None = None,
     options: OutputOptions | None = None,
@@ -169,22 +170,22 @@ def output_scores(
     "In my experience," (text).
     """
     ids = feature_ids(sae, features)
-    return direction_scores(model, sae, decoder_rows(sae, ids), site, options)
+    return direction_scores(model, sae, as_basis(sae).rows(ids), site, options)
 
 
-def output_score(model: Model, sae: Any, feature: int, **kwargs: Any) -> float:
+def output_score(model: Model, sae: AnySAE, feature: int, **kwargs: Any) -> float:
     """Output score of one feature, of the steered model alone; see `output_scores`."""
     return float(output_scores(model, sae, [feature], **kwargs).score)
 
 
-def output_score_delta(model: Model, sae: Any, feature: int, **kwargs: Any) -> float:
+def output_score_delta(model: Model, sae: AnySAE, feature: int, **kwargs: Any) -> float:
     """Output score of one feature, steered minus unsteered; see `output_scores`."""
     return float(output_scores(model, sae, [feature], **kwargs).delta)
 
 
 def direction_scores(
     model: Model,
-    sae: Any,
+    sae: AnySAE,
     directions: Float[Tensor, "directions d_model"],
     site: str | Site | None = None,
     options: OutputOptions | None = None,
@@ -197,7 +198,7 @@ def direction_scores(
     lens = lens_tokens(scored, directions, options.k)
     with task(total=len(directions) * len(options.prompts), description="output scores", unit="features") as progress:
         found = [
-            _score_prompt(scored, sae, _Wanted(prompt, where, directions, lens.ids), options, progress)
+            _score_prompt(scored, as_basis(sae), _Wanted(prompt, where, directions, lens.ids), options, progress)
             for prompt in options.prompts
         ]
     by_prompt = torch.stack([one.score for one in found])
@@ -233,11 +234,11 @@ class _OnePrompt:
     skipped_blocks: bool
 
 
-def _score_prompt(model: Model, sae: Any, wanted: _Wanted, options: OutputOptions, progress: Task) -> _OnePrompt:
+def _score_prompt(model: Model, basis: Basis, wanted: _Wanted, options: OutputOptions, progress: Task) -> _OnePrompt:
     directions, lens_ids = wanted.directions, wanted.lens_ids
     ids = model.tokens(wanted.prompt).ids
     run = LastToken(model, ids, wanted.site, min(options.rows, len(directions)))
-    a_max = _largest_activation(sae, run.x, wanted.prompt)
+    a_max = _largest_activation(basis, run.x, wanted.prompt)
     base = _one_row_scores(run.logits, lens_ids)
     found: list[tuple[Tensor, ...]] = []
     for part, part_ids in zip(directions.split(options.rows), lens_ids.split(options.rows), strict=True):
@@ -248,9 +249,8 @@ def _score_prompt(model: Model, sae: Any, wanted: _Wanted, options: OutputOption
     return _OnePrompt(score, base.cpu(), change - unsteered, bound, token, a_max, run.skips_blocks)
 
 
-def _largest_activation(sae: Any, x: Tensor, prompt: str) -> float:
-    with torch.no_grad():
-        a_max = float(encode(sae, x[None]).max() * output_scale(sae, x[None]))
+def _largest_activation(basis: Basis, x: Tensor, prompt: str) -> float:
+    a_max = float(basis.coefficients(x[None].detach()).max())
     if not a_max > 0:
         raise DegenerateInputError(
             f"No feature of this SAE is active at the last token of {prompt!r}, so there is no scale to steer with. "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
-from workbench.bases.saecode import decoder_rows, writing
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.directions import random_directions
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, did_you_mean
@@ -53,7 +53,7 @@ class ScoreOptions:
 @checked
 def score_features(
     model: Model,
-    sae: Any,
+    sae: AnySAE,
     store: ActivationStore | None = None,
     site: str | Site | None = None,
     features: Sequence[int] | None = None,
@@ -94,8 +94,9 @@ def score_features(
     if store is not None:  # before anything is computed
         store.check_model(model)
         store.site(str(where))
-    rows = decoder_rows(sae, ids)
-    zero = ~writing(sae)[ids.to(rows.device)]
+    basis = as_basis(sae)
+    rows = basis.rows(ids)
+    zero = ~basis.writing()[ids.to(rows.device)]
     # A zero row writes nothing: any direction keeps the arrays in shape, and its scores become nan.
     rows = torch.where(zero[:, None], torch.ones_like(rows), rows)
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
@@ -126,7 +127,7 @@ def score_features(
     return FeatureTable(frame, meta, controls)
 
 
-def _meta(model: Model, sae: Any, site: Site, options: ScoreOptions, strength: float) -> dict[str, Any]:
+def _meta(model: Model, sae: AnySAE, site: Site, options: ScoreOptions, strength: float) -> dict[str, Any]:
     precision = "float32" if options.precision == "float32" else str(model.dtype).removeprefix("torch.")
     return {
         **origin(model, sae, site), "strength": strength, "k": options.k, "precision": precision,

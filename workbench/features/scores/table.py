@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from workbench.bases.sae import AnySAE
 from workbench.core.arguments import checked
 from workbench.core.atomic import replacing
 from workbench.core.errors import (
@@ -23,6 +24,7 @@ from workbench.core.records import from_jsonable
 from workbench.features.parquet import reading, with_header
 from workbench.features.scores.origin import origin, require_same_origin
 from workbench.features.scores.score_report import FeatureScoreReport, score_report
+from workbench.models.model import Model
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -56,7 +58,7 @@ class FeatureTable:
     def __len__(self) -> int:
         return len(self.df)
 
-    def check(self, model: Any, sae: Any) -> None:
+    def check(self, model: Model, sae: AnySAE) -> None:
         """Refuses a table of another model or SAE; what the table does not record is not checked.
 
         Raises:

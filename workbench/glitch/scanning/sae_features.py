@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench.bases.coder import Coder
+from workbench.bases.base import Basis
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.codec import token_bytes
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require
 from workbench.core.metrics import squared_error
@@ -81,7 +81,7 @@ class _Read:
 
 
 def glitch_features(
-    model: Model, sae: Any, tokens: Sequence[int], *, avoid: Sequence[int] = (),
+    model: Model, sae: AnySAE, tokens: Sequence[int], *, avoid: Sequence[int] = (),
     options: FeatureOptions | None = None, vocabulary: Vocabulary | None = None,
 ) -> GlitchFeatures:  # fmt: skip
     """Compares an SAE's features on glitch tokens with those on matched ordinary tokens in the same places.
@@ -111,8 +111,8 @@ def glitch_features(
     controls = matched_controls(model, vocabulary, drawn, {*asked, *avoid}, options)
     ids = [*drawn, *(i for group in controls for i in group)]
     reader = SpliceReader.of(model, sae, _batches(model, ids[len(drawn) :], options))
-    coder = Coder.of(sae)
-    read = _read(model, reader, coder, ids, options)
+    basis = as_basis(sae)
+    read = _read(model, reader, basis, ids, options)
     owner = np.array([-1] * len(drawn) + [k for k, group in enumerate(controls) for _ in group])
     kept = read.n > 0
     _require_some(int(kept[: len(drawn)].sum()), "the others are special tokens or attention sinks at this site")
@@ -124,8 +124,8 @@ def glitch_features(
     rows, tested, shuffled = _compared(read, owner, kept, beside, options)
     l0 = (read.acts > 0).sum(1)
     return GlitchFeatures(
-        model=str(model.name), site=reader.sites.read, target_site=reader.sites.write, sae=coder.name,
-        d_sae=coder.d_sae, ids=tuple(np.asarray(ids)[glitch].tolist()),
+        model=str(model.name), site=reader.sites.read, target_site=reader.sites.write, sae=basis.name,
+        d_sae=basis.d_sae, ids=tuple(np.asarray(ids)[glitch].tolist()),
         texts=tuple(vocabulary.text[i] for i in np.asarray(ids)[glitch]), asked=len(asked), distinct=len(distinct),
         n_controls=int(control.sum()), dropped=(int((~kept & (owner < 0)).sum()), int((~kept & (owner >= 0)).sum())),
         contexts=options.contexts, rows=rows, tested=tested, fdr=options.fdr, shuffled=shuffled,
@@ -199,9 +199,9 @@ def _batches(model: Model, ids: Sequence[int], options: FeatureOptions) -> list[
 
 
 @torch.no_grad()
-def _read(model: Model, reader: SpliceReader, coder: Coder, ids: Sequence[int], options: FeatureOptions) -> _Read:
-    acts = np.zeros((len(ids), coder.d_sae), dtype=np.float32)
-    x = np.zeros((len(ids), coder.W_dec.shape[1]))
+def _read(model: Model, reader: SpliceReader, basis: Basis, ids: Sequence[int], options: FeatureOptions) -> _Read:
+    acts = np.zeros((len(ids), basis.d_sae), dtype=np.float32)
+    x = np.zeros((len(ids), basis.d_out))
     error, square, n = np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids))
     batches = _batches(model, ids, options)
     with task(total=len(batches), description="read glitch tokens and controls", unit="batches") as running:
@@ -212,9 +212,9 @@ def _read(model: Model, reader: SpliceReader, coder: Coder, ids: Sequence[int], 
             inputs, target = part.x[:, -1], part.target[:, -1]
             rows = np.arange(start, start + len(batch)) % len(ids)
             rows, inputs, target = rows[keep.cpu().numpy()], inputs[keep], target[keep]
-            for chosen, some in coder.chunks(inputs):
+            for chosen, some in basis.chunks(inputs):
                 acts[rows[chosen]] += some.cpu().numpy()
-            error[rows] += squared_error(target, coder.reconstruct(inputs)).cpu().numpy()
+            error[rows] += squared_error(target, basis.reconstruct(inputs)).cpu().numpy()
             square[rows] += target.double().square().sum(1).cpu().numpy()
             x[rows] += target.double().cpu().numpy()
             n[rows] += 1

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.bases.fits import placed_at
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
@@ -24,7 +26,7 @@ from workbench.core.tokens import TokenBatch
 from workbench.report.base import Metric, Report, Section, Table
 from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.evaluation.splice import RULE_ROWS, estimate_rules
-from workbench.saes.formats.load import check_sae_fits, sae_keep_rule
+from workbench.saes.formats.load import sae_keep_rule
 
 CHUNK = 1024
 
@@ -135,7 +137,7 @@ def random_rows(model: Any, tokens: int, context: int, seed: int) -> Int[Tensor,
 @checked
 def fake_features(
     model: Any,
-    saes: Mapping[str, Any],
+    saes: Mapping[str, AnySAE],
     text: Int[Tensor, "rows context"],
     *,
     options: FakeFeatureOptions | None = None,
@@ -204,7 +206,7 @@ def _more_often(a: Tensor, n_a: int, b: Tensor, n_b: int, seed: int) -> Tensor:
     return ((counts[0] - counts[1]).sign().double() + 1) / 2
 
 
-def _keep_rules(model: Any, saes: Mapping[str, Any], rows: Int[Tensor, "rows context"]) -> dict[str, TokenPolicy]:
+def _keep_rules(model: Any, saes: Mapping[str, AnySAE], rows: Int[Tensor, "rows context"]) -> dict[str, TokenPolicy]:
     """The rule that each SAE was trained by, or for SAEs from elsewhere that of the first of these rows."""
     own, site = {name: sae_keep_rule(sae) for name, sae in saes.items()}, common_site(model, saes)
     if all(own.values()):
@@ -216,7 +218,7 @@ def _keep_rules(model: Any, saes: Mapping[str, Any], rows: Int[Tensor, "rows con
 @torch.no_grad()
 def firing_rates(
     model: Any,
-    saes: Mapping[str, Any],
+    saes: Mapping[str, AnySAE],
     rows: Int[Tensor, "rows context"],
     *,
     batch_rows: int = 64,
@@ -232,29 +234,30 @@ def firing_rates(
     """
     site = common_site(model, saes)
     rules = _keep_rules(model, saes, rows) if rules is None else rules
-    fired = {name: torch.zeros(int(sae.cfg.d_sae), dtype=torch.double) for name, sae in saes.items()}
+    bases = {name: as_basis(sae) for name, sae in saes.items()}
+    fired = {name: torch.zeros(basis.d_sae, dtype=torch.double) for name, basis in bases.items()}
     kept = dict.fromkeys(saes, 0)
     for ids in track(rows.split(batch_rows), description="Counting which features fire", unit="batches"):
         x = model.capture(ids, [site]).flat(site).float().cpu()
-        for name, sae in saes.items():
+        for name, basis in bases.items():
             chosen = x[rules[name].mask(x, ids)]
             kept[name] += len(chosen)
             for part in chosen.split(CHUNK):
-                fired[name] += (sae.encode(part.to(sae.W_dec.device)) > 0).sum(0).double().cpu()
+                fired[name] += (basis.encode(part.to(basis.device)) > 0).sum(0).double().cpu()
     empty = [name for name, n in kept.items() if not n]
     if empty:
         raise DegenerateInputError(f"firing_rates: no token is kept for {', '.join(empty)}; give more or longer rows.")
     return {name: counts / kept[name] for name, counts in fired.items()}, kept
 
 
-def common_site(model: Any, saes: Mapping[str, Any]) -> str:
+def common_site(model: Any, saes: Mapping[str, AnySAE]) -> str:
     """The site that all of these SAEs read.
 
     Raises:
         MismatchError: if an SAE does not belong to the model, or they read different sites.
         DegenerateInputError: without an SAE.
     """
-    sites = {name: check_sae_fits(model, sae) for name, sae in saes.items()}
+    sites = {name: str(placed_at(sae, model).site) for name, sae in saes.items()}
     if not sites:
         raise DegenerateInputError("There is no SAE to measure. Give at least one, by name.")
     if len(set(sites.values())) > 1:
@@ -302,7 +305,9 @@ def scalar_explained_variance(
 
 
 @torch.no_grad()
-def quality(model: Any, sae: Any, rows: Int[Tensor, "rows context"], *, options: EvalOptions | None = None) -> Quality:
+def quality(
+    model: Any, sae: AnySAE, rows: Int[Tensor, "rows context"], *, options: EvalOptions | None = None
+) -> Quality:
     """Reconstruction and splice loss of an SAE on rows of text, ours beside the definitions of FaithfulSAE.
 
     Raises:
@@ -310,11 +315,11 @@ def quality(model: Any, sae: Any, rows: Int[Tensor, "rows context"], *, options:
     """
     options = options or EvalOptions()
     report = evaluate_sae(model, sae, rows, options=options)
-    site = check_sae_fits(model, sae)
+    basis = placed_at(sae, model)
     ev, l2 = [], []
     for ids in rows[: options.max_rows].split(options.batch_rows):
-        x = model.capture(TokenBatch.of_rows(ids), [site]).flat(site).float()
-        x_hat = torch.stack([sae.decode(sae.encode(row)).float() for row in x.to(sae.W_dec.device)]).to(x.device)
+        x = model.capture(TokenBatch.of_rows(ids), [str(basis.site)]).flat(str(basis.site)).float()
+        x_hat = basis.reconstruct(x.flatten(0, 1)).view_as(x)
         ev.append(scalar_explained_variance(x, x_hat))
         l2.append(squared_error(x.flatten(0, 1), x_hat.flatten(0, 1)).view(x.shape[:2]).mean(1) / x.shape[2])
 

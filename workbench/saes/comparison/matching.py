@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
+from workbench.bases.base import Basis
+from workbench.bases.sae import AnySAE, SAELike, as_basis
 from workbench.core.arguments import checked, shown
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.similarity import (
@@ -27,6 +29,16 @@ from workbench.core.stats import Estimate, sample_mean, wilson
 from workbench.interventions.op import floats
 from workbench.report.base import Metric, Report, Section, Table
 
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Anything whose features can be matched by activations."""
+
+    def encode(self, x: Any) -> Any:
+        """Feature activations."""
+        ...
+
+
 Which = Literal["decoder", "encoder"]
 SHARED_COSINE = 0.7
 """Cosine above which the pairs of a matching count as one feature."""
@@ -35,14 +47,14 @@ MIN_FIRED = 10
 CHUNK = 1024
 
 
-def directions(sae: Any, which: Which = "decoder") -> Float[Tensor, "d_sae d_in"]:
+def directions(sae: AnySAE | Tensor, which: Which = "decoder") -> Float[Tensor, "d_sae d_in"]:
     """One direction per feature: the decoder rows of an SAE, or its encoder columns. A matrix is taken as it is."""
     if isinstance(sae, Tensor):
         return floats(sae, "directions", (2,), "(d_sae, d_in), one direction per feature")
-    if not hasattr(sae, "W_dec"):
+    if not isinstance(sae, SAELike | Basis):
         raise InvalidInputError(f"directions({shown(sae)}): give an SAE, as from load_sae, or a matrix (d_sae, d_in).")
-    weight = sae.W_dec if which == "decoder" else sae.W_enc.T
-    return weight.detach().float().cpu()
+    basis = as_basis(sae)
+    return (basis.rows() if which == "decoder" else basis.encoder_directions()).cpu()
 
 
 @dataclass(frozen=True)
@@ -294,7 +306,11 @@ class MatchOptions:
 @checked
 @torch.no_grad()
 def match_by_activations(
-    a: Any, b: Any, acts: ActivationStore | Iterable[Tensor], *, options: MatchOptions | None = None
+    a: Encoder,
+    b: Encoder,
+    acts: ActivationStore | Iterable[Tensor],
+    *,
+    options: MatchOptions | None = None,
 ) -> ActivationMatch:
     """Features of two SAEs of one site, matched by what they do on the same tokens.
 
@@ -309,10 +325,8 @@ def match_by_activations(
     shuffled: CoActivation | None = None
     random = torch.Generator().manual_seed(options.seed)
     for x in _chunks(acts, options.max_tokens):
-        for name, sae in (("a", a), ("b", b)):
-            _check_width(name, sae, x)
         # The sums are kept on the CPU, wherever the SAEs are.
-        mine, theirs = (sae.encode(x.to(getattr(sae, "W_enc", x).device)).cpu() for sae in (a, b))
+        mine, theirs = (_encoded(name, sae, x).cpu() for name, sae in (("a", a), ("b", b)))
         if same is None or shuffled is None:
             same, shuffled = (CoActivation(mine.shape[1], theirs.shape[1]) for _ in range(2))
         same.add(mine, theirs)
@@ -322,15 +336,16 @@ def match_by_activations(
     return _matched(same.result(), shuffled.result(), options)
 
 
-def _check_width(name: str, sae: Any, x: Tensor) -> None:
-    width = getattr(getattr(sae, "cfg", None), "d_in", None)
-    if width is None:  # anything with `encode` may stand for an SAE
-        width = sae.W_enc.shape[0] if hasattr(sae, "W_enc") else x.shape[-1]
-    if x.ndim != 2 or width != x.shape[1]:
+def _encoded(name: str, sae: Encoder, x: Tensor) -> Tensor:
+    if not isinstance(sae, SAELike | Basis):
+        return sae.encode(x)
+    basis = as_basis(sae)
+    if x.ndim != 2 or basis.d_in != x.shape[1]:
         raise ShapeError(
-            f"match_by_activations: {name} reads d_in={width}, and the activations have shape {tuple(x.shape)}. Give "
-            "(tokens, d_in) of the site that both SAEs read."
+            f"match_by_activations: {name} reads d_in={basis.d_in}, and the activations have shape {tuple(x.shape)}. "
+            "Give (tokens, d_in) of the site that both SAEs read."
         )
+    return basis.encode(x)
 
 
 def _chunks(acts: ActivationStore | Iterable[Tensor], limit: int) -> Iterable[Tensor]:

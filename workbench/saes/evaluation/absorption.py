@@ -11,14 +11,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.bases.coder import Coder
+from workbench.bases.base import Basis
+from workbench.bases.fits import placed_at
+from workbench.bases.kinds.random import random_like
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.stats import Estimate, sample_mean
 from workbench.interventions.scopes import Last
 from workbench.report.base import Report, Section, Table
 from workbench.saes.evaluation.labelled import token_texts
 from workbench.saes.evaluation.sparse_probing import class_difference, dense, f1, logistic
-from workbench.saes.formats.load import check_sae_fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,22 +140,22 @@ def _cell(value: float) -> float | None:
 
 
 @torch.no_grad()
-def first_letter_absorption(model: Any, sae: Any, options: AbsorptionOptions | None = None) -> AbsorptionReport:
+def first_letter_absorption(model: Any, sae: AnySAE, options: AbsorptionOptions | None = None) -> AbsorptionReport:
     """Absorption measured on the words of the model's own vocabulary; no data needed.
 
     Raises:
         MismatchError: if the SAE does not belong to the model, or is a transcoder.
         DegenerateInputError: if the vocabulary has too few words.
     """
-    options, coder = options or AbsorptionOptions(), _sae_alone(sae)
-    site = check_sae_fits(model, sae)
+    options, basis = options or AbsorptionOptions(), _sae_alone(sae)
+    site = str(placed_at(basis, model).site)
     ids, letters = vocabulary_words(model.tokenizer, options)
     prompts = torch.cat([_prompt(model, options).expand(len(ids), -1), ids[:, None]], dim=1)
     parts = [model.capture(p, [site], positions=Last())[site].float().cpu() for p in prompts.split(options.batch)]
     x = torch.cat(parts)
     test = torch.rand(len(x), generator=torch.Generator().manual_seed(options.seed)) < options.test_share
-    report = absorption(coder, x, letters, test, options)
-    control = Coder.random(coder, round(coder.sparse(x).nnz / len(x)), options.seed)
+    report = absorption(basis, x, letters, test, options)
+    control = random_like(basis, round(basis.sparse(x).nnz / len(x)), options.seed)
     of_random = absorption(control, x, letters, test, options).full
     return AbsorptionReport(report.letters, report.n_good, options, report.full, report.fraction, of_random)
 
@@ -178,15 +180,15 @@ def vocabulary_words(tokenizer: Any, options: AbsorptionOptions) -> tuple[Int[Te
     return torch.tensor([i for i, _ in words]), [letter for _, letter in words]
 
 
-def _sae_alone(sae: Any) -> Coder:
+def _sae_alone(sae: AnySAE) -> Basis:
     """The SAE; a transcoder's decoder is not where its probe and activations are."""
-    coder = Coder.of(sae)
-    if coder.transcodes:
+    basis = as_basis(sae)
+    if basis.transcodes:
         raise MismatchError(
-            f"Absorption of a transcoder ({coder.name}): the letter's probe is where it reads, its decoder where it "
+            f"Absorption of a transcoder ({basis.name}): the letter's probe is where it reads, its decoder where it "
             "writes, so they can't be compared. Absorption needs an SAE of one site."
         )
-    return coder
+    return basis
 
 
 def _prompt(model: Any, options: AbsorptionOptions) -> Int[Tensor, "1 pos"]:
@@ -197,7 +199,7 @@ def _prompt(model: Any, options: AbsorptionOptions) -> Int[Tensor, "1 pos"]:
 
 
 def absorption(
-    sae: Any,
+    sae: AnySAE,
     x: Float[Tensor, "words d_in"],
     letters: list[str],
     test: Bool[Tensor, " words"],
@@ -211,13 +213,13 @@ def absorption(
         ShapeError: if words and letters don't pair up.
         MismatchError: for a transcoder.
     """
-    options, coder = options or AbsorptionOptions(), _sae_alone(sae)
+    options, basis = options or AbsorptionOptions(), _sae_alone(sae)
     if not len(x) == len(letters) == len(test):
         raise ShapeError(
             f"absorption: {len(x)} activations, {len(letters)} letters, {len(test)} marks; they must pair."
         )
-    acts, names, held = coder.sparse(x), np.array(letters), test.numpy()
-    task = _Task(coder, x.double().numpy(), acts, held, options)
+    acts, names, held = basis.sparse(x), np.array(letters), test.numpy()
+    task = _Task(basis, x.double().numpy(), acts, held, options)
     counts = {
         letter: (int((names[~held] == letter).sum()), int((names[held] == letter).sum())) for letter in set(names)
     }
@@ -236,7 +238,7 @@ def absorption(
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    coder: Coder
+    basis: Basis
     x: np.ndarray
     acts: Any
     held: np.ndarray
@@ -274,10 +276,10 @@ class _Task:
     def _absorbed(self, rows: np.ndarray, features: list[int], probe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Per word: whether the letter is fully absorbed, and the share that other features give."""
         o = self.options
-        decoder = self.coder.W_dec.double().cpu().numpy()
+        decoder = self.basis.rows().double().cpu().numpy()
         along = decoder @ probe
         cosine = along / np.maximum(np.linalg.norm(decoder, axis=1), 1e-12)
-        target = (self.x[rows] - self.coder.b_dec.double().cpu().numpy()) @ probe
+        target = (self.x[rows] - self.basis.bias.double().cpu().numpy()) @ probe
         given = dense(self.acts[rows]) * along
         main = given[:, features].sum(1)
         others = given.copy()

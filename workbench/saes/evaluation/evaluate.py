@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
-from workbench.bases.coder import Coder
+from workbench.bases.base import Basis
+from workbench.bases.kinds.random import random_like
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.metrics import dead_share, decoder_norm_summary, squared_error
@@ -50,7 +52,7 @@ class EvalOptions:
 
 
 @checked
-def evaluate_sae(model: Any, sae: Any, rows: Rows, *, options: EvalOptions | None = None) -> SAEReport:
+def evaluate_sae(model: Any, sae: AnySAE, rows: Rows, *, options: EvalOptions | None = None) -> SAEReport:
     """Reconstruction and splice quality of an SAE or transcoder, beside its controls.
 
     Of a store the held-out rows are taken.
@@ -67,7 +69,7 @@ def evaluate_sae(model: Any, sae: Any, rows: Rows, *, options: EvalOptions | Non
     if sum(map(len, batches)) < 2:
         raise DegenerateInputError("evaluate_sae: fewer than two rows; there would be no interval. Give more text.")
     reader = SpliceReader.of(model, sae, batches)
-    return _Evaluation(reader, Coder.of(sae), options).run(batches)
+    return _Evaluation(reader, as_basis(sae), options).run(batches)
 
 
 def token_batches(model: Any, rows: Rows, options: EvalOptions) -> list[TokenBatch]:
@@ -119,13 +121,13 @@ class _First:
 class _Evaluation:
     """One evaluation: what it is measured with, and the sums per row."""
 
-    def __init__(self, reader: SpliceReader, coder: Coder, options: EvalOptions) -> None:
-        self.reader, self.coder, self.options = reader, coder, options
+    def __init__(self, reader: SpliceReader, basis: Basis, options: EvalOptions) -> None:
+        self.reader, self.basis, self.options = reader, basis, options
 
     @torch.no_grad()
     def run(self, batches: list[TokenBatch]) -> SAEReport:
         first = self._first_pass(batches)
-        random = Coder.random(self.coder, round(int(first.fired.sum()) / first.n_kept), self.options.seed)
+        random = random_like(self.basis, round(int(first.fired.sum()) / first.n_kept), self.options.seed)
         sums, losses = [], []
         with task(total=len(batches) * (1 + len(SPLICES)), description="Splicing the SAE", unit="passes") as running:
             for batch in batches:
@@ -137,16 +139,16 @@ class _Evaluation:
         return self._report(first, _joined(sums), _joined(losses))
 
     def _first_pass(self, batches: list[TokenBatch]) -> _First:
-        width = self.coder.W_dec.shape[1]
+        width = self.basis.d_out
         total, total_all = torch.zeros(2, width, dtype=torch.float64)
         n_kept, n_tokens = 0, 0
-        fired = torch.zeros(self.coder.d_sae, dtype=torch.long)
+        fired = torch.zeros(self.basis.d_sae, dtype=torch.long)
         for batch in batches:
             part = self.reader.read(batch)
             total += part.target[part.keep].double().sum(0).cpu()
             total_all += part.target[batch.mask].double().sum(0).cpu()
             n_kept, n_tokens = n_kept + int(part.keep.sum()), n_tokens + batch.n_tokens
-            for _, acts in self.coder.chunks(part.x[part.keep]):
+            for _, acts in self.basis.chunks(part.x[part.keep]):
                 fired += (acts != 0).sum(0).cpu()
         if n_kept < 2:
             raise DegenerateInputError(
@@ -154,17 +156,17 @@ class _Evaluation:
             )
         return _First(total / n_kept, total_all / n_tokens, n_kept, n_tokens, fired)
 
-    def _reconstructions(self, part: Part, random: Coder, first: _First) -> dict[str, Tensor]:
+    def _reconstructions(self, part: Part, random: Basis, first: _First) -> dict[str, Tensor]:
         """What each splice puts in place, for all real tokens; zero at padding."""
         mask = part.batch.mask
         hats = {name: torch.zeros_like(part.target) for name in ("sae", "random", "mean", "zero")}
-        hats["sae"][mask] = self.coder.reconstruct(part.x[mask]).to(part.target)
+        hats["sae"][mask] = self.basis.reconstruct(part.x[mask]).to(part.target)
         hats["random"][mask] = random.reconstruct(part.x[mask]).to(part.target)
         hats["mean"][mask] = first.mean.to(part.target)
         hats["identity"] = part.target
         counts = torch.zeros_like(part.keep, dtype=torch.float64)
         x = part.x[part.keep]
-        active = [(acts != 0).sum(1) for _, acts in self.coder.chunks(x)]
+        active = [(acts != 0).sum(1) for _, acts in self.basis.chunks(x)]
         counts[part.keep] = torch.cat(active).double() if active else counts[part.keep]
         return {**hats, "active": counts}
 
@@ -211,7 +213,7 @@ class _Evaluation:
                 "all_tokens": ratio(sums["total_all"] - sums["error_all"], sums["total_all"]),
                 "all_elements": mean(sums["ev_elements"]),
             },
-            decoder_norms=decoder_norm_summary(self.coder.W_dec),
+            decoder_norms=decoder_norm_summary(self.basis.rows()),
             ce_clean=mean(losses["clean"]),
             ce={name: mean(losses[name]) for name in SPLICES},
             ce_difference={name: mean(losses[name] - losses["clean"]) for name in SPLICES},

@@ -11,15 +11,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from workbench.bases.fits import placed_at
+from workbench.bases.sae import AnySAE
 from workbench.controls.tokens import TokenPolicy
-from workbench.core.errors import MismatchError
+from workbench.core.errors import MismatchError, WidthError
 from workbench.core.metrics import kl_divergence
 from workbench.core.tokenizer import special_ids
 from workbench.core.tokens import TokenBatch
 from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.replacing import Patch
-from workbench.saes.formats.load import check_sae_fits, sae_keep_rule
+from workbench.saes.formats.load import sae_keep_rule
 
 RULE_ROWS = 16
 """Rows from which the keep rule of an SAE without one is estimated; a constant, so that batches don't decide."""
@@ -33,25 +35,24 @@ class SpliceSites:
     write: str
 
     @classmethod
-    def of(cls, model: Any, sae: Any) -> SpliceSites:
+    def of(cls, model: Any, sae: AnySAE) -> SpliceSites:
         """From the metadata of an SAE that belongs to this model.
 
         Raises:
             MismatchError: if it does not, or if a transcoder names no output or one of another width.
         """
-        read = check_sae_fits(model, sae)
-        out = sae.cfg.metadata.get("hook_name_out")
-        if not out and "transcoder" in sae.cfg.architecture():
+        basis = placed_at(sae, model)
+        read, out = str(basis.site), basis.site_out
+        if out is None:
             raise MismatchError(
-                f"This {sae.cfg.architecture()} reads {read} and does not say what it reconstructs. Set "
+                f"This {basis.architecture} reads {read} and does not say what it reconstructs. Set "
                 "metadata.hook_name_out, as load_sae(..., site_out='mlp_out.5')."
             )
-        write = read if not out else str(model.resolve(out))
-        width = int(sae.W_dec.shape[1])
-        if width != model.width(write):
-            raise MismatchError(
-                f"This SAE writes vectors of width {width}; {write} of {model.name} has width {model.width(write)}. "
-                "A transcoder names its output in metadata.hook_name_out."
+        write = str(model.resolve(out))
+        if basis.d_out != model.width(write):
+            raise WidthError(
+                f"This SAE writes vectors of width {basis.d_out}; {write} of {model.name} has width "
+                f"{model.width(write)}. A transcoder names its output in metadata.hook_name_out."
             )
         return cls(read, write)
 
@@ -91,7 +92,7 @@ class SpliceReader:
     write_rule: TokenPolicy | None = None
 
     @classmethod
-    def of(cls, model: Any, sae: Any, batches: Iterable[TokenBatch]) -> SpliceReader:
+    def of(cls, model: Any, sae: AnySAE, batches: Iterable[TokenBatch]) -> SpliceReader:
         """With the rule that the SAE was trained by; for one from elsewhere it is estimated from the first rows."""
         sites, rule = SpliceSites.of(model, sae), sae_keep_rule(sae)
         missing = [site for site in sites.distinct if site != sites.read or rule is None]

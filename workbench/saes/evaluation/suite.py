@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.bases.coder import Coder
+from workbench.bases.base import Basis
+from workbench.bases.kinds.random import random_like
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, MismatchError
 from workbench.core.tokens import TokenBatch
@@ -85,7 +87,7 @@ class SuiteReport(Report):
 
 @checked
 def run_suite(
-    model: Any, sae: Any, rows: Rows, *, texts: Sequence[LabelledTexts] = (), options: SuiteOptions | None = None
+    model: Any, sae: AnySAE, rows: Rows, *, texts: Sequence[LabelledTexts] = (), options: SuiteOptions | None = None
 ) -> SuiteReport:
     """Everything that can be measured of an SAE without downloads.
 
@@ -104,7 +106,7 @@ def run_suite(
     if options.absorption is not None:
         try:
             absorption = first_letter_absorption(model, sae, options.absorption)
-        except (DegenerateInputError, MismatchError) as error:  # this task is not for every tokenizer and coder
+        except (DegenerateInputError, MismatchError) as error:  # this task is not for every tokenizer and basis
             skipped["absorption"] = str(error)
     architecture, synthetic = trained_as(sae), None
     if options.synthetic is not None and architecture is not None:
@@ -114,17 +116,17 @@ def run_suite(
 
 @torch.no_grad()
 def labelled_examples(
-    model: Any, sae: Any, rows: Rows, texts: Sequence[LabelledTexts], options: EvalOptions
+    model: Any, sae: AnySAE, rows: Rows, texts: Sequence[LabelledTexts], options: EvalOptions
 ) -> list[Examples]:
     """Token-level sets of the rows and text-level sets, as activations of the kept tokens; texts are mean-pooled."""
-    batches, coder = token_batches(model, rows, options), Coder.of(sae)
+    batches, basis = token_batches(model, rows, options), as_basis(sae)
     reader = SpliceReader.of(model, sae, batches)
     tokens = _labelled_tokens(model, reader, batches)
-    acts = coder.sparse(tokens.x)
-    control = Coder.random(coder, round(acts.nnz / max(1, len(tokens.x))), options.seed)
+    acts = basis.sparse(tokens.x)
+    control = random_like(basis, round(acts.nnz / max(1, len(tokens.x))), options.seed)
     sets = _token_sets(tokens, {"SAE": acts, "random SAE": control.sparse(tokens.x)})
-    coders = {"SAE": coder, "random SAE": control}
-    return sets + [_text_set(model, reader, coders, s, options.batch_rows) for s in texts]
+    bases = {"SAE": basis, "random SAE": control}
+    return sets + [_text_set(model, reader, bases, s, options.batch_rows) for s in texts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,13 +175,13 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def _text_set(
-    model: Any, reader: SpliceReader, coders: dict[str, Coder], texts: LabelledTexts, batch_rows: int
+    model: Any, reader: SpliceReader, bases: dict[str, Basis], texts: LabelledTexts, batch_rows: int
 ) -> Examples:
     """Means over the kept tokens of each text; a text without any is left out."""
     from scipy.sparse import csr_matrix, vstack
 
     tokens = model.tokens(list(texts.texts))
-    x, acts, used = [], {name: [] for name in coders}, []
+    x, acts, used = [], {name: [] for name in bases}, []
     for start in range(0, len(tokens), batch_rows):
         part = reader.read(tokens[start : start + batch_rows])
         for row, keep in enumerate(part.keep):
@@ -188,8 +190,8 @@ def _text_set(
                 continue
             here = part.x[row][keep]
             x.append(here.mean(0).cpu())
-            for name, coder in coders.items():
-                acts[name].append(csr_matrix(coder.sparse(here).mean(axis=0)))
+            for name, basis in bases.items():
+                acts[name].append(csr_matrix(basis.sparse(here).mean(axis=0)))
     chosen = np.array(used)
     joined = {name: vstack(parts, format="csr") for name, parts in acts.items()}
     documents = np.array(texts.documents)[chosen]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench.bases.coder import Coder
+from workbench.bases.base import Basis, Dictionary
+from workbench.bases.kinds.random import random_like
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.metrics import fvu
@@ -71,7 +72,7 @@ class SyntheticTruth:
         """Activations of `n` tokens."""
         return self.codes(n, seed) @ self.directions
 
-    def oracle(self) -> Coder:
+    def oracle(self) -> Dictionary:
         """The control that knows the answer: true dictionary and, for the tokens of any seed, near-true codes.
 
         The encoder is the pseudo-inverse with a cut at half the smallest magnitude; exact where features don't
@@ -84,7 +85,7 @@ class SyntheticTruth:
             acts = x @ inverse
             return acts * (acts > cut)
 
-        return Coder(encode, lambda acts, _x: acts @ D, D, torch.zeros(D.shape[1]), D.shape[1], "true dictionary")
+        return Dictionary.of(encode, D, name="true dictionary")
 
 
 @dataclass(frozen=True)
@@ -147,37 +148,39 @@ class SyntheticReport(Report):
 
 
 @checked
-def evaluate_on_synthetic(sae: Any, truth: SyntheticTruth, *, n_tokens: int = 20_000, seed: int = 1) -> SyntheticReport:
+def evaluate_on_synthetic(
+    sae: AnySAE, truth: SyntheticTruth, *, n_tokens: int = 20_000, seed: int = 1
+) -> SyntheticReport:
     """An SAE against the features that made its data.
 
     Raises:
         ShapeError: if the SAE reads another width.
     """
-    coder = Coder.of(sae)
-    if coder.W_dec.shape[1] != truth.directions.shape[1]:
+    basis = as_basis(sae)
+    if basis.d_out != truth.directions.shape[1]:
         raise ShapeError(
-            f"The SAE writes width {coder.W_dec.shape[1]}; the true features have {truth.directions.shape[1]} "
+            f"The SAE writes width {basis.d_out}; the true features have {truth.directions.shape[1]} "
             "dimensions. Train it on truth.tokens(...)."
         )
     codes = truth.codes(n_tokens, seed)
     x = codes @ truth.directions
-    scores = _scores(coder, x, codes > 0, truth)
-    control = Coder.random(coder, round(scores.l0), seed)
+    scores = _scores(basis, x, codes > 0, truth)
+    control = random_like(basis, round(scores.l0), seed)
     return SyntheticReport(
         scores, {"random SAE": _scores(control, x, codes > 0, truth)}, len(truth.directions), n_tokens
     )
 
 
 def _scores(
-    coder: Coder, x: Float[Tensor, "n d"], present: Bool[Tensor, "n n_true"], truth: SyntheticTruth
+    basis: Basis, x: Float[Tensor, "n d"], present: Bool[Tensor, "n n_true"], truth: SyntheticTruth
 ) -> SyntheticScores:
-    pairs = assign_directions(truth.directions, coder.W_dec.cpu())
+    pairs = assign_directions(truth.directions, basis.rows().cpu())
     true = (pairs.columns >= 0).nonzero().flatten()
     found = pairs.columns[true]
     n_true = len(truth.directions)
     hits, fires = np.zeros(n_true), np.zeros(n_true)
-    fired, active = torch.zeros(coder.d_sae, dtype=torch.bool), 0
-    for rows, acts in coder.chunks(x):
+    fired, active = torch.zeros(basis.d_sae, dtype=torch.bool), 0
+    for rows, acts in basis.chunks(x):
         on = (acts > 0).cpu()
         matched = on[:, found]
         hits[true] += (matched & present[rows][:, true]).sum(0).numpy()
@@ -185,11 +188,11 @@ def _scores(
         fired |= on.any(0)
         active += int(on.sum())
     there = present.sum(0).numpy()
-    x_hat = coder.reconstruct(x).cpu()
+    x_hat = basis.reconstruct(x).cpu()
     norms = x.norm(dim=1)
     filled = norms > 0
     return SyntheticScores(
-        mmcs=_over_features(max_cosines(truth.directions, coder.W_dec.cpu()).values.numpy()),
+        mmcs=_over_features(max_cosines(truth.directions, basis.rows().cpu()).values.numpy()),
         mcc=_over_features(pairs.scores.numpy()),
         precision=_over_features(hits / np.maximum(fires, 1)),
         recall=_over_features((hits / np.maximum(there, 1))[there > 0]),

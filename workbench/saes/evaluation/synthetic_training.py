@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.activations.manifest import Manifest, Shard, SiteStats
 from workbench.activations.store import ActivationStore, Split, checked_split
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import InvalidInputError, UnknownNameError
 from workbench.saes.config import ARCHITECTURES, SAEConfig, architecture_name
 from workbench.saes.evaluation.synthetic import SyntheticOptions, SyntheticReport, SyntheticTruth, evaluate_on_synthetic
@@ -83,9 +83,10 @@ class SyntheticStore(ActivationStore):
         return {site: self._made[index][rows] for site in sites}
 
 
-def trained_as(sae: Any) -> str | None:
+def trained_as(sae: AnySAE) -> str | None:
     """The architecture that an SAE was trained as, by its metadata; None if it is none that can be trained here."""
-    name = str(sae.cfg.metadata.get("training_architecture") or sae.cfg.architecture())
+    basis = as_basis(sae)
+    name = str(basis.metadata.get("training_architecture") or basis.architecture)
     try:
         return architecture_name(TRANSCODERS.get(name, name))
     except UnknownNameError:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from workbench.bases.sitenames import site_metadata
 from workbench.core.errors import CorruptFileError, MismatchError, UnknownNameError, did_you_mean
 from workbench.saes.formats.files import read_config, read_tensors
-from workbench.saes.formats.names import site_metadata
 from workbench.saes.formats.overrides import Overrides
 from workbench.saes.formats.raw import Activation, RawSAE
 from workbench.saes.formats.tensors import find, linear_names, need, oriented, per_feature

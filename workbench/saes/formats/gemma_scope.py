@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from workbench.bases.sitenames import site_metadata
 from workbench.saes.formats.files import read_config, read_tensors
-from workbench.saes.formats.names import GemmaScopeName, site_metadata
+from workbench.saes.formats.names import GemmaScopeName
 from workbench.saes.formats.overrides import Overrides
 from workbench.saes.formats.raw import RawSAE
 from workbench.saes.formats.tensors import need

@@ -10,6 +10,9 @@ from typing import Any, TypedDict, Unpack
 import safetensors
 import torch
 
+from workbench.bases.fits import placed_at
+from workbench.bases.sae import AnySAE, as_basis
+from workbench.bases.sitenames import named_site, site_metadata
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import (
@@ -17,7 +20,6 @@ from workbench.core.errors import (
     InvalidInputError,
     MismatchError,
     MissingFileError,
-    UnknownSiteError,
     WorkbenchError,
     did_you_mean,
 )
@@ -28,13 +30,12 @@ from workbench.saes.formats.build import build, placed, register_own_classes, un
 from workbench.saes.formats.files import read_config, read_tensors
 from workbench.saes.formats.known import READERS, SAE_LENS, SAE_LENS_FILES, located, recognise, require_format
 from workbench.saes.formats.lensmodule import sae_lens_module
-from workbench.saes.formats.names import named_site, named_target, site_metadata
 from workbench.saes.formats.overrides import Overrides
 from workbench.saes.formats.placement import check_sae
 from workbench.saes.formats.raw import RawSAE
 from workbench.saes.formats.tensors import bare
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_sae_fits", "load_sae", "sae_keep_rule", "sae_lens_module", "sae_site"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "load_sae", "sae_keep_rule", "sae_lens_module"]
 
 CONFIG_FILE, WEIGHTS_FILE = SAE_LENS_FILES
 _SCALER_FILE = "activation_scaler.json"
@@ -97,28 +98,18 @@ def load_sae(
     sae.cfg.metadata.__dict__.update(site_metadata(overrides.site, overrides.site_out))
     _translate_names(sae)
     if model is not None and check:
-        check_sae_fits(model, sae)
+        placed_at(sae, model)
         check_sae(model, sae).require()
     return sae
 
 
-def sae_site(sae: Any) -> str:
-    """The site that an SAE reads, from its metadata.
-
-    Raises:
-        MismatchError: if the metadata names none.
-        UnknownSiteError: if it names something that is no site.
-    """
-    return str(named_site(sae))
-
-
-def sae_keep_rule(sae: Any) -> TokenPolicy | None:
+def sae_keep_rule(sae: AnySAE) -> TokenPolicy | None:
     """The rule by which its training tokens were kept; None for SAEs from elsewhere.
 
     Raises:
         CorruptFileError: if this package saved it and the rule is gone.
     """
-    ours = sae.cfg.metadata.get("workbench")
+    ours = as_basis(sae).metadata.get("workbench")
     if not ours:
         return None
     if not isinstance(ours, dict) or "keep" not in ours:
@@ -127,30 +118,6 @@ def sae_keep_rule(sae: Any) -> TokenPolicy | None:
             "Delete the entry to have the rule estimated, or train the SAE again."
         )
     return from_jsonable(TokenPolicy, ours["keep"])
-
-
-def check_sae_fits(model: Any, sae: Any) -> str:
-    """The site of the SAE, if the SAE belongs to this model.
-
-    An SAE without fingerprint (from elsewhere) is judged by its width alone.
-
-    Raises:
-        MismatchError: if it was trained on another model, or its width is not that of its site.
-        UnknownSiteError: if the model does not have its site.
-    """
-    site = str(model.resolve(sae_site(sae)))
-    meta = sae.cfg.metadata
-    fingerprint = meta.get("model_fingerprint")
-    if fingerprint and fingerprint != model.fingerprint:
-        raise MismatchError(
-            f"This SAE was trained on {meta.get('model_name')} ({fingerprint}); the model is {model.name} "
-            f"({model.fingerprint}). Load that model, or train an SAE on this one."
-        )
-    if int(sae.cfg.d_in) != model.width(site):
-        raise MismatchError(
-            f"This SAE reads d_in={sae.cfg.d_in}; {site} of {model.name} has width {model.width(site)}."
-        )
-    return site
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -267,15 +234,11 @@ def _checkpoint(path: Path, config: dict[str, Any], overrides: Overrides) -> Raw
 
 
 def _translate_names(sae: Any) -> None:
-    """Names of other libraries become those of TransformerLens, which every user of sae_lens understands."""
+    """Names of other libraries become those of TransformerLens, which every user of sae_lens understands.
+
+    A name of no known site is kept: whoever asks for the site is told what is wrong with it.
+    """
     metadata = sae.cfg.metadata
-    for key, find in (("hook_name", named_site), ("hook_name_out", named_target)):
-        name = metadata.get(key)
-        if name:
-            try:
-                site = find(sae)
-            except UnknownSiteError:
-                # kept as it is: whoever asks for the site is told what is wrong with it
-                continue
-            if site is not None:
-                metadata[key] = site.tl_name
+    for end in ("", "_out"):
+        if metadata.get(f"hook_name{end}") and (site := named_site(vars(metadata), end)) is not None:
+            metadata[f"hook_name{end}"] = site.tl_name

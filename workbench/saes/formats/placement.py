@@ -13,7 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
-from workbench.bases.coder import Coder
+from workbench.bases.base import Basis
+from workbench.bases.fits import sae_site
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, MismatchError
@@ -23,7 +25,6 @@ from workbench.core.tokenizer import special_ids
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
 from workbench.report.base import Report, Section, Table
-from workbench.saes.formats.names import named_site, named_target
 
 FVU_LIMIT = 1.0
 """Above this an SAE is refused: the mean of the tokens would reconstruct them better."""
@@ -195,7 +196,7 @@ Batch = Sequence[str] | Int[Tensor, "rows pos"] | TokenBatch | ActivationStore
 
 
 @checked
-def check_sae(model: Any, sae: Any, batch: Batch | None = None) -> FitReport:
+def check_sae(model: Any, sae: AnySAE, batch: Batch | None = None) -> FitReport:
     """Runs an SAE on real activations at its site, and where that is not good elsewhere and at other scales.
 
     Elsewhere is the same layer and those beside it; all layers, if the means of the dimensions do better than the SAE.
@@ -211,18 +212,17 @@ def check_sae(model: Any, sae: Any, batch: Batch | None = None) -> FitReport:
         UnknownSiteError: if the model does not have its site.
         DegenerateInputError: if fewer than two tokens are kept.
     """
-    site = model.resolve(str(named_site(sae)))
-    named = named_target(sae)
-    target = None if named is None else model.resolve(str(named))
+    basis = as_basis(sae)
+    site = model.resolve(sae_site(basis))
+    target = model.resolve(basis.site_out) if basis.transcodes and basis.site_out is not None else None
     tokens = _tokens(model, batch)
-    coder = Coder.of(sae)
-    claimed = _Trial(model, coder, tokens, (site,), target).at(site)
+    claimed = _Trial(model, basis, tokens, (site,), target).at(site)
     if claimed.fvu <= SUSPICIOUS and claimed.standardised <= SUSPICIOUS:
         return FitReport(claimed, (), None)
     sites = tuple(_neighbours(model, site))
     if not claimed.standardised < USELESS:
         sites = tuple({_same(other): other for other in (*sites, *_layers(model, site))}.values())
-    trial = _Trial(model, coder, _beginnings(tokens), (site, *sites), target)
+    trial = _Trial(model, basis, _beginnings(tokens), (site, *sites), target)
     here, others = trial.at(site), (*(trial.at(other) for other in sites), *trial.treated(site))
     named = _right_site(here, others) or _looks_like(claimed, others) or _clearly_better(here, others)
     return FitReport(claimed, others, named)
@@ -325,9 +325,9 @@ class _Trial:
     """The SAE on the same tokens at any site."""
 
     def __init__(
-        self, model: Any, coder: Coder, tokens: TokenBatch, sites: tuple[Site, ...], target: Site | None
+        self, model: Any, basis: Basis, tokens: TokenBatch, sites: tuple[Site, ...], target: Site | None
     ) -> None:
-        self.coder, self.tokens, self.target = coder, tokens, target
+        self.basis, self.tokens, self.target = basis, tokens, target
         special = torch.tensor(special_ids(model.tokenizer), device=tokens.ids.device)
         self.ordinary = tokens.mask & (tokens.positions > 0) & ~torch.isin(tokens.ids, special)
         names = dict.fromkeys(map(str, sites if target is None else (*sites, target)))
@@ -369,12 +369,12 @@ class _Trial:
         return x[keep], target, keep.nonzero()[:, 0]
 
     def _fit(self, site: str, how: str, read: Read) -> Fit:
-        x, y, texts = (None if part is None else part.to(self.coder.W_dec.device) for part in read)
+        x, y, texts = (None if part is None else part.to(self.basis.device) for part in read)
         assert x is not None and texts is not None
         active, parts = 0.0, []
-        for rows, acts in self.coder.chunks(x):
+        for rows, acts in self.basis.chunks(x):
             active += float((acts != 0).sum())
-            parts.append(self.coder.decode(acts, x[rows]))
+            parts.append(self.basis.decode(acts, x[rows]))
         target, x_hat = x if y is None else y, torch.cat(parts)
         unexplained = fvu(target, x_hat)
         unexplained = unexplained if math.isfinite(unexplained) else math.inf

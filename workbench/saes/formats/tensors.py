@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.bases.sitenames import site_metadata
 from workbench.core.errors import CorruptFileError, MismatchError
-from workbench.saes.formats.names import site_metadata
 from workbench.saes.formats.overrides import Overrides
 from workbench.saes.formats.raw import RawSAE
 

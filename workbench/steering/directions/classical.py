@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.bases.sae import AnySAE
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.registry import Registry
@@ -103,7 +103,7 @@ class DirectionOptions:
     methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))
     probe_l2: float = 1.0
     reft: ReftOptions = ReftOptions()
-    sae: Any = None
+    sae: AnySAE | None = None
 
     def __post_init__(self) -> None:
         METHODS.check(*self.methods)

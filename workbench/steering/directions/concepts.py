@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.bases.saecode import decoder_rows, encode
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.arms import Sweep
 from workbench.controls.directions import random_directions
 from workbench.controls.tokens import TokenPolicy
@@ -178,21 +178,21 @@ def _vectors(
     found = {method: torch.stack([one[method] for one in each]) for method in options.methods}
     sae = options.sae
     if sae is not None:
-        rows = decoder_rows(sae, torch.tensor([best_feature(model, sae, concept, site) for concept in concepts]))
+        rows = as_basis(sae).rows(torch.tensor([best_feature(model, sae, concept, site) for concept in concepts]))
         found[SAE_ARM] = rows / rows.norm(dim=1, keepdim=True)
     if not found:
         raise InvalidInputError("steer_concepts: no method and no SAE. Choose at least one method.")
     return found
 
 
-def best_feature(model: Model, sae: Any, concept: Concept, site: str | Site) -> int:
+def best_feature(model: Model, sae: AnySAE, concept: Concept, site: str | Site) -> int:
     """The feature whose mean activation on the positive texts exceeds that on the negative ones most, in deviations."""
-    means = []
+    basis, means = as_basis(sae), []
     for texts in (concept.positives, concept.negatives):
         batch = model.tokens(list(texts))
         x = model.capture(batch, [site])[site].float()
         keep = TokenPolicy.of_batch(batch, x).kept(batch, x)
-        acts = torch.stack([encode(sae, row[chosen]).mean(0) for row, chosen in zip(x, keep, strict=True)])
+        acts = torch.stack([basis.encode(row[chosen]).mean(0) for row, chosen in zip(x, keep, strict=True)])
         means.append(acts)
     spread = torch.cat(means).std(0)
     return int(((means[0].mean(0) - means[1].mean(0)) / spread.clamp_min(1e-6)).argmax())

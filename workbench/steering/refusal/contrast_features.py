@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.bases.saecode import Basis, output_scale
+from workbench.bases.base import Basis
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.area import auroc
 from workbench.core.tokens import TokenBatch
 from workbench.interventions.intervention import Intervention
@@ -83,8 +84,8 @@ def _encode_replies(model: Any, basis: Basis, site: str, exchange: Exchange) -> 
         is_reply = exchange.is_reply[start : start + ROWS_PER_PASS, -part.ids.shape[1] :]
         for row, chosen in zip(x, is_reply.to(x.device), strict=True):
             read = row[chosen]
-            acts = basis.activations(read)
-            means.append((acts * output_scale(basis.sae, read)).mean(0).cpu())
+            acts = basis.encode(read)
+            means.append(basis.rescaled(acts, read).mean(0).cpu())
             counts.append((acts > 0).float().sum(0).cpu())
             peaks.append(acts.amax(0).cpu())
     return _Side(torch.stack(means), torch.stack(counts), torch.stack(peaks).amax(0), int(exchange.is_reply.sum()))
@@ -92,7 +93,7 @@ def _encode_replies(model: Any, basis: Basis, site: str, exchange: Exchange) -> 
 
 def find_refusal_features(
     model: Any,
-    sae: Any,
+    sae: AnySAE,
     site: str,
     refusals: Exchange,
     compliant: Exchange,
@@ -107,7 +108,7 @@ def find_refusal_features(
     Source: O'Brien et al. 2024, "Steering language model refusal with sparse autoencoders" (active on two tokens of a
     refusal); ranked here by contrast instead of by clamping every one of them.
     """
-    basis = Basis(sae)
+    basis = as_basis(sae)
     yes, no = (_encode_replies(model, basis, site, side) for side in (refusals, compliant))
     decoder = basis.rows().cpu()
     difference = yes.means.mean(0) - no.means.mean(0)
@@ -136,7 +137,7 @@ def find_refusal_features(
 
 def screen_features(
     model: Any,
-    sae: Any,
+    sae: AnySAE,
     site: str,
     rows: Sequence[FeatureRow],
     prompts: TokenBatch,

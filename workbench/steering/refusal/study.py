@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.bases.saecode import refuse_transcoder
+from workbench.bases.fits import placed_at
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.arms import UNEDITED, Arm, InTurn, Sweep
 from workbench.controls.directions import random_directions
 from workbench.controls.matching import matched_features
@@ -22,7 +22,6 @@ from workbench.core.tokens import TokenBatch
 from workbench.interventions.ops import Add, ProjectOut
 from workbench.interventions.saes import SAEClamp
 from workbench.models.model import Model
-from workbench.saes.formats.load import check_sae_fits
 from workbench.steering.directions.contrast import TwoByTwo, cosine, mean_activations
 from workbench.steering.refusal.contrast_features import (
     EVERY_TOKEN_BUT_THE_FIRST,
@@ -91,7 +90,7 @@ class RefusalOptions:
 
 def refusal_study(
     model: Model,
-    sae: Any | None = None,
+    sae: AnySAE | None = None,
     texts: Sequence[str] | TokenBatch | None = None,
     *,
     site: str | None = None,
@@ -144,14 +143,14 @@ def refusal_study(
     )
 
 
-def _site(model: Model, sae: Any | None, site: str | None) -> str:
+def _site(model: Model, sae: AnySAE | None, site: str | None) -> str:
     if sae is None and site is None:
         raise InvalidInputError(
             "refusal_study: neither an SAE nor a site was given. Name one, such as site='resid_post.15'."
         )
     if sae is not None:
-        refuse_transcoder(sae, "refusal_study")
-    own = None if sae is None else check_sae_fits(model, sae)
+        as_basis(sae).refuse_transcoder("refusal_study")
+    own = None if sae is None else placed_at(sae, model).site
     asked = None if site is None else str(model.resolve(site))
     if own is not None and asked not in (None, own):
         raise InvalidInputError(
@@ -203,7 +202,7 @@ def _direction(model: Model, site: str, cells: _Cells) -> tuple[TwoByTwo, Contra
 
 def _features(
     model: Model,
-    sae: Any | None,
+    sae: AnySAE | None,
     site: str,
     cells: _Cells,
     direction: Float[Tensor, " d"],
@@ -231,7 +230,7 @@ def _features(
 
 def _sweep(
     direction: Float[Tensor, " d"],
-    sae: Any,
+    sae: AnySAE | None,
     features: Sequence[FeatureRow],
     matched: Sequence[tuple[int, ...]],
     options: RefusalOptions,
@@ -243,13 +242,14 @@ def _sweep(
         {"refusal direction": lambda strength: InTurn((Add(direction, strength),))},
         {"random direction": lambda strength: InTurn(tuple(Add(v, strength) for v in random))},
     )
-    if features:
+    if features and sae is not None:
+        basis = as_basis(sae)
         ids, peaks = [row.feature for row in features], torch.tensor([row.max_act for row in features])
         # The control gets the same activations, so that with matched decoder norms it pushes as hard.
         sweep += Sweep.over(
             options.clamps,
-            {"refusal features": lambda clamp: InTurn((SAEClamp(sae, ids, clamp * peaks),))},
-            {"random features": lambda clamp: InTurn(tuple(SAEClamp(sae, draw, clamp * peaks) for draw in matched))},
+            {"refusal features": lambda clamp: InTurn((SAEClamp(basis, ids, clamp * peaks),))},
+            {"random features": lambda clamp: InTurn(tuple(SAEClamp(basis, draw, clamp * peaks) for draw in matched))},
             label="{kind} at {strength:g} max",
         )
     name = "refusal direction removed"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from workbench.bases.saecode import writing
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.features.scores.table import FeatureTable
 from workbench.steering.sweep.options import SteerOptions
@@ -56,7 +55,7 @@ class StudyOptions:
 class Depth:
     """An SAE at one depth and the scores of its features."""
 
-    sae: Any
+    sae: AnySAE
     table: FeatureTable
 
 
@@ -76,7 +75,7 @@ def groups_of(depth: Depth, options: StudyOptions) -> dict[str, list[int]]:
     order = random.permutation(alive["feature"].tolist()).tolist()
     good = alive[alive["output_score"] >= options.threshold]["feature"]
     filtered = [int(f) for f in random.permutation(good.tolist())[:n]]
-    frequency = frequencies(table, len(writing(depth.sae)))
+    frequency = frequencies(table, len(as_basis(depth.sae).writing()))
     found = {
         UNFILTERED: order[:n],
         SECOND: order[n : 2 * n],

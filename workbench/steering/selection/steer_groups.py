@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from workbench.bases.saecode import decoder_rows, sae_fingerprint
+from workbench.bases.sae import as_basis
 from workbench.controls.arms import Sweep
 from workbench.controls.directions import random_directions
 from workbench.core.errors import InvalidInputError
@@ -163,7 +163,7 @@ class SteerFeatures:
         sizes = sizes_of(torch.tensor(features), steering)
         return cls(
             model=model.fingerprint,
-            sae=sae_fingerprint(depth.sae),
+            sae=as_basis(depth.sae).fingerprint,
             site=str(target_site(model, depth.sae)),
             features=list(features),
             sizes=None if sizes is None else sizes.tolist(),
@@ -181,7 +181,7 @@ class SteerFeatures:
                 "SteerFeatures: its model and SAE are those of another process. Start the job there."
             )
         loaded, features = self.loaded, torch.tensor(self.features)
-        vectors = decoder_rows(loaded.depth.sae, features)
+        vectors = as_basis(loaded.depth.sae).rows(features)
         # Drawn for all at once, so that a feature's random direction does not depend on how blocks are cut.
         noise = random_directions(vectors, seed=self.seed)
         site = target_site(loaded.model, loaded.depth.sae)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.bases.sae import AnySAE
 from workbench.controls.arms import Arm, RowEdits
 from workbench.core.errors import EditError
 from workbench.core.progress import Task
@@ -59,7 +60,7 @@ class Pushes:
     vectors: Float[Tensor, "pushes d"]
     strength: float
     sizes: Float[Tensor, " pushes"] | None = None
-    sae: Any = None
+    sae: AnySAE | None = None
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -69,6 +70,7 @@ class Pushes:
         chosen = rows // n_prompts
         vectors = self.vectors[chosen]
         if self.sizes is None:
+            assert self.sae is not None
             return SAEAddMax(self.sae, vectors, self.strength)
         return Add(vectors, self.strength * self.sizes[chosen])
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.bases.saecode import decoder_rows, writing
+from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.arms import UNEDITED, Arm, Sweep
 from workbench.controls.directions import random_directions
 from workbench.controls.matching import eligible_features, matched_features
@@ -40,7 +39,7 @@ INSTRUCTION_WORDS = 6
 @checked
 def steer(
     model: Model,
-    sae: Any,
+    sae: AnySAE,
     features: Sequence[int],
     strengths: Sequence[float] = (1.5, 3.0),
     prompts: Sequence[str] = NEUTRAL_PROMPTS,
@@ -72,20 +71,21 @@ def steer(
     """
     options = options or SteerOptions()
     _check(features, strengths, prompts, control_features)
+    basis = as_basis(sae)
     if options.table is not None:
-        options.table.check(model, sae)
-    chosen, site = feature_ids(sae, features), target_site(model, sae, options.site)
-    frequency = frequencies(options.table, len(writing(sae)))
-    matched = random_features(sae, chosen.tolist(), control_features, frequency, options.seed)
+        options.table.check(model, basis)
+    chosen, site = feature_ids(basis, features), target_site(model, basis, options.site)
+    frequency = frequencies(options.table, basis.d_sae)
+    matched = random_features(basis, chosen.tolist(), control_features, frequency, options.seed)
     sets = {"feature": chosen}
     sets |= {"matched": torch.tensor(matched)} if matched else {}
-    sets |= {"control": feature_ids(sae, control_features)} if len(control_features) else {}
-    bench = Bench(model, sae, site, prompts, options)
+    sets |= {"control": feature_ids(basis, control_features)} if len(control_features) else {}
+    bench = Bench(model, basis, site, prompts, options)
     lens = {name: bench.lens_of(ids) for name, ids in sets.items()}
     bench.require_room(lens["feature"])
-    directions = decoder_rows(sae, chosen)
+    directions = basis.rows(chosen)
     controls = {"negated": (chosen, -directions), "random": (chosen, random_directions(directions, seed=options.seed))}
-    controls |= {name: (ids, decoder_rows(sae, ids)) for name, ids in sets.items() if name != "feature"}
+    controls |= {name: (ids, basis.rows(ids)) for name, ids in sets.items() if name != "feature"}
     sweep = Sweep.over(
         strengths, {"feature": bench.pushes(chosen, directions)},
         {name: bench.pushes(ids, vectors) for name, (ids, vectors) in controls.items()},
@@ -141,10 +141,10 @@ def _owners(features: Int[Tensor, " features"]) -> tuple[int | str, ...]:
 
 
 def random_features(
-    sae: Any, chosen: Sequence[int], controls: Sequence[int], frequency: Float[Tensor, " d_sae"], seed: int
+    sae: AnySAE, chosen: Sequence[int], controls: Sequence[int], frequency: Float[Tensor, " d_sae"], seed: int
 ) -> tuple[int, ...]:
     """A random feature for each chosen one, `controls` left out; for fewer of them where too few features are left."""
-    norm, controls = decoder_rows(sae).norm(dim=1), [int(f) for f in controls]
+    norm, controls = as_basis(sae).rows().norm(dim=1), [int(f) for f in controls]
     room = int(eligible_features(frequency, norm=norm, excluded=(*chosen, *controls)).sum())
     if not room:
         return ()
@@ -194,16 +194,19 @@ def sizes_of(features: Int[Tensor, " features"], options: SteerOptions) -> Float
 class Bench:
     """Turns arms into texts, their measures and the harm done to plain text."""
 
-    def __init__(self, model: Model, sae: Any, site: Site, prompts: Sequence[str], options: SteerOptions) -> None:
+    def __init__(
+        self, model: Model, sae: AnySAE | None, site: Site, prompts: Sequence[str], options: SteerOptions
+    ) -> None:
         self.model, self.sae, self.prompts, self.options = model, sae, tuple(prompts), options
         self.runner = ArmRunner(model, site, model.tokens(list(prompts)), options.writing)
         self.harm = Harm(model, site, plain_batch(model, options)) if options.plain_texts else None
 
     def lens_of(self, features: Int[Tensor, " features"]) -> Int[Tensor, "features k"]:
         """Lens tokens of features."""
-        if zero := features[~writing(self.sae).cpu()[features]].tolist():
+        basis = as_basis(self.sae)
+        if zero := features[~basis.writing().cpu()[features]].tolist():
             raise DegenerateInputError(f"steer: the decoder rows of features {zero} are zero, so they write nothing.")
-        return lens_tokens(self.model, decoder_rows(self.sae, features), self.options.k).ids.cpu()
+        return lens_tokens(self.model, basis.rows(features), self.options.k).ids.cpu()
 
     def words(self, features: Int[Tensor, " features"]) -> tuple[str, ...]:
         """The first lens tokens of each feature, as text."""
