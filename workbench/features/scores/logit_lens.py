@@ -120,7 +120,7 @@ def in_residual(site: Site) -> bool:
     return site.head is None and site.kind in IN_RESIDUAL
 
 
-def feature_ids(sae: AnySAE, features: Iterable[float] | None = None) -> Int[Tensor, " features"]:
+def feature_ids(sae: AnySAE, features: Iterable[int | float] | None = None) -> Int[Tensor, " features"]:
     """Feature indices as a tensor; all of the SAE's by default.
 
     Raises:
