@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -120,7 +123,6 @@ class Planted:
     hf: Any
     init: Tensor
     shrunk: float
-    losses: tuple[float, ...]
 
     @property
     def model(self) -> Model:
@@ -129,21 +131,47 @@ class Planted:
         return Model(self.hf, fast, name="planted")
 
 
+SHARED: list[Path] = []
+"""A folder in which the workers of one run keep what they trained, so that each model is trained once."""
+
+
 @functools.cache
 def planted(tied: bool, decay: float, std: float = 0.02, seed: int = 0) -> Planted:
+    """The model trained by `_trained`, or one that another worker of this run has trained."""
+    if not SHARED:
+        return _trained(tied, decay, std, seed)
+    file = SHARED[0] / f"planted-{tied}-{decay}-{std}-{seed}.safetensors"
+    with FileLock(f"{file}.lock"):
+        if not file.is_file():
+            made = _trained(tied, decay, std, seed)
+            # clones, since tied matrices share their memory
+            weights = {f"hf.{name}": tensor.clone() for name, tensor in made.hf.state_dict().items()}
+            shrunk = torch.tensor(made.shrunk, dtype=torch.float64)
+            save_file(weights | {"init": made.init, "shrunk": shrunk}, file)
+            return made
+        tensors, hf = load_file(file), _untrained(tied)
+    hf.load_state_dict({name[3:]: tensor for name, tensor in tensors.items() if name.startswith("hf.")})
+    return Planted(hf.eval().requires_grad_(False), tensors["init"], tensors["shrunk"].item())
+
+
+def _untrained(tied: bool) -> Any:
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=D_VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=0, pad_token_id=None,
+    ))  # fmt: skip
+
+
+def _trained(tied: bool, decay: float, std: float, seed: int) -> Planted:
     """Trains two layers of width 128 with AdamW for some seconds; `std` is that of the input rows at the start."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    hf: Any = LlamaForCausalLM(LlamaConfig(
-        vocab_size=D_VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=0, pad_token_id=None,
-    ))  # fmt: skip
+    hf = _untrained(tied)
     E = hf.get_input_embeddings().weight
     with torch.no_grad():
         E.normal_(std=std)
         E[list(truth().copies)] = E[truth().copies[0]].clone()
-    init, shrunk, losses = E.detach().clone(), 1.0, []
+    init, shrunk = E.detach().clone(), 1.0
     optimizer = torch.optim.AdamW(hf.parameters(), lr=PEAK, weight_decay=decay)
     for step, (ids, targets) in enumerate(batches(seed)):
         lr = PEAK * min(1.0, (step + 1) / 10, (STEPS - step) / (STEPS / 2))
@@ -153,6 +181,5 @@ def planted(tied: bool, decay: float, std: float = 0.02, seed: int = 0) -> Plant
         loss.backward()
         optimizer.step()
         shrunk *= float(np.float32(1 - lr * decay))
-        losses.append(loss.item())
     torch.set_num_threads(threads)
-    return Planted(hf.eval().requires_grad_(False), init, shrunk, tuple(losses))
+    return Planted(hf.eval().requires_grad_(False), init, shrunk)

@@ -64,7 +64,7 @@ def census(model: object, *, options: CensusOptions | None = None, folder: str |
         model: a `Model`, tested in its own dtype, or what `load_model` takes, tested in the faster of float32 and
             bfloat16 if both give the same on a sample of tokens.
         options: a sample's size, the prompts, the ranking whose recall is measured.
-        folder: where results are kept while they come; the same call goes on from there. None keeps them in memory.
+        folder: where results are kept while they come; the same call continues from there. None keeps them in memory.
 
     Raises:
         MismatchError: if the folder holds results of another model, dtype or prompt.

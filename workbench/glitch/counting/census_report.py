@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.core.jsontext import Json
 from workbench.core.records import save_json, to_jsonable
 from workbench.core.stats import Estimate, clopper_pearson
 from workbench.glitch.counting.census_result import NO_TEST, CensusResult, ranking
@@ -90,7 +91,7 @@ class CensusReport(CensusResult, TokenReport):
         save_json(folder / "census.json", self.to_json())
         return write_table(self.df, folder / "tokens.csv")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """Everything except the table of all tokens: the glitch tokens are here."""
         strata = self.strata() if self.plan.scan.indicator else ()
         return to_jsonable({

@@ -61,12 +61,12 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
     if middle <= flank:
         return _by_percentile(low, PUBLISHED, "a third of the ordinary tokens have the same value")
     expected = len(bulk) * torch.special.ndtr(torch.from_numpy((low - middle) / (middle - flank))).numpy()
-    found = np.searchsorted(low, low, side="right")
-    fits = np.flatnonzero((expected <= FDR * found) & (low < flank))
+    n_below = np.searchsorted(low, low, side="right")
+    fits = np.flatnonzero((expected <= FDR * n_below) & (low < flank))
     if not len(fits):
         return _by_percentile(low, PUBLISHED, "the low tail holds no more tokens than the bulk explains")
     k = int(fits[-1])
-    n = int(found[k])
+    n = int(n_below[k])
     why = (
         f"{n:,} ordinary tokens lie there and the bulk (median {middle:.3f}, lower spread {middle - flank:.3f}) "
         f"explains {expected[k]:.1f}: a false discovery rate of {expected[k] / n:.1%}, if the bulk is normal{apart}"

@@ -55,8 +55,8 @@ class Matrix:
         if not len(wanted):
             return torch.zeros(0, self.width)
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1)
-        found = torch.cat([self.read(int(run[0]), int(run[-1]) + 1).to("cpu", torch.float32) for run in runs])
-        return found[torch.from_numpy(inverse)]
+        rows = torch.cat([self.read(int(run[0]), int(run[-1]) + 1).to("cpu", torch.float32) for run in runs])
+        return rows[torch.from_numpy(inverse)]
 
 
 @dataclass(frozen=True, eq=False)

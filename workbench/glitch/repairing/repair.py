@@ -241,7 +241,7 @@ def _mixtures(
         total += block.sum(0, dtype=torch.float64)
     if not bool(torch.isfinite(total).all()):
         raise DegenerateInputError(
-            f"{matrix.name} of {matrix.n_rows} rows holds NaN or infinity, so it has no mean row. Mend those first."
+            f"{matrix.name} of {matrix.n_rows} rows holds NaN or infinity, so it has no mean row. Correct those first."
         )
     mean_row = (total / matrix.n_rows).float()
     made = [mixture(matrix.rows(pieces), mean_row, match_norm) for pieces in sources]

@@ -103,7 +103,7 @@ def _copies(source: Path, E_in: Matrix) -> tuple[str, ...]:
     return tuple(copies)
 
 
-def _new_head(made: Repair, copies: Sequence[str], config: Mapping[str, Any], untie: bool) -> str | None:
+def _new_head(made: Repair, copies: Sequence[str], config: Mapping[str, object], untie: bool) -> str | None:
     """Name of the output matrix that the copy needs and its original shares with the embedding; None if none."""
     if not made.tied or made.options.reading == made.options.writing == "mean":
         return None
@@ -144,6 +144,7 @@ def _write_weights(
     from safetensors.torch import save_file
 
     files = sorted(set(tensor_files(source).values()))
+    # Any: JSON of transformers
     index: dict[str, Any] = load_json(source / INDEX, dict) if (source / INDEX).is_file() else {}
     for file in track(files, total=len(files), description="write the repaired weights", unit="files"):
         with safe_open(file, framework="pt") as opened:
@@ -182,7 +183,7 @@ def _untie_config(path: Path) -> None:
     save_json(path, config)
 
 
-def _record(made: Repair, source: Path, head: str | None) -> Mapping[str, Any]:
+def _record(made: Repair, source: Path, head: str | None) -> Mapping[str, object]:
     rows = [
         {"token_id": i, "text": text, "sources": list(pieces)}
         for i, text, pieces in zip(made.ids, made.texts, made.sources, strict=True)

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from workbench.core.errors import MissingFileError
+from workbench.core.jsontext import Json
 from workbench.core.records import to_jsonable
 from workbench.core.stats import clopper_pearson
 from workbench.glitch.reporting import TokenReport, measured, sentences, shown, write_csv
@@ -105,7 +105,7 @@ class DiffReport(TokenReport):
     def _title(self) -> str:
         return f"{self.a} and {self.b}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """All fields, with counts and sentences."""
         return super().to_json() | to_jsonable({"counts": self.counts(), "said": self.findings()})
 

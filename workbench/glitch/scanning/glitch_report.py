@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
+from workbench.core.jsontext import Json
 from workbench.core.records import to_jsonable
 from workbench.glitch.reporting import TokenReport
 from workbench.glitch.scanning.narrate import describe, say, summarise
@@ -17,7 +17,7 @@ from workbench.report.base import Block, Metric
 class GlitchReport(ScanResult, TokenReport):
     """Result of `scan`. `df` has every token; `to_json` the facts, the suspicious tokens and everything tested."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """Everything except the table of all tokens, which `to_csv` writes: its suspicious and tested rows are here."""
         names = [field.name for field in dataclasses.fields(self) if field.name not in ("table", "natures")]
         return to_jsonable({name: getattr(self, name) for name in names} | {

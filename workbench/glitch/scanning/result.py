@@ -235,7 +235,7 @@ def _column(n: int, fill: float | str, values: Iterable[tuple[int, float | str]]
     return column
 
 
-def write_table(frame: Any, path: Path) -> Path:
+def write_table(frame: Any, path: Path) -> Path:  # pandas has no types here
     """Writes a pandas table with one token per row as CSV that a spreadsheet can open, and returns the path."""
     cells = [harmless_cell(token) for token in frame["token"]]
     frame.assign(token=cells).to_csv(path, index=False, encoding="utf-8", lineterminator="\n")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class ScanOptions:
         sides: also find out whether tested tokens can be read, and whether they can be written.
         contexts: also ask for each tested token in so many lines of random ordinary tokens.
         symptoms: also ask the model to repeat, spell and measure the tested tokens.
-        journal: file in which test results are kept while they come; an interrupted test goes on from it.
+        journal: file in which test results are kept while they come; an interrupted test continues from it.
         block_rows: rows of a matrix held in memory at a time.
     """
 
@@ -296,7 +296,7 @@ def _table(
     )  # fmt: skip
 
 
-def _padded(values: np.ndarray, n: int, fill: Any = np.nan) -> np.ndarray:
+def _padded(values: np.ndarray, n: int, fill: float | bool = np.nan) -> np.ndarray:
     return np.concatenate([values, np.full(n - len(values), fill)])[:n].astype(values.dtype)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.core.jsontext import Json
 from workbench.core.records import to_jsonable
 from workbench.core.stats import Estimate, clopper_pearson, sample_mean
 from workbench.glitch.reporting import TokenReport, measured, shown
@@ -134,7 +135,7 @@ class SearchReport(TokenReport):
                 listed = "; ".join(f"{other.name} {other.n_found:.1f}" for other in stopped)
                 yield f"With the {calls:,} calls of {arm.name}, which finds {arm.n_found:.1f} glitch tokens: {listed}."
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """Every run with its tokens in the order asked; glitch tokens with their text."""
         runs = [
             {"method": arm.name, "seed": k, "asked": run.asked.tolist(),

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require, require_known
 from workbench.core.records import save_json, write_atomic
@@ -62,7 +61,7 @@ class BanList:
         """The banned ids."""
         return tuple(fact.token_id for fact in self.tokens)
 
-    def payload(self, form: str) -> dict[str, Any] | str:  # Any: JSON
+    def payload(self, form: str) -> dict[str, object] | str:
         """The list in a format: JSON values, or text for the command line.
 
         Raises:
@@ -84,7 +83,7 @@ class BanList:
             return " ".join(f"--logit-bias {i}-inf" for i in self.ids) + "\n"
         return {"logit_bias": {str(i): -100 for i in self.ids}}
 
-    def contents(self, form: str) -> dict[str, Any]:
+    def contents(self, form: str) -> dict[str, object]:
         """What is in the list and what is not, for a file beside it."""
         rows = [
             {"token_id": t.token_id, "text": t.text, "grade": t.grade, "max_prob": t.max_prob, "indicator": t.indicator}

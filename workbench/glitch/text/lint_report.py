@@ -6,8 +6,8 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
+from workbench.core.jsontext import Json
 from workbench.core.records import to_jsonable
 from workbench.core.stats import clopper_pearson
 from workbench.glitch.reporting import TokenReport, measured, sentences, shown, write_csv
@@ -111,7 +111,7 @@ class LintReport(TokenReport):
     def _n_untrained(self) -> int:
         return sum(row.count for row in self.counts if row.kind in UNTRAINED)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """All fields, with the ids that fine-tuning has to watch."""
         more = {"guard": self.guard, "n_findings": self.n_findings, "said": self.findings()}
         return super().to_json() | to_jsonable(more)

@@ -58,8 +58,8 @@ def encode_spans(codec: Codec, texts: Sequence[str]) -> list[tuple[list[int], Sp
     """
     texts = [encodable(text) for text in texts]
     if isinstance(codec, FastCodec):
-        found = codec.backend.encode_batch(texts, add_special_tokens=False)
-        return [(list(one.ids), list(one.offsets)) for one in found]
+        encodings = codec.backend.encode_batch(texts, add_special_tokens=False)
+        return [(list(one.ids), list(one.offsets)) for one in encodings]
     pieces = bytes_of(codec)
     return [
         (ids, _search(text, [pieces[i] for i in ids])) for text, ids in zip(texts, codec.encode(texts), strict=True)

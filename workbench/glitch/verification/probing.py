@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ SHORT = Probe(
     "{token}» to",
     " «{token}»",
 )  # fmt: skip
-"""The prompt of a census: the examples are the same for every token, so that only the last line is computed anew."""
+"""The prompt of a census: the examples are the same for every token, so that only the last line is computed again."""
 
 AGAIN = Probe(
     "again",
@@ -163,7 +162,7 @@ def choose_dtype(model: Model, template: Template, ids: Sequence[int], *, both: 
     if not len(tokens):
         raise DegenerateInputError("choose_dtype: no tokens to measure with. Give some ids of ordinary tokens.")
     own = dtype_name(model)
-    room = _has_room(model.hf)
+    room = _has_room(model)
     if not both or own != "float32" or not room:
         speed, _ = _measured([model], template, tokens)
         no = "as asked" if not both else "the model came in it" if own != "float32" else "no memory for a second copy"
@@ -197,12 +196,11 @@ def _probabilities(model: Model, template: Template, tokens: Tensor) -> Tensor:
     return target_probabilities(logits, tokens)
 
 
-def _has_room(hf: Any) -> bool:
+def _has_room(model: Model) -> bool:
     """Whether a bfloat16 copy fits into free memory of the model's device with as much again to spare."""
-    weight = next(hf.parameters())
-    need = 4 * sum(parameter.numel() for parameter in hf.parameters())
-    if weight.device.type == "cuda":
-        return need < torch.cuda.mem_get_info(weight.device)[0]
+    need = 4 * sum(parameter.numel() for parameter in model.hf.parameters())
+    if model.device.type == "cuda":
+        return need < torch.cuda.mem_get_info(model.device)[0]
     import psutil
 
     return need < psutil.virtual_memory().available

@@ -103,7 +103,7 @@ def symptoms(
         )
     made = prompt_set(model, vocabulary, TASKS, "raw" if forms == "raw" else "auto", steps=max_new_tokens + 1)
     form = made.forms[-1]
-    # Raw text goes on behind the answer's line; a chat reply ends by itself, and may begin with an empty line.
+    # Raw text continues behind the answer's line; a chat reply ends by itself, and may begin with an empty line.
     stop = ("\n",) if form == "raw" else ()
     replies: list[Symptom] = []
     chosen = [t for t in made.templates if t.form == form]

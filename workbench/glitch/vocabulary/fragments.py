@@ -23,7 +23,7 @@ def superstrings(raw: Sequence[str | None], wanted: Sequence[int], limit: int = 
     {1: (2, 4), 3: (4,)}
     """
     asked = [i for i in dict.fromkeys(int(i) for i in wanted) if raw[i]]
-    found: dict[int, tuple[int, ...]] = {}
+    longer_of: dict[int, tuple[int, ...]] = {}
     sizes = {len(raw[i] or "") for i in asked}
     for size, owner, value in _windows(raw, max(sizes, default=0)):
         if size not in sizes:
@@ -38,8 +38,8 @@ def superstrings(raw: Sequence[str | None], wanted: Sequence[int], limit: int = 
             holders = pairs[np.searchsorted(pairs[:, 0], k) : np.searchsorted(pairs[:, 0], k + 1), 1]
             longer = [h for h in holders[holders > i][: limit + 1].tolist() if (raw[i] or "") in (raw[h] or "")][:limit]
             if longer:
-                found[i] = tuple(longer)
-    return {i: found[i] for i in asked if i in found}
+                longer_of[i] = tuple(longer)
+    return {i: longer_of[i] for i in asked if i in longer_of}
 
 
 def _windows(raw: Sequence[str | None], largest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -116,11 +116,11 @@ def natures(vocabulary: Vocabulary, ids: Sequence[int], suspects: Collection[int
     words = lexicon(vocabulary, suspects)
     # A single character is a part of nearly everything, which says nothing about it.
     longer = superstrings(vocabulary.raw, [i for i in ids if i < len(vocabulary) and len(vocabulary.raw[i] or "") > 1])
-    found = {}
+    nature_of = {}
     for i in ids:
         text = vocabulary.text[i] if i < len(vocabulary) else ""
         kind = kind_of(text, words, is_byte=i < len(vocabulary) and bool(vocabulary.byte[i] >= 0))
         split = split_words(text.strip(), words) if kind == "word" else ()
         script = "none" if kind == "byte" else script_of(text)
-        found[int(i)] = Nature(kind, script, split, longer.get(int(i), ()))
-    return found
+        nature_of[int(i)] = Nature(kind, script, split, longer.get(int(i), ()))
+    return nature_of
