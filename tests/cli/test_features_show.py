@@ -21,7 +21,7 @@ class _Cards:
 
 
 def _save_cards(folder: Path) -> None:
-    cards = tuple(FeatureCard(i, 0.1 * i, 2.0, 500) for i in (4, 7))
+    cards = tuple(FeatureCard(feature=i, frequency=0.1 * i, max_act=2.0, n_tokens=500) for i in (4, 7))
     CardSet((4, 7), {"site": "resid_post.1", "model": "other", "n_tokens": 500}, _Cards(cards)).save(folder)
 
 

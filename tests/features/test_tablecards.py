@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -44,8 +45,8 @@ def test_rows_become_cards_that_claim_nothing_that_was_not_measured() -> None:
 
 def test_cards_are_completed_and_keep_what_they_have() -> None:
     logit = LensToken("own", 1, 2.0)
-    given = FeatureCard(4, 0.3, 8.0, 5000, promoted=(logit,), scores={"output_score": 0.9})
-    alone = FeatureCard(2, 0.3, 8.0, 5000)
+    alone = FeatureCard(feature=2, frequency=0.3, max_act=8.0, n_tokens=5000)
+    given = dataclasses.replace(alone, feature=4, promoted=(logit,), scores={"output_score": 0.9})
     cards = list(complete_cards([alone, given], make_table()))
     assert [card.feature for card in cards] == [2, 4, 9]
     assert cards[0] == alone

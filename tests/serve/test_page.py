@@ -263,7 +263,10 @@ def test_hostile_text_is_text_everywhere(browser: Browser) -> None:
     inner = tiny_playground()
     playground = Hostile(inner.model, inner.sae)
     # A stray token of each kind promoted by feature 2, and a card of the worst.
-    bad = FeatureCard(2, 0.5, 1.0, 10, promoted=tuple(LensToken(text, i, 1.0) for i, text in enumerate(HOSTILE)))
+    bad = FeatureCard(
+        feature=2, frequency=0.5, max_act=1.0, n_tokens=10,
+        promoted=tuple(LensToken(text, i, 1.0) for i, text in enumerate(HOSTILE)),
+    )  # fmt: skip
     index = pack_cards([to_jsonable(bad), to_jsonable(hostile_card(1))]).index
     with serving(playground, index) as (url, _):
         browser.open(url)

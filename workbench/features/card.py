@@ -1,4 +1,4 @@
-"""What is known about one feature, as plain values: the page and the notebook show it, studies fill it."""
+"""The card of one feature: all that is known about it, as plain values for the page and the notebook."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workbench.judges.protocol import Cost
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of text in which a feature was looked at.
+    """A stretch of text with the activations of one feature.
 
     Attributes:
         tokens: text of each token; a piece of a character as `<0xNN>`.
@@ -43,11 +43,10 @@ class Neighbour:
     """Another feature that is close.
 
     Attributes:
-        feature: its index.
         kind: "activation" (correlation of activations on the same tokens) or "decoder" (cosine of decoder rows).
         value: the correlation or cosine.
         jaccard: share of the tokens on which either is active that both are active on; None where not measured.
-        null: what a random feature reaches (95th percentile); a neighbour at or below it says nothing.
+        null: value that a random feature reaches (95th percentile); a neighbour must exceed it.
     """
 
     feature: int
@@ -59,7 +58,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a feature reads, in words, and how well the words predict it on held-out documents.
+    """The meaning of a feature in words, and how well the words predict it on held-out documents.
 
     Attributes:
         text: the explanation, such as "token is one of ' dog', ' cat'".
@@ -80,10 +79,9 @@ class Explanation:
 
 @dataclass(frozen=True)
 class SteeringExample:
-    """One prompt continued with the feature added, beside its controls.
+    """One prompt continued with the feature added, and its controls.
 
     Attributes:
-        prompt: what was continued.
         strength: multiple of the largest activation.
         steered: continuation with the feature.
         unsteered: continuation without.
@@ -97,24 +95,19 @@ class SteeringExample:
     random: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureCard:
     """Everything that is shown of one feature; an empty tuple or None means that it was not measured.
 
     Attributes:
-        feature: index in the SAE.
         frequency: share of the read tokens on which it is active.
-        max_act: largest activation.
         n_tokens: tokens that were read.
         flags: any of "dead", "dense", "outlier", with the reason after a colon.
         histogram: (lower edge, upper edge, tokens) of its positive activations.
         windows: top windows first, then one or more of each decile.
         promoted: tokens that its decoder row makes likelier, best first.
         suppressed: tokens that it makes less likely, strongest first.
-        neighbours: nearest features.
-        explanation: what it reads, with its test.
         scores: "input_score", "output_score", ... by name.
-        steering: examples.
     """
 
     feature: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -17,6 +18,7 @@ from workbench.serve.playground import Playground
 MAX_PRODUCTS = 2**40
 """Most multiplications for the logit lens of all features at the start: seconds to a minute."""
 N_TOKENS = 10
+_UNMEASURED = FeatureCard(feature=-1, frequency=math.nan, max_act=math.nan, n_tokens=0)
 
 
 def feature_index(playground: Playground, cards: Iterable[FeatureCard] | None = None) -> Mapping[str, object] | None:
@@ -51,9 +53,9 @@ def lens_cards(playground: Playground) -> Iterator[FeatureCard]:
     for part in track(parts, description="reading features", unit="parts"):
         ends = lens_ends(model, rows[part], min(N_TOKENS, model.d_vocab))
         for row, feature in enumerate(part.tolist()):
-            yield FeatureCard(
-                feature, math.nan, math.nan, 0, promoted=tokens(ends.promoted, row),
+            yield dataclasses.replace(
+                _UNMEASURED, feature=feature, promoted=tokens(ends.promoted, row),
                 suppressed=tokens(ends.suppressed, row),
             )  # fmt: skip
     for feature in (~alive).nonzero().flatten().tolist():
-        yield FeatureCard(feature, math.nan, math.nan, 0, flags=("dead: its decoder row is zero",))
+        yield dataclasses.replace(_UNMEASURED, feature=feature, flags=("dead: its decoder row is zero",))

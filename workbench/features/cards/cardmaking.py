@@ -1,4 +1,4 @@
-"""From a pass over a store to feature cards."""
+"""Makes feature cards from one pass over a store."""
 
 from __future__ import annotations
 
@@ -35,24 +35,21 @@ from workbench.models.model import Model
 DENSE_SHARE = 0.1
 """A feature that is active on more than this share of the tokens is dense."""
 OUTLIER_FACTOR = 10.0
-"""A feature is an outlier if what it writes at its largest activation, or its decoder row, is this many times as long
-as that of the median live feature; for the decoder row also if it is this many times shorter."""
-MOST_BARS = 24
+"""A feature is an outlier if its largest activation times the norm of its decoder row, or the norm alone, is this many
+times that of the median live feature; the norm also if it is this many times less."""
+MAX_BARS = 24
 _SCORES = ("input_score", "output_score", "output_score_delta")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardOptions:
-    """What cards hold.
+    """Contents of cards.
 
     Attributes:
         shown: strongest windows on a card.
         per_decile: further windows of each decile of the feature's peaks.
         lens_k: tokens promoted and suppressed.
         explain: whether rules are made and tested; the slowest part.
-        windows: what is kept in the pass.
-        examples: how windows are divided for explanations.
-        neighbours: how neighbours are found.
     """
 
     shown: int = 10
@@ -86,9 +83,9 @@ def feature_cards(
         store: activations at the SAE's site.
         features: which; all by default. Neighbours by activation are found among these.
         table: input and output scores to show.
-        options: what cards hold.
-        keep: folder in which rules and their tests are kept as they are made; the same call, interrupted, goes on from
-            there. It can be deleted when the cards are saved.
+        options: contents of cards.
+        keep: folder for finished rules and tests, so that a repeated call makes only the missing ones. It can be
+            deleted when the cards are saved.
 
     Raises:
         MismatchError: if the SAE or the store belongs to another model.
@@ -100,25 +97,26 @@ def feature_cards(
     store.check_model(model)
     if table is not None:
         table.check(model, sae)
-    found = collect_windows(store, str(where), SAEFeatures(sae, ids), options.windows)
+    windows = collect_windows(store, str(where), SAEFeatures(sae, ids), options.windows)
     rows = basis.rows(ids).cpu()
     ends = _lens(model, rows, options.lens_k) if in_residual(model.resolve(basis.site_out or where)) else None
     vocabulary = TokenTexts.of(model.tokenizer).padded(model.d_vocab)
     meta = {
-        **origin(model, sae, where), "store": str(store.path), "n_tokens": found.n_tokens, "options": asdict(options),
-        "neighbour_tokens": found.co.n_tokens, "neighbour_share": found.co.share,
+        **origin(model, sae, where), "store": str(store.path), "n_tokens": windows.n_tokens, "options": asdict(options),
+        "neighbour_tokens": windows.co.n_tokens, "neighbour_share": windows.co.share,
     }  # fmt: skip
     explanations: dict[int, Explanation] = {}
     if options.explain:
         shards = [shard.sha256 for shard in store.manifest.shards]
         parts = None if keep is None else Keeper.of_key(keep, {**meta, "features": ids.tolist(), "shards": shards})
-        rules = explain_by_rules(found, ids, vocabulary, options.examples, parts)
+        rules = explain_by_rules(windows, ids, vocabulary, options.examples, parts)
         explanations = score_rules(rules, vocabulary, seed=options.examples.seed, keep=parts)
     every = basis.rows()
     made = _Made(
-        ids, found, vocabulary, ends, rows.norm(dim=1),
-        activation_neighbours(found.co, ids, options.neighbours), decoder_neighbours(every, ids, options.neighbours),
-        explanations, _scores(table, ids), options,
+        ids=ids, windows=windows, vocabulary=vocabulary, ends=ends, norms=rows.norm(dim=1),
+        by_activation=activation_neighbours(windows.co, ids, options.neighbours),
+        by_decoder=decoder_neighbours(every, ids, options.neighbours),
+        explanations=explanations, scores=_scores(table, ids), options=options,
     )  # fmt: skip
     return CardSet(tuple(ids.tolist()), meta, made)
 
@@ -143,55 +141,51 @@ def flags_of(
     usual_norm = float(decoder_norms[live].median()) if bool(live.any()) else math.nan
     flags: list[tuple[str, ...]] = []
     for n, strength, norm in zip(active.tolist(), effect.tolist(), decoder_norms.tolist(), strict=True):
-        found = []
+        own = []
         if n == 0:
-            found.append(f"dead: active on none of {n_tokens} tokens")
+            own.append(f"dead: active on none of {n_tokens} tokens")
         if n > DENSE_SHARE * n_tokens:
-            found.append(f"dense: active on {n / n_tokens:.1%} of {n_tokens} tokens")
+            own.append(f"dense: active on {n / n_tokens:.1%} of {n_tokens} tokens")
         if n and strength > OUTLIER_FACTOR * usual_effect:
-            found.append(f"outlier: writes up to {strength:.3g}, the median live feature {usual_effect:.3g}")
+            own.append(f"outlier: writes up to {strength:.3g}, the median live feature {usual_effect:.3g}")
         if n and not usual_norm / OUTLIER_FACTOR <= norm <= OUTLIER_FACTOR * usual_norm:
-            found.append(f"outlier: decoder norm {norm:.3g}, the median {usual_norm:.3g}")
-        flags.append(tuple(found))
+            own.append(f"outlier: decoder norm {norm:.3g}, the median {usual_norm:.3g}")
+        flags.append(tuple(own))
     return flags
 
 
 def bars(counts: Int[Tensor, " bins"]) -> tuple[tuple[float, float, int], ...]:
-    """A histogram of at most `MOST_BARS` bars from fixed bins: lower edge, upper edge, tokens."""
+    """A histogram of at most `MAX_BARS` bars from fixed bins: lower edge, upper edge, tokens."""
     used = counts.nonzero().flatten()
     if not len(used):
         return ()
     first, last = int(used[0]), int(used[-1]) + 1
-    step, edges = -(-(last - first) // MOST_BARS), bin_edges().tolist()
+    step, edges = -(-(last - first) // MAX_BARS), bin_edges().tolist()
     ends = [(i, min(i + step, last)) for i in range(first, last, step)]
     return tuple((edges[i], edges[j], int(counts[i:j].sum())) for i, j in ends)
 
 
 def _lens(model: Model, rows: Float[Tensor, "features d_model"], k: int) -> LensEnds:
-    zero = rows.norm(dim=1) == 0
     # A zero row promotes nothing; any direction keeps the table in shape, its tokens are not shown.
-    rows = torch.where(zero[:, None], torch.ones_like(rows), rows)
-    return lens_ends(model, rows, k)
+    return lens_ends(model, torch.where(rows.norm(dim=1, keepdim=True) == 0, torch.ones_like(rows), rows), k)
 
 
 def _scores(table: FeatureTable | None, ids: Int[Tensor, " features"]) -> dict[int, dict[str, float]]:
     if table is None:
         return {}
     df = table.df.set_index("feature")
-    found = {}
-    for feature in ids.tolist():
-        if feature in df.index:
-            values = {name: float(df.at[feature, name]) for name in _SCORES if name in df}
-            found[feature] = {name: value for name, value in values.items() if not math.isnan(value)}
-    return found
+    return {
+        feature: {name: float(df.at[feature, name]) for name in _SCORES if not math.isnan(df.at[feature, name])}
+        for feature in ids.tolist() if feature in df.index
+    }  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _Made:
     """Cards made from arrays, one at a time."""
 
     ids: Tensor
-    found: FeatureWindows
+    windows: FeatureWindows
     vocabulary: TokenTexts
     ends: LensEnds | None
     norms: Tensor
@@ -203,24 +197,18 @@ class _Made:
 
     @functools.cached_property
     def _flags(self) -> list[tuple[str, ...]]:
-        return flags_of(self.found.active, self.found.n_tokens, self.found.max_act, self.norms)
+        return flags_of(self.windows.active, self.windows.n_tokens, self.windows.max_act, self.norms)
 
     def card(self, place: int) -> FeatureCard:
-        found, feature = self.found, int(self.ids[place])
+        windows, feature = self.windows, int(self.ids[place])
         return FeatureCard(
-            feature,
-            float(found.frequency[place]),
-            float(found.max_act[place]),
-            found.n_tokens,
-            self._flags[place],
-            bars(found.histogram[place]),
-            self._windows(place),
-            self._lens_tokens(place, "promoted"),
-            self._lens_tokens(place, "suppressed"),
-            (*self.by_activation[place], *self.by_decoder[place]),
-            self.explanations.get(feature),
-            self.scores.get(feature),
-        )
+            feature=feature, frequency=float(windows.frequency[place]), max_act=float(windows.max_act[place]),
+            n_tokens=windows.n_tokens, flags=self._flags[place], histogram=bars(windows.histogram[place]),
+            windows=self._windows(place), promoted=self._lens_tokens(place, "promoted"),
+            suppressed=self._lens_tokens(place, "suppressed"),
+            neighbours=(*self.by_activation[place], *self.by_decoder[place]),
+            explanation=self.explanations.get(feature), scores=self.scores.get(feature),
+        )  # fmt: skip
 
     def _lens_tokens(self, place: int, end: str) -> tuple[LensToken, ...]:
         if self.ends is None or not float(self.norms[place]):
@@ -230,36 +218,33 @@ class _Made:
         return tuple(LensToken(self.vocabulary.text(token), token, logit) for token, logit in pairs)
 
     def _windows(self, place: int) -> tuple[Window, ...]:
-        found = self.found
-        if not int(found.active[place]):
+        if not int(self.windows.active[place]):
             return ()
-        windows = self._strongest(place)
-        rows = {window.row for window in windows}
-        edges = found.decile_edges(place)
+        shown, sample, edges = self._strongest(place), self.windows.sample, self.windows.decile_edges(place)
+        rows = {window.row for window in shown}
         by_decile: dict[int, list[int]] = {}
-        for i in range(int(found.sample.counts[place])):
-            decile = 1 + int((edges > found.sample.peaks[place, i]).sum())
-            if int(found.sample.row[place, i]) not in rows:
-                by_decile.setdefault(decile, []).append(i)
+        for i in range(int(sample.counts[place])):
+            if int(sample.row[place, i]) not in rows:
+                by_decile.setdefault(1 + int((edges > sample.peaks[place, i]).sum()), []).append(i)
         for decile in sorted(by_decile):
-            for i in by_decile[decile][: self.options.per_decile]:
-                windows.append(self._window(found.sample, place, i, f"decile {decile}"))
-        return tuple(windows)
+            chosen = by_decile[decile][: self.options.per_decile]
+            shown += [self._window(sample, place, i, f"decile {decile}") for i in chosen]
+        return tuple(shown)
 
     def _strongest(self, place: int) -> list[Window]:
-        """The strongest windows; of those with equal tokens the strongest alone."""
+        """The strongest windows with different tokens."""
         distinct: dict[tuple[object, ...], Window] = {}
-        for i in range(int(self.found.top.counts[place])):
+        for i in range(int(self.windows.top.counts[place])):
             if len(distinct) < self.options.shown:
-                window = self._window(self.found.top, place, i, "top")
+                window = self._window(self.windows.top, place, i, "top")
                 distinct.setdefault((window.tokens, window.peak), window)
         return list(distinct.values())
 
     def _window(self, table: WindowTable, place: int, i: int, stratum: str) -> Window:
         row, position = int(table.row[place, i]), int(table.position[place, i])
         low, high = int(table.low[place, i]), int(table.high[place, i])
-        ids = self.found.ids(row)[low:high]
-        first = low - position + self.found.options.before
+        ids = self.windows.ids(row)[low:high]
+        first = low - position + self.windows.options.before
         values = table.values[place, i, first : first + len(ids)].tolist()
         texts = tuple(self.vocabulary.text(token) if token != MISSING else "" for token in ids)
         known = tuple(None if math.isnan(value) else value for value in values)

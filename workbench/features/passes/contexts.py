@@ -1,4 +1,4 @@
-"""Top activating contexts of every feature, from a store, in one pass whose memory does not grow with the tokens."""
+"""Top activating contexts of every feature of a store, as text; a pass over windows that keeps only peaks."""
 
 from __future__ import annotations
 
@@ -42,15 +42,12 @@ class ContextOptions:
     after: int = 4
 
     def __post_init__(self) -> None:
-        if (
-            not 1 <= self.min_contexts <= self.per_feature
-            or self.shown < 0
-            or (self.max_tokens is not None and self.max_tokens < 1)
-        ):
+        limits_fit = 1 <= self.min_contexts <= self.per_feature and (self.max_tokens is None or self.max_tokens >= 1)
+        if not limits_fit or self.shown < 0:
             raise InvalidInputError(f"{self}: needs 1 <= min_contexts <= per_feature, shown >= 0, max_tokens >= 1.")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TopContexts:
     """The contexts in which each feature is most active, strongest first; `MISSING` and 0 where there are fewer.
 
@@ -60,7 +57,6 @@ class TopContexts:
         rows: packed row in the store.
         positions: position in the row.
         frequency: share of the read tokens on which the feature is active.
-        max_act: largest activation.
         n_tokens: kept tokens that were read.
         texts: the strongest contexts as text, the activating token between « and ».
     """
@@ -76,7 +72,7 @@ class TopContexts:
 
     @property
     def counts(self) -> Int[Tensor, " features"]:
-        """Number of contexts found per feature."""
+        """Number of contexts per feature."""
         return (self.tokens != MISSING).sum(1)
 
 
@@ -100,18 +96,21 @@ def top_contexts(
     only_peaks = WindowOptions(
         top=options.per_feature, sample=0, before=0, after=0, background=0, co_entries=0, max_tokens=options.max_tokens
     )
-    found = collect_windows(store, site, SAEFeatures(sae, features), only_peaks)
-    tokens, rows, positions = (x.long() for x in (found.top.token, found.top.row, found.top.position))
-    shown, start, position = (x[:, : options.shown] for x in (rows, found.top.start.long(), positions))
+    windows = collect_windows(store, site, SAEFeatures(sae, features), only_peaks)
+    tokens, rows, positions, starts = (
+        column.long() for column in (windows.top.token, windows.top.row, windows.top.position, windows.top.start)
+    )
+    shown = (column[:, : options.shown] for column in (rows, positions, starts))
     ends = frozenset(store.manifest.special_ids)
-    texts = _texts(found.ids, token_bytes(tokenizer), ends, shown, position, start, options)
-    return TopContexts(found.top.peaks, tokens, rows, positions, found.frequency, found.max_act, found.n_tokens, texts)
+    return TopContexts(
+        acts=windows.top.peaks, tokens=tokens, rows=rows, positions=positions, frequency=windows.frequency,
+        max_act=windows.max_act, n_tokens=windows.n_tokens,
+        texts=_texts(windows.ids, token_bytes(tokenizer), ends, *shown, options),
+    )  # fmt: skip
 
 
 def marked(before: str, token: str, after: str) -> str:
-    """A context with its token between « and »; with an invisible character inside where the text has such marks too.
-
-    That character, U+2063, is left out of the text itself.
+    """A context with its token between « and », and inside them U+2063 (invisible) if the text has such marks itself.
 
     >>> marked("a ", "b", " c"), unmarked(marked("«x» ", "b", " »"))
     ('a «b» c', ('«x» ', 'b', ' »'))
@@ -122,7 +121,7 @@ def marked(before: str, token: str, after: str) -> str:
 
 
 def unmarked(context: str) -> tuple[str, str, str]:
-    """What stands before the token of a context, the token, and what stands behind it."""
+    """The text before the token of a context, the token, and the text after it."""
     mark = _MARK if f"«{_MARK}" in context else ""
     before, _, rest = context.partition(f"«{mark}")
     token, _, after = rest.partition(f"{mark}»")
@@ -133,7 +132,7 @@ def _texts(
     ids_of: Callable[[int], list[int]], parts: Sequence[bytes], ends: frozenset[int], rows: Tensor, positions: Tensor,
     starts: Tensor, options: ContextOptions,
 ) -> tuple[tuple[str, ...], ...]:  # fmt: skip
-    """The shown contexts as text, from the start of their document to its end token at most."""
+    """The shown contexts as text, which ends where their document does."""
 
     def text(ids: Sequence[int]) -> str:
         # bytes are joined before they are read: a character may be cut into several tokens

@@ -16,7 +16,7 @@ from workbench.hooks.sites import Site
 from workbench.models.model import Model
 
 _SLAB_VALUES, _LEAST_ROWS = 2**24, 128
-"""Logits held at once, and the rows from which on a product with the unembedding reads it often enough."""
+"""Logits held at once; fewest rows at which a product with the unembedding is efficient."""
 
 IN_RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 """Kinds of sites whose activations are in the coordinates of the residual stream, which the lens reads."""
@@ -80,16 +80,15 @@ def _lens(model: Model, directions: Tensor, k: int, ends: tuple[bool, ...]) -> l
     if bad.numel():
         raise DegenerateInputError(
             f"lens_tokens: {bad.numel()} of {len(directions)} directions are zero or not finite (first: row "
-            f"{int(bad[0])}). "
-            "Leave them out."
+            f"{int(bad[0])}). Leave them out."
         )
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ends]
+    tops: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ends]
     for part in directions.split(slab_rows(model.d_vocab)):
         logits = model.lens(part)
-        for tops, largest in zip(found, ends, strict=True):
+        for of_end, largest in zip(tops, ends, strict=True):
             top = logits.topk(k, dim=1, largest=largest)
-            tops.append((top.indices, top.values))
-    return [LensTokens(*(torch.cat(column) for column in zip(*tops, strict=True))) for tops in found]
+            of_end.append((top.indices, top.values))
+    return [LensTokens(*(torch.cat(column) for column in zip(*of_end, strict=True))) for of_end in tops]
 
 
 def target_site(model: Model, sae: AnySAE, site: str | Site | None = None) -> Site:

@@ -63,7 +63,7 @@ class OutputOptions:
         return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class OutputScores:
     """Output scores of some directions.
 
@@ -75,8 +75,8 @@ class OutputScores:
         bound: an upper bound on `score`; the score itself where it was computed.
         token: t* on the first prompt, the most probable lens token of the steered model (by the bound's partial logits
             where screened).
-        a_max: what strengths multiply, the largest activation (times the scale of the SAE's output, where it normalises
-            its input); mean over prompts.
+        a_max: factor of strengths, the largest activation (times the scale of the SAE's output, where it normalises its
+            input); mean over prompts.
         lens: the lens tokens of each direction.
         skipped_blocks: whether the blocks before the site were computed once instead of per edit.
         by_prompt: `score` on each prompt.
@@ -109,7 +109,7 @@ def confidence(logits: Float[Tensor, "rows d_vocab"], k: int = 1) -> Float[Tenso
 
 
 def _confidence(logits: Tensor, known: Standing, k: int) -> Tensor:
-    """The same where the sum over the vocabulary is known."""
+    """`confidence` with a known sum over the vocabulary."""
     if k == 1:  # the largest logit is at log p = -log_total
         return known.log_total
     top = logits.topk(min(k, logits.shape[1]), dim=1).values.float()
@@ -190,63 +190,45 @@ def direction_scores(
     site: str | Site | None = None,
     options: OutputOptions | None = None,
 ) -> OutputScores:
-    """Output scores of any directions, each with its own lens tokens; the SAE only says how large `a_max` is."""
+    """Output scores of any directions, each with its own lens tokens; only `a_max` comes from the SAE."""
     options = options or OutputOptions()
     where = target_site(model, sae, site)
     scored = fp32_copy(model) if options.precision == "float32" else model
     directions = directions.to(model.device).float()
     lens = lens_tokens(scored, directions, options.k)
     with task(total=len(directions) * len(options.prompts), description="output scores", unit="features") as progress:
-        found = [
-            _score_prompt(scored, as_basis(sae), _Wanted(prompt, where, directions, lens.ids), options, progress)
-            for prompt in options.prompts
-        ]
-    by_prompt = torch.stack([one.score for one in found])
+        by_prompt = []
+        for prompt in options.prompts:
+            run = LastToken(scored, scored.tokens(prompt).ids, where, min(options.rows, len(directions)))
+            a_max = _largest_activation(as_basis(sae), run.x, prompt)
+            by_prompt.append(_score_edits(run, a_max, directions, lens, options, progress))
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([getattr(one, name) for one in by_prompt]).mean(0)
+
     return OutputScores(
-        score=by_prompt.mean(0), delta=torch.stack([one.score - one.base for one in found]).mean(0),
-        confidence=torch.stack([one.confidence for one in found]).mean(0),
-        bound=torch.stack([one.bound for one in found]).mean(0), token=found[0].token,
-        a_max=sum(one.a_max for one in found) / len(found), lens=LensTokens(lens.ids.cpu(), lens.values.cpu()),
-        skipped_blocks=all(one.skipped_blocks for one in found), by_prompt=by_prompt,
+        score=mean("score"), delta=mean("delta"), confidence=mean("confidence"), bound=mean("bound"),
+        token=by_prompt[0].token, a_max=sum(one.a_max for one in by_prompt) / len(by_prompt), lens=by_prompt[0].lens,
+        skipped_blocks=all(one.skipped_blocks for one in by_prompt),
+        by_prompt=torch.stack([one.score for one in by_prompt]),
     )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class _Wanted:
-    """What is scored on one prompt."""
-
-    prompt: str
-    site: Site
-    directions: Tensor
-    lens_ids: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _OnePrompt:
-    """Scores on one prompt, on the CPU; `base` is the score of the unsteered model."""
-
-    score: Tensor
-    base: Tensor
-    confidence: Tensor
-    bound: Tensor
-    token: Tensor
-    a_max: float
-    skipped_blocks: bool
-
-
-def _score_prompt(model: Model, basis: Basis, wanted: _Wanted, options: OutputOptions, progress: Task) -> _OnePrompt:
-    directions, lens_ids = wanted.directions, wanted.lens_ids
-    ids = model.tokens(wanted.prompt).ids
-    run = LastToken(model, ids, wanted.site, min(options.rows, len(directions)))
-    a_max = _largest_activation(basis, run.x, wanted.prompt)
-    base = _one_row_scores(run.logits, lens_ids)
-    found: list[tuple[Tensor, ...]] = []
-    for part, part_ids in zip(directions.split(options.rows), lens_ids.split(options.rows), strict=True):
-        found.append(score_hidden(run, run.hidden(options.strength * a_max * part), part_ids, options))
+def _score_edits(
+    run: LastToken, a_max: float, directions: Tensor, lens: LensTokens, options: OutputOptions, progress: Task
+) -> OutputScores:
+    """The scores on one prompt, on the CPU."""
+    parts: list[tuple[Tensor, ...]] = []
+    for part, lens_ids in zip(directions.split(options.rows), lens.ids.split(options.rows), strict=True):
+        parts.append(score_hidden(run, run.hidden(options.strength * a_max * part), lens_ids, options))
         progress.advance(len(part))
-    score, change, bound, token = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+    score, change, bound, token = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     unsteered = float(confidence(run.logits[None], options.confidence_k))
-    return _OnePrompt(score, base.cpu(), change - unsteered, bound, token, a_max, run.skips_blocks)
+    return OutputScores(
+        score=score, delta=score - _one_row_scores(run.logits, lens.ids).cpu(), confidence=change - unsteered,
+        bound=bound, token=token, a_max=a_max, lens=LensTokens(lens.ids.cpu(), lens.values.cpu()),
+        skipped_blocks=run.skips_blocks, by_prompt=score[None],
+    )  # fmt: skip
 
 
 def _largest_activation(basis: Basis, x: Tensor, prompt: str) -> float:

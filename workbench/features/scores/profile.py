@@ -1,4 +1,4 @@
-"""At which depth do directions write their own tokens? Output scores of the same directions at every layer."""
+"""Output scores of the same directions at every layer: the depths at which they write their own tokens."""
 
 from __future__ import annotations
 
@@ -77,12 +77,11 @@ def depth_scores(
     lens = lens_tokens(scored, both).ids
     unit = both / both.norm(dim=1, keepdim=True)
     ids = scored.tokens(prompt).ids
-    found = []
+    scores = []
     for site in track(sites, description="depth", unit="layers"):
         run = LastToken(scored, ids, site, min(256, len(both)))
         hidden = run.hidden(share * run.x.norm() * unit)
         parts = torch.arange(len(both)).split(slab_rows(model.d_vocab))
-        found.append(torch.cat([rank_score(run.head.all(hidden[part]), lens[part])[0] for part in parts]).cpu())
-    score = torch.stack(found)
-    where = tuple(int(site.layer or 0) for site in sites)
-    return DepthScores(where, score[:, : len(directions)], score[:, len(directions) :])
+        scores.append(torch.cat([rank_score(run.head.all(hidden[part]), lens[part])[0] for part in parts]).cpu())
+    score, random = torch.stack(scores).split([len(directions), n_random], dim=1)
+    return DepthScores(tuple(int(site.layer or 0) for site in sites), score, random)

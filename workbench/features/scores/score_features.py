@@ -19,7 +19,7 @@ from workbench.features.scores.input_score import input_score
 from workbench.features.scores.logit_lens import feature_ids, lens_tokens, target_site
 from workbench.features.scores.origin import origin
 from workbench.features.scores.output_score import OutputOptions, OutputScores, direction_scores
-from workbench.features.scores.table import FeatureTable
+from workbench.features.scores.table import COLUMNS, FeatureTable
 from workbench.features.token_classes import TokenTexts
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
@@ -31,13 +31,10 @@ _OF_DECODER = ("input_score", "output_score", "output_score_delta", "confidence_
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """Details of scoring that rarely change.
+    """Details of scoring that rarely change; see `OutputOptions`.
 
     Attributes:
         k: lens tokens per feature.
-        rows: edits per forward pass.
-        precision: "float32" or "model", see `OutputOptions`.
-        contexts: how contexts are collected.
         random_directions: number of random directions scored as control.
         seed: of the controls.
     """
@@ -83,11 +80,10 @@ def score_features(
         InvalidInputError: for an unknown score, or input scores alone without a store.
     """
     options = options or ScoreOptions()
-    for name in scores:
-        if name not in SCORES:
-            raise InvalidInputError(
-                f"scores={tuple(scores)!r}: there is no score {name!r}. {did_you_mean(str(name), SCORES)}"
-            )
+    if unknown := [str(name) for name in scores if name not in SCORES]:
+        raise InvalidInputError(
+            f"scores={tuple(scores)!r}: there is no score {unknown[0]!r}. {did_you_mean(unknown[0], SCORES)}"
+        )
     if not scores or (store is None and "output" not in scores):
         raise InvalidInputError(f"scores={tuple(scores)!r}, store={store}: nothing to do. Input scores need a store.")
     where, ids = target_site(model, sae, site), feature_ids(sae, features)
@@ -139,7 +135,7 @@ def _meta(model: Model, sae: AnySAE, site: Site, options: ScoreOptions, strength
 def _input_scores(
     contexts: TopContexts | None, lens_ids: Tensor, writes: Tensor, options: ScoreOptions
 ) -> tuple[Tensor | None, tuple[float, ...]]:
-    """Input scores, and those of the same contexts against the lens tokens of another feature that writes something."""
+    """Input scores, and those of the same contexts against the lens tokens of another feature with a decoder row."""
     if contexts is None:
         return None, ()
     least = options.contexts.min_contexts
@@ -153,32 +149,29 @@ def _input_scores(
 
 
 def _frame(
-    vocabulary: TokenTexts,
-    ids: Tensor,
-    lens_ids: Tensor,
-    inputs: Tensor | None,
-    outputs: OutputScores | None,
+    texts: TokenTexts, ids: Tensor, lens_ids: Tensor, inputs: Tensor | None, outputs: OutputScores | None,
     contexts: TopContexts | None,
-) -> Any:
+) -> Any:  # fmt: skip
     import pandas as pd
 
-    nan = [float("nan")] * len(ids)
-    decoded = {token: vocabulary.text(token) for token in lens_ids.unique().tolist()}
-    columns: dict[str, Any] = {
-        "feature": ids.tolist(),
-        "input_score": inputs.tolist() if inputs is not None else nan,
-        "output_score": outputs.score.tolist() if outputs else nan,
-        "output_score_delta": outputs.delta.tolist() if outputs else nan,
-        "confidence_delta": outputs.confidence.tolist() if outputs else nan,
-        "frequency": contexts.frequency.tolist() if contexts else nan,
-        "max_act": contexts.max_act.tolist() if contexts else nan,
-        "n_contexts": contexts.counts.tolist() if contexts else [0] * len(ids),
-        "best_token": [decoded[t] for t in outputs.token.tolist()] if outputs else [""] * len(ids),
-        "top_tokens": [[decoded[t] for t in row] for row in lens_ids.tolist()],
-        "top_token_ids": lens_ids.tolist(),
-        "contexts": [list(texts) for texts in contexts.texts] if contexts else [[] for _ in ids],
-        "context_token_ids": (
-            [[t for t in row if t != MISSING] for row in contexts.tokens.tolist()] if contexts else [[] for _ in ids]
-        ),
-    }
+    decoded, n = {token: texts.text(token) for token in lens_ids.unique().tolist()}, len(ids)
+    columns: dict[str, list[Any]] = dict.fromkeys(COLUMNS, [float("nan")] * n) | {
+        "feature": ids.tolist(), "n_contexts": [0] * n, "best_token": [""] * n,
+        "top_tokens": [[decoded[t] for t in row] for row in lens_ids.tolist()], "top_token_ids": lens_ids.tolist(),
+        "contexts": [[] for _ in range(n)], "context_token_ids": [[] for _ in range(n)],
+    }  # fmt: skip
+    if inputs is not None:
+        columns["input_score"] = inputs.tolist()
+    if outputs:
+        columns |= {
+            "output_score": outputs.score.tolist(), "output_score_delta": outputs.delta.tolist(),
+            "confidence_delta": outputs.confidence.tolist(),
+            "best_token": [decoded[t] for t in outputs.token.tolist()],
+        }  # fmt: skip
+    if contexts:
+        columns |= {
+            "frequency": contexts.frequency.tolist(), "max_act": contexts.max_act.tolist(),
+            "n_contexts": contexts.counts.tolist(), "contexts": [list(shown) for shown in contexts.texts],
+            "context_token_ids": [[t for t in row if t != MISSING] for row in contexts.tokens.tolist()],
+        }  # fmt: skip
     return pd.DataFrame(columns)
