@@ -18,11 +18,8 @@ from workbench.serve.ask import FeatureEdit
 
 
 def steered(sae: AnySAE, site: Site, edits: Sequence[FeatureEdit], scope: Scope) -> Intervention:
-    """The edits: first what is added, so that a_max is that of the unedited token, last what is held at a value."""
-    found = Intervention()
-    for op in _ops(sae, edits):
-        found += Intervention.at(site, op, scope)
-    return found
+    """The edits: additions first, so that a_max is that of the unedited token; clamps and ablations last."""
+    return sum((Intervention.at(site, op, scope) for op in _ops(sae, edits)), Intervention())
 
 
 def control(sae: AnySAE, site: Site, edits: Sequence[FeatureEdit], scope: Scope, seed: int) -> Intervention:
@@ -32,7 +29,7 @@ def control(sae: AnySAE, site: Site, edits: Sequence[FeatureEdit], scope: Scope,
 
 
 def words(edits: Sequence[FeatureEdit]) -> tuple[str, ...]:
-    """What each edit of `steered` does, in words."""
+    """Each edit of `steered` in words."""
     return tuple(", ".join(map(str, group)) for _, group in _groups(edits))
 
 

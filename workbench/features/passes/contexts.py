@@ -100,12 +100,12 @@ def top_contexts(
     tokens, rows, positions, starts = (
         column.long() for column in (windows.top.token, windows.top.row, windows.top.position, windows.top.start)
     )
-    shown = (column[:, : options.shown] for column in (rows, positions, starts))
+    shown, at, start = (column[:, : options.shown] for column in (rows, positions, starts))
     ends = frozenset(store.manifest.special_ids)
     return TopContexts(
         acts=windows.top.peaks, tokens=tokens, rows=rows, positions=positions, frequency=windows.frequency,
         max_act=windows.max_act, n_tokens=windows.n_tokens,
-        texts=_texts(windows.ids, token_bytes(tokenizer), ends, *shown, options),
+        texts=_texts(windows.ids, token_bytes(tokenizer), ends, shown, at, start, options),
     )  # fmt: skip
 
 
