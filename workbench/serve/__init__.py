@@ -1,4 +1,4 @@
-"""The playground: a page on this machine that writes with and without edits of SAE features, beside the control."""
+"""The playground: a page on this machine that writes with and without edits of SAE features, and with a control."""
 
 from workbench.serve.playground import Playground
 

@@ -87,7 +87,7 @@ def _add_runs(app: "FastAPI", playground: Playground, desk: Desk) -> None:
     async def run(asked: dict[str, object], name: str) -> StreamingResponse:
         ask = Ask.read(asked)
         playground.check(ask)
-        events = desk.events(name[:MAX_NAME], lambda say, stopped: playground.run(ask, say, stopped))
+        events = desk.events(name[:MAX_NAME], lambda emit, stopped: playground.run(ask, emit, stopped))
         # The first event is awaited here, so that a run that can't begin is refused with a status.
         first = await anext(events)
 

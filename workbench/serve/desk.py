@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from workbench.core.errors import InvalidInputError, WorkbenchError
-from workbench.serve.playground import Event, Say, Stopped
+from workbench.serve.playground import Emit, Event, Stopped
 
 _LOG = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ LAST = ("done", "stopped", "error")
 """Kinds of event that end a run."""
 
 T = TypeVar("T")
-Work = Callable[[Say, Callable[[], bool]], Mapping[str, object]]
+Work = Callable[[Emit, Callable[[], bool]], Mapping[str, object]]
 
 
 class Desk:
@@ -41,19 +41,19 @@ class Desk:
             InvalidInputError: if there is a run of this name already.
         """
         stop, ahead = self._enter(name)
-        loop, said = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
-        def say(event: Event) -> None:
+        def emit(event: Event) -> None:
             # The loop is closed when the server was interrupted twice.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(said.put_nowait, event)
+                loop.call_soon_threadsafe(queue.put_nowait, event)
 
         try:
-            future = self._worker.submit(self._make, name, work, say, stop.is_set)
-            future.add_done_callback(lambda done: self._log_outcome(name, done, say))
+            future = self._worker.submit(self._make, name, work, emit, stop.is_set)
+            future.add_done_callback(lambda done: self._log_outcome(name, done, emit))
             yield {"kind": "waiting", "ahead": ahead}
             while True:
-                event = await said.get()
+                event = await queue.get()
                 yield event
                 if event["kind"] in LAST:
                     break
@@ -87,30 +87,30 @@ class Desk:
             self._stops[name] = stop
             return stop, ahead
 
-    def _make(self, name: str, work: Work, say: Say, stopped: Callable[[], bool]) -> None:
+    def _make(self, name: str, work: Work, emit: Emit, stopped: Callable[[], bool]) -> None:
         """Runs the job and sends its last event; an unexpected error is sent and re-raised."""
         try:
             if stopped():
                 raise Stopped
-            last = {"kind": "done", "result": work(say, stopped)}
+            last = {"kind": "done", "result": work(emit, stopped)}
         except Stopped:
             last = {"kind": "stopped"}
         except WorkbenchError as error:
             last = {"kind": "error", "message": str(error)}
         except Exception as error:
             what = f"{type(error).__name__}: {error}. This was not expected; the terminal shows where it happened."
-            self._leave(name, say, {"kind": "error", "message": what})
+            self._leave(name, emit, {"kind": "error", "message": what})
             raise
-        self._leave(name, say, last)
+        self._leave(name, emit, last)
 
-    def _leave(self, name: str, say: Say, last: Event) -> None:
+    def _leave(self, name: str, emit: Emit, last: Event) -> None:
         # The name is free before the last event is sent: whoever receives it may use the name again.
         with self._lock:
             del self._stops[name]
-        say(last)
+        emit(last)
 
-    def _log_outcome(self, name: str, done: Future[None], say: Say) -> None:
+    def _log_outcome(self, name: str, done: Future[None], emit: Emit) -> None:
         if done.cancelled():
-            self._leave(name, say, {"kind": "stopped"})
+            self._leave(name, emit, {"kind": "stopped"})
         elif (error := done.exception()) is not None:
             _LOG.error("a run of the playground failed", exc_info=error)

@@ -35,7 +35,7 @@ K = 20
 UNSTEERED, STEERED, CONTROL = "unsteered", "steered", "control"
 
 Event = Mapping[str, object]
-Say = Callable[[Event], None]
+Emit = Callable[[Event], None]
 
 
 class Stopped(Exception):
@@ -123,12 +123,12 @@ class Playground:
         sides = {name: getattr(ends, name).ids[0].tolist() for name in ("promoted", "suppressed")}
         return {"feature": feature} | {name: [self._shown(i) for i in ids] for name, ids in sides.items()}
 
-    def run(self, ask: Ask, say: Say, stopped: Callable[[], bool]) -> Mapping[str, object]:
+    def run(self, ask: Ask, emit: Emit, stopped: Callable[[], bool]) -> Mapping[str, object]:
         """Writes and measures all texts of a run; they are those of `Model.generate`.
 
         Args:
             ask: the run.
-            say: receives the progress, and each token that is written.
+            emit: receives the progress, and each token that is written.
             stopped: called between tokens, and before each block of the model.
 
         Raises:
@@ -137,9 +137,9 @@ class Playground:
         """
         self.check(ask)
         with stoppable(self.model, stopped):
-            return self._run(ask, say, stopped)
+            return self._run(ask, emit, stopped)
 
-    def _run(self, ask: Ask, say: Say, stopped: Callable[[], bool]) -> Mapping[str, object]:
+    def _run(self, ask: Ask, emit: Emit, stopped: Callable[[], bool]) -> Mapping[str, object]:
         batch = self.model.tokens([{"role": "user", "content": ask.prompt}] if ask.chat else ask.prompt)
         if batch.n_tokens > MAX_PROMPT_TOKENS:
             raise InvalidInputError(
@@ -149,18 +149,18 @@ class Playground:
         edits = self._interventions(ask)
         texts: dict[str, Generation] = {}
         for place, (arm, intervention) in enumerate(edits.items()):
-            say({"kind": "writing", "arm": arm, "place": place, "of": len(edits)})
-            texts[arm] = self._write(arm, batch, ask, intervention, (say, stopped))
-        say({"kind": "measuring"})
+            emit({"kind": "writing", "arm": arm, "place": place, "of": len(edits)})
+            texts[arm] = self._write(arm, batch, ask, intervention, (emit, stopped))
+        emit({"kind": "measuring"})
         lens = self._lens_ids(ask)
         rows = []
         for arm, text in texts.items():
             if stopped():
                 raise Stopped
             rows.append(self._row(arm, text, self.measure(batch, text.ids[0], edits), lens))
-        says = {STEERED: words(ask.edits), CONTROL: ("random direction, equal norm at each token",)}
+        about = {STEERED: words(ask.edits), CONTROL: ("random direction, equal norm at each token",)}
         reports = [
-            _report(arm, says[arm][i], report)
+            _report(arm, about[arm][i], report)
             for arm, text in texts.items() for i, report in enumerate(text.report)
         ]  # fmt: skip
         return {"note": batch.note, "prompt_tokens": batch.n_tokens, "rows": rows, "edits": reports}
@@ -175,15 +175,15 @@ class Playground:
 
     def _write(
         self, arm: str, batch: TokenBatch, ask: Ask, intervention: Intervention | None,
-        caller: tuple[Say, Callable[[], bool]],
+        caller: tuple[Emit, Callable[[], bool]],
     ) -> Generation:  # fmt: skip
-        say, stopped = caller
+        emit, stopped = caller
 
         def fed(ids: Tensor) -> None:
             if stopped():
                 raise Stopped
             if ids.shape[1] == 1 and written:
-                say({"kind": "token", "arm": arm, "text": self._shown(int(ids[0, 0]))})
+                emit({"kind": "token", "arm": arm, "text": self._shown(int(ids[0, 0]))})
             written.append(True)
 
         written: list[bool] = []
@@ -222,7 +222,7 @@ class Playground:
         self, ids: Int[Tensor, "1 pos"], chosen: Tensor, last: int, edit: Intervention | None
     ) -> Float[Tensor, "new d_model"]:
         """The unembedding's input where new tokens are predicted; the prompt ends at position `last`."""
-        # The whole row at once is all prompt to a plan that is not told otherwise.
+        # Without roles a plan takes a whole row for the prompt.
         inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
         if edit is None:
             return forward(self.model.hf, inputs, chosen, unembed=False)[0]

@@ -1,1 +1,1 @@
-"""Feature cards: everything that a pass over a store says about each feature."""
+"""Feature cards: all that a pass over a store finds out about each feature."""

@@ -1,4 +1,4 @@
-"""Output score: whether steering with a feature writes the tokens that the logit lens says it writes."""
+"""Output score: whether steering with a feature writes the tokens that the logit lens predicts."""
 
 from __future__ import annotations
 

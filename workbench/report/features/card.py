@@ -24,9 +24,9 @@ def card_body(card: Card) -> Markup:
     packed = pack_card(card, StringTable(), 0)
     bins = [tuple(bin_) for bin_ in card["histogram"]]
     total = sum(n for _, _, n in bins)
-    says = f"Histogram of {number(total)} positive activations" if bins else ""
+    text = f"Histogram of {number(total)} positive activations" if bins else ""
     if bins:
-        says += f" from {_num(bins[0][0])} to {_num(bins[-1][1])}"
+        text += f" from {_num(bins[0][0])} to {_num(bins[-1][1])}"
     values = {name: card[name] for name in ("frequency", "max_act")} | dict(card["scores"] or {})
     return Markup(_template().render(
         feature=card["feature"], n_tokens=card["n_tokens"], flags=[_flag(text) for text in card["flags"]],
@@ -38,7 +38,7 @@ def card_body(card: Card) -> Markup:
         ],
         promoted=_lens(card["promoted"]), suppressed=_lens(card["suppressed"]),
         windows=_windows(spread(card["windows"], _N_WINDOWS)), bars=bars(bins),
-        histogram_says=says, is_wide=is_wide(bins),
+        histogram_text=text, is_wide=is_wide(bins),
         neighbours=[_neighbour(n) for n in card["neighbours"]],
     ))  # fmt: skip
 

@@ -17,7 +17,7 @@ from workbench.report.features.words import CONTROLS, DETAILS, field, label, las
 from workbench.report.text import visible
 
 MAX_TEXT = 400
-"""Characters of one token or text that are kept; the number of those left out is said."""
+"""Characters of one token or text that are kept; a longer one ends with the number of missing ones."""
 
 Card = Mapping[str, Any]
 """A `FeatureCard`, or a part of one, as JSON: its fields have the types that `workbench.features.card` says."""
