@@ -12,7 +12,7 @@ import torch
 from tests.bases.every import D_MODEL, D_OUT, D_SAE, NORMALISATIONS, SAES, TRANSCODERS, hidden, made
 from workbench.bases.base import Basis
 from workbench.bases.sae import SAEBasis, as_basis
-from workbench.core.errors import InvalidInputError, MismatchError
+from workbench.core.errors import InvalidInputError, MismatchError, ShapeError
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 SOME = torch.tensor([7, 0, 23])
@@ -66,6 +66,13 @@ def test_a_basis_encodes_decodes_and_ablates_like_sae_lens(kind: str, normalisat
     assert basis.scale(x).shape == (len(x), 1) and (basis.d_in, basis.d_out, basis.d_sae) == (
         x.shape[1], target.shape[1], D_SAE,
     )  # fmt: skip
+
+    folded, several = x.view(2, 3, -1), target.view(2, 3, -1)
+    assert torch.equal(basis.encode(folded).flatten(0, 1), basis.encode(x))
+    assert torch.equal(basis.decode(basis.encode(folded)).flatten(0, 1), basis.decode(basis.encode(x)))
+    assert torch.equal(basis.ablate(folded, SOME.tolist(), several).flatten(0, 1), basis.ablate(x, SOME, target))
+    assert basis.contribution(x[0], 7).shape == (basis.d_out,) and basis.scale(folded).shape == (2, 3, 1)
+    torch.testing.assert_close(basis.constant(folded).flatten(0, 1), basis.constant(x), **CLOSE)
 
     before = state(sae)
     own = basis.encode(x)
@@ -203,6 +210,17 @@ def test_a_transcoder_needs_its_target_and_is_not_edited_where_it_reads() -> Non
             call()
     with pytest.raises(MismatchError, match=r"An edit needs an SAE and got a transcoder: it reads resid_mid\.1"):
         basis.refuse_transcoder("An edit")
+
+
+def test_wrong_widths_and_features_are_refused_in_words() -> None:
+    basis, x = as_basis(made("standard")), hidden()
+    with pytest.raises(ShapeError, match=rf"encode: standard reads d_in={D_MODEL}, and got shape \(6, 3\)"):
+        basis.encode(x[:, :3])
+    with pytest.raises(ShapeError, match=rf"decode: standard takes activations of d_sae={D_SAE}"):
+        basis.decode(x)
+    for use in (lambda: basis.ablate(x, [D_SAE]), lambda: basis.rows([-1]), lambda: basis.encode_some(x, D_SAE)):
+        with pytest.raises(InvalidInputError, match="does not exist"):
+            use()
 
 
 def test_what_is_no_sae_of_single_tokens_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,62 @@ CHUNK_ENTRIES = 2**23
 
 Features = Int[Tensor, " f"]
 
+_OVER_TOKENS = (
+    "encode", "encode_some", "decode", "scale", "constant", "coefficients", "contribution", "reconstruct", "error",
+    "ablate",
+)  # fmt: skip
+"""Methods that take activations with any leading axes, and features as numbers, sequences or tensors."""
+
+
+def _numbers(basis: Basis, features: int | Sequence[int] | Tensor | None) -> Tensor | None:
+    """Feature numbers as a tensor; a tensor is trusted, since a check of its values waits for the device."""
+    if features is None or isinstance(features, Tensor):
+        return features
+    return basis.features([features] if isinstance(features, int) else features)
+
+
+def _over_tokens(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The method for activations of any leading axes: it is called with rows, its rows get the axes back."""
+    width = "d_sae" if method.__name__ == "decode" else "d_in"
+
+    @functools.wraps(method)
+    def call(self: Basis, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (wanted := getattr(self, width)) != (x.shape[-1] if x.ndim else 0):
+            what = "takes activations of" if width == "d_sae" else "reads"
+            raise ShapeError(
+                f"{method.__name__}: {self.name} {what} {width}={wanted}, and got shape {tuple(x.shape)}. Give "
+                f"(..., {wanted})."
+            )
+        lead = x.shape[:-1]
+
+        def rows(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return _numbers(self, value)
+            if len(lead) == 1 or not value.is_floating_point() or value.shape[:-1] != lead:
+                return value
+            flat = value.reshape(-1, value.shape[-1])
+            vars(flat).update(vars(value))  # what `encode` keeps for `decode`, a tensor per row of `flat`
+            return flat
+
+        out = method(self, rows(x), *map(rows, args), **{name: rows(value) for name, value in kwargs.items()})
+        if len(lead) == 1:
+            return out
+        shaped = out.reshape(*lead, out.shape[-1])
+        vars(shaped).update(vars(out))
+        return shaped
+
+    return call
+
+
+def _of_numbers(rows: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`rows` for numbers, sequences and tensors."""
+
+    @functools.wraps(rows)
+    def call(self: Basis, features: int | Sequence[int] | Tensor | None = None) -> Tensor:
+        return rows(self, _numbers(self, features))
+
+    return call
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Basis:
@@ -33,10 +90,11 @@ class Basis:
     to token, so a mean over tokens is exact for coefficients and not for activations. A basis that transcodes reads
     `x` at `site` and reconstructs something else, at `site_out`.
 
-    Gradients reach `x` where it requires them; weights are detached.
+    Gradients reach `x` where it requires them; weights are detached. `x` may have any leading axes, such as
+    `(batch, pos, d_in)`, and results have the same; features are numbers, a sequence or a tensor of them.
 
-    A kind of basis defines `encode`, `rows` and `bias`; `encode_some` where features do not compete, `scale` and
-    `constant` where it normalises.
+    A kind of basis defines, for activations `(n, d_in)`: `encode`, `rows` and `bias`; `encode_some` where features do
+    not compete; `scale` and `constant` where it normalises.
 
     Attributes:
         name: for people.
@@ -61,6 +119,14 @@ class Basis:
     model_fingerprint: str | None = None
     normalisation: str = "none"
     transcodes: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _OVER_TOKENS:
+            if name in vars(cls):
+                setattr(cls, name, _over_tokens(vars(cls)[name]))
+        if "rows" in vars(cls):
+            cls.rows = _of_numbers(cls.rows)
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """Feature activations, in the units of the basis."""
@@ -99,6 +165,12 @@ class Basis:
     def metadata(self) -> Mapping[str, Any]:
         """What else is known about how it was made; of an SAE its metadata in sae_lens."""
         return {}
+
+    @property
+    def provenance(self) -> dict[str, str | None]:
+        """Where the basis belongs and how it reads: sites, model, normalisation, and its own fingerprint."""
+        names = ("site", "site_out", "model_fingerprint", "architecture", "normalisation", "fingerprint")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def device(self) -> torch.device:
@@ -260,6 +332,10 @@ class Basis:
                 "Give the activations of the site that it writes as target=."
             )
         return (x if target is None else target).float()
+
+
+for _name in _OVER_TOKENS:
+    setattr(Basis, _name, _over_tokens(vars(Basis)[_name]))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
