@@ -15,18 +15,18 @@ from workbench.glitch.ranking.weights import Matrix
 from workbench.glitch.vocabulary.tokenizer import IMPOSSIBLE_BYTES, Vocabulary
 
 MIN_MEMBERS = 3
-TIGHT = 0.95
+MIN_MEDOID_COSINE = 0.95
 """Cosine to the group's medoid above which a member stays: rows that never were a target drift along one direction."""
-AGREE = 0.9
+MIN_AGREEMENT_COSINE = 0.9
 """Cosine between the means of two groups from which on they confirm each other."""
-NEAR = 0.01
+MAX_RELATIVE_DISTANCE = 0.01
 """Relative distance below which two classes of identical rows are one group: one step of 8-bit quantisation."""
-COMMON = 0.25
+MAX_ORDINARY_SHARE = 0.25
 """Share of ordinary tokens as close to the medoid as its members from which on closeness says nothing."""
-_SAMPLE = 1024
+_N_SAMPLED = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReferenceGroup:
     """Ids that share a reason to be unused, and whether their rows bear it out.
 
@@ -94,31 +94,37 @@ def judge(
 ) -> ReferenceGroup:  # fmt: skip
     """Trims a group to its tight core and says whether it can be a reference.
 
-    The core is what lies within cosine `TIGHT` of the member with the most such neighbours (mode seeking, since groups
-    such as the specials mix trained and untrained ids). It is trusted if it has `MIN_MEMBERS`, at most `COMMON` of the
-    `ordinary` rows lie as close (in a model whose rows all point the same way, closeness says nothing), and it is not
-    just the `mean` of all rows, which is what resizing a vocabulary after training fills new rows with.
+    The core is what lies within cosine `MIN_MEDOID_COSINE` of the member with the most such neighbours (mode seeking,
+    since groups such as the specials mix trained and untrained ids). It is trusted if it has `MIN_MEMBERS`, at most
+    `MAX_ORDINARY_SHARE` of the `ordinary` rows lie as close (in a model whose rows all point the same way, closeness
+    says nothing), and it is not just the `mean` of all rows, which is what resizing a vocabulary after training fills
+    new rows with.
     """
     kept = [i for i in ids if usable[i]]
     if len(kept) < MIN_MEMBERS:
-        text = f"{len(kept)} usable rows; needs {MIN_MEMBERS}"
-        return ReferenceGroup(name, why, len(kept), (), float("nan"), float("nan"), False, text)
-    sample = kept[:: -(-len(kept) // _SAMPLE)]
+        return ReferenceGroup(
+            name=name, why=why, found=len(kept), members=(), cosine=float("nan"), ordinary=float("nan"), trusted=False,
+            verdict=f"{len(kept)} usable rows; needs {MIN_MEMBERS}",
+        )  # fmt: skip
+    sample = kept[:: -(-len(kept) // _N_SAMPLED)]
     unit = torch.nn.functional.normalize(E_out.rows(sample), dim=1)
-    medoid = unit[int((unit @ unit.T > TIGHT).sum(1).argmax())]
+    medoid = unit[int((unit @ unit.T > MIN_MEDOID_COSINE).sum(1).argmax())]
     every = torch.nn.functional.normalize(E_out.rows(kept), dim=1) @ medoid
-    members = tuple(i for i, cosine in zip(kept, every.tolist(), strict=True) if cosine > TIGHT)
-    near = float((torch.nn.functional.normalize(ordinary, dim=1) @ medoid > TIGHT).float().mean())
-    cosine = float(every[every > TIGHT].median())
+    members = tuple(i for i, cosine in zip(kept, every.tolist(), strict=True) if cosine > MIN_MEDOID_COSINE)
+    near = float((torch.nn.functional.normalize(ordinary, dim=1) @ medoid > MIN_MEDOID_COSINE).float().mean())
+    cosine = float(every[every > MIN_MEDOID_COSINE].median())
     fault = None
     if len(members) < MIN_MEMBERS:
         fault = f"not tight: only {len(members)} of {len(kept)} rows lie together"
-    elif near > COMMON:
+    elif near > MAX_ORDINARY_SHARE:
         fault = f"not distinct: {near:.0%} of ordinary tokens lie as close"
-    elif bool(torch.dist(E_out.rows(members).mean(0), mean) < NEAR * mean.norm()):
+    elif bool(torch.dist(E_out.rows(members).mean(0), mean) < MAX_RELATIVE_DISTANCE * mean.norm()):
         fault = f"not evidence: the {len(members)} rows are the mean of all rows, as rows added after training are"
     verdict = fault or f"tight: {len(members)} of {len(kept)} rows at median cosine {cosine:.3f}"
-    return ReferenceGroup(name, why, len(kept), members, cosine, near, fault is None, verdict)
+    return ReferenceGroup(
+        name=name, why=why, found=len(kept), members=members, cosine=cosine, ordinary=near, trusted=fault is None,
+        verdict=verdict,
+    )  # fmt: skip
 
 
 def choose(groups: Sequence[ReferenceGroup], E_out: Matrix) -> Reference:
@@ -133,8 +139,8 @@ def choose(groups: Sequence[ReferenceGroup], E_out: Matrix) -> Reference:
         (a.name, b.name, float(cosine[i, j]), len(set(a.members) & set(b.members)))
         for i, a in enumerate(trusted) for j, b in enumerate(trusted) if i < j
     )  # fmt: skip
-    friends = (cosine > AGREE).sum(1)
-    camp = cosine[int(friends.argmax())] > AGREE
+    friends = (cosine > MIN_AGREEMENT_COSINE).sum(1)
+    camp = cosine[int(friends.argmax())] > MIN_AGREEMENT_COSINE
     rivals = [i for i in range(len(trusted)) if not camp[i]]
     if rivals and int(friends[rivals].max()) == int(friends.max()):
         text = ", ".join(f"{a} and {b}: {c:.2f}" for a, b, c, _ in pairs)
@@ -162,15 +168,15 @@ def given(ids: Sequence[int], usable: np.ndarray) -> Reference:
 
 
 def merge_duplicates(classes: Sequence[Sequence[int]], E_out: Matrix) -> tuple[tuple[int, ...], ...]:
-    """Clusters of identical classes whose rows differ by no more than `NEAR`, largest first.
+    """Clusters of identical classes whose rows differ by no more than `MAX_RELATIVE_DISTANCE`, largest first.
 
     Quantisation splits rows that were equal into classes one step apart, so exact equality alone would miss the group.
     """
     if not classes:
         return ()
-    order = sorted(classes, key=lambda ids: (-len(ids), ids[0]))[:_SAMPLE]
+    order = sorted(classes, key=lambda ids: (-len(ids), ids[0]))[:_N_SAMPLED]
     rows = E_out.rows([ids[0] for ids in order])
-    near = torch.cdist(rows, rows) <= NEAR * rows.norm(dim=1, keepdim=True)
+    near = torch.cdist(rows, rows) <= MAX_RELATIVE_DISTANCE * rows.norm(dim=1, keepdim=True)
     clusters: list[list[int]] = []
     left = set(range(len(order)))
     for k in range(len(order)):

@@ -10,17 +10,17 @@ import torch
 
 Method = Literal["false discovery rate", "percentile"]
 
-PUBLISHED = 2.0
+PUBLISHED_PERCENT = 2.0
 """Share of ordinary tokens, in percent, that Land and Bartolo 2024 call candidates."""
-FDR = 0.1
+MAX_FALSE_DISCOVERY_RATE = 0.1
 """Share of the candidates that may be ordinary tokens by the estimate."""
-_ENOUGH = 200
+_MIN_VALUES = 200
 _BINS, _SMOOTH = 64, 3
-VALLEY = 0.2
+MAX_VALLEY_SHARE = 0.2
 """Two modes lie apart if the density between them falls below this share of the lower one's peak."""
-_MANY, _MOST = 0.05, 0.75
+_MIN_SHARE_BELOW, _MAX_SHARE_BELOW = 0.05, 0.75
 """Between these shares of the tokens a group below would distort the spread of the bulk and is not the bulk itself."""
-_PEAK = 20
+_MIN_PEAK_COUNT = 20
 """A group needs so many tokens in its fullest bin: fewer may be a chance."""
 
 
@@ -40,9 +40,9 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
     Trained tokens are taken as normal around the median with the spread of the lower flank (median minus 16% quantile,
     which a few per cent of untrained tokens barely move). Where a larger group lies apart below the others, with a
     valley of the density between them, median and flank are those of the tokens above it. The threshold is the highest
-    value at which the number of tokens that this normal puts below it is at most `FDR` of the number found there. A
-    percentile is used if it is asked for, or if that estimate is not to be had: fewer than 200 values, no spread, or no
-    excess in the tail.
+    value at which the number of tokens that this normal puts below it is at most `MAX_FALSE_DISCOVERY_RATE` of the
+    number found there. A percentile is used if it is asked for, or if that estimate is not to be had: fewer than 200
+    values, no spread, or no excess in the tail.
     Source: Efron 2004 (empirical null, central matching); on one flank, since these distributions are skewed.
 
     >>> values = np.concatenate([np.full(3, 0.01), torch.special.ndtri(torch.linspace(0.001, 0.999, 997)).numpy() + 9])
@@ -54,17 +54,19 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
         return Threshold(float("nan"), 0.0, "percentile", "there is nothing to rank")
     if percentile is not None:
         return _by_percentile(low, percentile, "as asked")
-    if len(low) < _ENOUGH:
-        return _by_percentile(low, PUBLISHED, f"{len(low)} ordinary tokens are too few to model their distribution")
+    if len(low) < _MIN_VALUES:
+        return _by_percentile(
+            low, PUBLISHED_PERCENT, f"{len(low)} ordinary tokens are too few to model their distribution"
+        )
     bulk, apart = _without_group(low)
     middle, flank = np.quantile(bulk, [0.5, 0.16])
     if middle <= flank:
-        return _by_percentile(low, PUBLISHED, "a third of the ordinary tokens have the same value")
+        return _by_percentile(low, PUBLISHED_PERCENT, "a third of the ordinary tokens have the same value")
     expected = len(bulk) * torch.special.ndtr(torch.from_numpy((low - middle) / (middle - flank))).numpy()
     n_below = np.searchsorted(low, low, side="right")
-    fits = np.flatnonzero((expected <= FDR * n_below) & (low < flank))
+    fits = np.flatnonzero((expected <= MAX_FALSE_DISCOVERY_RATE * n_below) & (low < flank))
     if not len(fits):
-        return _by_percentile(low, PUBLISHED, "the low tail holds no more tokens than the bulk explains")
+        return _by_percentile(low, PUBLISHED_PERCENT, "the low tail holds no more tokens than the bulk explains")
     k = int(fits[-1])
     n = int(n_below[k])
     why = (
@@ -89,7 +91,8 @@ def find_valley(low: np.ndarray) -> float | None:
     """The deepest place between two modes of sorted values, or None if they have one mode.
 
     From a histogram of 64 bins, smoothed; both modes need a peak that is no chance, the density between them has to
-    fall below `VALLEY` of the lower peak, and `_MANY` to `_MOST` of the values lie below.
+    fall below `MAX_VALLEY_SHARE` of the lower peak, and `_MIN_SHARE_BELOW` to `_MAX_SHARE_BELOW` of the values lie
+    below.
 
     >>> bell = torch.special.ndtri(torch.linspace(0.001, 0.999, 999)).numpy()
     >>> find_valley(bell) is None, 2 < find_valley(np.concatenate([bell, bell + 8])) < 6
@@ -103,10 +106,10 @@ def find_valley(low: np.ndarray) -> float | None:
     height = np.convolve(counts, np.full(_SMOOTH, 1 / _SMOOTH), "same")
     lower = np.minimum(np.maximum.accumulate(height), np.maximum.accumulate(height[::-1])[::-1])
     below = np.searchsorted(low, (edges[:-1] + edges[1:]) / 2) / len(low)
-    fits = (lower >= _PEAK) & (below >= _MANY) & (below <= _MOST)
+    fits = (lower >= _MIN_PEAK_COUNT) & (below >= _MIN_SHARE_BELOW) & (below <= _MAX_SHARE_BELOW)
     depth = np.where(fits, height / np.maximum(lower, 1), 1.0)
     at = int(depth.argmin())
-    return float((edges[at] + edges[at + 1]) / 2) if depth[at] < VALLEY else None
+    return float((edges[at] + edges[at + 1]) / 2) if depth[at] < MAX_VALLEY_SHARE else None
 
 
 def _by_percentile(low: np.ndarray, percentile: float, why: str) -> Threshold:

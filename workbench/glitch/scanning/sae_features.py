@@ -93,7 +93,7 @@ def glitch_features(
 
     Args:
         model: a `Model`.
-        sae: an SAE or transcoder of it, from `load_sae` (Any: an object of sae_lens).
+        sae: an SAE or transcoder of it, from `load_sae`.
         tokens: glitch tokens, such as those that a scan verified.
         avoid: further ids that must not be controls, such as all that a scan suspects.
         options: how many controls, which contexts.

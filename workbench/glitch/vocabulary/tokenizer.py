@@ -56,7 +56,7 @@ class LossyByte:
     back: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Vocabulary:
     """The tokenizer's side of a scan; index = token id, up to the largest id with a token.
 
@@ -151,8 +151,9 @@ def analyse(codec: Codec) -> Vocabulary:
     reserved = np.array([raw is not None and bool(_RESERVED.match(raw)) for raw in codec.raw])
     missing = () if codec.style == "none" else tuple(sorted(set(range(256)) - set(byte.tolist())))
     return Vocabulary(
-        codec.raw, tuple(text), tuple(category), byte, reserved, missing, lossy_bytes(codec), codec.style, adds_space
-    )
+        raw=codec.raw, text=tuple(text), category=tuple(category), byte=byte, reserved=reserved,
+        missing_bytes=missing, lossy=lossy_bytes(codec), style=codec.style, adds_space=adds_space,
+    )  # fmt: skip
 
 
 def _category(i: int, text: str, back: list[int] | None, special: frozenset[int]) -> str:
