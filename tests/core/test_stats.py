@@ -8,7 +8,7 @@ from scipy.stats import ttest_1samp
 
 from workbench.core import stats
 from workbench.core.errors import DegenerateInputError, InvalidInputError
-from workbench.core.stats import FEW, bootstrap_mean, paired_difference, sample_mean, sample_ratio
+from workbench.core.stats import MIN_BOOTSTRAP_ROWS, bootstrap_mean, paired_difference, sample_mean, sample_ratio
 
 
 def test_few_rows_have_the_interval_of_students_t() -> None:
@@ -20,7 +20,7 @@ def test_few_rows_have_the_interval_of_students_t() -> None:
 
 
 def test_many_rows_are_resampled() -> None:
-    x = np.random.default_rng(0).exponential(size=FEW)
+    x = np.random.default_rng(0).exponential(size=MIN_BOOTSTRAP_ROWS)
     assert sample_mean(x, seed=3) == bootstrap_mean(x, seed=3) and sample_mean(x[1:], seed=3).method == "Student's t"
 
 
@@ -75,5 +75,5 @@ def test_resamples_in_parts_are_those_of_all_at_once(monkeypatch: pytest.MonkeyP
     x = np.random.default_rng(0).normal(size=101)
     whole, ratio = bootstrap_mean(x, seed=4), sample_ratio(x, x + 9, seed=4)
     for at_once in (1, 101, 5000):
-        monkeypatch.setattr(stats, "_AT_ONCE", at_once)
+        monkeypatch.setattr(stats, "VALUES_DRAWN_AT_ONCE", at_once)
         assert bootstrap_mean(x, seed=4) == whole and sample_ratio(x, x + 9, seed=4) == ratio

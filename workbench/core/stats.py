@@ -12,6 +12,12 @@ from workbench.core.errors import DegenerateInputError, InvalidInputError
 
 Values = Sequence[float] | np.ndarray
 
+VALUES_DRAWN_AT_ONCE = 2**24
+"""Limit of the memory of a bootstrap."""
+
+MIN_BOOTSTRAP_ROWS = 20
+"""Below so many rows a percentile bootstrap is too narrow: it cannot know more spread than the rows show."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -36,6 +42,14 @@ class Estimate:
         """Whether the interval lies wholly on one side of `value`."""
         return not self.low <= value <= self.high
 
+    def words(self, above: str, below: str, neither: str = "not clearly different") -> str:
+        """One of three texts: the interval lies above 0, below 0, or holds it.
+
+        >>> Estimate(0.5, -0.1, 1.1, 9, "t").words("more", "less")
+        'not clearly different'
+        """
+        return above if self.low > 0 else below if self.high < 0 else neither
+
 
 def _finite(values: Values, name: str) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
@@ -51,7 +65,7 @@ def _finite(values: Values, name: str) -> np.ndarray:
 
 def _resamples(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Rows of each resample, a part of the resamples at a time."""
-    random, most = np.random.default_rng(seed), _AT_ONCE // n + 1
+    random, most = np.random.default_rng(seed), VALUES_DRAWN_AT_ONCE // n + 1
     for k in range(0, resamples, most):
         yield random.integers(0, n, size=(min(most, resamples - k), n))
 
@@ -60,10 +74,6 @@ def _percentile(point: float, draws: np.ndarray, n: int, unit: str, method: str,
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     # Plus zero: a negative zero would be shown as -0.
     return Estimate(float(point) + 0.0, float(low) + 0.0, float(high) + 0.0, n, method, unit, level)
-
-
-_AT_ONCE = 2**24
-"""Values that are drawn at a time, for memory."""
 
 
 def bootstrap_mean(
@@ -83,14 +93,10 @@ def bootstrap_mean(
     return _percentile(x.mean(), draws, x.size, unit, "percentile bootstrap", level)
 
 
-FEW = 20
-"""Below so many rows a percentile bootstrap is too narrow: it cannot know more spread than the rows show."""
-
-
 def sample_mean(
     values: Values, *, unit: str = "rows", seed: int = 0, resamples: int = 2000, level: float = 0.95
 ) -> Estimate:
-    """Mean with Student's t interval below `FEW` rows, and a percentile bootstrap interval from there on.
+    """Mean with a percentile bootstrap interval, or below `MIN_BOOTSTRAP_ROWS` rows Student's t interval.
 
     One row says nothing about its spread, so its interval is the whole line.
 
@@ -102,13 +108,13 @@ def sample_mean(
     4.484
     """
     x = _finite(values, "sample_mean")
-    if x.size >= FEW:
+    if x.size >= MIN_BOOTSTRAP_ROWS:
         return bootstrap_mean(x, unit=unit, seed=seed, resamples=resamples, level=level)
-    return _student(x.mean(), x, unit, "Student's t", level)
+    return student_mean(x.mean(), x, unit, "Student's t", level)
 
 
-def _student(point: float, values: np.ndarray, unit: str, method: str, level: float) -> Estimate:
-    """The interval of a mean whose rows deviate as `values` do."""
+def student_mean(point: float, values: np.ndarray, unit: str, method: str, level: float) -> Estimate:
+    """A mean with Student's t interval; its rows deviate as `values` do."""
     from scipy.stats import t
 
     n, point = values.size, float(point) + 0.0  # plus zero: a negative zero would be shown as -0
@@ -127,8 +133,8 @@ def sample_ratio(
 ) -> Estimate:
     """Ratio of sums over paired rows, with an interval over rows.
 
-    Below `FEW` rows Student's t of the linearised ratio: row i deviates by `(a_i - ratio * b_i) / mean(b)`. From there
-    on a percentile bootstrap that draws numerator and denominator together.
+    The percentile bootstrap draws numerator and denominator together. Below `MIN_BOOTSTRAP_ROWS` rows it is Student's t
+    of the linearised ratio: row i deviates by `(a_i - ratio * b_i) / mean(b)`.
 
     Raises:
         DegenerateInputError: if there are no rows, or the denominators sum to zero.
@@ -143,8 +149,8 @@ def sample_ratio(
     if b.sum() == 0:
         raise DegenerateInputError("sample_ratio: the denominators sum to zero.")
     point = a.sum() / b.sum()
-    if a.size < FEW:
-        return _student(point, (a - point * b) / b.mean(), unit, "Student's t of a linearised ratio of sums", level)
+    if a.size < MIN_BOOTSTRAP_ROWS:
+        return student_mean(point, (a - point * b) / b.mean(), unit, "Student's t of a linearised ratio of sums", level)
     sums = [(a[rows].sum(axis=1), b[rows].sum(axis=1)) for rows in _resamples(a.size, resamples, seed)]
     tops, bottoms = map(np.concatenate, zip(*sums, strict=True))
     draws = tops[bottoms != 0] / bottoms[bottoms != 0]
@@ -157,14 +163,10 @@ def paired_difference(a: Values, b: Values, *, unit: str = "rows", seed: int = 0
     >>> paired_difference([2.0, 3.0], [1.0, 2.0]).value
     1.0
     """
-    return sample_mean(_differences(a, b, "paired_difference"), unit=unit, seed=seed, level=level)
-
-
-def _differences(a: Values, b: Values, name: str) -> np.ndarray:
-    x, y = _finite(a, name), _finite(b, name)
+    x, y = _finite(a, "paired_difference"), _finite(b, "paired_difference")
     if x.shape != y.shape:
-        raise InvalidInputError(f"{name}: {x.size} and {y.size} rows; they must pair up.")
-    return x - y
+        raise InvalidInputError(f"paired_difference: {x.size} and {y.size} rows; they must pair up.")
+    return sample_mean(x - y, unit=unit, seed=seed, level=level)
 
 
 def wilson(successes: int, n: int, *, unit: str = "rows", level: float = 0.95) -> Estimate:

@@ -44,19 +44,19 @@ def _run(point: Point, fn: Fn, raw: Tensor) -> Tensor | None:
     return None if after is None else point.write(raw, after)
 
 
-def _first_input(point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:
+def _first_input(point: Point, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor, str | None]:
     if args and isinstance(args[0], Tensor):
         return args[0], None
     for name in _INPUT_NAMES:
-        if isinstance(kwargs.get(name), Tensor):
-            return kwargs[name], name
+        if isinstance(x := kwargs.get(name), Tensor):
+            return x, name
     raise EditError(f"Site {point.site}: module {point.path} was called without a tensor as its first argument.")
 
 
-def _input_hook(point: Point, fn: Fn) -> Callable[..., Any]:
+def _input_hook(point: Point, fn: Fn) -> Callable[..., object]:
     thread = threading.get_ident()
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         if threading.get_ident() != thread:
             return None  # another thread's use of the same model
         x, name = _first_input(point, args, kwargs)
@@ -74,10 +74,12 @@ def _input_hook(point: Point, fn: Fn) -> Callable[..., Any]:
     return hook
 
 
-def _output_hook(point: Point, fn: Fn) -> Callable[..., Any]:
+def _output_hook(point: Point, fn: Fn) -> Callable[..., object]:
     thread = threading.get_ident()
 
-    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    def hook(
+        _module: nn.Module, _args: tuple[object, ...], output: Any
+    ) -> object:  # a tensor, or a tuple that begins with one
         if threading.get_ident() != thread:
             return None
         x = output if isinstance(output, Tensor) else output[0]

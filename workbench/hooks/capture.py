@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +14,8 @@ from workbench.core.errors import DegenerateInputError, EditError, UnknownSiteEr
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.handles import refuse_compiled
 from workbench.hooks.sites import Point, Site, SiteMap, flattened
+
+EAGER_NOTE = "attention ran in eager mode for this call, which pattern needs"
 
 
 class Activations(Mapping[str, Tensor]):
@@ -74,7 +75,7 @@ class Activations(Mapping[str, Tensor]):
         return f"Activations({shapes}" + (f"; {self.note})" if self.note else ")")
 
 
-class _Enough(Exception):
+class _AllCaptured(Exception):
     """Raised by the last hook needed; the rest of the forward pass is not computed."""
 
 
@@ -99,13 +100,10 @@ def _kept(point: Point, x: Tensor, chosen: Tensor | None, grad: bool) -> tuple[T
     return kept, point.unflat(rest, x)
 
 
-EAGER_NOTE = "attention ran in eager mode for this call, which pattern needs"
-
-
 def capture(
     hf: nn.Module,
     sites: SiteMap,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, object],
     wanted: Sequence[str | Site],
     *,
     grad: bool = False,
@@ -128,25 +126,25 @@ def capture(
     if grad:
         sites.require_gradient(point.site for point in points)
     refuse_compiled(hf, points)
-    found: dict[Site, Tensor] = {}
+    captured: dict[Site, Tensor] = {}
     device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
 
     def read(point: Point) -> Fn:
         def fn(x: Tensor) -> Tensor | None:
             kept, written = _kept(point, x, chosen, grad)
-            found[point.site] = kept if grad else kept.detach().to(device)
-            if len(found) == len(points):
-                raise _Enough
+            captured[point.site] = kept if grad else kept.detach().to(device)
+            if len(captured) == len(points):
+                raise _AllCaptured
             return written
 
         return fn
 
     hooks = [(point, read(point)) for point in points]
-    with torch.set_grad_enabled(grad), attached(hooks), contextlib.suppress(_Enough):
+    with torch.set_grad_enabled(grad), attached(hooks), contextlib.suppress(_AllCaptured):
         hf(**{"use_cache": False, **inputs})
-    silent = [str(point.site) for point in points if point.site not in found]
+    silent = [str(point.site) for point in points if point.site not in captured]
     if silent:
         raise EditError(f"Nothing was captured at {', '.join(silent)}: the model never ran that module.")
     note = EAGER_NOTE if any(point.side == "inside" for point in points) else ""
     rows = None if chosen is None else chosen.nonzero()[:, 0]
-    return Activations({p.site: found[p.site] for p in points}, n_layers=sites.n_layers, rows=rows, note=note)
+    return Activations({p.site: captured[p.site] for p in points}, n_layers=sites.n_layers, rows=rows, note=note)

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from workbench.core.errors import InvalidInputError, UnknownSiteError
-from workbench.hooks.sites import (
-    LAYER_KINDS,
-    Point,
-    Side,
-    Site,
-    SiteMap,
-    concatenated,
-    interleaved,
-)
+from workbench.hooks.sites import LAYER_KINDS, Point, Side, Site, SiteMap, concatenated, interleaved
 
 Module = tuple[str, nn.Module]
 """Path below the parent, and the module."""
+
+Foreign: TypeAlias = Any  # a config of transformers or a part of TransformerLens, whose attributes are not declared
 
 FUSED_QKV = {"gpt2": "concatenated", "phi3": "concatenated", "gpt_neox": "interleaved"}
 """How one projection holds q, k and v, by model type: one after the other, or all three side by side in each head."""
 
 
-def _adapter(hf: nn.Module) -> Any:
+def _adapter(hf: nn.Module) -> Foreign:
     """The TransformerLens architecture adapter for this model, made from its config without touching the model."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
     from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 
-    config: Any = hf.config
+    config: Foreign = hf.config
     try:
         # A config that was not loaded from a checkpoint does not name its class.
         named = getattr(config, "architectures", None)
@@ -46,7 +40,7 @@ def _adapter(hf: nn.Module) -> Any:
         ) from error
 
 
-def _child(module: nn.Module, component: Any) -> Module | None:
+def _child(module: nn.Module, component: Foreign) -> Module | None:
     """Path and module of a component below `module`; None if it is not a module there."""
     path = getattr(component, "name", None)
     if not path:
@@ -66,8 +60,8 @@ def _n_out(module: nn.Module) -> int | None:
     return getattr(module, "out_features", getattr(module, "nf", None))
 
 
-def _is_parallel(hf: nn.Module, bridge: Any) -> bool:
-    config: Any = hf.config
+def _is_parallel(hf: nn.Module, bridge: Foreign) -> bool:
+    config: Foreign = hf.config
     for flag in ("use_parallel_residual", "parallel_attn", "parallel_residual"):
         value = getattr(config, flag, None)
         if value is not None:
@@ -75,19 +69,19 @@ def _is_parallel(hf: nn.Module, bridge: Any) -> bool:
     return "Parallel" in type(bridge).__name__
 
 
-def _configs(hf: nn.Module) -> tuple[Any, ...]:
+def _configs(hf: nn.Module) -> tuple[object, ...]:
     """Every config object that a module of the model may ask how to compute attention."""
-    found = [module.config for module in hf.modules() if hasattr(getattr(module, "config", None), "model_type")]
-    return tuple({id(config): config for config in found}.values())
+    configs = (getattr(module, "config", None) for module in hf.modules())
+    return tuple({id(config): config for config in configs if hasattr(config, "model_type")}.values())
 
 
 class _Block:
     """The sites of one block; `points` and `missing` together have every kind."""
 
-    def __init__(self, hf: nn.Module, adapter: Any, layer: int, prefix: str, block: nn.Module) -> None:
+    def __init__(self, hf: nn.Module, adapter: Foreign, layer: int, prefix: str, block: nn.Module) -> None:
         self.hf, self.adapter, self.layer, self.prefix, self.block = hf, adapter, layer, prefix, block
-        self.bridge: Any = adapter.component_mapping["blocks"]
-        self.subs: Mapping[str, Any] = self.bridge.submodules
+        self.bridge: Foreign = adapter.component_mapping["blocks"]
+        self.subs: Mapping[str, Foreign] = self.bridge.submodules
         config = adapter.cfg
         self.d_model, self.d_head = int(config.d_model), int(config.d_head)
         self.heads = int(config.n_heads)
@@ -95,8 +89,7 @@ class _Block:
         self.points: dict[Site, Point] = {}
         self.missing: dict[Site, str] = {}
 
-    def build(self, configs: tuple[Any, ...]) -> None:
-        """Fills `points` and `missing`."""
+    def build(self, configs: tuple[Foreign, ...]) -> None:
         self._residual()
         attn, mlp = _child(self.block, self.subs.get("attn")), _child(self.block, self.subs.get("mlp"))
         if attn is not None:
@@ -111,11 +104,11 @@ class _Block:
             if site not in self.points:
                 self.missing.setdefault(site, unmapped)
 
-    def _put(self, kind: str, found: Module | None, side: Side, width: int | None, **more: Any) -> None:
-        if found is not None:
+    def _put(self, kind: str, place: Module | None, side: Side, width: int | None, **more: Foreign) -> None:
+        if place is not None:
             site = Site(kind, self.layer)
-            path = f"{self.prefix}.{found[0]}" if found[0] else self.prefix
-            self.points[site] = Point(site, path, found[1], side, width, **more)
+            path = f"{self.prefix}.{place[0]}" if place[0] else self.prefix
+            self.points[site] = Point(site, path, place[1], side, width, **more)
 
     def _refuse(self, kind: str, why: str) -> None:
         self.missing[Site(kind, self.layer)] = why
@@ -132,8 +125,9 @@ class _Block:
             alias = self.bridge.hook_aliases.get(f"hook_{kind}")
             name, _, hook = alias.partition(".") if isinstance(alias, str) else ("", "", "")
             if hook in ("hook_in", "hook_out"):
-                found = _child(self.block, self.subs.get(name))
-                self._put(kind, found, "in" if hook == "hook_in" else "out", self.d_model)
+                self._put(
+                    kind, _child(self.block, self.subs.get(name)), "in" if hook == "hook_in" else "out", self.d_model
+                )
 
     def _projections(self, attn: Module) -> None:
         counts = dict(zip("qkv", (self.heads, self.kv_heads, self.kv_heads), strict=True))
@@ -163,17 +157,17 @@ class _Block:
             self._put(kind, (path, fused[1]), "out", sizes[index], heads=heads, columns=columns)
 
     def _put_columns(
-        self, kind: str, attn: Module, found: Module | None, side: Side, heads: int, expected: int | None = None
+        self, kind: str, attn: Module, part: Module | None, side: Side, heads: int, expected: int | None = None
     ) -> None:
         """A site that is all columns of a projection, split in heads."""
-        if found is None:
+        if part is None:
             return
-        width = _n_in(found[1]) if side == "in" else _n_out(found[1])
+        width = _n_in(part[1]) if side == "in" else _n_out(part[1])
         if width is None or width % heads or (expected is not None and width != expected):
             wanted = f"a multiple of {heads}" if expected is None else f"{expected} = {heads} heads x {self.d_head}"
-            self._refuse(kind, f"{found[0]} has {width} columns where {wanted} was expected")
+            self._refuse(kind, f"{part[0]} has {width} columns where {wanted} was expected")
         else:
-            self._put(kind, (f"{attn[0]}.{found[0]}", found[1]), side, width, heads=heads)
+            self._put(kind, (f"{attn[0]}.{part[0]}", part[1]), side, width, heads=heads)
 
     def _mlp(self, mlp: Module) -> None:
         path, module = mlp
@@ -199,29 +193,29 @@ class _Block:
             self._put("mlp_pre", (f"{path}.gate_up_proj", fused), "out", d_mlp, columns=columns)
 
 
-def _part(parent: Module, bridge: Any, name: str) -> Module | None:
+def _part(parent: Module, bridge: Foreign, name: str) -> Module | None:
     """A named part of a sublayer, if it is a module of the Hugging Face model."""
     return _child(parent[1], bridge.submodules.get(name))
 
 
-def position_tables(hf: Any) -> list[Module]:
+def position_tables(hf: Foreign) -> list[Module]:
     """Modules that add a learned or stored row per absolute position to the token embeddings."""
     tokens = hf.get_input_embeddings()
     # next to the token embeddings: another tower of the model, such as that of images, has a table of its own
     beside = next(path for path, module in hf.named_modules() if module is tokens).rpartition(".")[0]
+
+    def is_table(module: Foreign) -> bool:
+        computed_once = getattr(getattr(module, "weights", None), "ndim", 0) == 2  # as of sinusoids
+        return isinstance(module, nn.Embedding) or computed_once
+
     return [
         (f"{beside}.{path}" if beside else path, module)
         for path, module in hf.get_submodule(beside).named_modules()
-        if re.search("wpe|pos", path.rpartition(".")[2]) and (isinstance(module, nn.Embedding) or _stored(module))
+        if re.search("wpe|pos", path.rpartition(".")[2]) and is_table(module)
     ]
 
 
-def _stored(module: nn.Module) -> bool:
-    """Whether it is a table that was computed once, as of sinusoids."""
-    return getattr(getattr(module, "weights", None), "ndim", 0) == 2
-
-
-def _refuse_wrapper(hf: Any) -> None:
+def _refuse_wrapper(hf: Foreign) -> None:
     """Raises InvalidInputError for torch.compile, PEFT, DDP and others that hold the model itself inside."""
     from transformers import PreTrainedModel
 
@@ -246,22 +240,19 @@ def build_site_map(hf: nn.Module) -> SiteMap:
     """
     _refuse_wrapper(hf)
     adapter = _adapter(hf)
-    components: Mapping[str, Any] = adapter.component_mapping
+    components: Mapping[str, Foreign] = adapter.component_mapping
     points: dict[Site, Point] = {}
     missing: dict[Site, str] = {}
     d_model, d_vocab = int(adapter.cfg.d_model), int(adapter.cfg.d_vocab)
     if getattr(hf, "lm_head", None) is None and hasattr(hf, "embed_out"):
         components["unembed"].name = "embed_out"
-    for kind, name, width in (
-        ("embed", "embed", d_model),
-        ("final_norm", "ln_final", d_model),
-        ("logits", "unembed", d_vocab),
-    ):
-        found = _child(hf, components.get(name))
-        if found is None:
-            missing[Site(kind)] = f"TransformerLens' {type(adapter).__name__} maps no module to it"
+    unmapped = f"TransformerLens' {type(adapter).__name__} maps no module to it"
+    for kind, name in (("embed", "embed"), ("final_norm", "ln_final"), ("logits", "unembed")):
+        place = _child(hf, components.get(name))
+        if place is None:
+            missing[Site(kind)] = unmapped
         else:
-            points[Site(kind)] = Point(Site(kind), found[0], found[1], "out", width)
+            points[Site(kind)] = Point(Site(kind), *place, "out", d_vocab if kind == "logits" else d_model)
     stack = _child(hf, components.get("blocks"))
     if stack is None:
         raise UnknownSiteError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -33,7 +32,9 @@ class Hooks:
         """Notes what takes back the next step; it may run before that step and more than once."""
         self._undo.append(undo)
 
-    def add(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False, always: bool = False) -> None:
+    def add(
+        self, module: nn.Module, hook: Callable[..., object], *, before: bool = False, always: bool = False
+    ) -> None:
         """Registers a forward hook, called with the module, its arguments and its output.
 
         With `always` it is called after an exception as well. A hook that runs `before` the module gets the module, its
@@ -65,7 +66,7 @@ class Hooks:
             self.remove()
 
 
-def _take_off(module: nn.Module, hook: Callable[..., Any]) -> None:
+def _take_off(module: nn.Module, hook: Callable[..., object]) -> None:
     """Removes a hook by its identity: an interrupt in torch's registration leaves no handle to remove it with."""
     for hooks, more in (
         (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
@@ -76,11 +77,11 @@ def _take_off(module: nn.Module, hook: Callable[..., Any]) -> None:
                 table.pop(key, None)
 
 
-def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+def weakly(method: Callable[..., object]) -> Callable[..., object]:
     """A method as a hook that does not keep its object, and so the model that the object belongs to, in memory."""
     weak = weakref.WeakMethod(method)
 
-    def hook(*args: Any) -> Any:
+    def hook(*args: object) -> object:
         live = weak()
         return None if live is None else live(*args)
 

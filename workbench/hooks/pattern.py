@@ -22,7 +22,7 @@ _MATMUL = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__})
 _SETTING = "_attn_implementation_internal"
 
 
-def make_eager(on: Hooks, configs: Sequence[Any]) -> None:
+def make_eager(on: Hooks, configs: Sequence[object]) -> None:
     """Makes the model compute attention step by step while `on` is on; masks are built to match at each call.
 
     The setting belongs to the model's config, so another thread that runs the model meanwhile does the same.
@@ -46,8 +46,12 @@ class _Watch(TorchFunctionMode):
         self._followed: list[Tensor] = []
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         x = args[0] if args else None
         if self.seen or self.is_closed or _RUNNING.paused or not isinstance(x, Tensor):
@@ -69,7 +73,7 @@ class _Watch(TorchFunctionMode):
             self._followed.append(out)
         return out
 
-    def _is_pattern(self, x: Tensor, v: Any) -> bool:
+    def _is_pattern(self, x: Tensor, v: object) -> bool:
         return x.ndim == 4 and x.shape[1] == self.heads and isinstance(v, Tensor) and v.shape[-2:-1] == x.shape[-1:]
 
 
@@ -105,7 +109,7 @@ class _Hook:
         self.point, self.write = point, write
         self.watch: _Watch | None = None
 
-    def enter(self, module: nn.Module, *_: Any) -> None:
+    def enter(self, module: nn.Module, *_: object) -> None:
         running = _RUNNING.watches
         if running and running[-1].module is module:
             running[-1].writes.append(self.write)
@@ -120,7 +124,7 @@ class _Hook:
         running.append(watch)
         watch.__enter__()
 
-    def leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def leave(self, _module: nn.Module, _args: object, output: object) -> None:
         watch = self.watch
         self.close()
         # After an exception in the forward pass there is no output, and the exception speaks for itself.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -32,15 +32,11 @@ _SIDE_BY_SIDE = {"q": ("k", "v"), "k": ("v",), "v": ("pattern",)}
 _ATTENTION, _MLP = ("q", "k", "v", "pattern", "z", "attn_out"), ("mlp_pre", "mlp_post", "mlp_out")
 
 _TL_PATTERNS = {
-    "resid_pre": "blocks.{}.hook_resid_pre", "resid_mid": "blocks.{}.hook_resid_mid",
-    "resid_post": "blocks.{}.hook_resid_post", "attn_out": "blocks.{}.hook_attn_out",
-    "mlp_out": "blocks.{}.hook_mlp_out", "q": "blocks.{}.attn.hook_q", "k": "blocks.{}.attn.hook_k",
-    "v": "blocks.{}.attn.hook_v", "z": "blocks.{}.attn.hook_z", "pattern": "blocks.{}.attn.hook_pattern",
+    **{kind: f"blocks.{{}}.hook_{kind}" for kind in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")},
+    **{kind: f"blocks.{{}}.attn.hook_{kind}" for kind in HEAD_KINDS},
     "mlp_pre": "blocks.{}.mlp.hook_pre", "mlp_post": "blocks.{}.mlp.hook_post",
     "embed": "hook_embed", "final_norm": "ln_final.hook_out", "logits": "unembed.hook_out",
 }  # fmt: skip
-
-
 _TL_ALIASES = {"resid_pre": "blocks.{}.hook_in", "resid_post": "blocks.{}.hook_out"}
 _TL_WITHOUT_SITE = {
     "hook_attn_scores": "attention before the softmax is not offered; pattern is",
@@ -109,9 +105,9 @@ class Site:
         if isinstance(text, Site):
             return text
         for kind, pattern in (*_TL_PATTERNS.items(), *_TL_ALIASES.items()):
-            found = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"(?:\.h(\d+))?", text)
-            if found:
-                numbers = [None if part is None else int(part) for part in found.groups()]
+            name = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"(?:\.h(\d+))?", text)
+            if name:
+                numbers = [None if part is None else int(part) for part in name.groups()]
                 return cls(kind, *(numbers if len(numbers) == 2 else [None, *numbers]))
         if text.startswith("blocks."):
             layer, hook = (text.split(".") + ["", ""])[1], text.rpartition(".")[2]
@@ -125,9 +121,9 @@ class Site:
         kind, _, place = text.partition(".")
         if kind in MODEL_KINDS and not place:
             return cls(kind)
-        found = re.fullmatch(r"(-?\d+)(?:\.h(\d+))?", place)
-        if kind in LAYER_KINDS and found:
-            return cls(kind, int(found[1]), None if found[2] is None else int(found[2]))
+        numbered = re.fullmatch(r"(-?\d+)(?:\.h(\d+))?", place)
+        if kind in LAYER_KINDS and numbered:
+            return cls(kind, int(numbered[1]), None if numbered[2] is None else int(numbered[2]))
         if kind in LAYER_KINDS:
             form = f"{kind}.0" + (f" or {kind}.0.h0" if kind in HEAD_KINDS else "")
             raise UnknownSiteError(f"Site {text!r} needs a layer number, such as {form}.")
@@ -154,7 +150,7 @@ class Point:
     width: int | None
     heads: int | None = None
     columns: slice | Tensor | None = field(default=None, compare=False)
-    configs: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    configs: tuple[object, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def shape(self) -> tuple[int | str, ...]:

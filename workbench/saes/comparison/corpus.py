@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +13,11 @@ from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.stats import Estimate
 from workbench.core.tokenizer import special_ids, start_ids
+from workbench.models.model import Model
 from workbench.report.base import Metric, Report, Section, Table
 
 CENTRAL = 1 - 0.05 / 3
 """Share of the draws in a null's range: three ranges decide together, with 95 % for the model's own text."""
-MEASURES = ("kl_model_data", "kl_data_model", "mean_kl", "cross_entropy", "unique_first")
 LABELS = {
     "kl_model_data": "KL(model, corpus)",
     "kl_data_model": "KL(corpus, model)",
@@ -104,11 +103,11 @@ class CorpusReport(Report):
             "repeat one."
             for part in self.ngrams[-1:]
         )
-        firsts = null_range(self.null["unique_first"])
+        firsts = self.null["unique_first"]
         return (
             f"The first tokens of {self.n_sequences} sequences are {said}: mean KL {kl:.3f} nats, and {null.value:.3f} "
             f"[{null.low:.3f}, {null.high:.3f}] for as many draws from the model itself; "
-            f"{self.found['unique_first']:.0f} different ones ({firsts} in those draws).",
+            f"{self.found['unique_first']:.0f} different ones ({firsts.low:.4g} to {firsts.high:.4g} in those draws).",
             f"{self.unique_sequences:.1%} of the rows are unique.{again}",
         )
 
@@ -116,7 +115,7 @@ class CorpusReport(Report):
         """Divergences with their null, first tokens, repetition."""
         divergences = Table(
             ("measure", "corpus", "drawn from the model (null)"),
-            tuple((LABELS[key], self.found[key], self.null[key]) for key in MEASURES),
+            tuple((label, self.found[key], self.null[key]) for key, label in LABELS.items()),
             f"First tokens, in nats; entropy of the model's next token {self.entropy:.3f}. Pseudo-count "
             f"{self.options.pseudo_count:g} in all; null: median and central {CENTRAL:.1%} of "
             f"{self.options.draws} draws of {self.n_sequences} tokens.",
@@ -136,14 +135,9 @@ class CorpusReport(Report):
         return Section("Corpus", (divergences, first, repetition), self.findings(), metrics)
 
 
-def null_range(null: Estimate) -> str:
-    """The central range of a null, in words."""
-    return f"{null.low:.4g} to {null.high:.4g}"
-
-
 @checked
 def check_corpus(
-    model: Any,
+    model: Model,
     rows: Int[Tensor, "rows context"],
     first: Int[Tensor, " sequences"] | None = None,
     *,
@@ -174,7 +168,7 @@ def check_corpus(
     return CorpusReport(
         n_sequences=len(first), n_tokens=rows.numel(),
         found=_measures(counts, p, options),
-        null={key: _central([draw[key] for draw in draws]) for key in MEASURES},
+        null={key: _central([draw[key] for draw in draws]) for key in LABELS},
         entropy=float(-(p[p > 0] * np.log(p[p > 0])).sum()),
         unique_sequences=len(np.unique(rows.cpu().numpy(), axis=0)) / len(rows),
         ngrams=tuple(repeated_ngrams(rows, n) for n in options.ngrams if n < rows.shape[1]),
@@ -183,14 +177,14 @@ def check_corpus(
     )  # fmt: skip
 
 
-def start_distribution(model: Any) -> Float[Tensor, " d_vocab"]:
+def start_distribution(model: Model) -> Float[Tensor, " d_vocab"]:
     """The model's distribution of the first token of a text, in fp64; sums to 1."""
     logits = model.logits(torch.tensor([start_ids(model.tokenizer)]))[0].double().cpu()
     p = logits.softmax(0)
     return p / p.sum()
 
 
-def first_tokens(model: Any, rows: Int[Tensor, "rows context"]) -> Int[Tensor, " sequences"]:
+def first_tokens(model: Model, rows: Int[Tensor, "rows context"]) -> Int[Tensor, " sequences"]:
     """The first token of the corpus, and every token that follows a special token; special tokens themselves not.
 
     In the model's own text a text that has ended is followed by another one without a new start token. Only what

@@ -368,6 +368,4 @@ def verdict(difference: Estimate) -> str:
     >>> verdict(seed_difference([5.0, 5.1], [1.0, 1.1])), verdict(seed_difference([1.0, 9.0], [2.0, 5.0]))
     ('more', 'not clearly different')
     """
-    if not difference.excludes(0.0):
-        return "not clearly different"
-    return "more" if difference.value > 0 else "less"
+    return difference.words("more", "less")

@@ -250,9 +250,7 @@ class _Task:
         predicted = probe.predict(self.x[self.held])
         features, sparse_f1 = self._split_features(labels)
         right = np.flatnonzero(self.held)[(predicted == 1) & labels[self.held]]
-        scaler, model = probe[0], probe[1]
-        direction = model.coef_[0] / scaler.scale_
-        full, fraction = self._absorbed(right, features, direction / np.linalg.norm(direction))
+        full, fraction = self._absorbed(right, features, probe.direction / np.linalg.norm(probe.direction))
         return LetterScore(
             letter, f1(labels[self.held], predicted), sparse_f1, tuple(features),
             len(right), float(full.mean()) if len(right) else float("nan"),

@@ -7,7 +7,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from workbench.core.codec import token_bytes
 from workbench.core.errors import DegenerateInputError
+from workbench.core.tokenizer import TokenizerLike
 from workbench.core.tokens import TokenBatch
 from workbench.saes.evaluation.stdlib_sources import library_files, library_root, parsed
 
@@ -41,7 +41,7 @@ TOKEN_LABELS: dict[str, Callable[[str], bool]] = {
 """Labels that a token's text decides."""
 
 
-def token_texts(tokenizer: Any) -> list[str]:
+def token_texts(tokenizer: TokenizerLike) -> list[str]:
     """The text of every token id with its leading space, which decoding it alone drops for SentencePiece."""
     return [text.decode(errors="replace") for text in token_bytes(tokenizer)]
 
@@ -80,14 +80,14 @@ def local_text_sets(per_class: int = 200, words: int = 40) -> tuple[LabelledText
     pools: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         name: ([], []) for name in ("code or docstring", "loop or no loop", "method or function")
     }
-    for found in _library_functions():
-        module, doc, code = found.module, found.doc, found.code
+    for function in _library_functions():
+        module, doc, code = function.module, function.doc, function.code
         if len(doc.split()) >= 12:
             pools["code or docstring"][0].append((module, _cut(doc, words)))
             pools["code or docstring"][1].append((module, _cut(code, words)))
         if 12 <= len(code.split()) <= words:
-            pools["loop or no loop"][found.loops].append((module, code))
-            pools["method or function"][found.top_level].append((module, code))
+            pools["loop or no loop"][function.loops].append((module, code))
+            pools["method or function"][function.top_level].append((module, code))
     return tuple(_balanced(name, *pool, per_class) for name, pool in pools.items())
 
 

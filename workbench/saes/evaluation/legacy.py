@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from workbench.core.errors import DegenerateInputError
-from workbench.saes.evaluation.sparse_probing import Examples, class_difference, dense, logistic
+from workbench.saes.evaluation.sparse_probing import Columns, Examples, class_difference, dense, logistic
 
 MIN_ROOM = 0.001
 """SCR is 0 where the oracle is not better than the biased probe by at least this accuracy."""
@@ -32,7 +31,7 @@ class LegacyScore:
     status: str = "legacy"
 
 
-def effects(acts: Any, labels: np.ndarray, probe: np.ndarray, W_dec: np.ndarray) -> np.ndarray:
+def effects(acts: Columns, labels: np.ndarray, probe: np.ndarray, W_dec: np.ndarray) -> np.ndarray:
     """Effect of each feature on a probe: `(mean_1 a_j - mean_0 a_j) * (w . W_dec_j)`.
 
     Positive where the feature moves the probe towards class 1, also by being active on class 0 and writing against it.
@@ -43,7 +42,7 @@ def effects(acts: Any, labels: np.ndarray, probe: np.ndarray, W_dec: np.ndarray)
     return class_difference(acts, labels) * (W_dec @ probe)
 
 
-def positive_effects(acts: Any, labels: np.ndarray, probe: np.ndarray, W_dec: np.ndarray) -> np.ndarray:
+def positive_effects(acts: Columns, labels: np.ndarray, probe: np.ndarray, W_dec: np.ndarray) -> np.ndarray:
     """TPP's effect: `max(0, mean_1 a_j - mean_0 a_j) * (w . W_dec_j)`; features of class 0 have none.
 
     >>> positive_effects(np.array([[0.0, 1.0], [2.0, 0.0]]), np.array([0, 1]), np.array([3.0]), np.ones((2, 1)))
@@ -52,7 +51,7 @@ def positive_effects(acts: Any, labels: np.ndarray, probe: np.ndarray, W_dec: np
     return np.maximum(0.0, class_difference(acts, labels)) * (W_dec @ probe)
 
 
-def ablated(x: np.ndarray, acts: Any, W_dec: np.ndarray, features: np.ndarray) -> np.ndarray:
+def ablated(x: np.ndarray, acts: Columns, W_dec: np.ndarray, features: np.ndarray) -> np.ndarray:
     """`x` without what some features add to it; the error of the SAE stays."""
     return x - dense(acts[:, features]) @ W_dec[features]
 
@@ -69,14 +68,14 @@ def tpp(train: Sequence[Examples], test: Sequence[Examples], W_dec: np.ndarray, 
     if len(train) < 2 or len(train) != len(test):
         raise DegenerateInputError(f"tpp: {len(train)} training and {len(test)} test sets; give two or more of each.")
     probes = [logistic(s.x, s.labels) for s in train]
-    clean = np.array([_accuracy(p, s.x, s.labels) for p, s in zip(probes, test, strict=True)])
+    clean = np.array([p.accuracy(s.x, s.labels) for p, s in zip(probes, test, strict=True)])
     drops = np.zeros((len(train), len(train)))
     for i, (probe, seen) in enumerate(zip(probes, train, strict=True)):
-        effect = positive_effects(seen.acts["SAE"], seen.labels, _direction(probe), W_dec)
+        effect = positive_effects(seen.acts["SAE"], seen.labels, probe.direction, W_dec)
         top = np.argsort(-effect, kind="stable")[:n_features]
         for j, (other, held) in enumerate(zip(probes, test, strict=True)):
             x = ablated(held.x, held.acts["SAE"], W_dec, top)
-            drops[i, j] = clean[j] - _accuracy(other, x, held.labels)
+            drops[i, j] = clean[j] - other.accuracy(x, held.labels)
     own = np.diag(drops)
     others = (drops.sum(1) - own) / (len(train) - 1)
     return LegacyScore("TPP", n_features, float((own - others).mean()))
@@ -93,18 +92,9 @@ def scr(biased: Examples, balanced: Examples, spurious: np.ndarray, W_dec: np.nd
     oracle = logistic(balanced.x[even], balanced.labels[even])
     concept = logistic(balanced.x[even], spurious[even])
     acts, labels, x = balanced.acts["SAE"], balanced.labels, balanced.x
-    effect = np.abs(effects(acts[even], spurious[even], _direction(concept), W_dec))
+    effect = np.abs(effects(acts[even], spurious[even], concept.direction, W_dec))
     top = np.argsort(-effect, kind="stable")[:n_features]
-    before = _accuracy(probe, x[~even], labels[~even])
-    after = _accuracy(probe, ablated(x[~even], acts[~even], W_dec, top), labels[~even])
-    room = _accuracy(oracle, x[~even], labels[~even]) - before
+    before = probe.accuracy(x[~even], labels[~even])
+    after = probe.accuracy(ablated(x[~even], acts[~even], W_dec, top), labels[~even])
+    room = oracle.accuracy(x[~even], labels[~even]) - before
     return LegacyScore("SCR", n_features, (after - before) / room if room >= MIN_ROOM else 0.0)
-
-
-def _direction(probe: Any) -> np.ndarray:
-    """Weights of a fitted pipeline in the units of its raw inputs."""
-    return probe[1].coef_[0] / probe[0].scale_
-
-
-def _accuracy(probe: Any, x: np.ndarray, labels: np.ndarray) -> float:
-    return float((probe.predict(x) == labels).mean())

@@ -71,9 +71,7 @@ class SAEReport(Report):
         """The headline numbers and whether they beat the controls."""
         random, headline = self.recovered_controls["random"], self.recovered["zero"]
         ahead = self.ahead_of_random
-        beats = (
-            "is better than" if ahead.low > 0 else "is worse than" if ahead.high < 0 else "is not clearly better than"
-        )
+        beats = ahead.words("is better than", "is worse than", "is not clearly better than")
         return (
             f"The SAE leaves {self.fvu} of the variance at {self.target_site} unexplained, with {self.l0.value:.1f} "
             f"features per token, over {self.n_tokens} kept tokens ({self.kept_share:.1%} of all; the rest are "

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.core.stats import Estimate
+from workbench.core.similarity import SparseMatrix
+from workbench.core.stats import Estimate, student_mean
 from workbench.report.base import Report, Section, Table
+
+Columns: TypeAlias = np.ndarray | SparseMatrix  # one column per input of a probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class Examples:
 
     name: str
     x: np.ndarray
-    acts: dict[str, Any]
+    acts: dict[str, SparseMatrix]
     labels: np.ndarray
     documents: np.ndarray
 
@@ -103,7 +106,7 @@ class ProbingReport(Report):
         lines = []
         for k in sorted({s.k for s in self.scores if s.reads == "SAE"}):
             ahead = {other: self.ahead("SAE", k, other) for other in ("residual channels", "random SAE")}
-            channels, random = (f"{_compared(by)} (the SAE is ahead by {by})" for by in ahead.values())
+            channels, random = (f"{by.words('worse', 'better')} (the SAE is ahead by {by})" for by in ahead.values())
             lines.append(
                 f"With {k} feature{'s' * (k > 1)} the SAE reaches accuracy {self.mean('SAE', k)}; {k} residual "
                 f"channel{'s' * (k > 1)}: {channels}; a random SAE: {random}."
@@ -140,7 +143,7 @@ def probe_sets(sets: Sequence[Examples], options: ProbingOptions | None = None) 
 
 
 def _probe(examples: Examples, options: ProbingOptions) -> list[ProbeScore]:
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    scored: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for reseed in range(options.reseeds):
         random = np.random.default_rng(options.seed + reseed)
         train, test = split_by_document(examples, options, random)
@@ -148,17 +151,17 @@ def _probe(examples: Examples, options: ProbingOptions) -> list[ProbeScore]:
         inputs = {"SAE": examples.acts["SAE"], "residual channels": examples.x, **examples.acts}
         for k in options.ks:
             for name, values in inputs.items():
-                found.setdefault((name, k), []).append(_fit(values, examples.labels, train, test, k))
+                scored.setdefault((name, k), []).append(_fit(values, examples.labels, train, test, k))
         largest = max(options.ks)
         null = _fit(examples.acts["SAE"], examples.labels, train, test, largest, shuffled)
-        found.setdefault(("SAE, shuffled labels", largest), []).append(null)
-        found.setdefault(("full residual", 0), []).append(_fit(examples.x, examples.labels, train, test, 0))
+        scored.setdefault(("SAE, shuffled labels", largest), []).append(null)
+        scored.setdefault(("full residual", 0), []).append(_fit(examples.x, examples.labels, train, test, 0))
     return [
         ProbeScore(
             examples.name, reads, k, t_mean([a for a, _ in pairs]), t_mean([f for _, f in pairs]),
             tuple(a for a, _ in pairs),
         )
-        for (reads, k), pairs in found.items()
+        for (reads, k), pairs in scored.items()
     ]  # fmt: skip
 
 
@@ -187,7 +190,12 @@ def split_by_document(
 
 
 def _fit(
-    values: Any, labels: np.ndarray, train: np.ndarray, test: np.ndarray, k: int, train_labels: np.ndarray | None = None
+    values: Columns,
+    labels: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    k: int,
+    train_labels: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """Accuracy and F1 on the test rows; `train_labels` replace those of the training rows."""
     y = labels[train] if train_labels is None else train_labels
@@ -197,7 +205,7 @@ def _fit(
     return float((predicted == labels[test]).mean()), f1(labels[test], predicted)
 
 
-def top_columns(values: Any, labels: np.ndarray, k: int) -> np.ndarray:
+def top_columns(values: Columns, labels: np.ndarray, k: int) -> np.ndarray:
     """The k columns with the largest difference of class means, largest first; dense or sparse rows.
 
     >>> top_columns(np.array([[0.0, 5.0, 1.0], [0.0, 5.0, 4.0]]), np.array([0, 1]), 1)
@@ -207,24 +215,44 @@ def top_columns(values: Any, labels: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-difference, kind="stable")[:k]
 
 
-def class_difference(values: Any, labels: np.ndarray) -> np.ndarray:
+def class_difference(values: Columns, labels: np.ndarray) -> np.ndarray:
     """Mean of class 1 minus mean of class 0, per column."""
     one, zero = (np.asarray(values[labels == label].mean(axis=0)).ravel() for label in (1, 0))
     return one - zero
 
 
-def dense(values: Any) -> np.ndarray:
+def dense(values: Columns) -> np.ndarray:
     """A few columns as a dense array."""
-    return np.asarray(values.todense() if hasattr(values, "todense") else values, dtype=np.float64)
+    return np.asarray(values if isinstance(values, np.ndarray) else values.todense(), dtype=np.float64)
 
 
-def logistic(x: np.ndarray, y: np.ndarray) -> Any:
-    """L2 logistic regression, C = 1, on standardised columns; a fitted scikit-learn pipeline."""
+@dataclass(frozen=True, eq=False)
+class LogisticProbe:
+    """A fitted logistic regression on standardised columns."""
+
+    pipeline: Any  # of scikit-learn, which has no types
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """0 or 1 for each row."""
+        return self.pipeline.predict(x)
+
+    def accuracy(self, x: np.ndarray, labels: np.ndarray) -> float:
+        """Share of the rows that are told right."""
+        return float((self.predict(x) == labels).mean())
+
+    @property
+    def direction(self) -> np.ndarray:
+        """Weights in the units of the raw inputs."""
+        return self.pipeline[1].coef_[0] / self.pipeline[0].scale_
+
+
+def logistic(x: np.ndarray, y: np.ndarray) -> LogisticProbe:
+    """L2 logistic regression, C = 1, on standardised columns."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=1000)).fit(x, y)
+    return LogisticProbe(make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=1000)).fit(x, y))
 
 
 def f1(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -235,12 +263,6 @@ def f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     """
     hits, total = np.sum((truth == 1) & (predicted == 1)), np.sum(truth == 1) + np.sum(predicted == 1)
     return float(2 * hits / total) if total else 0.0
-
-
-def _compared(difference: Estimate) -> str:
-    if not difference.excludes(0.0):
-        return "not clearly different"
-    return "worse" if difference.value > 0 else "better"
 
 
 def _over_sets(by_reseed: Sequence[np.ndarray]) -> Estimate:
@@ -254,9 +276,5 @@ def t_mean(values: Sequence[float] | np.ndarray, level: float = 0.95, unit: str 
     >>> round(t_mean([0.0, 1.0]).high, 3)  # 0.5 + 12.706 * sqrt(0.5 / 2)
     6.853
     """
-    from scipy.stats import t
-
     x = np.asarray(values, dtype=np.float64)
-    half = float(t.ppf((1 + level) / 2, len(x) - 1)) * float(x.std(ddof=1)) / len(x) ** 0.5
-    mean = float(x.mean())
-    return Estimate(mean, mean - half, mean + half, len(x), f"t interval over {unit}", unit, level)
+    return student_mean(x.mean(), x, unit, f"t interval over {unit}", level)
