@@ -184,7 +184,7 @@ def _first(store: ActivationStore, limit: int) -> Iterator[Tensor]:
 
 
 def _probes(
-    model: Any, saes: dict[str, Any], site: str, texts: Labelled, options: Options
+    model: Model, saes: dict[str, Any], site: str, texts: Labelled, options: Options
 ) -> dict[str, tuple[Estimate, Estimate]]:
     """Accuracy of a probe on the model's own activations (by the site's name) and on each SAE, with its control."""
     pooled = _pooled(model, {site: None, **saes}, site, texts, options)

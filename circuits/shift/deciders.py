@@ -41,7 +41,7 @@ class BalancedEvidence:
     spurious: Rows
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class FeatureDossier:
     """The evidence on one feature.
 

@@ -88,12 +88,12 @@ class Reader:
         acts: dict[str, list[Tensor]] = {site: [] for site in self.bases}
         active: dict[str, list[Tensor]] = {site: [] for site in self.bases}
         for batch in self._batches(texts, what):
-            found = self.model.capture(batch, list(dict.fromkeys([self.probe_site, *self.bases])))
-            keep = self.keep(batch, found.flat(self.probe_site))
-            x.append(mean_pool(found.flat(self.probe_site), keep).cpu())
+            captured = self.model.capture(batch, list(dict.fromkeys([self.probe_site, *self.bases])))
+            keep = self.keep(batch, captured.flat(self.probe_site))
+            x.append(mean_pool(captured.flat(self.probe_site), keep).cpu())
             n_tokens, n_left_out = n_tokens + int(keep.sum()), n_left_out + batch.n_tokens - int(keep.sum())
             for site, basis in self.bases.items():
-                pooled, counts = pooled_features(basis, found.flat(site), keep)
+                pooled, counts = pooled_features(basis, captured.flat(site), keep)
                 acts[site].append(pooled)
                 active[site].append(counts)
         frequency = {site: torch.stack(parts).sum(0) / n_tokens for site, parts in active.items()}
@@ -183,10 +183,10 @@ def token_evidence(
     strings: list[list[str]] = []
     on_words: list[Tensor] = []
     for batch in reader._batches(texts, "reading contexts"):
-        found = reader.model.capture(batch, list(dict.fromkeys([reader.probe_site, *reader.bases])))
-        keep = reader.keep(batch, found.flat(reader.probe_site))
+        captured = reader.model.capture(batch, list(dict.fromkeys([reader.probe_site, *reader.bases])))
+        keep = reader.keep(batch, captured.flat(reader.probe_site))
         for site, basis in reader.bases.items():
-            x = found.flat(site)
+            x = captured.flat(site)
             some = torch.tensor(features[site], dtype=torch.long)
             rows = [basis.encode_some(row[k], some) for row, k in zip(x, keep.to(x.device), strict=True)]
             acts[site].append(torch.cat(rows).cpu())

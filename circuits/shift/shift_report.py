@@ -76,7 +76,7 @@ class Comparison:
         return self.label.excludes(0.0) and (self.over_draws is None or self.over_draws.excludes(0.0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JudgedFeature:
     """A candidate feature with its verdict and the evidence behind it."""
 
@@ -141,7 +141,7 @@ class EditCheck:
     n_rows: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShiftReport(Report):
     """Result of `circuits.shift`.
 

@@ -145,7 +145,16 @@ def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: Sh
     swapped = reader.read(task.swapped, "reading swapped texts")
     balanced = reader.read(task.balanced.texts, "reading balanced texts")
     test = reader.read(task.test.texts, "reading test texts")
-    return ShiftStudy(task, reader, train, swapped, balanced, test, probe, options.probe)
+    return ShiftStudy(
+        task=task,
+        reader=reader,
+        train=train,
+        swapped=swapped,
+        balanced=balanced,
+        test=test,
+        probe=probe,
+        probe_options=options.probe,
+    )
 
 
 def _effects(
@@ -178,15 +187,15 @@ def _rows_of_each(labels: Sequence[int], n: int) -> list[int]:
 
 def _candidates(effects: Mapping[str, NodeEffects], top_k: int) -> list[tuple[Node, float]]:
     """The features that support the label most; those that oppose it are never candidates."""
-    found = [
+    supporting = [
         (Node(site, f), effect)
         for site, part in effects.items() for f, effect in enumerate(part.effect.tolist()) if effect > 0
     ]  # fmt: skip
-    if not found:
+    if not supporting:
         raise DegenerateInputError(
             "shift: no feature supports the label, so there is nothing to judge. Is the SAE on the probe's path?"
         )
-    return sorted(found, key=lambda pair: -pair[1])[:top_k]
+    return sorted(supporting, key=lambda pair: -pair[1])[:top_k]
 
 
 def _nodes(candidates: Sequence[tuple[Node, float]]) -> list[Node]:
@@ -210,8 +219,10 @@ def _dossier(study: ShiftStudy, node: Node, effect: float, tokens: TokenEvidence
         column(study.balanced), np.array(balanced.label, float), np.array(balanced.spurious, float)
     )
     return FeatureDossier(
-        node, effect, column(study.train), column(study.swapped), np.array(study.task.train.label, float),
-        tokens.top_tokens, tokens.spurious_share, tokens.target_share, tokens.n_tokens, evidence,
+        node=node, effect=effect, acts=column(study.train), swapped=column(study.swapped),
+        label=np.array(study.task.train.label, float),
+        top_tokens=tokens.top_tokens, spurious_share=tokens.spurious_share, target_share=tokens.target_share,
+        n_tokens=tokens.n_tokens, balanced=evidence,
     )  # fmt: skip
 
 
@@ -301,8 +312,9 @@ def _edit_check(study: ShiftStudy, nodes: Sequence[Node]) -> EditCheck:
 
 def _judged(dossier: FeatureDossier, verdict: Verdict, oracle: Verdict) -> JudgedFeature:
     return JudgedFeature(
-        str(dossier.node), dossier.effect, verdict.decision, oracle.decision, verdict.why, dossier.top_tokens,
-        dossier.spurious_share, dossier.target_share,
+        feature=str(dossier.node), effect=dossier.effect, decision=verdict.decision, oracle_decision=oracle.decision,
+        why=verdict.why, top_tokens=dossier.top_tokens,
+        spurious_share=dossier.spurious_share, target_share=dossier.target_share,
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class LabelledTexts:
         return len(self.texts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShiftTask:
     """Everything that a SHIFT study reads.
 
@@ -99,7 +99,7 @@ class ShiftTask:
         return f"{self.spurious_names[spurious]} {self.label_names[label]}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ShiftStudy:
     """What every method of a SHIFT study may use: the texts once read, and the probe that is to be repaired.
 

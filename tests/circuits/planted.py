@@ -54,15 +54,15 @@ def planted_task(n: int = 80, n_test: int = 200) -> ShiftTask:
     train = rows(n, [(0, 0), (1, 1)])
     swapped = tuple(text(y, 1 - y, i // 2) for i, y in enumerate(train.label))
     return ShiftTask(
-        "planted",
-        LABEL,
-        SPURIOUS,
-        train,
-        swapped,
-        rows(n, every),
-        rows(n_test, every),
-        frozenset(SPURIOUS),
-        frozenset(LABEL),
+        name="planted",
+        label_names=LABEL,
+        spurious_names=SPURIOUS,
+        train=train,
+        swapped=swapped,
+        balanced=rows(n, every),
+        test=rows(n_test, every),
+        spurious_words=frozenset(SPURIOUS),
+        target_words=frozenset(LABEL),
     )
 
 

@@ -102,17 +102,25 @@ def test_a_task_that_does_not_pair_up_is_refused() -> None:
         LabelledTexts(("a", "b"), (0, 2), (0, 1))
     with pytest.raises(DegenerateInputError, match=r"\(0, 1\)"):
         ShiftTask(
-            "t", ("a", "b"), ("c", "d"), task.train, task.swapped, task.train, task.test, frozenset("a"), frozenset("b")
+            name="t",
+            label_names=("a", "b"),
+            spurious_names=("c", "d"),
+            train=task.train,
+            swapped=task.swapped,
+            balanced=task.train,
+            test=task.test,
+            spurious_words=frozenset("a"),
+            target_words=frozenset("b"),
         )
     with pytest.raises(ShapeError, match="swapped"):
         ShiftTask(
-            "t",
-            ("a", "b"),
-            ("c", "d"),
-            task.train,
-            task.swapped[1:],
-            task.balanced,
-            task.test,
-            frozenset("a"),
-            frozenset("b"),
+            name="t",
+            label_names=("a", "b"),
+            spurious_names=("c", "d"),
+            train=task.train,
+            swapped=task.swapped[1:],
+            balanced=task.balanced,
+            test=task.test,
+            spurious_words=frozenset("a"),
+            target_words=frozenset("b"),
         )

@@ -153,7 +153,17 @@ def test_a_judge_that_can_read_is_asked_about_tokens_and_one_that_can_not_decide
 
 def test_the_oracle_judge_needs_what_others_do_not_get() -> None:
     acts = np.array([1.0, 0.0])
-    dossier = FeatureDossier(Node(SITE, 0), 1.0, acts, acts, acts, (), 0.0, 0.0, 10)
+    dossier = FeatureDossier(
+        node=Node(SITE, 0),
+        effect=1.0,
+        acts=acts,
+        swapped=acts,
+        label=acts,
+        top_tokens=(),
+        spurious_share=0.0,
+        target_share=0.0,
+        n_tokens=10,
+    )
     with pytest.raises(MismatchError, match="balanced"):
         OracleDecider()(dossier)
 
@@ -162,7 +172,17 @@ def test_statistics_judge_keeps_a_feature_that_does_not_move_and_leaves_rare_one
     generator = np.random.default_rng(0)
     label = np.tile([0.0, 1.0], 40)
     noise = 0.1 * generator.standard_normal(80)
-    attribute = FeatureDossier(Node(SITE, 0), 1.0, label + noise, 1 - label + noise, label, (), 0.0, 0.0, 99)
+    attribute = FeatureDossier(
+        node=Node(SITE, 0),
+        effect=1.0,
+        acts=label + noise,
+        swapped=1 - label + noise,
+        label=label,
+        top_tokens=(),
+        spurious_share=0.0,
+        target_share=0.0,
+        n_tokens=99,
+    )
     wanted = replace(attribute, swapped=attribute.acts)
     judge = StatisticsDecider()
     assert judge(attribute).decision == "spurious"

@@ -56,7 +56,13 @@ def planted(name: str, counts: list[list[float]], nll: float = 2.0) -> ArmTexts:
     count = np.array([counts])
     even = {key: np.ones_like(count) for key in ("distinct1", "distinct2", "repeated", "kl", "log_odds")}
     values = {"success@20": count, "share": count / 20, "nll": np.full_like(count, nll), **even}
-    return ArmTexts(name, (3,), (1.0, 2.0)[: len(counts)], values, ((("x",) * 6,) * len(counts),))
+    return ArmTexts(
+        name=name,
+        features=(3,),
+        strengths=(1.0, 2.0)[: len(counts)],
+        values=values,
+        texts=((("x",) * 6,) * len(counts),),
+    )
 
 
 def pushed(sae: Any, features: list[int]) -> Arm:

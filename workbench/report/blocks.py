@@ -5,9 +5,10 @@ Nothing here knows HTML or plots: `workbench.report` draws these values, `workbe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict, overload
+from operator import attrgetter
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar, overload
 
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.records import to_jsonable
@@ -16,6 +17,7 @@ from workbench.core.stats import Estimate
 Number = int | float
 Cell = str | int | float | Estimate | None
 Metric = Estimate | float | int | str
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,16 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
     kind: Literal["table"] = field(default="table", init=False, repr=False)
+
+    @classmethod
+    def of(cls, items: Iterable[T], columns: Mapping[str, str | Callable[[T], Cell]], caption: str = "") -> Table:
+        """One row per item; a column is the name of an attribute, or a function of the item.
+
+        >>> Table.of([1j, 2j], {"real": "real", "twice": lambda item: 2 * item.imag}).rows
+        ((0.0, 2.0), (0.0, 4.0))
+        """
+        read = [attrgetter(column) if isinstance(column, str) else column for column in columns.values()]
+        return cls(tuple(columns), tuple(tuple(get(item) for get in read) for item in items), caption)
 
     def __post_init__(self) -> None:
         for i, row in enumerate(self.rows):

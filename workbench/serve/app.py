@@ -10,7 +10,7 @@ from workbench.core.errors import WorkbenchError
 from workbench.core.records import to_jsonable
 from workbench.serve.ask import Ask
 from workbench.serve.desk import Desk
-from workbench.serve.guard import Gate, Guard
+from workbench.serve.guard import Guard, GuardedApp
 from workbench.serve.page import playground_page
 from workbench.serve.playground import Playground
 
@@ -21,7 +21,9 @@ MAX_NAME = 64
 """Characters of the name of a run that count."""
 
 
-def playground_app(playground: Playground, guard: Guard, desk: Desk, index: Mapping[str, object] | None = None) -> Gate:
+def playground_app(
+    playground: Playground, guard: Guard, desk: Desk, index: Mapping[str, object] | None = None
+) -> GuardedApp:
     """An ASGI application for one playground; only requests that the guard allows reach it.
 
     The desk makes the runs and is closed with the application. `index` holds the features that can be searched, as the
@@ -37,7 +39,7 @@ def playground_app(playground: Playground, guard: Guard, desk: Desk, index: Mapp
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     _add_page(app, playground, guard, index)
     _add_runs(app, playground, desk)
-    return Gate(app, guard)
+    return GuardedApp(app, guard)
 
 
 def _add_page(app: "FastAPI", playground: Playground, guard: Guard, index: Mapping[str, object] | None) -> None:

@@ -1,4 +1,4 @@
-"""Access to the server: with the token, from its own page, under a name of this machine."""
+"""Who may use the server: whoever has the token, from this page, under a name that is this machine's."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import ipaddress
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 MAX_BODY = 2**20
-"""Bytes of a request that are read; a prompt that fills a context window has fewer."""
+"""Bytes of a request that are read: a prompt fills a context window with less."""
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -28,7 +28,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request is refused."""
+    """Why a request is not answered."""
 
     status: int
     message: str
@@ -36,12 +36,12 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Guard:
-    """The rules of access.
+    """The rules.
 
     Attributes:
-        token: the secret.
-        port: part of the cookie's name, because browsers share cookies between ports.
-        open: the server can be reached from other machines, so any address of this one is accepted as its name.
+        token: what has to be known.
+        port: part of the cookie's name, because cookies do not tell ports apart.
+        open: the server can be reached from other machines, so their addresses for this one are accepted too.
     """
 
     token: str = field(repr=False)
@@ -54,16 +54,16 @@ class Guard:
         return f"workbench-{self.port}"
 
     def knows(self, given: str | None) -> bool:
-        """Whether this is the token, in a time that does not depend on how much of it is right."""
+        """Whether this is the token; takes as long for any wrong one."""
         return hmac.compare_digest((given or "").encode(), self.token.encode())
 
     def refusal(
         self, method: str, path: str, headers: Mapping[str, str], query: Mapping[str, str], cookies: Mapping[str, str]
     ) -> Refusal | None:
-        """Why a request is refused; None if it is allowed.
+        """Why a request is refused, or None if it is not.
 
-        Another site's page reaches a local server under a foreign name (DNS rebinding), or makes the browser send the
-        cookie with a foreign origin.
+        A name that is not this machine's is how another site's page reaches a local server (DNS rebinding); a foreign
+        origin is how it makes the browser send the cookie.
         """
         host = headers.get("host", "")
         if not is_own_name(host, everyone=self.open):
@@ -109,7 +109,7 @@ def is_own_name(host: str, *, everyone: bool = False) -> bool:
         return bool(name) and name.lower() in {socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
-class Gate:
+class GuardedApp:
     """Applies a guard to an application: refused requests do not reach it, and every answer has `HEADERS`."""
 
     def __init__(self, app: ASGIApp, guard: Guard) -> None:
@@ -130,10 +130,12 @@ class Gate:
         if scope["type"] != "http":
             refusal = Refusal(403, "This server has no sockets. Use the page at the address that was printed.")
 
-        async def with_headers(message: Message) -> None:
+        async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                more = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message["headers"], *more]
+                message["headers"] = [
+                    *message["headers"],
+                    *((k.lower().encode(), v.encode()) for k, v in HEADERS.items()),
+                ]
             await send(message)
 
         if refusal is None:
@@ -146,12 +148,12 @@ class Gate:
 
 
 def _limited(receive: Receive) -> Receive:
-    """The request's messages, up to `MAX_BODY` bytes in all."""
+    """The request's messages, until they hold more than is read."""
     from starlette.exceptions import HTTPException
 
     size = 0
 
-    async def limited() -> Message:
+    async def limited() -> Any:
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))

@@ -20,7 +20,7 @@ from workbench.core.errors import CorruptFileError, DegenerateInputError, EditEr
 from workbench.core.records import load_json, write_atomic
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.export.folds import refused
-from workbench.interventions.export.result import Exported, Probe
+from workbench.interventions.export.result import EditedLogits, Exported
 from workbench.interventions.export.stream import FoldedWriter, folded_writers
 from workbench.interventions.export.weights import folded_bias
 from workbench.interventions.intervention import Intervention
@@ -48,7 +48,7 @@ def export_lora(hf: nn.Module, sites: SiteMap, intervention: Intervention, out: 
     folded = folded_writers(hf, sites, intervention)
     if not folded:
         raise DegenerateInputError("export: the intervention changes no weight (strength 0?), so there is no adapter.")
-    probe = Probe(hf, sites, intervention, tolerance)
+    probe = EditedLogits(hf, sites, intervention, tolerance)
     deltas = {item.writer.path: _delta(item) for item in folded}
     rank = max(delta.a.shape[0] for delta in deltas.values())
     has_bias = _bias_everywhere(folded, deltas)

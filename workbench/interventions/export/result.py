@@ -53,7 +53,7 @@ class Exported:
         return f"{self.kind}: {where}; {checked}" + "".join(f"; {note}" for note in self.notes)
 
 
-class Probe:
+class EditedLogits:
     """Logits of the edited model on a few random tokens, to hold an export against."""
 
     def __init__(self, hf: nn.Module, sites: SiteMap, intervention: Intervention, tolerance: float) -> None:

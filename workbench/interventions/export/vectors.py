@@ -19,7 +19,7 @@ from workbench.hooks.attach import attached
 from workbench.hooks.families import position_tables
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.export.folds import Fold, fold_of, refused
-from workbench.interventions.export.result import Exported, Probe
+from workbench.interventions.export.result import EditedLogits, Exported
 from workbench.interventions.intervention import Edit, Intervention
 
 _GGUF_ARCH = "controlvector"
@@ -101,7 +101,7 @@ def export_lm_eval(hf: nn.Module, sites: SiteMap, intervention: Intervention, ou
                 raise refused(edit, f"a steering file has one entry for each place, and {hookpoint} has another edit")
             entry["steering_vector"] = entry["steering_vector"] + before["steering_vector"]
         entries[hookpoint] = entry
-    probe = Probe(hf, sites, intervention, tolerance)
+    probe = EditedLogits(hf, sites, intervention, tolerance)
     with _edited(hf, sites, intervention, entries):
         difference = probe.check(hf, "The steering file")
     buffer = io.BytesIO()
@@ -187,7 +187,7 @@ def export_hook(hf: nn.Module, sites: SiteMap, intervention: Intervention, out: 
         for name in ("read", "write", "bias")
     }
     text = _HOOK.format(tensors="vectors.safetensors", n=len(merged), paths=list(merged))
-    probe = Probe(hf, sites, intervention, tolerance)
+    probe = EditedLogits(hf, sites, intervention, tolerance)
 
     def edit_of(fold: Fold) -> Any:
         read, write, bias = (part.float() for part in (fold.read, fold.write, fold.bias))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from workbench.core.errors import InvalidInputError, NotExactlyExportable
 from workbench.hooks.sites import SiteMap
-from workbench.interventions.export.result import Exported, Probe
+from workbench.interventions.export.result import EditedLogits, Exported
 from workbench.interventions.export.stream import FoldedWriter, folded_writers
 from workbench.interventions.intervention import Intervention
 
@@ -34,7 +34,7 @@ def export_weights(
     if out is not None:
         _require_free(out)
     folded = folded_writers(hf, sites, intervention)
-    probe = Probe(hf, sites, intervention, tolerance)
+    probe = EditedLogits(hf, sites, intervention, tolerance)
     changed = copy.deepcopy(hf)
     notes = [untie(changed)] if any(item.writer.is_embedding for item in folded) else []
     added = [item.writer.path for item in folded if fold_into(changed.get_submodule(item.writer.path), item)]

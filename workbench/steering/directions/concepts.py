@@ -160,14 +160,14 @@ def steer_concepts(
 
 
 def _tokens_of(model: Model, concepts: Sequence[Concept], k: int) -> Int[Tensor, "concepts k"]:
-    found = []
+    tokens = []
     for concept in concepts:
         sides = [model.tokens(list(texts)).to("cpu").rows() for texts in (concept.positives, concept.negatives)]
         given = torch.tensor(list(dict.fromkeys(concept.tokens)), dtype=torch.long)
         special = special_ids(model.tokenizer)
-        found.append(given if len(given) else concept_tokens(sides[0], sides[1], model.d_vocab, k, without=special))
-    shortest = min(k, *(len(row) for row in found))
-    return torch.stack([row[:shortest] for row in found])
+        tokens.append(given if len(given) else concept_tokens(sides[0], sides[1], model.d_vocab, k, without=special))
+    shortest = min(k, *(len(row) for row in tokens))
+    return torch.stack([row[:shortest] for row in tokens])
 
 
 def _vectors(
@@ -175,14 +175,14 @@ def _vectors(
 ) -> dict[str, Float[Tensor, "concepts d"]]:
     """Unit directions of every method, by concept."""
     each = [concept_directions(model, concept, site, options) for concept in concepts]
-    found = {method: torch.stack([one[method] for one in each]) for method in options.methods}
+    vectors = {method: torch.stack([one[method] for one in each]) for method in options.methods}
     sae = options.sae
     if sae is not None:
         rows = as_basis(sae).rows(torch.tensor([best_feature(model, sae, concept, site) for concept in concepts]))
-        found[SAE_ARM] = rows / rows.norm(dim=1, keepdim=True)
-    if not found:
+        vectors[SAE_ARM] = rows / rows.norm(dim=1, keepdim=True)
+    if not vectors:
         raise InvalidInputError("steer_concepts: no method and no SAE. Choose at least one method.")
-    return found
+    return vectors
 
 
 def best_feature(model: Model, sae: AnySAE, concept: Concept, site: str | Site) -> int:

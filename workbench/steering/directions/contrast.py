@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.tokens import TokenBatch
+from workbench.models.model import Model
 
 ROWS_PER_PASS = 32
 
@@ -52,7 +52,7 @@ def cosine(a: Float[Tensor, "*rows d"], b: Float[Tensor, " d"]) -> Float[Tensor,
 
 @torch.no_grad()
 def mean_activations(
-    model: Any, batch: TokenBatch, sites: Sequence[str], where: Bool[Tensor, "batch pos"]
+    model: Model, batch: TokenBatch, sites: Sequence[str], where: Bool[Tensor, "batch pos"]
 ) -> dict[str, Float[Tensor, "batch d"]]:
     """Mean activation of each row over its chosen tokens, per site, in fp32.
 
@@ -83,7 +83,7 @@ def mean_activations(
 
 @torch.no_grad()
 def directions_by_position(
-    model: Any, positive: TokenBatch, negative: TokenBatch, sites: Sequence[str], positions: Sequence[int] = (-1,)
+    model: Model, positive: TokenBatch, negative: TokenBatch, sites: Sequence[str], positions: Sequence[int] = (-1,)
 ) -> Mapping[str, Float[Tensor, "positions d"]]:
     """Difference of means at each site and at each position counted from the end of the row.
 

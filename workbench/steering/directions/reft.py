@@ -15,7 +15,7 @@ from workbench.hooks.sites import Site
 from workbench.models.model import Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReftOptions:
     """How ReFT-r1 is trained.
 

@@ -64,15 +64,15 @@ def templates_from(path: str | Path) -> dict[str, str]:
         MissingFileError: if there is no such file.
         InvalidInputError: if one of the three or one of its slots is missing.
     """
-    found = from_jsonable(dict[str, str], load_json(Path(path)))
+    templates = from_jsonable(dict[str, str], load_json(Path(path)))
     for kind, slots in SLOTS.items():
-        lacking = [slot for slot in slots if f"{{{slot}}}" not in found.get(kind, "")]
+        lacking = [slot for slot in slots if f"{{{slot}}}" not in templates.get(kind, "")]
         if lacking:
             raise InvalidInputError(
                 f"{path}: the prompt {kind!r} lacks {', '.join(f'{{{slot}}}' for slot in lacking)}. Give "
                 f"{', '.join(KINDS)}, each with its slots."
             )
-    return {kind: found[kind] for kind in KINDS}
+    return {kind: templates[kind] for kind in KINDS}
 
 
 def rating_prompts(

@@ -102,8 +102,8 @@ class RatingReport(Report):
 
     def metrics(self) -> dict[str, Metric]:
         """Flat numbers."""
-        found: dict[str, Metric] = {"failed": self.failed}
+        metrics: dict[str, Metric] = {"failed": self.failed}
         for arm in self.arms:
-            found[f"{arm.name}.harmonic_of_means"] = arm.harmonic_of_means
-            found[f"{arm.name}.mean_of_harmonics"] = arm.mean_of_harmonics
-        return found
+            metrics[f"{arm.name}.harmonic_of_means"] = arm.harmonic_of_means
+            metrics[f"{arm.name}.mean_of_harmonics"] = arm.mean_of_harmonics
+        return metrics

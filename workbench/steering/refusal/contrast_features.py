@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +16,7 @@ from workbench.core.tokens import TokenBatch
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.saes import SAEClamp
 from workbench.interventions.scopes import All, Pos
+from workbench.models.model import Model
 from workbench.steering.directions.contrast import cosine
 from workbench.steering.refusal.data import Exchange
 from workbench.steering.refusal.measures import refusal_log_odds
@@ -26,7 +26,7 @@ EVERY_TOKEN_BUT_THE_FIRST = All() & ~Pos(0)
 """The first token is an attention sink: its huge activations would make a clamp a change of another kind."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureRow:
     """How one feature differs between refusals and compliant replies to the same prompts.
 
@@ -76,7 +76,7 @@ class _Side:
     n_tokens: int
 
 
-def _encode_replies(model: Any, basis: Basis, site: str, exchange: Exchange) -> _Side:
+def _encode_replies(model: Model, basis: Basis, site: str, exchange: Exchange) -> _Side:
     means, counts, peaks = [], [], []
     for start in range(0, len(exchange.tokens), ROWS_PER_PASS):
         part = exchange.tokens[slice(start, start + ROWS_PER_PASS)]
@@ -92,7 +92,7 @@ def _encode_replies(model: Any, basis: Basis, site: str, exchange: Exchange) -> 
 
 
 def find_refusal_features(
-    model: Any,
+    model: Model,
     sae: AnySAE,
     site: str,
     refusals: Exchange,
@@ -122,13 +122,13 @@ def find_refusal_features(
     alike = cosine(decoder[order], direction.cpu())
     rows = tuple(
         FeatureRow(
-            f,
-            float(difference[f]),
-            float(area[i]),
-            float(alike[i]),
-            float(frequency[f]),
-            float(peak[f]),
-            int(reply_tokens[f]),
+            feature=f,
+            mean_difference=float(difference[f]),
+            auroc=float(area[i]),
+            cosine=float(alike[i]),
+            frequency=float(frequency[f]),
+            max_act=float(peak[f]),
+            reply_tokens=int(reply_tokens[f]),
         )
         for i, f in enumerate(order.tolist())
     )
@@ -136,7 +136,7 @@ def find_refusal_features(
 
 
 def screen_features(
-    model: Any,
+    model: Model,
     sae: AnySAE,
     site: str,
     rows: Sequence[FeatureRow],

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workbench.core.errors import InvalidInputError
 from workbench.core.tokens import TokenBatch
+from workbench.models.model import Model
 from workbench.steering.refusal.measures import REFUSAL_PHRASES
 
 Chat = list[dict[str, str]]
@@ -106,7 +107,7 @@ class Exchange:
     is_reply: Bool[Tensor, "batch pos"]
 
 
-def exchanges(model: Any, requests: Sequence[str], replies: Sequence[str]) -> Exchange:
+def exchanges(model: Model, requests: Sequence[str], replies: Sequence[str]) -> Exchange:
     """Each request in the model's chat template, followed by the reply of its index (replies are used in turn)."""
     prompts = model.tokens(as_chats(requests)).rows()
     said = model.tokens([replies[i % len(replies)] for i in range(len(requests))], bos=False).rows()

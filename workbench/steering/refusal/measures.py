@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.models.model import Model
 
 REFUSAL_PHRASES = (
     "i'm sorry",
@@ -54,7 +54,7 @@ def is_refusal(text: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> bool:
     return any(phrase in plain for phrase in phrases)
 
 
-def refusal_token_ids(model: Any, refusals: Sequence[str], compliant: Sequence[str]) -> tuple[int, ...]:
+def refusal_token_ids(model: Model, refusals: Sequence[str], compliant: Sequence[str]) -> tuple[int, ...]:
     """First tokens of the refusals that open none of the compliant replies.
 
     Raises:
@@ -64,13 +64,13 @@ def refusal_token_ids(model: Any, refusals: Sequence[str], compliant: Sequence[s
         list(dict.fromkeys(int(row[0]) for row in model.tokens(list(texts), bos=False).rows()))
         for texts in (refusals, compliant)
     ]
-    found = tuple(token for token in first[0] if token not in first[1])
-    if not found:
+    distinctive = tuple(token for token in first[0] if token not in first[1])
+    if not distinctive:
         raise DegenerateInputError(
             f"refusal_token_ids: all {len(first[0])} first tokens of the refusals also open a compliant reply. "
             "Give replies that begin differently."
         )
-    return found
+    return distinctive
 
 
 def refusal_log_odds(logits: Float[Tensor, "*rows d_vocab"], refusal_tokens: Sequence[int]) -> Float[Tensor, "*rows"]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from workbench.core.stats import Estimate
-from workbench.report.base import Bars, Lines, Metric, Report, Section, Series, Table, Text
+from workbench.report.base import Bars, Cell, Lines, Metric, Report, Section, Series, Table, Text
 from workbench.steering.refusal.contrast_features import FeatureRow
 from workbench.steering.refusal.result import Contrast, RefusalArm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RefusalReport(Report):
     """The refusal study of one model at one site.
 
@@ -68,86 +68,44 @@ class RefusalReport(Report):
         words = ", ".join(repr(token) for token in self.refusal_tokens)
         intro = Text(
             f"Steering {self.model} at {self.site}, every token but the first (an attention sink). The refusal "
-            f"direction is the "
-            f"difference of means between given refusals and given compliant replies, each after harmful and "
-            f"harmless "
-            f"prompts alike ({self.n_train} pairs, reply tokens only). Strength 1 adds it once. Prompts: "
-            f"{self.note}; the "
-            f"template's default system prompt is in place. First-token log-odds count the tokens {words}; "
-            f"replies are greedy, {self.new_tokens} tokens at most. Random arms use another random direction or "
-            f"other random "
-            "features for each prompt. Intervals are 95 % over prompts."
+            "direction is the difference of means between given refusals and given compliant replies, each after "
+            f"harmful and harmless prompts alike ({self.n_train} pairs, reply tokens only). Strength 1 adds it once. "
+            f"Prompts: {self.note}; the template's default system prompt is in place. First-token log-odds count the "
+            f"tokens {words}; replies are greedy, {self.new_tokens} tokens at most. Random arms use another random "
+            "direction or other random features for each prompt. Intervals are 95 % over prompts."
         )
-        blocks = (
-            intro,
-            self._effects(),
-            self._costs(),
-            self._curve(),
-            self._refused(),
-            *self._screen(),
-            self._examples(),
-        )
-        return Section("Refusal", blocks, self.findings(), self.metrics())
+        costs = (self._effects(), self._costs(), self._curve(), self._refused(), *self._screen(), self._examples())
+        return Section("Refusal", (intro, *costs), self.findings(), self.metrics())
 
     def metrics(self) -> dict[str, Metric]:
         """Flat numbers: `<arm>/<measure>`."""
         kept: dict[str, Metric] = {"direction_norm": self.contrast.reply, "topic_norm": self.contrast.prompt}
         names = (
-            "log_odds_harmful",
-            "log_odds_harmless",
-            "control_harmful",
-            "control_harmless",
-            "selective",
-            "refused_harmful",
-            "refused_harmless",
-            "kl_harmless",
-            "text_change",
-            "reply_change",
-            "distinct_2",
-        )
+            "log_odds_harmful", "log_odds_harmless", "control_harmful", "control_harmless", "selective",
+            "refused_harmful", "refused_harmless", "kl_harmless", "text_change", "reply_change", "distinct_2",
+        )  # fmt: skip
         for arm in self.arms:
             values = {name: getattr(arm, name) for name in names} | {"share_of_residual_norm": arm.share}
             kept |= {f"{arm.name}/{name}": value for name, value in values.items() if value is not None}
         return kept
 
     def _effects(self) -> Table:
-        columns = (
-            "arm",
-            "added, % of residual norm",
-            "log-odds, harmful",
-            "log-odds, harmless",
-            "minus control, harmful",
-            "minus control, harmless",
-            "harmful minus harmless change",
-            "refusals, harmful",
-            "refusals, harmless",
-        )
-        rows = tuple(
-            (
-                a.name,
-                round(100 * a.share, 1),
-                a.log_odds_harmful,
-                a.log_odds_harmless,
-                a.control_harmful,
-                a.control_harmless,
-                a.selective,
-                a.refused_harmful,
-                a.refused_harmless,
-            )
-            for a in self.arms
-        )
-        return Table(columns, rows, "What each arm does to refusal, on test prompts; log-odds in nats.")
+        columns: dict[str, str | Callable[[RefusalArm], Cell]] = {
+            "arm": "name",
+            "added, % of residual norm": lambda arm: round(100 * arm.share, 1),
+            "log-odds, harmful": "log_odds_harmful",
+            "log-odds, harmless": "log_odds_harmless",
+            "minus control, harmful": "control_harmful",
+            "minus control, harmless": "control_harmless",
+            "harmful minus harmless change": "selective",
+            "refusals, harmful": "refused_harmful",
+            "refusals, harmless": "refused_harmless",
+        }
+        return Table.of(self.arms, columns, "What each arm does to refusal, on test prompts; log-odds in nats.")
 
     def _costs(self) -> Table:
-        columns = (
-            "arm",
-            "loss on plain text",
-            "change",
-            "KL of first token, harmless",
-            "loss of replies, unsteered model",
-            "change",
-            "distinct bigrams",
-        )
+        columns = ("arm", "loss on plain text", "change", "KL of first token, harmless",
+                   "loss of replies, unsteered model", "change", "distinct bigrams")  # fmt: skip
         rows = tuple(
             (a.name, a.text_loss, a.text_change, a.kl_harmless, a.reply_nats, a.reply_change, a.distinct_2)
             for a in self.arms
@@ -160,21 +118,10 @@ class RefusalReport(Report):
             for family in ("refusal direction", "random direction"):
                 results = (self.arms[0], *self.family(family))
                 odds = [getattr(arm, f"log_odds_{kind}") for arm in results]
-                series.append(
-                    Series(
-                        f"{family}, {kind}",
-                        tuple(a.strength for a in results),
-                        tuple(e.value for e in odds),
-                        tuple(e.low for e in odds),
-                        tuple(e.high for e in odds),
-                    )
-                )
-        return Lines(
-            "First-token refusal log-odds",
-            tuple(series),
-            "strength (multiples of the difference of means)",
-            "log-odds, nats",
-        )
+                bands = zip(*((e.value, e.low, e.high) for e in odds), strict=True)
+                series.append(Series(f"{family}, {kind}", tuple(a.strength for a in results), *bands))
+        title, x_label = "First-token refusal log-odds", "strength (multiples of the difference of means)"
+        return Lines(title, tuple(series), x_label, "log-odds, nats")
 
     def _refused(self) -> Bars:
         labels = tuple(f"{a.name}, {kind}" for a in self.arms for kind in ("harmful", "harmless"))
@@ -186,25 +133,16 @@ class RefusalReport(Report):
     def _screen(self) -> Iterator[Table]:
         if not self.features:
             return
-        columns = (
-            "feature",
-            "mean difference",
-            "AUROC",
-            "cosine with direction",
-            "frequency",
-            "largest",
-            "clamped alone",
-        )
-        rows = tuple(
-            (f.feature, f.mean_difference, f.auroc, f.cosine, f.frequency, f.max_act, f.screened) for f in self.features
-        )
-        yield Table(
-            columns,
-            rows,
-            f"SAE features that refusals use more ({self.n_train} training pairs, both replies), ordered by the "
-            f"change of the "
-            f"log-odds when each is clamped alone ({self.n_val} validation prompts).",
-        )
+        columns = {
+            "feature": "feature", "mean difference": "mean_difference", "AUROC": "auroc",
+            "cosine with direction": "cosine", "frequency": "frequency", "largest": "max_act",
+            "clamped alone": "screened",
+        }  # fmt: skip
+        yield Table.of(
+            self.features, columns,
+            f"SAE features that refusals use more ({self.n_train} training pairs, both replies), ordered by the change "
+            f"of the log-odds when each is clamped alone ({self.n_val} validation prompts).",
+        )  # fmt: skip
 
     def _examples(self) -> Table:
         rows = tuple((a.name, a.example_harmful, a.example_harmless) for a in self.arms)

@@ -43,7 +43,7 @@ STRONG_AUROC = 0.75
 """AUROC above which a candidate is no control."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RefusalOptions:
     """Sizes and strengths of the refusal study.
 

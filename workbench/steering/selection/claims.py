@@ -21,15 +21,15 @@ def depth_claim(depths: Sequence[Depth], options: StudyOptions) -> Claim:
     first, last = depths[0].table, depths[-1].table
     shares = [t.alive()["output_score"].dropna().to_numpy(dtype=float) >= options.threshold for t in (last, first)]
     noise = [np.array(t.controls.get("random_output_score", ())) >= options.threshold for t in (last, first)]
-    found = difference_of_shares(*shares, seed=options.seed)
+    gap = difference_of_shares(*shares, seed=options.seed)
     claim = "Output features lie deep"
     measured = f"share of features with an output score of {options.threshold:g} or more, deepest minus shallowest site"
     if not all(len(part) for part in noise):
-        return Claim(claim, measured, found, None, "not clear", "no random directions were scored")
+        return Claim(claim, measured, gap, None, "not clear", "no random directions were scored")
     control = difference_of_shares(*noise, seed=options.seed)
     above = difference_of_shares(*shares, *noise, seed=options.seed)
-    verdict = "holds" if above.low > 0 and found.low > 0 else ("does not hold" if found.high < 0 else "not clear")
-    return Claim(claim, measured, found, control, verdict, f"beyond the random directions {above}")
+    verdict = "holds" if above.low > 0 and gap.low > 0 else ("does not hold" if gap.high < 0 else "not clear")
+    return Claim(claim, measured, gap, control, verdict, f"beyond the random directions {above}")
 
 
 def difference_of_shares(*parts: Bool[np.ndarray, " _"], seed: int = 0) -> Estimate:
@@ -72,12 +72,12 @@ def cooccurrence_claim(depths: Sequence[Depth], options: StudyOptions) -> Claim:
     claim = "High input and output scores rarely co-occur"
     measured = f"features with both scores at {options.high:g} or more, divided by the number under independence"
     pooled = observed_over_expected(both, float(read.mean() * write.sum()) if len(read) else 0.0)
-    found = observed_over_expected(both, expected_within(cells))
-    if found is None:
+    ratio = observed_over_expected(both, expected_within(cells))
+    if ratio is None:
         return Claim(claim, measured, None, None, "not clear", "no feature is high in one of the two scores")
-    verdict = "holds" if found.high < 1 else ("does not hold" if found.low > 1 else "not clear")
+    verdict = "holds" if ratio.high < 1 else ("does not hold" if ratio.low > 1 else "not clear")
     note = f"{both} of {len(read)} features, {read.sum()} high in input, {write.sum()} in output; all depths as one"
-    return Claim(claim, measured, found, shuffled_pairs(cells, options.seed), verdict, f"{note} {pooled}")
+    return Claim(claim, measured, ratio, shuffled_pairs(cells, options.seed), verdict, f"{note} {pooled}")
 
 
 Cells = Sequence[tuple[Bool[np.ndarray, " _"], Bool[np.ndarray, " _"]]]
@@ -136,17 +136,17 @@ def filter_claim(steered: Sequence[Steered]) -> Claim:
     """
     claim = "Filtering by output score multiplies steering success"
     measured = "lens tokens per text, filtered features divided by unfiltered ones"
-    found, control = ratio_to_unfiltered(steered, FILTERED), ratio_to_unfiltered(steered, SECOND)
+    ratio, control = ratio_to_unfiltered(steered, FILTERED), ratio_to_unfiltered(steered, SECOND)
     gain = difference_of_gains(steered, FILTERED)
-    if found is None or gain is None:
+    if ratio is None or gain is None:
         why = "no feature passes, or the unfiltered ones write none"
-        return Claim(claim, measured, found, control, "not clear", why)
+        return Claim(claim, measured, ratio, control, "not clear", why)
     verdict: Verdict = "not clear"
-    if found.low > 1 and gain.low > 0:
+    if ratio.low > 1 and gain.low > 0:
         verdict = "holds"
-    elif found.high < 1 or gain.high < 0:
+    elif ratio.high < 1 or gain.high < 0:
         verdict = "does not hold"
-    return Claim(claim, measured, found, control, verdict, f"gain over random directions, filtered - unfiltered {gain}")
+    return Claim(claim, measured, ratio, control, verdict, f"gain over random directions, filtered - unfiltered {gain}")
 
 
 def ratio_to_unfiltered(steered: Sequence[Steered], group: str) -> Estimate | None:
@@ -170,11 +170,11 @@ def paired_with_unfiltered(
     steered: Sequence[Steered], group: str, values: Callable[[Steered], dict[str, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Values of a group and of as many unfiltered features of each depth; None where the group is empty."""
-    both = [(found[group], found[UNFILTERED][: len(found[group])]) for found in map(values, steered) if group in found]
+    both = [(one[group], one[UNFILTERED][: len(one[group])]) for one in map(values, steered) if group in one]
     return (np.concatenate([a for a, _ in both]), np.concatenate([b for _, b in both])) if both else None
 
 
 def ratios_of(steered: Sequence[Steered]) -> dict[str, Estimate]:
     """Success of each group divided by that of the unfiltered features at the same depths."""
-    found = {name: ratio_to_unfiltered(steered, name) for name in GROUPS if name != UNFILTERED}
-    return {name: ratio for name, ratio in found.items() if ratio is not None}
+    ratios = {name: ratio_to_unfiltered(steered, name) for name in GROUPS if name != UNFILTERED}
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}

@@ -20,7 +20,7 @@ BEST = {"best output scores": "output_score", "best input scores": "input_score"
 GROUPS = (UNFILTERED, SECOND, FILTERED, MATCHED, *BEST)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudyOptions:
     """Sizes and cuts of the study.
 
@@ -76,7 +76,7 @@ def groups_of(depth: Depth, options: StudyOptions) -> dict[str, list[int]]:
     good = alive[alive["output_score"] >= options.threshold]["feature"]
     filtered = [int(f) for f in random.permutation(good.tolist())[:n]]
     frequency = frequencies(table, len(as_basis(depth.sae).writing()))
-    found = {
+    groups = {
         UNFILTERED: order[:n],
         SECOND: order[n : 2 * n],
         FILTERED: filtered,
@@ -85,5 +85,5 @@ def groups_of(depth: Depth, options: StudyOptions) -> dict[str, list[int]]:
     for name, column in BEST.items():
         known = alive.dropna(subset=[column])
         size = known[column].abs().sort_values(ascending=False, kind="stable").index[:n]
-        found[name] = [int(f) for f in known.loc[size, "feature"]]
-    return {name: group for name, group in found.items() if group}
+        groups[name] = [int(f) for f in known.loc[size, "feature"]]
+    return {name: group for name, group in groups.items() if group}

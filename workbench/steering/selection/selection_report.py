@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from workbench.core.stats import Estimate
-from workbench.report.base import Bars, Block, Lines, Metric, Report, Section, Series, Table, Text
+from workbench.report.base import Bars, Block, Cell, Lines, Metric, Report, Section, Series, Table, Text
 
 Verdict = Literal["holds", "does not hold", "not clear"]
 
@@ -32,7 +33,7 @@ class Claim:
     note: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DepthProfile:
     """Scores of the alive features at one depth.
 
@@ -63,7 +64,7 @@ class DepthProfile:
     both: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupResult:
     """One group of features at one layer, or over all layers (`layer` None).
 
@@ -92,6 +93,22 @@ class GroupResult:
     unsteered_perplexity: Estimate | None
 
 
+CLAIM = ("claim", "verdict", "measured", "value", "control")
+GROUP: dict[str, str | Callable[[GroupResult], Cell]] = {
+    "features": "group", "layer": lambda group: "all" if group.layer is None else group.layer, "n": "n",
+    "lens tokens per text": "success", "unsteered": "unsteered", "random directions": "random",
+    "above random directions": "gain", "by the paper's rule": "by_paper", "perplexity": "perplexity",
+    "unsteered perplexity": "unsteered_perplexity",
+}  # fmt: skip
+PROFILE = {
+    "layer": "layer", "depth": "depth", "alive": "n", "input score": "input",
+    "contexts of other features": "shuffled_input", "output score": "output", "of random directions": "random_output",
+    "output features": "share", "among random directions": "random_share", "change of confidence": "confidence",
+    "high in both": "both",
+}  # fmt: skip
+"""Columns of the tables."""
+
+
 @dataclass(frozen=True)
 class SelectionReport(Report):
     """Does selecting features make steering work?
@@ -112,14 +129,14 @@ class SelectionReport(Report):
 
     def findings(self) -> tuple[str, ...]:
         """One sentence per claim, and the ratios of the other ways to select."""
-        found = [
+        lines = [
             f"{c.claim}: {c.verdict}. {c.measured.capitalize()}: {'not known' if c.value is None else c.value}"
             + (f"; control {c.control}" if c.control is not None else "")
             + f"; {c.note}."
             for c in self.claims
         ]
-        found += [f"Success of {name}, divided by that of unfiltered features: {r}." for name, r in self.ratios.items()]
-        return tuple(found)
+        lines += [f"Success of {name}, divided by that of unfiltered features: {r}." for name, r in self.ratios.items()]
+        return tuple(lines)
 
     def section(self) -> Section:
         """Claims, groups and the profile over depth."""
@@ -134,38 +151,6 @@ class SelectionReport(Report):
         return Section("Which features steer", tuple(self._blocks()), self.findings(), metrics)
 
     def _blocks(self) -> list[Block]:
-        claims = tuple((c.claim, c.verdict, c.measured, c.value, c.control, c.note) for c in self.claims)
-        groups = tuple(
-            (
-                g.group,
-                "all" if g.layer is None else g.layer,
-                g.n,
-                g.success,
-                g.unsteered,
-                g.random,
-                g.gain,
-                g.by_paper,
-                g.perplexity,
-                g.unsteered_perplexity,
-            )
-            for g in self.groups
-        )
-        profile = tuple(
-            (
-                p.layer,
-                p.depth,
-                p.n,
-                p.input,
-                p.shuffled_input,
-                p.output,
-                p.random_output,
-                p.share,
-                p.random_share,
-                p.confidence,
-                p.both,
-            )
-            for p in self.profile
-        )
         depth = tuple(p.depth for p in self.profile)
         lines = (
             Series("mean input score", depth, tuple(p.input for p in self.profile)),
@@ -175,23 +160,14 @@ class SelectionReport(Report):
         )
         return [
             Text(self._about()),
-            Table(("claim", "verdict", "measured", "value", "control", "also"), claims, "Three claims of the paper"),
+            Table.of(self.claims, {name: name for name in CLAIM} | {"also": "note"}, "Three claims of the paper"),
             Bars(
                 "Success relative to unfiltered features", tuple(self.ratios), tuple(self.ratios.values()),
                 y_label="ratio", reference=1.0,
             ),
-            Table(
-                ("features", "layer", "n", "lens tokens per text", "unsteered", "random directions",
-                 "above random directions", "by the paper's rule", "perplexity", "unsteered perplexity"),
-                groups, "Ways to select features",
-            ),
+            Table.of(self.groups, GROUP, "Ways to select features"),
             Lines("Scores over depth", lines, x_label="share of the blocks", y_label="score"),
-            Table(
-                ("layer", "depth", "alive", "input score", "contexts of other features", "output score",
-                 "of random directions", "output features", "among random directions", "change of confidence",
-                 "high in both"),
-                profile, "Means over all alive features",
-            ),
+            Table.of(self.profile, PROFILE, "Means over all alive features"),
         ]  # fmt: skip
 
     def _about(self) -> str:

@@ -67,13 +67,13 @@ def selection_study(
 
 
 def _group_results(steered: Sequence[Steered], layers: Sequence[int]) -> tuple[GroupResult, ...]:
-    found = []
+    results = []
     for group in GROUPS:
         having = [(one, layer) for one, layer in zip(steered, layers, strict=True) if group in one.feature]
-        found += [_group_result(group, [one], layer) for one, layer in having]
+        results += [_group_result(group, [one], layer) for one, layer in having]
         if having:
-            found.append(_group_result(group, [one for one, _ in having], None))
-    return tuple(found)
+            results.append(_group_result(group, [one for one, _ in having], None))
+    return tuple(results)
 
 
 def _group_result(group: str, depths: Sequence[Steered], layer: int | None) -> GroupResult:
@@ -83,7 +83,7 @@ def _group_result(group: str, depths: Sequence[Steered], layer: int | None) -> G
         return two_level(np.concatenate(tables))
 
     return GroupResult(
-        group, layer, sum(len(one.feature[group].success) for one in depths),
+        group=group, layer=layer, n=sum(len(one.feature[group].success) for one in depths),
         success=mean([one.feature[group].success for one in depths]),
         unsteered=mean([one.unsteered[group].success for one in depths]),
         random=mean([one.random[group].success for one in depths]),

@@ -46,7 +46,7 @@ class EditSummary:
         return cls(strength, tokens, norm / max(tokens, 1), norm / before if before else 0.0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ArmTexts:
     """The texts of the arms of one kind, at all strengths.
 

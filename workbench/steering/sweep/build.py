@@ -86,7 +86,7 @@ def _differences(
     prompts: Sequence[int],
 ) -> dict[str, Estimate]:  # fmt: skip
     steered = by_name["feature"].at(measure, chosen["feature"], prompts)
-    found = {
+    differences = {
         words: two_level(steered - by_name[name].at(measure, chosen[name], prompts))
         for name, words in PAIRED.items()
         if name in by_name
@@ -95,8 +95,8 @@ def _differences(
     for name, words in LIFTED.items():
         if name in by_name:
             own = by_name[name].at(measure, chosen[name], prompts)
-            found[words] = two_level_difference(lift, own - bases[name].at(measure, [0] * len(own), prompts))
-    return {words: value for words, value in found.items() if value is not None}
+            differences[words] = two_level_difference(lift, own - bases[name].at(measure, [0] * len(own), prompts))
+    return {words: value for words, value in differences.items() if value is not None}
 
 
 def arm_result(arm: ArmTexts, chosen: Sequence[int], key: str, prompts: Sequence[int]) -> ArmResult:
@@ -108,7 +108,7 @@ def arm_result(arm: ArmTexts, chosen: Sequence[int], key: str, prompts: Sequence
     }
     harm = None if arm.harm is None else two_level(arm.harm[np.arange(len(count)), list(chosen)], unit="plain texts")
     return ArmResult(
-        arm.name, success=two_level(count), degenerate=two_level(degenerate(count)), harm=harm,
+        name=arm.name, success=two_level(count), degenerate=two_level(degenerate(count)), harm=harm,
         perplexity=perplexity(arm.at("nll", chosen, prompts)), **plain,
     )  # fmt: skip
 
@@ -130,15 +130,15 @@ def curve(arm: ArmTexts, prompts: Sequence[int]) -> tuple[Estimate | None, ...]:
 
 def points_of(arm: ArmTexts, base: ArmTexts, prompts: Sequence[int]) -> list[Point]:
     """Effect and cost of one arm at each strength."""
-    n, found = len(arm.features), []
+    n, points = len(arm.features), []
     for s, strength in enumerate(arm.strengths):
         effect = arm.at("share", [s] * n, prompts) - base.at("share", [0] * n, prompts)
         nll, plain = arm.at("nll", [s] * n, prompts), base.at("nll", [0] * n, prompts)
         known = np.isfinite(nll).any() and np.isfinite(plain).any()
         cost = float(np.nanmean(nll) - np.nanmean(plain)) if known else math.nan
         harm = None if arm.harm is None else float(arm.harm[:, s].mean())
-        found.append(Point(arm.name, strength, float(effect.mean()), cost, harm, False))
-    return found
+        points.append(Point(arm.name, strength, float(effect.mean()), cost, harm, False))
+    return points
 
 
 def with_front(points: Sequence[Point]) -> tuple[Point, ...]:
@@ -162,18 +162,19 @@ def _feature_results(
         name: by_name[name].at("share", chosen[name], prompts).mean(1) for name in ("feature", "unsteered", "random")
     }
     nll, odds = steered.at("nll", chosen["feature"], prompts), steered.at("log_odds", chosen["feature"], prompts)
-    found = []
+    results = []
     for i, feature in enumerate(steered.features):
         known = nll[i][np.isfinite(nll[i])]
         feature_share, unsteered, random = (float(share[name][i]) for name in ("feature", "unsteered", "random"))
-        found.append(
+        results.append(
             FeatureResult(
-                feature, words[i], steered.strengths[chosen["feature"][i]], steered.strengths[papers[i]],
-                feature_share, unsteered, random, float(odds[i].mean()),
-                float(np.exp(known.mean())) if len(known) else math.nan,
+                feature=feature, tokens=words[i], strength=steered.strengths[chosen["feature"][i]],
+                paper_strength=steered.strengths[papers[i]],
+                share=feature_share, unsteered=unsteered, random=random, log_odds=float(odds[i].mean()),
+                perplexity=float(np.exp(known.mean())) if len(known) else math.nan,
             )
         )  # fmt: skip
-    return found
+    return results
 
 
 def _examples(

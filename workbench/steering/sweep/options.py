@@ -19,7 +19,7 @@ SCOPES: dict[str, Scope] = {"last+generated": Last() | Generated(), "all": All()
 SUCCESS_KS = (1, 5, 20)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SteerOptions:
     """Details of a steering run.
 

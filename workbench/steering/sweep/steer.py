@@ -285,7 +285,10 @@ class Bench:
         values = {key: np.stack([v[key] for v in by_strength], axis=1) for key in by_strength[0]}
         n = len(self.prompts)
         texts = tuple(tuple(w.texts[f * n : (f + 1) * n] for w in written) for f in range(len(owners)))
-        return ArmTexts(name, owners, strengths, values, texts, *done)
+        harm, edits = done
+        return ArmTexts(
+            name=name, features=owners, strengths=strengths, values=values, texts=texts, harm=harm, edits=edits
+        )
 
 
 def plain_batch(model: Model, options: SteerOptions) -> TokenBatch:

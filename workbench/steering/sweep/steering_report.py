@@ -22,7 +22,7 @@ MEASURE_WORDS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArmResult:
     """One arm at the chosen strengths, on the evaluation prompts; intervals over prompts and features.
 
@@ -53,7 +53,7 @@ class ArmResult:
     harm: Estimate | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureResult:
     """One feature at the strength of the held-out rule, means over the evaluation prompts.
 
@@ -133,7 +133,7 @@ class TextsReport(Report):
         return pd.DataFrame([row for arm in self.written for row in arm.rows(self.prompts)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SteeringReport(TextsReport):
     """Effects of steering beside their controls.
 
@@ -169,30 +169,30 @@ class SteeringReport(TextsReport):
     def findings(self) -> tuple[str, ...]:
         """Effects beside their controls, and the price in perplexity, repetition and plain text."""
         steered, base = self.arm("feature"), self.arm("unsteered")
-        found = [
+        lines = [
             f"Of what the model writes under {len(self.features)} steering features, {_percent(steered.share)} % are "
             f"lens tokens of the feature; without steering {_percent(base.share)} % ({self.n_evaluation} prompts)."
         ]
         for name, difference in self.differences.items():
-            found.append(f"Share of lens tokens: {verdict(difference)} {name}, difference {difference}.")
+            lines.append(f"Share of lens tokens: {verdict(difference)} {name}, difference {difference}.")
         if steered.perplexity and base.perplexity:
-            found.append(
+            lines.append(
                 f"The price: perplexity under the unsteered model {steered.perplexity}, unsteered {base.perplexity}; "
                 f"{_percent(steered.degenerate, 0)} % of the steered texts repeat the tokens more than "
                 f"{DEGENERATE_COUNT:g} times."
             )
         if steered.harm is not None:
             random = self.arm("random").harm
-            found.append(
+            lines.append(
                 f"On plain text the edit costs {steered.harm} nats per token; a random direction of the same norm "
                 f"costs {random}."
             )
         front = [f"{p.arm} at {p.strength:g}" if p.strength else p.arm for p in self.points if p.on_front]
-        found.append(f"Effect against cost: of {len(self.points)} arms and strengths none beats {', '.join(front)}.")
+        lines.append(f"Effect against cost: of {len(self.points)} arms and strengths none beats {', '.join(front)}.")
         if self.all_degenerate:
             repeating = list(self.all_degenerate)
-            found.append(f"Every strength gave repetition for features {repeating}; they were run at the smallest.")
-        return tuple(found)
+            lines.append(f"Every strength gave repetition for features {repeating}; they were run at the smallest.")
+        return tuple(lines)
 
     def section(self) -> Section:
         """Arms, differences, strengths, rules, effect against cost, edits and example texts."""
