@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +67,11 @@ class Batches:
         """The next batch of raw activations, by site."""
         return self.ring.next(self.key.batch)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, int]:
         """Where the stream is."""
         return self.ring.state_dict()
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, int]) -> None:
         """Goes to where another stream of the same key was."""
         self.ring.load_state_dict(state)
 

@@ -19,6 +19,8 @@ from workbench.core.records import json_lines, load_json, to_jsonable, write_ato
 from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import CONFIG_FILE, WEIGHTS_FILE
 
+State = dict[str, Any]
+"""JSON of a checkpoint, whose values differ in type."""
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"
 _RETRAIN = "Delete it to train from the start."
@@ -26,7 +28,7 @@ FREE_TO_CHANGE = ("checkpoint_seconds", "device")
 """Fields that may differ when a run is continued."""
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], state: State) -> Path:
     """Writes tensors and state beside the previous checkpoint, then puts them in its place in one step.
 
     A process that is killed at any moment leaves the previous checkpoint or the new one.
@@ -36,7 +38,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, 
     return folder / CHECKPOINT_FILE
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], State] | None:
     """Tensors and state of the checkpoint in a folder; None if there is none.
 
     Raises:
@@ -49,7 +51,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         return safetensors.torch.load_file(folder / CHECKPOINT_FILE), state
 
 
-def checkpoint_state(folder: Path) -> dict[str, Any] | None:
+def checkpoint_state(folder: Path) -> State | None:
     """The state alone, as JSON, without reading the tensors; None if there is no checkpoint.
 
     Raises:
@@ -70,7 +72,7 @@ def store_id(store: ActivationStore) -> str:
     return hashlib.sha256(" ".join(shard.sha256 for shard in store.manifest.shards).encode()).hexdigest()[:16]
 
 
-def check_same(path: Path, config: dict[str, Any], made_from: str, wanted: SAEConfig, store: ActivationStore) -> None:
+def check_same(path: Path, config: State, made_from: str, wanted: SAEConfig, store: ActivationStore) -> None:
     """Refuses to continue what was made with another configuration or store.
 
     Raises:

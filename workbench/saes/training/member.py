@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,7 +210,7 @@ class Member:
             return Pair(x, None)
         return Pair(x, normaliser.reconstructed_(raw_target[rows].clone().to(self.device)))
 
-    def save(self, stream: dict[str, Any]) -> bool:
+    def save(self, stream: dict[str, int]) -> bool:
         """Writes a checkpoint, unless what there is can't be used; returns whether it did."""
         if self.problem is not None or not all(bool(t.isfinite().all()) for t in self.weights.tensors()):
             return False
@@ -228,7 +227,7 @@ class Member:
         write_checkpoint(self.folder, {name: t.cpu().contiguous() for name, t in tensors.items()}, state)
         return True
 
-    def restore(self) -> dict[str, Any] | None:
+    def restore(self) -> dict[str, int] | None:
         """Goes to its checkpoint; returns where the stream was then, or None if there is no checkpoint."""
         checkpoint = read_checkpoint(self.folder)
         if checkpoint is None:
