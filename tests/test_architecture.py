@@ -133,6 +133,35 @@ def test_the_foundation_knows_only_itself() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+READS_SAES = ("workbench.bases", "workbench.saes.formats", "workbench.saes.training")
+"""The basis, and what builds and saves SAEs of sae_lens."""
+OWN_WEIGHTS = ("workbench.saes.architectures", "workbench.saes.kernels", "workbench.saes.config")
+"""Where these names are those of the weights that are trained here."""
+OF_SAES = {
+    "W_enc", "W_dec", "W_skip", "b_enc", "b_dec", "b_gate", "b_mag", "r_mag", "cfg", "normalize_activations",
+    "apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "hook_z_reshaping_mode",
+}  # fmt: skip
+
+
+def test_only_a_basis_reads_an_sae() -> None:
+    wrong = [
+        f"{module}:{node.lineno}: {ast.unparse(node)}"
+        for module in _modules()
+        if not module.startswith((*READS_SAES, *OWN_WEIGHTS))
+        for node in ast.walk(_tree(module))
+        if isinstance(node, ast.Attribute) and _reads_an_sae(node.attr, ast.unparse(node.value))
+    ]
+    # the second path of SHIFT, which is to share nothing with the first
+    wrong = [line for line in wrong if not line.startswith("circuits.shift.editcheck:")]
+    assert not wrong, "\n".join(wrong)
+
+
+def _reads_an_sae(attribute: str, owner: str) -> bool:
+    if attribute == "cfg" and "adapter" in owner:
+        return False  # of TransformerLens
+    return attribute in OF_SAES or (attribute in ("encode", "decode") and owner.endswith("sae"))
+
+
 def test_libraries_do_not_use_the_command_line() -> None:
     wrong = [
         f"{module} imports {target}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,14 @@ import pytest
 import torch
 
 from tests.bases.every import D_MODEL, D_OUT, D_SAE, NORMALISATIONS, SAES, TRANSCODERS, hidden, made
+from tests.tiny import tiny_model
 from workbench.bases.base import Basis
 from workbench.bases.sae import SAEBasis, as_basis
 from workbench.core.errors import InvalidInputError, MismatchError, ShapeError
+from workbench.interventions.intervention import Intervention
+from workbench.interventions.saes import SAEAblate
 
+TINY = functools.cache(tiny_model)
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 SOME = torch.tensor([7, 0, 23])
 EVERY = pytest.mark.parametrize(
@@ -79,6 +84,28 @@ def test_a_basis_encodes_decodes_and_ablates_like_sae_lens(kind: str, normalisat
     basis.encode(9 * hidden(seed=2))
     assert torch.equal(basis.decode(own), basis.decode(own)), "what is encoded later does not matter"
     assert state(sae).keys() == before.keys() and all(state(sae)[name] is value for name, value in before.items())
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize("kind", SAES)
+def test_an_ablation_is_the_one_run_through_the_model(kind: str, normalisation: str) -> None:
+    model, sae, ids = TINY(), made(kind, normalisation), torch.tensor([[5, 9, 2, 40, 8]])
+    x = model.capture(ids, ["resid_post.1"])["resid_post.1"][0]
+
+    def by_sae_lens(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
+        kept, acts = sae.decode(sae.encode(output[0])), sae.encode(output[0]).to_dense()
+        acts[:, SOME] = 0.0
+        return output + sae.decode(acts) - kept
+
+    with model.plan(Intervention.at("resid_post.1", SAEAblate(sae, SOME))):
+        by_op = model.capture(ids, ["resid_pre.2"])["resid_pre.2"][0]
+    handle = model.site_map["resid_post.1"].module.register_forward_hook(by_sae_lens)
+    by_hook = model.capture(ids, ["resid_pre.2"])["resid_pre.2"][0]
+    handle.remove()
+    ablated, size = as_basis(sae).ablate(x, SOME), float((by_hook - x).norm())
+    assert size > 0.01 * float(x.norm())
+    assert float((ablated - by_op).norm()) < 1e-5 * size
+    assert float((ablated - by_hook).norm()) < 1e-5 * (size + float(x.norm()))
 
 
 @EVERY

@@ -336,10 +336,10 @@ def match_by_activations(
     return _matched(same.result(), shuffled.result(), options)
 
 
-def _encoded(name: str, sae: Encoder, x: Tensor) -> Tensor:
-    if not isinstance(sae, SAELike | Basis):
-        return sae.encode(x)
-    basis = as_basis(sae)
+def _encoded(name: str, encoder: Encoder, x: Tensor) -> Tensor:
+    if not isinstance(encoder, SAELike | Basis):
+        return encoder.encode(x)
+    basis = as_basis(encoder)
     if x.ndim != 2 or basis.d_in != x.shape[1]:
         raise ShapeError(
             f"match_by_activations: {name} reads d_in={basis.d_in}, and the activations have shape {tuple(x.shape)}. "
