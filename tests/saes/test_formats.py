@@ -164,7 +164,7 @@ def test_thresholds_are_not_rounded() -> None:
 def _sparsify(folder: Path, **config: Any) -> tuple[Path, dict[str, Tensor]]:
     folder.mkdir(parents=True)
     tensors = {
-        "enbasis.weight": _random(M, D), "enbasis.bias": _random(M, seed=1), "W_dec": _random(M, D, seed=2),
+        "encoder.weight": _random(M, D), "encoder.bias": _random(M, seed=1), "W_dec": _random(M, D, seed=2),
         "b_dec": _random(D, seed=3),
     }  # fmt: skip
     if config.get("skip_connection"):
@@ -184,7 +184,7 @@ def test_sparsify_folders(tmp_path: Path, activation: str, transcode: bool, skip
         tmp_path / "run" / "layers.3", activation=activation, transcode=transcode, skip_connection=skip
     )
     x = _x()
-    pre = ((x if transcode else x - t["b_dec"]) @ t["enbasis.weight"].T + t["enbasis.bias"]).relu()
+    pre = ((x if transcode else x - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]).relu()
     acts = torch.zeros_like(pre)
     for row, values in enumerate(pre):
         if activation == "topk":
@@ -218,16 +218,16 @@ def _dictionary(name: str) -> tuple[dict[str, Tensor], Any]:
     """State dict in the names of that library, and its forward pass written out."""
     E, be, W, b = _random(M, D), _random(M, seed=1), 2 * _random(D, M, seed=2), _random(D, seed=3)
     threshold = _random(M, seed=5).abs()
-    linear = {"enbasis.weight": E, "enbasis.bias": be, "debasis.weight": W}
+    linear = {"encoder.weight": E, "encoder.bias": be, "decoder.weight": W}
     if name == "AutoEncoder":
         return {**linear, "bias": b}, lambda x: (((x - b) @ E.T + be).relu(), lambda f: f @ W.T + b)
     if name == "AutoEncoderNew":
-        return {**linear, "debasis.bias": b}, lambda x: ((x @ E.T + be).relu(), lambda f: f @ W.T + b)
+        return {**linear, "decoder.bias": b}, lambda x: ((x @ E.T + be).relu(), lambda f: f @ W.T + b)
     if name == "GatedAutoEncoder":
         r, mag = 0.3 * _random(M, seed=6), _random(M, seed=8)
         norms = W.norm(dim=0)
         state = {
-            "enbasis.weight": E, "debasis.weight": W, "decoder_bias": b, "gate_bias": be, "r_mag": r, "mag_bias": mag,
+            "encoder.weight": E, "decoder.weight": W, "decoder_bias": b, "gate_bias": be, "r_mag": r, "mag_bias": mag,
         }  # fmt: skip
 
         def gated(x: Tensor) -> Any:
@@ -288,7 +288,7 @@ def test_dictionaries(tmp_path: Path, name: str) -> None:
 
 def test_square_dictionaries_keep_their_orientation(tmp_path: Path) -> None:
     E, W = _random(D, D), _random(D, D, seed=2)
-    state = {"enbasis.weight": E, "enbasis.bias": torch.ones(D), "debasis.weight": W, "bias": torch.ones(D)}
+    state = {"encoder.weight": E, "encoder.bias": torch.ones(D), "decoder.weight": W, "bias": torch.ones(D)}
     sae = load_sae(_save_dictionary(tmp_path / "d", "AutoEncoder", state, dict_size=D))
     torch.testing.assert_close(sae(_x()), ((_x() - 1) @ E.T + 1).relu() @ W.T + 1)
     assert sae_site(sae) == "resid_post.8"
@@ -307,7 +307,7 @@ def test_a_batchtopk_without_threshold_asks(tmp_path: Path) -> None:
 
 def test_code_in_a_file_does_not_run(tmp_path: Path) -> None:
     folder = _save_dictionary(tmp_path / "d", "AutoEncoder", _dictionary("AutoEncoder")[0])
-    torch.save({"enbasis.weight": Path("x")}, folder / "ae.pt")
+    torch.save({"encoder.weight": Path("x")}, folder / "ae.pt")
     with pytest.raises(CorruptFileError, match="safetensors"):
         load_sae(folder)
 

@@ -46,7 +46,7 @@ def table(output: np.ndarray, read: np.ndarray | None = None, noise: float = 0.0
 
 
 def depth(*args: Any, **kwargs: Any) -> Depth:
-    return Depth(None, table(*args, **kwargs))
+    return Depth(random_sae(), table(*args, **kwargs))
 
 
 HIGH, LOW = np.full(100, 0.5), np.zeros(100)
