@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from experiments import (
     feature_selection,
@@ -21,6 +20,7 @@ from experiments import (
     steering_features,
 )
 from workbench.activations.store import open_store
+from workbench.bases.sae import SAELike
 from workbench.cli.study import Study
 from workbench.cli.training import TrainingOptions
 from workbench.core.errors import InvalidInputError, WorkbenchError
@@ -156,7 +156,7 @@ class _Study:
         return self.run.artifacts / "features"
 
     @functools.cached_property
-    def sae(self) -> Any:
+    def sae(self) -> SAELike:
         return load_sae(self.sae_folder)
 
     @functools.cached_property

@@ -17,7 +17,7 @@ DATA = {OWN: "own text", CORPUS: "the corpus"}
 GROUPS = ((OWN, OWN), (CORPUS, CORPUS), (OWN, CORPUS))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trained:
     """One SAE: what it was trained on, its seed, and how it does.
 
@@ -62,7 +62,7 @@ class Pair:
         return self.seeds[0] == self.seeds[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FaithfulReport(Report):
     """SAEs on the model's own text beside SAEs on a corpus, as many tokens each.
 

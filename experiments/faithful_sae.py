@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from experiments.local_text import Labelled, library_topics, read_labelled, writ
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import OWN_TEXT_TOKENS, SelfText, TextFiles
 from workbench.activations.store import ActivationStore
-from workbench.bases.sae import as_basis
+from workbench.bases.sae import SAELike, as_basis
 from workbench.cli.study import Begin, Study
 from workbench.cli.training import TrainingOptions
 from workbench.controls.tokens import TokenPolicy
@@ -119,7 +118,8 @@ def study(
             )
             for kind, rows in heldout.items()
         }  # fmt: skip
-        trained.append(Trained(data, seed, on, fake[name], *probes[name]))
+        probe, shuffled = probes[name]
+        trained.append(Trained(data=data, seed=seed, on=on, fake=fake[name], probe=probe, shuffled=shuffled))
     return FaithfulReport(
         site=site, tokens=stores[OWN].manifest.n_tokens, corpus=said, saes=tuple(trained),
         pairs=tuple(_pairs(saes, stores, options, parts)),
@@ -150,7 +150,7 @@ def _stores(model: Model, site: str, folder: Path, corpus: Path, options: Option
 
 def _trained(
     stores: dict[str, ActivationStore], site: str, folder: Path, options: Options
-) -> dict[tuple[str, int], Any]:
+) -> dict[tuple[str, int], SAELike]:
     saes = {}
     for data, store in stores.items():
         for seed in range(options.seed, options.seed + options.seeds):
@@ -160,7 +160,7 @@ def _trained(
 
 
 def _pairs(
-    saes: dict[tuple[str, int], Any], stores: dict[str, ActivationStore], options: Options, parts: Keeper
+    saes: dict[tuple[str, int], SAELike], stores: dict[str, ActivationStore], options: Options, parts: Keeper
 ) -> Iterator[Pair]:
     share = max(2, options.match.max_tokens // len(stores))
     acts = [part for store in stores.values() for part in _first(store, share)]
@@ -184,7 +184,7 @@ def _first(store: ActivationStore, limit: int) -> Iterator[Tensor]:
 
 
 def _probes(
-    model: Model, saes: dict[str, Any], site: str, texts: Labelled, options: Options
+    model: Model, saes: dict[str, SAELike], site: str, texts: Labelled, options: Options
 ) -> dict[str, tuple[Estimate, Estimate]]:
     """Accuracy of a probe on the model's own activations (by the site's name) and on each SAE, with its control."""
     pooled = _pooled(model, {site: None, **saes}, site, texts, options)
@@ -192,7 +192,9 @@ def _probes(
 
 
 @torch.no_grad()
-def _pooled(model: Model, saes: dict[str, Any], site: str, texts: Labelled, options: Options) -> dict[str, Tensor]:
+def _pooled(
+    model: Model, saes: Mapping[str, SAELike | None], site: str, texts: Labelled, options: Options
+) -> dict[str, Tensor]:
     """Mean activations per text, of the model (`None`) and of each SAE; sinks and first tokens left out."""
     pooled: dict[str, list[Tensor]] = {name: [] for name in saes}
     parts = [texts.texts[i : i + options.probe_batch] for i in range(0, len(texts.texts), options.probe_batch)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from workbench.bases.sae import SAELike
 from workbench.cli.base import read_passages
 from workbench.cli.study import Begin, Study
 from workbench.core.tokens import TokenBatch
@@ -17,7 +17,7 @@ from workbench.steering.refusal.study import RefusalOptions, refusal_study
 
 def study(
     model: Model,
-    sae: Any | None,
+    sae: SAELike | None,
     texts: Sequence[str] | TokenBatch | None = None,
     *,
     site: str | None = None,

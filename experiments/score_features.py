@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from workbench.activations.store import ActivationStore, open_store
+from workbench.bases.sae import SAELike
 from workbench.cli.study import Begin, Study
 from workbench.features import ContextOptions, FeatureScoreReport, FeatureTable, ScoreOptions, score_features
 from workbench.models.model import Model
@@ -17,7 +18,7 @@ from workbench.models.model import Model
 
 def study(
     model: Model,
-    sae: Any,
+    sae: SAELike,
     store: ActivationStore | None = None,
     prompt: str | Sequence[str] = "From my experience,",
     strength: float = 10.0,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import circuits
 from circuits.shift.biographies import BiographyOptions, biographies
 from circuits.shift.deciders import Decider, LexiconDecider, OracleDecider, StatisticsDecider
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.study import ShiftOptions
+from workbench.bases.sae import SAELike
 from workbench.cli.base import read_passages
 from workbench.cli.study import Begin, Study
 from workbench.core.tokens import TokenBatch
@@ -26,7 +27,7 @@ _DECIDERS: dict[DeciderName, Callable[[], Decider]] = {
 
 def study(
     model: Model,
-    sae: Any,
+    sae: SAELike,
     plain_text: TokenBatch | None = None,
     *,
     site: str | None = None,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
+from workbench.bases.sae import SAELike
 from workbench.cli.study import Begin, Study
 from workbench.core.errors import InvalidInputError
 from workbench.features import FeatureTable
@@ -21,7 +22,7 @@ STRENGTHS = (1.5, 3.0)
 
 def study(
     model: Model,
-    sae: Any,
+    sae: SAELike,
     table: FeatureTable,
     n_features: int = 6,
     strengths: Sequence[float] = STRENGTHS,

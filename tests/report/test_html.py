@@ -49,7 +49,17 @@ def _nasty_page() -> str:
         (NASTY,),
         {NASTY: NASTY, "n": Estimate(1.0, 0.5, 1.5, 3, NASTY, NASTY)},
     )
-    return page_html(Page(NASTY, NASTY, NASTY, {"a": section}, {NASTY: [NASTY]}, {NASTY: NASTY}, NASTY))
+    return page_html(
+        Page(
+            title=NASTY,
+            run=NASTY,
+            started=NASTY,
+            sections={"a": section},
+            config={NASTY: [NASTY]},
+            environment={NASTY: NASTY},
+            notice=NASTY,
+        )  # fmt: skip
+    )
 
 
 def test_nothing_that_a_token_holds_becomes_markup() -> None:
@@ -86,14 +96,14 @@ def test_the_page_loads_nothing_from_elsewhere() -> None:
 
 def test_findings_stand_above_the_steps() -> None:
     sections = {"a": Section("First", (Text("body"),), ("It works (n = 40 prompts).",))}
-    page = page_html(Page("t", sections=sections))
+    page = page_html(Page(title="t", sections=sections))
     assert page.index("It works (n\u00a0=\u00a040 prompts)") < page.index("<p>body</p>")
 
 
 def test_numbers_are_shown_with_interval_and_n_and_holes_as_not_available() -> None:
     estimate = Estimate(0.9412, 0.93, 0.95, 200, "bootstrap", "documents")
     rows = ((estimate,), (math.nan,), (math.inf,), (None,), (1234567,))
-    page = page_html(Page("t", sections={"a": Section("s", (Table(("value",), rows),), (), {"bad": math.nan})}))
+    page = page_html(Page(title="t", sections={"a": Section("s", (Table(("value",), rows),), (), {"bad": math.nan})}))
     assert "<b>0.941</b> <small>[0.930, 0.950] n = 200 documents</small>" in page
     assert 'title="95% interval, bootstrap"' in page
     assert page.count('<span class="na">n/a</span>') == 4
@@ -102,14 +112,16 @@ def test_numbers_are_shown_with_interval_and_n_and_holes_as_not_available() -> N
 
 
 def test_config_and_environment_are_flat_and_complete() -> None:
-    page = page_html(Page("t", config={"sae": {"k": 32}, "layers": [1, 2], "fast": False}, environment={"git": None}))
+    page = page_html(
+        Page(title="t", config={"sae": {"k": 32}, "layers": [1, 2], "fast": False}, environment={"git": None})
+    )
     for key, value in (("sae.k", "32"), ("layers", "1, 2"), ("fast", "no"), ("git", "none")):
         assert f'<th scope="row">{key}</th><td>{value}</td>' in page
 
 
 def test_an_unfinished_run_says_so() -> None:
-    assert 'role="status">Stopped &lt;here&gt;' in page_html(Page("t", notice="Stopped <here>"))
-    assert 'role="status"' not in page_html(Page("t"))
+    assert 'role="status">Stopped &lt;here&gt;' in page_html(Page(title="t", notice="Stopped <here>"))
+    assert 'role="status"' not in page_html(Page(title="t"))
 
 
 def test_the_same_values_give_the_same_bytes() -> None:

@@ -88,7 +88,7 @@ class ClassStats:
     largest: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SiteGeometry:
     """The geometry of one site. Ordinary tokens are neither first in their row, nor special, nor sinks.
 

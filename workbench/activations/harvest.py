@@ -304,7 +304,11 @@ class _Harvest:
                 tensors[site] = x
         dropped = {DROP_REASONS[i]: int((kept.reasons == i).sum()) for i in range(1, len(DROP_REASONS))}
         file = f"shard-{index:05d}.safetensors"
-        return _Made(tensors, Shard(file, "", first_row, len(rows.ids), int(keep.sum()), dropped, kept.norm_sums))
+        shard = Shard(
+            file=file, sha256="", first_row=first_row, n_rows=len(rows.ids), kept=int(keep.sum()), dropped=dropped,
+            norm_sums=kept.norm_sums,
+        )  # fmt: skip
+        return _Made(tensors, shard)
 
     def _run_model(self, manifest: Manifest, ids: Tensor, first_row: int) -> _Kept:
         """Runs a shard through the model; the activations lie in buffers that the next shard but one uses again."""

@@ -25,7 +25,7 @@ DROP_REASONS = ("kept", "first of its row", "special token", "norm beyond the si
 Dtype = Literal["bfloat16", "int8"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SiteStats:
     """Width of a site, norms of its kept tokens, and how int8 values turn into activations.
 
@@ -51,7 +51,7 @@ class SiteStats:
         return Int8Code(torch.tensor(self.channel_mean), torch.tensor(self.channel_std))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shard:
     """One file: packed rows `first_row` to `first_row + n_rows`, of which `kept` tokens are stored.
 
@@ -87,7 +87,7 @@ class Packing:
     starts_with_bos: bool | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a store holds.
 

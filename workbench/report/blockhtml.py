@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
 
 from markupsafe import Markup, escape
 
@@ -65,7 +64,7 @@ def _(block: Table) -> Markup:
 @block_html.register(Lines)
 @block_html.register(Histogram)
 @block_html.register(Scatter)
-def _(block: Any) -> Markup:
+def _(block: Bars | Lines | Histogram | Scatter) -> Markup:
     left_out = _left_out(block)
     caption = " ".join(part for part in (block.caption, left_out) if part)
     # matplotlib escapes the text that it draws
@@ -99,7 +98,7 @@ def _figure(content: Markup, title: str, caption: str) -> Markup:
     return Markup("<figure>{}{}{}</figure>").format(heading, content, below)
 
 
-def _join(template: str, rows: Any) -> Markup:
+def _join(template: str, rows: Iterable[Iterable[object]]) -> Markup:
     return Markup("").join(Markup(template).format(*row) for row in rows)
 
 
@@ -110,17 +109,19 @@ def _is_numeric(cells: list[Cell]) -> bool:
 
 def _left_out(block: Bars | Lines | Histogram | Scatter) -> str:
     """A sentence about values that a plot can't show, or nothing."""
-    missing = _COUNTERS[type(block)](block)
+    missing = _missing(block)
     return f"{missing} value{'s' if missing > 1 else ''} n/a, not drawn." if missing else ""
 
 
-def _bad(values: Any, positive: bool = False) -> int:
+def _missing(block: Bars | Lines | Histogram | Scatter) -> int:
+    if isinstance(block, Bars):
+        return _bad(value.value if isinstance(value, Estimate) else value for value in block.values)
+    if isinstance(block, Lines):
+        return sum(_bad(series.y) + _bad(series.x, block.log_x) for series in block.series)
+    if isinstance(block, Histogram):
+        return _bad(block.values, block.log_x)
+    return _bad(block.x, block.log_x) + _bad(block.y)
+
+
+def _bad(values: Iterable[Number], positive: bool = False) -> int:
     return sum(not math.isfinite(value) or (positive and value <= 0) for value in values)
-
-
-_COUNTERS: dict[type[Block], Callable[[Any], int]] = {
-    Bars: lambda block: _bad(value.value if isinstance(value, Estimate) else value for value in block.values),
-    Lines: lambda block: sum(_bad(series.y) + _bad(series.x, block.log_x) for series in block.series),
-    Histogram: lambda block: _bad(block.values, block.log_x),
-    Scatter: lambda block: _bad(block.x, block.log_x) + _bad(block.y),
-}

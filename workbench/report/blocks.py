@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal, NotRequired, TypedDict, TypeVar, overload
+from typing import Literal, NotRequired, TypedDict, TypeVar, overload
 
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.records import to_jsonable
@@ -213,7 +213,7 @@ def null_if_not_finite(value: int | float | str) -> int | float | str | None:
     return plain if isinstance(plain, int | float | str) else None
 
 
-def _same_length(what: str, **parts: tuple[Any, ...]) -> None:
+def _same_length(what: str, **parts: tuple[object, ...]) -> None:
     if len({len(part) for part in parts.values()}) > 1:
         sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
         raise ShapeError(f"{what} has {sizes}; these must pair up. Give as many of each.")

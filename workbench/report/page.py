@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
@@ -16,10 +16,13 @@ from workbench.report.blocks import Section
 from workbench.report.plots import DARK, LIGHT, colour_css
 from workbench.report.text import sentence, visible
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 _FOLDER = Path(__file__).parent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Page:
     """What a report page shows.
 
@@ -32,8 +35,8 @@ class Page:
     run: str = ""
     started: str = ""
     sections: Mapping[str, Section] = field(default_factory=dict)
-    config: Any = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
+    environment: Mapping[str, object] = field(default_factory=dict)
     notice: str = ""
 
 
@@ -94,7 +97,7 @@ def _metrics_table(section: Section) -> Markup:
     ).format(rows)
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested JSON as rows of dotted key and text."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
@@ -110,7 +113,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 @functools.cache
-def _template() -> Any:
+def _template() -> Template:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workbench.core.stats import Estimate
-from workbench.report.blocks import Bars, Block, Histogram, Lines, Number, Scatter, Section
+from workbench.report.blocks import Bars, Histogram, Lines, Number, Scatter, Section
 from workbench.report.text import decimals_for, number, visible
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ DARK = {
 }
 """The same roles on dark."""
 
-_RC: Any = {
+_RC: Any = {  # matplotlib's keys are a literal type of its own
     "svg.hashsalt": "workbench",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -125,14 +125,13 @@ def plot_svg(block: PlotBlock) -> str:
 
 
 def _draw(block: PlotBlock) -> str:
-    draw, height = _DRAWERS[type(block)]
     with _quiet_matplotlib():
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(WIDTH, height(block)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, _height(block)), layout="constrained")
         FigureCanvasSVG(figure)
-        draw(figure, block)
+        _fill(figure, block)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return _themed(buffer.getvalue(), block.title)
@@ -274,9 +273,9 @@ def _histogram(figure: Figure, block: Histogram) -> None:
     values = values[np.isfinite(values) & (values > 0 if block.log_x else True)]
     if values.size == 0:
         return _nothing(axes)
-    edges: Any = block.bins
+    edges: int | list[float] = block.bins
     if block.log_x and values.min() < values.max():
-        edges = np.geomspace(values.min(), values.max(), block.bins + 1)
+        edges = np.geomspace(values.min(), values.max(), block.bins + 1).tolist()
     axes.hist(values, bins=edges, color=_colour(0), alpha=0.85, edgecolor=_PAPER, linewidth=0.5)
     if block.log_x:
         _log_axis(axes)
@@ -323,17 +322,17 @@ def _floats(values: tuple[Number, ...]) -> np.ndarray:
     return np.asarray(values, dtype=np.float64)
 
 
-def _bars_height(block: Any) -> float:
-    return 0.85 + 0.34 * max(1, len(block.labels))
+def _height(block: PlotBlock) -> float:
+    """In inches."""
+    return 0.85 + 0.34 * max(1, len(block.labels)) if isinstance(block, Bars) else 3.4
 
 
-def _fixed_height(_: Any) -> float:
-    return 3.4
-
-
-_DRAWERS: dict[type[Block], tuple[Callable[[Figure, Any], None], Callable[[Any], float]]] = {
-    Bars: (_bars, _bars_height),
-    Lines: (_lines, _fixed_height),
-    Histogram: (_histogram, _fixed_height),
-    Scatter: (_scatter, _fixed_height),
-}
+def _fill(figure: Figure, block: PlotBlock) -> None:
+    if isinstance(block, Bars):
+        _bars(figure, block)
+    elif isinstance(block, Lines):
+        _lines(figure, block)
+    elif isinstance(block, Histogram):
+        _histogram(figure, block)
+    else:
+        _scatter(figure, block)

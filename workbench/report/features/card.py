@@ -7,13 +7,16 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from workbench.report.features.encode import Card, Number, StringTable, clip, finite, pack_card, spread
 from workbench.report.features.words import KINDS, NOT_MEASURED, label, meaning
 from workbench.report.text import number
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _N_WINDOWS = 20
 _WIDTH, _HEIGHT = 560, 130
@@ -152,7 +155,7 @@ def _percent(share: float | None) -> str:
 
 
 @functools.cache
-def _template() -> Any:
+def _template() -> Template:
     import jinja2
 
     environment = jinja2.Environment(

@@ -63,11 +63,20 @@ class SyntheticStore(ActivationStore):
     def __init__(self, truth: SyntheticTruth, *, shards: int = 8, shard_rows: int = 50_000) -> None:
         self.truth, self.shard_rows = truth, shard_rows
         listed = tuple(
-            Shard(f"{i}", f"synthetic{i}", i * shard_rows, shard_rows, shard_rows, {}) for i in range(shards)
+            Shard(
+                file=f"{i}",
+                sha256=f"synthetic{i}",
+                first_row=i * shard_rows,
+                n_rows=shard_rows,
+                kept=shard_rows,
+                dropped={},
+            )  # fmt: skip
+            for i in range(shards)
         )
         width, rows = truth.directions.shape[1], shards * shard_rows
         manifest = Manifest(
-            model_name="synthetic", model_fingerprint="synthetic", source={}, sites={SITE: SiteStats(width, 1e6)},
+            model_name="synthetic", model_fingerprint="synthetic", source={},
+            sites={SITE: SiteStats(d=width, max_norm=1e6)},
             context=1, special_ids=(), shard_rows=shard_rows, batch_rows=shard_rows, n_tokens=rows, kept=rows,
             kept_share=1.0, shards=listed, done=True,
         )  # fmt: skip
