@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from workbench.core.similarity import RESAMPLES
 from workbench.core.stats import Estimate, sample_mean
 from workbench.core.tokenizer import special_ids, start_ids
 from workbench.core.tokens import TokenBatch
+from workbench.models.model import Model
 from workbench.report.base import Metric, Report, Section, Table
 from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.evaluation.splice import RULE_ROWS, estimate_rules
@@ -119,7 +119,7 @@ class FakeFeatures(Report):
         return Section(f"Fake features: {self.name}", (table,), self.findings(), metrics)
 
 
-def random_rows(model: Any, tokens: int, context: int, seed: int) -> Int[Tensor, "rows context"]:
+def random_rows(model: Model, tokens: int, context: int, seed: int) -> Int[Tensor, "rows context"]:
     """Rows of the start tokens and ids drawn uniformly from the tokenizer's vocabulary without its special tokens.
 
     Embeddings beyond the tokenizer's vocabulary, which no text reaches, are left out as well.
@@ -136,7 +136,7 @@ def random_rows(model: Any, tokens: int, context: int, seed: int) -> Int[Tensor,
 
 @checked
 def fake_features(
-    model: Any,
+    model: Model,
     saes: Mapping[str, AnySAE],
     text: Int[Tensor, "rows context"],
     *,
@@ -158,12 +158,12 @@ def fake_features(
                      batch_rows=options.batch_rows, rules=rules)
         for i in range(options.seeds)
     ]  # fmt: skip
-    found = {}
+    fake = {}
     for name in saes:
         rates = torch.stack([rates[name] for rates, _ in sets])
         tokens = tuple(counts[name] for _, counts in sets)
-        found[name] = _fake(name, rates, on_text[name], (tokens, text_tokens[name]), options)
-    return found
+        fake[name] = _fake(name, rates, on_text[name], (tokens, text_tokens[name]), options)
+    return fake
 
 
 def _fake(
@@ -206,7 +206,7 @@ def _more_often(a: Tensor, n_a: int, b: Tensor, n_b: int, seed: int) -> Tensor:
     return ((counts[0] - counts[1]).sign().double() + 1) / 2
 
 
-def _keep_rules(model: Any, saes: Mapping[str, AnySAE], rows: Int[Tensor, "rows context"]) -> dict[str, TokenPolicy]:
+def _keep_rules(model: Model, saes: Mapping[str, AnySAE], rows: Int[Tensor, "rows context"]) -> dict[str, TokenPolicy]:
     """The rule that each SAE was trained by, or for SAEs from elsewhere that of the first of these rows."""
     own, site = {name: sae_keep_rule(sae) for name, sae in saes.items()}, common_site(model, saes)
     if all(own.values()):
@@ -217,7 +217,7 @@ def _keep_rules(model: Any, saes: Mapping[str, AnySAE], rows: Int[Tensor, "rows 
 
 @torch.no_grad()
 def firing_rates(
-    model: Any,
+    model: Model,
     saes: Mapping[str, AnySAE],
     rows: Int[Tensor, "rows context"],
     *,
@@ -250,7 +250,7 @@ def firing_rates(
     return {name: counts / kept[name] for name, counts in fired.items()}, kept
 
 
-def common_site(model: Any, saes: Mapping[str, AnySAE]) -> str:
+def common_site(model: Model, saes: Mapping[str, AnySAE]) -> str:
     """The site that all of these SAEs read.
 
     Raises:
@@ -306,7 +306,7 @@ def scalar_explained_variance(
 
 @torch.no_grad()
 def quality(
-    model: Any, sae: AnySAE, rows: Int[Tensor, "rows context"], *, options: EvalOptions | None = None
+    model: Model, sae: AnySAE, rows: Int[Tensor, "rows context"], *, options: EvalOptions | None = None
 ) -> Quality:
     """Reconstruction and splice loss of an SAE on rows of text, ours beside the definitions of FaithfulSAE.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from workbench.activations.store import ActivationStore
 from workbench.bases.base import Basis
-from workbench.bases.sae import AnySAE, SAELike, as_basis
+from workbench.bases.sae import SAELike, as_basis
 from workbench.core.arguments import checked, shown
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.similarity import (
     RESAMPLES,
     Assignment,
     Overlap,
+    SparseMatrix,
     assign_candidates,
     assign_directions,
     entries,
@@ -34,7 +35,7 @@ from workbench.report.base import Metric, Report, Section, Table
 class Encoder(Protocol):
     """Anything whose features can be matched by activations."""
 
-    def encode(self, x: Any) -> Any:
+    def encode(self, x: Tensor) -> Tensor:
         """Feature activations."""
         ...
 
@@ -47,7 +48,7 @@ MIN_FIRED = 10
 CHUNK = 1024
 
 
-def directions(sae: AnySAE | Tensor, which: Which = "decoder") -> Float[Tensor, "d_sae d_in"]:
+def directions(sae: object, which: Which = "decoder") -> Float[Tensor, "d_sae d_in"]:
     """One direction per feature: the decoder rows of an SAE, or its encoder columns. A matrix is taken as it is."""
     if isinstance(sae, Tensor):
         return floats(sae, "directions", (2,), "(d_sae, d_in), one direction per feature")
@@ -105,7 +106,13 @@ class SharedFeatures(Report):
 
 @checked
 def shared_features(
-    a: Any, b: Any, *, which: Which = "decoder", threshold: float = SHARED_COSINE, draws: int = 3, seed: int = 0
+    a: object,
+    b: object,
+    *,
+    which: Which = "decoder",
+    threshold: float = SHARED_COSINE,
+    draws: int = 3,
+    seed: int = 0,
 ) -> SharedFeatures:
     """The shared feature ratio of two SAEs, with its null.
 
@@ -116,10 +123,10 @@ def shared_features(
     a feature that points the other way is another feature.
     """
     x, y = directions(a, which), directions(b, which)
-    found = assign_directions(x, y)
+    matched = assign_directions(x, y)
     near = overlap(x, y, threshold=threshold, draws=draws, seed=seed)
-    ratio = wilson(int((found.scores > threshold).sum()), len(x), unit="features")
-    return SharedFeatures(which, ratio, near.observed.above, near, found.method)
+    ratio = wilson(int((matched.scores > threshold).sum()), len(x), unit="features")
+    return SharedFeatures(which, ratio, near.observed.above, near, matched.method)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +144,8 @@ class Agreement:
     n_tokens: int
     fired_a: Int[Tensor, " n"]
     fired_b: Int[Tensor, " m"]
-    correlation: Any
-    jaccard: Any
+    correlation: SparseMatrix
+    jaccard: SparseMatrix
 
     def best(self) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
         """Largest correlation of each feature of A with one of B, and which; 0 if none fires together with it."""
@@ -163,8 +170,8 @@ class CoActivation:
         from scipy.sparse import csr_array
 
         self.n_tokens = 0
-        self._products: Any = csr_array((n_a, n_b))
-        self._together: Any = csr_array((n_a, n_b))
+        self._products: SparseMatrix = csr_array((n_a, n_b))
+        self._together: SparseMatrix = csr_array((n_a, n_b))
         self._sides = [np.zeros((3, n_a)), np.zeros((3, n_b))]
 
     def add(self, a: Float[Tensor, "rows n"], b: Float[Tensor, "rows_b m"]) -> None:
@@ -208,13 +215,13 @@ class CoActivation:
         return Agreement(n, counts[0], counts[1], _like(products, correlation), _like(together, together.data / either))
 
 
-def _sparse(acts: Tensor) -> Any:
+def _sparse(acts: Tensor) -> SparseMatrix:
     from scipy.sparse import csr_array
 
     return csr_array(acts.detach().cpu().double().numpy())
 
 
-def _like(pattern: Any, values: np.ndarray) -> Any:
+def _like(pattern: SparseMatrix, values: np.ndarray) -> SparseMatrix:
     from scipy.sparse import coo_array
 
     return coo_array((values, pattern.coords), shape=pattern.shape).tocsr()
@@ -385,7 +392,7 @@ def _matched(same: Agreement, shuffled: Agreement, options: MatchOptions) -> Act
     )  # fmt: skip
 
 
-def _with_enough(agreement: Agreement, min_fired: int) -> Any:
+def _with_enough(agreement: Agreement, min_fired: int) -> SparseMatrix:
     """The correlations with features of B that fired often enough."""
     from scipy.sparse import dia_array
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,11 @@ from workbench.bases.fits import placed_at
 from workbench.bases.kinds.random import random_like
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.similarity import SparseMatrix
 from workbench.core.stats import Estimate, sample_mean
+from workbench.core.tokenizer import TokenizerLike
 from workbench.interventions.scopes import Last
+from workbench.models.model import Model
 from workbench.report.base import Report, Section, Table
 from workbench.saes.evaluation.labelled import token_texts
 from workbench.saes.evaluation.sparse_probing import class_difference, dense, f1, logistic
@@ -140,7 +142,7 @@ def _cell(value: float) -> float | None:
 
 
 @torch.no_grad()
-def first_letter_absorption(model: Any, sae: AnySAE, options: AbsorptionOptions | None = None) -> AbsorptionReport:
+def first_letter_absorption(model: Model, sae: AnySAE, options: AbsorptionOptions | None = None) -> AbsorptionReport:
     """Absorption measured on the words of the model's own vocabulary; no data needed.
 
     Raises:
@@ -160,24 +162,24 @@ def first_letter_absorption(model: Any, sae: AnySAE, options: AbsorptionOptions 
     return AbsorptionReport(report.letters, report.n_good, options, report.full, report.fraction, of_random)
 
 
-def vocabulary_words(tokenizer: Any, options: AbsorptionOptions) -> tuple[Int[Tensor, " words"], list[str]]:
+def vocabulary_words(tokenizer: TokenizerLike, options: AbsorptionOptions) -> tuple[Int[Tensor, " words"], list[str]]:
     """Ids and first letters of tokens that are a space and at least three lower-case letters.
 
     Raises:
         DegenerateInputError: if there are fewer than a hundred.
     """
-    found = []
+    words = []
     for i, text in enumerate(token_texts(tokenizer)):
         if len(text) >= 4 and text[0] == " " and set(text[1:]) <= set(string.ascii_lowercase):
-            found.append((i, text[1]))
-    if len(found) < 100:
+            words.append((i, text[1]))
+    if len(words) < 100:
         raise DegenerateInputError(
-            f"The vocabulary has {len(found)} tokens that are whole lower-case words; at least 100 are needed for the "
+            f"The vocabulary has {len(words)} tokens that are whole lower-case words; at least 100 are needed for the "
             "first-letter task. This model can't be measured by it."
         )
-    chosen = np.random.default_rng(options.seed).permutation(len(found))[: options.max_words]
-    words = [found[i] for i in sorted(chosen)]
-    return torch.tensor([i for i, _ in words]), [letter for _, letter in words]
+    chosen = np.random.default_rng(options.seed).permutation(len(words))[: options.max_words]
+    ids, letters = zip(*(words[i] for i in sorted(chosen)), strict=True)
+    return torch.tensor(ids), list(letters)
 
 
 def _sae_alone(sae: AnySAE) -> Basis:
@@ -191,7 +193,7 @@ def _sae_alone(sae: AnySAE) -> Basis:
     return basis
 
 
-def _prompt(model: Any, options: AbsorptionOptions) -> Int[Tensor, "1 pos"]:
+def _prompt(model: Model, options: AbsorptionOptions) -> Int[Tensor, "1 pos"]:
     """Spelled-out examples in front of the word; what follows the word can't reach it."""
     examples = ("dog", "water", "apple", "stone", "river", "music", "light", "grass")[: options.examples]
     text = "".join(f" {word} has the first letter: {word[0].upper()}\n" for word in examples) or "\n"
@@ -240,7 +242,7 @@ def absorption(
 class _Task:
     basis: Basis
     x: np.ndarray
-    acts: Any
+    acts: SparseMatrix
     held: np.ndarray
     options: AbsorptionOptions
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from workbench.core.metrics import dead_share, decoder_norm_summary, squared_err
 from workbench.core.progress import task
 from workbench.core.stats import Estimate, sample_mean, sample_ratio
 from workbench.core.tokens import TokenBatch
+from workbench.models.model import Model
 from workbench.saes.evaluation.quality import SAEReport
 from workbench.saes.evaluation.splice import Part, Splicer, SpliceReader
 
@@ -52,7 +52,7 @@ class EvalOptions:
 
 
 @checked
-def evaluate_sae(model: Any, sae: AnySAE, rows: Rows, *, options: EvalOptions | None = None) -> SAEReport:
+def evaluate_sae(model: Model, sae: AnySAE, rows: Rows, *, options: EvalOptions | None = None) -> SAEReport:
     """Reconstruction and splice quality of an SAE or transcoder, beside its controls.
 
     Of a store the held-out rows are taken.
@@ -72,7 +72,7 @@ def evaluate_sae(model: Any, sae: AnySAE, rows: Rows, *, options: EvalOptions | 
     return _Evaluation(reader, as_basis(sae), options).run(batches)
 
 
-def token_batches(model: Any, rows: Rows, options: EvalOptions) -> list[TokenBatch]:
+def token_batches(model: Model, rows: Rows, options: EvalOptions) -> list[TokenBatch]:
     """The rows to evaluate on, in batches.
 
     Raises:
@@ -89,7 +89,7 @@ def token_batches(model: Any, rows: Rows, options: EvalOptions) -> list[TokenBat
     return batches
 
 
-def _batches(model: Any, rows: Rows, options: EvalOptions) -> list[TokenBatch]:
+def _batches(model: Model, rows: Rows, options: EvalOptions) -> list[TokenBatch]:
     if isinstance(rows, ActivationStore):
         rows.check_model(model)
         store, rows = rows, rows.token_rows("heldout")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +20,7 @@ from workbench.core.tokens import TokenBatch
 from workbench.interventions.chosen import Mask
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.replacing import Patch
+from workbench.models.model import Model
 from workbench.saes.formats.load import sae_keep_rule
 
 RULE_ROWS = 16
@@ -35,7 +35,7 @@ class SpliceSites:
     write: str
 
     @classmethod
-    def of(cls, model: Any, sae: AnySAE) -> SpliceSites:
+    def of(cls, model: Model, sae: AnySAE) -> SpliceSites:
         """From the metadata of an SAE that belongs to this model.
 
         Raises:
@@ -86,18 +86,20 @@ class SpliceReader:
         write_rule: a transcoder's output has sinks of its own; None where it is the site that is read.
     """
 
-    model: Any
+    model: Model
     sites: SpliceSites
     rule: TokenPolicy
     write_rule: TokenPolicy | None = None
 
     @classmethod
-    def of(cls, model: Any, sae: AnySAE, batches: Iterable[TokenBatch]) -> SpliceReader:
+    def of(cls, model: Model, sae: AnySAE, batches: Iterable[TokenBatch]) -> SpliceReader:
         """With the rule that the SAE was trained by; for one from elsewhere it is estimated from the first rows."""
         sites, rule = SpliceSites.of(model, sae), sae_keep_rule(sae)
         missing = [site for site in sites.distinct if site != sites.read or rule is None]
-        found = estimate_rules(model, missing, batches) if missing else {}
-        return cls(model, sites, rule or found[sites.read], found.get(sites.write) if len(sites.distinct) > 1 else None)
+        estimated = estimate_rules(model, missing, batches) if missing else {}
+        return cls(
+            model, sites, rule or estimated[sites.read], estimated.get(sites.write) if len(sites.distinct) > 1 else None
+        )
 
     def read(self, batch: TokenBatch) -> Part:
         """Activations and kept tokens of one batch; the model stops behind the last site."""
@@ -109,7 +111,7 @@ class SpliceReader:
         return Part(batch, x, target, keep)
 
 
-def estimate_rules(model: Any, sites: list[str], batches: Iterable[TokenBatch]) -> dict[str, TokenPolicy]:
+def estimate_rules(model: Model, sites: list[str], batches: Iterable[TokenBatch]) -> dict[str, TokenPolicy]:
     """Token policies with `max_norm` at ten times the median norm of the first rows' ordinary tokens.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,9 @@ from workbench.bases.kinds.random import random_like
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, MismatchError
+from workbench.core.similarity import SparseMatrix
 from workbench.core.tokens import TokenBatch
+from workbench.models.model import Model
 from workbench.report.base import Report, Section
 from workbench.saes.evaluation.absorption import AbsorptionOptions, AbsorptionReport, first_letter_absorption
 from workbench.saes.evaluation.evaluate import EvalOptions, Rows, evaluate_sae, token_batches
@@ -64,10 +65,10 @@ class SuiteReport(Report):
     @property
     def parts(self) -> dict[str, Report]:
         """What was measured, by name."""
-        found = {
+        measured = {
             "core": self.quality, "probing": self.probing, "absorption": self.absorption, "synthetic": self.synthetic,
         }  # fmt: skip
-        return {name: part for name, part in found.items() if part is not None}
+        return {name: part for name, part in measured.items() if part is not None}
 
     def findings(self) -> tuple[str, ...]:
         """Those of every part, and what could not be measured."""
@@ -87,7 +88,7 @@ class SuiteReport(Report):
 
 @checked
 def run_suite(
-    model: Any, sae: AnySAE, rows: Rows, *, texts: Sequence[LabelledTexts] = (), options: SuiteOptions | None = None
+    model: Model, sae: AnySAE, rows: Rows, *, texts: Sequence[LabelledTexts] = (), options: SuiteOptions | None = None
 ) -> SuiteReport:
     """Everything that can be measured of an SAE without downloads.
 
@@ -116,7 +117,7 @@ def run_suite(
 
 @torch.no_grad()
 def labelled_examples(
-    model: Any, sae: AnySAE, rows: Rows, texts: Sequence[LabelledTexts], options: EvalOptions
+    model: Model, sae: AnySAE, rows: Rows, texts: Sequence[LabelledTexts], options: EvalOptions
 ) -> list[Examples]:
     """Token-level sets of the rows and text-level sets, as activations of the kept tokens; texts are mean-pooled."""
     batches, basis = token_batches(model, rows, options), as_basis(sae)
@@ -138,7 +139,7 @@ class _LabelledTokens:
     labels: dict[str, Tensor]
 
 
-def _labelled_tokens(model: Any, reader: SpliceReader, batches: list[TokenBatch]) -> _LabelledTokens:
+def _labelled_tokens(model: Model, reader: SpliceReader, batches: list[TokenBatch]) -> _LabelledTokens:
     x, rows, first, texts = [], [], 0, token_texts(model.tokenizer)
     labels: dict[str, list[Tensor]] = {}
     for batch in batches:
@@ -154,7 +155,7 @@ def _labelled_tokens(model: Any, reader: SpliceReader, batches: list[TokenBatch]
     return _LabelledTokens(torch.cat(x), torch.cat(rows), {name: torch.cat(parts) for name, parts in labels.items()})
 
 
-def _token_sets(tokens: _LabelledTokens, acts: dict[str, Any]) -> list[Examples]:
+def _token_sets(tokens: _LabelledTokens, acts: dict[str, SparseMatrix]) -> list[Examples]:
     every, of = tokens.x.cpu().numpy(), tokens.rows.numpy()
     sets = []
     for name, labels in tokens.labels.items():
@@ -175,7 +176,7 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def _text_set(
-    model: Any, reader: SpliceReader, bases: dict[str, Basis], texts: LabelledTexts, batch_rows: int
+    model: Model, reader: SpliceReader, bases: dict[str, Basis], texts: LabelledTexts, batch_rows: int
 ) -> Examples:
     """Means over the kept tokens of each text; a text without any is left out."""
     from scipy.sparse import csr_matrix, vstack

@@ -176,13 +176,13 @@ def _scores(
 ) -> SyntheticScores:
     pairs = assign_directions(truth.directions, basis.rows().cpu())
     true = (pairs.columns >= 0).nonzero().flatten()
-    found = pairs.columns[true]
+    partners = pairs.columns[true]
     n_true = len(truth.directions)
     hits, fires = np.zeros(n_true), np.zeros(n_true)
     fired, active = torch.zeros(basis.d_sae, dtype=torch.bool), 0
     for rows, acts in basis.chunks(x):
         on = (acts > 0).cpu()
-        matched = on[:, found]
+        matched = on[:, partners]
         hits[true] += (matched & present[rows][:, true]).sum(0).numpy()
         fires[true] += matched.sum(0).numpy()
         fired |= on.any(0)
