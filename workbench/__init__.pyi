@@ -1,3 +1,4 @@
+from . import controls as controls
 from . import features as features
 from . import glitch as glitch
 from . import judges as judges
