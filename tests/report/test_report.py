@@ -86,7 +86,7 @@ def test_flat_metrics_have_value_interval_n_and_null_for_what_does_not_exist() -
 
 
 def test_a_report_shows_itself() -> None:
-    report = Finding(file=wilson(1, 2))
+    report = Finding(rate=wilson(1, 2))
     assert report.to_json()["rate"]["n"] == 2
     html = report._repr_html_()
     assert "&lt;b&gt;" in html
