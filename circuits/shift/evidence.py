@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -229,7 +229,8 @@ def _marked(model: Model, batch: TokenBatch, texts: Sequence[str], words: frozen
             raise InvalidInputError(
                 "token_evidence: this tokenizer can't say where its tokens lie in the text. Use a fast tokenizer."
             )
-        hits = [any(a < end and b > begin for begin, end in spans) for a, b in coded["offset_mapping"]]
+        offsets = cast(Sequence[tuple[int, int]], coded["offset_mapping"])
+        hits = [any(a < end and b > begin for begin, end in spans) for a, b in offsets]
         # Right-aligned: a BOS, where there is one, stands in front.
         marks[row, marks.shape[1] - len(hits) :] = torch.tensor(hits, device=marks.device)
     return marks

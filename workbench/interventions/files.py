@@ -37,7 +37,7 @@ _ANY_NUMBER = {"Pos": "positions", "TokenIs": "ids"}
 _WITH_FUNCTIONS = ("Map", "FnGate")
 
 
-def save(folder: str | Path, content: Mapping[str, Any]) -> Path:
+def save(folder: str | Path, content: Mapping[str, object]) -> Path:
     """Writes plain values, tensors, ops, gates, scopes and SAEs; the JSON file comes last.
 
     Raises:
@@ -88,7 +88,7 @@ class _Writer:
         self.tensors: dict[str, Tensor] = {}
         self.saes: list[tuple[str, Any]] = []
 
-    def plain(self, value: Any, path: str) -> Any:
+    def plain(self, value: object, path: str) -> object:
         if isinstance(value, Tensor):
             self.tensors[path] = value.detach().cpu().contiguous().clone()
             return {"tensor": path}
@@ -126,9 +126,9 @@ class _Writer:
 class _Reader:
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         self.folder, self.tensors = folder, tensors
-        self.saes: dict[str, Any] = {}
+        self.saes: dict[str, object] = {}
 
-    def value(self, plain: Any) -> Any:
+    def value(self, plain: object) -> object:
         if isinstance(plain, list):
             return tuple(self.value(inner) for inner in plain)
         if not isinstance(plain, dict):
@@ -145,18 +145,17 @@ class _Reader:
             return self._sae(plain["sae"])
         for kind, registry in _REGISTRIES.items():
             if set(plain) == {kind, "fields"}:
-                return self._object(kind, registry, plain)
+                return self._object(kind, registry, plain[kind], plain["fields"])
         return {key: self.value(inner) for key, inner in plain.items()}
 
-    def _object(self, kind: str, registry: Mapping[str, type], plain: Mapping[str, Any]) -> Any:
-        name = plain[kind]
+    def _object(self, kind: str, registry: Mapping[str, type], name: str, saved: Mapping[str, object]) -> object:
         if name not in registry:
             raise UnknownConfigKeyError(
                 f"{self.folder / _JSON}: there is no {kind} {name!r}. {did_you_mean(name, registry)}"
             )
         if name in _WITH_FUNCTIONS:
             raise CorruptFileError(f"{self.folder / _JSON}: {name} needs a Python function, which no file can hold.")
-        fields = {key: self.value(inner) for key, inner in plain["fields"].items()}
+        fields: dict[str, Any] = {key: self.value(inner) for key, inner in saved.items()}
         known = {field.name for field in dataclasses.fields(registry[name])}
         for key in fields:
             if key not in known:
@@ -164,12 +163,12 @@ class _Reader:
         if name in _ANY_NUMBER:
             return registry[name](*fields[_ANY_NUMBER[name]])
         made = registry[name](**fields)
-        for key, saved in fields.items():
-            if isinstance(saved, Tensor) and _same(getattr(made, key), saved):
-                object.__setattr__(made, key, saved)
+        for key, value in fields.items():
+            if isinstance(value, Tensor) and _same(getattr(made, key), value):
+                object.__setattr__(made, key, value)
         return made
 
-    def _sae(self, name: str) -> Any:
+    def _sae(self, name: str) -> object:
         if name not in self.saes:
             if not name or Path(name).name != name or name == "..":
                 raise CorruptFileError(f"{self.folder / _JSON}: the SAE {name!r} is outside its folder.")
@@ -187,7 +186,7 @@ class _Reader:
         return self.saes[name]
 
 
-def _same(made: Any, saved: Tensor) -> bool:
+def _same(made: object, saved: Tensor) -> bool:
     """Whether a constructor only rounded a saved tensor; unit vectors and bases come normalised from a file.
 
     Of one subspace there are many bases, so two of them count as the same if they span the same.

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -112,7 +112,7 @@ class Op:
 
     def take(self, rows: Int[Tensor, " chosen"]) -> Op:
         """The same edit for a choice of batch rows."""
-        changes: dict[str, Any] = {name: value[rows.to(value.device)] for name, value in self._row_values().items()}
+        changes = {name: value[rows.to(value.device)] for name, value in self._row_values().items()}
         return self.replaced(lambda op: op.take(rows), changes)
 
     def scaled(self, factor: float) -> Op:
@@ -139,14 +139,14 @@ class Op:
         }
         return self.replaced(lambda op: op.to(device), moved)
 
-    def replaced(self, inner: Callable[[Op], Op], changes: dict[str, Any]) -> Op:
+    def replaced(self, inner: Callable[[Op], Op], changes: Mapping[str, object]) -> Op:
         """A copy with changed fields; edits inside this one go through `inner`."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, Op):
-                changes[field.name] = inner(value)
+                changes = {**changes, field.name: inner(value)}
             elif isinstance(value, tuple) and any(isinstance(part, Op) for part in value):
-                changes[field.name] = tuple(inner(part) for part in value)
+                changes = {**changes, field.name: tuple(inner(part) for part in value)}
         return changed(self, changes)
 
     def parameters(self) -> Iterator[Tensor]:
@@ -191,7 +191,7 @@ class Op:
         return value[where.rows] if value.ndim > self.per_row[name] else value
 
 
-def changed(op: Op, changes: Mapping[str, Any]) -> Op:
+def changed(op: Op, changes: Mapping[str, object]) -> Op:
     """A copy with changed fields that need no new check: nothing is normalised again, and rows may be all zero."""
     if not changes:
         return op

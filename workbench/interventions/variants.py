@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +73,7 @@ def _stacked_op(ops: Sequence[Op], batch: int) -> Op | None:
         return None
     ops = [op.take(torch.arange(batch)) for op in ops]
     first = ops[0]
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     for field in dataclasses.fields(first):  # type: ignore[arg-type]
         values = [getattr(op, field.name) for op in ops]
         if field.name in first.per_row and not all(value is None for value in values):
@@ -93,7 +92,7 @@ def _for_rows(op: Op, name: str, batch: int) -> Tensor:
     return value if name in op._row_values() else value.expand(batch, *value.shape)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return not (a.requires_grad or b.requires_grad) and a.device == b.device and torch.equal(a, b)
     return isinstance(a, (str, int, float, bool, type(None))) and type(a) is type(b) and a == b

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,10 @@ from workbench.models.folderrules import FolderRules
 from workbench.models.kvcache import holds, is_plain, keeps_columns, new_cache, select_rows, take_columns, takes_cache
 from workbench.models.sampling import Noise, Sampling, choose
 from workbench.models.stopping import StopStrings
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
 
 _WORTH = 64
 """Tokens that a common prefix must save before it gets a forward pass of its own."""
@@ -43,7 +47,7 @@ class Prefilled:
         mask: True at real tokens among them.
     """
 
-    cache: Any
+    cache: Cache
     logits: Float[Tensor, "batch vocab"]
     ids: Int[Tensor, "batch columns"]
     mask: Bool[Tensor, "batch columns"]
@@ -150,7 +154,7 @@ class Decoder:
     """
 
     def __init__(
-        self, hf: Any, options: Sampling, stops: StopStrings | None = None, recorder: Recorder | None = None
+        self, hf: PreTrainedModel, options: Sampling, stops: StopStrings | None = None, recorder: Recorder | None = None
     ) -> None:
         if not takes_cache(hf):
             raise InvalidInputError(_NO_CACHE.format(type(hf).__name__))
@@ -188,21 +192,21 @@ class Decoder:
             logits = logits[owner]
         return self._prefilled(cache, logits, ids, mask)
 
-    def extend(self, cache: Any, ids: Int[Tensor, "1 columns"], start: int) -> Prefilled:
+    def extend(self, cache: Cache, ids: Int[Tensor, "1 columns"], start: int) -> Prefilled:
         """The columns of one row from `start` on through the model; `cache` holds those before, and is extended."""
         mask = torch.ones_like(ids, dtype=torch.bool)
         position = torch.arange(start, ids.shape[1], device=ids.device)[None]
         logits = self._last_logits(cache, ids[:, start:], mask, position, padded=False)
         return self._prefilled(cache, logits, ids, mask)
 
-    def _prefilled(self, cache: Any, logits: Tensor, ids: Tensor, mask: Tensor) -> Prefilled:
+    def _prefilled(self, cache: Cache, logits: Tensor, ids: Tensor, mask: Tensor) -> Prefilled:
         if not holds(cache, ids.shape[1]):
             raise InvalidInputError(_NO_CACHE.format(type(self.hf).__name__))
         return Prefilled(cache, logits, ids, mask)
 
     @torch.no_grad()
     def _last_logits(
-        self, cache: Any, ids: Tensor, mask: Tensor, position: Tensor, padded: bool | None = None
+        self, cache: Cache, ids: Tensor, mask: Tensor, position: Tensor, padded: bool | None = None
     ) -> Tensor:
         # Without padding the model needs no mask, and attention takes its fast path.
         padded = not bool(mask.all()) if padded is None else padded

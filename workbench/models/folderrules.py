@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +11,10 @@ from torch import Tensor
 
 from workbench.core.errors import InvalidInputError
 from workbench.models.sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 RULES = (
     "sequence_bias", "no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens", "forced_bos_token_id",
@@ -32,14 +36,14 @@ class FolderRules:
     Each row is judged by its own tokens, without padding, so the rules do not depend on its batch.
     """
 
-    def __init__(self, settings: dict[str, Any], options: Sampling, device: torch.device) -> None:
+    def __init__(self, settings: dict[str, object], options: Sampling, device: torch.device) -> None:
         self._settings, self._max_new_tokens = settings, options.max_new_tokens
         self._stop = torch.tensor(options.stop_at, dtype=torch.long, device=device)
         self._device = device
         self._by_length: dict[int, Any] = {}
 
     @classmethod
-    def of(cls, hf: Any, options: Sampling, device: torch.device) -> FolderRules | None:
+    def of(cls, hf: PreTrainedModel, options: Sampling, device: torch.device) -> FolderRules | None:
         """The rules of this model; None if it has none."""
         settings = {name: value for name in RULES if (value := _set(hf, name)) is not None}
         return cls(settings, options, device) if settings else None
@@ -110,7 +114,7 @@ class FolderRules:
         return g.SuppressTokensAtBeginLogitsProcessor(value, begins, device)
 
 
-def left_aside(hf: Any) -> str:
+def left_aside(hf: PreTrainedModel) -> str:
     """A sentence about the generation settings of a model that its generations do not follow; empty if there are none.
 
     Temperature, filters and penalties are arguments of each call, so that two models are sampled alike.
@@ -128,11 +132,11 @@ def left_aside(hf: Any) -> str:
     return "left aside of the model's generation settings: " + ", ".join(f"{k}={v}" for k, v in skipped.items())
 
 
-def stop_strings(hf: Any) -> tuple[str, ...]:
+def stop_strings(hf: PreTrainedModel) -> tuple[str, ...]:
     """Strings that end a text by the model's generation settings."""
     found = _set(hf, "stop_strings") or ()
     return (found,) if isinstance(found, str) else tuple(found)
 
 
-def _set(hf: Any, name: str) -> Any:
+def _set(hf: PreTrainedModel, name: str) -> Any:
     return getattr(getattr(hf, "generation_config", None), name, None)

@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.core.progress import track
-from workbench.core.tokenizer import continuation
+from workbench.core.tokenizer import TokenizerLike, continuation
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.handles import refuse_compiled
 from workbench.hooks.sites import Site, SiteMap
@@ -25,6 +25,10 @@ from workbench.models.decoding import ENDED, Decoder, Recorder, Rows
 from workbench.models.folderrules import left_aside
 from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Record = dict[str, tuple[Tensor, ...]]
 
@@ -72,9 +76,9 @@ class Parts:
         require_room: refuses a row of so many tokens if the model was not made for them.
     """
 
-    hf: Any
+    hf: PreTrainedModel
     site_map: SiteMap
-    tokenizer: Any
+    tokenizer: TokenizerLike
     plan: Callable[[Intervention], Plan]
     require_room: Callable[[int], None]
 
@@ -163,7 +167,7 @@ def _per_row(x: Float[Tensor, "batch columns ..."], batch: TokenBatch, new: Rows
 
 
 def collected(
-    tokenizer: Any, found: Sequence[tuple[Rows, TokenBatch, Record]], reports: Sequence[Sequence[EditReport]]
+    tokenizer: TokenizerLike, found: Sequence[tuple[Rows, TokenBatch, Record]], reports: Sequence[Sequence[EditReport]]
 ) -> Generation:
     """One generation of several batches, with the edit reports of each batch."""
     ids, logprobs, ended, lengths, prompts = [], [], [], [], []
@@ -188,7 +192,7 @@ def collected(
 
 
 def sample(
-    hf: Any,
+    hf: PreTrainedModel,
     batch: TokenBatch,
     options: Sampling,
     rows: Int[Tensor, " batch"],

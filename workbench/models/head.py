@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.core.errors import InvalidInputError
+from workbench.hooks.ends import embedding, unembedding
 from workbench.hooks.handles import Hooks
 from workbench.interventions.plan import active_plans
 from workbench.models.numbers import has_nan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 _ROWS = 16_384
 
@@ -25,24 +30,20 @@ class Head:
     All results are in fp32, on the device of what is given, and follow autograd's present mode.
     """
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, hf: PreTrainedModel) -> None:
         self._hf = hf
         self._finish = finisher(hf)
         self._known: bool | None = None  # whether a forward pass confirmed it
 
-    @property
-    def _unembed(self) -> Any:
-        return self._hf.get_output_embeddings()
-
     def all(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         """The logits of every token; hooks on the unembedding do not run."""
-        head = self._unembed
+        head = unembedding(self._hf)
         logits = nn.functional.linear(hidden.to(head.weight.device), head.weight, head.bias)
         return self.finish(logits).to(hidden.device)
 
     def exact(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         """The logits of every token with products in fp32, whatever the model's dtype, as `some` and `shared` have."""
-        head = self._unembed
+        head = unembedding(self._hf)
         if head.weight.dtype == torch.float32:
             return self.all(hidden.float())
         # block by block: a copy of the whole matrix in fp32 is twice the size of that of the model
@@ -62,9 +63,9 @@ class Head:
         z = near @ head.weight.detach()[ids].float().T
         return self.finish(z if head.bias is None else z + head.bias.detach()[ids].float()).to(hidden.device)
 
-    def _near(self, hidden: Tensor, ids: Tensor) -> tuple[Any, Tensor, Tensor]:
+    def _near(self, hidden: Tensor, ids: Tensor) -> tuple[nn.Linear, Tensor, Tensor]:
         """The unembedding, and both tensors on its device, which differs in a model over several."""
-        head = self._unembed
+        head = unembedding(self._hf)
         return head, hidden.to(head.weight.device, torch.float32), ids.to(head.weight.device)
 
     def finish(self, logits: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
@@ -90,7 +91,7 @@ class Head:
         return self._known
 
     def logits(
-        self, inputs: dict[str, Any], chosen: Bool[Tensor, "batch pos"] | None, ids: Int[Tensor, " k"] | None
+        self, inputs: Mapping[str, object], chosen: Bool[Tensor, "batch pos"] | None, ids: Int[Tensor, " k"] | None
     ) -> Float[Tensor, "*rows k"]:
         """Logits of a forward pass at the chosen positions, of some tokens or (`ids=None`) of all.
 
@@ -110,7 +111,7 @@ class Head:
 Finish = Callable[[Tensor], Tensor]
 
 
-def finisher(hf: Any) -> Finish:
+def finisher(hf: PreTrainedModel) -> Finish:
     """What the model's own code does between its unembedding and its logits, as a function of fp32 logits.
 
     A scale and a soft cap are recognised by what they do to a few numbers, whatever the config calls them; anything
@@ -142,12 +143,12 @@ def _unchanged(logits: Tensor) -> Tensor:
 class _Given(nn.Module):
     """Gives one value, whatever it is called with; everything else about it is the module that it replaces."""
 
-    def __init__(self, value: Any, replaced: nn.Module) -> None:
+    def __init__(self, value: object, replaced: nn.Module) -> None:
         super().__init__()
         self.value = value
         object.__setattr__(self, "replaced", replaced)  # not registered as a part
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+    def forward(self, *_args: object, **_kwargs: object) -> object:
         return self.value
 
     def __getattr__(self, name: str) -> Any:
@@ -169,15 +170,15 @@ class _Outputs(tuple[Tensor]):
             raise AttributeError(name)
 
 
-def _own_code(hf: Any) -> Finish | None:
+def _own_code(hf: PreTrainedModel) -> Finish | None:
     """The model's forward pass without its body and its unembedding, or None where the latter is not a direct part.
 
     It runs on a copy that shares weights but neither parts nor hooks, so an active plan does not see it.
     """
-    unembed = hf.get_output_embeddings()
+    unembed = unembedding(hf)
     if all(part is not unembed for part in hf.children()):
         return None
-    ids = torch.zeros(1, 1, dtype=torch.long, device=hf.get_input_embeddings().weight.device)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=embedding(hf).weight.device)
 
     def run(logits: Tensor) -> Tensor:
         rows = logits.reshape(1, -1, logits.shape[-1])
@@ -196,7 +197,7 @@ def _own_code(hf: Any) -> Finish | None:
     return run
 
 
-def edits_logits(hf: Any) -> bool:
+def edits_logits(hf: PreTrainedModel) -> bool:
     """Whether an active plan edits the logits, which then have to be computed with batch and position."""
     return any(edit.site.kind == "logits" for plan in active_plans(hf) for edit in plan.intervention.edits)
 
@@ -233,7 +234,7 @@ class _Caught(Exception):
 
 
 def forward(
-    hf: Any, inputs: dict[str, Any], chosen: Bool[Tensor, "batch pos"] | None, *, unembed: bool = True
+    hf: PreTrainedModel, inputs: Mapping[str, object], chosen: Bool[Tensor, "batch pos"] | None, *, unembed: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """One forward pass that unembeds the chosen positions only.
 
@@ -242,11 +243,13 @@ def forward(
         with `chosen=None` at all positions, `(batch, pos, ...)`. Both on the device of the inputs.
     """
     caught: list[Tensor] = []
-    edited, device = edits_logits(hf), inputs["input_ids"].device
+    ids = inputs["input_ids"]
+    assert isinstance(ids, Tensor)
+    edited, device = edits_logits(hf), ids.device
 
     thread = threading.get_ident()
 
-    def choose(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def choose(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
         if threading.get_ident() != thread:
             return None  # another thread's use of the same model
         # An edit of the logits needs them with their batch and position.
@@ -257,7 +260,7 @@ def forward(
         return (caught[0], *args[1:]), kwargs
 
     with Hooks() as on:
-        on.add(hf.get_output_embeddings(), choose, before=True)
+        on.add(unembedding(hf), choose, before=True)
         try:
             logits = hf(**{"use_cache": False, **inputs}).logits.float()
         except _Caught:

@@ -6,9 +6,16 @@ import copy
 import hashlib
 import json
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from workbench.core.tokenizer import TokenizerLike
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
+
 
 _COMPUTED = (
     "model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size",
@@ -24,7 +31,7 @@ _COMPUTED = (
 """What changes the computation and leaves no trace in the weights."""
 
 
-def fingerprint(hf: Any) -> str:
+def fingerprint(hf: PreTrainedModel) -> str:
     """Twelve hex digits that tell a model from others: its config as far as it computes, a sample of every weight."""
     digest = hashlib.sha256()
     config = hf.config.get_text_config().to_dict()  # itself, where it is not nested
@@ -38,7 +45,7 @@ def fingerprint(hf: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def transformer_lens_bridge(hf: Any, tokenizer: Any, name: str) -> Any:
+def transformer_lens_bridge(hf: PreTrainedModel, tokenizer: TokenizerLike, name: str) -> TransformerBridge:
     """A TransformerLens `TransformerBridge` on a copy of the model, which is left as it is."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,10 @@ from workbench.core.errors import EditError
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.capture import capture
 from workbench.hooks.sites import Site, SiteMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 _ON, _OFF = 1.0, -2.0
 """Two inputs of an activation; none in use but the identity has them in this ratio."""
@@ -57,7 +61,7 @@ def _layers(sites: SiteMap) -> list[int]:
 
 
 def sublayer_checks(
-    hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], tolerance: float
+    hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor], tolerance: float
 ) -> tuple[list[Check], dict[Site, str]]:
     """Checks inside the blocks, and the sites to withdraw on all layers because a checked layer breaks its identity.
 
@@ -87,12 +91,12 @@ def sublayer_checks(
     return checks, withdrawn
 
 
-def _values(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
+def _values(hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
     acts = capture(hf, sites, inputs, [Site(kind, n) for n in layers for kind in ("pattern", "v", "z")])
     return max(relative_error(weighted_values(acts[f"pattern.{n}"], acts[f"v.{n}"]), acts[f"z.{n}"]) for n in layers)
 
 
-def _scores(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
+def _scores(hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
     """How much the patterns differ between q = 0 and k = 0; infinite if these leave a pattern as it was."""
     wanted = [Site("pattern", n) for n in layers]
 
@@ -107,7 +111,7 @@ def _scores(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Seque
     return max(relative_error(a, b) for a, b in zip(no_q, no_k, strict=True))
 
 
-def _gate(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
+def _gate(hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
     """How far mlp_post is from `activation(mlp_pre) * gated`, whatever the activation; infinite if it is not at all.
 
     With mlp_pre at the same number everywhere, the activation is one factor. Where it gates another projection that
@@ -124,7 +128,7 @@ def _gate(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequenc
     return max(_factor_error(hf, sites, {"input_ids": ids}, layer, hold) for layer in layers)
 
 
-def _factor_error(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], layer: int, hold: Fn) -> float:
+def _factor_error(hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor], layer: int, hold: Fn) -> float:
     post = Site("mlp_post", layer)
     with attached([(sites[Site("mlp_pre", layer)], hold)]):
         clean, on, off = capture(hf, sites, inputs, [post])[post].double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +35,9 @@ from workbench.models.selfcheck import CheckReport, self_check
 from workbench.models.session import Session
 from workbench.models.sitetable import SiteTable
 from workbench.models.wrapped import Batch, Wrapped
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 @checked
@@ -332,7 +335,7 @@ class Model(Wrapped):
         seed: int = 0,
         temperature: float = 1.0,
         max_new_tokens: int = 200,
-        **template_options: Any,
+        **template_options: object,
     ) -> Session:
         """A conversation with this model, one `turn` at a time; the KV cache is kept between turns.
 
@@ -387,10 +390,10 @@ class Model(Wrapped):
         with quiet_transformers():
             done = export(self.hf, self.site_map, self.plan(intervention).intervention, kind, out, tolerance)
         if kind == "weights" and done.path is not None and self.tokenizer:
-            self.tokenizer.save_pretrained(done.path)
+            self.tokenizer.save_pretrained(str(done.path))
         return done
 
-    def to_transformer_lens(self) -> Any:
+    def to_transformer_lens(self) -> TransformerBridge:
         """A TransformerLens `TransformerBridge` on a copy of the model; this model is left as it is."""
         return transformer_lens_bridge(self.hf, self.tokenizer, self.name)
 

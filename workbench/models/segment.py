@@ -29,6 +29,7 @@ from workbench.models.wrapped import Wrapped
 if TYPE_CHECKING:
     from transformers import Cache
 
+
 STREAM = ("resid_pre", "resid_post")
 _NO_LOGITS = "This segment ends before the logits. Make it with to='logits', or add 'logits' to the list."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from workbench.core.errors import EditError, SelfCheckError
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.capture import Activations, capture
+from workbench.hooks.ends import embedding
 from workbench.hooks.sites import MODEL_KINDS, Point, Site, SiteMap
 from workbench.models.head import agree
 from workbench.models.innerchecks import Check, relative_error, sublayer_checks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,14 @@ class CheckReport:
 _STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "final_norm", "logits")
 
 
-def _probe_ids(hf: Any) -> Tensor:
+def _probe_ids(hf: PreTrainedModel) -> Tensor:
     """A few fixed, ordinary token ids that any vocabulary has."""
-    vocab = hf.get_input_embeddings().weight.shape[0]
+    vocab = embedding(hf).weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocab, (2, 8), generator=generator).to(hf.get_input_embeddings().weight.device)
+    return torch.randint(0, vocab, (2, 8), generator=generator).to(embedding(hf).weight.device)
 
 
-def self_check(hf: Any, sites: SiteMap) -> CheckReport:
+def self_check(hf: PreTrainedModel, sites: SiteMap) -> CheckReport:
     """Runs all checks on a batch of 2 x 8 tokens; costs about a dozen small forward passes.
 
     Checked on every layer: `resid_pre + attn_out == resid_mid`, `resid_mid + mlp_out == resid_post` (or the parallel
@@ -102,10 +106,10 @@ def self_check(hf: Any, sites: SiteMap) -> CheckReport:
     return CheckReport(tuple(checks), withdrawn, no_gradient)
 
 
-def _causal(hf: Any, ids: Tensor) -> Check:
+def _causal(hf: PreTrainedModel, ids: Tensor) -> Check:
     """Another last token leaves the logits before it as they were."""
     pair = ids[:1].repeat(2, 1)
-    pair[1, -1] = (ids[0, -1] + 1) % hf.get_input_embeddings().weight.shape[0]
+    pair[1, -1] = (ids[0, -1] + 1) % embedding(hf).weight.shape[0]
     with torch.no_grad():
         before, after = hf(input_ids=pair, use_cache=False).logits[:, :-1]
     # experts are computed for the rows that they have, so equal rows of a batch are equal up to rounding
@@ -122,7 +126,7 @@ def _misshapen(outer: list[Site], acts: Activations, ids: Tensor) -> dict[Site, 
     }
 
 
-def _unreadable_pattern(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor]) -> dict[Site, str]:
+def _unreadable_pattern(hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor]) -> dict[Site, str]:
     """Withdraws pattern where attention can't be followed and no other check has found it."""
     patterns = [site for site in sites.points if site.kind == "pattern"]
     if not patterns or any(site.kind == "v" for site in sites.points):
@@ -205,7 +209,9 @@ def _mid_alone(sites: SiteMap, acts: Activations, layer: int, tolerance: float) 
     return {} if error <= tolerance else {mid: f"it breaks the sum of the block by {error:.2g} (relative)"}
 
 
-def _stream_writes(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor], tolerance: float) -> dict[Site, str]:
+def _stream_writes(
+    hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor], tolerance: float
+) -> dict[Site, str]:
     """Withdraws resid_mid unless what is written there reaches both the MLP and the sum behind it."""
     layer = sites.n_layers // 2
     mid, names = Site("resid_mid", layer), [Site(kind, layer) for kind in ("resid_mid", "mlp_out", "resid_post")]
@@ -232,7 +238,7 @@ def _representatives(sites: SiteMap) -> list[Point]:
     return list(chosen.values())
 
 
-def _perturbations(hf: Any, sites: SiteMap, inputs: Mapping[str, Tensor]) -> list[Check]:
+def _perturbations(hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor]) -> list[Check]:
     """Adding noise of the site's own size at one kind of site must change the logits.
 
     Each kind has its own batch row, so two forward passes do for all.

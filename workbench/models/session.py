@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,10 @@ from workbench.models.generation import Generation, Parts, collected
 from workbench.models.kvcache import crop, length, new_cache
 from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
 
 _OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "top_k", "top_p", "min_p")
 
@@ -52,7 +56,7 @@ class Session:
         *,
         system: str | None = None,
         intervention: Intervention | None = None,
-        template_options: Mapping[str, Any] | None = None,
+        template_options: Mapping[str, object] | None = None,
     ) -> None:
         if not getattr(parts.tokenizer, "chat_template", None):
             raise InvalidInputError(
@@ -71,7 +75,7 @@ class Session:
         self._forget()
 
     def _forget(self) -> None:
-        self._cache: Any = None
+        self._cache: Cache | None = None
         self._ids: list[int] = []
         self._is_generated: list[bool] = []
 
@@ -126,7 +130,7 @@ class Session:
             return reply
         for content in (reply, reply.removeprefix(" ")):
             next_turn = [*messages, {"role": "assistant", "content": content}, {"role": "user", "content": "a"}]
-            batch = encode(self._parts.tokenizer, next_turn, **self._template_options)
+            batch = encode(self._parts.tokenizer, next_turn, "auto", **self._template_options)
             if batch.ids[0, : len(self._ids)].tolist() == self._ids:
                 return content
         return reply
@@ -151,7 +155,7 @@ class Session:
         # The cache is cropped when the next turn shows how much of it still holds.
         del self._messages[-2 * n :]
 
-    def _sampling_with(self, options: dict[str, Any]) -> Sampling:
+    def _sampling_with(self, options: dict[str, object]) -> Sampling:
         for name in options:
             if name not in _OPTIONS:
                 raise InvalidInputError(f"turn: there is no option {name!r}. {did_you_mean(name, _OPTIONS)}")
@@ -163,7 +167,7 @@ class Session:
         self, decoder: Decoder, messages: Sequence[dict[str, str]], n_new: int = 0
     ) -> tuple[TokenBatch, Prefilled]:
         """Brings the cache to these messages: what it shares with them stays, the rest is fed."""
-        batch = encode(self._parts.tokenizer, messages, **self._template_options).to(self._parts.hf.device)
+        batch = encode(self._parts.tokenizer, messages, "auto", **self._template_options).to(self._parts.hf.device)
         ids: list[int] = batch.ids[0].tolist()
         self._parts.require_room(len(ids) + n_new)
         known = next((i for i, (a, b) in enumerate(zip(ids, self._ids, strict=False)) if a != b), None)

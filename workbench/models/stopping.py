@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.core.codec import token_bytes
-from workbench.core.tokenizer import NoTokenizer, require_unicode
+from workbench.core.tokenizer import NoTokenizer, TokenizerLike, require_unicode
+from workbench.hooks.ends import unembedding
 from workbench.models.folderrules import stop_strings
 from workbench.models.sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class StopStrings:
@@ -22,7 +26,7 @@ class StopStrings:
     the others have the bytes of their row compared.
     """
 
-    def __init__(self, tokenizer: Any, strings: Sequence[str], d_vocab: int) -> None:
+    def __init__(self, tokenizer: TokenizerLike, strings: Sequence[str], d_vocab: int) -> None:
         for string in strings:
             require_unicode(string)
         self._wanted = [string.encode() for string in strings]
@@ -39,10 +43,10 @@ class StopStrings:
                 self._may_end[i] = True
 
     @classmethod
-    def of(cls, hf: Any, tokenizer: Any, options: Sampling) -> StopStrings | None:
+    def of(cls, hf: PreTrainedModel, tokenizer: TokenizerLike, options: Sampling) -> StopStrings | None:
         """The finder of the stop strings of the options and of the model's generation settings; None without any."""
         strings = (*options.stop, *stop_strings(hf))
-        return cls(tokenizer, strings, hf.get_output_embeddings().weight.shape[0]) if strings else None
+        return cls(tokenizer, strings, unembedding(hf).weight.shape[0]) if strings else None
 
     def may_end(self, chosen: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
         """Whether a stop string may end inside each of these tokens."""

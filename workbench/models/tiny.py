@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from workbench.core.errors import InvalidInputError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 D_MODEL, N_LAYERS = 16, 3
 _SIZE = {
@@ -17,7 +20,7 @@ _SIZE = {
 _GROUPED = {**_SIZE, "num_key_value_heads": 1}
 _GEMMA = {**_GROUPED, "head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8}
 
-TINY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+TINY: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "llama": ("llama", {**_GROUPED, "tie_word_embeddings": True, "attention_bias": True}),
     "gpt2": ("gpt2", {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 2, "n_positions": 128}),
     "neox": ("gpt_neox", {**_SIZE, "use_parallel_residual": True, "rotary_pct": 0.5}),
@@ -35,7 +38,7 @@ TINY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Model type and sizes by name of the family."""
 
 
-def tiny_hf(family: str, d_vocab: int, seed: int = 0) -> Any:
+def tiny_hf(family: str, d_vocab: int, seed: int = 0) -> PreTrainedModel:
     """A Hugging Face model of this family with every parameter random, biases and norm weights included.
 
     Raises:
@@ -50,7 +53,7 @@ def tiny_hf(family: str, d_vocab: int, seed: int = 0) -> Any:
     return randomised(lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **ids)), seed)
 
 
-def randomised(build: Callable[[], Any], seed: int) -> Any:
+def randomised(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
     """What `build` makes, with every parameter random: norm weights around 1, all others around 0."""
     torch.manual_seed(seed)
     hf = build().eval()

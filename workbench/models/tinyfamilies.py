@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.models.tiny import randomised
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 D_VOCAB = 64
 _WIDTH, _MLP, _HEAD, _CONTEXT = 16, 24, 8, 128
@@ -83,7 +86,7 @@ def model_types() -> dict[str, str]:
     }  # fmt: skip
 
 
-def tiny_of(model_type: str, seed: int = 0) -> Any:
+def tiny_of(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A model of this type with every parameter random, two layers of each kind that it has.
 
     Raises:
@@ -106,7 +109,7 @@ def tiny_of(model_type: str, seed: int = 0) -> Any:
     return randomised(lambda: AutoModelForCausalLM.from_config(config), seed)
 
 
-def _known(config: Any) -> dict[str, Any]:
+def _known(config: PreTrainedConfig) -> dict[str, Any]:
     """The sizes that a config has a name for."""
     names = {*config.to_dict(), *(config.attribute_map or {}), *config.__dataclass_fields__}
     return {name: value for name, value in _SIZES.items() if name in names}

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from workbench.core.errors import CorruptFileError, MismatchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 _COMPUTED = re.compile(
     r"(^|\.)(masked_bias|causal_mask|position_ids|(\w+_)?inv_freq|cos_cached|sin_cached|attn_bias|(attn|attention)\.bias)$"
@@ -53,7 +57,7 @@ def is_float(stored: str) -> bool:
     return _FLOAT.match(stored) is not None
 
 
-def require_real_numbers(hf: Any, stored: Mapping[str, str], where: str) -> None:
+def require_real_numbers(hf: PreTrainedModel, stored: Mapping[str, str], where: str) -> None:
     """Checks that no weight is stored as integers, truth values or complex numbers, unless the config quantises.
 
     Raises:
@@ -78,7 +82,7 @@ def pickled_class(error: Exception) -> str | None:
     return f"a pickled {named[1]}" if named else "pickled objects"
 
 
-def require_every_weight(hf: Any, loaded: Mapping[str, Collection[Any]], where: str) -> None:
+def require_every_weight(hf: PreTrainedModel, loaded: Mapping[str, Collection[Any]], where: str) -> None:
     """Checks what `from_pretrained(..., output_loading_info=True)` reports: every weight used, none made up.
 
     Not counted: tied weights that are stored once, what the class in transformers declares as not needed, constants
@@ -113,7 +117,7 @@ def _refuse(where: str, what: str, names: Iterable[str]) -> None:
         )
 
 
-def _is_beside(hf: Any, name: str) -> bool:
+def _is_beside(hf: PreTrainedModel, name: str) -> bool:
     """Whether the language model is complete without a weight that it has no place for."""
     if _COMPUTED.search(name) or _OTHER_PARTS.search(name):
         return True
@@ -131,7 +135,7 @@ def _is_beside(hf: Any, name: str) -> bool:
     return _is_quantised(hf) and last not in ("weight", "bias") and _has_module(hf, parent)
 
 
-def _is_quantised(hf: Any) -> bool:
+def _is_quantised(hf: PreTrainedModel) -> bool:
     return getattr(hf, "hf_quantizer", None) is not None
 
 

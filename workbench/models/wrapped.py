@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -15,13 +15,18 @@ from torch import Tensor
 from workbench.core.arguments import checked, shown
 from workbench.core.chats import Chat
 from workbench.core.errors import InvalidInputError, ShapeError
-from workbench.core.tokenizer import NoTokenizer
+from workbench.core.tokenizer import NoTokenizer, TokenizerLike
 from workbench.core.tokens import Bos, TokenBatch, encode
 from workbench.core.wording import Wording
+from workbench.hooks.ends import embedding, unembedding
 from workbench.hooks.families import build_site_map, position_tables
 from workbench.hooks.sites import Site
 from workbench.models.head import Head
 from workbench.models.identity import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 Texts = str | Sequence[str] | Chat | Sequence[Chat]
 Batch = TokenBatch | Texts | Int[Tensor, "batch pos"]
@@ -31,9 +36,12 @@ Batch = TokenBatch | Texts | Int[Tensor, "batch pos"]
 class Wrapped:
     """A Hugging Face causal language model and its tokenizer; `Model` adds what can be done with them."""
 
-    def __init__(self, hf: Any, tokenizer: Any, name: str = "model") -> None:
+    def __init__(
+        self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | TokenizerLike | None, name: str = "model"
+    ) -> None:
         self.hf, self.name = hf, name
-        self.tokenizer = NoTokenizer() if tokenizer is None else tokenizer
+        # transformers makes attributes such as `bos_token_id` at run time, which its type does not declare
+        self.tokenizer: TokenizerLike = NoTokenizer() if tokenizer is None else cast(TokenizerLike, tokenizer)
         self.site_map = build_site_map(hf)
         self._unembedding: tuple[tuple[int, int], Tensor] | None = None
 
@@ -45,7 +53,7 @@ class Wrapped:
     @property
     def device(self) -> torch.device:
         """Device of the inputs: that of the embeddings, where a model is on several."""
-        return self.hf.get_input_embeddings().weight.device
+        return embedding(self.hf).weight.device
 
     @property
     def n_layers(self) -> int:
@@ -55,12 +63,12 @@ class Wrapped:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return int(self.hf.get_input_embeddings().weight.shape[1])
+        return int(embedding(self.hf).weight.shape[1])
 
     @property
     def d_vocab(self) -> int:
         """Number of rows of the unembedding; may exceed the tokenizer's vocabulary."""
-        return int(self.hf.get_output_embeddings().weight.shape[0])
+        return int(unembedding(self.hf).weight.shape[0])
 
     @property
     def n_ctx(self) -> int:
@@ -94,7 +102,7 @@ class Wrapped:
         """Twelve hex digits that tell this model from others: its config and a sample of every weight."""
         return fingerprint(self.hf)
 
-    def tokens(self, value: Texts, bos: Bos = "auto", **template_options: Any) -> TokenBatch:
+    def tokens(self, value: Texts, bos: Bos = "auto", **template_options: object) -> TokenBatch:
         """Token ids of text, texts or chat messages; the result says what was done about BOS and padding.
 
         Args:
@@ -115,7 +123,7 @@ class Wrapped:
             batch = replace(TokenBatch.of_rows(batch), tokenizer=self.tokenizer)
         tokens = batch.to(self.device) if isinstance(batch, TokenBatch) else self.tokens(batch)
         low, high = (int(bound) for bound in tokens.ids.aminmax())
-        rows = self.hf.get_input_embeddings().weight.shape[0]
+        rows = embedding(self.hf).weight.shape[0]
         if low < 0 or high >= rows:
             raise InvalidInputError(
                 f"Token id {low if low < 0 else high}: this model has embeddings for ids 0 to {rows - 1}. Does the "
@@ -206,7 +214,7 @@ class Wrapped:
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding in fp32; column t is the direction of token t."""
-        weight = self.hf.get_output_embeddings().weight
+        weight = unembedding(self.hf).weight
         # A conversion to fp32 is kept until the weights change.
         key = (weight.data_ptr(), weight._version)
         if self._unembedding is None or self._unembedding[0] != key:

@@ -17,6 +17,7 @@ from workbench.core.errors import DegenerateInputError, InvalidInputError, requi
 from workbench.glitch.ranking.weights import Matrix, TokenMatrices, in_memory
 from workbench.glitch.vocabulary.segments import Pieces, Speller
 from workbench.glitch.vocabulary.tokenizer import Vocabulary, vocabulary_of
+from workbench.hooks.ends import embedding, unembedding
 from workbench.hooks.sites import Site
 from workbench.interventions.bytoken import MixEntries, ReplaceTokens
 from workbench.interventions.intervention import Edit, Intervention
@@ -218,7 +219,7 @@ def embed_scale(model: Model) -> float:
     Raises:
         InvalidInputError: if it does more than that.
     """
-    module = model.hf.get_input_embeddings()
+    module = embedding(model.hf)
     ids = torch.arange(min(256, module.weight.shape[0]), device=module.weight.device)
     ids = ids[torch.isfinite(module.weight[ids]).all(1)]
     with torch.no_grad():
@@ -249,7 +250,7 @@ def _mixtures(
 
 
 def _head(model: Model) -> str:
-    output = model.hf.get_output_embeddings()
+    output = unembedding(model.hf)
     return next(path for path, module in model.hf.named_modules() if module is output)
 
 

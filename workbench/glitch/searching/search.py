@@ -18,6 +18,7 @@ from workbench.glitch.searching.oracle import Found, Oracle, in_order
 from workbench.glitch.searching.search_report import Arm, SearchReport
 from workbench.glitch.verification.probing import Prober
 from workbench.glitch.verification.verify import VERIFIED
+from workbench.hooks.ends import embedding
 from workbench.models.model import Model
 
 Method = Literal["indicator", "hunter", "gradient", "random"]
@@ -64,7 +65,7 @@ def search(model: Model, plan: CensusPlan, prober: Prober, *, options: SearchOpt
         DegenerateInputError: if no ordinary token has a finite row.
     """
     options = options or SearchOptions()
-    rows = model.hf.get_input_embeddings().weight.detach()
+    rows = embedding(model.hf).weight.detach()
     table = plan.scan.table
     ids = np.flatnonzero(table.ordinary)
     ids = ids[torch.isfinite(rows[torch.from_numpy(ids).to(rows.device)]).all(1).cpu().numpy()]

@@ -167,7 +167,7 @@ def choose_dtype(model: Model, template: Template, ids: Sequence[int], *, both: 
         speed, _ = _measured([model], template, tokens)
         no = "as asked" if not both else "the model came in it" if own != "float32" else "no memory for a second copy"
         return DtypeChoice(own, {own: speed[0]}, None, f"{own}: {no}")
-    other = Model(copy.deepcopy(model.hf).to(torch.bfloat16), model.tokenizer, model.name)
+    other = Model(copy.deepcopy(model.hf).bfloat16(), model.tokenizer, model.name)
     speed, p = _measured([model, other], template, tokens)
     difference = float((p[0] - p[1]).abs().max())
     faster = speed[1] > speed[0]

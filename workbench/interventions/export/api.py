@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
 from workbench.hooks.sites import SiteMap
@@ -16,11 +15,15 @@ from workbench.interventions.export.weights import export_weights
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import active_plans
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
 _TO_FILE = {"lora": export_lora, "gguf": export_gguf, "lm_eval": export_lm_eval, "hook": export_hook}
 
 
 def export(
-    hf: nn.Module,
+    hf: PreTrainedModel,
     sites: SiteMap,
     intervention: Intervention,
     kind: str,

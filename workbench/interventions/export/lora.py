@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import safetensors
 import safetensors.torch
@@ -18,12 +18,17 @@ from torch import Tensor, nn
 from workbench.core.arguments import checked
 from workbench.core.errors import CorruptFileError, DegenerateInputError, EditError, MissingFileError, ShapeError
 from workbench.core.records import load_json, write_atomic
+from workbench.hooks.ends import embedding, unembedding
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.export.folds import refused
 from workbench.interventions.export.result import EditedLogits, Exported
 from workbench.interventions.export.stream import FoldedWriter, folded_writers
 from workbench.interventions.export.weights import folded_bias
 from workbench.interventions.intervention import Intervention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -38,7 +43,9 @@ class _Delta:
     bias: Float[Tensor, " d"] | None = None
 
 
-def export_lora(hf: nn.Module, sites: SiteMap, intervention: Intervention, out: Path, tolerance: float) -> Exported:
+def export_lora(
+    hf: PreTrainedModel, sites: SiteMap, intervention: Intervention, out: Path, tolerance: float
+) -> Exported:
     """Writes a folder that `peft.PeftModel.from_pretrained` reads; checked on probe tokens before it is written.
 
     Raises:
@@ -66,11 +73,11 @@ def export_lora(hf: nn.Module, sites: SiteMap, intervention: Intervention, out: 
     tensors = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
     config = _config(hf, folded, rank, has_bias)
     changed = copy.deepcopy(hf)
-    MergedLora(changed, config, tensors)
+    MergedLora(changed, list(deltas), 1.0, tensors)
     difference = probe.check(changed, "The model with the merged adapter")
     write_atomic(out / _TENSORS, safetensors.torch.save(tensors, {"format": "pt"}))
     write_atomic(out / _CONFIG, json.dumps(config, indent=2))
-    tied = hf.get_input_embeddings().weight is hf.get_output_embeddings().weight  # type: ignore[operator]
+    tied = embedding(hf).weight is unembedding(hf).weight
     notes = (
         ("embedding and unembedding are tied: use the adapter unmerged, or untie them before PEFT merges it",)
         if tied and any(item.writer.is_embedding for item in folded)
@@ -117,7 +124,7 @@ def _bias_everywhere(folded: list[FoldedWriter], deltas: Mapping[str, _Delta]) -
     return True
 
 
-def _config(hf: Any, folded: list[FoldedWriter], rank: int, has_bias: bool) -> dict[str, Any]:
+def _config(hf: PreTrainedModel, folded: list[FoldedWriter], rank: int, has_bias: bool) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -143,10 +150,9 @@ class MergedLora:
         modules: paths of the changed modules.
     """
 
-    def __init__(self, hf: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, hf: nn.Module, modules: Sequence[str], scale: float, tensors: Mapping[str, Tensor]) -> None:
         self._originals: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-        scale = float(config["lora_alpha"]) / float(config["r"])
-        self.modules = tuple(config["target_modules"])
+        self.modules = tuple(modules)
         parts = [(hf.get_submodule(path), *_parts(tensors, path, scale)) for path in self.modules]
         try:
             for path, (module, change, bias) in zip(self.modules, parts, strict=True):
@@ -217,7 +223,7 @@ def merge_lora(hf: nn.Module, folder: str | Path) -> MergedLora:
         raise CorruptFileError(
             f"{folder / _CONFIG}: {type(hf).__name__} has no module {unknown[0]!r}; give the full paths of modules."
         )
-    return MergedLora(hf, config, tensors)
+    return MergedLora(hf, config["target_modules"], float(config["lora_alpha"]) / float(config["r"]), tensors)
 
 
 def _parts(tensors: Mapping[str, Tensor], path: str, scale: float) -> tuple[Tensor, Tensor | None]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.core.errors import NotExactlyExportable
+from workbench.hooks.ends import embedding
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 TOLERANCE = 1e-3
 _ROWS, _TOKENS = 2, 12
@@ -39,7 +43,7 @@ class Exported:
     path: Path | None = None
     max_difference: float | None = None
     effect: float | None = None
-    hf: Any = field(default=None, repr=False)
+    hf: PreTrainedModel | None = field(default=None, repr=False)
     text: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -57,10 +61,10 @@ class EditedLogits:
     """Logits of the edited model on a few random tokens, to hold an export against."""
 
     def __init__(self, hf: nn.Module, sites: SiteMap, intervention: Intervention, tolerance: float) -> None:
-        embedding = hf.get_input_embeddings().weight  # type: ignore[operator]
+        weight = embedding(hf).weight
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(len(embedding), (_ROWS, _TOKENS), generator=generator)
-        self.ids: Int[Tensor, "batch pos"] = ids.to(embedding.device)
+        ids = torch.randint(len(weight), (_ROWS, _TOKENS), generator=generator)
+        self.ids: Int[Tensor, "batch pos"] = ids.to(weight.device)
         self.tolerance = tolerance
         base = self.logits(hf)
         with Plan(hf, sites, intervention):
@@ -68,11 +72,11 @@ class EditedLogits:
         self.effect = float((self.wanted - base).abs().max())
 
     @torch.no_grad()
-    def logits(self, hf: Callable[..., Any]) -> Float[Tensor, "batch pos d_vocab"]:
+    def logits(self, hf: nn.Module) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of a model on the probe tokens."""
         return hf(input_ids=self.ids, use_cache=False).logits.float()
 
-    def check(self, hf: Callable[..., Any], what: str) -> float:
+    def check(self, hf: nn.Module, what: str) -> float:
         """Largest difference of a logit from the edited model.
 
         Rounding grows with what is edited, so the tolerance is for an intervention that moves no logit by more than 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,10 @@ from workbench.hooks.families import position_tables
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.export.folds import Fold, fold_of, refused
 from workbench.interventions.intervention import Edit, Intervention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 _OUTPUT_PROJECTION = {"attn_out": "z", "mlp_out": "mlp_post"}
@@ -106,7 +111,7 @@ class _Stream:
             self.change(self.unread[-1], Fold.constant(constant), edit)
 
 
-def folded_writers(hf: nn.Module, sites: SiteMap, intervention: Intervention) -> list[FoldedWriter]:
+def folded_writers(hf: PreTrainedModel, sites: SiteMap, intervention: Intervention) -> list[FoldedWriter]:
     """The writers that have to change, and how, for the model to compute what the edited one does.
 
     Raises:
@@ -201,7 +206,7 @@ def _check_module(writer: Writer, edit: Edit) -> None:
         raise refused(edit, f"{writer.path} is a {kind.__name__}; only Linear and Conv1D weights can be changed")
 
 
-def require_copyable(hf: nn.Module, active: Mapping[str, object] | tuple[object, ...], needs_fp32: bool) -> None:
+def require_copyable(hf: PreTrainedModel, active: Mapping[str, object] | tuple[object, ...], needs_fp32: bool) -> None:
     """Raises NotExactlyExportable if the model can't be copied as it is now."""
     if active:
         raise NotExactlyExportable(

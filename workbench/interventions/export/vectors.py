@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import safetensors.torch
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from workbench.core.errors import InvalidInputError
 from workbench.core.records import write_atomic
-from workbench.hooks.attach import attached
+from workbench.hooks.attach import Fn, attached
 from workbench.hooks.families import position_tables
 from workbench.hooks.sites import Point, Site, SiteMap
 from workbench.interventions.export.folds import Fold, fold_of, refused
@@ -23,6 +24,16 @@ from workbench.interventions.export.result import EditedLogits, Exported
 from workbench.interventions.intervention import Edit, Intervention
 
 _GGUF_ARCH = "controlvector"
+
+
+class _LmEvalEntry(TypedDict):
+    """One entry of a steering file of lm-evaluation-harness."""
+
+    action: str
+    steering_coefficient: float
+    bias: None
+    head_index: None
+    steering_vector: Tensor
 
 
 def export_gguf(hf: nn.Module, sites: SiteMap, intervention: Intervention, out: Path, tolerance: float) -> Exported:  # noqa: ARG001
@@ -88,7 +99,7 @@ def export_lm_eval(hf: nn.Module, sites: SiteMap, intervention: Intervention, ou
     """
     _ends_with(out, "lm_eval", ".pt")
     base = getattr(hf, "base_model_prefix", "")
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, _LmEvalEntry] = {}
     for point, edit, fold in _at_outputs(hf, sites, intervention):
         if not point.path.startswith(f"{base}."):
             raise refused(
@@ -111,27 +122,33 @@ def export_lm_eval(hf: nn.Module, sites: SiteMap, intervention: Intervention, ou
     return Exported("lm_eval", write_atomic(out, buffer.getvalue()), difference, probe.effect)
 
 
-def _lm_eval_entry(edit: Edit, fold: Fold) -> dict[str, Any]:
-    entry: dict[str, Any] = {"action": "add", "steering_coefficient": 1.0, "bias": None, "head_index": None}
+def _lm_eval_entry(edit: Edit, fold: Fold) -> _LmEvalEntry:
     if fold.is_constant:
-        return {**entry, "steering_vector": fold.bias.float().cpu()}
+        return _entry("add", 1.0, fold.bias)
     if fold.dense is None and len(fold.read) == 1:
         direction = fold.write[0] / fold.write[0].norm()
         value = float(fold.bias @ direction)
         sets = torch.allclose(fold.read[0] * fold.write[0].norm(), -direction, atol=1e-6)
         if sets and torch.allclose(fold.bias, value * direction, atol=1e-6 * max(1.0, abs(value))):
-            return {
-                **entry, "action": "clamp", "steering_coefficient": value, "steering_vector": direction.float().cpu()
-            }  # fmt: skip
+            return _entry("clamp", value, direction)
     raise refused(edit, "a steering file adds a vector, or sets the projection on one direction to a value")
 
 
-def _edited(hf: nn.Module, sites: SiteMap, intervention: Intervention, entries: Mapping[str, dict[str, Any]]) -> Any:
+def _entry(action: str, coefficient: float, vector: Tensor) -> _LmEvalEntry:
+    return {
+        "action": action, "steering_coefficient": coefficient, "bias": None, "head_index": None,
+        "steering_vector": vector.float().cpu(),
+    }  # fmt: skip
+
+
+def _edited(
+    hf: nn.Module, sites: SiteMap, intervention: Intervention, entries: Mapping[str, _LmEvalEntry]
+) -> AbstractContextManager[None]:
     """The model with the entries of a steering file in effect, as their definition says."""
     base = getattr(hf, "base_model_prefix", "")
     points = {point.path.removeprefix(f"{base}."): point for point, _, _ in _at_outputs(hf, sites, intervention)}
 
-    def edit_of(entry: Mapping[str, Any]) -> Any:
+    def edit_of(entry: _LmEvalEntry) -> Fn:
         v = entry["steering_vector"]
 
         def edit(h: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
@@ -149,6 +166,7 @@ _HOOK = '''"""Steers a model with {tensors} beside this file; needs torch, safet
 from pathlib import Path
 
 from safetensors.torch import load_file
+
 
 
 def steer(model, file=Path(__file__).with_name("{tensors}")):
@@ -189,7 +207,7 @@ def export_hook(hf: nn.Module, sites: SiteMap, intervention: Intervention, out: 
     text = _HOOK.format(tensors="vectors.safetensors", n=len(merged), paths=list(merged))
     probe = EditedLogits(hf, sites, intervention, tolerance)
 
-    def edit_of(fold: Fold) -> Any:
+    def edit_of(fold: Fold) -> Fn:
         read, write, bias = (part.float() for part in (fold.read, fold.write, fold.bias))
         return lambda h: (h.float() + (h.float() @ read.T) @ write + bias).to(h.dtype)
 

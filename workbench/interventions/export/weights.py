@@ -6,24 +6,29 @@ import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.core.errors import InvalidInputError, NotExactlyExportable
+from workbench.hooks.ends import embedding, unembedding
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.export.result import EditedLogits, Exported
 from workbench.interventions.export.stream import FoldedWriter, folded_writers
 from workbench.interventions.intervention import Intervention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 _BIAS_FLAGS = ("attention_bias", "mlp_bias", "use_bias", "bias", "qkv_bias")
 """Names under which configs say that projections have a bias."""
 
 
 def export_weights(
-    hf: nn.Module, sites: SiteMap, intervention: Intervention, out: Path | None, tolerance: float
+    hf: PreTrainedModel, sites: SiteMap, intervention: Intervention, out: Path | None, tolerance: float
 ) -> Exported:
     """A copy of the model whose weights do what the intervention does, checked on probe tokens.
 
@@ -48,15 +53,15 @@ def export_weights(
                 f"{added[0]} needs a bias, and no setting of {type(changed).__name__} gives it one, so the saved "
                 "model would be loaded without it. Leave out `out` for the copy in memory, or export another kind."
             )
-        changed.config.architectures = [type(changed).__name__]  # type: ignore[union-attr]
-        changed.save_pretrained(out)  # type: ignore[operator]
+        changed.config.architectures = [type(changed).__name__]
+        changed.save_pretrained(out)
     return Exported("weights", out, difference, probe.effect, changed, notes=tuple(filter(None, notes)))
 
 
-def untie(hf: Any) -> str:
+def untie(hf: PreTrainedModel) -> str:
     """Gives the unembedding weights of its own where it shares those of the embedding; says so in words."""
-    source, target = hf.get_input_embeddings(), hf.get_output_embeddings()
-    if target is None or target.weight is not source.weight:
+    source, target = embedding(hf), unembedding(hf)
+    if target.weight is not source.weight:
         return ""
     target.weight = nn.Parameter(source.weight.detach().clone(), requires_grad=False)
     hf.config.tie_word_embeddings = False
@@ -90,7 +95,7 @@ def folded_bias(bias: Float[Tensor, " d"] | None, item: FoldedWriter) -> Float[T
     return item.fold.columns(bias.detach().double()[:, None])[:, 0] + item.fold.bias
 
 
-def _declare_biases(hf: Any, added: Sequence[str]) -> bool:
+def _declare_biases(hf: PreTrainedModel, added: Sequence[str]) -> bool:
     """Sets the config so that a model made from it has the added biases; False if no setting does.
 
     A setting may give a bias to further projections; they get zeros.
@@ -110,7 +115,9 @@ def _declare_biases(hf: Any, added: Sequence[str]) -> bool:
             for name in extra:
                 path, _, _ = name.rpartition(".")
                 module = hf.get_submodule(path)
-                module.bias = nn.Parameter(module.weight.new_zeros(expected[name].shape), requires_grad=False)
+                module.bias = nn.Parameter(
+                    module.get_parameter("weight").new_zeros(expected[name].shape), requires_grad=False
+                )
             for flag in chosen:
                 setattr(hf.config, flag, True)
             return True
