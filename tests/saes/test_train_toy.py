@@ -113,4 +113,4 @@ def test_an_sae_says_how_it_was_trained(name: str, training: str | None, expecte
     sizes = {"d_out": 8, "apply_b_dec_to_input": False} if "Transcoder" in name else {}
     config = kind(d_in=8, d_sae=12, **sizes)
     config.metadata.training_architecture = training
-    assert trained_as(SimpleNamespace(cfg=config, W_dec=None, encode=len)) == expected
+    assert trained_as(SimpleNamespace(cfg=config, W_dec=torch.zeros(12, 8), encode=len)) == expected

@@ -94,11 +94,11 @@ class SyntheticStore(ActivationStore):
 
 def trained_as(sae: AnySAE) -> str | None:
     """The architecture that an SAE was trained as, by its metadata; None if it is none that can be trained here."""
-    basis = as_basis(sae)
-    name = str(basis.metadata.get("training_architecture") or basis.architecture)
     try:
+        basis = as_basis(sae)
+        name = str(basis.metadata.get("training_architecture") or basis.architecture)
         return architecture_name(TRANSCODERS.get(name, name))
-    except UnknownNameError:
+    except (InvalidInputError, UnknownNameError):  # the former for a temporal SAE
         return None
 
 
