@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.core.errors import EditError
+from workbench.core.jsontext import Record
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Point
 from workbench.models.model import Model
@@ -124,7 +125,7 @@ def _hooked(point: Point, fn: Callable[[Tensor, Tensor], None]) -> Iterator[None
             columns = columns.view(point.heads or 1, -1)[point.site.head]
         fn(x, columns)
 
-    def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(_module: Any, args: tuple[Any, ...], kwargs: Record) -> None:
         call(args[0] if args else kwargs["hidden_states"])
 
     def leave(_module: Any, _args: Any, output: Any) -> None:

@@ -19,7 +19,7 @@ from workbench.activations.packing import PackedRows, check_sizes, packed, packi
 from workbench.activations.packing import Source as Source
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
-from workbench.core.jsontext import Json
+from workbench.core.jsontext import Json, Record
 from workbench.core.tokenizer import TokenizerLike, decoded, start_ids
 from workbench.models.model import Model
 
@@ -247,7 +247,7 @@ class HubDataset(_Documents):
                 )
             yield record[self.column]
 
-    def _records(self) -> Iterator[dict[str, Any]]:
+    def _records(self) -> Iterator[Record]:
         """The rows as the library streams them; a folder that its `save_to_disk` wrote is opened as such."""
         from datasets import DatasetDict, load_dataset, load_from_disk
 

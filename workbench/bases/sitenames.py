@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from workbench.core.errors import UnknownSiteError
+from workbench.core.jsontext import Record
 from workbench.hooks.sites import Site
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)[._](\d+)(?:\.(.*))?$")
@@ -58,9 +59,9 @@ def site_of(name: str) -> Site:
     )
 
 
-def site_metadata(site: str | Site | None, site_out: str | Site | None = None) -> dict[str, Any]:
+def site_metadata(site: str | Site | None, site_out: str | Site | None = None) -> Record:
     """The metadata of sae_lens that name a site, and where a transcoder writes."""
-    found: dict[str, Any] = {}
+    found: Record = {}
     for key, value in (("hook_name", site), ("hook_name_out", site_out)):
         if value is not None:
             parsed = site_of(value) if isinstance(value, str) else value

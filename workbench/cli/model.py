@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from workbench.cli.base import Command
 from workbench.core.errors import InvalidInputError
+from workbench.core.jsontext import Record
 from workbench.core.records import write_atomic
 from workbench.interventions.intervention import Intervention
 from workbench.models.generation import Generation
@@ -32,9 +33,9 @@ class ModelCommand(Command):
         return load_model(self.model, dtype=self.dtype, device=self.device, check=check)
 
 
-def _template_options(given: tuple[str, ...]) -> dict[str, Any]:
+def _template_options(given: tuple[str, ...]) -> Record:
     """`name=value` pairs; a value that is JSON (true, 3) is read as such, any other as text."""
-    options: dict[str, Any] = {}  # of a template, which is another program's
+    options: Record = {}  # of a template, which is another program's
     for pair in given:
         name, sign, value = pair.partition("=")
         if not name or not sign:

@@ -6,12 +6,13 @@ import contextlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
 from workbench.cli.base import BaseCommand
 from workbench.core.errors import InvalidInputError
+from workbench.core.jsontext import Record
 from workbench.saes.config import ARCHITECTURES, Kernel, SAEConfig, architecture_name
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class SaeTrain(BaseCommand):
             kind = architecture_name(kind)
             d_saes = self.d_sae or (8 * store.manifest.sites[site].d,)
             for values in itertools.product(d_saes, self.lr or (None,), *self._options(kind).values()):
-                options: dict[str, Any] = dict(zip(("d_sae", "lr", *self._options(kind)), values, strict=True))
+                options: Record = dict(zip(("d_sae", "lr", *self._options(kind)), values, strict=True))
                 configs.append(
                     SAEConfig(
                         architecture=kind,

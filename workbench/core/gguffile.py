@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError
+from workbench.core.jsontext import Record
 
 MAX_STRING_BYTES = 1 << 24
 MAX_ITEMS = 1 << 22
@@ -83,7 +84,7 @@ class GGUFFile:
     """
 
     path: Path
-    fields: dict[str, Any]
+    fields: Record
     tensors: dict[str, GGUFTensor]
 
 
@@ -117,7 +118,7 @@ class _Reader:
         if version not in (2, 3):
             raise ValueError(f"its version is {version}; versions 2 and 3 in little-endian order are read")
         n_tensors, n_fields = self.number("Q"), self.number("Q")
-        fields: dict[str, Any] = {}
+        fields: Record = {}
         for _ in range(self.count(n_fields, 13, "metadata fields")):
             key = self.string()
             if key in fields:
@@ -206,7 +207,7 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, is_local=True, **settings)
 
 
-def gguf_backend(file: GGUFFile) -> tuple[Any, dict[str, Any]]:
+def gguf_backend(file: GGUFFile) -> tuple[Any, Record]:
     """The `tokenizers.Tokenizer` that the file describes, with the tokens that the file lists and no others.
 
     The settings name its special tokens and chat template, and say whether BOS is added, as llama.cpp decides it: by

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 from workbench.core.errors import CorruptFileError, WorkbenchError
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     Json = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
 else:  # beartype, which checks annotations in the tests, knows no recursive types
     Json = object
+
+Record: TypeAlias = dict[str, Any]
+"""Values of several types by name: a row of a table, settings of a report, the config of another library. Whoever reads
+a value knows its type; no checker can."""
 
 MAX_JSON_DEPTH = 64
 """Deeper nesting is refused; nothing that is written here has more than about ten levels."""

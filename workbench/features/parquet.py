@@ -9,10 +9,10 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workbench.core.errors import CorruptFileError, MissingFileError
-from workbench.core.jsontext import content_of, parse_json
+from workbench.core.jsontext import Record, content_of, parse_json
 from workbench.core.records import to_jsonable
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def with_header(schema: Schema, record: Mapping[str, object]) -> Schema:
 
 
 @contextlib.contextmanager
-def reading(path: Path, what: str, remedy: str) -> Iterator[tuple[ParquetFile, dict[str, Any]]]:
+def reading(path: Path, what: str, remedy: str) -> Iterator[tuple[ParquetFile, Record]]:
     """A Parquet file and its header, for the lines that take values out of them.
 
     Args:

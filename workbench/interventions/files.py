@@ -22,7 +22,7 @@ from workbench.core.errors import (
     UnknownConfigKeyError,
     did_you_mean,
 )
-from workbench.core.jsontext import content_of
+from workbench.core.jsontext import Record, content_of
 from workbench.core.records import load_json, save_json, write_atomic
 from workbench.hooks.sites import Site
 from workbench.interventions.gates import Gate
@@ -57,7 +57,7 @@ def save(folder: str | Path, content: Mapping[str, object]) -> Path:
     return folder
 
 
-def load(folder: str | Path) -> dict[str, Any]:
+def load(folder: str | Path) -> Record:
     """Reads what `save` wrote.
 
     Raises:
@@ -155,7 +155,7 @@ class _Reader:
             )
         if name in _WITH_FUNCTIONS:
             raise CorruptFileError(f"{self.folder / _JSON}: {name} needs a Python function, which no file can hold.")
-        fields: dict[str, Any] = {key: self.value(inner) for key, inner in saved.items()}
+        fields: Record = {key: self.value(inner) for key, inner in saved.items()}
         known = {field.name for field in dataclasses.fields(registry[name])}
         for key in fields:
             if key not in known:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -138,7 +138,7 @@ def _one_batch(
     spared = _spares_prompt(plan.intervention if plan else None)
     # Hooks that are there already may count on every row and every prompt token, so nothing is shared or dropped.
     alone = not _has_hooks(decoder.hf)
-    on_select: Callable[[Tensor], Any] | None = None
+    on_select: Callable[[Tensor], object] | None = None
     if alone:
         on_select = plan.select_rows if plan else lambda _: None
     with contextlib.ExitStack() as stack:

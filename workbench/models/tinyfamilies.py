@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from workbench.core.jsontext import Record
 from workbench.models.tiny import randomised
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def tiny_of(model_type: str, seed: int = 0) -> PreTrainedModel:
     return randomised(lambda: AutoModelForCausalLM.from_config(config), seed)
 
 
-def _known(config: PreTrainedConfig) -> dict[str, Any]:
+def _known(config: PreTrainedConfig) -> Record:
     """The sizes that a config has a name for."""
     names = {*config.to_dict(), *(config.attribute_map or {}), *config.__dataclass_fields__}
     return {name: value for name, value in _SIZES.items() if name in names}

@@ -7,12 +7,12 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from workbench.core.arguments import checked
 from workbench.core.atomic import replacing
 from workbench.core.errors import CorruptFileError, InvalidInputError
-from workbench.core.jsontext import content_of, parse_json
+from workbench.core.jsontext import Record, content_of, parse_json
 from workbench.core.progress import track
 from workbench.core.records import from_jsonable, to_jsonable
 from workbench.features.card import FeatureCard
@@ -46,7 +46,7 @@ class CardSet:
         meta: model, site, tokens read, how the cards were made.
     """
 
-    def __init__(self, features: tuple[int, ...], meta: dict[str, Any], source: CardSource) -> None:
+    def __init__(self, features: tuple[int, ...], meta: Record, source: CardSource) -> None:
         self.features, self.meta, self._source = features, meta, source
         self._place = {feature: place for place, feature in enumerate(features)}
 
@@ -129,7 +129,7 @@ class _Stored:
             return from_jsonable(FeatureCard, parse_json(self._cards[place - self._first[group]], where, remedy=AGAIN))
 
 
-def _row(card: FeatureCard) -> dict[str, Any]:
+def _row(card: FeatureCard) -> Record:
     text = json.dumps(to_jsonable(card), ensure_ascii=False, allow_nan=False)
     columns = {name: getattr(card, name) for name in ("feature", "frequency", "max_act")}
     return {**columns, "flags": list(card.flags), "card": text}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.core.errors import InvalidInputError
-from workbench.core.similarity import NULL_SEED, NULLS, cosines
+from workbench.core.similarity import NULL_SEED, NULLS, SparseMatrix, cosines
 from workbench.features.card import Neighbour
 from workbench.features.passes.coactivation import CoSample
 
@@ -103,9 +102,9 @@ def _nearest(closeness: Float[Tensor, "rows columns"], own: np.ndarray, n: int) 
 class _Firing:
     """Sparse activations `(features, tokens)` of features that fire often enough; the rows of the others are empty."""
 
-    acts: Any
-    fires: Any
-    by_token: tuple[Any, Any]
+    acts: SparseMatrix
+    fires: SparseMatrix
+    by_token: tuple[SparseMatrix, SparseMatrix]
     fired: np.ndarray
     mean: np.ndarray
     std: np.ndarray
@@ -119,15 +118,15 @@ class _Firing:
         counts = torch.bincount(co.feature, minlength=co.n_features)
         kept = (counts >= min_fired)[co.feature]
         where = (co.feature[kept].numpy(), co.token[kept].numpy())
-        acts: Any = csr_array((co.value[kept].double().numpy(), where), shape=(co.n_features, n))
-        fires: Any = csr_array((np.ones(int(kept.sum())), where), shape=acts.shape)
+        acts = csr_array((co.value[kept].double().numpy(), where), shape=(co.n_features, n))
+        fires = csr_array((np.ones(int(kept.sum())), where), shape=acts.shape)
         mean = np.asarray(acts.sum(axis=1)).ravel() / n
         square = np.asarray((acts * acts).sum(axis=1)).ravel() / n
         std = np.sqrt(np.maximum(square - mean**2, 0))
         fired = np.asarray(fires.sum(axis=1)).ravel()
         return cls(acts, fires, (acts.T.tocsr(), fires.T.tocsr()), fired, mean, std, n)
 
-    def compare(self, rows: np.ndarray, other: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def compare(self, rows: np.ndarray, other: tuple[SparseMatrix, SparseMatrix]) -> tuple[np.ndarray, np.ndarray]:
         """Correlations and common tokens of some features with all; -inf where a feature does not vary."""
         products = (self.acts[rows] @ other[0]).toarray()
         together = (self.fires[rows] @ other[1]).toarray()

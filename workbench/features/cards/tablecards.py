@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
+from workbench.core.jsontext import Record
 from workbench.features.card import FeatureCard, LensToken, Window
 from workbench.features.passes.contexts import MISSING, unmarked
 from workbench.features.scores.table import FeatureTable
@@ -38,7 +38,7 @@ def complete_cards(cards: Iterable[FeatureCard], table: FeatureTable) -> Iterato
     yield from rows.values()
 
 
-def _card(row: dict[str, Any], n_tokens: int) -> FeatureCard:
+def _card(row: Record, n_tokens: int) -> FeatureCard:
     frequency, max_act = float(row["frequency"]), float(row["max_act"])
     tokens = zip(row["top_tokens"], row["top_token_ids"], strict=True)
     return FeatureCard(

@@ -14,6 +14,7 @@ from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.directions import random_directions
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, did_you_mean
+from workbench.core.jsontext import Record
 from workbench.features.passes.contexts import MISSING, ContextOptions, TopContexts, top_contexts
 from workbench.features.scores.input_score import input_score
 from workbench.features.scores.logit_lens import feature_ids, lens_tokens, target_site
@@ -123,7 +124,7 @@ def score_features(
     return FeatureTable(frame, meta, controls)
 
 
-def _meta(model: Model, sae: AnySAE, site: Site, options: ScoreOptions, strength: float) -> dict[str, Any]:
+def _meta(model: Model, sae: AnySAE, site: Site, options: ScoreOptions, strength: float) -> Record:
     precision = "float32" if options.precision == "float32" else str(model.dtype).removeprefix("torch.")
     return {
         **origin(model, sae, site), "strength": strength, "k": options.k, "precision": precision,

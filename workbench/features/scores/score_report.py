@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from workbench.core.errors import InvalidInputError
+from workbench.core.jsontext import Record
 from workbench.core.stats import Estimate, sample_mean, wilson
 from workbench.report.base import Block, Histogram, Metric, Report, Section, Table, Text
 
@@ -35,7 +36,7 @@ class FeatureScoreReport(Report):
         best: feature, output score, input score, frequency and lens tokens of the best features.
     """
 
-    meta: dict[str, Any]
+    meta: Record
     n: int
     n_dead: int
     n_few: int
@@ -116,7 +117,7 @@ def _histogram(title: str, values: Sequence[float], unit: str, log: bool = False
 
 
 def score_report(
-    df: Any, meta: dict[str, Any], controls: Mapping[str, Sequence[float]], threshold: float, high: float
+    df: Any, meta: Record, controls: Mapping[str, Sequence[float]], threshold: float, high: float
 ) -> FeatureScoreReport:
     """The report of a feature table; see `FeatureTable.report`."""
     if math.isnan(threshold) or math.isnan(high):

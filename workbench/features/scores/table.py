@@ -20,6 +20,7 @@ from workbench.core.errors import (
     UnknownNameError,
     did_you_mean,
 )
+from workbench.core.jsontext import Record
 from workbench.core.records import from_jsonable
 from workbench.features.parquet import reading, with_header
 from workbench.features.scores.origin import origin, require_same_origin
@@ -52,7 +53,7 @@ class FeatureTable:
     """
 
     df: Any  # pandas is imported only where a table is made
-    meta: dict[str, Any]
+    meta: Record
     controls: dict[str, tuple[float, ...]]
 
     def __len__(self) -> int:
@@ -183,7 +184,7 @@ class FeatureTable:
             for column in ("top_tokens", "top_token_ids", "contexts", "context_token_ids"):
                 df[column] = [list(value) for value in df[column]]
             controls = from_jsonable(dict[str, tuple[float, ...]], header["controls"])
-            return cls(df, from_jsonable(dict[str, Any], header["meta"]), controls)
+            return cls(df, from_jsonable(Record, header["meta"]), controls)
 
     def __repr__(self) -> str:
         where = f"{self.meta.get('site')} in {self.meta.get('model')}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.core.jsontext import Json
+from workbench.core.jsontext import Json, Record
 from workbench.core.records import save_json, to_jsonable
 from workbench.core.stats import Estimate, clopper_pearson
 from workbench.glitch.counting.census_result import NO_TEST, CensusResult, ranking
@@ -101,7 +101,7 @@ class CensusReport(CensusResult, TokenReport):
             "glitch": [self.row(int(i)) for i in np.flatnonzero(self.glitch)],
         })  # fmt: skip
 
-    def row(self, i: int) -> dict[str, Any]:
+    def row(self, i: int) -> Record:
         """One token as plain values."""
         table = self.plan.scan.table
         return {

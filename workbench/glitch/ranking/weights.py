@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownNameError
 from workbench.core.gguffile import GGUFFile, GGUFTensor, read_gguf
+from workbench.core.jsontext import Record
 from workbench.core.records import load_json
 from workbench.glitch.reporting import first_few
 
@@ -223,7 +224,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return file_of
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> Record:
     if not (folder / "config.json").is_file():
         raise MissingFileError(f"{folder} is not a model folder: it has no config.json. Name a save_pretrained folder.")
     return load_json(folder / "config.json", dict, foreign=True)

@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.core.errors import InvalidInputError, MismatchError, MissingFileError, NotExactlyExportable
+from workbench.core.jsontext import Record
 from workbench.core.progress import track
 from workbench.core.records import load_json, save_json
 from workbench.glitch.ranking.weights import INDEX, Matrix, TokenMatrices, in_folder, tensor_files
@@ -145,7 +145,7 @@ def _write_weights(
 
     files = sorted(set(tensor_files(source).values()))
     # Any: JSON of transformers
-    index: dict[str, Any] = load_json(source / INDEX, dict) if (source / INDEX).is_file() else {}
+    index: Record = load_json(source / INDEX, dict) if (source / INDEX).is_file() else {}
     for file in track(files, total=len(files), description="write the repaired weights", unit="files"):
         with safe_open(file, framework="pt") as opened:
             names = set(opened.keys())
@@ -176,7 +176,7 @@ def _changed(name: str, tensor: Tensor, values: Tensor | None, ids: Sequence[int
 
 
 def _untie_config(path: Path) -> None:
-    config: dict[str, Any] = load_json(path, dict, foreign=True)
+    config: Record = load_json(path, dict, foreign=True)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.core.jsontext import Record
 from workbench.glitch.ranking.indicators import Separation
 from workbench.glitch.ranking.reference import Reference
 from workbench.glitch.reporting import harmless_cell
@@ -193,10 +194,10 @@ class ScanResult:
         """Writes `df` as CSV that a spreadsheet can open, and returns the path."""
         return write_table(self.df, Path(path))
 
-    def row(self, i: int) -> dict[str, Any]:
+    def row(self, i: int) -> Record:
         """One token as plain values."""
         table, tested = self.table, self.tested(i)
-        row: dict[str, Any] = {
+        row: Record = {
             "token_id": i, "token": table.token[i], "category": table.category[i],
             "indicator": float(table.indicator[i]), "group": table.group[i],
             "is_reference": bool(table.is_reference[i]), "is_byte": bool(table.is_byte[i]),

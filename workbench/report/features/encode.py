@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.jsontext import Record
 from workbench.report.features.words import CONTROLS, DETAILS, field, label, last, meaning, split_control
 from workbench.report.text import visible
 
@@ -51,7 +52,7 @@ class Packed:
         chunks: cards, `PackOptions.chunk` at a time, as base64 of deflated JSON.
     """
 
-    index: dict[str, Any]  # columns of unlike types, which the script of the page reads
+    index: Record  # columns of unlike types, which the script of the page reads
     chunks: tuple[str, ...]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from workbench.core.errors import InvalidInputError, MismatchError
-from workbench.saes.formats.lensmodule import sae_lens_module
+from workbench.core.jsontext import Record
+from workbench.saes.formats.lensmodule import LensSAE, sae_lens_module
 from workbench.saes.formats.raw import Activation, RawSAE, fold
 
 _STOCK: dict[str, Activation] = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
@@ -42,7 +44,7 @@ class GroupMax(nn.Module):
         return torch.zeros_like(groups).scatter(-1, best.indices, best.values).flatten(-2)
 
 
-def _named(architecture: str) -> dict[str, Any]:
+def _named(architecture: str) -> Record:
     return {"architecture": classmethod(lambda _: architecture)}
 
 
@@ -61,11 +63,11 @@ def _own_classes() -> dict[str, tuple[type, type]]:
     )
 
     class GroupMaxSAE(lens.TopKSAE):
-        def get_activation_fn(self) -> Any:
+        def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
             return GroupMax(self.cfg.k)
 
     class TopKTranscoder(lens.SkipTranscoder):
-        def get_activation_fn(self) -> Any:
+        def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
             return GroupMax(self.cfg.k) if self.cfg.grouped else TopK(self.cfg.k)
 
     own = {_GROUPMAX: (GroupMaxSAE, group_config), _TOPK_TRANSCODER: (TopKTranscoder, transcoder_config)}
@@ -80,7 +82,7 @@ def register_own_classes() -> None:
     _own_classes()
 
 
-def build(raw: RawSAE, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+def build(raw: RawSAE, device: str = "cpu", dtype: torch.dtype | None = None) -> LensSAE:
     """The sae_lens SAE of a folded `RawSAE`.
 
     Thresholds stay in fp32 also where the weights do not: rounded to bf16 they switch features on and off.
@@ -110,7 +112,7 @@ def build(raw: RawSAE, device: str = "cpu", dtype: torch.dtype | None = None) ->
     return placed(sae, device, dtype)
 
 
-def placed(sae: Any, device: str, dtype: torch.dtype | None) -> Any:
+def placed(sae: LensSAE, device: str, dtype: torch.dtype | None) -> LensSAE:
     """The SAE on a device and in a dtype, ready for inference."""
     threshold = getattr(sae, "threshold", None)
     exact = None if threshold is None else threshold.detach().float()
@@ -123,14 +125,14 @@ def placed(sae: Any, device: str, dtype: torch.dtype | None) -> Any:
     return sae.eval().requires_grad_(False)
 
 
-def _classes(raw: RawSAE, is_transcoder: bool) -> tuple[Any, Any, dict[str, Any]]:
+def _classes(raw: RawSAE, is_transcoder: bool) -> tuple[Any, Any, Record]:
     lens = sae_lens_module()
     if not is_transcoder:
         if raw.activation == "groupmax":
             return *_own_classes()[_GROUPMAX], {"k": raw.k}
         name = _STOCK_CLASSES[raw.activation]
         return getattr(lens, name), getattr(lens, f"{name}Config"), {"k": raw.k} if raw.activation == "topk" else {}
-    extra: dict[str, Any] = {"d_out": raw.W_dec.shape[1]}
+    extra: Record = {"d_out": raw.W_dec.shape[1]}
     if raw.norm != "none":
         raise InvalidInputError(f"A transcoder that normalises its input by {raw.norm} can't be built by sae_lens.")
     if raw.activation in ("topk", "groupmax"):
@@ -144,7 +146,7 @@ def _classes(raw: RawSAE, is_transcoder: bool) -> tuple[Any, Any, dict[str, Any]
     return getattr(transcoder, name), getattr(transcoder, f"{name}Config"), extra
 
 
-def _state(raw: RawSAE, sae: Any) -> dict[str, nn.Parameter]:
+def _state(raw: RawSAE, sae: LensSAE) -> dict[str, nn.Parameter]:
     tensors = raw.tensors()
     if raw.activation == "gated":
         tensors["b_gate"] = tensors.pop("b_enc")
@@ -155,7 +157,7 @@ def _state(raw: RawSAE, sae: Any) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(tensor.float().contiguous()) for name, tensor in tensors.items()}
 
 
-def unbuilt(sae: Any, scale: float | None = None) -> RawSAE | None:
+def unbuilt(sae: LensSAE, scale: float | None = None) -> RawSAE | None:
     """What a sae_lens SAE leaves to be folded; None if nothing, or if its kind is unknown here.
 
     Args:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from workbench.bases.sitenames import site_metadata
 from workbench.core.errors import CorruptFileError, MismatchError, UnknownNameError, did_you_mean
+from workbench.core.jsontext import Record
 from workbench.saes.formats.files import read_config, read_tensors
 from workbench.saes.formats.overrides import Overrides
 from workbench.saes.formats.raw import Activation, RawSAE
@@ -71,7 +71,7 @@ def read(folder: Path, overrides: Overrides) -> RawSAE:
     )  # fmt: skip
 
 
-def _check(folder: Path, trainer: dict[str, Any], W_enc: Tensor) -> None:
+def _check(folder: Path, trainer: Record, W_enc: Tensor) -> None:
     said = (trainer.get("activation_dim", W_enc.shape[0]), trainer.get("dict_size", W_enc.shape[1]))
     if tuple(W_enc.shape) != said:
         raise CorruptFileError(
@@ -89,14 +89,14 @@ def _threshold(folder: Path, name: str, tensors: dict[str, Tensor], d_sae: int, 
     return found
 
 
-def _k(trainer: dict[str, Any], tensors: dict[str, Tensor], overrides: Overrides) -> int | None:
+def _k(trainer: Record, tensors: dict[str, Tensor], overrides: Overrides) -> int | None:
     if overrides.k is not None:
         return overrides.k
     return int(tensors["k"]) if "k" in tensors else trainer.get("k")
 
 
-def _metadata(config: dict[str, Any], trainer: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _metadata(config: Record, trainer: Record, overrides: Overrides) -> Record:
+    found: Record = {}
     submodule, layer = trainer.get("submodule_name"), trainer.get("layer")
     if isinstance(submodule, str) and submodule:
         found["hook_name"] = submodule

@@ -6,7 +6,6 @@ import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.errors import CorruptFileError, MissingFileError, ResourceError, WorkbenchError
+from workbench.core.jsontext import Record
 from workbench.core.records import load_json
 from workbench.models.weights import pickled_class
 
@@ -22,7 +22,7 @@ _MEMORY_SHARE = 0.9
 _NESTED = ("state_dict", "model_state_dict", "sae", "ae")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> Record:
     """The JSON object in a file.
 
     Raises:
@@ -75,7 +75,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         return {name: torch.from_numpy(np.asarray(data[name])) for name in data.files}
 
 
-def _plain(path: Path, loaded: Any) -> dict[str, Tensor]:
+def _plain(path: Path, loaded: object) -> dict[str, Tensor]:
     """The tensors of a state dict, which may be one level down."""
     if isinstance(loaded, Mapping):
         inner = next((loaded[name] for name in _NESTED if isinstance(loaded.get(name), Mapping)), loaded)

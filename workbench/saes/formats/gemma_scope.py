@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from workbench.bases.sitenames import site_metadata
 from workbench.saes.formats.files import read_config, read_tensors
@@ -40,7 +39,7 @@ def read(folder: Path, overrides: Overrides) -> RawSAE:
     )  # fmt: skip
 
 
-def _metadata(named: GemmaScopeName, about: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+def _metadata(named: GemmaScopeName, about: dict[str, object], overrides: Overrides) -> dict[str, object]:
     found = site_metadata(named.site)
     for ours, theirs in (("hook_name", "hf_hook_point_in"), ("hook_name_out", "hf_hook_point_out")):
         if isinstance(about.get(theirs), str):

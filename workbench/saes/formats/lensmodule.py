@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import warnings
 from types import ModuleType
+from typing import Any, TypeAlias
+
+LensSAE: TypeAlias = Any
+"""An SAE of sae_lens: which parameters it has depends on its architecture, and sae_lens is imported late."""
 
 
 def sae_lens_module() -> ModuleType:

@@ -23,13 +23,14 @@ from workbench.core.errors import (
     WorkbenchError,
     did_you_mean,
 )
+from workbench.core.jsontext import Record
 from workbench.core.records import from_jsonable
 from workbench.models.weights import is_float, stored_dtypes
 from workbench.saes.formats import releases
 from workbench.saes.formats.build import build, placed, register_own_classes, unbuilt
 from workbench.saes.formats.files import read_config, read_tensors
 from workbench.saes.formats.known import READERS, SAE_LENS, SAE_LENS_FILES, located, recognise, require_format
-from workbench.saes.formats.lensmodule import sae_lens_module
+from workbench.saes.formats.lensmodule import LensSAE, sae_lens_module
 from workbench.saes.formats.overrides import Overrides
 from workbench.saes.formats.placement import check_sae
 from workbench.saes.formats.raw import RawSAE
@@ -64,7 +65,7 @@ def load_sae(
     model: Any = None,
     check: bool = True,
     **reading: Unpack[Reading],
-) -> Any:
+) -> LensSAE:
     """An SAE as a sae_lens `SAE` that reads raw activations: scales, means and decoder norms are in its weights.
 
     Args:
@@ -87,7 +88,7 @@ def load_sae(
     if unknown := sorted(set(reading) - set(Reading.__annotations__)):
         raise InvalidInputError(f"load_sae({unknown[0]}=...): {did_you_mean(unknown[0], Reading.__annotations__)}")
     name, release = reading.get("format"), reading.get("release")
-    known: dict[str, Any] = {key: value for key, value in reading.items() if key not in ("format", "release")}
+    known: Record = {key: value for key, value in reading.items() if key not in ("format", "release")}
     overrides = Overrides(**known)
     place, kind = str(device), _dtype(dtype)
     path = located(Path(where)) if name is None else Path(where)
@@ -129,7 +130,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _load_path(path: Path, name: str, overrides: Overrides, device: str, dtype: torch.dtype | None) -> Any:
+def _load_path(path: Path, name: str, overrides: Overrides, device: str, dtype: torch.dtype | None) -> LensSAE:
     if name != SAE_LENS:
         return build(READERS[name](path, overrides), device, dtype)
     missing = [part for part in SAE_LENS_FILES if not (path / part).is_file()]
@@ -158,7 +159,9 @@ def _load_path(path: Path, name: str, overrides: Overrides, device: str, dtype: 
     return _folded(sae, overrides, _scale_beside(path, overrides), device, dtype)
 
 
-def _load_release(where: str, release: str | None, overrides: Overrides, device: str, dtype: torch.dtype | None) -> Any:
+def _load_release(
+    where: str, release: str | None, overrides: Overrides, device: str, dtype: torch.dtype | None
+) -> LensSAE:
     found = (release, where) if release is not None else releases.split(where)
     if found is None:
         raise MissingFileError(
@@ -167,7 +170,7 @@ def _load_release(where: str, release: str | None, overrides: Overrides, device:
     return _folded(releases.fetch(*found), overrides, overrides.scale, device, dtype)
 
 
-def _folded(sae: Any, overrides: Overrides, scale: float | None, device: str, dtype: torch.dtype | None) -> Any:
+def _folded(sae: LensSAE, overrides: Overrides, scale: float | None, device: str, dtype: torch.dtype | None) -> LensSAE:
     """An SAE that sae_lens loaded, its own conventions folded; as it is where nothing is left to fold."""
     if overrides.k is not None or overrides.threshold is not None:
         raise InvalidInputError(
@@ -190,7 +193,7 @@ def _require_metadata(path: Path, metadata: Any) -> None:
         )
 
 
-def _require_values(sae: Any) -> None:
+def _require_values(sae: LensSAE) -> None:
     """What sae_lens does not look at: NaN stays unseen until everything is NaN, and a k until the first token."""
     for name, tensor in sae.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
@@ -211,7 +214,7 @@ def _scale_beside(path: Path, overrides: Overrides) -> float | None:
     return float(factor)
 
 
-def _checkpoint(path: Path, config: dict[str, Any], overrides: Overrides) -> RawSAE:
+def _checkpoint(path: Path, config: Record, overrides: Overrides) -> RawSAE:
     """A training checkpoint of BatchTopK, whose running threshold is not yet what inference needs."""
     if overrides.threshold is None and overrides.k is None:
         raise MismatchError(
@@ -233,7 +236,7 @@ def _checkpoint(path: Path, config: dict[str, Any], overrides: Overrides) -> Raw
     return RawSAE(**parts, **extra, metadata=metadata)
 
 
-def _translate_names(sae: Any) -> None:
+def _translate_names(sae: LensSAE) -> None:
     """Names of other libraries become those of TransformerLens, which every user of sae_lens understands.
 
     A name of no known site is kept: whoever asks for the site is told what is wrong with it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from workbench.core.stats import paired_difference
 from workbench.core.tokenizer import special_ids
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
+from workbench.models.model import Model
 from workbench.report.base import Report, Section, Table
 
 FVU_LIMIT = 1.0
@@ -196,7 +196,7 @@ Batch = Sequence[str] | Int[Tensor, "rows pos"] | TokenBatch | ActivationStore
 
 
 @checked
-def check_sae(model: Any, sae: AnySAE, batch: Batch | None = None) -> FitReport:
+def check_sae(model: Model, sae: AnySAE, batch: Batch | None = None) -> FitReport:
     """Runs an SAE on real activations at its site, and where that is not good elsewhere and at other scales.
 
     Elsewhere is the same layer and those beside it; all layers, if the means of the dimensions do better than the SAE.
@@ -271,7 +271,7 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "infinite"
 
 
-def _tokens(model: Any, batch: Batch | None) -> TokenBatch:
+def _tokens(model: Model, batch: Batch | None) -> TokenBatch:
     if isinstance(batch, TokenBatch):
         return batch.to(model.device)
     if isinstance(batch, ActivationStore):
@@ -288,7 +288,7 @@ def _beginnings(tokens: TokenBatch) -> TokenBatch:
     return TokenBatch.pad([row[:size].tolist() for row in rows], 0).to(tokens.ids.device)
 
 
-def _neighbours(model: Any, site: Site) -> Iterator[Site]:
+def _neighbours(model: Model, site: Site) -> Iterator[Site]:
     """Sites of the same width in this layer and those beside it; the same place is not given twice."""
     if site.layer is None:
         return
@@ -301,7 +301,7 @@ def _neighbours(model: Any, site: Site) -> Iterator[Site]:
                 yield other
 
 
-def _layers(model: Any, site: Site) -> Iterator[Site]:
+def _layers(model: Model, site: Site) -> Iterator[Site]:
     """The same place in every other layer, where it has the same width."""
     if site.layer is None:
         return
@@ -325,7 +325,7 @@ class _Trial:
     """The SAE on the same tokens at any site."""
 
     def __init__(
-        self, model: Any, basis: Basis, tokens: TokenBatch, sites: tuple[Site, ...], target: Site | None
+        self, model: Model, basis: Basis, tokens: TokenBatch, sites: tuple[Site, ...], target: Site | None
     ) -> None:
         self.basis, self.tokens, self.target = basis, tokens, target
         special = torch.tensor(special_ids(model.tokenizer), device=tokens.ids.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -73,7 +73,7 @@ class RawSAE:
     scale_out: float | None = None
     mean_out: Float[Tensor, ...] | None = None
     norm: Norm = "none"
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_values(self)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
+from workbench.core.jsontext import Record
 from workbench.core.records import save_json, to_jsonable, write_atomic
 from workbench.hooks.sites import Site
 from workbench.saes.config import ARCHITECTURES
@@ -40,7 +40,7 @@ class Provenance:
     site: str
     context: int
     keep: TokenPolicy
-    training: dict[str, Any]
+    training: Record
     target_site: str | None = None
     starts_with_bos: bool = True
 
@@ -101,9 +101,9 @@ def _stock(encoder: Encoder, origin: Provenance) -> str:
     return stock
 
 
-def _config(stock: str, weights: SAEWeights, encoder: Encoder, origin: Provenance) -> dict[str, Any]:
+def _config(stock: str, weights: SAEWeights, encoder: Encoder, origin: Provenance) -> Record:
     is_transcoder = origin.target_site is not None
-    config: dict[str, Any] = {
+    config: Record = {
         "architecture": stock, "d_in": weights.W_enc.shape[1], "d_sae": weights.W_enc.shape[0], "dtype": "float32",
         "device": "cpu", "apply_b_dec_to_input": not is_transcoder, "normalize_activations": "none",
         "reshape_activations": "none",
@@ -113,10 +113,10 @@ def _config(stock: str, weights: SAEWeights, encoder: Encoder, origin: Provenanc
     return config | {"metadata": _metadata(encoder, origin)}
 
 
-def _metadata(encoder: Encoder, origin: Provenance) -> dict[str, Any]:
+def _metadata(encoder: Encoder, origin: Provenance) -> Record:
     version = importlib.metadata.version("sae-lens")
     site = Site.parse(origin.site)
-    places: dict[str, Any] = {} if site.head is None else {"hook_head_index": site.head}
+    places: Record = {} if site.head is None else {"hook_head_index": site.head}
     if origin.target_site is not None:
         target = Site.parse(origin.target_site)
         places |= {"hook_name_out": target.tl_name}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from workbench.bases.sitenames import site_metadata, site_of
 from workbench.core.errors import CorruptFileError
+from workbench.core.jsontext import Record
 from workbench.saes.formats.files import read_config, read_tensors
 from workbench.saes.formats.overrides import Overrides
 from workbench.saes.formats.raw import RawSAE
@@ -47,7 +47,7 @@ def read(folder: Path, overrides: Overrides) -> RawSAE:
     )  # fmt: skip
 
 
-def _check(folder: Path, config: dict[str, Any], shape: tuple[int, ...]) -> None:
+def _check(folder: Path, config: Record, shape: tuple[int, ...]) -> None:
     d_in, activation = config.get("d_in"), config.get("activation", "topk")
     d_sae = config.get("num_latents") or (d_in or 0) * (config.get("expansion_factor") or 0)
     if type(config.get("k")) is not int or activation not in ("topk", "groupmax"):
@@ -56,10 +56,10 @@ def _check(folder: Path, config: dict[str, Any], shape: tuple[int, ...]) -> None
         raise CorruptFileError(f"{folder}: cfg.json says {d_sae} features of width {d_in}; encoder.weight is {shape}.")
 
 
-def _metadata(folder: Path, overrides: Overrides, transcodes: bool) -> dict[str, Any]:
+def _metadata(folder: Path, overrides: Overrides, transcodes: bool) -> Record:
     run = folder.parent / "config.json"
     about = read_config(run) if run.is_file() else {}
-    found: dict[str, Any] = {"hf_hook_name": folder.name}
+    found: Record = {"hf_hook_name": folder.name}
     if isinstance(about.get("model"), str):
         found["model_name"] = about["model"]
     if isinstance(about.get("ctx_len"), int):

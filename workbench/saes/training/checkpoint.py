@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -14,12 +13,12 @@ from torch import Tensor
 from workbench.activations.store import ActivationStore
 from workbench.core.atomic import replacing
 from workbench.core.errors import MismatchError
-from workbench.core.jsontext import content_of, parse_json
+from workbench.core.jsontext import Record, content_of, parse_json
 from workbench.core.records import json_lines, load_json, to_jsonable, write_atomic
 from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import CONFIG_FILE, WEIGHTS_FILE
 
-State = dict[str, Any]
+State = Record
 """JSON of a checkpoint, whose values differ in type."""
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
+from workbench.core.jsontext import Record
 from workbench.saes.architectures.base import AuxTask, StepOptions, StepResult
 from workbench.saes.config import ARCHITECTURES, LensSpec
 from workbench.saes.formats.lensmodule import sae_lens_module
@@ -166,7 +167,7 @@ class _WithThreshold(_SparselyTrained):
         one = torch.ones_like(self.threshold_weight)
         self.threshold_weight.copy_(torch.where(there, self.threshold_weight.lerp(one, rate), self.threshold_weight))
 
-    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+    def process_state_dict_for_saving_inference(self, state_dict: Record) -> None:
         """Replaces the running threshold by what it stands for."""
         weight = state_dict.pop("threshold_weight")
         state_dict["topk_threshold"] = state_dict["topk_threshold"] / weight.clamp_min(1e-12)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +15,7 @@ from workbench.controls.arms import Sweep
 from workbench.controls.directions import random_directions
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
+from workbench.core.jsontext import Record
 from workbench.core.progress import task
 from workbench.core.stats import Estimate
 from workbench.core.tokenizer import special_ids
@@ -59,7 +59,7 @@ class ConceptReport(TextsReport):
         points: effect and cost of every arm and strength.
     """
 
-    settings: dict[str, Any]
+    settings: Record
     n_evaluation: int
     differences: dict[str, Estimate]
     curves: dict[str, tuple[Estimate | None, ...]]
@@ -198,7 +198,7 @@ def best_feature(model: Model, sae: AnySAE, concept: Concept, site: str | Site) 
     return int(((means[0].mean(0) - means[1].mean(0)) / spread.clamp_min(1e-6)).argmax())
 
 
-def _report(settings: dict[str, Any], prompts: tuple[str, ...], arms: Sequence[ArmTexts], key: str) -> ConceptReport:
+def _report(settings: Record, prompts: tuple[str, ...], arms: Sequence[ArmTexts], key: str) -> ConceptReport:
     selection, evaluation = range(0, len(prompts), 2), list(range(1, len(prompts), 2))
     by_name = {arm.name: arm for arm in arms}
     chosen = {arm.name: [i for i, _ in choices(arm, key, selection)] for arm in arms}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from workbench.core.errors import InvalidInputError, UnknownNameError
+from workbench.core.jsontext import Record
 from workbench.core.stats import Estimate, paired_difference, sample_mean, wilson
 from workbench.judges.files import FileJudge
 from workbench.judges.gate import JudgeGate, Trial, trial
@@ -138,7 +139,7 @@ class _Texts:
 def _arms(frame: Any, concepts: Mapping[Any, str], prompts: Sequence[str]) -> tuple[list[_Texts], tuple[str, ...]]:
     """The texts of the arms that can be rated, and the names of those that are left out."""
     rows = frame[list(COLUMNS)].drop_duplicates().to_dict("records")
-    by_arm: dict[str, list[dict[str, Any]]] = {}
+    by_arm: dict[str, list[Record]] = {}
     for row in rows:
         by_arm.setdefault(row["arm"], []).append(row)
     nameless = {name: sorted({str(r["feature"]) for r in own if r["feature"] not in concepts})
@@ -159,7 +160,7 @@ def _arms(frame: Any, concepts: Mapping[Any, str], prompts: Sequence[str]) -> tu
     return arms, left_out
 
 
-def _table(name: str, rows: Sequence[dict[str, Any]], prompts: Sequence[str]) -> _Texts:
+def _table(name: str, rows: Sequence[Record], prompts: Sequence[str]) -> _Texts:
     features = tuple(dict.fromkeys(row["feature"] for row in rows))
     strengths = tuple(dict.fromkeys(row["strength"] for row in rows))
     texts = np.full((len(features), len(strengths), len(prompts)), None, dtype=object)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from workbench.core.jsontext import Record
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Block, Cell, Lines, Metric, Report, Section, Series, Table, Text
 
@@ -121,7 +122,7 @@ class SelectionReport(Report):
         claims: the published claims and their verdicts.
     """
 
-    settings: dict[str, Any]
+    settings: Record
     profile: tuple[DepthProfile, ...]
     groups: tuple[GroupResult, ...]
     ratios: dict[str, Estimate]

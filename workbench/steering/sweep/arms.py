@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from workbench.core.jsontext import Record
 from workbench.interventions.proof import EditReport
 from workbench.steering.sweep.measures import DEGENERATE_COUNT
 
@@ -72,7 +72,7 @@ class ArmTexts:
         """One measure of each feature at the strength chosen for it, on some prompts."""
         return self.values[name][np.arange(len(self.features)), list(chosen)][:, list(prompts)]
 
-    def rows(self, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(self, prompts: Sequence[str]) -> Iterator[Record]:
         """Every text with its measures, as plain rows."""
         for f, feature in enumerate(self.features):
             for s, strength in enumerate(self.strengths):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from workbench.core.jsontext import Record
 from workbench.core.stats import Estimate
 from workbench.steering.sweep.arms import ArmTexts, degenerate
 from workbench.steering.sweep.choose import HELD_OUT_RULE, PAPER_RULE, best_strength, paper_strength, pareto_front
@@ -23,7 +23,7 @@ N_EXAMPLES = 6
 
 
 def build_report(
-    settings: dict[str, Any],
+    settings: Record,
     prompts: tuple[str, ...],
     words: tuple[str, ...],
     arms: Sequence[ArmTexts],

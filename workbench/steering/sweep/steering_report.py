@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from workbench.core.jsontext import Record
 from workbench.core.records import to_jsonable
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Block, Lines, Metric, Report, Scatter, Section, Series, Table, Text
@@ -122,7 +123,7 @@ class TextsReport(Report):
         """The results of one arm."""
         return next(arm for arm in self.arms if arm.name == name)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Record:
         """The result in JSON types, without the single texts; `frame` has those."""
         return to_jsonable(replace(self, written=()))
 
@@ -152,7 +153,7 @@ class SteeringReport(TextsReport):
         example_title: which feature that is.
     """
 
-    settings: dict[str, Any]
+    settings: Record
     n_selection: int
     n_evaluation: int
     differences: dict[str, Estimate]
