@@ -43,6 +43,22 @@ FOUNDATION = {
 }
 """Parts that know only these others."""
 
+CORE = {
+    "errors": set(),
+    "progress": set(),
+    "arguments": {"errors"},
+    "jsontext": {"errors"},
+    "locks": {"errors"},
+    "registry": {"errors"},
+    "stats": {"errors"},
+    "surface": {"errors"},
+    "tokenizer": {"errors"},
+    "atomic": {"errors", "locks"},
+    "similarity": {"errors", "stats"},
+    "records": {"errors", "atomic", "jsontext"},
+}
+"""Modules of the foundation that know only these others of it."""
+
 HEAVY = ("transformers", "transformer_lens", "sae_lens", "wandb", "matplotlib", "sklearn", "pandas", "tyro", "rich")
 """Imported inside functions; tyro and rich only by commands."""
 
@@ -73,6 +89,18 @@ def _imports(module: str) -> Iterator[str]:
             for alias in node.names:
                 # a module taken from a package runs the package, whose names may lead back here
                 yield from (name for name in (f"{node.module}.{alias.name}", str(node.module)) if name in known)
+                if (home := _public(str(node.module)).get(alias.name) if node.module in known else None) in known:
+                    yield str(home)
+
+
+@cache
+def _public(package: str) -> dict[str, str]:
+    """Where each name of a package is that its stub lists: it is imported from there when it is first used."""
+    stub = _modules()[package].with_suffix(".pyi")
+    if not stub.exists():
+        return {}
+    nodes = [node for node in ast.parse(stub.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"{package}.{node.module}" for node in nodes if node.module for alias in node.names}
 
 
 @cache
@@ -83,6 +111,7 @@ def _graph() -> dict[str, frozenset[str]]:
 def test_the_parts_are_found() -> None:
     assert {"workbench", "workbench.core.errors", "workbench.cli"} <= _modules().keys()
     assert "workbench.report.page" in _graph()["workbench.runs.run"], "imports inside functions count"
+    assert "workbench.steering.sweep.steer" in _graph()["experiments.steering_features"], "so do names of a stub"
 
 
 def test_no_import_cycles_lazy_ones_included() -> None:
@@ -160,6 +189,16 @@ def _reads_an_sae(attribute: str, owner: str) -> bool:
     if attribute == "cfg" and "adapter" in owner:
         return False  # of TransformerLens
     return attribute in OF_SAES or (attribute in ("encode", "decode") and owner.endswith("sae"))
+
+
+def test_the_modules_of_the_foundation_know_only_what_they_may() -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name, allowed in CORE.items()
+        for target in _graph()[f"workbench.core.{name}"] - {"workbench.core"}
+        if target not in {f"workbench.core.{other}" for other in allowed}
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_libraries_do_not_use_the_command_line() -> None:
