@@ -45,7 +45,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 chromium:
 ifeq ($(CHROMIUM),)
 	$(SUDO) apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends chromium
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
 endif
 
 test-browser: $(VENV)/.developer chromium  ## tests of the pages in Chromium, which is installed where it is missing
