@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -10,6 +11,7 @@ import pytest
 from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.store import open_store
 from workbench.cli import main
+from workbench.core.records import load_json
 
 
 @pytest.fixture
@@ -66,6 +68,27 @@ def test_a_source_that_ends_early_and_another_number_of_tokens_are_said(
     assert main([*words, "640000"]) == 0
     made = open_store(folder / "more").manifest.n_tokens
     assert f"ended after {made} of the 640000 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", ["manifest.json", "manifest-00000-of-00002.json"])
+def test_a_harvest_is_continued_in_its_own_precision_whatever_the_machine_measures_now(
+    folder: Path, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a.txt").write_text(" ".join(f"{i} plus" for i in range(100)))
+    words = [
+        "harvest", "--model", str(folder / "model"), "--files", str(folder / "a.txt"), "--context", "16",
+        "--tokens", "64", "--out", str(folder / "acts"),
+    ]  # fmt: skip
+    if kept != "manifest.json":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("workbench.models.loading._pick_device", lambda _: "cpu")
+    for measured in (2.0, 0.5):
+        monkeypatch.setattr("workbench.models.loading.bf16_speedup", lambda measured=measured: measured)
+        assert main(words) == 0
+    assert load_json(folder / "acts" / kept, dict)["model_dtype"] == "bfloat16"
+    shutil.rmtree(folder / "acts")
+    assert main(words) == 0
+    assert load_json(folder / "acts" / kept, dict)["model_dtype"] == "float32", "a new one is measured"
 
 
 @pytest.mark.parametrize("words", [["sae", "train", "STORE"], ["geometry"]])

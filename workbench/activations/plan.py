@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from workbench.activations.manifest import MANIFEST, Dtype, Manifest, SiteStats
+from workbench.activations.manifest import MANIFEST, Dtype, Manifest, SiteStats, load_manifest
 from workbench.activations.packing import PackedRows, Source, packing_of
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
@@ -213,6 +213,19 @@ def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:
             f"The unfinished harvest in {folder.where} has format version {found.version}; this version writes "
             f"{plan.version}. Use another folder, or delete it."
         )
+
+
+def harvested_dtype(out: str | Path) -> str:
+    """The precision in which to load a model for a harvest into `out`: that of the harvest it holds, else "auto".
+
+    "auto" is decided by a measurement of speed, which another load of the machine may turn the other way.
+
+    Raises:
+        CorruptFileError: if the manifest there is not one.
+    """
+    folder = open_folder(out)
+    begun = (name for name in folder.names() if name == MANIFEST or PART_NAME.fullmatch(name))
+    return next((load_manifest(folder, name).model_dtype for name in begun), None) or "auto"
 
 
 def _difference(name: str, old: object, new: object) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from workbench.activations.plan import HarvestEstimate, HarvestOptions, estimate_harvest
+from workbench.activations.plan import HarvestEstimate, HarvestOptions, estimate_harvest, harvested_dtype
 from workbench.activations.sources import OWN_TEXT_TOKENS, HubDataset, SelfText, Source, TextFiles
 from workbench.activations.store import ActivationStore
 from workbench.cli.base import Command
@@ -56,7 +56,7 @@ class Harvest(Command):
         from workbench.models.loading import load_model
 
         source, out = self.source(), self.out or Path("acts")
-        model = load_model(self.model)
+        model = load_model(self.model, dtype=harvested_dtype(out))
         sites = self.sites or (f"resid_post.{model.n_layers // 2}",)
         options = HarvestOptions(dtype=self.dtype)
         if self.estimate:
