@@ -26,7 +26,6 @@ from workbench.cli.training import TrainingOptions
 from workbench.core.errors import InvalidInputError, WorkbenchError
 from workbench.core.tokens import TokenBatch
 from workbench.features.scores.table import FeatureTable
-from workbench.models.loading import load_model
 from workbench.models.model import Model
 from workbench.report.base import Report, Section, Table
 from workbench.runs.run import RunDir, list_runs, settings_of
@@ -111,7 +110,7 @@ class _Study:
 
     @functools.cached_property
     def model(self) -> Model:
-        model = load_model(self.config.model, check=False)
+        model = self.config.load_model(check=False)
         self.run.note_model(model)
         return model
 

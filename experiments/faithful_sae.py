@@ -246,10 +246,8 @@ class FaithfulSAE(TrainingOptions, Study[FaithfulReport]):
     """Random tokens of each of the three sets that the fake feature ratio is measured on."""
 
     def measure(self, begin: Begin) -> FaithfulReport:
-        from workbench.models.loading import load_model
-
         labelled = None if self.labelled is None else read_labelled(self.labelled)
-        model = load_model(self.model)
+        model = self.load_model()
         site = str(model.resolve(self.site or f"resid_post.{model.n_layers // 2}"))
         options = Options(
             tokens=self.tokens, context=self.context, seeds=self.seeds, seed=self.seed,

@@ -183,14 +183,13 @@ class SteeringStudy(TrainingOptions, Study[SelectionReport]):
         return Sizes(layers=self.layers, tokens=self.tokens, sae=sae, scores=scores, study=self.options())
 
     def measure(self, begin: Begin) -> SelectionReport | None:
-        from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
         if len(self.saes) != len(self.tables):
             raise InvalidInputError(
                 f"{len(self.saes)} SAEs and {len(self.tables)} tables: give each SAE of --saes its table in --tables."
             )
-        model = load_model(self.model)
+        model = self.load_model()
         sizes = self.sizes(model)
         expected = None if self.saes else study_time(model, sizes)
         if self.estimate:

@@ -219,9 +219,7 @@ class Geometry(Study[GeometryReport]):
     """Rows on which outlier dimensions are set to 0 during the forward pass, to see what it costs; 0 leaves it out."""
 
     def measure(self, begin: Begin) -> GeometryReport:
-        from workbench.models.loading import load_model
-
-        model = load_model(self.model)
+        model = self.load_model()
         sites = self.sites or tuple(f"resid_post.{layer}" for layer in range(model.n_layers))
         options = Options(geometry=GeometryOptions(seed=self.seed), clipped_rows=self.clipped_rows)
         begin(model)

@@ -88,8 +88,6 @@ class GlitchScan(Study[GlitchReport]):
         )  # fmt: skip
 
     def measure(self, begin: Begin) -> GlitchReport:
-        from workbench.models.loading import load_model
-
         options = self.options()
         if self.prompts is not None:
             probes_from(self.prompts)  # refused before the weights are read
@@ -99,12 +97,12 @@ class GlitchScan(Study[GlitchReport]):
         except WorkbenchError:  # a model may have to be downloaded, or be laid out as only its own code knows
             if self.verify != "top":
                 raise
-            model = load_model(self.model)
+            model = self.load_model()
             report = study(model, options=options)
         self._save(run, report)  # kept even if the model can't be loaded or tested
         if self.verify != "top":
             return report
-        model = model or load_model(self.model)
+        model = model or self.load_model()
         run.note_model(model)
         # In the run folder, so that the same command, given again after an interruption, continues from it.
         options = dataclasses.replace(options, journal=run.artifacts / "tested.jsonl")

@@ -72,12 +72,11 @@ class Refusal(Study[RefusalReport]):
         )
 
     def measure(self, begin: Begin) -> RefusalReport:
-        from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
         options, texts = self.options(), read_passages(self.texts)
         sae = None if self.sae is None else load_sae(self.sae)
-        model = load_model(self.model)
+        model = self.load_model()
         site = self.site or (f"resid_post.{model.n_layers // 2}" if sae is None else None)
         begin(model)
         return study(model, sae, texts, site=site, options=options)

@@ -31,12 +31,11 @@ class SaeSuite(SaeMeasurement[SuiteReport]):
     """Steps of training an SAE of the same architecture where the true features are known; 0 leaves it out."""
 
     def measure(self, begin: Begin) -> SuiteReport:
-        from workbench.models.loading import load_model
         from workbench.saes.evaluation.labelled import local_text_sets
         from workbench.saes.formats.load import load_sae
 
         rows, sae = self.read_rows(), load_sae(self.sae)
-        model = load_model(self.model)
+        model = self.load_model()
         sets = local_text_sets(self.per_class) if self.text_sets else ()
         begin(model)
         return run_suite(model, sae, rows, texts=sets, options=self.options())

@@ -68,11 +68,10 @@ class FeaturesScore(Study[FeatureScoreReport]):
         )
 
     def measure(self, begin: Begin) -> FeatureScoreReport:
-        from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
         sae, store = load_sae(self.sae), open_store(self.store) if self.store else None
-        model = load_model(self.model)
+        model = self.load_model()
         run = begin(model)
         table = study(model, sae, store, self.prompt, self.strength, self.options())
         table.save(table_folder(run.path))

@@ -155,9 +155,7 @@ class SelfTextSAE(TrainingOptions, Study[SelfTextReport]):
     """Train further SAEs on these shares of the text, such as 0.25 0.5, to show what more text brings."""
 
     def measure(self, begin: Begin) -> SelfTextReport:
-        from workbench.models.loading import load_model
-
-        model = load_model(self.model)
+        model = self.load_model()
         site = str(model.resolve(self.site or f"resid_post.{model.n_layers // 2}"))
         options = Options(
             tokens=self.tokens, context=self.context, seed=self.seed, shares=self.shares,

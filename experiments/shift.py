@@ -80,7 +80,6 @@ class Shift(Study[ShiftReport]):
     """Text file, one passage per line: measures what the ablation costs on plain text."""
 
     def measure(self, begin: Begin) -> ShiftReport:
-        from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
         passages, sae = read_passages(self.texts), load_sae(self.sae)
@@ -90,7 +89,7 @@ class Shift(Study[ShiftReport]):
         options = ShiftOptions(
             probe_site=self.probe_site, top_k=self.top_k, random_draws=self.random_draws, seed=self.seed
         )
-        model = load_model(self.model)
+        model = self.load_model()
         plain_text = None if passages is None else model.tokens(passages)
         begin(model)
         return study(model, sae, plain_text, task=task, judge=_DECIDERS[self.judge](), options=options)

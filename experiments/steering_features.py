@@ -80,7 +80,6 @@ class Steer(Study[SteeringReport]):
     """What strengths multiply: the largest activation at each token, or each feature's own largest in the table."""
 
     def measure(self, begin: Begin) -> SteeringReport:
-        from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
         if self.table is None and not self.features:
@@ -91,7 +90,7 @@ class Steer(Study[SteeringReport]):
             a_max=self.a_max, table=table,
         )  # fmt: skip
         prompts = self.prompts or neutral_prompts(self.n_prompts)
-        model = load_model(self.model)
+        model = self.load_model()
         run = begin(model)
         if self.features or table is None:
             poor = () if table is None else table.worst_matched(self.features)

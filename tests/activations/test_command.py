@@ -17,8 +17,8 @@ from workbench.core.records import load_json
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     model = tiny_model()
-    model.hf.save_pretrained(tmp_path / "model")
-    model.tokenizer.save_pretrained(tmp_path / "model")
+    model.hf.save_pretrained(str(tmp_path / "model"))
+    model.tokenizer.save_pretrained(str(tmp_path / "model"))
     return tmp_path
 
 

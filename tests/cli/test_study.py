@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import tiny_model
 from workbench.cli.study import Begin, Study
 from workbench.core.errors import InvalidInputError
 from workbench.report.base import Report, Section
@@ -102,7 +103,7 @@ def test_json_is_one_object_and_the_places_are_those_of_the_run(
     said = json.loads(capsys.readouterr().out)
     assert said == {"total": 1, "run": str(info.path), "report": str(info.path / "report.html")}
     assert RunDir.open(info.path).steps() == ("n0", "first", "second")
-    assert RunDir.open(info.path).env["title"] == "Sum of 1"
+    assert RunDir.open(info.path).env.get("title") == "Sum of 1"
 
 
 def test_an_interrupted_study_is_continued_by_the_same_configuration_only(
@@ -122,3 +123,34 @@ def test_wrong_input_and_other_requests_leave_no_folder(tmp_path: Path, capsys: 
         Adds(numbers=(-1,), out=tmp_path / "new").run()
     assert Adds(estimate=True, out=tmp_path / "new").run() is None
     assert not (tmp_path / "new").exists() and capsys.readouterr().out == "At once.\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads(Study[Sum]):
+    """Load a model and be interrupted."""
+
+    run_name, step = "reads", "read"
+
+    def measure(self, begin: Begin) -> Sum:
+        dtypes.append(str(self.load_model(check=False).dtype))
+        begin(self.load_model(check=False))
+        raise KeyboardInterrupt
+
+
+dtypes: list[str] = []
+
+
+def test_an_interrupted_study_is_continued_in_its_own_precision_whatever_the_machine_measures_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    model.hf.save_pretrained(str(tmp_path / "model"))
+    monkeypatch.setattr("workbench.models.loading._pick_device", lambda _: "cpu")
+    dtypes.clear()
+    for measured, seed in ((2.0, 0), (0.5, 0), (0.5, 1), (2.0, 1), (2.0, 2)):
+        monkeypatch.setattr("workbench.models.loading.bf16_speedup", lambda measured=measured: measured)
+        with pytest.raises(KeyboardInterrupt):
+            Reads(model=str(tmp_path / "model"), seed=seed, out=tmp_path / "runs").run()
+    bf16, fp32 = "torch.bfloat16", "torch.float32"
+    assert dtypes == [bf16, bf16, fp32, fp32, bf16], "another configuration is a run of its own"
+    assert len(list_runs(tmp_path / "runs")) == 3

@@ -188,14 +188,13 @@ class GlitchSanitize(_KeepsAll["SanitizeReport"], Study["SanitizeReport"]):
         import numpy as np
 
         from workbench.glitch.text.copying import copy_check
-        from workbench.models.loading import load_model
 
         tokens = [cut.token_id for cut in report.cuts if cut.replaced][: self.check]
         usable = sorted({i for ids in sanitizer.pieces.values() for odd, i in ids if not odd})
         ordinary = [i for i in usable if len(sanitizer.written[i]) > 2]
         rng = np.random.default_rng(self.seed)
         controls = rng.choice(ordinary, min(len(tokens), len(ordinary)), replace=False).tolist()
-        model = load_model(self.model)
+        model = self.load_model()
         return dataclasses.replace(report, check=copy_check(model, sanitizer, tokens, controls))
 
 
@@ -221,10 +220,10 @@ class GlitchAdt(_KeepsAll["AdtReport"], Study["AdtReport"]):
         from workbench.glitch.text.adt import AdtOptions, make_items, read_lexicon
         from workbench.glitch.text.adt_run import run_adt, save_items
         from workbench.glitch.vocabulary.tokenizer import analyse
-        from workbench.models.loading import load_model, load_tokenizer
+        from workbench.models.loading import load_tokenizer
 
         words = () if self.lexicon is None else read_lexicon(self.lexicon)
-        model = None if self.make_only else load_model(self.model)
+        model = None if self.make_only else self.load_model()
         codec = codec_of(load_tokenizer(self.model) if model is None else model.tokenizer)
         run = begin(model)
         items = make_items(codec, analyse(codec), words, AdtOptions(items=self.items, seed=self.seed))

@@ -41,12 +41,11 @@ class GlitchFeaturesCommand(Study["GlitchFeatures"]):
 
     def measure(self, begin: Begin) -> GlitchFeatures:
         from workbench.glitch.scanning.sae_features import FeatureOptions, glitch_features
-        from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
         options = FeatureOptions(controls=self.controls, most=self.most, fdr=self.fdr, seed=self.seed)
         tokens, avoid = named_tokens(self.tokens, self.scan)
-        model = load_model(self.model)
+        model = self.load_model()
         sae = load_sae(self.sae, str(model.device), model=model, check=self.check)
         run = begin(model)
         report = glitch_features(model, sae, tokens, avoid=avoid, options=options)

@@ -60,11 +60,10 @@ class GlitchRepair(Study["RepairReport"]):
     def measure(self, begin: Begin) -> RepairReport:
         from workbench.glitch.repairing.repair import repair
         from workbench.glitch.repairing.repair_check import check_repair
-        from workbench.models.loading import load_model
 
         tokens, avoid = named_tokens(self.tokens, self.scan)
         self._require_possible()
-        model = load_model(self.model)
+        model = self.load_model()
         made = repair(model, tokens, self._options(), avoid=avoid)
         run = begin(model)
         made.intervention(required=False).save(run.artifacts / "intervention")

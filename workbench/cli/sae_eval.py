@@ -65,12 +65,11 @@ class SaeEval(SaeMeasurement["SAEReport"]):
     run_name, step = "sae-eval", "sae"
 
     def measure(self, begin: Begin) -> SAEReport:
-        from workbench.models.loading import load_model
         from workbench.saes.evaluation.evaluate import evaluate_sae
         from workbench.saes.formats.load import load_sae
 
         rows, sae = self.read_rows(), load_sae(self.sae)
-        model = load_model(self.model)
+        model = self.load_model()
         begin(model)
         return evaluate_sae(model, sae, rows, options=self.evaluation())
 

@@ -121,3 +121,17 @@ class Study(RunFolderStudy[R], Command):
     A subclass is its whole configuration: each field is an option of the command line, the string below it the help
     text. `out` and `json` say where results go and are no part of the configuration that a run folder records.
     """
+
+    def load_model(self, *, check: bool = True) -> Model:
+        """The model, in the precision of the interrupted run that this study continues, if there is one.
+
+        Otherwise a measurement of speed decides, which another load of the machine may turn the other way; what is
+        kept in the run folder must not be continued in another precision.
+        """
+        from workbench.models.loading import load_model
+        from workbench.runs.run import RunDir, interrupted_runs
+
+        run = next(interrupted_runs(self.run_name, self, self.out or "runs"), None)
+        noted = [] if run is None else RunDir.open(run).env.get("models", [])
+        dtype = noted[0].get("dtype", "auto") if noted else "auto"
+        return load_model(self.model, dtype=dtype.removeprefix("torch."), check=check)

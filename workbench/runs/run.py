@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -106,12 +106,9 @@ class RunDir:
         A run that another live process is working on is left alone. `fresh` always makes a new one.
         """
         _check_name("run", name)
-        settings = settings_of(config)
-        for info in () if fresh else list_runs(root):
-            if info.name == name and info.status == "unfinished" and load_json(info.path / "config.json") == settings:
-                if not lock_folder(info.path):
-                    continue
-                run = cls(info.path, name)
+        for path in () if fresh else interrupted_runs(name, config, root):
+            if lock_folder(path):
+                run = cls(path, name)
                 run._mend()
                 return run
         return cls.create(name, config, root)
@@ -323,6 +320,14 @@ class RunDir:
         env = self.env
         again = {"time": _now(), "git": git_state()}
         save_json(self.path / "env.json", env | {"resumed": [*env.get("resumed", []), again]})
+
+
+def interrupted_runs(name: str, config: object, root: str | os.PathLike[str] = "runs") -> Iterator[Path]:
+    """Folders of the unfinished runs of this name with an equal configuration, newest first."""
+    settings = settings_of(config)
+    for info in list_runs(root):
+        if info.name == name and info.status == "unfinished" and load_json(info.path / "config.json") == settings:
+            yield info.path
 
 
 def settings_of(config: object) -> dict[str, object]:
