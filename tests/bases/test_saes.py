@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.bases.every import D_MODEL, D_OUT, D_SAE, NORMALISATIONS, SAES, TRANSCODERS, hidden, made
-from tests.tiny import tiny_model
+from tests.tiny import as_user, tiny_model
 from workbench.bases.base import Basis
+from workbench.bases.registry import build_basis
 from workbench.bases.sae import SAEBasis, as_basis
 from workbench.core.errors import InvalidInputError, MismatchError, ShapeError
 from workbench.interventions.intervention import Intervention
@@ -248,6 +249,37 @@ def test_wrong_widths_and_features_are_refused_in_words() -> None:
     for use in (lambda: basis.ablate(x, [D_SAE]), lambda: basis.rows([-1]), lambda: basis.encode_some(x, D_SAE)):
         with pytest.raises(InvalidInputError, match="does not exist"):
             use()
+
+
+@pytest.mark.parametrize("kind", ["standard", "topk", "transcoder", "neurons", "mlp_hidden", "heads"])
+def test_numbers_and_targets_that_a_basis_would_misread_are_refused(kind: str) -> None:
+    named = kind in ("neurons", "mlp_hidden", "heads")
+    basis: Any = (
+        build_basis(kind, TINY(), "mlp_post.1" if kind == "mlp_hidden" else "z.1") if named else as_basis(made(kind))
+    )
+    x, some, d = hidden(6, width=basis.d_in), torch.tensor([0, 1]), basis.d_out
+    target = torch.ones(6, d)
+    for wrong in ([-1], torch.tensor([-1]), torch.tensor([basis.d_sae]), torch.arange(basis.d_sae) < 2, [1, 0, 1]):
+        for use in (basis.ablate, basis.contribution):
+            with pytest.raises(InvalidInputError, match="does not exist|no feature numbers|Feature 1 is named twice"):
+                use(x, wrong, target) if use == basis.ablate else use(x, wrong)
+    torch.testing.assert_close(basis.encode_some(x, [1, 1]), basis.encode(x)[:, [1, 1]])  # columns may be repeated
+    for wrong in (target[0], target[:1], target[:, :1], target.view(2, 3, d)):
+        for use in (lambda y: basis.error(x, y), lambda y: basis.ablate(x, some, target=y)):
+            with pytest.raises(ShapeError, match=rf"writes d_out={d}, and got shape .* Give \(6, {d}\)"):
+                use(wrong)
+    with pytest.raises(ShapeError, match=rf"decode: .* reads d_in={basis.d_in}, and got shape \(1, "):
+        basis.decode(basis.encode(x), x[:1])
+    for wrong in (some[None], torch.tensor(1)):
+        with pytest.raises(ShapeError, match=r"Give \(f,\)|give \(f,\)"):
+            basis.contribution(x, wrong)
+    for rows in (x.view(2, 3, -1), x[0]):
+        with as_user(), pytest.raises(ShapeError, match=rf"a row per token: \(n, {basis.d_in}\)"):
+            basis.sparse(rows)
+    whole = torch.arange(6 * d).view(2, 3, d)  # a target of integers is no list of features
+    with as_user():
+        error = basis.error(x.view(2, 3, -1), whole)
+    torch.testing.assert_close(error.flatten(0, 1), basis.error(x, whole.view(6, d).float()))
 
 
 def test_what_is_no_sae_of_single_tokens_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,37 +32,56 @@ _OVER_TOKENS = (
 """Methods that take activations with any leading axes, and features as numbers, sequences or tensors."""
 
 
-def _numbers(basis: Basis, features: int | Sequence[int] | Tensor | None) -> Tensor | None:
-    """Feature numbers as a tensor; a tensor is trusted, since a check of its values waits for the device."""
-    if features is None or isinstance(features, Tensor):
+_ARGUMENTS = {"x": ("d_in", "reads"), "acts": ("d_sae", "takes activations of"), "target": ("d_out", "writes")}
+"""Of the tensors that these methods take, the width and what the basis does with it."""
+_SUMS = ("contribution", "ablate")
+"""Methods that add up what features write, so that one named twice would count twice."""
+
+
+def _numbers(basis: Basis, features: int | Sequence[int] | Tensor | None, *, once: bool = False) -> Tensor | None:
+    """Checked feature numbers; those on an accelerator are trusted, since a check would wait for it."""
+    if features is None or (isinstance(features, Tensor) and features.device.type != "cpu"):
         return features
-    return basis.features([features] if isinstance(features, int) else features)
+    return basis.features([features] if isinstance(features, int) else features, once=once)
 
 
 def _over_tokens(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The method for activations of any leading axes: it is called with rows, its rows get the axes back."""
-    width = "d_sae" if method.__name__ == "decode" else "d_in"
+    signature, title = inspect.signature(method), method.__name__
+    first = list(signature.parameters)[1]
+
+    def numbers(basis: Basis, value: int | Sequence[int] | Tensor | None) -> Tensor | None:
+        ids = _numbers(basis, value, once=title in _SUMS)
+        if ids is not None and ids.ndim != 1:
+            raise ShapeError(f"{title}: features have shape {tuple(ids.shape)}. Give (f,), the same for all tokens.")
+        return ids
+
+    def rows(basis: Basis, name: str, value: Tensor, lead: torch.Size) -> Tensor:
+        width, what = _ARGUMENTS.get(name, _ARGUMENTS["x"])
+        wanted = getattr(basis, width)
+        if value.shape != (*lead, wanted):
+            form = "(..., " if name == first else f"({''.join(f'{n}, ' for n in lead)}"
+            raise ShapeError(
+                f"{title}: {basis.name} {what} {width}={wanted}, and got shape {tuple(value.shape)}. Give {form}"
+                f"{wanted})."
+            )
+        if len(lead) == 1:
+            return value
+        flat = value.reshape(-1, wanted)
+        vars(flat).update(vars(value))  # what `encode` keeps for `decode`, a tensor per row of `flat`
+        return flat
 
     @functools.wraps(method)
-    def call(self: Basis, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (wanted := getattr(self, width)) != (x.shape[-1] if x.ndim else 0):
-            what = "takes activations of" if width == "d_sae" else "reads"
-            raise ShapeError(
-                f"{method.__name__}: {self.name} {what} {width}={wanted}, and got shape {tuple(x.shape)}. Give "
-                f"(..., {wanted})."
-            )
-        lead = x.shape[:-1]
-
-        def rows(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return _numbers(self, value)
-            if len(lead) == 1 or not value.is_floating_point() or value.shape[:-1] != lead:
-                return value
-            flat = value.reshape(-1, value.shape[-1])
-            vars(flat).update(vars(value))  # what `encode` keeps for `decode`, a tensor per row of `flat`
-            return flat
-
-        out = method(self, rows(x), *map(rows, args), **{name: rows(value) for name, value in kwargs.items()})
+    def call(self: Basis, *args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(self, *args, **kwargs)
+        given = bound.arguments
+        lead = given[first].shape[:-1]
+        for name, value in given.items():
+            if name == "features":
+                given[name] = numbers(self, value)
+            elif isinstance(value, Tensor):
+                given[name] = rows(self, name, value, lead)
+        out = method(*bound.args, **bound.kwargs)
         if len(lead) == 1:
             return out
         shaped = out.reshape(*lead, out.shape[-1])
@@ -91,7 +111,8 @@ class Basis:
     `x` at `site` and reconstructs something else, at `site_out`.
 
     Gradients reach `x` where it requires them; weights are detached. `x` may have any leading axes, such as
-    `(batch, pos, d_in)`, and results have the same; features are numbers, a sequence or a tensor of them.
+    `(batch, pos, d_in)`, and results have the same (`chunks` and `sparse` take rows alone); features are numbers, a
+    sequence or a tensor of them.
 
     A kind of basis defines, for activations `(n, d_in)`: `encode`, `rows` and `bias`; `encode_some` where features do
     not compete; `scale` and `constant` where it normalises.
@@ -247,11 +268,15 @@ class Basis:
         """
         return self._target("ablate(x, features)", x, target) - self.contribution(x, features)
 
-    def features(self, features: Sequence[int] | Tensor) -> Int[Tensor, "*rows f"]:
+    def features(self, features: Sequence[int] | Tensor, *, once: bool = False) -> Int[Tensor, "*rows f"]:
         """Checked feature numbers: `(f,)` for all rows or `(rows, f)`; none at all is allowed.
 
+        Args:
+            features: the numbers.
+            once: refuse a feature that is named twice (in one row).
+
         Raises:
-            InvalidInputError: if a feature does not exist.
+            InvalidInputError: if a feature does not exist, or with `once` is named twice.
             ShapeError: for more axes.
         """
         try:
@@ -270,6 +295,9 @@ class Basis:
             raise InvalidInputError(
                 f"Feature {int(bad[0])} does not exist; this SAE has features 0 to {self.d_sae - 1}. Name one of these."
             )
+        ordered = ids.sort(-1).values
+        if once and (twice := ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]).numel():
+            raise InvalidInputError(f"Feature {int(twice[0])} is named twice. Name each feature once.")
         return ids
 
     def writing(self) -> Bool[Tensor, " d_sae"]:
@@ -289,12 +317,12 @@ class Basis:
         """Feature activations of a few tokens at a time, with the rows that they belong to.
 
         Raises:
-            ShapeError: if `x` has another width than the basis reads.
+            ShapeError: if `x` has another width than the basis reads, or other axes than `(n, d_in)`.
         """
-        if x.shape[1] != self.d_in:
+        if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ShapeError(
                 f"{self.name} reads d_in={self.d_in}; the activations have shape {tuple(x.shape)}. Give those of the "
-                "site that it reads."
+                f"site that it reads, a row per token: (n, {self.d_in})."
             )
         step = max(1, CHUNK_ENTRIES // self.d_sae)
         for start in range(0, len(x), step):

@@ -54,14 +54,10 @@ class _FeatureOp(_SAEOp):
         raise NotImplementedError
 
     def _check(self, name: str | None = None) -> None:
-        object.__setattr__(self, "features", self.basis.features(self.features))
+        object.__setattr__(self, "features", self.basis.features(self.features, once=True))
         if self._reads:
             self.basis.refuse_transcoder(self.name)
         assert isinstance(self.features, Tensor)
-        ordered = self.features.sort(-1).values
-        twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
-        if twice.numel():
-            raise InvalidInputError(f"{self.name}: feature {int(twice[0])} is named twice; name each feature once.")
         value = None if name is None else getattr(self, name)
         if name is not None and isinstance(value, Tensor):
             shapes = "a number, (f,), (rows,) or (rows, f)"
