@@ -155,7 +155,7 @@ def linear_effects(
     per_row = sign_of(labels).to(contributions)[:, None] * contributions * writes
     total = per_row.sum(dim=1).mean()
     return NodeEffects(
-        probe.site, per_row.mean(0), per_row.std(0) / len(per_row) ** 0.5, 0.0, float(total), 0.0, len(per_row),
+        probe.site, per_row.mean(0), _standard_error(per_row), 0.0, float(total), 0.0, len(per_row),
         "exact (linear probe at the SAE's own site; zero, error kept)",
     )  # fmt: skip
 
@@ -186,12 +186,12 @@ def node_effects(
     Raises:
         MismatchError: if the metric reads below a site or beside it, or an SAE was made for another model or site.
         ShapeError: if the mask or an SAE has another shape than the batch or the site.
+        DegenerateInputError: if there is no SAE, or the mask keeps no token.
 
     Source: Marks et al. 2025 (arXiv 2403.19647), section 3 and appendix A; midpoint rule instead of its one-sided sum.
     """
     options = options or AttributionOptions()
-    if keep.shape != batch.ids.shape:
-        raise ShapeError(f"node_effects: keep {tuple(keep.shape)} and ids {tuple(batch.ids.shape)} must be alike.")
+    _require_kept("node_effects", keep, batch)
     checked = checked_bases(model, bases)
     refuse_unreached(model, checked, metric.site, "The metric")
     batch = batch.to(model.device)
@@ -207,6 +207,13 @@ class _Patch:
     change: Tensor
     feature_change: Tensor
     error_change: Tensor
+
+
+def _require_kept(who: str, keep: Tensor, batch: TokenBatch) -> None:
+    if keep.shape != batch.ids.shape:
+        raise ShapeError(f"{who}: keep {tuple(keep.shape)} and ids {tuple(batch.ids.shape)} must be alike.")
+    if not bool(keep.any()):
+        raise DegenerateInputError(f"{who}: the mask keeps no token, so there is nothing to patch. Keep at least one.")
 
 
 def _site_effects(
@@ -239,8 +246,15 @@ def _collect(site: str, per_row: Tensor, error: float, total: float, options: At
         if options.method == "ig"
         else "attribution patching"
     )
-    se = per_row.std(0) / n**0.5 if n > 1 else torch.full_like(effect, float("nan"))
-    return NodeEffects(site, effect, se, error, total, gap, n, f"{rule}; baseline {options.baseline}")
+    return NodeEffects(
+        site, effect, _standard_error(per_row), error, total, gap, n, f"{rule}; baseline {options.baseline}"
+    )
+
+
+def _standard_error(per_row: Float[Tensor, "rows d_sae"]) -> Float[Tensor, " d_sae"]:
+    """Of the mean over rows; NaN for a single row, which has no spread."""
+    n = len(per_row)
+    return per_row.std(0) / n**0.5 if n > 1 else torch.full_like(per_row.mean(0), float("nan"))
 
 
 def _patch(clean: Tensor, basis: Basis, mean: tuple[Tensor, Tensor] | None, baseline: Baseline) -> _Patch:
@@ -257,10 +271,7 @@ def _mean_state(
     model: Model, site: str, basis: Basis, batch: TokenBatch, keep: Tensor, chunks: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Mean contributions and mean error over all kept tokens."""
-    n = int(keep.sum())
-    if n == 0:
-        raise DegenerateInputError("node_effects: the mask keeps no token, so there is nothing to patch.")
-    parts_sum, rest_sum = 0.0, 0.0
+    n, parts_sum, rest_sum = int(keep.sum()), 0.0, 0.0
     for rows in chunks:
         x = model.capture(TokenBatch(batch.ids[rows], batch.mask[rows]), [site]).flat(site)[keep[rows]].float()
         parts_sum = parts_sum + basis.coefficients(x).sum(0)
@@ -317,13 +328,20 @@ def exact_effects(
     """Effect of zeroing each of some features alone (error kept), each one run from the site on; mean over rows.
 
     The reference that an estimate has to agree with; slow.
+
+    Raises:
+        MismatchError: as `node_effects`.
+        ShapeError: as `node_effects`.
+        DegenerateInputError: if the mask keeps no token.
+        InvalidInputError: if a feature does not exist.
     """
+    _require_kept("exact_effects", keep, batch)
     ((site, basis),) = checked_bases(model, {site: sae}).items()
     refuse_unreached(model, {site: basis}, metric.site, "The metric")
     batch, keep = batch.to(model.device), keep.to(model.device)
     run = _Suffix(model, site, batch, metric, keep, torch.arange(len(batch), device=model.device))
     parts, decoder = basis.coefficients(run.clean), basis.rows().to(run.clean)
-    states = [run.clean, *(run.clean - parts[:, f, None] * decoder[f] for f in features)]
+    states = [run.clean, *(run.clean - parts[:, f, None] * decoder[f] for f in basis.features(features).tolist())]
     size = max(1, AttributionOptions.batch_size // len(batch))
     with torch.no_grad():
         values = torch.cat([run.values(states[i : i + size]) for i in range(0, len(states), size)])

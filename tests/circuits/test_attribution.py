@@ -250,3 +250,22 @@ def test_saes_of_another_kind_site_or_width_are_refused() -> None:
     for bases, error, words in cases:
         with as_user(), pytest.raises(error, match=words):
             node_effects(model, bases, batch, metric, keep=keep)
+
+
+def test_an_empty_mask_and_features_that_do_not_exist_are_refused_and_one_row_has_no_error() -> None:
+    model, batch, keep, metric = _setup("resid_post.1")
+    sae = _sae()
+    for baseline in ("zero", "zero_keep_error", "mean"):
+        options = AttributionOptions(baseline=baseline)  # type: ignore[arg-type]
+        with pytest.raises(DegenerateInputError, match="node_effects: the mask keeps no token"):
+            node_effects(model, {"resid_post.1": sae}, batch, metric, keep=keep & False, options=options)
+    for features, mask, error, words in (
+        ([-1], keep, InvalidInputError, "Feature -1 does not exist"),
+        ([24], keep, InvalidInputError, "Feature 24 does not exist"),
+        ([0], keep & False, DegenerateInputError, "exact_effects: the mask keeps no token"),
+        ([0], keep[:, 1:], ShapeError, "exact_effects: keep .* must be alike"),
+    ):
+        with as_user(), pytest.raises(error, match=words):
+            exact_effects(model, "resid_post.1", sae, batch, metric, features, keep=mask)
+    one = linear_effects(torch.ones(1, 24), sae, metric.probe, torch.tensor([1]))
+    assert bool(one.se.isnan().all()) and bool(one.effect.isfinite().all())
