@@ -51,7 +51,7 @@ from workbench.glitch.scanning.scanner import ScanOptions
 from workbench.glitch.searching.gradient import GradientOptions, climb, uncertainty
 from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.probing import SHORT
-from workbench.glitch.verification.prompts import PROBES
+from workbench.glitch.verification.prompts import PROMPTS as COPY_PROMPTS
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.interventions.gates import CosineGate, ProbeGate, SAEGate, When
 from workbench.interventions.intervention import Intervention
@@ -309,7 +309,7 @@ def _glitches(model: Model, sae: Any, store: ActivationStore) -> Any:
     words = placed(wordy_model(), model)
     probe = prompt_set(words, analyse(codec_of(words.tokenizer)), [SHORT], "raw").templates[0]
     walk = climb(words, probe, np.arange(20, 60), lambda ids: ids % 2 == 0, GradientOptions(iterations=2))
-    options = CensusOptions(confirm=PROBES[2:], again=(), batch_size=100)
+    options = CensusOptions(confirm=COPY_PROMPTS[2:], again=(), batch_size=100)
     census = run_census(words, plan_census(words, options=options, measure_both=False))
     scan = glitch_tokens.study(words, "top", options=ScanOptions(top=2, controls=2, contexts=1, sides=False))
     said = [scan.row(i)["max_prob"] for i in scan.candidates()]

@@ -23,7 +23,7 @@ def test_a_scan_with_a_census_has_a_probability_and_a_verdict_for_every_token(tm
     options = wb.glitch.ScanOptions(prompts=tmp_path / "prompts.json", forms="raw")
     report = wb.glitch.scan(MODEL, "census", options=options)
     assert isinstance(report, CensusReport) and report.is_complete
-    assert [t.probe.name for t in report.plan.confirm][-1] == "say", "prompts of a file confirm, not the built-in ones"
+    assert [t.prompt.name for t in report.plan.confirm][-1] == "say", "prompts of a file confirm, not the built-in ones"
     df = report.df
     assert {"token_id", "token", "category", "indicator", "max_prob", "verdict"} <= set(df.columns)
     tested = df[~df.token_id.isin(PADDING)]

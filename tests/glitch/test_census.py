@@ -17,10 +17,10 @@ from workbench.glitch.counting.census_result import CensusOptions, CensusPlan, r
 from workbench.glitch.scanning.saved import load_scan
 from workbench.glitch.verification import probing
 from workbench.glitch.verification.probing import SHORT_FILE, DtypeChoice
-from workbench.glitch.verification.prompts import PROBES
+from workbench.glitch.verification.prompts import PROMPTS
 from workbench.report.base import Report
 
-OPTIONS = CensusOptions(confirm=PROBES[2:], again=(), shares=(0.02, 0.1, 0.5), batch_size=50)
+OPTIONS = CensusOptions(confirm=PROMPTS[2:], again=(), shares=(0.02, 0.1, 0.5), batch_size=50)
 MODEL = wordy_model()
 
 
@@ -44,7 +44,7 @@ def test_probabilities_are_those_of_one_uncached_prompt_at_a_time(report: Census
     glitch, fine = np.flatnonzero(report.glitch), np.flatnonzero(report.best >= 0.01)
     assert min(len(glitch), len(fine)) > 20, "both kinds are needed for the test to mean something"
     for i in [*glitch[:4], *PLANTED]:
-        assert report.best[i] == pytest.approx(slow_best(MODEL, int(i), (probing.SHORT, PROBES[2])), abs=1e-5)
+        assert report.best[i] == pytest.approx(slow_best(MODEL, int(i), (probing.SHORT, PROMPTS[2])), abs=1e-5)
     for i in fine[:4]:
         alone = slow_best(MODEL, int(i), (probing.SHORT,))
         assert report.short[i] == pytest.approx(alone, abs=1e-5)
@@ -182,8 +182,8 @@ def test_the_model_has_to_be_in_the_dtype_of_the_plan(plan: CensusPlan) -> None:
 
 
 def test_a_second_cheap_prompt_comes_before_the_long_ones() -> None:
-    plan = plan_census(MODEL, options=CensusOptions(confirm=PROBES[2:]), measure_both=False)
-    assert [made.probe.name for made in plan.confirm] == ["again", "meaning"]
+    plan = plan_census(MODEL, options=CensusOptions(confirm=PROMPTS[2:]), measure_both=False)
+    assert [made.prompt.name for made in plan.confirm] == ["again", "meaning"]
     assert not plan_census(MODEL, options=CensusOptions(confirm=()), measure_both=False).confirm
     cost = len(plan.confirm[0].ids) - plan.confirm[0].shared
     assert cost < 16 and plan.confirm[0].form == "raw"

@@ -12,7 +12,7 @@ from workbench.core.codec import FastCodec
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.tokens import TokenBatch, encode
 from workbench.glitch.verification.chat import SYSTEM, chat_text, prompt_set
-from workbench.glitch.verification.prompts import PROBES, Probe, prompt_hash
+from workbench.glitch.verification.prompts import PROMPTS, TokenPrompt, prompt_hash
 from workbench.glitch.vocabulary.tokenizer import Vocabulary, analyse
 from workbench.models.model import Model
 
@@ -84,11 +84,11 @@ def test_a_template_that_demands_a_system_message_gets_a_short_one() -> None:
 def test_both_forms_hold_the_token_in_equal_places_for_all_candidates(template: str, bos: bool) -> None:
     model = Asked(byte_level(), template, bos)
     made = prompt_set(model, model.vocabulary)
-    assert made.forms == ("raw", "chat") and made.notes == () and len(made.templates) == 2 * len(PROBES)
+    assert made.forms == ("raw", "chat") and made.notes == () and len(made.templates) == 2 * len(PROMPTS)
     assert len({t.name for t in made.templates}) == 6
     words = torch.tensor([model.tokenizer.backend_tokenizer.token_to_id(w) for w in ("ember", "Ġharbor", "z", "Ã")])
     for t in made.templates:
-        assert len(t.slots) == t.probe.occurrences
+        assert len(t.slots) == t.prompt.occurrences
         rows = t.fill(words)
         assert rows.shape == (4, len(t.ids)) and torch.equal(rows[:, t.slots[-1]], words)
         n_bos = int((t.ids == model.tokenizer.bos_token_id).sum())
@@ -96,19 +96,19 @@ def test_both_forms_hold_the_token_in_equal_places_for_all_candidates(template: 
 
 
 def test_the_reply_stands_where_the_template_puts_what_is_finally_said() -> None:
-    probe = Probe("p", "Say it back. ", "In «{token}» ", "Out «{token}»", request="Now.")
+    prompt = TokenPrompt("p", "Say it back. ", "In «{token}» ", "Out «{token}»", request="Now.")
     for template, expected in (
         (PLAIN, "<u>user: Say it back. In «ember» Now.</u>\n<u>assistant: Out «"),
         (CHANNELS, "<u>user<m>Say it back. In «ember» Now.</u><u>assistant<c>final<m>Out «"),
         (PARTS, "<u>user: Say it back. In «ember» Now.</u><u>assistant: Out «"),
         (TRIMS, "[user] Say it back. In «ember» Now.\n[assistant] Out «"),
     ):
-        assert chat_text(Asked(byte_level(), template).tokenizer, *probe.turns("ember")) == expected
+        assert chat_text(Asked(byte_level(), template).tokenizer, *prompt.turns("ember")) == expected
 
 
 def test_a_reply_may_begin_with_the_token_itself() -> None:
-    probe = Probe("p", "", "Say «{token}»", "{token}")
-    assert chat_text(Asked(byte_level(), TRIMS).tokenizer, *probe.turns("ember")).endswith("[assistant] ")
+    prompt = TokenPrompt("p", "", "Say «{token}»", "{token}")
+    assert chat_text(Asked(byte_level(), TRIMS).tokenizer, *prompt.turns("ember")).endswith("[assistant] ")
 
 
 def test_without_a_usable_template_there_are_raw_prompts_only() -> None:
@@ -134,11 +134,13 @@ def test_forms_are_as_asked_and_change_the_hash() -> None:
 def test_a_probe_that_cannot_be_built_is_left_out_and_named_or_refused() -> None:
     model = Asked(byte_level(), None)
     every = "\n".join(text for text in model.vocabulary.text if text.isalpha())
-    full = Probe("full", every, "\n{token}\n", "{token}")  # whatever stands in for the token is there once too often
-    made = prompt_set(model, model.vocabulary, (*PROBES, full))
-    assert len(made.templates) == len(PROBES) and "'full' was left out" in made.notes[0]
+    full = TokenPrompt(
+        "full", every, "\n{token}\n", "{token}"
+    )  # whatever stands in for the token is there once too often
+    made = prompt_set(model, model.vocabulary, (*PROMPTS, full))
+    assert len(made.templates) == len(PROMPTS) and "'full' was left out" in made.notes[0]
     with pytest.raises(DegenerateInputError, match="full"):
-        prompt_set(model, model.vocabulary, (*PROBES, full), strict=True)
+        prompt_set(model, model.vocabulary, (*PROMPTS, full), strict=True)
     with pytest.raises(DegenerateInputError, match="No prompt could be built"):
         prompt_set(model, model.vocabulary, (full,))
 

@@ -21,7 +21,7 @@ from workbench.glitch import ScanOptions, VerifyOptions, scan
 from workbench.glitch.scanning import scanner
 from workbench.glitch.verification import scoring
 from workbench.glitch.verification.contexts import LINE, Contexts, InContext, in_contexts, make_lines
-from workbench.glitch.verification.prompts import Probe, template
+from workbench.glitch.verification.prompts import TokenPrompt, template
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
 
@@ -179,8 +179,8 @@ def test_the_words_of_the_lines_are_drawn_from_ordinary_tokens_that_are_not_test
 def test_a_line_longer_than_the_positions_is_a_note_and_the_verification_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wordy_model("neox")
     need = len(make_lines(model, VOCABULARY, PLAIN, 1).templates[0].ids)
-    short = Probe("short", "", "{token}", "{token}", shots=2)
-    monkeypatch.setattr(scanner, "PROBES", (short,))
+    short = TokenPrompt("short", "", "{token}", "{token}", shots=2)
+    monkeypatch.setattr(scanner, "PROMPTS", (short,))
     monkeypatch.setattr(type(model), "max_tokens", property(lambda self: need - 1))
     report = scan(model, "top", options=ScanOptions(top=4, controls=6, contexts=2, sides=False))
     assert report.verification is not None and report.contexts is None

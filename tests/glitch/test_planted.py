@@ -17,13 +17,13 @@ from workbench.controls.area import chance_above
 from workbench.core.codec import FastCodec
 from workbench.glitch.scanning.glitch_report import GlitchReport
 from workbench.glitch.scanning.scanner import scan
-from workbench.glitch.verification.prompts import Probe, template
+from workbench.glitch.verification.prompts import TokenPrompt, template
 from workbench.glitch.verification.verify import Verification, verify
 from workbench.glitch.vocabulary.tokenizer import analyse
 
 TRUTH = truth()
 NEVER, INPUT_ONLY, RARE, TRAINED = (list(x) for x in (TRUTH.never, TRUTH.input_only, TRUTH.rare, TRUTH.trained))
-PROBES = (Probe("run", "", "{token}", "{token}", shots=4),)
+PROMPTS = (TokenPrompt("run", "", "{token}", "{token}", shots=4),)
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +105,7 @@ def test_the_threshold_takes_what_was_not_trained(name: str, request: pytest.Fix
 def _verify(made: Planted) -> tuple[Verification, dict[int, float]]:
     model, codec = made.model, FastCodec.of(plan.tokenizer())
     vocabulary = analyse(codec)
-    templates = [template(probe, vocabulary, lambda text: codec.encode([text])[0]) for probe in PROBES]
+    templates = [template(prompt, vocabulary, lambda text: codec.encode([text])[0]) for prompt in PROMPTS]
     controls = np.random.default_rng(0).choice(TRAINED, 200, replace=False).tolist()
     done = verify(model, codec, templates, [*NEVER, *INPUT_ONLY, *RARE], controls)
     return done, {t.token_id: t.max_prob for t in done.tested}

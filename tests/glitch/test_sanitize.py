@@ -17,7 +17,7 @@ from workbench.core.errors import DegenerateInputError, InvalidInputError, Misma
 from workbench.glitch.text.copying import copy_check
 from workbench.glitch.text.sanitize import Sanitizer
 from workbench.glitch.text.sanitize_files import sanitize_files
-from workbench.glitch.verification.prompts import Probe, Template
+from workbench.glitch.verification.prompts import Template, TokenPrompt
 from workbench.models.model import Model
 
 
@@ -182,7 +182,7 @@ def test_the_command_writes_ids(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_spliced_prompts_hold_every_piece_in_every_place() -> None:
     import torch
 
-    made = Template(Probe("p", "", "{token}", "{token}"), torch.tensor([5, 9, 6, 9]), torch.tensor([1, 3]))
+    made = Template(TokenPrompt("p", "", "{token}", "{token}"), torch.tensor([5, 9, 6, 9]), torch.tensor([1, 3]))
     assert made.spelled((7, 8)) == [5, 7, 8, 6, 7, 8]
 
 
@@ -191,8 +191,8 @@ def test_spliced_prompts_hold_every_piece_in_every_place() -> None:
 def test_cutting_a_token_that_cannot_be_said_helps_the_model_to_copy_it(embedded: Model) -> None:
     codec = FastCodec.of(embedded.tokenizer.backend_tokenizer)
     glitch = [36743, 45175, 48047]
-    short = Probe("copy", "What goes in comes out unchanged.", "\nIn: «{token}»\nOut:", " «{token}»", shots=2)
-    check = copy_check(embedded, Sanitizer.of(codec, glitch), glitch, [7101, 9214], probe=short)
+    short = TokenPrompt("copy", "What goes in comes out unchanged.", "\nIn: «{token}»\nOut:", " «{token}»", shots=2)
+    check = copy_check(embedded, Sanitizer.of(codec, glitch), glitch, [7101, 9214], prompt=short)
     assert check.gain.low > 1 and check.control_gain is not None
     assert all(codec.decode([c.pieces]) == codec.decode([[c.token_id]]) for c in check.tokens)
     with pytest.raises(DegenerateInputError, match="another segmentation"):

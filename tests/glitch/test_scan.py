@@ -28,7 +28,7 @@ from workbench.core.errors import (
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, scan
 from workbench.glitch.reporting import cell_text, shown
 from workbench.glitch.verification.chat import PromptSet, prompt_set
-from workbench.glitch.verification.prompts import Probe, Template, probes_from
+from workbench.glitch.verification.prompts import Template, TokenPrompt, prompts_from
 from workbench.glitch.verification.verify import verify
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
@@ -288,9 +288,9 @@ def test_a_loaded_model_is_tested_beside_controls(monkeypatch: pytest.MonkeyPatc
 
 
 def _short_templates() -> PromptSet:
-    probe, slot = Probe("p", "", "{token}", "{token}"), torch.tensor([1])
+    prompt, slot = TokenPrompt("p", "", "{token}", "{token}"), torch.tensor([1])
     return PromptSet((
-        Template(probe, torch.tensor([3, 7, 9]), slot), Template(probe, torch.tensor([4, 7, 8, 9]), slot, "chat"),
+        Template(prompt, torch.tensor([3, 7, 9]), slot), Template(prompt, torch.tensor([4, 7, 8, 9]), slot, "chat"),
     ))  # fmt: skip
 
 
@@ -432,7 +432,7 @@ def test_the_table_survives_a_spreadsheet_and_any_token(tmp_path: Path) -> None:
 def test_the_embedded_model_fails_in_both_forms_and_on_both_sides(embedded: Model, tmp_path: Path) -> None:
     short = {"name": "short", "preamble": "Out repeats In.", "shown": "\nIn: «{token}»\nOut:", "answer": " «{token}»"}
     (tmp_path / "short.json").write_text(json.dumps([short | {"shots": 2}]))
-    made = prompt_set(embedded, analyse(codec_of(embedded.tokenizer)), probes_from(tmp_path / "short.json"))
+    made = prompt_set(embedded, analyse(codec_of(embedded.tokenizer)), prompts_from(tmp_path / "short.json"))
     assert made.forms == ("raw", "chat")
     codec = codec_of(embedded.tokenizer)
     done = verify(embedded, codec, made.templates, [36743, 43858, 34047], [27556, 31940, 39978], VerifyOptions(steps=1))

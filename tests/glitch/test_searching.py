@@ -13,7 +13,7 @@ from workbench.glitch.searching.gradient import GradientOptions
 from workbench.glitch.searching.hunter import HunterOptions
 from workbench.glitch.searching.oracle import Found
 from workbench.glitch.searching.search import METHODS, SearchOptions, search
-from workbench.glitch.searching.search_report import Arm, SearchReport
+from workbench.glitch.searching.search_report import SearchReport, SearchRuns
 from workbench.glitch.verification.probing import Prober
 from workbench.report.base import Report
 
@@ -43,35 +43,35 @@ def report(plan: CensusPlan, truth: Prober) -> SearchReport:
 
 
 def test_every_search_runs_against_the_same_truth(plan: CensusPlan, truth: Prober, report: SearchReport) -> None:
-    assert isinstance(report, Report) and [arm.name for arm in report.arms] == list(METHODS)
+    assert isinstance(report, Report) and [one.name for one in report.searches] == list(METHODS)
     plain = set(np.flatnonzero(plan.scan.table.ordinary).tolist())
     assert report.n_tokens == len(plain)
     assert report.n_glitch == sum(truth.best[i] < 0.01 for i in plain)
-    for arm in report.arms:
-        for run in arm.runs:
+    for one in report.searches:
+        for run in one.runs:
             assert set(run.asked.tolist()) <= plain and len(set(run.asked.tolist())) == run.calls
             assert np.array_equal(run.glitch, truth.best[run.asked] < 0.01)
 
 
 def test_runs_and_budgets(plan: CensusPlan, report: SearchReport) -> None:
-    calls = {arm.name: [run.calls for run in arm.runs] for arm in report.arms}
+    calls = {one.name: [run.calls for run in one.runs] for one in report.searches}
     assert [len(calls[name]) for name in METHODS] == [1, 4, 1, 4]
     assert calls["gradient"] == [18]
     dearest = max(calls["hunter"] + calls["gradient"])
     assert calls["indicator"] == [dearest] and calls["random"] == [dearest] * 4
-    indicator = report.arm("indicator")
+    indicator = report.search("indicator")
     assert indicator is not None and indicator.runs[0].asked.tolist() == ranking(plan.scan)[:dearest].tolist()
 
 
 def test_recall_and_precision_are_counts_over_counts(report: SearchReport) -> None:
     assert report.n_glitch
-    for arm in report.arms:
-        found = [run.glitch.sum() for run in arm.runs]
-        assert arm.recall(report.n_glitch).value == pytest.approx(np.mean(found) / report.n_glitch)
-        assert arm.precision().value == pytest.approx(
-            np.mean([g / run.calls for g, run in zip(found, arm.runs, strict=True)])
+    for one in report.searches:
+        found = [run.glitch.sum() for run in one.runs]
+        assert one.recall(report.n_glitch).value == pytest.approx(np.mean(found) / report.n_glitch)
+        assert one.precision().value == pytest.approx(
+            np.mean([g / run.calls for g, run in zip(found, one.runs, strict=True)])
         )
-    random = report.arm("random")
+    random = report.search("random")
     rate = report.base_rate()
     assert random is not None and rate is not None
     assert random.precision().value == pytest.approx(rate.value, abs=0.1)
@@ -95,7 +95,7 @@ def test_without_a_census_tokens_are_run_and_recall_is_not_claimed(plan: CensusP
     found = search(MODEL, plan, prober, options=options)
     assert found.n_glitch is None and not any(key.endswith(".recall") for key in found.metrics())
     assert "Recall is not known" in found.findings()[0]
-    asked = {int(i) for arm in found.arms for run in arm.runs for i in run.asked}
+    asked = {int(i) for one in found.searches for run in one.runs for i in run.asked}
     assert set(np.flatnonzero(~np.isnan(prober.best)).tolist()) == asked and 15 < len(asked) <= 30
     found.section()
     json.dumps(found.to_json(), allow_nan=False)
@@ -110,9 +110,9 @@ def test_options_are_checked() -> None:
 
 def test_runs_that_agree_are_no_surer_than_their_tokens() -> None:
     nothing = Found("random", np.arange(40), np.zeros(40, dtype=bool))
-    two, one = Arm("random", (nothing, nothing)), Arm("random", (nothing,))
+    two, one = SearchRuns("random", (nothing, nothing)), SearchRuns("random", (nothing,))
     assert two.precision().value == one.precision().value == 0
     assert two.precision().high == pytest.approx(one.precision().high) == pytest.approx(1 - 0.025 ** (1 / 40))
     half = Found("random", np.arange(40), np.arange(40) < 20)
-    apart = Arm("random", (nothing, half)).precision()
+    apart = SearchRuns("random", (nothing, half)).precision()
     assert apart.value == 0.25 and (apart.low, apart.high) == (0.0, 1.0), "two runs this far apart say little"

@@ -20,7 +20,7 @@ from workbench.core.tokens import TokenBatch
 from workbench.engine.log import Log
 from workbench.glitch.scanning.scanner import ScanOptions, scan
 from workbench.glitch.verification.chat import prompt_set
-from workbench.glitch.verification.prompts import PROBES, Probe, Template, probes_from, template
+from workbench.glitch.verification.prompts import PROMPTS, Template, TokenPrompt, prompts_from, template
 from workbench.glitch.verification.scoring import VerifyOptions, greedy_logits, score, target_probabilities
 from workbench.glitch.verification.verify import journal_key, verdict, verify, with_spliced
 from workbench.glitch.vocabulary.tokenizer import analyse
@@ -42,7 +42,7 @@ def _encode(text: str) -> list[int]:
 
 
 QUICK = VerifyOptions(stop_at=0.01)
-TEMPLATES = tuple(template(probe, VOCABULARY, _encode) for probe in PROBES)
+TEMPLATES = tuple(template(prompt, VOCABULARY, _encode) for prompt in PROMPTS)
 
 
 class Parrot(Model):
@@ -70,7 +70,7 @@ class Parrot(Model):
 def test_probes_are_distinct_in_length_and_hold_the_token_as_often_as_they_say() -> None:
     assert len({len(t.ids) for t in TEMPLATES}) == len(TEMPLATES)
     for made in TEMPLATES:
-        assert len(made.slots) == made.probe.occurrences >= 1
+        assert len(made.slots) == made.prompt.occurrences >= 1
 
 
 def test_filling_changes_the_slots_only_and_equals_the_text_of_a_word() -> None:
@@ -80,25 +80,25 @@ def test_filling_changes_the_slots_only_and_equals_the_text_of_a_word() -> None:
         assert rows.shape == (2, len(made.ids))
         rest = np.setdiff1d(np.arange(len(made.ids)), made.slots.numpy())
         assert torch.equal(rows[0, rest], made.ids[rest]) and torch.equal(rows[:, made.slots[0]], words)
-        if made.probe.name != "row":
-            assert rows[0].tolist() == _encode(made.probe.text("ember"))
+        if made.prompt.name != "row":
+            assert rows[0].tolist() == _encode(made.prompt.text("ember"))
 
 
 def test_a_probe_in_which_no_token_stays_whole_is_refused() -> None:
-    glued = Probe("glued", "", "{token}", "{token}", shots=1)
+    glued = TokenPrompt("glued", "", "{token}", "{token}", shots=1)
     with pytest.raises(DegenerateInputError, match="glued"):
         template(glued, VOCABULARY, lambda text: [0, 1])
     with pytest.raises(InvalidInputError, match="token"):
-        Probe("no slot", "", "x", "{token}")
+        TokenPrompt("no slot", "", "x", "{token}")
 
 
 def test_probes_are_read_from_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "probes.json"
+    file = tmp_path / "prompts.json"
     file.write_text(json.dumps([{"name": "a", "preamble": "", "shown": "say {token}:", "answer": " {token}"}]))
-    assert probes_from(file) == (Probe("a", "", "say {token}:", " {token}"),)
+    assert prompts_from(file) == (TokenPrompt("a", "", "say {token}:", " {token}"),)
     file.write_text("[]")
     with pytest.raises(InvalidInputError, match="no prompts"):
-        probes_from(file)
+        prompts_from(file)
 
 
 def test_verdicts_follow_the_highest_probability() -> None:
@@ -119,7 +119,9 @@ def test_a_token_that_comes_at_a_later_step_is_not_verified() -> None:
     (tested,) = verify(parrot, CODEC, TEMPLATES, [late], [], QUICK).tested
     assert tested.max_prob == pytest.approx(0.8, rel=1e-4) and tested.passes == 2
     cheapest = min(TEMPLATES, key=lambda made: len(made.ids) - made.shared)
-    assert [(s.probe, s.step) for s in tested.scores] == [(cheapest.probe.name, 1)], "the prompt of the fewest own ids"
+    assert [(s.prompt, s.step) for s in tested.scores] == [(cheapest.prompt.name, 1)], (
+        "the prompt of the fewest own ids"
+    )
     (first_only,) = verify(parrot, CODEC, TEMPLATES, [late], [], VerifyOptions(steps=1)).tested
     assert first_only.verified
 
@@ -176,7 +178,7 @@ def test_cached_steps_equal_whole_passes(family: str) -> None:
 
 
 def _made(ids: list[int], slots: list[int], name: str = "p") -> Template:
-    return Template(Probe(name, "", "{token}", "{token}"), torch.tensor(ids), torch.tensor(slots))
+    return Template(TokenPrompt(name, "", "{token}", "{token}"), torch.tensor(ids), torch.tensor(slots))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "gpt_oss"])
@@ -222,7 +224,7 @@ def test_permuting_ids_permutes_the_probabilities() -> None:
         for side in ("get_input_embeddings", "get_output_embeddings"):
             getattr(other.hf, side)().weight[order] = getattr(model.hf, side)().weight.clone()
     made, tokens = _made([3, 8, 4, 7, 9], [3]), torch.arange(20)
-    moved = Template(made.probe, order[made.ids], made.slots)
+    moved = Template(made.prompt, order[made.ids], made.slots)
     expected = score(model, [made], tokens, VerifyOptions())
     found = score(other, [moved], order[tokens], VerifyOptions())
     assert np.allclose(found.p, expected.p, rtol=0, atol=1e-6)
@@ -324,7 +326,7 @@ def test_spliced_tokens_are_tested_but_in_no_count() -> None:
 
 def test_later_steps_follow_the_greedy_continuation() -> None:
     model = tiny_model("gpt2")
-    made = Template(Probe("p", "", "{token}", "{token}"), torch.tensor([3, 7, 9]), torch.tensor([1]))
+    made = Template(TokenPrompt("p", "", "{token}", "{token}"), torch.tensor([3, 7, 9]), torch.tensor([1]))
     tokens = torch.tensor([5, 20, 100])
     scores = score(model, [made], tokens, VerifyOptions(stop_at=None))
     assert scores.passes.tolist() == [3, 3, 3]
@@ -344,14 +346,14 @@ def test_prompts_longer_than_the_positions_of_a_model_are_left_out_or_refused() 
     with pytest.raises(InvalidInputError, match=f"{room} positions"):
         next(greedy_logits(model, torch.zeros(1, room - 1, dtype=torch.long), 3))
     assert next(greedy_logits(model, torch.zeros(1, room - 2, dtype=torch.long), 3)).shape[0] == 1
-    made = prompt_set(model, COPY_VOCABULARY, PROBES, "raw")
-    assert [t.probe.name for t in made.templates] == ["row"] and len(made.notes) == 2
+    made = prompt_set(model, COPY_VOCABULARY, PROMPTS, "raw")
+    assert [t.prompt.name for t in made.templates] == ["row"] and len(made.notes) == 2
     assert all(f"the model has {room}" in note for note in made.notes)
     fitting = room - len(made.templates[0].ids) + 1
-    assert prompt_set(model, COPY_VOCABULARY, PROBES[1:2], "raw", steps=fitting).templates
+    assert prompt_set(model, COPY_VOCABULARY, PROMPTS[1:2], "raw", steps=fitting).templates
     with pytest.raises(DegenerateInputError, match="positions"):
-        prompt_set(model, COPY_VOCABULARY, PROBES[1:2], "raw", steps=fitting + 1)
+        prompt_set(model, COPY_VOCABULARY, PROMPTS[1:2], "raw", steps=fitting + 1)
     with pytest.raises(DegenerateInputError, match="positions"):
-        prompt_set(model, COPY_VOCABULARY, PROBES, "raw", strict=True)
+        prompt_set(model, COPY_VOCABULARY, PROMPTS, "raw", strict=True)
     report = scan(model, "top", options=ScanOptions(top=4, controls=4, sides=False))
     assert report.verification is not None and any("'copy' was left out" in said for said in report.findings())

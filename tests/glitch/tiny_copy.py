@@ -13,7 +13,7 @@ from workbench.core.codec import FastCodec
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.probing import SHORT
-from workbench.glitch.verification.prompts import PROBES, Template, template
+from workbench.glitch.verification.prompts import PROMPTS, Template, template
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
 from workbench.models.tiny import D_MODEL, tiny_hf
@@ -32,7 +32,7 @@ def _encode(text: str) -> list[int]:
 
 
 SHORT_IDS = template(SHORT, VOCABULARY, _encode)
-LONG_IDS = tuple(template(probe, VOCABULARY, _encode) for probe in PROBES)
+LONG_IDS = tuple(template(prompt, VOCABULARY, _encode) for prompt in PROMPTS)
 
 
 class Parrot(Model):
@@ -84,12 +84,12 @@ def saved(path: Path, model: Model) -> Path:
     return path
 
 
-def slow_best(model: Model, token: int, probes: tuple = (SHORT, *PROBES), steps: int = 3) -> float:
+def slow_best(model: Model, token: int, prompts: tuple = (SHORT, *PROMPTS), steps: int = 3) -> float:
     """Highest probability of one token, one prompt and one greedy step at a time, without any cache."""
     vocabulary, best = analyse(FastCodec.of(model.tokenizer.backend_tokenizer)), 0.0
-    for k, made in enumerate(prompt_set(model, vocabulary, probes, "raw", strict=True).templates):
+    for k, made in enumerate(prompt_set(model, vocabulary, prompts, "raw", strict=True).templates):
         row = made.fill(torch.tensor([token]))
-        for _ in range(1 if probes[k] is SHORT else steps):
+        for _ in range(1 if prompts[k] is SHORT else steps):
             logits = model.logits(TokenBatch.of_rows(row), keep="last")
             best = max(best, float(logits.softmax(1)[0, token]))
             row = torch.cat([row, logits.argmax(1)[:, None]], 1)

@@ -16,7 +16,7 @@ from workbench.glitch.scanning.scanner import ScanOptions, loaded
 from workbench.glitch.scanning.scanner import scan as scan_rows
 from workbench.glitch.text.lint_report import LintReport
 from workbench.glitch.text.linter import KINDS, linter_for
-from workbench.glitch.verification.prompts import PROBES, probes_from
+from workbench.glitch.verification.prompts import PROMPTS, prompts_from
 from workbench.models.model import Model
 
 
@@ -44,10 +44,10 @@ def scan(
     """
     if verify == "census":
         how = options or ScanOptions()
-        probes = PROBES if how.prompts is None else tuple(probes_from(how.prompts))
+        prompts = PROMPTS if how.prompts is None else tuple(prompts_from(how.prompts))
         batch_size = how.verification.batch_size
         return census(model, options=CensusOptions(
-            confirm=probes, forms=how.forms, batch_size=batch_size, seed=how.seed, scan=how
+            confirm=prompts, forms=how.forms, batch_size=batch_size, seed=how.seed, scan=how
         ))  # fmt: skip
     if verify not in (None, "top"):
         raise UnknownNameError(

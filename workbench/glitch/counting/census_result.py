@@ -13,7 +13,7 @@ from workbench.glitch.scanning.glitch_report import GlitchReport
 from workbench.glitch.scanning.scanner import ScanOptions
 from workbench.glitch.verification.chat import Forms
 from workbench.glitch.verification.probing import AGAIN, SHORT, DtypeChoice
-from workbench.glitch.verification.prompts import PROBES, Probe, Template, prompt_hash
+from workbench.glitch.verification.prompts import PROMPTS, Template, TokenPrompt, prompt_hash
 from workbench.glitch.verification.verify import VERIFIED
 
 NO_TEST = ("no_token", "no_row")
@@ -35,9 +35,9 @@ class CensusOptions:
 
     sample: int | None = None
     shares: tuple[float, ...] = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-    short: Probe = SHORT
-    confirm: tuple[Probe, ...] = PROBES
-    again: tuple[Probe, ...] = (AGAIN,)
+    short: TokenPrompt = SHORT
+    confirm: tuple[TokenPrompt, ...] = PROMPTS
+    again: tuple[TokenPrompt, ...] = (AGAIN,)
     forms: Forms = "auto"
     batch_size: int = 64
     seed: int = 0

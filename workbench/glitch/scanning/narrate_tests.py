@@ -153,10 +153,10 @@ def test_blocks(report: ScanResult) -> Iterator[Block]:
 def tests_table(report: ScanResult, tested: Sequence[Tested], caption: str) -> Table:
     """One line per tested token, with what each prompt gave."""
     table = report.table
-    prompts = tuple(dict.fromkeys(f"{s.form}:{s.probe}" for t in tested for s in t.scores))
+    prompts = tuple(dict.fromkeys(f"{s.form}:{s.prompt}" for t in tested for s in t.scores))
     rows = []
     for t in tested:
-        by_prompt = {f"{s.form}:{s.probe}": s.p for s in t.scores}
+        by_prompt = {f"{s.form}:{s.prompt}": s.p for s in t.scores}
         rows.append((
             t.token_id, shown(table.token[t.token_id]), float(table.indicator[t.token_id]), finite(t.max_prob),
             t.verdict, t.form, t.p_value, report.p_bound(t.token_id), t.passes, *map(by_prompt.get, prompts),

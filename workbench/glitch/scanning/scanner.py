@@ -38,7 +38,7 @@ from workbench.glitch.scanning.glitch_report import GlitchReport
 from workbench.glitch.scanning.result import TokenizerFacts, TokenTable
 from workbench.glitch.verification.chat import FORMS, Forms, PromptSet, prompt_set
 from workbench.glitch.verification.contexts import Contexts, in_contexts, line_options, make_lines
-from workbench.glitch.verification.prompts import PROBES, Template, probes_from
+from workbench.glitch.verification.prompts import PROMPTS, Template, prompts_from
 from workbench.glitch.verification.scoring import VerifyOptions
 from workbench.glitch.verification.sides import Sides, measure_sides
 from workbench.glitch.verification.symptoms import Symptoms, symptoms
@@ -341,8 +341,8 @@ def _journal(path: Path | None, model: Model, templates: Sequence[Template], how
 
 def _prompts(model: Model, vocabulary: Vocabulary, options: ScanOptions) -> PromptSet:
     own = options.prompts is not None
-    probes = probes_from(options.prompts) if options.prompts is not None else PROBES
-    return prompt_set(model, vocabulary, probes, options.forms, strict=own, steps=options.verification.steps)
+    prompts = prompts_from(options.prompts) if options.prompts is not None else PROMPTS
+    return prompt_set(model, vocabulary, prompts, options.forms, strict=own, steps=options.verification.steps)
 
 
 def _among_others(

@@ -15,7 +15,7 @@ from workbench.glitch.counting.census_result import CensusPlan, ranking
 from workbench.glitch.searching.gradient import GradientOptions, climb
 from workbench.glitch.searching.hunter import HunterOptions, hunt
 from workbench.glitch.searching.oracle import Found, Oracle, in_order
-from workbench.glitch.searching.search_report import Arm, SearchReport
+from workbench.glitch.searching.search_report import SearchReport, SearchRuns
 from workbench.glitch.verification.probing import Prober
 from workbench.glitch.verification.verify import VERIFIED
 from workbench.hooks.ends import embedding
@@ -59,7 +59,7 @@ def search(model: Model, plan: CensusPlan, prober: Prober, *, options: SearchOpt
     """Runs the searches over the ordinary tokens with one oracle, and counts what each asks.
 
     With a prober that knows every ordinary token from a census, nothing but the gradients is computed, and recall is
-    exact. Otherwise the tokens that are asked for are run, and recall is estimated from the random arm.
+    exact. Otherwise the tokens that are asked for are run, and recall is estimated from the random search.
 
     Raises:
         DegenerateInputError: if no ordinary token has a finite row.
@@ -73,18 +73,18 @@ def search(model: Model, plan: CensusPlan, prober: Prober, *, options: SearchOpt
         raise DegenerateInputError(f"search: {len(ids)} ordinary tokens have a finite row. Check the model's weights.")
     best = prober.best[ids]
     n_glitch = None if np.isnan(best).any() else int((best < VERIFIED).sum())
-    arms = _run(model, plan, ids, rows, prober.is_glitch, options)
+    searches = _run(model, plan, ids, rows, prober.is_glitch, options)
     return SearchReport(
-        model=plan.scan.model, n_tokens=len(ids), n_glitch=n_glitch, arms=tuple(arms), dtype=plan.dtype.dtype,
+        model=plan.scan.model, n_tokens=len(ids), n_glitch=n_glitch, searches=tuple(searches), dtype=plan.dtype.dtype,
         indicator=plan.scan.indicator,
-        token={int(i): table.token[int(i)] for arm in arms for run in arm.runs for i in run.asked[run.glitch]},
+        token={int(i): table.token[int(i)] for one in searches for run in one.runs for i in run.asked[run.glitch]},
         methods=METHODS,
     )  # fmt: skip
 
 
 def _run(
     model: Model, plan: CensusPlan, ids: np.ndarray, rows: torch.Tensor, oracle: Oracle, options: SearchOptions
-) -> list[Arm]:
+) -> list[SearchRuns]:
     """Searches that decide themselves how much they ask, then those with a budget."""
     runs: dict[str, list[Found]] = {}
     if "hunter" in options.methods:
@@ -101,4 +101,4 @@ def _run(
     if "random" in options.methods:
         orders = [np.random.default_rng(options.seed + k).permutation(ids) for k in range(options.seeds)]
         runs["random"] = [in_order(oracle, "random", order, budget) for order in orders]
-    return [Arm(name, tuple(runs[name])) for name in METHODS if name in runs]
+    return [SearchRuns(name, tuple(runs[name])) for name in METHODS if name in runs]

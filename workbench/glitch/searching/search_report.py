@@ -21,7 +21,7 @@ _ROWS = 60
 
 
 @dataclass(frozen=True, eq=False)
-class Arm:
+class SearchRuns:
     """The runs of one search: one, or one per seed."""
 
     name: str
@@ -71,21 +71,21 @@ class SearchReport(TokenReport):
     model: str
     n_tokens: int
     n_glitch: int | None
-    arms: tuple[Arm, ...]
+    searches: tuple[SearchRuns, ...]
     dtype: str
     indicator: str | None
     token: Mapping[int, str]
     methods: Mapping[str, str]
 
-    def arm(self, name: str) -> Arm | None:
+    def search(self, name: str) -> SearchRuns | None:
         """The runs of one search, or None if it did not run."""
-        return next((arm for arm in self.arms if arm.name == name), None)
+        return next((search for search in self.searches if search.name == name), None)
 
     def base_rate(self) -> Estimate | None:
         """Share of glitch tokens among all: from the census, else from the first random run; None without either."""
         if self.n_glitch is not None:
             return clopper_pearson(self.n_glitch, self.n_tokens, unit="tokens")
-        random = self.arm("random")
+        random = self.search("random")
         return None if random is None else random.runs[0].precision
 
     def metrics(self) -> dict[str, Metric]:
@@ -93,17 +93,17 @@ class SearchReport(TokenReport):
         metrics: dict[str, Metric | None] = {
             "n_tokens": self.n_tokens, "n_found": len(self.token), "n_glitch": self.n_glitch
         }  # fmt: skip
-        for arm in self.arms:
-            metrics |= {f"{arm.name}.calls": arm.calls, f"{arm.name}.precision": arm.precision(),
-                        f"{arm.name}.recall": self._recall(arm)}  # fmt: skip
+        for search in self.searches:
+            metrics |= {f"{search.name}.calls": search.calls, f"{search.name}.precision": search.precision(),
+                        f"{search.name}.recall": self._recall(search)}  # fmt: skip
         return measured(metrics)
 
-    def _recall(self, arm: Arm) -> Estimate | None:
-        return arm.recall(self.n_glitch) if self.n_glitch else None
+    def _recall(self, search: SearchRuns) -> Estimate | None:
+        return search.recall(self.n_glitch) if self.n_glitch else None
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences."""
-        return (self._truth(), *(self._said(arm) for arm in self.arms), *self._at_equal_cost())
+        return (self._truth(), *(self._said(search) for search in self.searches), *self._at_equal_cost())
 
     def _truth(self) -> str:
         share = self.base_rate()
@@ -113,35 +113,37 @@ class SearchReport(TokenReport):
                 f"({self.dtype}); recall is measured against them."
             )
         if share is None:
-            return "Recall is not known: there is no census, and no random arm to estimate the total from."
+            return "Recall is not known: there is no census, and no random search to estimate the total from."
         value, low, high = (self.n_tokens * part for part in (share.value, share.low, share.high))
         return (
             f"{len(self.token)} glitch tokens of {self.model} found by all searches together. Recall is not known; by "
-            f"the random arm there are {value:.0f} [{low:.0f}, {high:.0f}] among {self.n_tokens:,}."
+            f"the random search there are {value:.0f} [{low:.0f}, {high:.0f}] among {self.n_tokens:,}."
         )
 
-    def _said(self, arm: Arm) -> str:
-        said = f"{arm.name} ({self.methods[arm.name]}): {arm.calls:,.0f} tokens tested, precision {arm.precision()}"
-        recall, passes = self._recall(arm), arm.runs[0].gradient_passes
+    def _said(self, search: SearchRuns) -> str:
+        said = f"{search.name} ({self.methods[search.name]}): {search.calls:,.0f} tokens tested"
+        said += f", precision {search.precision()}"
+        recall, passes = self._recall(search), search.runs[0].gradient_passes
         said += "" if recall is None else f", recall {recall}"
         return said + (f"; {passes:,} gradient passes on top." if passes else ".")
 
     def _at_equal_cost(self) -> Iterator[str]:
-        others = [arm for arm in (self.arm("indicator"), self.arm("random")) if arm is not None]
-        for arm in (self.arm("hunter"), self.arm("gradient")):
-            if arm is not None and others:
-                calls = round(arm.calls)
-                stopped = [Arm(other.name, tuple(other._first(calls))) for other in others]
+        others = [search for search in (self.search("indicator"), self.search("random")) if search is not None]
+        for search in (self.search("hunter"), self.search("gradient")):
+            if search is not None and others:
+                calls = round(search.calls)
+                stopped = [SearchRuns(other.name, tuple(other._first(calls))) for other in others]
                 listed = "; ".join(f"{other.name} {other.n_found:.1f}" for other in stopped)
-                yield f"With the {calls:,} calls of {arm.name}, which finds {arm.n_found:.1f} glitch tokens: {listed}."
+                finds = f"which finds {search.n_found:.1f} glitch tokens"
+                yield f"With the {calls:,} calls of {search.name}, {finds}: {listed}."
 
     def to_json(self) -> dict[str, Json]:
         """Every run with its tokens in the order asked; glitch tokens with their text."""
         runs = [
-            {"method": arm.name, "seed": k, "asked": run.asked.tolist(),
+            {"method": search.name, "seed": k, "asked": run.asked.tolist(),
              "glitch": run.asked[run.glitch].tolist(),
              "gradient_passes": run.gradient_passes, "notes": run.notes}
-            for arm in self.arms for k, run in enumerate(arm.runs)
+            for search in self.searches for k, run in enumerate(search.runs)
         ]  # fmt: skip
         return to_jsonable({
             "model": self.model, "dtype": self.dtype, "n_tokens": self.n_tokens, "n_glitch": self.n_glitch,
@@ -155,10 +157,10 @@ class SearchReport(TokenReport):
         import pandas as pd
 
         rows = [
-            {"method": arm.name, "run": k, "calls": run.calls, "gradient_passes": run.gradient_passes,
+            {"method": search.name, "run": k, "calls": run.calls, "gradient_passes": run.gradient_passes,
              "found": run.n_found, "precision": run.precision.value,
              "recall": run.recall(self.n_glitch).value if self.n_glitch else float("nan")}
-            for arm in self.arms for k, run in enumerate(arm.runs)
+            for search in self.searches for k, run in enumerate(search.runs)
         ]  # fmt: skip
         return pd.DataFrame(rows)
 
@@ -171,9 +173,9 @@ class SearchReport(TokenReport):
 
     def _compared(self) -> Table:
         rows = tuple(
-            (arm.name, len(arm.runs), round(arm.calls), arm.runs[0].gradient_passes, arm.n_found, arm.precision(),
-             self._recall(arm), "; ".join(arm.runs[0].notes))
-            for arm in self.arms
+            (search.name, len(search.runs), round(search.calls), search.runs[0].gradient_passes, search.n_found,
+             search.precision(), self._recall(search), "; ".join(search.runs[0].notes))
+            for search in self.searches
         )  # fmt: skip
         columns = ("search", "runs", "tokens tested", "gradient passes", "found", "precision", "recall", "first run")
         caption = f"{self.n_tokens:,} ordinary tokens; several runs differ in their seed, their mean is shown"
@@ -181,10 +183,10 @@ class SearchReport(TokenReport):
 
     def _curves(self) -> Lines:
         series = []
-        for arm in self.arms:
-            hits = np.cumsum(arm.runs[0].glitch)
+        for search in self.searches:
+            hits = np.cumsum(search.runs[0].glitch)
             at = np.unique(np.linspace(1, len(hits), min(_POINTS, len(hits))).astype(int))
-            series.append(Series(arm.name, tuple(at.tolist()), tuple(hits[at - 1].tolist())))
+            series.append(Series(search.name, tuple(at.tolist()), tuple(hits[at - 1].tolist())))
         return Lines(
             "Glitch tokens found", tuple(series), x_label="tokens tested", y_label="glitch tokens", log_x=True,
             caption="First run of each search, in the order in which it asked"
@@ -192,7 +194,10 @@ class SearchReport(TokenReport):
         )  # fmt: skip
 
     def _listed(self) -> Table:
-        by = {arm.name: set(np.concatenate([run.asked[run.glitch] for run in arm.runs]).tolist()) for arm in self.arms}
+        by = {
+            search.name: set(np.concatenate([run.asked[run.glitch] for run in search.runs]).tolist())
+            for search in self.searches
+        }
         rows = tuple(
             (i, shown(text), ", ".join(name for name, ids in by.items() if i in ids))
             for i, text in sorted(self.token.items())[:_ROWS]

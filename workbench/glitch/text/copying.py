@@ -11,7 +11,7 @@ from workbench.core.stats import Estimate, paired_difference
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.text.sanitize import Sanitizer
 from workbench.glitch.verification.chat import prompt_set
-from workbench.glitch.verification.prompts import PROBES, Probe
+from workbench.glitch.verification.prompts import PROMPTS, TokenPrompt
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
 
@@ -48,7 +48,7 @@ class CopyCheck:
 
 def copy_check(
     model: Model, sanitizer: Sanitizer, tokens: Sequence[int], controls: Sequence[int] = (), *,
-    probe: Probe = PROBES[0], batch_size: int = 16,
+    prompt: TokenPrompt = PROMPTS[0], batch_size: int = 16,
 ) -> CopyCheck:  # fmt: skip
     """Probability of copying each token's text, spliced into a prompt as the token and as its pieces.
 
@@ -57,7 +57,7 @@ def copy_check(
     Raises:
         DegenerateInputError: if none of the tokens can be cut, or the prompt can't be built for this tokenizer.
     """
-    (made,) = prompt_set(model, analyse(sanitizer.codec), [probe], "raw", strict=True).templates
+    (made,) = prompt_set(model, analyse(sanitizer.codec), [prompt], "raw", strict=True).templates
     cut = {i: options[0] for i in (*tokens, *controls) if (options := sanitizer.alternatives(int(i)))}
     if not any(i in cut for i in tokens):
         raise DegenerateInputError(

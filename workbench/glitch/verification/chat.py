@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal  # Any: tokenizers of transformers have no common type
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require_known
-from workbench.glitch.verification.prompts import PROBES, Form, Probe, Template, template
+from workbench.glitch.verification.prompts import PROMPTS, Form, Template, TokenPrompt, template
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
 from workbench.models.model import Model
 
@@ -35,31 +35,31 @@ class PromptSet:
 
 
 def prompt_set(
-    model: Model, vocabulary: Vocabulary, probes: Sequence[Probe] = PROBES, forms: Forms = "auto", *,
+    model: Model, vocabulary: Vocabulary, prompts: Sequence[TokenPrompt] = PROMPTS, forms: Forms = "auto", *,
     strict: bool = False, steps: int = 1,
 ) -> PromptSet:  # fmt: skip
-    """The probes as ids, raw and through the model's chat template.
+    """The prompts as ids, raw and through the model's chat template.
 
     Form "auto" is both for a model with a chat template that can be used, else raw. `steps` is the number of tokens
-    that the model gives after a prompt: a probe that does not fit into the model's positions with them can't be built.
-    Such probes are left out with a note, or raise with `strict`.
+    that the model gives after a prompt: a prompt that does not fit into the model's positions with them can't be built.
+    Such prompts are left out with a note, or raise with `strict`.
 
     Raises:
         UnknownNameError: for other forms.
         InvalidInputError: if a chat form is asked for and there is no template, or it accepts no user message.
-        DegenerateInputError: if no probe (with `strict`: one of them) can be built.
+        DegenerateInputError: if no prompt (with `strict`: one of them) can be built.
     """
     require_known("prompt form", forms, ("auto", *FORMS))
     made: list[Template] = []
     notes: list[str] = []
     for form in _usable(model.tokenizer, forms, notes):
-        for probe in probes:
+        for prompt in prompts:
             try:
-                made.append(_fitting(model, _built(model, vocabulary, probe, form), steps))
+                made.append(_fitting(model, _built(model, vocabulary, prompt, form), steps))
             except DegenerateInputError as error:
                 if strict:
-                    raise DegenerateInputError(f"The {form} prompt {probe.name!r} can't be used: {error}") from error
-                notes.append(f"The {form} prompt {probe.name!r} was left out: {error}")
+                    raise DegenerateInputError(f"The {form} prompt {prompt.name!r} can't be used: {error}") from error
+                notes.append(f"The {form} prompt {prompt.name!r} was left out: {error}")
     if not made:
         raise DegenerateInputError(
             "No prompt could be built: " + " ".join(notes) + " Give other prompts in a file (ScanOptions.prompts)."
@@ -80,11 +80,11 @@ def _usable(tokenizer: Any, forms: Forms, notes: list[str]) -> tuple[Form, ...]:
     return FORMS["both" if forms == "auto" else forms]
 
 
-def _built(model: Model, vocabulary: Vocabulary, probe: Probe, form: Form) -> Template:
+def _built(model: Model, vocabulary: Vocabulary, prompt: TokenPrompt, form: Form) -> Template:
     if form == "raw":
-        return template(probe, vocabulary, lambda text: model.tokens(text).ids[0].tolist())
+        return template(prompt, vocabulary, lambda text: model.tokens(text).ids[0].tolist())
     return template(
-        probe, vocabulary, lambda text: model.tokenizer(text, add_special_tokens=False)["input_ids"],
+        prompt, vocabulary, lambda text: model.tokenizer(text, add_special_tokens=False)["input_ids"],
         lambda asked, token: chat_text(model.tokenizer, *asked.turns(token)), "chat",
     )  # fmt: skip
 

@@ -14,12 +14,12 @@ from workbench.engine.log import Log
 from workbench.glitch.reporting import rate
 from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.outcomes import Outcome, Outcomes
-from workbench.glitch.verification.prompts import Probe, Template
+from workbench.glitch.verification.prompts import Template, TokenPrompt
 from workbench.glitch.verification.scoring import VERIFIED, VerifyOptions, score
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
 from workbench.models.model import Model
 
-LINE = Probe(
+LINE = TokenPrompt(
     "line", "A typist copies each line word by word.\nLine: «table» «green» «walking»\nCopy: «table» «green» «walking»",
     "\nLine: «{token}» «{token}» «{token}» «{token}» «{token}»\nCopy: «{token}» «{token}»", " «{token}»",
 )  # fmt: skip
@@ -99,7 +99,7 @@ def _filled(made: Template, words: Sequence[int], k: int) -> Template:
     a, b, c, d = words
     ids = made.ids.clone()
     ids[made.slots[[0, 1, 3, 4, 5, 6]]] = torch.tensor([a, b, c, d, a, b])
-    return replace(made, probe=replace(made.probe, name=f"line {k}"), ids=ids, slots=made.slots[[2]])
+    return replace(made, prompt=replace(made.prompt, name=f"line {k}"), ids=ids, slots=made.slots[[2]])
 
 
 def in_contexts(

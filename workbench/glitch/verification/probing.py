@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError
 from workbench.engine.log import Log
-from workbench.glitch.verification.prompts import Probe, Template, prompt_hash
+from workbench.glitch.verification.prompts import Template, TokenPrompt, prompt_hash
 from workbench.glitch.verification.scoring import (
     VERIFIED,
     VerifyOptions,
@@ -29,7 +29,7 @@ from workbench.glitch.verification.verify import journal_key
 from workbench.models.model import Model
 
 SHORT_FILE, CONFIRMED_FILES = "short.jsonl", "confirmed-*.jsonl"
-SHORT = Probe(
+SHORT = TokenPrompt(
     "short",
     "Whatever stands in the first pair of quotes is written into the second pair, letter by letter.\n"
     "From «lantern» to «lantern»\nFrom « seventeen» to « seventeen»\nFrom «==>» to «==>»\nFrom «Qu» to «Qu»\n"
@@ -39,7 +39,7 @@ SHORT = Probe(
 )  # fmt: skip
 """The prompt of a census: the examples are the same for every token, so that only the last line is computed again."""
 
-AGAIN = Probe(
+AGAIN = TokenPrompt(
     "again",
     "Each line holds the same text three times.\n«lantern» «lantern» «lantern»\n"
     "« seventeen» « seventeen» « seventeen»\n«==>» «==>» «==>»\n«Qu» «Qu» «Qu»\n« Müller» « Müller» « Müller»\n«",

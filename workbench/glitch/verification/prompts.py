@@ -24,8 +24,8 @@ Form = Literal["raw", "chat"]
 
 
 @dataclass(frozen=True)
-class Probe:
-    """One prompt: `preamble`, then `shots` worked copies, then the beginning of one that the model has to finish.
+class TokenPrompt:
+    """One prompt about a token: `preamble`, then `shots` worked copies, then the beginning of one to finish.
 
     Attributes:
         shown: the part that shows the token, with `{token}` in it.
@@ -47,7 +47,7 @@ class Probe:
         fixed = self.preamble + self.request + (self.reply or "")
         if SLOT not in self.shown or self.answer.count(SLOT) != 1 or SLOT in fixed or self.shots < 0:
             raise InvalidInputError(
-                f"Probe {self.name!r}: shown={self.shown!r}, answer={self.answer!r}, shots={self.shots}. Both texts "
+                f"Prompt {self.name!r}: shown={self.shown!r}, answer={self.answer!r}, shots={self.shots}. Both texts "
                 f"need {SLOT} (the answer once), preamble, request and reply none, and shots can't be negative."
             )
 
@@ -74,44 +74,44 @@ class Probe:
         return self.answer[: self.answer.index(SLOT)]
 
 
-PROBES = (
-    Probe("copy", "A copying machine was checked again and again. What goes in comes out unchanged, every time.",
-          "\nIn: «{token}»\nOut:", " «{token}»", shots=8),
-    Probe("row", "One word fills this whole page, again and again and nothing else:\n", "{token}", "{token}", shots=20,
-          request="\n\nWhich word fills the page?", reply="The word is «"),
-    Probe("meaning", "A dictionary assistant names each word before explaining it, and treats all words alike.\n"
-          "Reader: Please explain the word 'qwvbnx'.\nAssistant: 'qwvbnx' is not a word that I have met.\n"
-          "Reader: Please explain the word '", "{token}'.\nAssistant:", " '{token}'"),
+PROMPTS = (
+    TokenPrompt("copy", "A copying machine was checked again and again. What goes in comes out unchanged, every time.",
+                "\nIn: «{token}»\nOut:", " «{token}»", shots=8),
+    TokenPrompt("row", "One word fills this whole page, again and again and nothing else:\n", "{token}", "{token}",
+                shots=20, request="\n\nWhich word fills the page?", reply="The word is «"),
+    TokenPrompt("meaning", "A dictionary assistant names each word before explaining it, and treats all words alike.\n"
+                "Reader: Please explain the word 'qwvbnx'.\nAssistant: 'qwvbnx' is not a word that I have met.\n"
+                "Reader: Please explain the word '", "{token}'.\nAssistant:", " '{token}'"),
 )  # fmt: skip
 """The prompts used unless a file names others: many worked copies, a plain repetition, and a question."""
 
 
-def probes_from(path: Path) -> tuple[Probe, ...]:
+def prompts_from(path: Path) -> tuple[TokenPrompt, ...]:
     """Prompts from a JSON file: a list of objects with name, preamble, shown, answer and shots.
 
     Raises:
         MissingFileError: if there is no such file.
-        InvalidInputError: if it holds no list of probes.
+        InvalidInputError: if it holds no list of prompts.
     """
-    probes = from_jsonable(tuple[Probe, ...], load_json(path))
-    if not probes:
+    prompts = from_jsonable(tuple[TokenPrompt, ...], load_json(path))
+    if not prompts:
         raise InvalidInputError(f"{path} holds no prompts. Give at least one with name, preamble, shown and answer.")
-    return probes
+    return prompts
 
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """A probe as ids, with the places where the token goes."""
+    """A `TokenPrompt` as ids, with the places where the token goes."""
 
-    probe: Probe
+    prompt: TokenPrompt
     ids: Int[Tensor, " pos"]
     slots: Int[Tensor, " slots"]
     form: Form = "raw"
 
     @property
     def name(self) -> str:
-        """Form and probe, which no other template of a test shares."""
-        return f"{self.form}:{self.probe.name}"
+        """Form and prompt, which no other template of a test shares."""
+        return f"{self.form}:{self.prompt.name}"
 
     @property
     def shared(self) -> int:
@@ -139,10 +139,10 @@ def prompt_hash(templates: Sequence[Template]) -> str:
 
 
 def template(
-    probe: Probe, vocabulary: Vocabulary, encode: Callable[[str], Sequence[int]],
-    write: Callable[[Probe, str], str] = Probe.text, form: Form = "raw",
+    prompt: TokenPrompt, vocabulary: Vocabulary, encode: Callable[[str], Sequence[int]],
+    write: Callable[[TokenPrompt, str], str] = TokenPrompt.text, form: Form = "raw",
 ) -> Template:  # fmt: skip
-    """The probe as ids, made with a placeholder token that provably stays whole in it.
+    """The prompt as ids, made with a placeholder token that provably stays whole in it.
 
     Placeholders are long, purely alphabetic tokens without a leading space. `encode` gives the ids of a text with what
     the model's tokenizer puts in front of it; `write` gives the prompt with a token as text, in the stated form.
@@ -154,11 +154,11 @@ def template(
     plain = [i for i, c in enumerate(vocabulary.category) if c == "ok" and texts[i].isalpha()]
     plain.sort(key=lambda i: (texts[i].isascii(), len(set(texts[i])), len(texts[i]), -i), reverse=True)
     for i in plain[:_MAX_PLACEHOLDERS]:
-        ids = torch.as_tensor(list(encode(write(probe, texts[i]))), dtype=torch.long)
+        ids = torch.as_tensor(list(encode(write(prompt, texts[i]))), dtype=torch.long)
         slots = (ids == i).nonzero().flatten()
-        if len(slots) == probe.occurrences:
-            return Template(probe, ids, slots, form)
+        if len(slots) == prompt.occurrences:
+            return Template(prompt, ids, slots, form)
     raise DegenerateInputError(
-        f"Probe {probe.name!r} holds its token {probe.occurrences} times, but none of the placeholders tried stays a "
-        "single token there. Separate the token from its neighbours, for example by quotes."
+        f"Prompt {prompt.name!r} holds its token {prompt.occurrences} times, but none of the placeholders tried stays "
+        "a single token there. Separate the token from its neighbours, for example by quotes."
     )

@@ -20,7 +20,7 @@ from workbench.core.stats import Estimate, clopper_pearson
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.outcomes import Outcome, Outcomes
-from workbench.glitch.verification.prompts import Probe, Template
+from workbench.glitch.verification.prompts import Template, TokenPrompt
 from workbench.glitch.verification.scoring import target_probabilities
 from workbench.glitch.vocabulary.segments import Pieces, Speller
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
@@ -35,15 +35,15 @@ BROKEN: dict[str, str] = {
     "unknown": "no other tokens spell it, or one of the two measures does not work on this model",
 }
 READ = (
-    Probe("next", "", "The next line of the list is\n{token}", "{token}"),
-    Probe("meaning", "", "Another way to say «{token}» is «", "{token}"),
-    Probe("letter", "", "Spelled letter by letter, «{token}» begins with the letter «", "{token}"),
+    TokenPrompt("next", "", "The next line of the list is\n{token}", "{token}"),
+    TokenPrompt("meaning", "", "Another way to say «{token}» is «", "{token}"),
+    TokenPrompt("letter", "", "Spelled letter by letter, «{token}» begins with the letter «", "{token}"),
 )
 """Texts that go on in a way that depends on what the token says."""
 WRITE = (
-    Probe("pair", "What stands on the left stands on the right once more.\n«river» «river»\n« seventeen» « seventeen»\n"
-          "«Mountain» «Mountain»\n« window» « window»\n", "«{token}»", " «{token}»"),
-    Probe("again", "", "The sign says «{token}». I read it to you: it says «", "{token}"),
+    TokenPrompt("pair", "What stands on the left stands on the right once more.\n«river» «river»\n"
+                "« seventeen» « seventeen»\n«Mountain» «Mountain»\n« window» « window»\n", "«{token}»", " «{token}»"),
+    TokenPrompt("again", "", "The sign says «{token}». I read it to you: it says «", "{token}"),
 )  # fmt: skip
 """Texts that ask for the token after its text was shown in other tokens."""
 LEVEL = 0.05
@@ -139,7 +139,7 @@ def measure_sides(
 def _frames(model: Model, vocabulary: Vocabulary) -> list[tuple[Template, ...]]:
     """The texts to read and those to write; a tokenizer may glue one of them to the token, the others do."""
     try:
-        return [prompt_set(model, vocabulary, probes, "raw").templates for probes in (READ, WRITE)]
+        return [prompt_set(model, vocabulary, prompts, "raw").templates for prompts in (READ, WRITE)]
     except DegenerateInputError as error:
         raise DegenerateInputError(
             f"Reading and writing can't be told apart with this tokenizer; leave this part out. {error}"

@@ -19,7 +19,7 @@ from workbench.core.tokens import TokenBatch
 from workbench.glitch.reporting import rate
 from workbench.glitch.verification.chat import Forms, prompt_set
 from workbench.glitch.verification.outcomes import Outcome
-from workbench.glitch.verification.prompts import Probe
+from workbench.glitch.verification.prompts import TokenPrompt
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
 from workbench.models.model import Model
 
@@ -36,11 +36,12 @@ LABELS: dict[str, str] = {
 }
 """Labels with their rules; the first that holds is given. Symptoms after Li et al. 2024, the rules are our own."""
 TASKS = (
-    Probe("repetition", "", "Please give this text back, exactly as it is: «{token}»\n", "Here it is again: «{token}"),
-    Probe("spelling", "", "Please spell this text, with a hyphen between its letters: «{token}»\n",
-          "Letter by letter it is:{token}"),
-    Probe("length", "", "How many characters does this text have: «{token}»?\n",
-          "The number of its characters is{token}"),
+    TokenPrompt("repetition", "", "Please give this text back, exactly as it is: «{token}»\n",
+                "Here it is again: «{token}"),
+    TokenPrompt("spelling", "", "Please spell this text, with a hyphen between its letters: «{token}»\n",
+                "Letter by letter it is:{token}"),
+    TokenPrompt("length", "", "How many characters does this text have: «{token}»?\n",
+                "The number of its characters is{token}"),
 )  # fmt: skip
 """The tasks of Li et al. 2024 in our words: say it, spell it with hyphens, count its characters."""
 _CANNOT = re.compile(
@@ -109,7 +110,7 @@ def symptoms(
     chosen = [t for t in made.templates if t.form == form]
     with progress(total=len(chosen) * len(asked), description="symptoms", unit="replies") as running:
         for template in chosen:
-            task, question = template.probe.name, template.probe.text("")
+            task, question = template.prompt.name, template.prompt.text("")
             for start in range(0, len(asked), batch_size):
                 part = asked[start : start + batch_size]
                 rows = TokenBatch.of_rows(template.fill(torch.tensor([i for i, _ in part])))
@@ -118,7 +119,7 @@ def symptoms(
                     reply = reply.strip().split("\n")[0]
                     replies.append(Symptom(int(i), control, task, reply, label_of(task, texts[i], reply, question)))
                 running.advance(len(part))
-    names = [template.probe.name for template in chosen]
+    names = [template.prompt.name for template in chosen]
     return Symptoms(
         tuple(replies), form, _failures(replies, names, True), _failures(replies, names, False), max_new_tokens,
         made.notes,

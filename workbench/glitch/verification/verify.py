@@ -52,7 +52,7 @@ class PromptScore:
     """One token at one prompt: the highest probability over the steps that were run (None: no number), and the step."""
 
     form: str
-    probe: str
+    prompt: str
     p: float | None
     step: int
 
@@ -71,7 +71,7 @@ class Tested(Outcome):
     """
 
     max_prob: float
-    probe: str
+    prompt: str
     passes: int
     encodable: bool
     verdict: str
@@ -202,10 +202,10 @@ def _tested(i: int, control: bool, templates: Sequence[Template], scores: Scores
         if scores.ran[k, t].any():
             p = highest(scores.p[k : k + 1, t])[0]
             step = int(np.nan_to_num(scores.p[k, t], nan=-1.0).argmax())
-            each.append(PromptScore(made.form, made.probe.name, None if np.isnan(p) else float(p), step))
+            each.append(PromptScore(made.form, made.prompt.name, None if np.isnan(p) else float(p), step))
     best, at = float(scores.best[k]), templates[int(scores.where[k])]
     return Tested(
-        token_id=i, control=control, max_prob=best, probe=at.probe.name, passes=int(scores.passes[k]),
+        token_id=i, control=control, max_prob=best, prompt=at.prompt.name, passes=int(scores.passes[k]),
         encodable=encodable, verdict=verdict(best, encodable), form=at.form, scores=tuple(each),
     )  # fmt: skip
 
