@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model
-from workbench.controls import area, shuffles
+from workbench.controls import area
 from workbench.controls.directions import random_directions
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
@@ -47,27 +47,6 @@ def test_random_directions_need_a_reference(like: torch.Tensor, orthogonal: bool
         random_directions(like, 1, orthogonal=orthogonal)
     with pytest.raises(InvalidInputError, match="0 or more"):
         random_directions(torch.ones(4), -1)
-
-
-def test_shuffled_values_keep_their_counts_and_every_shuffle_is_another() -> None:
-    values = np.arange(30)
-    rows = shuffles.shuffled(values, 5, random=2)
-    assert all(sorted(row) == values.tolist() for row in rows)
-    assert len({tuple(row) for row in rows}) == 5
-    assert np.array_equal(rows, shuffles.shuffled(values, 5, random=2))
-    assert np.array_equal(rows[:2], shuffles.shuffled(values, 2, random=2)), "fewer are the first of more"
-    generator = np.random.default_rng(2)
-    again = [shuffles.shuffled(values, random=generator)[0] for _ in range(2)]
-    assert np.array_equal(rows[:2], np.stack(again)), "a generator draws on"
-
-
-@pytest.mark.parametrize("n", [2, 3, 7, 50])
-def test_nobody_keeps_its_own(n: int) -> None:
-    for seed in range(5):
-        partner = shuffles.another(n, random=seed)
-        assert sorted(partner) == list(range(n)) and not (partner == np.arange(n)).any()
-    with pytest.raises(DegenerateInputError, match="two or more"):
-        shuffles.another(1)
 
 
 def test_auroc_counts_ties_half_column_by_column_in_full_precision() -> None:

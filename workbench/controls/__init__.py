@@ -1,4 +1,4 @@
-"""What stands beside every result: matched features, random directions, shuffles, which tokens count, arms, methods."""
+"""What every result is compared with: matched features, random directions; which tokens count, arms, methods."""
 
 from workbench.core.surface import attach
 

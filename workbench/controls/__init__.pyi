@@ -10,6 +10,4 @@ from .matching import matched_features as matched_features
 from .methods import Method as Method
 from .methods import comparisons as comparisons
 from .methods import methods_of as methods_of
-from .shuffles import another as another
-from .shuffles import shuffled as shuffled
 from .tokens import TokenPolicy as TokenPolicy
