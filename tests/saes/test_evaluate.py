@@ -218,6 +218,7 @@ def test_numbers_of_every_architecture_equal_their_definitions(model: Model, kin
     sae = _lens_sae(kind)
     report = evaluate_sae(model, sae, _rows(), options=EvalOptions(batch_rows=5))
     x = model.capture(_rows(), [SITE])[SITE]
+    every, every_hat = x.double(), torch.stack([sae(row).detach().double() for row in x])  # type: ignore[operator]
     x = x[:, 1:][(x[:, 1:].norm(dim=-1) < 10 * x[:, 1:].norm(dim=-1).median())].double()
     acts = sae.encode(x.float()).detach()  # type: ignore[attr-defined]
     x_hat = sae.decode(acts).detach().double()  # type: ignore[attr-defined]
@@ -241,6 +242,10 @@ def test_numbers_of_every_architecture_equal_their_definitions(model: Model, kin
     )
     per_token = 1 - (x - x_hat).square().sum(1) / (x - mean).square().sum(1)
     assert report.ev_legacy["per_token"].value == pytest.approx(float(per_token.mean()), rel=1e-3, abs=1e-4)
+    scalar = [1 - (a - b).var(correction=0) / a.var(correction=0) for a, b in zip(every, every_hat, strict=True)]
+    assert report.ev_legacy["all_elements"].value == pytest.approx(float(torch.stack(scalar).mean()), rel=1e-4)
+    assert report.mse_all_elements.value == pytest.approx(float((every - every_hat).square().mean()), rel=1e-4)
+    assert report.mse_all_elements.n == len(every), "an interval over rows"
 
 
 def test_a_transcoder_is_judged_and_spliced_where_it_writes(model: Model) -> None:

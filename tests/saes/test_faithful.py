@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.saes.handmade import relu_sae
 from tests.tiny import D_MODEL, tiny_model, tiny_tokenizer
 from workbench.controls.tokens import TokenPolicy
-from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.core.records import to_jsonable
 from workbench.models.model import Model
 from workbench.saes.comparison.faithful import (
@@ -21,7 +21,6 @@ from workbench.saes.comparison.faithful import (
     firing_rates,
     quality,
     random_rows,
-    scalar_explained_variance,
     seed_difference,
     verdict,
 )
@@ -141,18 +140,6 @@ def test_saes_of_different_sites_or_models_are_refused(model: Model) -> None:
     for bad in ({"taus": (1.0,)}, {"seeds": 0}, {"tokens": 5}):
         with pytest.raises(InvalidInputError):
             FakeFeatureOptions(**bad)
-
-
-def test_the_scalar_explained_variance_counts_a_constant_vector_as_explained() -> None:
-    offset = torch.tensor([100.0, -100.0, 0.0])
-    x = offset + torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0))
-    mean_predictor = x.mean((0, 1)).expand(x.shape)
-    assert float(scalar_explained_variance(x, mean_predictor).min()) > 0.99
-    assert scalar_explained_variance(x, x).tolist() == [1.0, 1.0]
-    expected = 1 - float((x[0] - mean_predictor[0]).var(correction=0) / x[0].var(correction=0))
-    assert float(scalar_explained_variance(x, mean_predictor)[0]) == pytest.approx(expected)
-    with pytest.raises(ShapeError):
-        scalar_explained_variance(x, x[:, :1])
 
 
 def test_quality_of_a_perfect_sae_and_of_one_that_returns_next_to_nothing(model: Model) -> None:

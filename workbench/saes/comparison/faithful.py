@@ -15,8 +15,7 @@ from workbench.bases.fits import placed_at
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
-from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
-from workbench.core.metrics import squared_error
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.core.progress import track
 from workbench.core.similarity import RESAMPLES
 from workbench.core.stats import Estimate, sample_mean
@@ -273,7 +272,9 @@ class Quality:
         recovered: loss recovered against zero ablation with sinks kept.
         ce_kept: loss added by splicing at kept tokens, in nats per token.
         ce_sinks: loss added by splicing at every token, sinks and first tokens included, as FaithfulSAE does.
-        ev_scalar: explained variance as FaithfulSAE computes it, see `scalar_explained_variance`; all tokens.
+        ev_scalar: explained variance as FaithfulSAE computes it, with one scalar mean instead of the mean vector: a
+            constant vector counts as variance that is explained, and a sink at the first token can be most of it. All
+            tokens; `fvu` is the number to use.
         l2: mean squared error per element over all tokens, as there.
     """
 
@@ -286,25 +287,6 @@ class Quality:
     tokens: int
 
 
-def scalar_explained_variance(
-    x: Float[Tensor, "rows pos d"], x_hat: Float[Tensor, "rows pos_hat d_hat"]
-) -> Float[Tensor, " rows"]:
-    """One minus the variance of all elements of the error over that of all elements of `x`, for each row.
-
-    One scalar mean is taken off instead of the mean vector, so a constant vector counts as variance that is explained,
-    and a sink at the first token can be most of it. For comparison with FaithfulSAE (arXiv 2506.17673); `fvu` is the
-    number to use.
-
-    >>> scalar_explained_variance(torch.tensor([[[3.0, 5.0]]]), torch.tensor([[[3.0, 3.0]]]))  # 1 - 1 / 1
-    tensor([0.], dtype=torch.float64)
-    """
-    if x.shape != x_hat.shape:
-        raise ShapeError(f"x has shape {tuple(x.shape)}, its reconstruction {tuple(x_hat.shape)}; they must be equal.")
-    error, total = ((v.double().flatten(1).var(1, correction=0)) for v in (x - x_hat, x))
-    return 1 - error / total
-
-
-@torch.no_grad()
 def quality(
     model: Model, sae: AnySAE, rows: Int[Tensor, "rows context"], *, options: EvalOptions | None = None
 ) -> Quality:
@@ -313,22 +295,11 @@ def quality(
     Raises:
         MismatchError: if SAE and model don't belong together.
     """
-    options = options or EvalOptions()
     report = evaluate_sae(model, sae, rows, options=options)
-    basis = placed_at(sae, model)
-    ev, l2 = [], []
-    for ids in rows[: options.max_rows].split(options.batch_rows):
-        x = model.capture(TokenBatch.of_rows(ids), [str(basis.site)]).flat(str(basis.site)).float()
-        x_hat = basis.reconstruct(x.flatten(0, 1)).view_as(x)
-        ev.append(scalar_explained_variance(x, x_hat))
-        l2.append(squared_error(x.flatten(0, 1), x_hat.flatten(0, 1)).view(x.shape[:2]).mean(1) / x.shape[2])
-
-    def mean(parts: Sequence[Tensor]) -> Estimate:
-        return sample_mean(torch.cat(list(parts)).double().cpu().numpy(), seed=options.seed)
-
     return Quality(
         fvu=report.fvu, recovered=report.recovered["zero"], ce_kept=report.ce_difference["sae"],
-        ce_sinks=report.ce_difference["sae_sinks"], ev_scalar=mean(ev), l2=mean(l2), tokens=report.n_tokens,
+        ce_sinks=report.ce_difference["sae_sinks"], ev_scalar=report.ev_legacy["all_elements"],
+        l2=report.mse_all_elements, tokens=report.n_tokens,
     )  # fmt: skip
 
 

@@ -205,6 +205,7 @@ class _Evaluation:
             dead=dead_share(first.fired > 0),
             dense={name: float((density > level).double().mean()) for name, level in DENSE.items()},
             mse=ratio(kept["error_sae"], kept["tokens"]),
+            mse_all_elements=mean(sums["error_elements"]),
             cosine=ratio(kept["cosine"], kept["tokens"]),
             shrinkage=ratio(kept["norm_ratio"], kept["tokens"]),
             reconstruction_bias=ratio(kept["hat_hat"], kept["x_hat"]) if kept["x_hat"].sum() else None,
@@ -243,9 +244,12 @@ def _reconstruction_sums(part: Part, hats: dict[str, Tensor], first: _First) -> 
     sums = {name: _row_sums(value, part.keep) for name, value in values.items()}
     sums["error_all"] = _row_sums(error, mask)
     sums["total_all"] = _row_sums((x - first.mean_all.to(x)).square().sum(-1), mask)
-    pairs = zip(x, x_hat, mask, strict=True)
-    elements = [1 - (a - b)[m].var(correction=0) / a[m].var(correction=0) for a, b, m in pairs]
-    return {**sums, "ev_elements": torch.stack(elements).cpu().numpy()}
+    rows = [(a[m], b[m]) for a, b, m in zip(x, x_hat, mask, strict=True)]
+    elements = [1 - (a - b).var(correction=0) / a.var(correction=0) for a, b in rows]
+    errors = [(a - b).square().mean() for a, b in rows]
+    return {
+        **sums, "ev_elements": torch.stack(elements).cpu().numpy(), "error_elements": torch.stack(errors).cpu().numpy()
+    }  # fmt: skip
 
 
 def _errors(x: Tensor, x_hat: Tensor) -> Tensor:

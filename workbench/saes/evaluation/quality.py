@@ -30,6 +30,7 @@ class SAEReport(Report):
             one is better.
         dense: share of the features that are active on more than 1 % ("1%") and 10 % ("10%") of the kept tokens.
         mse: squared error of a kept token, summed over the dimensions, mean over tokens.
+        mse_all_elements: squared error of an element of any token, sinks counted; mean over rows of the mean of each.
         cosine: mean cosine of a kept token and its reconstruction; a large common mean raises it.
         shrinkage: mean of the norm of the reconstruction over the norm of the token; below 1 it is too small.
         reconstruction_bias: `E|x_hat|^2 / E[x . x_hat]`; 1 means that no rescaling would help, below 1 shrinkage;
@@ -56,6 +57,7 @@ class SAEReport(Report):
     target_site: str
     dense: dict[str, float]
     mse: Estimate
+    mse_all_elements: Estimate
     cosine: Estimate
     shrinkage: Estimate
     reconstruction_bias: Estimate | None
@@ -129,8 +131,8 @@ class SAEReport(Report):
         return {
             "explained_variance": self.explained_variance,
             **{f"dense_above_{level}": share for level, share in self.dense.items()},
-            "mse": self.mse, "cosine": self.cosine, "shrinkage": self.shrinkage,
-            "reconstruction_bias": self.reconstruction_bias,
+            "mse": self.mse, "mse_all_elements": self.mse_all_elements, "cosine": self.cosine,
+            "shrinkage": self.shrinkage, "reconstruction_bias": self.reconstruction_bias,
             **{f"decoder_norm_{name}": value for name, value in self.decoder_norms.items()},
             **{f"ev_legacy_{name}": value for name, value in self.ev_legacy.items()},
         }  # fmt: skip
