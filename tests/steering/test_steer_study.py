@@ -12,10 +12,13 @@ import pytest
 
 from experiments.feature_selection import Sizes, selection, study_time
 from tests.features.toys import random_sae
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.core.errors import InvalidInputError
+from workbench.core.progress import Task
+from workbench.engine.job import job_to_json
 from workbench.features import ContextOptions, ScoreOptions
 from workbench.features.scores.table import COLUMNS, FeatureTable
+from workbench.models.model import Model
 from workbench.saes.config import SAEConfig
 from workbench.steering.selection.claims import (
     cooccurrence_claim,
@@ -25,7 +28,7 @@ from workbench.steering.selection.claims import (
     observed_over_expected,
 )
 from workbench.steering.selection.groups import FILTERED, MATCHED, SECOND, UNFILTERED, Depth, StudyOptions, groups_of
-from workbench.steering.selection.steer_groups import Measured, Steered
+from workbench.steering.selection.steer_groups import Measured, Steered, SteerFeatures
 from workbench.steering.selection.study import selection_study
 from workbench.steering.sweep.options import SteerOptions
 from workbench.steering.sweep.steer import Bench
@@ -189,6 +192,13 @@ def test_an_interrupted_study_goes_on_to_the_same_result(tmp_path: Path) -> None
     assert selection(model, tmp_path, SIZES).to_json() == whole
     other = replace(SIZES, study=replace(OPTIONS, strengths=(2.0,)))
     assert selection(model, tmp_path, other).to_json() != whole, "texts of other settings are not taken"
+
+
+def test_texts_of_another_precision_are_not_taken() -> None:
+    fp32, bf16 = tiny_model(), Model(tiny_model().hf.bfloat16(), tiny_tokenizer())
+    scored = Depth(random_sae(), table(HIGH))
+    jobs = [job_to_json(SteerFeatures.of(model, scored, [1], OPTIONS, Task())) for model in (fp32, bf16)]
+    assert fp32.fingerprint == bf16.fingerprint and jobs[0] != jobs[1]
 
 
 def test_the_time_grows_with_the_work() -> None:

@@ -132,6 +132,7 @@ class SteerFeatures:
 
     Attributes:
         model: fingerprint.
+        dtype: precision of the model, which the fingerprint leaves open.
         sae: fingerprint.
         site: where the model is steered.
         features: the features, of which a shard names the first.
@@ -144,6 +145,7 @@ class SteerFeatures:
     """
 
     model: str
+    dtype: str
     sae: str
     site: str
     features: list[int]
@@ -163,6 +165,7 @@ class SteerFeatures:
         sizes = sizes_of(torch.tensor(features), steering)
         return cls(
             model=model.fingerprint,
+            dtype=str(model.dtype),
             sae=as_basis(depth.sae).fingerprint,
             site=str(target_site(model, depth.sae)),
             features=list(features),
