@@ -124,8 +124,12 @@ def test_a_job_travels_as_its_name_and_its_configuration() -> None:
 
 
 def test_the_registry_refuses_a_name_twice_and_what_is_no_job() -> None:
-    with pytest.raises(InvalidInputError, match=r"the name belongs to .*Squares"):
-        register_job("test-squares")(dataclasses.make_dataclass("Other", [], frozen=True))
+    other = dataclasses.make_dataclass("Other", [], frozen=True, namespace={"open": Squares.open})
+    with pytest.raises(InvalidInputError, match=r"'test-squares' is already the name of a job: .*Squares"):
+        register_job("test-squares")(other)
+    with pytest.raises(InvalidInputError, match="frozen dataclass"):
+        register_job("test-squares")(type("Squares", (), {"__module__": __name__}))
+    assert job_from_json(job_to_json(Squares())) == Squares(), "what was refused has replaced nothing"
     with pytest.raises(InvalidInputError, match="frozen dataclass"):
         register_job("test-nothing")(dict)
     with pytest.raises(UnknownNameError, match="register_job"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.core.errors import InvalidInputError, UnknownNameError, did_you_mean
 from workbench.core.records import from_jsonable, to_jsonable
+from workbench.core.registry import Registry
 
 MAX_SPEC_BYTES = 65_536
 """Of a shard's description: a range, ids or a config, never data."""
@@ -108,7 +109,8 @@ class Job(Protocol):
         ...
 
 
-_registry: dict[str, type] = {}
+JOBS: Registry[type] = Registry("job")
+"""Every job by the name by which it travels to workers."""
 _JobClass = TypeVar("_JobClass", bound=type)
 
 
@@ -120,19 +122,12 @@ def register_job(name: str) -> Callable[[_JobClass], _JobClass]:
     """
 
     def registered(cls: _JobClass) -> _JobClass:
-        known = _registry.setdefault(name, cls)
-        # a module that is loaded again, as in a notebook, brings the same class anew
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise InvalidInputError(
-                f"register_job({name!r}): the name belongs to {known.__module__}.{known.__qualname__}. Choose another."
-            )
         parameters = getattr(cls, "__dataclass_params__", None)
         if parameters is None or not parameters.frozen or not callable(getattr(cls, "open", None)):
-            del _registry[name]
             raise InvalidInputError(
                 f"register_job({name!r}): {cls.__qualname__} must be a frozen dataclass with open()."
             )
-        _registry[name] = cls
+        JOBS.add(name, cls)
         return cls
 
     return registered
@@ -144,11 +139,11 @@ def job_to_json(job: Job) -> dict[str, object]:
     Raises:
         UnknownNameError: if its class is not registered.
     """
-    name = next((name for name, cls in _registry.items() if cls is type(job)), None)
+    name = next((name for name, cls in JOBS.items() if cls is type(job)), None)
     if name is None:
         raise UnknownNameError(
             f"{type(job).__qualname__} is no registered job. Put @register_job(NAME) on it. "
-            f"{did_you_mean(type(job).__qualname__, _registry)}"
+            f"{did_you_mean(type(job).__qualname__, JOBS)}"
         )
     return {"job": name, "config": {f.name: to_jsonable(getattr(job, f.name)) for f in _config_fields(type(job))}}
 
@@ -160,10 +155,7 @@ def job_from_json(data: Mapping[str, object]) -> Job:
         UnknownNameError: if no job of that name is registered here.
         InvalidInputError: if it has another form.
     """
-    name = str(data.get("job"))
-    if name not in _registry:
-        raise UnknownNameError(f"There is no job {name!r}. {did_you_mean(name, _registry)}")
-    return from_jsonable(_registry[name], data.get("config"))
+    return from_jsonable(JOBS[str(data.get("job"))], data.get("config"))
 
 
 def _config_fields(cls: type) -> list[dataclasses.Field[object]]:
