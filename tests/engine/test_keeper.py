@@ -13,6 +13,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from workbench.core import locks
 from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError, MissingFileError
 from workbench.engine.job import Made
 from workbench.engine.keeper import Keeper
@@ -66,6 +67,23 @@ def test_another_key_is_refused_by_the_fields_that_differ(place: str) -> None:
     with pytest.raises(MismatchError, match=r"\(layers: file \[1, 2\], now \[1\]; seed: file nothing, now 3\)"):
         Keeper.open(place, {"model": "abc", "layers": [1], "seed": 3})
     Keeper.open(place, KEY).close()
+
+
+def test_a_keeper_that_is_refused_or_damaged_is_left_to_other_processes(tmp_path: Path) -> None:
+    Keeper.open(tmp_path, KEY).close()
+    held = len(locks._held)
+    with pytest.raises(MismatchError):
+        Keeper.open(tmp_path, {})
+    (tmp_path / "key.json").write_text("{")
+    with pytest.raises(CorruptFileError):
+        Keeper.open(tmp_path, KEY)
+    assert len(locks._held) == held
+
+
+def test_a_key_may_hold_half_a_character(place: str) -> None:
+    for _ in range(2):
+        with Keeper.open(place, {"prompt": "a\udcff"}) as keep:
+            assert keep.once("prompt", str, lambda: "b\udcff") == "b\udcff"
 
 
 def test_keys_have_folders_of_their_own_where_asked(place: str) -> None:

@@ -84,18 +84,17 @@ class Keeper:
         """
         folder, plain = open_folder(where), _plain_key(key)
         locked = alone and isinstance(folder, LocalFolder)
-        if isinstance(folder, LocalFolder) and locked:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            if not lock_folder(folder.path):
-                raise refuse_folder_in_use(folder.path)
-        text = json.dumps({"key": plain}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        if not folder.has(KEY_FILE):
-            folder.create(KEY_FILE, text.encode())
-        kept = parse_json(folder.read(KEY_FILE), f"{folder.where}/{KEY_FILE}", dict).get("key", {})
-        if kept != plain:
+        with contextlib.ExitStack() as unless_opened:
             if isinstance(folder, LocalFolder) and locked:
-                unlock_folder(folder.path)
+                folder.path.mkdir(parents=True, exist_ok=True)
+                if not lock_folder(folder.path):
+                    raise refuse_folder_in_use(folder.path)
+                unless_opened.callback(unlock_folder, folder.path)
+            if not folder.has(KEY_FILE):
+                folder.create(KEY_FILE, _json_bytes({"key": plain}))
+            kept = parse_json(folder.read(KEY_FILE), f"{folder.where}/{KEY_FILE}", dict).get("key", {})
             require_same_key(folder.where, kept, plain)
+            unless_opened.pop_all()
         return cls(folder, plain, locked=locked)
 
     @classmethod
@@ -300,8 +299,8 @@ def _plain_key(key: object) -> dict[str, object]:
     return plain if isinstance(plain, dict) else {"key": plain}
 
 
-def _json_bytes(receipt: Receipt) -> bytes:
-    text = json.dumps(to_jsonable(receipt), indent=1, ensure_ascii=False, allow_nan=False)
+def _json_bytes(value: object) -> bytes:
+    text = json.dumps(to_jsonable(value), indent=1, ensure_ascii=False, allow_nan=False)
     # surrogates come from tokens that are half a character
     return (text + "\n").encode("utf-8", errors="backslashreplace")
 
