@@ -87,6 +87,14 @@ def test_rows_and_padded_batches_keep_the_same_tokens() -> None:
     assert fitted.reasons(x[:1], batch.ids[:1]).tolist() == [[1, 0, 0, 3, 0, 0, 0]]
 
 
+def test_special_tokens_are_left_out_wherever_they_stand() -> None:
+    batch = tiny_model().tokens(["abcd"])
+    policy = TokenPolicy(special_ids=(int(batch.ids[0, 2]),))
+    assert policy.kept(batch).tolist() == [[False, True, False, True]]
+    assert policy.ordinary(batch.ids).tolist() == [[False, True, False, True]]
+    assert policy.reasons(torch.ones(1, 4, 2), batch.ids).tolist() == [[1, 0, 2, 0]]
+
+
 def test_a_row_of_which_nothing_is_kept_is_refused() -> None:
     batch = tiny_model().tokens(["a", "bcd"])
     with pytest.raises(DegenerateInputError, match="nothing to pool"):

@@ -38,6 +38,19 @@ def test_where_nothing_matches_the_nearest_is_taken() -> None:
     assert matched_features([0], frequency, norm=norm) == ((1,),)
 
 
+def test_a_match_is_within_a_factor_of_1_5_in_frequency_and_in_norm() -> None:
+    frequency = torch.cat([torch.tensor([0.1, 0.14, 0.16, 0.07, 0.06]), RARE, RARE])
+    assert {drawn[0] for drawn in matched_features([0], frequency, 40)} == {1, 3}
+    norm = torch.tensor([1.0, 1.4, 1.6, 0.7, 0.6] + [9.0] * 80)
+    drawn = matched_features([0], torch.full((85,), torch.nan), 40, norm=norm)
+    assert {features[0] for features in drawn} == {1, 3}
+
+
+def test_of_features_that_are_too_far_the_nearest_ones_are_taken() -> None:
+    frequency = torch.cat([torch.tensor([0.9, 0.1, 0.1, 0.09, 0.08]), RARE, RARE])
+    assert {drawn[0] for drawn in matched_features([0], frequency, 40)} == {1, 2}
+
+
 def test_a_set_holds_each_feature_once() -> None:
     frequency = torch.full((8,), 0.1)
     for drawn in matched_features([0, 1, 2], frequency, 40):
