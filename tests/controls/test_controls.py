@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import tiny_model
+from tests.tiny import as_user, tiny_model
 from workbench.controls import area
 from workbench.controls.directions import random_directions
 from workbench.controls.tokens import TokenPolicy
@@ -69,6 +69,14 @@ def test_auroc_needs_both_kinds_paired_rows_and_numbers() -> None:
         area.auroc(torch.tensor([[1.0], [torch.nan]]), torch.tensor([True, False]))
 
 
+def test_auroc_takes_labels_as_0_and_1_and_whole_scores_as_they_are() -> None:
+    with as_user():
+        scores, labels = torch.tensor([[2**25 + 1], [2**25], [0]]), torch.tensor([1, 0, 0])
+        assert area.auroc(scores, labels).tolist() == [1.0], "fp32 would make a tie of the first two"
+        with pytest.raises(InvalidInputError, match="labels other than 0 and 1"):
+            area.auroc(scores, torch.tensor([1, -1, -1]))
+
+
 def test_rows_and_padded_batches_keep_the_same_tokens() -> None:
     model = tiny_model()
     batch = model.tokens(["abcdef", "gh"], bos=True)
@@ -85,6 +93,9 @@ def test_rows_and_padded_batches_keep_the_same_tokens() -> None:
     assert fitted.kept(batch, x).sum() == keep.sum() - 1 and not fitted.kept(batch, x)[0, 3]
     assert torch.equal(fitted.mask(x[:1], batch.ids[:1]), fitted.kept(batch, x)[:1])
     assert fitted.reasons(x[:1], batch.ids[:1]).tolist() == [[1, 0, 0, 3, 0, 0, 0]]
+    x[0, 5] = torch.nan
+    assert torch.equal(fitted.mask(x[:1], batch.ids[:1]), fitted.kept(batch, x)[:1])
+    assert fitted.reasons(x[:1], batch.ids[:1]).tolist() == [[1, 0, 0, 3, 0, 3, 0]]
 
 
 def test_special_tokens_are_left_out_wherever_they_stand() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from workbench.controls.matching import MAX_FREQUENCY_RATIO, N_NEAREST, matched_features
-from workbench.core.errors import DegenerateInputError
+from workbench.core.errors import DegenerateInputError, InvalidInputError
 
 RARE = torch.full((40,), 0.001)
 """Features that make the pool of the near ones large enough for two, and are no match themselves."""
@@ -76,3 +76,14 @@ def test_without_frequencies_all_that_write_are_equally_likely() -> None:
     one_unknown = torch.full((200,), 0.1)
     one_unknown[1] = torch.nan
     assert len({drawn[0] for drawn in matched_features([1], one_unknown, 300)}) > 80
+
+
+def test_sets_differ_where_few_features_are_there_to_choose_from() -> None:
+    frequency = torch.full((12,), 0.1)
+    assert len(set(matched_features([0], frequency, 10))) == 2
+
+
+@pytest.mark.parametrize(("chosen", "excluded"), [([-1], []), ([8], []), ([0], [-2])])
+def test_features_that_do_not_exist_are_refused(chosen: list[int], excluded: list[int]) -> None:
+    with pytest.raises(InvalidInputError, match="does not exist; frequencies are given of features 0 to 7"):
+        matched_features(chosen, torch.full((8,), 0.1), excluded=excluded)

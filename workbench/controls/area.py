@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench.core.errors import DegenerateInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 
 
 def auroc(scores: Float[Tensor, "rows columns"], positive: Bool[Tensor, " labels"]) -> Float[Tensor, " columns"]:
@@ -17,6 +17,7 @@ def auroc(scores: Float[Tensor, "rows columns"], positive: Bool[Tensor, " labels
 
     Raises:
         ShapeError: if the rows do not pair up.
+        InvalidInputError: for labels that are neither 0 nor 1.
         DegenerateInputError: if one side has no row, or a score is nan.
 
     >>> is_positive = torch.tensor([True, True, False, False])
@@ -27,7 +28,12 @@ def auroc(scores: Float[Tensor, "rows columns"], positive: Bool[Tensor, " labels
 
     if scores.shape[0] != positive.shape[0]:
         raise ShapeError(f"auroc: {scores.shape[0]} rows of scores and {positive.shape[0]} labels; they must pair up.")
-    n_positive = int(positive.sum())
+    is_positive = positive.bool()
+    if bool((positive != is_positive).any()):
+        raise InvalidInputError(
+            "auroc: labels other than 0 and 1. Give True for positive rows and False for the others."
+        )
+    n_positive = int(is_positive.sum())
     n_negative = len(positive) - n_positive
     if not n_positive or not n_negative or bool(scores.isnan().any()):
         raise DegenerateInputError(
@@ -35,9 +41,9 @@ def auroc(scores: Float[Tensor, "rows columns"], positive: Bool[Tensor, " labels
             "Give at least one row of each kind, and scores that are numbers."
         )
     # bf16 has no numpy type; fp32 holds its values exactly.
-    comparable = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+    comparable = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
     ranks = np.asarray(rankdata(comparable.cpu().numpy(), axis=0))
-    wins = ranks[positive.cpu().numpy()].sum(0) - n_positive * (n_positive + 1) / 2
+    wins = ranks[is_positive.cpu().numpy()].sum(0) - n_positive * (n_positive + 1) / 2
     return torch.from_numpy(np.asarray(wins / (n_positive * n_negative)))
 
 

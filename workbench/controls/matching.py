@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.core.errors import DegenerateInputError
+from workbench.core.errors import DegenerateInputError, InvalidInputError
 
 N_NEAREST = 20
 MAX_POOL_SHARE = 0.05
@@ -33,7 +33,8 @@ def matched_features(
     is neither chosen nor excluded, and is not in the same set yet. Each match is drawn in three steps:
 
     1. Of the eligible features keep those within a factor `MAX_NORM_RATIO` of the norm; all of them if none is.
-    2. Of these take the `N_NEAREST` nearest in frequency, by the ratio, but at most the share `MAX_POOL_SHARE`.
+    2. Of these take the `N_NEAREST` nearest in frequency, by the ratio, but at most the share `MAX_POOL_SHARE`, and
+       two at least if there are several sets: sets from a pool of one would all be the same.
     3. Of these keep those within a factor `MAX_FREQUENCY_RATIO` of the frequency, the nearest if none is, and draw one,
        all equally likely.
 
@@ -50,10 +51,17 @@ def matched_features(
 
     Raises:
         DegenerateInputError: if a set would need more features than are eligible.
+        InvalidInputError: for a feature that has no frequency.
 
     >>> matched_features([0], torch.tensor([0.5, 0.4, 0.01]))  # 0.01 is no match for 0.5
     ((1,),)
     """
+    excluded = tuple(excluded)
+    if bad := [feature for feature in (*chosen, *excluded) if not 0 <= feature < len(frequency)]:
+        raise InvalidInputError(
+            f"matched_features: feature {bad[0]} does not exist; frequencies are given of features 0 to "
+            f"{len(frequency) - 1}. Name one of these."
+        )
     eligible = eligible_features(frequency, norm=norm, excluded=(*chosen, *excluded))
     if (there := int(eligible.sum())) < max(1, len(chosen)):
         raise DegenerateInputError(
@@ -70,7 +78,7 @@ def matched_features(
     for _ in range(n_sets):
         free, drawn = eligible.clone(), []
         for by_frequency, by_norm in pools:
-            pool = _pool(free.nonzero().flatten(), by_frequency, by_norm)
+            pool = _pool(free.nonzero().flatten(), by_frequency, by_norm, n_sets)
             drawn.append(int(pool[int(random.integers(len(pool)))]))
             # A feature drawn twice would be edited once, and the control would be smaller than what it controls.
             free[drawn[-1]] = False
@@ -97,13 +105,13 @@ def _log_ratio(values: Float[Tensor, " d_sae"], feature: int) -> Float[Tensor, "
     return (logs - logs[feature]).abs()
 
 
-def _pool(free: Int[Tensor, " free"], by_frequency: Tensor, by_norm: Tensor) -> Int[Tensor, " pool"]:
+def _pool(free: Int[Tensor, " free"], by_frequency: Tensor, by_norm: Tensor, n_sets: int) -> Int[Tensor, " pool"]:
     """The features that one is drawn from, nearest first."""
     of_norm = free[by_norm[free] <= math.log(MAX_NORM_RATIO)]
     pool = of_norm if len(of_norm) else free
     far = by_frequency[pool]
     if bool(by_frequency.isnan().all()):
         return pool
-    order = far.argsort(stable=True)[: min(N_NEAREST, max(1, int(MAX_POOL_SHARE * len(pool))))]
+    order = far.argsort(stable=True)[: min(N_NEAREST, max(min(n_sets, 2), int(MAX_POOL_SHARE * len(pool))))]
     matches = order[far[order] <= math.log(MAX_FREQUENCY_RATIO)]
     return pool[matches if len(matches) else order[far[order] == far[order[0]]]]

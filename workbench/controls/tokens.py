@@ -89,7 +89,7 @@ class TokenPolicy:
     ) -> Int[Tensor, "rows pos"]:
         """The same from the norms alone."""
         reason = torch.zeros_like(ids)
-        reason[norms > self.max_norm] = 3
+        reason[~(norms <= self.max_norm)] = 3  # so that nan is dropped too, as in `kept`
         reason[self._special(ids)] = 2
         reason[:, 0] = 1
         return reason
