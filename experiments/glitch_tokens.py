@@ -13,7 +13,7 @@ import tyro
 from workbench.cli.study import Begin, Study
 from workbench.core.errors import WorkbenchError
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, examine, scan
-from workbench.glitch.verification.prompts import probes_from
+from workbench.glitch.verification.prompts import prompts_from
 from workbench.glitch.verification.scoring import VERIFIED
 from workbench.models.model import Model
 from workbench.runs.run import RunDir
@@ -90,7 +90,7 @@ class GlitchScan(Study[GlitchReport]):
     def measure(self, begin: Begin) -> GlitchReport:
         options = self.options()
         if self.prompts is not None:
-            probes_from(self.prompts)  # refused before the weights are read
+            prompts_from(self.prompts)  # refused before the weights are read
         run = begin()
         try:
             report, model = study(self.model, options=options), None
