@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,11 +24,15 @@ from workbench.bases.sae import SAELike
 from workbench.cli.study import Study
 from workbench.cli.training import TrainingOptions
 from workbench.core.errors import InvalidInputError, WorkbenchError
+from workbench.core.records import to_jsonable, write_atomic
 from workbench.core.tokens import TokenBatch
+from workbench.features.cards.cardmaking import CardOptions, feature_cards
 from workbench.features.scores.table import FeatureTable
 from workbench.models.model import Model
-from workbench.report.base import Report, Section, Table
-from workbench.runs.run import RunDir, list_runs, settings_of
+from workbench.report.base import Headline, Metric, Report, Says, Section, Table
+from workbench.report.features import feature_page
+from workbench.runs.content import headline_rows
+from workbench.runs.run import FEATURE_PAGE, RunDir, list_runs, settings_of
 from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import load_sae
 from workbench.steering.refusal import data as refusal_data
@@ -57,13 +61,32 @@ class Demo(TrainingOptions, Study[Report]):
         """Runs the steps that are not done yet and prints the findings."""
         done = None if self.fresh else self._finished()
         run = done or self._work()
-        sections = [run.load_step(step) for step in run.steps()]
-        findings = [finding for section in sections for finding in section.findings]
+        sections = {step: run.load_step(step) for step in run.steps()}
         report = (run.path / "report.html").resolve()
-        again = ["This run was finished before; `workbench demo --fresh` runs it again."] if done else []
-        found = [f"  - {finding}" for finding in findings]
-        lines = ["", "What was found:", *found, "", *again, f"Run folder: {run.path}", f"Report:     {report}"]
-        self.emit({"run": run.path, "report": report, "reused": bool(done), "findings": findings}, lines)
+        summary = {
+            "run": run.path, "report": report, "reused": bool(done),
+            "headlines": [row for step, section in sections.items() for row in headline_rows(step, section)],
+            "findings": [finding for section in sections.values() for finding in section.findings],
+        }  # fmt: skip
+        self.emit(summary, self._lines(run, sections, report, bool(done)))
+
+    def _lines(self, run: RunDir, sections: Mapping[str, Section], report: Path, reused: bool) -> Iterator[str]:
+        """One line per step, and what to run next."""
+        yield ""
+        for section in sections.values():
+            if section.headline is not None:
+                yield f"{section.title}: {section.headline.line()}"
+        yield ""
+        if reused:
+            yield "This run was finished before; `workbench demo --fresh` runs it again."
+        sae = run.artifacts / "sae"
+        yield f"Report:       {report}"
+        if (run.path / FEATURE_PAGE).is_file():
+            yield f"All features: {(run.path / FEATURE_PAGE).resolve()}"
+        yield "Next:"
+        yield f"  workbench report {run.path} --open     # the report in the browser"
+        yield f"  workbench features show {sae}     # the page of all features again, with other options"
+        yield f"  workbench serve --model {self.model} --sae {sae}     # steer and ablate features while you write"
 
     def _finished(self) -> RunDir | None:
         """The newest run of this configuration if it is finished; a newer one that was interrupted goes on instead."""
@@ -88,12 +111,18 @@ class Demo(TrainingOptions, Study[Report]):
                 _say(f"[{number}/{len(STEPS)}] {title}")
                 start = time.perf_counter()
                 reason = study.reason_against(name)
-                section = step(study) if reason is None else Section(title, (), (f"Left out: {reason}",))
+                section = step(study) if reason is None else left_out(title, reason)
                 seconds = time.perf_counter() - start
                 run.save_step(name, replace(section, metrics={**section.metrics, "seconds": round(seconds, 1)}))
                 _say(f"      {seconds:.0f} s" if reason is None else f"      left out: {reason}")
             run.finish(f"Workbench demo: {study.model.name}")
         return run
+
+
+def left_out(title: str, reason: str) -> Section:
+    """The section of a step that was not run."""
+    said = f"Left out: {reason}"
+    return Section(title, (), (said,), headline=Headline(sentence=said))
 
 
 def _say(line: str) -> None:
@@ -168,8 +197,19 @@ def _check(study: _Study) -> Section:
     report.require()
     rows = tuple((check.name, "holds" if check.ok else "fails", check.detail) for check in report.checks)
     table = Table(("check", "result", "measured"), rows, "Run on the loaded model, before anything else.")
-    finding = f"{study.model.name} passes {len(rows)} of {len(rows)} self-checks: its sites are what their names say."
-    return Section("The model", (table,), (finding,), {"checks": len(rows), "withdrawn_sites": len(report.withdrawn)})
+    held = sum(check.ok for check in report.checks)
+    count = Table(("self-checks", "number"), (("that hold", held), ("that were made", len(rows))), "Self-checks")
+    finding = f"{study.model.name} passes {held} of {len(rows)} self-checks: its sites are what their names say."
+    headline = Headline.read(
+        Says(
+            works=f"The sites of {study.model.name} are what their names say, and edits of them reach the logits.",
+            no_better="", fails=f"A site of {study.model.name} is not what its name says.",
+        ),
+        value=(count, "that hold", "number"), control=(count, "that were made", "number"),
+        measure="self-checks that hold", better="at least",
+    )  # fmt: skip
+    metrics: dict[str, Metric] = {"checks": len(rows), "withdrawn_sites": len(report.withdrawn)}
+    return Section("The model", (table, count), (finding,), metrics, headline)
 
 
 def _glitch(study: _Study) -> Section:
@@ -198,8 +238,14 @@ def _sae(study: _Study) -> Section:
 
 
 def _features(study: _Study) -> Section:
-    table = score_features.study(study.model, study.sae, open_store(study.store_folder))
+    store = open_store(study.store_folder)
+    table = score_features.study(study.model, study.sae, store)
     table.save(study.table_folder)
+    options = CardOptions(explain=False)  # rules would take longer than all other steps together
+    cards = feature_cards(study.model, study.sae, store, table=table, options=options)
+    cards.save(study.sae_folder / "cards")
+    page = feature_page(map(to_jsonable, cards), f"Features of {study.model.name}, {study.site}")
+    write_atomic(study.run.path / FEATURE_PAGE, page.html)
     return table.report().section()
 
 

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from circuits.shift.deciders import Decision
 from workbench.controls.methods import Role
+from workbench.core.numbers import number, rounding_error
 from workbench.core.stats import Estimate
-from workbench.report.base import Bars, Metric, Report, Section, Table, Text
+from workbench.report.base import Bars, Headline, Metric, Report, Says, Section, Table, Text
+
+SUBJECT, RANDOM = "SHIFT + retrain", "random features + retrain"
+"""The methods of the headline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +203,9 @@ class ShiftReport(Report):
         is_fooled = plain.spurious.value > plain.label.value
         verdict = "it follows the shortcut" if is_fooled else "it mostly reads the label, so there is little to remove"
         return (
-            f"A probe trained where {self.label_name} and {self.spurious_name} go together predicts the label of "
-            f"{_share(plain.label)} balanced test texts and the attribute of {_share(plain.spurious)}: {verdict}. "
-            f"Worst group {plain.worst_group}: {_share(plain.worst)}.",
+            f"A probe trained where {self.label_name} and {self.spurious_name} go together predicts on balanced "
+            f"test texts the label with accuracy {plain.label} and the attribute with {plain.spurious}: {verdict}. "
+            f"Worst group {plain.worst_group}: {plain.worst}.",
         )
 
     def _outcome(self) -> tuple[str, ...]:
@@ -218,25 +222,24 @@ class ShiftReport(Report):
                 verb = "can't be told from"
             draws = comparison.over_draws
             lines.append(
-                f"{comparison.better} {verb} {comparison.other}: label accuracy {_points(difference)}, "
-                f"on the rows that break the correlation {_points(comparison.conflict)}"
-                + ("." if draws is None else f"; over random sets {_points(draws)}.")
+                f"{comparison.better} {verb} {comparison.other}: label accuracy {difference.change()}, "
+                f"on the rows that break the correlation {comparison.conflict.change()}"
+                + ("." if draws is None else f"; over random sets {draws.change()}.")
             )
-        row, again = self.method("SHIFT"), self.method("SHIFT + retrain")
+        row, again = self.method("SHIFT"), self.method(SUBJECT)
         lines.append(
-            f"SHIFT ablated {self.n_spurious} of {len(self.verdicts)} candidates: label {_share(row.label)}, attribute "
-            f"{_share(row.spurious)}, worst group {row.worst_group} {_share(row.worst)}; with the probe "
+            f"SHIFT ablated {self.n_spurious} of {len(self.verdicts)} candidates: label {row.label}, attribute "
+            f"{row.spurious}, worst group {row.worst_group} {row.worst}; with the probe "
             "retrained label "
-            f"{_share(again.label)}, attribute {_share(again.spurious)}, worst group {again.worst_group} "
-            f"{_share(again.worst)}."
+            f"{again.label}, attribute {again.spurious}, worst group {again.worst_group} "
+            f"{again.worst}."
         )
         return tuple(lines)
 
     def _controls(self) -> tuple[str, ...]:
         rows = [row for row in self.methods if row.role in ("rival", "bound")]
-        parts = "; ".join(f"{row.name} {_share(row.label)}" for row in rows)
-        best = self.method("SHIFT + retrain").label.value
-        ahead = [row.name for row in rows if row.role == "rival" and row.label.value > best]
+        parts = "; ".join(f"{row.name} {row.label}" for row in rows)
+        ahead = self._ahead()
         note = f" Simpler or better-informed methods ahead of SHIFT + retrain: {', '.join(ahead)}." if ahead else ""
         agree = sum(row.decision == row.oracle_decision for row in self.verdicts)
         return (
@@ -246,7 +249,7 @@ class ShiftReport(Report):
 
     def _cost(self) -> tuple[str, ...]:
         lines = [
-            f"The effects at {row.site} miss {100 * row.gap:.0f} % of the measured total; read their ranking with care."
+            f"The effects at {row.site} miss a share of {number(row.gap)} of the measured total: a rough ranking."
             for row in self.attribution if row.gap > 0.1
         ]  # fmt: skip
         if self.collateral is not None:
@@ -259,14 +262,57 @@ class ShiftReport(Report):
 
     def section(self) -> Section:
         """The report as a section: bars, the table of methods, comparisons, verdicts."""
-        return Section("SHIFT: removing a spurious attribute", self._blocks(), self.findings(), self._metrics())
+        title = "SHIFT: removing a spurious attribute"
+        return Section(title, self._blocks(), self.findings(), self._metrics(), self.headline())
 
-    def _blocks(self) -> tuple[Text | Table | Bars, ...]:
-        names = tuple(m.name for m in self.methods)
-        label, attribute = f"accuracy: {self.label_name}", f"agreement with {self.spurious_name}"
+    def headline(self) -> Headline:
+        """Label accuracy beside that of as many random features, by the less certain of two paired differences."""
+        value, control, table = self.method(SUBJECT), self.method(RANDOM), self._method_table()
+        (compared,) = (c for c in self.comparisons if (c.better, c.other) == (SUBJECT, RANDOM))
+        over = {"label accuracy": compared.label, "label accuracy over draws": compared.over_draws}
+        measured = {column: e for column, e in over.items() if e is not None}
+        column = min(measured, key=lambda column: max(measured[column].low, -measured[column].high))
+        ahead = self._ahead()
+        simpler = f", and less than {' and '.join(ahead)}" if ahead else ""
+        idle = "" if self.n_spurious else ": the judge called none of the candidates spurious"
+        return Headline.read(
+            Says(
+                f"Ablating the features judged spurious helps the probe more than ablating random ones{simpler}.",
+                f"Ablating the features judged spurious helps the probe no more than ablating random ones{idle}.",
+                "Ablating the features judged spurious helps the probe less than ablating random ones.",
+            ),
+            value=(table, value.name, self._label), control=(table, control.name, self._label),
+            difference=(self._comparison_table(), _against(compared), column),
+            measure="label accuracy",
+        )  # fmt: skip
+
+    @property
+    def _label(self) -> str:
+        return f"accuracy: {self.label_name}"
+
+    def _ahead(self) -> list[str]:
+        """Simpler or better-informed methods that do better."""
+        best = self.method(SUBJECT).label.value
+        return [row.name for row in self.methods if row.role == "rival" and row.label.value > best]
+
+    def _method_table(self) -> Table:
+        attribute = f"agreement with {self.spurious_name}"
         rows = tuple(
             (m.name, m.n_features, m.label, m.spurious, m.worst, m.worst_group, m.information) for m in self.methods
         )
+        return Table(_METHODS_HEADER[:2] + (self._label, attribute) + _METHODS_HEADER[2:], rows, _METHODS_CAPTION)
+
+    def _comparison_table(self) -> Table:
+        return Table(
+            ("difference", "label accuracy", "rows that break the correlation", "label accuracy over draws"),
+            tuple((_against(c), c.label, c.conflict, c.over_draws) for c in self.comparisons),
+            "Differences over the same test texts, and over the draws of a random control. Only the templates and "
+            "words used here are covered.",
+        )
+
+    def _blocks(self) -> tuple[Text | Table | Bars, ...]:
+        names = tuple(m.name for m in self.methods)
+        label, attribute = self._label, f"agreement with {self.spurious_name}"
         verdicts = tuple(
             (v.feature, v.effect, v.decision, v.oracle_decision, v.spurious_share, v.target_share,
              " ".join(repr(token.strip()) for token, _ in v.top_tokens), v.why) for v in self.verdicts
@@ -275,18 +321,13 @@ class ShiftReport(Report):
             Text(self._method_text()),
             Bars(label, names, tuple(m.label for m in self.methods), "label accuracy", 0.5),
             Bars("worst group", names, tuple(m.worst for m in self.methods), "label accuracy", 0.5),
-            Table(_METHODS_HEADER[:2] + (label, attribute) + _METHODS_HEADER[2:], rows, _METHODS_CAPTION),
+            self._method_table(),
             Table(
                 ("control", label, attribute, "worst group"),
                 tuple((m.name, d.label, d.spurious, d.worst) for m in self.methods if (d := m.over_draws)),
                 "Random controls, with intervals over their draws instead of over texts.",
             ),
-            Table(
-                ("method", "against", "label accuracy", "rows that break the correlation", "label accuracy over draws"),
-                tuple((c.better, c.other, c.label, c.conflict, c.over_draws) for c in self.comparisons),
-                "Differences over the same test texts, and over the draws of a random control; only the templates and "
-                "words used here are covered.",
-            ),
+            self._comparison_table(),
             Table(
                 ("site", "method", "total", "gap", "rows", "positive"),
                 tuple((a.site, a.method, a.total, a.gap, a.n_rows, a.n_positive) for a in self.attribution),
@@ -301,10 +342,14 @@ class ShiftReport(Report):
 
     def _method_text(self) -> str:
         check = self.edit_check
-        checked = f"texts by {check.difference:.2g} of its size; rounding explains up to {check.allowed:.2g}" + (
-            ", so this edit is too small for the dtype of the model and the SAE to be checked."
-            if check.allowed >= 1
-            else "."
+        checked = (
+            f"texts by {rounding_error(check.difference)} of its size; rounding explains up to "
+            f"{rounding_error(check.allowed)}"
+            + (
+                ", so this edit is too small for the dtype of the model and the SAE to be checked."
+                if check.allowed >= 1
+                else "."
+            )
         )
         return (
             f"{self.task}. Probe: L2 logistic regression on the mean of {self.probe_site} over {self.tokens}; "
@@ -337,17 +382,10 @@ class ShiftReport(Report):
 _METHODS_HEADER = ("method", "features", "worst group", "which", "what it uses")
 _METHODS_CAPTION = (
     "Balanced test texts of wording and names that training never saw. Attribute agreement of 0.5 means that "
-    "the attribute "
-    "does not matter. The interval of the worst group is over its own texts and not corrected for picking the "
-    "worst of four."
+    "the attribute does not matter. The interval of the worst group is over its own texts and not corrected for "
+    "picking the worst of four."
 )
 
 
-def _share(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.0f} % [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}] (n={estimate.n})"
-
-
-def _points(estimate: Estimate) -> str:
-    return (
-        f"{100 * estimate.value:+.0f} points [{100 * estimate.low:+.0f}, {100 * estimate.high:+.0f}] (n={estimate.n})"
-    )
+def _against(comparison: Comparison) -> str:
+    return f"{comparison.better} minus {comparison.other}"

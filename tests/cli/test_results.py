@@ -27,7 +27,7 @@ def test_runs_are_listed_with_status_and_numbers(runs: Path, capsys: pytest.Capt
     assert "unfinished" in lines[0]
     assert "-open-" in lines[0]
     assert "finished" in lines[1]
-    assert lines[2] == "    one.rate = 0.25 [0.0456, 0.699] (n=4 prompts)"
+    assert lines[2] == "    one.rate = 0.250 [0.046, 0.699] (n = 4 prompts)"
     assert lines[3] == "    one.n = 7"
     assert cli.main(["runs", str(runs), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)

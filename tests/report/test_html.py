@@ -102,10 +102,12 @@ def test_findings_stand_above_the_steps() -> None:
 
 def test_numbers_are_shown_with_interval_and_n_and_holes_as_not_available() -> None:
     estimate = Estimate(0.9412, 0.93, 0.95, 200, "bootstrap", "documents")
-    rows = ((estimate,), (math.nan,), (math.inf,), (None,), (1234567,))
+    rows = ((estimate,), (math.nan,), (math.inf,), (None,), (1234567,), (4.14e-10,), (5651.2,))
     page = page_html(Page(title="t", sections={"a": Section("s", (Table(("value",), rows),), (), {"bad": math.nan})}))
-    assert "<b>0.941</b> <small>[0.930, 0.950] n = 200 documents</small>" in page
-    assert 'title="95% interval, bootstrap"' in page
+    assert "<b>0.941</b> <small>[0.930, 0.950]</small>" in page
+    assert "<figcaption>n = 200 documents.</figcaption>" in page
+    assert 'title="95% interval, bootstrap, n = 200 documents"' in page
+    assert ">&lt;0.0001<" in page and ">5,650<" in page
     assert page.count('<span class="na">n/a</span>') == 4
     assert "1,234,567" in page
     assert "nan" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)

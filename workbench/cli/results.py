@@ -9,7 +9,9 @@ from pathlib import Path
 import tyro
 
 from workbench.cli.base import BaseCommand
-from workbench.report.blocks import MetricRow
+from workbench.core.numbers import number
+from workbench.core.stats import Estimate
+from workbench.report.section import MetricRow
 from workbench.runs.run import RunDir, RunInfo, find_run, list_runs
 
 
@@ -52,18 +54,25 @@ class Report(BaseCommand):
     """Run folder, part of its name, or "latest"."""
     folder: Path = Path("runs")
     """Where to look for a name."""
+    open: bool = False
+    """Open it in the browser."""
 
     def run(self) -> None:
         """Write it."""
         run = RunDir.open(find_run(self.which, self.folder))
         notice = "" if run.finished else f"Unfinished. Finished steps: {', '.join(run.steps()) or 'none'}."
         report = run.write_report(notice).resolve()
+        if self.open:
+            import webbrowser
+
+            webbrowser.open(report.as_uri())
         self.emit({"report": report, "finished": run.finished, "steps": run.steps()}, [str(report)])
 
 
 def _metric(metric: MetricRow) -> str:
     value, low, high = (metric.get(key) for key in ("value", "low", "high"))
-    text = f"{value:.4g}" if isinstance(value, int | float) else "n/a" if value is None else str(value)
+    if isinstance(value, str):
+        return value
     if not isinstance(low, int | float) or not isinstance(high, int | float):
-        return text
-    return f"{text} [{low:.3g}, {high:.3g}] (n={metric.get('n')} {metric.get('unit')})"
+        return number(value)
+    return str(Estimate(value, low, high, metric["n"] or 0, metric["method"] or "", metric["unit"] or ""))

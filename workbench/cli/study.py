@@ -109,6 +109,9 @@ class RunFolderStudy(BaseCommand, Generic[R]):
         return self.exit_code(report)
 
     def _lines(self, report: R, folder: Path) -> Iterator[str]:
+        headline = report.section().headline
+        if headline is not None:
+            yield headline.line()
         yield from (f"- {finding}" for finding in report.findings())
         yield from self.details(report, folder)
         yield self.places(report, folder)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.numbers import sample_size, with_interval
 
 Values = Sequence[float] | np.ndarray
 
@@ -36,7 +37,23 @@ class Estimate:
     level: float = 0.95
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n={self.n} {self.unit})"
+        return f"{' '.join(self.shown())} ({sample_size(self.n, self.unit)})"
+
+    def shown(self, *, sign: bool = False) -> tuple[str, str]:
+        """Value and interval as text, with equal decimals.
+
+        >>> Estimate(0.5, 0.25, 0.75, 40, "Wilson", "prompts").shown()
+        ('0.500', '[0.250, 0.750]')
+        """
+        return with_interval(self.value, self.low, self.high, sign=sign)
+
+    def change(self) -> str:
+        """A difference: signed, with n.
+
+        >>> Estimate(0.5, 0.25, 0.75, 1, "t", "rows").change()
+        '+0.500 [+0.250, +0.750] (n = 1 row)'
+        """
+        return f"{' '.join(self.shown(sign=True))} ({sample_size(self.n, self.unit)})"
 
     def excludes(self, value: float) -> bool:
         """Whether the interval lies wholly on one side of `value`."""

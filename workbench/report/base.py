@@ -6,33 +6,23 @@ import abc
 from dataclasses import dataclass
 
 from workbench.core.jsontext import Json
+from workbench.core.numbers import Number
 from workbench.core.records import to_jsonable
-from workbench.report.blocks import (
-    Bars,
-    Block,
-    Cell,
-    Histogram,
-    Lines,
-    Metric,
-    Number,
-    Scatter,
-    Section,
-    Series,
-    Table,
-    Text,
-    Tokens,
-    flat_metrics,
-)
+from workbench.report.blocks import Bars, Block, Cell, Histogram, Lines, Scatter, Series, Table, Text, Tokens
+from workbench.report.headline import Headline, Says
+from workbench.report.section import Metric, Section, flat_metrics
 
 __all__ = [
     "Bars",
     "Block",
     "Cell",
+    "Headline",
     "Histogram",
     "Lines",
     "Metric",
     "Number",
     "Report",
+    "Says",
     "Scatter",
     "Section",
     "Series",

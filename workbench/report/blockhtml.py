@@ -9,16 +9,23 @@ from collections.abc import Iterable
 
 from markupsafe import Markup, escape
 
+from workbench.core.numbers import Number, counted, number
 from workbench.core.stats import Estimate
-from workbench.report.blocks import Bars, Block, Cell, Histogram, Lines, Metric, Number, Scatter, Table, Text, Tokens
+from workbench.report.blocks import Bars, Block, Histogram, Lines, Scatter, Table, Text, Tokens
 from workbench.report.plots import plot_svg
-from workbench.report.text import NOT_AVAILABLE, interval, number, visible
+from workbench.report.tablehtml import table_html
+from workbench.report.text import visible
 
 
 @functools.singledispatch
 def block_html(block: Block) -> Markup:
     """The block as an HTML element."""
     raise TypeError(f"{type(block).__name__} is no report block.")
+
+
+def titled(title: str, content: Markup) -> Markup:
+    """Content below its heading."""
+    return Markup("<h4>{}</h4>\n{}").format(visible(title), content)
 
 
 def prose(text: str) -> Markup:
@@ -28,19 +35,6 @@ def prose(text: str) -> Markup:
     return Markup("").join(Markup("<p>{}</p>").format(Markup(line)) for line in lines)
 
 
-def cell_html(cell: Cell | Metric) -> Markup:
-    """The content of a table cell."""
-    if isinstance(cell, Estimate):
-        value, rest = interval(cell)
-        return Markup('<span title="{}"><b>{}</b> <small>{}</small></span>').format(
-            f"{cell.level:.0%} interval, {visible(cell.method)}", value, rest
-        )
-    if isinstance(cell, str):
-        return escape(visible(cell))
-    missing = cell is None or not math.isfinite(cell)
-    return Markup('<span class="na">{}</span>').format(NOT_AVAILABLE) if missing else escape(number(cell))
-
-
 @block_html.register
 def _(block: Text) -> Markup:
     return prose(block.text)
@@ -48,16 +42,7 @@ def _(block: Text) -> Markup:
 
 @block_html.register
 def _(block: Table) -> Markup:
-    numeric = [_is_numeric([row[i] for row in block.rows]) for i in range(len(block.columns))]
-    kinds = [Markup(' class="num"') if flag else Markup("") for flag in numeric]
-    head = _join("<th scope=col{}>{}</th>", zip(kinds, map(visible, block.columns), strict=True))
-    rows = [
-        Markup("<tr>{}</tr>").format(_join("<td{}>{}</td>", zip(kinds, map(cell_html, row), strict=True)))
-        for row in block.rows
-    ]
-    body = Markup("").join(rows) or Markup('<tr><td colspan="{}" class="na">no rows</td></tr>').format(len(numeric))
-    table = Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>')
-    return _figure(table.format(head, body), "", block.caption)
+    return titled(block.name, table_html(block))
 
 
 @block_html.register(Bars)
@@ -98,19 +83,10 @@ def _figure(content: Markup, title: str, caption: str) -> Markup:
     return Markup("<figure>{}{}{}</figure>").format(heading, content, below)
 
 
-def _join(template: str, rows: Iterable[Iterable[object]]) -> Markup:
-    return Markup("").join(Markup(template).format(*row) for row in rows)
-
-
-def _is_numeric(cells: list[Cell]) -> bool:
-    given = [cell for cell in cells if cell is not None]
-    return bool(given) and not any(isinstance(cell, str) for cell in given)
-
-
 def _left_out(block: Bars | Lines | Histogram | Scatter) -> str:
     """A sentence about values that a plot can't show, or nothing."""
     missing = _missing(block)
-    return f"{missing} value{'s' if missing > 1 else ''} n/a, not drawn." if missing else ""
+    return f"{counted(missing, 'values')} n/a, not drawn." if missing else ""
 
 
 def _missing(block: Bars | Lines | Histogram | Scatter) -> int:

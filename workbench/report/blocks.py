@@ -1,22 +1,21 @@
-"""What a report is made of, as plain frozen values: blocks to show, sentences to read, metrics to compare.
+"""What a report shows, as plain frozen values: prose, tables, plots, coloured tokens.
 
 Nothing here knows HTML or plots: `workbench.report` draws these values, `workbench.runs.run` stores them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Literal, NotRequired, TypedDict, TypeVar, overload
+from typing import Literal, TypeVar
 
-from workbench.core.errors import InvalidInputError, ShapeError
-from workbench.core.records import to_jsonable
+from workbench.core.errors import InvalidInputError, ShapeError, did_you_mean
+from workbench.core.numbers import Number
 from workbench.core.stats import Estimate
 
-Number = int | float
 Cell = str | int | float | Estimate | None
-Metric = Estimate | float | int | str
 T = TypeVar("T")
 
 
@@ -30,7 +29,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; an `Estimate` is shown with its interval and n.
+    """Rows of cells; an `Estimate` is shown with its interval. The first column names the row.
+
+    Numbers in a column called "feature" are features of the study's SAE, and link to their cards where there are any.
+
+    Attributes:
+        caption: its first sentence is what the table is called.
+        is_sample: texts that show a result better than a plot does; a section shows its first one open.
 
     Raises:
         ShapeError: if a row is not as wide as the header.
@@ -39,6 +44,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
+    is_sample: bool = False
     kind: Literal["table"] = field(default="table", init=False, repr=False)
 
     @classmethod
@@ -50,6 +56,31 @@ class Table:
         """
         read = [attrgetter(column) if isinstance(column, str) else column for column in columns.values()]
         return cls(tuple(columns), tuple(tuple(get(item) for get in read) for item in items), caption)
+
+    @property
+    def name(self) -> str:
+        """First sentence of the caption.
+
+        >>> Table(("a",), (), "What it costs: nats per token. Over rows.").name
+        'What it costs: nats per token'
+        """
+        return re.split(r"\.(?:\s|$)", self.caption, maxsplit=1)[0] or ", ".join(self.columns)
+
+    def cell(self, row: str, column: str) -> Cell:
+        """The cell of the first row of this name.
+
+        Raises:
+            InvalidInputError: if there is no such row or column.
+        """
+        if column not in self.columns:
+            raise InvalidInputError(
+                f"Table {self.name!r} has no column {column!r}. {did_you_mean(column, self.columns)}"
+            )
+        for cells in self.rows:
+            if str(cells[0]) == row:
+                return cells[self.columns.index(column)]
+        names = [str(cells[0]) for cells in self.rows]
+        raise InvalidInputError(f"Table {self.name!r} has no row {row!r}. {did_you_mean(row, names)}")
 
     def __post_init__(self) -> None:
         for i, row in enumerate(self.rows):
@@ -153,64 +184,6 @@ class Tokens:
 
 
 Block = Text | Table | Bars | Lines | Histogram | Scatter | Tokens
-
-
-@dataclass(frozen=True)
-class Section:
-    """One step of a study: what to show, what was found in plain words, and the numbers to keep.
-
-    Attributes:
-        findings: plain sentences, negative results included, each with its n and interval.
-        metrics: flat; the names are unique within a run together with the step's name.
-    """
-
-    title: str
-    blocks: tuple[Block, ...] = ()
-    findings: tuple[str, ...] = ()
-    metrics: dict[str, Metric] = field(default_factory=dict)
-
-
-class MetricRow(TypedDict):
-    """A metric in JSON types; what does not apply is null."""
-
-    value: int | float | str | None
-    low: float | None
-    high: float | None
-    n: int | None
-    unit: str | None
-    method: str | None
-    level: NotRequired[float]
-
-
-def flat_metrics(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, MetricRow]:
-    """Metrics as rows of value, low, high, n, unit, method; what does not apply is null.
-
-    >>> flat_metrics({"fvu": 0.25}, prefix="sae.")["sae.fvu"]["value"]
-    0.25
-    """
-    rows: dict[str, MetricRow] = {}
-    for name, metric in metrics.items():
-        is_estimate = isinstance(metric, Estimate)
-        row = MetricRow(
-            value=null_if_not_finite(metric.value if is_estimate else metric),
-            low=null_if_not_finite(metric.low) if is_estimate else None,
-            high=null_if_not_finite(metric.high) if is_estimate else None,
-            n=metric.n if is_estimate else None,
-            unit=metric.unit if is_estimate else None,
-            method=metric.method if is_estimate else None,
-        )
-        rows[prefix + name] = {**row, "level": metric.level} if is_estimate else row
-    return rows
-
-
-@overload
-def null_if_not_finite(value: int | float) -> int | float | None: ...
-@overload
-def null_if_not_finite(value: int | float | str) -> int | float | str | None: ...
-def null_if_not_finite(value: int | float | str) -> int | float | str | None:
-    """The number (or text) as JSON has it, which has no infinities and no nan."""
-    plain = to_jsonable(value)
-    return plain if isinstance(plain, int | float | str) else None
 
 
 def _same_length(what: str, **parts: tuple[object, ...]) -> None:

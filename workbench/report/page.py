@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-from workbench.core.stats import Estimate
-from workbench.report.blockhtml import block_html, cell_html
-from workbench.report.blocks import Section
 from workbench.report.plots import DARK, LIGHT, colour_css
+from workbench.report.section import Section
+from workbench.report.sectionhtml import badge, number_html, section_body
 from workbench.report.text import sentence, visible
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ class Page:
     Attributes:
         started: UTC time in ISO form.
         notice: shown on top, for a run that is not finished.
+        feature_page: page with the cards of the SAE's features, relative to this one; "" without one.
     """
 
     title: str
@@ -38,6 +38,7 @@ class Page:
     config: Mapping[str, object] = field(default_factory=dict)
     environment: Mapping[str, object] = field(default_factory=dict)
     notice: str = ""
+    feature_page: str = ""
 
 
 def page_html(page: Page) -> str:
@@ -54,7 +55,7 @@ def section_html(section: Section) -> str:
     """One section for a notebook: carries its own style and changes nothing outside itself."""
     style = style_css(scope=".wb-report")
     return str(
-        Markup('<div class="wb-report"><style>{}</style>{}</div>').format(Markup(style), _section_body(section, 3))
+        Markup('<div class="wb-report"><style>{}</style>{}</div>').format(Markup(style), section_body(section, 3))
     )
 
 
@@ -70,31 +71,6 @@ def style_css(scope: str = ":root") -> str:
     # a notebook may be dark while the system is light: the block brings its own ground
     ground = "background: var(--paper); color: var(--ink); padding: 1rem; border-radius: 6px; line-height: 1.5;"
     return colours + (rules if scope == ":root" else f"{scope} {{\n{ground}\n{rules}\n}}")
-
-
-def _section_body(section: Section, level: int) -> Markup:
-    parts = [Markup("<h{0}>{1}</h{0}>").format(level, visible(section.title))]
-    if section.findings:
-        items = Markup("").join(Markup("<li>{}</li>").format(sentence(text)) for text in section.findings)
-        parts.append(Markup('<ul class="findings">{}</ul>').format(items))
-    parts += [block_html(block) for block in section.blocks]
-    if section.metrics:
-        parts.append(_metrics_table(section))
-    return Markup("\n").join(parts)
-
-
-def _metrics_table(section: Section) -> Markup:
-    rows = Markup("").join(
-        Markup('<tr><td>{}</td><td class="num">{}</td><td>{}</td></tr>').format(
-            visible(name), cell_html(metric), visible(metric.method) if isinstance(metric, Estimate) else ""
-        )
-        for name, metric in section.metrics.items()
-    )
-    return Markup(
-        '<details><summary>Numbers kept in result.json</summary><div class="scroll"><table><thead><tr>'
-        '<th scope="col">metric</th><th scope="col" class="num">value</th><th scope="col">interval by</th>'
-        "</tr></thead><tbody>{}</tbody></table></div></details>"
-    ).format(rows)
 
 
 def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -120,7 +96,9 @@ def _template() -> Template:
     environment.filters |= {
         "sentence": lambda text: escape(sentence(str(text))),
         "visible": lambda text: escape(visible(str(text))),
-        "section": lambda section: _section_body(section, 2),
+        "section": lambda section, name, page: section_body(section, 2, name, page.feature_page),
+        "badge": badge,
+        "number": lambda value, place, section, name: number_html(value, place, section, name),
         "moment": _moment,
     }
     return environment.from_string((_FOLDER / "report.html.jinja").read_text(encoding="utf-8"))

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from workbench.core.numbers import Number, decimals_for, number
 from workbench.core.stats import Estimate
-from workbench.report.blocks import Bars, Histogram, Lines, Number, Scatter, Section
-from workbench.report.text import decimals_for, number, visible
+from workbench.report.blocks import Bars, Histogram, Lines, Scatter
+from workbench.report.section import Section
+from workbench.report.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NotRequired, TypedDict
 
-from workbench.report.blocks import MetricRow
+from workbench.report.section import MetricRow, Section, flat_metrics
 
 
 class Point(TypedDict):
@@ -67,6 +67,32 @@ class Finding(TypedDict):
     text: str
 
 
+class HeadlineRow(TypedDict):
+    """The headline of a step in JSON types; a number without an interval has null ends."""
+
+    step: str
+    verdict: str
+    sentence: str
+    measure: str
+    value: MetricRow | None
+    control: MetricRow | None
+    control_name: str
+
+
+def headline_rows(step: str, section: Section) -> list[HeadlineRow]:
+    """The headline of a section as a row, or no row."""
+    told = section.headline
+    if told is None:
+        return []
+    named = {"value": told.value, "control": told.control}
+    rows = flat_metrics({name: number for name, number in named.items() if number is not None})
+    row = HeadlineRow(
+        step=step, verdict=told.verdict, sentence=told.sentence, measure=told.measure, value=rows.get("value"),
+        control=rows.get("control"), control_name=told.control_name,
+    )  # fmt: skip
+    return [row]
+
+
 class Result(TypedDict):
     """result.json."""
 
@@ -76,5 +102,6 @@ class Result(TypedDict):
     started: str
     finished: str
     steps: tuple[str, ...]
+    headlines: list[HeadlineRow]
     findings: list[Finding]
     metrics: dict[str, MetricRow]

@@ -11,7 +11,7 @@ from workbench.core.errors import CorruptFileError, MissingFileError, did_you_me
 from workbench.core.jsontext import content_of
 from workbench.core.locks import locked_elsewhere
 from workbench.core.records import load_json
-from workbench.report.blocks import MetricRow
+from workbench.report.section import MetricRow
 
 Status = Literal["finished", "running", "unfinished", "unreadable"]
 

@@ -28,8 +28,8 @@ from workbench.core.records import (
     to_jsonable,
     write_atomic,
 )
-from workbench.report.blocks import MetricRow, Section, flat_metrics, null_if_not_finite
-from workbench.runs.content import Environment, Finding, Point, Result, StepRecord
+from workbench.report.section import MetricRow, Section, flat_metrics, null_if_not_finite
+from workbench.runs.content import Environment, Finding, HeadlineRow, Point, Result, StepRecord, headline_rows
 from workbench.runs.environment import environment, git_state
 from workbench.runs.listing import RunInfo, find_run, list_runs
 
@@ -37,6 +37,9 @@ __all__ = ["SCHEMA", "RunDir", "RunInfo", "find_run", "list_runs", "settings_of"
 
 SCHEMA = 1
 """Version of result.json and of the step files."""
+
+FEATURE_PAGE = "features.html"
+"""Page of a run folder with the cards of its SAE's features, if there is one; its report links to it."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -234,6 +237,7 @@ class RunDir:
             sections=sections,
             config=self.config,
             notice=notice,
+            feature_page=FEATURE_PAGE if (self.path / FEATURE_PAGE).is_file() else "",
             environment=env | ({"wandb": mirrored} if mirrored.get("status") == "failed" else {}),
         )
         with drawn_once():
@@ -291,9 +295,11 @@ class RunDir:
         env = self.env
         metrics: dict[str, MetricRow] = {}
         findings: list[Finding] = []
+        headlines: list[HeadlineRow] = []
         for step in self.steps():
             section = self.load_step(step)
             metrics |= flat_metrics(section.metrics, prefix=f"{step}.")
+            headlines += headline_rows(step, section)
             findings += [Finding(step=step, text=text) for text in section.findings]
         result: Result = {
             "schema": SCHEMA,
@@ -302,6 +308,7 @@ class RunDir:
             "started": env.get("started", ""),
             "finished": _now(),
             "steps": self.steps(),
+            "headlines": headlines,
             "findings": findings,
             "metrics": metrics,
         }

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from workbench.core.numbers import number
 from workbench.report.features.encode import Card, Number, StringTable, clip, finite, pack_card, spread
 from workbench.report.features.words import KINDS, NOT_MEASURED, label, meaning
-from workbench.report.text import number
 
 if TYPE_CHECKING:
     from jinja2 import Template

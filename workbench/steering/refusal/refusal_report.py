@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from workbench.core.numbers import number, sample_size, setting
 from workbench.core.stats import Estimate
-from workbench.report.base import Bars, Cell, Lines, Metric, Report, Section, Series, Table, Text
+from workbench.report.base import Bars, Cell, Headline, Lines, Metric, Report, Says, Section, Series, Table, Text
 from workbench.steering.refusal.contrast_features import FeatureRow
 from workbench.steering.refusal.result import Contrast, RefusalArm
+
+REFUSED = "refusals, harmful"
+"""Column of the headline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,22 @@ class RefusalReport(Report):
             "direction or other random features for each prompt. Intervals are 95 % over prompts."
         )
         costs = (self._effects(), self._costs(), self._curve(), self._refused(), *self._screen(), self._examples())
-        return Section("Refusal", (intro, *costs), self.findings(), self.metrics())
+        return Section("Refusal", (intro, *costs), self.findings(), self.metrics(), self.headline())
+
+    def headline(self) -> Headline:
+        """Refusals of harmful prompts under the refusal direction at its own size, beside a random direction's."""
+        arm = min(self.family("refusal direction"), key=lambda arm: abs(arm.strength - 1))
+        selective = arm.selective is not None and arm.selective.low > 0
+        whom = "harmful prompts more than harmless ones" if selective else "harmless prompts as much as harmful ones"
+        return Headline.read(
+            Says(
+                f"Adding the refusal direction makes the model refuse, {whom}.",
+                "Adding the refusal direction makes the model refuse no more often than a random direction does.",
+                "Adding the refusal direction makes the model refuse less often than a random direction does.",
+            ),
+            value=(self._effects(), arm.name, REFUSED), measure="share of harmful prompts refused",
+            control=None if arm.control is None else (self._effects(), arm.control, REFUSED),
+        )  # fmt: skip
 
     def metrics(self) -> dict[str, Metric]:
         """Flat numbers: `<arm>/<measure>`."""
@@ -92,13 +111,13 @@ class RefusalReport(Report):
     def _effects(self) -> Table:
         columns: dict[str, str | Callable[[RefusalArm], Cell]] = {
             "arm": "name",
-            "added, % of residual norm": lambda arm: round(100 * arm.share, 1),
+            "added, share of residual norm": "share",
             "log-odds, harmful": "log_odds_harmful",
             "log-odds, harmless": "log_odds_harmless",
             "minus control, harmful": "control_harmful",
             "minus control, harmless": "control_harmless",
             "harmful minus harmless change": "selective",
-            "refusals, harmful": "refused_harmful",
+            REFUSED: "refused_harmful",
             "refusals, harmless": "refused_harmless",
         }
         return Table.of(self.arms, columns, "What each arm does to refusal, on test prompts; log-odds in nats.")
@@ -158,36 +177,35 @@ def _count(share: Estimate) -> str:
 
 
 def _interval(e: Estimate) -> str:
-    return f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}]"
+    return " ".join(e.shown(sign=True))
 
 
 def _base_rate(base: RefusalArm, model: str) -> str:
     harmful, harmless = base.refused_harmful, base.refused_harmless
     verdict = "hardly refuses by itself" if harmful.value < 0.2 else "refuses by itself"
     return (
-        f"Unsteered, {model} {verdict}: {_count(harmful)} harmful prompts [{harmful.low:.0%}, "
-        f"{harmful.high:.0%}] and "
-        f"{_count(harmless)} harmless ones [{harmless.low:.0%}, {harmless.high:.0%}] get a refusal phrase."
+        f"Unsteered, {model} {verdict}: {_count(harmful)} harmful prompts "
+        f"{harmful.shown()[1]} and {_count(harmless)} harmless ones {harmless.shown()[1]} get a refusal phrase."
     )
 
 
 def _topic(contrast: Contrast) -> str:
     return (
         f"Telling refusal from topic ({contrast.n} prompts per cell): the kind of reply moves the activations by "
-        f"{contrast.reply:.3g}, the kind of prompt by {contrast.prompt:.3g}, both together beyond their sum by "
-        f"{contrast.interaction:.3g}; the naive contrast has cosine {contrast.cosine_simple_reply:.2f} with the "
-        f"refusal direction."
+        f"{number(contrast.reply)}, the kind of prompt by {number(contrast.prompt)}, both together beyond their sum by "
+        f"{number(contrast.interaction)}; the naive contrast has cosine {number(contrast.cosine_simple_reply)} with "
+        "the refusal direction."
     )
 
 
 def _what(results: Sequence[RefusalArm]) -> str:
-    strengths = ", ".join(f"{arm.strength:g}" for arm in results)
-    shares = ", ".join(f"{arm.share:.0%}" for arm in results)
+    strengths = ", ".join(setting(arm.strength) for arm in results)
+    shares = ", ".join(number(arm.share) for arm in results)
     unit = "x" if results[0].family == "refusal direction" else "times their maximum"
     verb = (
         "Adding the refusal direction" if results[0].family == "refusal direction" else "Clamping the refusal features"
     )
-    return f"{verb} ({strengths} {unit}; {shares} of the residual norm)"
+    return f"{verb} ({strengths} {unit}; a share of {shares} of the residual norm)"
 
 
 def _effect(results: Sequence[RefusalArm]) -> str:
@@ -202,7 +220,9 @@ def _effect(results: Sequence[RefusalArm]) -> str:
         )
     else:
         verdict = "does not raise the refusal log-odds on harmful prompts beyond its random control"
-    return f"{_what(results)} {verdict}: {'; '.join(map(_interval, gains))} nats (n={gains[0].n} prompts)."
+    return (
+        f"{_what(results)} {verdict}: {'; '.join(map(_interval, gains))} nats ({sample_size(gains[0].n, 'prompts')})."
+    )
 
 
 def _refusals(results: Sequence[RefusalArm], report: RefusalReport) -> str:
@@ -214,12 +234,12 @@ def _refusals(results: Sequence[RefusalArm], report: RefusalReport) -> str:
         verdict = (
             f"It is not selective: harmless prompts move as much as harmful ones at {len(unselective)} of "
             f"{len(results)} strengths "
-            f"(difference of changes {gaps} nats, n={strongest.refused_harmful.n} pairs)."
+            f"(difference of changes {gaps} nats, {sample_size(strongest.refused_harmful.n, 'pairs')})."
         )
     else:
         verdict = "Harmful prompts move more than harmless ones at every strength."
     disagree = [
-        f"{arm.strength:g}"
+        setting(arm.strength)
         for arm, control in zip(results, controls, strict=True)
         if arm.control_harmful is not None
         and arm.control_harmful.low > 0
@@ -240,12 +260,12 @@ def _refusals(results: Sequence[RefusalArm], report: RefusalReport) -> str:
 
 
 def _shares(shares: Iterable[Estimate]) -> str:
-    return ", ".join(f"{_count(e)} [{e.low:.0%}, {e.high:.0%}]" for e in shares)
+    return ", ".join(f"{_count(e)} {e.shown()[1]}" for e in shares)
 
 
 def _cost(results: Sequence[RefusalArm]) -> str:
     changes = [arm.text_change for arm in results if arm.text_change is not None]
-    broken = [f"{arm.strength:g}" for arm in results if arm.broken]
+    broken = [setting(arm.strength) for arm in results if arm.broken]
     replies = "; ".join(_interval(arm.reply_change) if arm.reply_change else "no reply" for arm in results)
     verdict = (
         f"at {', '.join(broken)} the replies are broken text rather than refusals"
@@ -253,9 +273,9 @@ def _cost(results: Sequence[RefusalArm]) -> str:
         else "no strength makes the replies far less likely to the unsteered model"
     )
     return (
-        f"Its cost on plain text is {'; '.join(map(_interval, changes))} nats per token (n={changes[0].n} "
-        f"texts); the replies become "
-        f"less likely to the unsteered model by {replies} nats per token: {verdict}."
+        f"Its cost on plain text is {'; '.join(map(_interval, changes))} nats per token "
+        f"({sample_size(changes[0].n, 'texts')}); the replies become less likely to the unsteered model by "
+        f"{replies} nats per token: {verdict}."
     )
 
 
@@ -265,5 +285,5 @@ def _removed(arm: RefusalArm) -> str:
     verdict = "changes" if e.excludes(0.0) else "does not measurably change"
     return (
         f"Removing the direction {verdict} the log-odds on harmful prompts compared with removing a random one: "
-        f"{_interval(e)} nats (n={e.n}); {_count(arm.refused_harmful)} refusals."
+        f"{_interval(e)} nats ({sample_size(e.n, e.unit)}); {_count(arm.refused_harmful)} refusals."
     )

@@ -7,9 +7,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from workbench.core.jsontext import Record
+from workbench.core.numbers import counted, number, setting
 from workbench.core.records import to_jsonable
 from workbench.core.stats import Estimate
-from workbench.report.base import Bars, Block, Lines, Metric, Report, Scatter, Section, Series, Table, Text
+from workbench.report.base import (
+    Bars,
+    Block,
+    Headline,
+    Lines,
+    Metric,
+    Report,
+    Says,
+    Scatter,
+    Section,
+    Series,
+    Table,
+    Text,
+)
 from workbench.steering.sweep.arms import ARM_WORDS, ArmTexts, EditSummary
 from workbench.steering.sweep.measures import DEGENERATE_COUNT
 
@@ -21,6 +35,9 @@ MEASURE_WORDS = {
     "perplexity": "perplexity", "distinct1": "distinct-1", "distinct2": "distinct-2", "repeated": "repeated tokens",
     "degenerate": "repetitive texts", "kl": "KL (nats)", "harm": "loss on plain text (nats/token)",
 }  # fmt: skip
+
+RANDOM = "random directions"
+"""The control of the headline, as `SteeringReport.differences` calls it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,16 +188,16 @@ class SteeringReport(TextsReport):
         """Effects beside their controls, and the price in perplexity, repetition and plain text."""
         steered, base = self.arm("feature"), self.arm("unsteered")
         lines = [
-            f"Of what the model writes under {len(self.features)} steering features, {_percent(steered.share)} % are "
-            f"lens tokens of the feature; without steering {_percent(base.share)} % ({self.n_evaluation} prompts)."
+            f"Of what the model writes under {counted(len(self.features), 'steering features')}, a share of "
+            f"{steered.share} is lens tokens of the feature; without steering {base.share}."
         ]
         for name, difference in self.differences.items():
-            lines.append(f"Share of lens tokens: {verdict(difference)} {name}, difference {difference}.")
+            lines.append(f"Share of lens tokens: {verdict(difference)} {name}, difference {difference.change()}.")
         if steered.perplexity and base.perplexity:
             lines.append(
                 f"The price: perplexity under the unsteered model {steered.perplexity}, unsteered {base.perplexity}; "
-                f"{_percent(steered.degenerate, 0)} % of the steered texts repeat the tokens more than "
-                f"{DEGENERATE_COUNT:g} times."
+                f"a share of {steered.degenerate} of the steered texts repeats the tokens more than "
+                f"{setting(DEGENERATE_COUNT)} times."
             )
         if steered.harm is not None:
             random = self.arm("random").harm
@@ -188,7 +205,7 @@ class SteeringReport(TextsReport):
                 f"On plain text the edit costs {steered.harm} nats per token; a random direction of the same norm "
                 f"costs {random}."
             )
-        front = [f"{p.arm} at {p.strength:g}" if p.strength else p.arm for p in self.points if p.on_front]
+        front = [point_name(p) for p in self.points if p.on_front]
         lines.append(f"Effect against cost: of {len(self.points)} arms and strengths none beats {', '.join(front)}.")
         if self.all_degenerate:
             repeating = list(self.all_degenerate)
@@ -202,12 +219,35 @@ class SteeringReport(TextsReport):
             metrics |= {f"{arm.name}.{key}": v for key in MEASURES if (v := getattr(arm, key)) is not None}
         metrics |= {f"difference.{slug(name)}": value for name, value in self.differences.items()}
         metrics |= {f"log_odds_difference.{slug(name)}": value for name, value in self.concept.items()}
-        return Section("Steering", tuple(self._blocks()), self.findings(), metrics)
+        return Section("Steering", tuple(self._blocks()), self.findings(), metrics, self.headline())
+
+    def headline(self) -> Headline:
+        """Share of lens tokens beside that of random directions, by their paired difference."""
+        share, arms, minus = MEASURE_WORDS["share"], self._arm_table(), self._difference_table()
+        return Headline.read(
+            Says(*(
+                f"Steering with features makes the model write their tokens {more} often than random directions of the "
+                "same norm do."
+                for more in ("more", "no more", "less")
+            )),
+            value=(arms, ARM_WORDS["feature"], share), control=(arms, ARM_WORDS["random"], share),
+            difference=(minus, RANDOM, share) if RANDOM in self.differences else None,
+        )  # fmt: skip
+
+    def _arm_table(self) -> Table:
+        return arm_table(self.arms, "Means over features, intervals over prompts and features")
+
+    def _difference_table(self) -> Table:
+        names = tuple(dict.fromkeys((*self.differences, *self.concept)))
+        rows = tuple((name, self.differences.get(name), self.concept.get(name)) for name in names)
+        columns = ("control", MEASURE_WORDS["share"], MEASURE_WORDS["log_odds"])
+        return Table(columns, rows, "Steered minus control, paired over prompts and features")
 
     def _blocks(self) -> list[Block]:
         blocks: list[Block] = [
             Text(self._about()),
-            arm_table(self.arms, "Means over features, intervals over prompts and features"),
+            self._arm_table(),
+            self._difference_table(),
             Bars(
                 "Share of lens tokens: steered minus control",
                 tuple(self.differences), tuple(self.differences.values()), y_label="difference", reference=0.0,
@@ -236,14 +276,14 @@ class SteeringReport(TextsReport):
         size = "a_max" if s["a_max"] == "token" else "(largest activation of f in the data)"
         matched = "of like frequency" if s["matched_on_frequency"] else "of any frequency (none is known)"
         if (ratio := s.get("matched_ratio")) is not None:
-            matched += f" (a factor of {ratio:.2f} apart)"
+            matched += f" (a factor of {number(ratio)} apart)"
         return (
             f"{s['site']} of {s['model']}, steered at {s['scope']} with strength * {size} * W_dec[f]; "
             f"{s['new_tokens']} tokens at temperature {s['temperature']}, seed {s['seed']}, the same random numbers "
             f"for a prompt in every arm. Strengths were chosen on {self.n_selection} prompts by (lens tokens per text) "
-            f"/ perplexity, leaving out strengths with more than {DEGENERATE_COUNT:g} lens tokens per text; everything "
-            f"below is from the other {self.n_evaluation} prompts unless it says otherwise. Random and negated "
-            f"directions run at the strength of their feature; random features are {matched}. Perplexity is that of "
+            f"/ perplexity, leaving out strengths with more than {setting(DEGENERATE_COUNT)} lens tokens per text; "
+            f"everything below is from the other {self.n_evaluation} prompts unless it says otherwise. Random and "
+            f"negated directions run at the strength of their feature; random features are {matched}. Perplexity is that of "
             "the unsteered model. Log-odds and KL are those of the next token right after the prompt, before anything "
             "is sampled. Loss on plain text is that of the edited model minus that of the unedited one."
         )
@@ -254,8 +294,10 @@ class SteeringReport(TextsReport):
         return Table(columns, rows, "Two rules for the strength; the paper's chooses and measures on the same prompts")
 
 
-def _percent(value: Estimate | None, digits: int = 1) -> str:
-    return "?" if value is None else f"{100 * value.value:.{digits}f}"
+def point_name(point: Point) -> str:
+    """What a point is called in sentences and in the plot: its arm as in the tables, and its strength."""
+    arm = ARM_WORDS.get(point.arm, point.arm)
+    return f"{arm} at {setting(point.strength)}" if point.strength else arm
 
 
 def verdict(difference: Estimate) -> str:
@@ -276,7 +318,7 @@ def arm_table(arms: Sequence[ArmResult], caption: str) -> Table:
 
 def pareto_blocks(points: Sequence[Point]) -> list[Block]:
     """Effect against cost, as a plot and as a table."""
-    labels = tuple(f"{p.arm} {p.strength:g}" if p.on_front else "" for p in points)
+    labels = tuple(point_name(p) if p.on_front else "" for p in points)
     plot = Scatter(
         "Effect against cost", tuple(p.cost for p in points), tuple(p.effect for p in points), labels,
         "nats per token of the text above unsteered", "share of lens tokens above unsteered",
