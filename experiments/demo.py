@@ -68,9 +68,9 @@ class Demo(TrainingOptions, Study[Report]):
             "headlines": [row for step, section in sections.items() for row in headline_rows(step, section)],
             "findings": [finding for section in sections.values() for finding in section.findings],
         }  # fmt: skip
-        self.emit(summary, self._lines(run, sections, report, bool(done)))
+        self.emit(summary, self._told(run, sections, report, bool(done)))
 
-    def _lines(self, run: RunDir, sections: Mapping[str, Section], report: Path, reused: bool) -> Iterator[str]:
+    def _told(self, run: RunDir, sections: Mapping[str, Section], report: Path, reused: bool) -> Iterator[str]:
         """One line per step, and what to run next."""
         yield ""
         for section in sections.values():

@@ -71,7 +71,7 @@ def _boxes(figure: Any) -> Iterator[tuple[str, Any]]:
     """Every text that is drawn, with its box in pixels."""
     figure.draw_without_rendering()
     hidden = set()
-    for axes in (part for axes in figure.axes for part in (axes, *axes.child_axes)):
+    for axes in [part for main in figure.axes for part in (main, *main.child_axes)]:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             hidden |= {id(tick.label1) for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}

@@ -73,6 +73,6 @@ def _metric(metric: MetricRow) -> str:
     value, low, high = (metric.get(key) for key in ("value", "low", "high"))
     if isinstance(value, str):
         return value
-    if not isinstance(low, int | float) or not isinstance(high, int | float):
+    if value is None or not isinstance(low, int | float) or not isinstance(high, int | float):
         return number(value)
     return str(Estimate(value, low, high, metric["n"] or 0, metric["method"] or "", metric["unit"] or ""))

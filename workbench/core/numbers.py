@@ -118,8 +118,8 @@ def counted(n: int, noun: str) -> str:
     """
     if n != 1:
         return f"{number(n)} {noun}"
-    head, between, rest = re.fullmatch(r"(.*?)( (?:of|x|per|in|and|with|from) |$)(.*)", noun, re.DOTALL).groups()
-    return f"1 {_singular(head)}{between}{rest}"
+    head, *rest = re.split(r"( (?:of|x|per|in|and|with|from) )", noun, maxsplit=1)
+    return f"1 {_singular(head)}{''.join(rest)}"
 
 
 def sample_size(n: int, unit: str) -> str:

@@ -28,6 +28,9 @@ WIDTH = 6.6
 MAX_LINES = 3
 """Longer labels are cut."""
 
+MAX_AVOIDED = 200
+"""So many points are not covered by the names of others."""
+
 _CHARACTER, _LINE = 0.083, 0.17
 """Inches of a character and of a line at the size of the labels."""
 
@@ -142,7 +145,7 @@ def _bars(figure: Figure, block: Bars) -> None:
     if block.reference is not None:
         axes.axvline(block.reference, color=_colour(1), linestyle=(0, (4, 3)), linewidth=1.2)
     axes.set_yticks(range(len(rows)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.xaxis.set_major_locator(_few_ticks(0.4 * width))
     places = decimals_for(*values)
     right = axes.secondary_yaxis("right")
@@ -224,17 +227,22 @@ def _scatter(figure: Figure, block: Scatter) -> None:
         axes.xaxis.set_major_locator(_few_ticks(width))
     named = [(label, x[i], y[i]) for i, label in enumerate(block.labels or ()) if label and keep[i]]
     if named:
-        _name_points(figure, axes, named)
+        _name_points(figure, axes, named, list(zip(x[keep], y[keep], strict=True)))
     return None
 
 
-def _name_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+def _name_points(
+    figure: Figure, axes: Axes, named: Sequence[tuple[str, float, float]], points: Sequence[tuple[float, float]]
+) -> None:
     """Writes each name where it covers no other; one for which there is no room becomes a number, explained below."""
+    from matplotlib.transforms import Bbox
+
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the places below hold for this layout
-    inside, taken = axes.get_window_extent(), list[Any]()
+    inside = axes.get_window_extent()
+    taken = [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in axes.transData.transform(points[:MAX_AVOIDED])]
     numbered = []
-    for label, x, y in points:
+    for label, x, y in named:
         if (box := _placed(axes, _wrapped(label, 2.6), x, y, inside, taken)) is not None:
             taken.append(box)
             continue
@@ -248,19 +256,28 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, 
 
 def _placed(axes: Axes, text: str, x: float, y: float, inside: Bbox, taken: Sequence[Bbox]) -> Bbox | None:
     """Writes a text beside a point where it is free; its box, or None if there is no room."""
+    note = axes.annotate(
+        text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, ha="center", va="center"
+    )
+    box = note.get_window_extent()
     for distance in (5, 14, 26):
-        for dx, dy in ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)):
-            note = axes.annotate(
-                text, (x, y), xytext=(dx * distance, dy * distance), textcoords="offset points", fontsize=8.5,
-                ha=("right", "center", "left")[dx + 1], va=("top", "center", "bottom")[dy + 1],
-                arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.8} if distance > 5 else None,
-            )  # fmt: skip
-            box = note.get_window_extent()
-            if inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1:
-                room = box.expanded(1.04, 1.1)
-                if not any(room.overlaps(other) for other in taken):
-                    return box
-            note.remove()
+        for across, up in ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)):
+            # of the middle of the text, in points
+            place = (
+                across * (distance + box.width * 36 / axes.figure.dpi),
+                up * (distance + box.height * 36 / axes.figure.dpi),
+            )
+            moved = box.translated(*(part * axes.figure.dpi / 72 for part in place))
+            is_inside = all(inside.contains(*corner) for corner in (moved.min, moved.max))
+            if is_inside and not any(moved.expanded(1.04, 1.1).overlaps(other) for other in taken):
+                note.set_position(place)
+                if distance > 5:
+                    axes.annotate(
+                        "", (x, y), xytext=place, textcoords="offset points", zorder=1,
+                        arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.8, "shrinkB": 0},
+                    )  # fmt: skip
+                return moved
+    note.remove()
     return None
 
 
@@ -293,7 +310,7 @@ def _log_axis(axes: Axes, width: float) -> None:
         ticks = [step * 10.0**power for power in range(-12, 13) for step in (1, 2, 5)]
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) < 3:
-            ticks = [tick for tick in _few_ticks(min(width, 5)).tick_values(low, high) if low <= tick <= high]
+            ticks = [tick for tick in _few_ticks(min(width, 5.0)).tick_values(low, high) if low <= tick <= high]
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
