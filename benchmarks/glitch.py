@@ -28,9 +28,8 @@ import torch
 
 from workbench.core.codec import codec_of
 from workbench.glitch import scan
-from workbench.glitch.counting.census_result import ranking
-from workbench.glitch.verification.chat import prompt_set
-from workbench.glitch.verification.prompts import Template
+from workbench.glitch.counting.plan import ranking
+from workbench.glitch.verification.prompts import Template, prompt_set
 from workbench.glitch.verification.scoring import VERIFIED, Scores, VerifyOptions, score
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.loading import load_model

@@ -43,15 +43,15 @@ from workbench.features.cards.cardmaking import CardOptions, feature_cards
 from workbench.features.explain.examples import ExampleOptions
 from workbench.features.passes.windows import WindowOptions
 from workbench.features.scores.profile import depth_scores
-from workbench.glitch.counting.census import plan_census, run_census
-from workbench.glitch.counting.census_result import CensusOptions
+from workbench.glitch.counting.census import run_census
+from workbench.glitch.counting.plan import CensusOptions, plan_census
 from workbench.glitch.repairing.repair import repair
 from workbench.glitch.scanning.sae_features import FeatureOptions, glitch_features
 from workbench.glitch.scanning.scanner import ScanOptions
 from workbench.glitch.searching.gradient import GradientOptions, climb, uncertainty
-from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.probing import SHORT
 from workbench.glitch.verification.prompts import PROMPTS as COPY_PROMPTS
+from workbench.glitch.verification.prompts import prompt_set
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.interventions.gates import CosineGate, ProbeGate, SAEGate, When
 from workbench.interventions.intervention import Intervention

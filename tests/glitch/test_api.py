@@ -8,8 +8,8 @@ import pytest
 
 import workbench as wb
 from tests.glitch.tiny_copy import PADDING, PLANTED, N, saved, wordy_model
-from workbench.glitch.counting.census_report import CensusReport
-from workbench.glitch.counting.census_result import CensusOptions
+from workbench.glitch.counting.census import CensusReport
+from workbench.glitch.counting.plan import CensusOptions
 from workbench.glitch.verification.verify import verdict
 
 MODEL = wordy_model()

@@ -11,8 +11,7 @@ from tests.glitch.tiny_vocab import SPECIAL, byte_level, sentencepiece
 from workbench.core.codec import FastCodec
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.tokens import TokenBatch, encode
-from workbench.glitch.verification.chat import SYSTEM, chat_text, prompt_set
-from workbench.glitch.verification.prompts import PROMPTS, TokenPrompt, prompt_hash
+from workbench.glitch.verification.prompts import PROMPTS, SYSTEM, TokenPrompt, chat_text, prompt_hash, prompt_set
 from workbench.glitch.vocabulary.tokenizer import Vocabulary, analyse
 from workbench.models.model import Model
 

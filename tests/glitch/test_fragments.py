@@ -5,7 +5,7 @@ import numpy as np
 from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import sentencepiece
 from workbench.core.codec import FastCodec
-from workbench.glitch.vocabulary.fragments import same_text, superstrings
+from workbench.glitch.vocabulary.taxonomy import same_text, superstrings
 from workbench.glitch.vocabulary.tokenizer import analyse
 
 

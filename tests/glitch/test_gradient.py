@@ -8,9 +8,8 @@ from tests.glitch.tiny_copy import PLANTED, wordy_model
 from workbench.core.codec import codec_of
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.glitch.searching.gradient import GradientOptions, climb, uncertainty
-from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.probing import SHORT
-from workbench.glitch.verification.prompts import Template
+from workbench.glitch.verification.prompts import Template, prompt_set
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
 

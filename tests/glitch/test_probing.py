@@ -14,8 +14,8 @@ from workbench.core.codec import codec_of
 from workbench.core.errors import DegenerateInputError, MismatchError
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.verification import probing
-from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.probing import SHORT, SHORT_FILE, Prober, choose_dtype
+from workbench.glitch.verification.prompts import prompt_set
 from workbench.glitch.verification.scoring import greedy_logits
 from workbench.glitch.vocabulary.tokenizer import Vocabulary, analyse
 from workbench.models.model import Model

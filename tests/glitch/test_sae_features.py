@@ -21,12 +21,12 @@ from workbench.core.tokens import TokenBatch
 from workbench.glitch.scanning.sae_features import (
     CONTEXTS,
     FeatureOptions,
+    GlitchFeatures,
     _drawn,
     discovery_rates,
     glitch_features,
     matched_controls,
 )
-from workbench.glitch.scanning.sae_features_report import GlitchFeatures
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model

@@ -14,9 +14,7 @@ from tests.tiny import tiny_model
 from workbench.cli import main
 from workbench.core.codec import FastCodec
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, MissingFileError
-from workbench.glitch.text.copying import copy_check
-from workbench.glitch.text.sanitize import Sanitizer
-from workbench.glitch.text.sanitize_files import sanitize_files
+from workbench.glitch.text.sanitize import Sanitizer, copy_check, sanitize_files
 from workbench.glitch.verification.prompts import Template, TokenPrompt
 from workbench.models.model import Model
 

@@ -27,8 +27,7 @@ from workbench.core.errors import (
 )
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, scan
 from workbench.glitch.reporting import cell_text, shown
-from workbench.glitch.verification.chat import PromptSet, prompt_set
-from workbench.glitch.verification.prompts import Template, TokenPrompt, prompts_from
+from workbench.glitch.verification.prompts import PromptSet, Template, TokenPrompt, prompt_set, prompts_from
 from workbench.glitch.verification.verify import verify
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model

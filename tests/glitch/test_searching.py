@@ -7,13 +7,11 @@ import pytest
 
 from tests.glitch.tiny_copy import wordy_model
 from workbench.core.errors import InvalidInputError, UnknownNameError
-from workbench.glitch.counting.census import plan_census, prober_of
-from workbench.glitch.counting.census_result import CensusOptions, CensusPlan, ranking
+from workbench.glitch.counting.plan import CensusOptions, CensusPlan, plan_census, prober_of, ranking
 from workbench.glitch.searching.gradient import GradientOptions
 from workbench.glitch.searching.hunter import HunterOptions
 from workbench.glitch.searching.oracle import Found
-from workbench.glitch.searching.search import METHODS, SearchOptions, search
-from workbench.glitch.searching.search_report import SearchReport, SearchRuns
+from workbench.glitch.searching.search import METHODS, SearchOptions, SearchReport, SearchRuns, search
 from workbench.glitch.verification.probing import Prober
 from workbench.report.base import Report
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workbench.glitch.ranking.threshold import find_threshold, find_valley
+from workbench.glitch.ranking.indicators import find_threshold, find_valley
 
 
 def _bulk(n: int = 5000, seed: int = 0) -> np.ndarray:

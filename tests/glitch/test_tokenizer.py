@@ -11,8 +11,7 @@ from tests.glitch.tiny_more import wordpiece
 from tests.glitch.tiny_vocab import N_UNUSED, SPECIAL, WORDS, byte_level, sentencepiece
 from workbench.core.codec import FastCodec, bytes_of, codec_in, codec_of, token_bytes
 from workbench.core.errors import MissingFileError
-from workbench.glitch.vocabulary.survival import Survival
-from workbench.glitch.vocabulary.tokenizer import IMPOSSIBLE_BYTES, analyse
+from workbench.glitch.vocabulary.tokenizer import IMPOSSIBLE_BYTES, Survival, analyse
 from workbench.models.model import Model
 
 

@@ -19,8 +19,7 @@ from workbench.core.stats import clopper_pearson
 from workbench.core.tokens import TokenBatch
 from workbench.engine.log import Log
 from workbench.glitch.scanning.scanner import ScanOptions, scan
-from workbench.glitch.verification.chat import prompt_set
-from workbench.glitch.verification.prompts import PROMPTS, Template, TokenPrompt, prompts_from, template
+from workbench.glitch.verification.prompts import PROMPTS, Template, TokenPrompt, prompt_set, prompts_from, template
 from workbench.glitch.verification.scoring import VerifyOptions, greedy_logits, score, target_probabilities
 from workbench.glitch.verification.verify import journal_key, verdict, verify, with_spliced
 from workbench.glitch.vocabulary.tokenizer import analyse

@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.glitch.tiny_vocab import SPECIAL, WORDS, byte_level, matrix
 from workbench.core.codec import FastCodec
 from workbench.core.tokens import TokenBatch
-from workbench.glitch.verification.chat import prompt_set
 from workbench.glitch.verification.probing import SHORT
-from workbench.glitch.verification.prompts import PROMPTS, Template, template
+from workbench.glitch.verification.prompts import PROMPTS, Template, prompt_set, template
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
 from workbench.models.tiny import D_MODEL, tiny_hf

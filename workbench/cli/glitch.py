@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from workbench.glitch.scanning.differences import DiffReport
     from workbench.glitch.text.adt_run import AdtReport
     from workbench.glitch.text.lint_report import LintReport
-    from workbench.glitch.text.sanitize import Sanitizer
-    from workbench.glitch.text.sanitize_files import SanitizeReport
+    from workbench.glitch.text.sanitize import Sanitizer, SanitizeReport
 
 FOUND = 1
 """Exit code of `glitch lint` if something was found."""
@@ -164,8 +163,7 @@ class GlitchSanitize(_KeepsAll["SanitizeReport"], Study["SanitizeReport"]):
 
     def measure(self, begin: Begin) -> SanitizeReport:
         from workbench.glitch.text.linter import scan_for
-        from workbench.glitch.text.sanitize import Sanitizer
-        from workbench.glitch.text.sanitize_files import sanitize_files
+        from workbench.glitch.text.sanitize import Sanitizer, sanitize_files
 
         if not self.files:
             raise DegenerateInputError("glitch sanitize: no file was named. Give text, .jsonl or .parquet files.")
@@ -187,7 +185,7 @@ class GlitchSanitize(_KeepsAll["SanitizeReport"], Study["SanitizeReport"]):
 
         import numpy as np
 
-        from workbench.glitch.text.copying import copy_check
+        from workbench.glitch.text.sanitize import copy_check
 
         tokens = [cut.token_id for cut in report.cuts if cut.replaced][: self.check]
         usable = sorted({i for ids in sanitizer.pieces.values() for odd, i in ids if not odd})

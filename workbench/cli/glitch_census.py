@@ -16,9 +16,9 @@ from workbench.core.errors import MissingFileError
 from workbench.glitch.scanning.scanner import ScanOptions
 
 if TYPE_CHECKING:
-    from workbench.glitch.counting.census_report import CensusReport
-    from workbench.glitch.counting.census_result import CensusOptions, CensusPlan
-    from workbench.glitch.searching.search_report import SearchReport
+    from workbench.glitch.counting.census import CensusReport
+    from workbench.glitch.counting.plan import CensusOptions, CensusPlan
+    from workbench.glitch.searching.search import SearchReport
     from workbench.models.model import Model
     from workbench.runs.run import RunDir
 
@@ -42,7 +42,7 @@ class _TestsTokens(Study[R]):
 
     def census_options(self) -> CensusOptions:
         """What the library is called with."""
-        from workbench.glitch.counting.census_result import CensusOptions
+        from workbench.glitch.counting.plan import CensusOptions
 
         options = CensusOptions(
             batch_size=self.batch_size, seed=self.seed, scan=ScanOptions(reference=self.reference or None)
@@ -52,7 +52,7 @@ class _TestsTokens(Study[R]):
     def prepared(self, run: RunDir) -> tuple[Model, CensusPlan]:
         """The model in its dtype and the plan; a run that is continued keeps the dtype that it began with."""
         from workbench.core.records import from_jsonable, load_json, save_json
-        from workbench.glitch.counting.census import in_dtype, plan_census
+        from workbench.glitch.counting.plan import in_dtype, plan_census
         from workbench.glitch.verification.probing import DtypeChoice
         from workbench.models.loading import load_model
 
@@ -130,7 +130,7 @@ class GlitchSearch(_TestsTokens["SearchReport"]):
     """Steps of the gradient search, of 8 tokens each."""
 
     def measure(self, begin: Begin) -> SearchReport:
-        from workbench.glitch.counting.census import prober_of
+        from workbench.glitch.counting.plan import prober_of
         from workbench.glitch.searching.gradient import GradientOptions
         from workbench.glitch.searching.hunter import HunterOptions
         from workbench.glitch.searching.search import SearchOptions, search

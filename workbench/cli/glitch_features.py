@@ -13,7 +13,7 @@ from workbench.cli.glitch_repair import named_tokens
 from workbench.cli.study import Begin, Study
 
 if TYPE_CHECKING:
-    from workbench.glitch.scanning.sae_features_report import GlitchFeatures
+    from workbench.glitch.scanning.sae_features import GlitchFeatures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,7 @@ from workbench.cli.study import Begin, Study
 
 if TYPE_CHECKING:
     from workbench.glitch.repairing.repair import Repair, RepairOptions
-    from workbench.glitch.repairing.repair_check import RepairCheckOptions
-    from workbench.glitch.repairing.repair_report import RepairReport
+    from workbench.glitch.repairing.repair_check import RepairCheckOptions, RepairReport
     from workbench.glitch.repairing.repaired_copy import CopyReport
     from workbench.models.model import Model
 

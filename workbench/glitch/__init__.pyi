@@ -2,8 +2,8 @@ from .api import census as census
 from .api import diff as diff
 from .api import lint as lint
 from .api import scan as scan
-from .counting.census_report import CensusReport as CensusReport
-from .counting.census_result import CensusOptions as CensusOptions
+from .counting.census import CensusReport as CensusReport
+from .counting.plan import CensusOptions as CensusOptions
 from .repairing.repair import RepairOptions as RepairOptions
 from .repairing.repair import repair as repair
 from .repairing.repair_check import check_repair as check_repair

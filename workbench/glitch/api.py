@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Literal, overload
 
 from workbench.core.errors import UnknownNameError
-from workbench.glitch.counting.census import in_dtype, plan_census, run_census
-from workbench.glitch.counting.census_report import CensusReport
-from workbench.glitch.counting.census_result import CensusOptions
+from workbench.glitch.counting.census import CensusReport, run_census
+from workbench.glitch.counting.plan import CensusOptions, in_dtype, plan_census
 from workbench.glitch.scanning.differences import DiffReport, between, side
 from workbench.glitch.scanning.glitch_report import GlitchReport
 from workbench.glitch.scanning.scanner import ScanOptions, loaded
@@ -44,10 +43,9 @@ def scan(
     """
     if verify == "census":
         how = options or ScanOptions()
-        prompts = PROMPTS if how.prompts is None else tuple(prompts_from(how.prompts))
-        batch_size = how.verification.batch_size
         return census(model, options=CensusOptions(
-            confirm=prompts, forms=how.forms, batch_size=batch_size, seed=how.seed, scan=how
+            confirm=PROMPTS if how.prompts is None else prompts_from(how.prompts), forms=how.forms,
+            batch_size=how.verification.batch_size, seed=how.seed, scan=how,
         ))  # fmt: skip
     if verify not in (None, "top"):
         raise UnknownNameError(

@@ -7,6 +7,7 @@ import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from workbench.core.stats import Estimate, clopper_pearson
 from workbench.report.base import Block, Cell, Metric, Report, Section
@@ -15,9 +16,8 @@ from workbench.report.base import Block, Cell, Metric, Report, Section
 class TokenReport(Report):
     """A report whose section is its title, blocks, findings and metrics."""
 
-    @property
-    @abc.abstractmethod
-    def _title(self) -> str: ...
+    _title: ClassVar[str]
+    """With names of fields, such as "Census of {self.model}"."""
 
     @abc.abstractmethod
     def _blocks(self) -> Iterable[Block]: ...
@@ -28,7 +28,7 @@ class TokenReport(Report):
 
     def section(self) -> Section:
         """Tables and plots with the findings."""
-        return Section(self._title, tuple(self._blocks()), self.findings(), self.metrics())
+        return Section(self._title.format(self=self), tuple(self._blocks()), self.findings(), self.metrics())
 
 
 def measured(metrics: Mapping[str, Metric | None]) -> dict[str, Metric]:

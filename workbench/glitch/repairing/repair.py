@@ -132,12 +132,18 @@ def repair(
     """
     options, vocabulary = options or RepairOptions(), vocabulary or vocabulary_of(model)
     matrices = in_memory(model.hf)
-    wanted = _checked(tokens, min(matrices.E_in.n_rows, matrices.E_out.n_rows, len(vocabulary)))
-    allowed = _usable(vocabulary, matrices, {*wanted, *avoid})
-    spellings = _spellings(model, vocabulary, wanted, allowed)
-    pool = np.flatnonzero(_usable(vocabulary, matrices, {*wanted, *avoid}, ("ok",)))
-    near = _neighbours(matrices.E_in, wanted, pool, options.neighbours) if options.sources == "neighbours" else {}
-    sources = spellings if options.sources == "subtokens" else near
+    n, wanted = (
+        min(matrices.E_in.n_rows, matrices.E_out.n_rows, len(vocabulary)),
+        tuple(dict.fromkeys(map(int, tokens))),
+    )
+    bad = [i for i in wanted if not 0 <= i < n]
+    require(
+        bool(wanted and not bad), f"repair(tokens={wanted[:8]})", f"{bad[:8]} have no row; give ids from 0 to {n - 1}."
+    )
+    spellings = sources = _spellings(model, vocabulary, wanted, _usable(vocabulary, matrices, {*wanted, *avoid}))
+    if options.sources == "neighbours":
+        pool = np.flatnonzero(_usable(vocabulary, matrices, {*wanted, *avoid}, ("ok",)))
+        sources = _neighbours(matrices.E_in, wanted, pool, options.neighbours)
     kept = [i for i in wanted if sources.get(i)]
     skipped = tuple((i, _why(vocabulary, i, options)) for i in wanted if not sources.get(i))
     if not kept:
@@ -149,7 +155,8 @@ def repair(
         model=str(model.name), made_for=model.fingerprint, tied=matrices.tied, options=options, ids=tuple(kept),
         texts=tuple(vocabulary.text[i] for i in kept), spellings=tuple(spellings.get(i, ()) for i in kept),
         sources=(), skipped=skipped, E_in=None, E_out=None, scale=torch.ones(len(kept)), bias=None,
-        embed_scale=embed_scale(model), head=_head(model),
+        embed_scale=embed_scale(model),
+        head=next(path for path, module in model.hf.named_modules() if module is unembedding(model.hf)),
     )  # fmt: skip
     return with_sources(plan, matrices, [sources[i] for i in kept])
 
@@ -188,9 +195,8 @@ def with_sources(plan: Repair, matrices: TokenMatrices, sources: Sequence[Pieces
     if options.writing == "mean":
         E_out, scale = _mixtures(matrices.E_out, sources, options.match_norm)
         if matrices.bias is not None:
-            own, shared = matrices.bias, float(matrices.bias.mean())
-            means = torch.stack([own[list(pieces)].mean() for pieces in sources])
-            bias = scale * means + (1 - scale) * shared
+            means = torch.stack([matrices.bias[list(pieces)].mean() for pieces in sources])
+            bias = scale * means + (1 - scale) * float(matrices.bias.mean())
     elif options.writing == "block":
         bias = torch.full((len(sources),), BLOCKED)
     return dataclasses.replace(plan, sources=tuple(sources), E_in=E_in, E_out=E_out, scale=scale, bias=bias)
@@ -237,9 +243,7 @@ def embed_scale(model: Model) -> float:
 def _mixtures(
     matrix: Matrix, sources: Sequence[Pieces], match_norm: bool
 ) -> tuple[Float[Tensor, "k d"], Float[Tensor, " k"]]:
-    total = torch.zeros(matrix.width, dtype=torch.float64)
-    for _, block in matrix.blocks():
-        total += block.sum(0, dtype=torch.float64)
+    total = torch.stack([block.sum(0, dtype=torch.float64) for _, block in matrix.blocks()]).sum(0)
     if not bool(torch.isfinite(total).all()):
         raise DegenerateInputError(
             f"{matrix.name} of {matrix.n_rows} rows holds NaN or infinity, so it has no mean row. Correct those first."
@@ -249,31 +253,15 @@ def _mixtures(
     return torch.stack([row for row, _ in made]), torch.tensor([factor for _, factor in made])
 
 
-def _head(model: Model) -> str:
-    output = unembedding(model.hf)
-    return next(path for path, module in model.hf.named_modules() if module is output)
-
-
-def _checked(tokens: Sequence[int], n: int) -> tuple[int, ...]:
-    wanted = tuple(dict.fromkeys(int(i) for i in tokens))
-    bad = [i for i in wanted if not 0 <= i < n]
-    if bad or not wanted:
-        raise InvalidInputError(
-            f"repair(tokens={list(wanted)[:8]}): {bad[:8]} have no row; give ids from 0 to {n - 1}."
-        )
-    return wanted
-
-
 def _usable(
     vocabulary: Vocabulary, matrices: TokenMatrices, avoid: set[int], categories: Sequence[str] = ("ok", "partial_utf8")
 ) -> np.ndarray:
     """Boolean per row of the input matrix: whether it may be a source."""
     n = matrices.E_in.n_rows
-    fits = np.zeros(n, dtype=bool)
     shared = min(n, len(vocabulary), matrices.E_out.n_rows)
-    fits[:shared] = vocabulary.is_category(*categories)[:shared] & ~vocabulary.reserved[:shared]
-    fits[[i for i in avoid if i < n]] = False
-    return fits
+    fits = np.zeros(n, dtype=bool)
+    fits[:shared] = (vocabulary.is_category(*categories) & ~vocabulary.reserved)[:shared]
+    return fits & ~np.isin(np.arange(n), list(avoid))
 
 
 def _spellings(model: Model, vocabulary: Vocabulary, wanted: Sequence[int], allowed: np.ndarray) -> dict[int, Pieces]:

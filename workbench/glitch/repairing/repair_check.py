@@ -2,24 +2,220 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from workbench.core.codec import codec_of
 from workbench.core.errors import DegenerateInputError, require
 from workbench.core.progress import task
-from workbench.core.stats import paired_difference
-from workbench.glitch.repairing.repair import Control, Repair, control_of
-from workbench.glitch.repairing.repair_report import RepairReport
-from workbench.glitch.verification.chat import Forms, prompt_set
-from workbench.glitch.verification.prompts import Template
-from workbench.glitch.verification.scoring import VerifyOptions
+from workbench.core.stats import Estimate, paired_difference
+from workbench.glitch.repairing.repair import Control, Repair, RepairOptions, control_of
+from workbench.glitch.reporting import TokenReport, finite, first_few, measured, sentences, shown
+from workbench.glitch.verification.prompts import Forms, prompt_set
+from workbench.glitch.verification.scoring import VERIFIED, VerifyOptions
 from workbench.glitch.verification.sides import measure_sides
 from workbench.glitch.verification.verify import verify
 from workbench.glitch.vocabulary.tokenizer import Vocabulary, draw_controls, vocabulary_of
 from workbench.interventions.intervention import Intervention
 from workbench.models.model import Model
+from workbench.report.base import Block, Metric, Table
 from workbench.saes.formats.placement import TEXTS
+
+MIN_TOKENS = 5
+"""Fewer tokens than this allow no claim, whatever their interval is."""
+ARMS = {
+    "before": "not repaired",
+    "repaired": "repaired",
+    "shuffled": "with another token's sources (control)",
+    "random": "with random sources (control)",
+}
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RepairReport(TokenReport):
+    """A repair before and after, beside the same repair with the wrong sources.
+
+    Attributes:
+        copied: by arm, the highest probability with which each token was copied in any prompt.
+        gap: by arm, nats by which the next token after each differs from that after its text spelled out; nan where
+            nothing spells it.
+        kept_before: probability with which each of them was copied before.
+        loss: rise of the loss on plain text, nats per token, text by text.
+        tolerance: what the upper end of its interval may not exceed.
+    """
+
+    _title = "Repair of glitch tokens of {self.model}"
+
+    model: str
+    tied: bool
+    options: RepairOptions
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    sources: tuple[tuple[str, ...], ...]
+    skipped: tuple[tuple[int, str], ...]
+    copied: dict[str, tuple[float, ...]]
+    gap: dict[str, tuple[float, ...]]
+    control_ids: tuple[int, ...]
+    kept_before: tuple[float, ...]
+    kept_after: tuple[float, ...]
+    loss: Estimate
+    tolerance: float
+    edits: tuple[str, ...]
+    prompts: tuple[str, ...]
+    seed: int
+
+    def copying(self, against: str = "before") -> Estimate:
+        """Copy probability with the repair minus that in another arm, token by token; positive means it helps."""
+        return paired_difference(self.copied["repaired"], self.copied[against], unit="tokens", seed=self.seed)
+
+    def reading(self, against: str = "before") -> Estimate | None:
+        """The same for the gap to the spelled text, nats: negative means that it helps; None if nothing spells them."""
+        pairs = zip(self.gap["repaired"], self.gap[against], strict=True)
+        known = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+        if not known:
+            return None
+        return paired_difference([a for a, _ in known], [b for _, b in known], unit="tokens", seed=self.seed)
+
+    @property
+    def controls(self) -> Estimate:
+        """Copy probability of the tokens that were not repaired, with the repair on minus before."""
+        return paired_difference(self.kept_after, self.kept_before, unit="control tokens", seed=self.seed)
+
+    @property
+    def guard(self) -> bool:
+        """Whether plain text is as probable as before, by no more than `tolerance`."""
+        return self.loss.high <= self.tolerance
+
+    @property
+    def helps_copying(self) -> bool:
+        """Whether the tokens are copied with a higher probability: the interval lies above zero."""
+        done = self.copying()
+        return self.options.writing != "block" and done.n >= MIN_TOKENS and done.low > 0
+
+    @property
+    def helps_reading(self) -> bool:
+        """Whether they are read more like their spelled text: the interval lies below zero."""
+        done = self.reading()
+        return done is not None and done.n >= MIN_TOKENS and done.high < 0
+
+    @property
+    def blocked(self) -> bool:
+        """Whether tokens that must not be written are never written."""
+        return self.options.writing == "block" and max(self.copied["repaired"]) < 1e-6
+
+    @property
+    def success(self) -> bool:
+        """Whether it helps and costs nothing; never where plain text became less probable."""
+        return self.guard and (self.helps_copying or self.helps_reading or self.blocked)
+
+    def require(self) -> RepairReport:
+        """Itself, if the repair is a success.
+
+        Raises:
+            DegenerateInputError: if it is not, with what was measured.
+        """
+        if self.success:
+            return self
+        raise DegenerateInputError(f"The repair is no success. {' '.join(self.findings())}")
+
+    def findings(self) -> tuple[str, ...]:
+        """The verdict first, then each measure beside its control."""
+        skipped = first_few((f"{i}: {why}" for i, why in self.skipped), 6, "; ")
+        left = f"{len(self.skipped)} tokens were left as they are ({skipped})." if self.skipped else ""
+        return sentences(self._verdict(), self._copying(), self._reading(), self._cost(), left)
+
+    def _verdict(self) -> str:
+        kind = "tied" if self.tied else "untied"
+        what = f"{len(self.ids)} tokens of {self.model} ({kind}), reading={self.options.reading}, "
+        what += f"writing={self.options.writing}, from {self.options.sources}"
+        if not self.guard:
+            return (
+                f"NO SUCCESS: plain text may have become less probable by {self.loss.high:.3g} nats per token; "
+                f"{self.tolerance:g} is allowed ({what})."
+            )
+        if self.success:
+            return f"The repair helps {' and '.join(self._helped())} ({what})."
+        few = f", which are too few for a claim (at least {MIN_TOKENS})" if len(self.ids) < MIN_TOKENS else ""
+        return f"No help shown on these tokens{few} ({what})."
+
+    def _helped(self) -> Iterator[str]:
+        any_row = ", as any row of its own would"
+        if self.helps_copying:
+            yield "copying" + ("" if all(self.copying(kind).low > 0 for kind in self._controls()) else any_row)
+        if self.helps_reading:
+            others = [self.reading(kind) for kind in self._controls()]
+            yield "reading" + ("" if all(more is None or more.high < 0 for more in others) else any_row)
+        if self.blocked:
+            yield "blocking"
+
+    def _copying(self) -> str:
+        was, now = (sum(p >= VERIFIED for p in self.copied[arm]) for arm in ("before", "repaired"))
+        said = (
+            f"Copying: {was} of {len(self.ids)} could be said before (p of at least {VERIFIED}), {now} now; "
+            f"change of p {_with_n(self.copying())}."
+        )
+        for kind in self._controls():
+            said += f" That is {_against(self.copying(kind), kind, 'less', 'more', 'more')}."
+        return said
+
+    def _reading(self) -> str:
+        done = self.reading()
+        if done is None:
+            return "Reading: nothing spells these tokens, so there is nothing to compare their reading with."
+        said = f"Reading: the gap to the spelled text changed by {_with_n(done)} nats (below 0 is better)."
+        for kind in self._controls():
+            if (more := self.reading(kind)) is not None:
+                said += f" It is {_against(more, kind, 'smaller', 'larger', 'smaller')}."
+        return said
+
+    def _cost(self) -> str:
+        worst = min(self.controls.low, 0.0) + 0.0
+        return (
+            f"Cost: loss on plain text {_with_n(self.loss)} nats per token (allowed: {self.tolerance:g}); copy "
+            f"probability of tokens that were not repaired {_with_n(self.controls)}, at worst {worst:.3g}."
+        )
+
+    def _controls(self) -> Sequence[str]:
+        return [arm for arm in ("shuffled", "random") if arm in self.copied]
+
+    def _blocks(self) -> tuple[Block, ...]:
+        arms = Table(
+            ("arm", "mean copy probability", "mean gap to the spelled text (nats)"),
+            tuple((ARMS[arm], _mean(self.copied[arm]), _mean(self.gap[arm])) for arm in self.copied),
+            f"{len(self.ids)} tokens; prompts {', '.join(self.prompts)}.",
+        )
+        rows = tuple(
+            (i, shown(text), " + ".join(map(shown, pieces)), self.copied["before"][k], self.copied["repaired"][k],
+             finite(self.gap["before"][k]), finite(self.gap["repaired"][k]))
+            for k, (i, text, pieces) in enumerate(zip(self.ids, self.texts, self.sources, strict=True))
+        )  # fmt: skip
+        columns = ("id", "token", "made of", "p before", "p repaired", "gap before", "gap repaired")
+        edits = Table(("what the edits did",), tuple((line,) for line in self.edits))
+        return arms, Table(columns, rows, f"n = {len(rows)} tokens"), edits
+
+    def metrics(self) -> dict[str, Metric]:
+        """Flat numbers."""
+        return measured({
+            "success": int(self.success), "copying": self.copying(), "loss_rise": self.loss,
+            "control_copying": self.controls, "n_tokens": len(self.ids), "reading": self.reading(),
+            **{f"copying_against_{kind}": self.copying(kind) for kind in self._controls()},
+            **{f"reading_against_{kind}": self.reading(kind) for kind in self._controls()},
+        })  # fmt: skip
+
+
+def _against(more: Estimate, control: str, below: str, above: str, wanted: str) -> str:
+    word = more.words(above, below, f"not clearly {wanted}")
+    return f"{word} than {ARMS[control].removesuffix(' (control)')}: {_with_n(more)}"
+
+
+def _with_n(estimate: Estimate) -> str:
+    return f"{estimate.value:+.3g} [{estimate.low:+.3g}, {estimate.high:+.3g}] (n={estimate.n} {estimate.unit})"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +255,8 @@ def check_repair(
     """
     options, vocabulary = options or RepairCheckOptions(), vocabulary or vocabulary_of(model)
     templates = prompt_set(model, vocabulary, forms=options.forms, steps=options.steps).templates
-    controls = _controls(model, made, vocabulary, options)
+    controls, codec = _controls(model, made, vocabulary, options), codec_of(model.tokenizer)
+    how = VerifyOptions(steps=options.steps, batch_size=options.batch_size)
     kinds: tuple[Control, ...] = ("shuffled", "random") if len(made.ids) > 1 else ("random",)
     arms: dict[str, Repair | None] = {"before": None, "repaired": made}
     arms |= {kind: control_of(model, made, kind, options.seed, vocabulary) for kind in kinds}
@@ -71,8 +268,10 @@ def check_repair(
         for arm, repair in arms.items():
             with model.plan(Intervention() if repair is None else repair.intervention()) as plan:
                 others = controls if arm in ("before", "repaired") else []
-                copied[arm], kept[arm] = _copied(model, templates, made.ids, others, options)
-                gap[arm] = _gap(model, made, vocabulary, options.batch_size)
+                done = verify(model, codec, templates, made.ids, others, how)
+                copied[arm], kept[arm] = (tuple(t.max_prob for t in part) for part in (done.candidates, done.controls))
+                sides = measure_sides(model, codec, vocabulary, made.ids, [], batch_size=options.batch_size)
+                gap[arm] = tuple(side.read_kl for side in sides.tested)
             edits = tuple(map(str, plan.report)) if arm == "repaired" else edits
             running.advance()
     before, after = _losses(model, None, options), _losses(model, made, options)
@@ -90,22 +289,6 @@ def _controls(model: Model, made: Repair, vocabulary: Vocabulary, options: Repai
     if not len(pool):
         raise DegenerateInputError("check_repair: no ordinary token is left as a control. Repair fewer tokens.")
     return draw_controls(pool, options.controls, options.seed)
-
-
-def _copied(
-    model: Model, templates: Sequence[Template], ids: Sequence[int], controls: Sequence[int],
-    options: RepairCheckOptions,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:  # fmt: skip
-    """Highest probability of each repaired token and of each control; every prompt is run for every token."""
-    how = VerifyOptions(steps=options.steps, batch_size=options.batch_size, stop_at=None)
-    done = verify(model, codec_of(model.tokenizer), templates, ids, controls, how)
-    return tuple(t.max_prob for t in done.candidates), tuple(t.max_prob for t in done.controls)
-
-
-def _gap(model: Model, made: Repair, vocabulary: Vocabulary, batch_size: int) -> tuple[float, ...]:
-    """Nats from what follows each token's text in other tokens to what follows the token; nan where none spell it."""
-    sides = measure_sides(model, codec_of(model.tokenizer), vocabulary, made.ids, [], batch_size=batch_size)
-    return tuple(side.read_kl for side in sides.tested)
 
 
 def _losses(model: Model, made: Repair | None, options: RepairCheckOptions) -> list[float]:

@@ -56,7 +56,8 @@ def save_repaired(made: Repair, source: str | Path, out: str | Path, *, untie: b
     matrices = in_folder(source)
     again = _from_files(made, matrices, source)
     copies = _copies(source, matrices.E_in)
-    new_head = _new_head(again, copies, load_json(source / "config.json", dict, foreign=True), untie)
+    config: Record = load_json(source / "config.json", dict, foreign=True)
+    new_head = _new_head(again, copies, config, untie)
     changes = _changes(again, matrices, copies, new_head)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
@@ -65,7 +66,10 @@ def save_repaired(made: Repair, source: str | Path, out: str | Path, *, untie: b
         shutil.copytree(source, folder, ignore=ignored)
         _write_weights(source, folder, matrices.E_in.name, changes, made.ids, new_head)
         if new_head is not None:
-            _untie_config(folder / "config.json")
+            for part in (config, config.get("text_config")):
+                if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
+                    part["tie_word_embeddings"] = False
+            save_json(folder / "config.json", config)
         save_json(folder / NOTE, _record(again, source, new_head))
         if out.exists():
             out.rmdir()
@@ -144,7 +148,6 @@ def _write_weights(
     from safetensors.torch import save_file
 
     files = sorted(set(tensor_files(source).values()))
-    # Any: JSON of transformers
     index: Record = load_json(source / INDEX, dict) if (source / INDEX).is_file() else {}
     for file in track(files, total=len(files), description="write the repaired weights", unit="files"):
         with safe_open(file, framework="pt") as opened:
@@ -173,14 +176,6 @@ def _changed(name: str, tensor: Tensor, values: Tensor | None, ids: Sequence[int
     if values is not None:
         out[list(ids)] = values.to(out.dtype)
     return out
-
-
-def _untie_config(path: Path) -> None:
-    config: Record = load_json(path, dict, foreign=True)
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = False
-    save_json(path, config)
 
 
 def _record(made: Repair, source: Path, head: str | None) -> Mapping[str, object]:
@@ -213,6 +208,8 @@ class CopyReport(TokenReport):
     `effect` is the largest change of such a logit by the repair itself.
     """
 
+    _title = "The saved copy"
+
     folder: Path
     difference: float
     effect: float
@@ -231,10 +228,6 @@ class CopyReport(TokenReport):
     def metrics(self) -> dict[str, Metric]:
         """Flat numbers."""
         return {"copy_difference": self.difference, "copy_effect": self.effect, "copy_agrees": int(self.agrees)}
-
-    @property
-    def _title(self) -> str:
-        return "The saved copy"
 
     def _blocks(self) -> tuple[()]:
         return ()

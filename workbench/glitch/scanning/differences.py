@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 from workbench.core.errors import MissingFileError
@@ -56,6 +56,8 @@ class DiffReport(TokenReport):
     tell if both tokenizers are the same.
     """
 
+    _title = "{self.a} and {self.b}"
+
     a: str
     b: str
     matched_by: str
@@ -101,10 +103,6 @@ class DiffReport(TokenReport):
         gone = clopper_pearson(counts["flag_gone"], stay, unit="flagged tokens") if stay else None
         return measured({"shared": self.shared, **counts, "flags_gone": gone})
 
-    @property
-    def _title(self) -> str:
-        return f"{self.a} and {self.b}"
-
     def to_json(self) -> dict[str, Json]:
         """All fields, with counts and sentences."""
         return super().to_json() | to_jsonable({"counts": self.counts(), "said": self.findings()})
@@ -124,8 +122,7 @@ class DiffReport(TokenReport):
 
     def to_csv(self, path: str | Path) -> Path:
         """Writes every change as CSV and returns the path."""
-        rows = ((c.kind, c.text, c.id_a, c.id_b, c.before, c.after) for c in self.changes)
-        return write_csv(path, ("kind", "text", "id_a", "id_b", "before", "after"), rows)
+        return write_csv(path, [field.name for field in fields(Change)], map(astuple, self.changes))
 
 
 def side(what: object, tokenizer_only: bool = False) -> SavedScan:
@@ -162,27 +159,21 @@ def between(a: SavedScan, b: SavedScan) -> DiffReport:
     order = {kind: k for k, kind in enumerate(CHANGES)}
     changes.sort(key=lambda change: (order[change.kind], change.id_a if change.id_a >= 0 else change.id_b))
     lossy_a, lossy_b = {item.byte for item in a.lossy}, {item.byte for item in b.lossy}
+    name_a, name_b = (f"{shown(scan.model)} ({shown(scan.origin)})" for scan in (a, b))
     return DiffReport(
-        a=_name(a), b=_name(b), matched_by="id" if by_id else "text", n_a=_size(a), n_b=_size(b), shared=len(pairs),
+        a=name_a, b=name_b, matched_by="id" if by_id else "text", n_a=len(_texts(a)), n_b=len(_texts(b)),
+        shared=len(pairs),
         flagged_a=a.counts(), flagged_b=b.counts(), changes=tuple(changes),
         lossy_a=tuple(sorted(lossy_a - lossy_b)), lossy_b=tuple(sorted(lossy_b - lossy_a)), partial=_partial(a, b),
         evident=same is not None,
     )  # fmt: skip
 
 
-def _name(scan: SavedScan) -> str:
-    return f"{shown(scan.model)} ({shown(scan.origin)})"
-
-
-def _size(scan: SavedScan) -> int:
-    return sum(fact.category != "no_token" for fact in scan.tokens.values())
-
-
 def _partial(a: SavedScan, b: SavedScan) -> str:
-    rest = "tokens that it neither suspects nor tested are taken as not flagged"
-    said = [f"{name} has no tokens.csv: {rest}." for name, scan in (("A", a), ("B", b)) if not scan.complete]
-    bare = [name for name, scan in (("A", a), ("B", b)) if not scan.ranked]
-    return " ".join([*said, *(f"{name} has no ranking of its tokens, so it has no candidates." for name in bare)])
+    rest, scans = "tokens that it neither suspects nor tested are taken as not flagged", (("A", a), ("B", b))
+    said = [f"{name} has no tokens.csv: {rest}." for name, scan in scans if not scan.complete]
+    bare = [f"{name} has no ranking of its tokens, so it has no candidates." for name, scan in scans if not scan.ranked]
+    return " ".join((*said, *bare))
 
 
 def _same_tokenizer(a: SavedScan, b: SavedScan) -> bool | None:

@@ -1,21 +1,28 @@
-"""The report of a glitch-token scan: its result with words, tables and plots."""
+"""A glitch report in words, tables and plots."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
+import numpy as np
+
 from workbench.core.jsontext import Json
 from workbench.core.records import to_jsonable
-from workbench.glitch.reporting import TokenReport
-from workbench.glitch.scanning.narrate import describe, say, summarise
+from workbench.glitch.reporting import TokenReport, finite, first_few, measured, sentences, shown
+from workbench.glitch.scanning.narrate_tests import kinds_table, say_tests, test_blocks, tests_table
 from workbench.glitch.scanning.result import ScanResult
-from workbench.report.base import Block, Metric
+from workbench.glitch.vocabulary.tokenizer import CATEGORIES, IMPOSSIBLE_BYTES
+from workbench.report.base import Block, Histogram, Metric, Table
+
+TOP_ROWS = 40
 
 
 @dataclass(frozen=True, eq=False)
 class GlitchReport(ScanResult, TokenReport):
     """Result of `scan`. `df` has every token; `to_json` the facts, the suspicious tokens and everything tested."""
+
+    _title = "Glitch tokens of {self.model}"
 
     def to_json(self) -> dict[str, Json]:
         """Everything except the table of all tokens, which `to_csv` writes: its suspicious and tested rows are here."""
@@ -28,17 +35,187 @@ class GlitchReport(ScanResult, TokenReport):
             "findings": list(self.findings()),
         })  # fmt: skip
 
-    def metrics(self) -> dict[str, Metric]:
-        """Flat numbers; those of verification only if it ran."""
-        return summarise(self)
-
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences, with what is not known."""
-        return say(self)
+        known, why = self.reference.members, self.reference.why
+        reference = f"No reference: {why}." if self.reference.name is None else f"Reference: {len(known)} ids, {why}."
+        said = (_tokenizer(self), _lossy(self), reference, _ranking(self), *_oddities(self))
+        return sentences(*said, *say_tests(self), _recall(self))
 
-    @property
-    def _title(self) -> str:
-        return f"Glitch tokens of {self.model}"
+    def metrics(self) -> dict[str, Metric]:
+        """Flat numbers; those of verification only if it ran."""
+        metrics: dict[str, Metric | None] = {
+            "n_tokens": self.tokenizer.n_tokens, "n_candidates": len(self.candidates()),
+            "n_reference": len(self.reference.members), "n_lossy_bytes": len(self.tokenizer.lossy),
+            "n_identical_rows": sum(map(len, self.identical)), "indicator": self.indicator or "none",
+            **{f"tokens.{name}": count for name, count in self.tokenizer.counts.items()},
+            **{f"auc.{s.indicator}": s.auc for s in self.separations},
+            "threshold": None if self.indicator is None else self.threshold,
+        }  # fmt: skip
+        if (done := self.verification) is not None:
+            metrics |= {
+                "n_tested": len(done.candidates), "n_verified": sum(t.verified for t in done.candidates),
+                "control_failure_rate": done.control_failures, "expected_false": done.expected_false,
+                **{f"control_failure_rate.{form}": share for form, share in done.failures_by_form.items()},
+                **{f"control_p.{name}": p for name, p in done.control_quantiles.items()},
+                "n_cleared_by_chat": sum(t.cleared_by_chat for t in done.candidates),
+                "n_spliced_verified": sum(t.verified for t in done.spliced),
+            }  # fmt: skip
+        if (sides := self.sides) is not None:
+            metrics |= {f"n_broken.{name}": sides.count(name) for name in ("both", "input", "output", "neither")}
+            metrics |= {"auc.read": sides.read_auc, "auc.write": sides.write_auc}
+        if (contexts := self.contexts) is not None:
+            metrics["n_fail_in_context"] = sum(c.failed for c in contexts.candidates)
+            metrics["context_control_failure_rate"] = contexts.control_failures
+        if self.symptoms is not None:
+            metrics |= {f"symptom.{task}": share for task, share in self.symptoms.candidate_failures.items()}
+            metrics |= {f"symptom_control.{task}": share for task, share in self.symptoms.failures.items()}
+        return measured(metrics)
 
     def _blocks(self) -> tuple[Block, ...]:
-        return describe(self)
+        made: list[Block] = [_categories(self), _groups(self)]
+        if self.same_text:
+            made.append(_same_text(self))
+        if self.separations:
+            made.append(_separations(self))
+        if self.indicator is not None:
+            made += [_top(self), kinds_table(self, TOP_ROWS), _histogram(self)]
+        return (*made, *test_blocks(self))
+
+
+def _tokenizer(report: ScanResult) -> str:
+    counts = report.tokenizer.counts
+    kinds = [name for name in CATEGORIES if counts.get(name) and name != "no_token"]
+    parts = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in kinds)
+    bare = f"; {counts['no_token']:,} ids without a token" if counts.get("no_token") else ""
+    shape = f"{report.n_rows:,} rows x {report.d_model} ({report.stored})"
+    tied = f"{'tied' if report.tied else 'untied'} ({report.tied_why})"
+    return f"{report.tokenizer.n_tokens:,} tokens: {parts}{bare}. Output matrix: {shape}, {tied}."
+
+
+def _lossy(report: ScanResult) -> str:
+    lossy = report.tokenizer.lossy
+    if not lossy:
+        return "Every byte of valid UTF-8 survives encode and decode (checked on example characters of each byte)."
+    names = " ".join(f"{item.byte:02X}" for item in lossy)
+    return (
+        f"NON-ENCODABLE BYTES: {len(lossy)} bytes of valid text are lost by this tokenizer ({names}); "
+        f"{lossy[0].text!r} comes back as {lossy[0].back!r}."
+    )
+
+
+def _ranking(report: ScanResult) -> str:
+    if report.indicator is None:
+        return (
+            f"NO RANKING: {report.indicator_why}. A ranking against a guessed reference is wrong without looking "
+            "wrong; name ids that are known to be unused."
+        )
+    n, plain = len(report.candidates()), int(report.table.ordinary.sum())
+    return (
+        f"Ranked by {report.indicator_why}. Candidates: {n:,} of {plain:,} ordinary tokens lie at or below "
+        f"{report.threshold:.4f} ({report.threshold_why}). That is a list to test, not a count of glitch tokens."
+    )
+
+
+def _oddities(report: ScanResult) -> list[str]:
+    said = []
+    if report.identical:
+        sizes = sorted((len(ids) for ids in report.identical), reverse=True)
+        said.append(
+            f"{sum(sizes)} rows are bit-identical copies, in {len(sizes)} sets of {first_few(sizes)}. Certificate "
+            "without a forward pass: no prompt can give a token of a set of k more than 1/k (at most "
+            f"{1 / sizes[0]:.3f} in the largest)."
+        )
+    ordinary = [i for i in report.zero_rows if report.table.ordinary[i]]
+    others = [i for i in report.zero_rows if not report.table.ordinary[i]]
+    if ordinary:
+        place = "they head the candidates" if report.indicator is not None else "they were never trained"
+        said.append(f"{len(ordinary)} rows of ordinary tokens are zero (ids {first_few(ordinary)}); {place}.")
+    if others:
+        kinds = "padding, reserved or special"
+        said.append(f"{len(others)} rows without an ordinary token are zero (ids {first_few(others)}): {kinds}.")
+    if report.same_text:
+        n = sum(map(len, report.same_text))
+        said.append(
+            f"{n} tokens share their text with another one, in {len(report.same_text)} sets; text gives one of each "
+            "set at most."
+        )
+    if report.bad_rows:
+        said.append(f"{len(report.bad_rows)} rows hold NaN or infinity (ids {first_few(report.bad_rows)}); left out.")
+    if spare := report.spare():
+        said.append(f"{len(spare)} reserved ids are unused, free for tokens of your own (ids {first_few(spare)}).")
+    if report.has_bias:
+        said.append("The output layer has a bias; the indicators do not use it.")
+    if beyond := report.tokenizer.counts.get("no_row", 0):
+        said.append(f"{beyond} token ids lie beyond the matrix's {report.n_rows:,} rows: the model cannot take them.")
+    return said
+
+
+def _recall(report: ScanResult) -> str:
+    done = report.verification
+    untested = int(report.table.ordinary.sum()) - (len(done.candidates) + len(done.controls) if done else 0)
+    return (
+        f"Recall is not known: {untested:,} ordinary tokens were not run; under-trained tokens among them are missed. "
+        "Only a census that tests every token would measure it."
+    )
+
+
+def _categories(report: ScanResult) -> Table:
+    facts = report.tokenizer
+    harmless = sum(b in IMPOSSIBLE_BYTES for b in facts.missing_bytes)
+    rows = [(name, facts.counts[name], means) for name, means in CATEGORIES.items() if facts.counts.get(name)]
+    rows.append(("byte tokens", facts.n_byte_tokens, f"single-byte tokens ({facts.style})"))
+    if facts.style != "none":
+        rows.append(("missing bytes", len(facts.missing_bytes), f"{harmless} of them never occur in valid UTF-8"))
+    rows.append(("lossy bytes", len(facts.lossy), " ".join(f"{item.byte:02X}" for item in facts.lossy) or "none"))
+    return Table(("category", "tokens", "meaning"), tuple(rows), caption="The tokenizer's side")
+
+
+def _groups(report: ScanResult) -> Table:
+    chosen = report.reference.name
+    rows = tuple(
+        (("* " if g.name == chosen else "") + g.name, g.found, len(g.members), finite(g.cosine), g.verdict, g.why)
+        for g in report.reference.groups
+    )
+    pairs = "; ".join(f"{a} and {b}: cosine {c:.3f}, {n} ids in both" for a, b, c, n in report.reference.agreement)
+    caption = "Ids that training cannot have used, and whether their rows bear it out (* = reference). Agreement: "
+    columns = ("group", "found", "kept", "median cosine", "verdict", "how found")
+    return Table(columns, rows, caption=caption + (pairs or "fewer than two trusted groups"))
+
+
+def _same_text(report: ScanResult) -> Table:
+    table, first = report.table, report.same_text[:TOP_ROWS]
+    rows = tuple(
+        (shown(table.token[ids[0]]), ", ".join(map(str, ids)), ", ".join(table.category[i] for i in ids))
+        for ids in first
+    )
+    caption = f"Tokens with the same text: the first {len(first)} of {len(report.same_text):,} sets"
+    return Table(("text", "ids", "categories"), rows, caption=caption)
+
+
+def _separations(report: ScanResult) -> Table:
+    rows = tuple((s.indicator, s.auc, s.missed, s.n_reference, s.n_ordinary) for s in report.separations)
+    return Table(
+        ("indicator", "held-out AUC", "ordinary below a reference row", "reference rows", "ordinary tokens"), rows,
+        caption="How well each indicator tells held-out reference rows from ordinary tokens (AUC 0.5 is chance). The "
+        "reference was trimmed to output rows that lie together; that favours the output-side indicators, not I_in",
+    )  # fmt: skip
+
+
+def _top(report: ScanResult) -> Table:
+    if report.verification is not None:
+        return tests_table(report, report.verification.candidates, "The most suspicious tokens, tested")
+    rows = [report.row(i) for i in report.candidates()[:TOP_ROWS]]
+    listed = tuple((r["token_id"], shown(r["token"]), r["indicator"], r["copies"], r["group"]) for r in rows)
+    caption = f"The {len(rows)} most suspicious of {len(report.candidates()):,} candidates; none was run"
+    return Table(("id", "token", report.indicator or "", "identical rows", "group"), listed, caption=caption)
+
+
+def _histogram(report: ScanResult) -> Histogram:
+    values = report.table.indicator[report.table.ordinary]
+    values = values[np.isfinite(values)]
+    below = int((values <= report.threshold).sum())
+    return Histogram(
+        f"{report.indicator} of ordinary tokens", tuple(values.tolist()), x_label=str(report.indicator), bins=60,
+        caption=f"n = {len(values):,}; threshold {report.threshold:.4f} ({report.percentile:.3g}%), {below:,} below",
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from workbench.glitch.ranking.indicators import Separation
 from workbench.glitch.ranking.reference import Reference
 from workbench.glitch.reporting import harmless_cell
 from workbench.glitch.verification.contexts import Contexts
-from workbench.glitch.verification.sides import Side, Sides
+from workbench.glitch.verification.sides import Sides
 from workbench.glitch.verification.symptoms import Symptoms
 from workbench.glitch.verification.verify import Tested, Verification
 from workbench.glitch.vocabulary.taxonomy import Nature
@@ -126,8 +126,7 @@ class ScanResult:
         """
         if self.indicator is None:
             return []
-        plain, zero = self.table.ordinary, np.zeros(len(self.table), dtype=bool)
-        zero[list(self.zero_rows)] = True
+        plain, zero = self.table.ordinary, np.isin(np.arange(len(self.table)), self.zero_rows)
         return [*np.flatnonzero(plain & zero).tolist(), *self._ranked(plain & ~zero & self._is_low)]
 
     def unwritable(self) -> list[int]:
@@ -135,7 +134,7 @@ class ScanResult:
 
         These are parts of characters and unreachable tokens; members of the reference and reserved names are left out.
         """
-        hidden = np.isin(np.asarray(self.table.category), NO_TEXT) & ~self.table.reserved & ~self.table.is_reference
+        hidden = np.isin(self.table.category, NO_TEXT) & ~self.table.reserved & ~self.table.is_reference
         return self._ranked(hidden & self._is_low)
 
     def spare(self) -> list[int]:
@@ -146,9 +145,8 @@ class ScanResult:
         """
         if self.indicator is None:
             return []
-        table = self.table
-        writable = np.isin(np.asarray(table.category), ("ok", "special"))
-        unused = table.is_reference | self._is_low
+        table, unused = self.table, self.table.is_reference | self._is_low
+        writable = np.isin(table.category, ("ok", "special"))
         return np.flatnonzero(table.reserved & writable & unused & np.isfinite(table.norm)).tolist()
 
     @property
@@ -171,15 +169,14 @@ class ScanResult:
 
         table, n = self.table, len(self.table)
         tests = self.verification.tested if self.verification else ()
-        flagged = np.zeros(n, dtype=bool)
-        flagged[self.candidates()] = True
         sides, contexts = self.sides.tested if self.sides else (), self.contexts.tested if self.contexts else ()
         columns = {
             "token_id": np.arange(n), "token": table.token, "category": table.category, "indicator": table.indicator,
             "max_prob": _column(n, np.nan, ((t.token_id, t.max_prob) for t in tests)),
             "verdict": _column(n, "untested", ((t.token_id, t.verdict) for t in tests)),
             "is_reference": table.is_reference, "group": table.group,
-            "candidate": flagged, "role": _column(n, "", ((t.token_id, t.role) for t in tests)), "copies": table.copies,
+            "candidate": np.isin(np.arange(n), self.candidates()),
+            "role": _column(n, "", ((t.token_id, t.role) for t in tests)), "copies": table.copies,
             "p_bound": np.where(table.copies > 1, 1 / table.copies, np.nan),
             "is_byte": table.is_byte, "reserved": table.reserved, "norm": table.norm, **table.indicators,
             "form": _column(n, "", ((t.token_id, t.form) for t in tests)),
@@ -207,7 +204,7 @@ class ScanResult:
         }  # fmt: skip
         if nature := self.natures.get(i):
             row |= {"kind": nature.kind, "script": nature.script, "words": nature.words, "part_of": nature.part_of}
-        if side := self.side(i):
+        if self.sides is not None and (side := self.sides.of(i)):
             row |= {"broken": side.broken, "read_kl": side.read_kl, "write_logp": side.write_logp}
         if self.contexts is not None and (among := self.contexts.of(i)):
             row["context_p"] = among.median
@@ -219,10 +216,6 @@ class ScanResult:
         """The certificate 1/k where k rows (and their biases) are bit-identical: no prompt can give the token more."""
         copies = int(self.table.copies[i])
         return 1 / copies if copies > 1 else None
-
-    def side(self, i: int) -> Side | None:
-        """Reading and writing of one token, or None if it was not examined."""
-        return self.sides.of(i) if self.sides else None
 
     def tested(self, i: int) -> Tested | None:
         """The test of one token, or None if it was not run."""

@@ -53,8 +53,12 @@ class TokenFact:
     @property
     def grade(self) -> str | None:
         """A key of `GRADES`; None for a token that nothing speaks against, or that the model was seen to say."""
+        if self.verdict.endswith("rejected"):
+            return None
+        if "verified" in self.verdict or self.verdict in ("not_encodable", "not_finite"):
+            return "verified"
         if self.verdict != "untested":
-            return _grade_of(self.verdict)
+            return "borderline"
         if self.category == "no_row":
             return "no_row"
         if self.candidate:
@@ -111,16 +115,8 @@ def check_grades(grades: Iterable[str]) -> tuple[str, ...]:
 
 def of_report(report: GlitchReport, origin: str = "scanned now") -> SavedScan:
     """The facts of a scan that was just made."""
-    table, candidates = report.table, set(report.candidates())
-    facts = {}
-    for i, text in enumerate(table.token):
-        test = report.tested(i)
-        facts[i] = TokenFact(
-            token_id=i, text=shown(text), category=table.category[i], indicator=float(table.indicator[i]),
-            max_prob=test.max_prob if test else math.nan, verdict=test.verdict if test else "untested",
-            candidate=i in candidates, reference=bool(table.is_reference[i] or table.reserved[i]),
-            is_byte=bool(table.is_byte[i]),
-        )  # fmt: skip
+    rows = report.df.sort_values("token_id").to_dict("records")
+    facts = {row["token_id"]: _fact(row, shown(row["token"]), row["candidate"]) for row in rows}
     return SavedScan(
         model=report.model, origin=origin, tokens=facts, complete=True, lossy=report.tokenizer.lossy,
         ranked=report.indicator is not None, vocabulary=report.tokenizer.vocabulary,
@@ -205,18 +201,6 @@ def _fact(row: Mapping[str, Any], text: str, candidate: bool) -> TokenFact:
         max_prob=_number(row["max_prob"]), verdict=row["verdict"], candidate=candidate,
         reference=_truth(row.get("is_reference")) or _truth(row.get("reserved")), is_byte=_truth(row.get("is_byte")),
     )  # fmt: skip
-
-
-def _grade_of(verdict: str) -> str | None:
-    """What a verdict means for the use of a token.
-
-    >>> _grade_of("weak_verified"), _grade_of("strong_rejected"), _grade_of("borderline")
-    ('verified', None, 'borderline')
-    """
-    if verdict.endswith("rejected"):
-        return None
-    unsayable = "verified" in verdict or verdict in ("not_encodable", "not_finite")
-    return "verified" if unsayable else "borderline"
 
 
 def _number(value: str | float | None) -> float:

@@ -25,6 +25,7 @@ from workbench.glitch.ranking.indicators import (
     INDICATORS,
     RowFacts,
     Separation,
+    find_threshold,
     held_out_values,
     measure,
     pick,
@@ -32,19 +33,16 @@ from workbench.glitch.ranking.indicators import (
     separation,
 )
 from workbench.glitch.ranking.reference import MIN_MEMBERS, Reference, choose, given, judge, merge_duplicates, propose
-from workbench.glitch.ranking.threshold import find_threshold
 from workbench.glitch.ranking.weights import BLOCK_ROWS, TokenMatrices, in_folder, in_gguf, in_memory
 from workbench.glitch.scanning.glitch_report import GlitchReport
 from workbench.glitch.scanning.result import TokenizerFacts, TokenTable
-from workbench.glitch.verification.chat import FORMS, Forms, PromptSet, prompt_set
 from workbench.glitch.verification.contexts import Contexts, in_contexts, line_options, make_lines
-from workbench.glitch.verification.prompts import PROMPTS, Template, prompts_from
+from workbench.glitch.verification.prompts import FORMS, PROMPTS, Forms, PromptSet, Template, prompt_set, prompts_from
 from workbench.glitch.verification.scoring import VerifyOptions
 from workbench.glitch.verification.sides import Sides, measure_sides
 from workbench.glitch.verification.symptoms import Symptoms, symptoms
 from workbench.glitch.verification.verify import journal_key, verify, with_spliced
-from workbench.glitch.vocabulary.fragments import same_text
-from workbench.glitch.vocabulary.taxonomy import natures
+from workbench.glitch.vocabulary.taxonomy import natures, same_text
 from workbench.glitch.vocabulary.tokenizer import CATEGORIES, Vocabulary, analyse, draw_controls
 from workbench.models.model import Model
 
@@ -60,7 +58,7 @@ class ScanOptions:
     Attributes:
         controls: random ordinary tokens to verify beside them; None means as many as `top`.
         percentile: share of ordinary tokens, in percent, that become candidates (2 in the literature); None takes as
-            many as exceed what the bulk explains, see `workbench.glitch.ranking.threshold.find_threshold`.
+            many as exceed what the bulk explains, see `workbench.glitch.ranking.indicators.find_threshold`.
         reference: ids known to be unused; None finds them.
         indicator: which indicator to rank by; None chooses by measured separation.
         prompts: JSON file with prompts to use instead of the built-in ones.
@@ -102,14 +100,7 @@ class ScanOptions:
 
 
 def scan(model: object, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None) -> GlitchReport:
-    """Ranks every token of a model by how untrained its row looks, and on request tests the first ones.
-
-    Args:
-        model: a `Model`, a model folder, a .gguf file, "embedded", or a hub id in the local cache. With `verify=None`
-            only the two token matrices are read; the model is not loaded.
-        verify: None reads weights only; "top" asks the model to say the most suspicious tokens and as many random
-            ordinary ones.
-        options: how many, which reference, which prompts.
+    """`workbench.glitch.scan` without the census: the ranking of every token, and on request tests of the first ones.
 
     Raises:
         DegenerateInputError: if there is nothing to verify because no ranking could be trusted.
@@ -206,15 +197,14 @@ def _weights_only(name: str, matrices: TokenMatrices, vocabulary: Vocabulary, op
     table = _table(vocabulary, outer, chosen, values, picked)
     plain = table.ordinary & np.isfinite(table.indicator)
     line = find_threshold(table.indicator[plain] if picked is not None else np.zeros(0), options.percentile)
-    zero = tuple(int(i) for i in np.flatnonzero(outer.finite & (outer.norm == 0)))
+    zero = tuple(np.flatnonzero(outer.finite & (outer.norm == 0)).tolist())
     bad = tuple(sorted({*np.flatnonzero(~outer.finite).tolist(), *np.flatnonzero(~inner.finite).tolist()}))
     return GlitchReport(
         model=name, tied=matrices.tied, tied_why=matrices.tied_why, n_rows=matrices.E_out.n_rows,
         d_model=matrices.E_out.width, stored=matrices.E_out.stored, has_bias=matrices.bias is not None,
         tokenizer=_facts(vocabulary, table), reference=chosen, separations=measured, indicator=picked,
-        indicator_why=why, same_text=same_text(vocabulary),
-        threshold=line.value, percentile=line.percentile, threshold_why=line.why, identical=outer.classes,
-        zero_rows=zero, bad_rows=bad, table=table, verification=None,
+        indicator_why=why, same_text=same_text(vocabulary), threshold=line.value, percentile=line.percentile,
+        threshold_why=line.why, identical=outer.classes, zero_rows=zero, bad_rows=bad, table=table, verification=None,
         seed=options.seed,
     )  # fmt: skip
 
@@ -250,20 +240,17 @@ def _reference(
 def _separations(
     matrices: TokenMatrices, outer: RowFacts, unused: Sequence[int], values: dict[str, np.ndarray], ordinary: np.ndarray
 ) -> tuple[Separation, ...]:
-    if not unused:
-        return ()
-    others, measured = np.setdiff1d(ordinary, unused), [(name, values[name]) for name in INDICATORS if name in values]
+    others = np.setdiff1d(ordinary, unused)
     return tuple(
-        separation(name, column, others, held_out_values(name, matrices, outer, column, unused))
-        for name, column in measured
-    )
+        separation(name, values[name], others, held_out_values(name, matrices, outer, values[name], unused))
+        for name in INDICATORS if unused and name in values
+    )  # fmt: skip
 
 
 def _facts(vocabulary: Vocabulary, table: TokenTable) -> TokenizerFacts:
-    counts = {name: table.category.count(name) for name in CATEGORIES}
     return TokenizerFacts(
         n_tokens=vocabulary.n_tokens, style=vocabulary.style, adds_space=vocabulary.adds_space,
-        counts={name: count for name, count in counts.items() if count},
+        counts={name: count for name in CATEGORIES if (count := table.category.count(name))},
         n_byte_tokens=int((vocabulary.byte >= 0).sum()), missing_bytes=vocabulary.missing_bytes, lossy=vocabulary.lossy,
         vocabulary=vocabulary.digest,
     )  # fmt: skip
@@ -281,15 +268,13 @@ def _table(
     for judged in chosen.groups:
         for i in judged.members:
             group[i].append(judged.name)
-    is_reference = np.zeros(n, dtype=bool)
-    is_reference[list(chosen.members)] = True
     copies = np.ones(n, dtype=np.int64)
     for ids in outer.classes:
         copies[list(ids)] = len(ids)
     every = {name: _padded(column, n) for name, column in values.items()}
     return TokenTable(
         token=tuple(vocabulary.text) + ("",) * (n - n_ids), category=tuple(category),
-        group=tuple("; ".join(names) for names in group), is_reference=is_reference,
+        group=tuple("; ".join(names) for names in group), is_reference=np.isin(np.arange(n), chosen.members),
         is_byte=_padded(vocabulary.byte >= 0, n, False), reserved=_padded(vocabulary.reserved, n, False),
         copies=copies, norm=_padded(outer.norm, n), indicators=every,
         indicator=every[picked] if picked else np.full(n, np.nan),
@@ -340,9 +325,9 @@ def _journal(path: Path | None, model: Model, templates: Sequence[Template], how
 
 
 def _prompts(model: Model, vocabulary: Vocabulary, options: ScanOptions) -> PromptSet:
-    own = options.prompts is not None
-    prompts = prompts_from(options.prompts) if options.prompts is not None else PROMPTS
-    return prompt_set(model, vocabulary, prompts, options.forms, strict=own, steps=options.verification.steps)
+    own = None if options.prompts is None else prompts_from(options.prompts)
+    steps = options.verification.steps
+    return prompt_set(model, vocabulary, own or PROMPTS, options.forms, strict=own is not None, steps=steps)
 
 
 def _among_others(

@@ -141,14 +141,13 @@ def principal_components(rows: Float[Tensor, "n d_model"], k: int) -> Float[Tens
     if not bool(torch.isfinite(rows).all()):
         bad = int((~torch.isfinite(rows).all(1)).sum())
         raise DegenerateInputError(f"{bad} of {len(rows)} rows are not finite. Leave these tokens out of the search.")
-    blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
-    mean = sum((block.double().sum(0) for block in blocks), torch.zeros(1, dtype=torch.float64)) / len(rows)
-    scatter = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    blocks, scatter = rows.split(_BLOCK), torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    mean = torch.stack([block.double().sum(0) for block in blocks]).sum(0).cpu() / len(rows)
     for block in blocks:
-        centred = block.double().cpu() - mean.cpu()
+        centred = block.double().cpu() - mean
         scatter += centred.T @ centred
     axes = torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, : min(k, *rows.shape)].float()
-    return torch.cat([(block.float().cpu() - mean.float().cpu()) @ axes for block in blocks])
+    return torch.cat([(block.float().cpu() - mean.float()) @ axes for block in blocks])
 
 
 def nearest_pairs(x: Float[Tensor, "n k"], neighbours: int) -> Int[np.ndarray, "edges 2"]:

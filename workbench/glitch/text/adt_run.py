@@ -55,6 +55,8 @@ class AdtAnswer:
 class AdtReport(TokenReport):
     """Result of `run_adt`: one answer per item, attacks first."""
 
+    _title = "Adversarial tokenization of {self.model}"
+
     model: str
     answers: tuple[AdtAnswer, ...]
 
@@ -134,10 +136,6 @@ class AdtReport(TokenReport):
     @property
     def _arms(self) -> list[str]:
         return [name for name in ("attack", "plain") if self.arm(name)]
-
-    @property
-    def _title(self) -> str:
-        return f"Adversarial tokenization of {self.model}"
 
     def _blocks(self) -> Iterator[Block]:
         yield Text(

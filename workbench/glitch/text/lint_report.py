@@ -85,6 +85,8 @@ class LintReport(TokenReport):
         looked_for: number of token ids that would have been reported.
     """
 
+    _title = "Lint with {self.model}"
+
     model: str
     origin: str
     files: tuple[str, ...]
@@ -133,10 +135,6 @@ class LintReport(TokenReport):
         share = clopper_pearson(self._n_untrained, self.tokens, unit="tokens") if self.tokens else None
         counts = {"findings": self.n_findings, "guard_ids": len(self.guard), **self.by_kind}
         return measured(counts | {"flagged_share": share})
-
-    @property
-    def _title(self) -> str:
-        return f"Lint with {self.model}"
 
     def _blocks(self) -> Iterator[Block]:
         if self.counts:

@@ -19,7 +19,7 @@ from workbench.glitch.scanning.saved import GRADES, SavedScan, load_scan, of_rep
 from workbench.glitch.scanning.scanner import codec_for, scan
 from workbench.glitch.text.lint_report import Finding, LintReport, LostCharacter, TokenCount
 from workbench.glitch.text.spans import WINDOW, Piece, numbered_texts, windows
-from workbench.glitch.vocabulary.survival import Survival, is_half
+from workbench.glitch.vocabulary.tokenizer import Survival, is_half
 
 KINDS: dict[str, str] = GRADES | {
     "lost": "text that the tokenizer drops or replaces",

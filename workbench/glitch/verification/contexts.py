@@ -12,10 +12,9 @@ from workbench.core.errors import DegenerateInputError
 from workbench.core.stats import Estimate
 from workbench.engine.log import Log
 from workbench.glitch.reporting import rate
-from workbench.glitch.verification.chat import prompt_set
-from workbench.glitch.verification.outcomes import Outcome, Outcomes
-from workbench.glitch.verification.prompts import Template, TokenPrompt
+from workbench.glitch.verification.prompts import Template, TokenPrompt, prompt_set
 from workbench.glitch.verification.scoring import VERIFIED, VerifyOptions, score
+from workbench.glitch.verification.verify import Outcome, Outcomes
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
 from workbench.models.model import Model
 
@@ -90,16 +89,13 @@ def make_lines(model: Model, vocabulary: Vocabulary, pool: Sequence[int], n: int
         )
     (made,) = prompt_set(model, vocabulary, (LINE,), "raw", strict=True).templates
     random = np.random.default_rng([seed, 2])
-    words = [random.choice(plain, N_WORDS, replace=False).tolist() for _ in range(n)]
-    return Lines(tuple(_filled(made, four, k) for k, four in enumerate(words)), tuple(map(tuple, words)))
-
-
-def _filled(made: Template, words: Sequence[int], k: int) -> Template:
-    """The line with its words in place, which leaves one slot."""
-    a, b, c, d = words
-    ids = made.ids.clone()
-    ids[made.slots[[0, 1, 3, 4, 5, 6]]] = torch.tensor([a, b, c, d, a, b])
-    return replace(made, prompt=replace(made.prompt, name=f"line {k}"), ids=ids, slots=made.slots[[2]])
+    words = tuple(tuple(random.choice(plain, N_WORDS, replace=False).tolist()) for _ in range(n))
+    lines = []
+    for k, (a, b, c, d) in enumerate(words):
+        ids = made.ids.clone()
+        ids[made.slots[[0, 1, 3, 4, 5, 6]]] = torch.tensor([a, b, c, d, a, b])
+        lines.append(replace(made, prompt=replace(made.prompt, name=f"line {k}"), ids=ids, slots=made.slots[[2]]))
+    return Lines(tuple(lines), words)
 
 
 def in_contexts(

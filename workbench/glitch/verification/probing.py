@@ -62,17 +62,8 @@ class Prober:
     are kept in the `folder`, in short.jsonl and in a file for each set of other prompts; None keeps them in memory.
 
     Attributes:
-        short: probability in the short prompt by id; nan where it was not run.
+        short: probability in the short prompt by id, up to `n_ids`; nan where it was not run.
         best: highest probability over all prompts and steps by id; nan where that is not known yet.
-
-    Args:
-        model: a `Model`.
-        short: the short prompt.
-        n_ids: number of ids, one more than the largest.
-        confirm: prompts for the tokens that fail; empty trusts the short prompt alone.
-        folder: where results are kept, in short.jsonl and in a file for each set of other prompts; None keeps them in
-            memory only.
-        batch_size: prompts per forward pass.
     """
 
     def __init__(
@@ -162,8 +153,7 @@ def choose_dtype(model: Model, template: Template, ids: Sequence[int], *, both: 
     if not len(tokens):
         raise DegenerateInputError("choose_dtype: no tokens to measure with. Give some ids of ordinary tokens.")
     own = dtype_name(model)
-    room = _has_room(model)
-    if not both or own != "float32" or not room:
+    if not both or own != "float32" or not _has_room(model):
         speed, _ = _measured([model], template, tokens)
         no = "as asked" if not both else "the model came in it" if own != "float32" else "no memory for a second copy"
         return DtypeChoice(own, {own: speed[0]}, None, f"{own}: {no}")
@@ -181,19 +171,17 @@ def choose_dtype(model: Model, template: Template, ids: Sequence[int], *, both: 
 
 def _measured(models: Sequence[Model], template: Template, tokens: Tensor) -> tuple[list[float], list[Tensor]]:
     """Tokens per second (the faster of two turns each) and probabilities of the tokens, by model."""
-    p = [_probabilities(model, template, tokens) for model in models]
-    laps: list[list[float]] = [[] for _ in models]
-    for _ in range(2):
-        for k, model in enumerate(models):
-            start = time.perf_counter()
-            _probabilities(model, template, tokens)
-            laps[k].append(time.perf_counter() - start)
-    return [len(tokens) / min(lap) for lap in laps], p
 
+    def probabilities(model: Model) -> Tensor:
+        (logits,) = greedy_logits(model, template.fill(tokens), 1, shared=template.shared)
+        return target_probabilities(logits, tokens)
 
-def _probabilities(model: Model, template: Template, tokens: Tensor) -> Tensor:
-    (logits,) = greedy_logits(model, template.fill(tokens), 1, shared=template.shared)
-    return target_probabilities(logits, tokens)
+    p, laps = list(map(probabilities, models)), [float("inf")] * len(models)
+    for k, model in [*enumerate(models)] * 2:
+        start = time.perf_counter()
+        probabilities(model)
+        laps[k] = min(laps[k], time.perf_counter() - start)
+    return [len(tokens) / lap for lap in laps], p
 
 
 def _has_room(model: Model) -> bool:

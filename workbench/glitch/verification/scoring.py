@@ -116,14 +116,15 @@ def score(
     """
     shape = (len(tokens), len(templates), options.steps)
     scores = Scores(np.full(shape, np.nan), np.zeros(shape, dtype=bool))
-    if journal is not None:
-        _recall(journal, templates, tokens.tolist(), scores)
+    done = {} if journal is None else journal.done()
+    for k, token in enumerate(tokens.tolist()):
+        for t, template in enumerate(templates if token in done else ()):
+            values = probabilities_in(done[token], template)
+            scores.p[k, t, : len(values)], scores.ran[k, t, : len(values)] = values, True
     with task(total=len(tokens) * len(templates), description="verify tokens", unit="prompts") as running:
         for t in sorted(range(len(templates)), key=lambda t: len(templates[t].ids) - templates[t].shared):
             template = templates[t]
-            settled = np.zeros(len(tokens), dtype=bool)
-            if options.stop_at is not None:
-                settled = np.nan_to_num(scores.best, nan=-1.0) >= options.stop_at
+            settled = scores.best >= (np.inf if options.stop_at is None else options.stop_at)
             todo = np.flatnonzero(~settled & ~scores.ran[:, t].any(1))
             running.advance(len(tokens) - len(todo))
             for start in range(0, len(todo), options.batch_size):
@@ -135,15 +136,6 @@ def score(
                     journal.append([{"token_id": i, template.name: row[run].tolist()} for i, row, run in rows])
                 running.advance(len(part))
     return scores
-
-
-def _recall(journal: Log, templates: Sequence[Template], tokens: Sequence[int], scores: Scores) -> None:
-    done = journal.done()
-    for k, token in enumerate(tokens):
-        for t, template in enumerate(templates):
-            values = probabilities_in(done.get(token, {}), template)
-            scores.p[k, t, : len(values)] = values
-            scores.ran[k, t, : len(values)] = True
 
 
 def probabilities_in(row: Mapping[str, object], template: Template) -> list[float]:

@@ -18,10 +18,9 @@ from workbench.core.metrics import kl_divergence
 from workbench.core.progress import task
 from workbench.core.stats import Estimate, clopper_pearson
 from workbench.core.tokens import TokenBatch
-from workbench.glitch.verification.chat import prompt_set
-from workbench.glitch.verification.outcomes import Outcome, Outcomes
-from workbench.glitch.verification.prompts import Template, TokenPrompt
+from workbench.glitch.verification.prompts import Template, TokenPrompt, prompt_set
 from workbench.glitch.verification.scoring import target_probabilities
+from workbench.glitch.verification.verify import Outcome, Outcomes
 from workbench.glitch.vocabulary.segments import Pieces, Speller
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
 from workbench.models.model import Model
@@ -127,23 +126,18 @@ def measure_sides(
     allowed[getattr(model, "d_vocab", len(allowed)) :] = False
     texts = token_bytes(model.tokenizer)
     speller = Speller(texts[: len(allowed)], allowed)
-    frames = _frames(model, vocabulary)
+    try:
+        frames = [prompt_set(model, vocabulary, prompts, "raw").templates for prompts in (READ, WRITE)]
+    except DegenerateInputError as error:
+        raise DegenerateInputError(
+            f"Reading and writing can't be told apart with this tokenizer; leave this part out. {error}"
+        ) from error
     parts = []
     with task(total=len(candidates) + len(controls), description="read and write", unit="tokens") as running:
         for ids in (candidates, controls):
             pieces = [_pieces(codec, texts, speller, i) for i in ids]
             parts.append((ids, pieces, _measure(model, frames, ids, pieces, batch_size, running.advance)))
     return _judged(parts)
-
-
-def _frames(model: Model, vocabulary: Vocabulary) -> list[tuple[Template, ...]]:
-    """The texts to read and those to write; a tokenizer may glue one of them to the token, the others do."""
-    try:
-        return [prompt_set(model, vocabulary, prompts, "raw").templates for prompts in (READ, WRITE)]
-    except DegenerateInputError as error:
-        raise DegenerateInputError(
-            f"Reading and writing can't be told apart with this tokenizer; leave this part out. {error}"
-        ) from error
 
 
 def _pieces(codec: Codec, texts: Sequence[bytes], speller: Speller, i: int) -> Pieces:
@@ -206,9 +200,10 @@ def _judged(parts: Sequence[tuple[Sequence[int], Sequence[Pieces], _Measured]]) 
     ordinary = parts[1][2]
     kl, logp = (x[np.isfinite(x)] for x in (ordinary.kl, ordinary.logp))
     read_auc, write_auc = _auc(kl, ordinary.other_kl), _auc(-logp, -ordinary.other_logp)
-    n = len(kl)
-    read_limit = float(np.quantile(kl, 1 - LEVEL)) if n >= MIN_CONTROLS and read_auc >= MIN_AUC else float("nan")
-    write_limit = float(np.quantile(logp, LEVEL)) if n >= MIN_CONTROLS and write_auc >= MIN_AUC else float("nan")
+    n, read_limit, write_limit = len(kl), float("nan"), float("nan")
+    if n >= MIN_CONTROLS:
+        read_limit = float(np.quantile(kl, 1 - LEVEL)) if read_auc >= MIN_AUC else read_limit
+        write_limit = float(np.quantile(logp, LEVEL)) if write_auc >= MIN_AUC else write_limit
     tested = []
     for control, (ids, pieces, values) in zip((False, True), parts, strict=True):
         for k, i in enumerate(ids):

@@ -17,9 +17,8 @@ from workbench.core.progress import task as progress
 from workbench.core.stats import Estimate
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.reporting import rate
-from workbench.glitch.verification.chat import Forms, prompt_set
-from workbench.glitch.verification.outcomes import Outcome
-from workbench.glitch.verification.prompts import TokenPrompt
+from workbench.glitch.verification.prompts import Forms, TokenPrompt, prompt_set
+from workbench.glitch.verification.verify import Outcome
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
 from workbench.models.model import Model
 
@@ -119,18 +118,17 @@ def symptoms(
                     reply = reply.strip().split("\n")[0]
                     replies.append(Symptom(int(i), control, task, reply, label_of(task, texts[i], reply, question)))
                 running.advance(len(part))
-    names = [template.prompt.name for template in chosen]
-    return Symptoms(
-        tuple(replies), form, _failures(replies, names, True), _failures(replies, names, False), max_new_tokens,
-        made.notes,
-    )  # fmt: skip
+    failures, own = _failures(replies, True, "control tokens"), _failures(replies, False, "candidates")
+    return Symptoms(tuple(replies), form, failures, own, max_new_tokens, made.notes)
 
 
-def _failures(replies: Sequence[Symptom], names: Sequence[str], control: bool) -> dict[str, Estimate]:
-    unit = "control tokens" if control else "candidates"
+def _failures(replies: Sequence[Symptom], control: bool, unit: str) -> dict[str, Estimate]:
     asked = [s for s in replies if s.control == control]
-    rates = {name: rate((s.label != "ok" for s in asked if s.task == name), unit) for name in names}
-    return {name: failing for name, failing in rates.items() if failing is not None}
+    tasks = dict.fromkeys(s.task for s in asked)
+    return {
+        task: failing for task in tasks
+        if (failing := rate((s.label != "ok" for s in asked if s.task == task), unit)) is not None
+    }  # fmt: skip
 
 
 def label_of(task: str, text: str, reply: str, question: str = "") -> Label:
@@ -146,11 +144,13 @@ def label_of(task: str, text: str, reply: str, question: str = "") -> Label:
     wanted = text.strip()
     if succeeds(task, wanted, reply):
         return "ok"
-    if _echoes(reply, question):
+    echo = difflib.SequenceMatcher(None, question, reply, autojunk=False).find_longest_match()
+    if echo.size >= _MIN_ECHO_CHARACTERS:
         return "question_repetition"
     if not reply.strip() or _CANNOT.search(reply):
         return "incapability"
-    if _is_noise(reply):
+    bare, plain = "".join(reply.split()), sum(c.isalnum() or c.isspace() for c in reply)
+    if 2 * plain < len(reply) or (len(bare) >= 5 and len(set(bare)) == 1):
         return "random_characters"
     if task != "length" and _similarity(_target(task, wanted), reply) >= _MIN_SIMILARITY:
         return "spelling_mistake"
@@ -179,14 +179,3 @@ def _similarity(wanted: str, reply: str) -> float:
     tries = (reply, *reply.split())
     return max((difflib.SequenceMatcher(None, wanted.lower(), t.strip(".,«»\"'").lower()).ratio() for t in tries),
                default=0.0)  # fmt: skip
-
-
-def _echoes(reply: str, question: str) -> bool:
-    longest = difflib.SequenceMatcher(None, question, reply, autojunk=False).find_longest_match()
-    return longest.size >= _MIN_ECHO_CHARACTERS
-
-
-def _is_noise(reply: str) -> bool:
-    bare = "".join(reply.split())
-    plain = sum(c.isalnum() or c.isspace() for c in reply)
-    return 2 * plain < len(reply) or (len(bare) >= 5 and len(set(bare)) == 1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +17,6 @@ from workbench.core.codec import Codec
 from workbench.core.stats import Estimate
 from workbench.engine.log import Log
 from workbench.glitch.reporting import rate
-from workbench.glitch.verification.outcomes import Outcome, Outcomes
 from workbench.glitch.verification.prompts import Template, prompt_hash
 from workbench.glitch.verification.scoring import (
     VERIFIED,
@@ -27,6 +28,48 @@ from workbench.glitch.verification.scoring import (
     score,
 )
 from workbench.models.model import Model
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one token, which is under suspicion or a random control."""
+
+    token_id: int
+    control: bool
+
+    @property
+    def role(self) -> str:
+        """Why it was tested."""
+        return "control" if self.control else "candidate"
+
+
+T = TypeVar("T", bound=Outcome)
+
+
+@dataclass(frozen=True)
+class Outcomes(Generic[T]):
+    """Results of tokens and controls, tested alike; controls come after candidates."""
+
+    tested: tuple[T, ...]
+
+    @property
+    def candidates(self) -> tuple[T, ...]:
+        """The tokens under suspicion."""
+        return tuple(one for one in self.tested if one.role == "candidate")
+
+    @property
+    def controls(self) -> tuple[T, ...]:
+        """The random ordinary tokens."""
+        return tuple(one for one in self.tested if one.control)
+
+    def of(self, token_id: int) -> T | None:
+        """The result of one token, or None if it was not tested."""
+        return self._by_token.get(token_id)
+
+    @functools.cached_property
+    def _by_token(self) -> dict[int, T]:
+        return {one.token_id: one for one in self.tested}
+
 
 VERDICTS: dict[str, str] = {
     "strong_verified": "p < 0.001 everywhere: the model cannot say it",
@@ -210,24 +253,17 @@ def _tested(i: int, control: bool, templates: Sequence[Template], scores: Scores
     )  # fmt: skip
 
 
-def scaled(share: Estimate, n: int) -> Estimate:
-    """A rate as the number to expect among `n` others.
-
-    >>> from workbench.core.stats import clopper_pearson
-    >>> round(scaled(clopper_pearson(0, 10), 100).high, 2)  # 100 * 0.3085
-    30.85
-    """
-    method = f"{share.method}, times {n} candidates"
-    return dataclasses.replace(share, value=share.value * n, low=share.low * n, high=share.high * n, method=method)
-
-
 def _graded(done: Verification) -> Verification:
     """With the controls' rate of failure and, where every probability is known in full, quantiles and p-values."""
     controls, unit = done.counted_controls, "control tokens"
     failures = rate((t.verified for t in controls), unit)
     if failures is None:
         return done
-    expected = scaled(failures, len(done.candidates))
+    n = len(done.candidates)
+    expected = dataclasses.replace(
+        failures, value=n * failures.value, low=n * failures.low, high=n * failures.high,
+        method=f"{failures.method}, times {n} candidates",
+    )  # fmt: skip
     done = dataclasses.replace(done, control_failures=failures, expected_false=expected)
     if done.options.stop_at is not None:
         return done

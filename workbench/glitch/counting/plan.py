@@ -1,20 +1,23 @@
-"""What a census is asked for, plans and measures, as values."""
+"""What a census is asked for and plans: prompts, order of the tokens, and the type of number it computes in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
-from workbench.core.errors import DegenerateInputError, require
+from workbench.core.errors import DegenerateInputError, InvalidInputError, require
 from workbench.core.progress import clock
-from workbench.glitch.counting.sampling import Stratum, by_rank, tally
+from workbench.glitch.counting.sampling import by_rank, draw
 from workbench.glitch.scanning.glitch_report import GlitchReport
-from workbench.glitch.scanning.scanner import ScanOptions
-from workbench.glitch.verification.chat import Forms
-from workbench.glitch.verification.probing import AGAIN, SHORT, DtypeChoice
-from workbench.glitch.verification.prompts import PROMPTS, Template, TokenPrompt, prompt_hash
-from workbench.glitch.verification.verify import VERIFIED
+from workbench.glitch.scanning.scanner import ScanOptions, scan
+from workbench.glitch.verification.probing import AGAIN, SHORT, DtypeChoice, Prober, choose_dtype, dtype_name
+from workbench.glitch.verification.prompts import PROMPTS, Forms, Template, TokenPrompt, prompt_hash, prompt_set
+from workbench.glitch.verification.scoring import VerifyOptions
+from workbench.glitch.vocabulary.tokenizer import vocabulary_of
+from workbench.models.model import Model
 
 NO_TEST = ("no_token", "no_row")
 """Categories of ids that cannot be tested: rows without a token, tokens without a row."""
@@ -76,16 +79,11 @@ class CensusPlan:
         """Hash of the prompts."""
         return prompt_hash([self.short, *self.confirm])
 
-    @property
-    def seconds(self) -> float:
-        """How long the short prompts will take, from the measured speed; failing tokens take longer."""
-        return self.dtype.seconds(len(self.ids))
-
     def __str__(self) -> str:
-        speed = self.dtype.tokens_per_second[self.dtype.dtype]
+        n, dtype = len(self.ids), self.dtype
         return (
-            f"{len(self.ids):,} tokens x {self.n_own} positions at {speed:.0f} tokens/s: about {clock(self.seconds)}, "
-            f"and more for tokens that fail ({self.dtype.why})"
+            f"{n:,} tokens x {self.n_own} positions at {dtype.tokens_per_second[dtype.dtype]:.0f} tokens/s: about "
+            f"{clock(dtype.seconds(n))}, and more for tokens that fail ({dtype.why})"
         )
 
 
@@ -107,43 +105,49 @@ def ranking(report: GlitchReport) -> np.ndarray:
     return plain[np.argsort(value[plain], kind="stable")]
 
 
-@dataclass(frozen=True, eq=False)
-class CensusResult:
-    """What a census measured; arrays are indexed by token id.
+def plan_census(model: Model, *, options: CensusOptions | None = None, measure_both: bool = True) -> CensusPlan:
+    """Ranks the tokens, makes the prompts and measures the speed; runs a few batches only.
 
-    Attributes:
-        short: probability of the token in the short prompt; nan where it was not tested.
-        best: highest probability over all prompts; equal to `short` for a token that did not fail it.
+    With `measure_both` bfloat16 may be chosen; the caller then makes the model in it, by `in_dtype`.
     """
+    options = options or CensusOptions()
+    report = scan(model, options=options.scan)
+    vocabulary = vocabulary_of(model)
+    steps, confirm = VerifyOptions().steps, ()
+    (short,) = prompt_set(model, vocabulary, [options.short], "raw", strict=True).templates
+    if options.confirm:
+        confirm = prompt_set(model, vocabulary, options.confirm, options.forms, steps=steps).templates
+    if options.confirm and options.again:
+        confirm = (*prompt_set(model, vocabulary, options.again, "raw", steps=steps).templates, *confirm)
+    if options.sample is not None:
+        ids = draw(by_rank(ranking(report), options.shares), options.sample, options.seed)
+    else:
+        every = np.flatnonzero(~np.isin(report.table.category, NO_TEST))
+        ids = np.random.default_rng(options.seed).permutation(every)
+    plain = np.flatnonzero(report.table.ordinary)
+    some = np.random.default_rng(options.seed).permutation(plain).tolist()
+    return CensusPlan(report, short, confirm, ids, choose_dtype(model, short, some, both=measure_both), options)
 
-    model: str
-    fingerprint: str
-    plan: CensusPlan
-    short: np.ndarray
-    best: np.ndarray
 
-    @property
-    def tested(self) -> np.ndarray:
-        """Whether the token was tested."""
-        return ~np.isnan(self.best)
+def prober_of(model: Model, plan: CensusPlan, folder: Path | None = None) -> Prober:
+    """What tests the tokens of a plan, and remembers.
 
-    @property
-    def glitch(self) -> np.ndarray:
-        """Whether the token is a glitch token: below the threshold in every prompt."""
-        return self.best < VERIFIED
+    Raises:
+        InvalidInputError: if the model is not in the plan's dtype.
+        MismatchError: if the folder holds results of another model, dtype or prompt.
+    """
+    if dtype_name(model) != plan.dtype.dtype:
+        raise InvalidInputError(
+            f"The plan is for {plan.dtype.dtype}, the model is in {dtype_name(model)}. Load it in the plan's dtype."
+        )
+    return Prober(
+        model, plan.short, len(plan.scan.table), confirm=plan.confirm, folder=folder,
+        batch_size=plan.options.batch_size,
+    )  # fmt: skip
 
-    @property
-    def unconfirmed(self) -> np.ndarray:
-        """Whether the token failed the short prompt and the others have not been run: it is not known what it is."""
-        return ~np.isnan(self.short) & np.isnan(self.best)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every token was tested."""
-        category = np.asarray(self.plan.scan.table.category)
-        return bool(self.tested[~np.isin(category, NO_TEST)].all())
-
-    def strata(self, probabilities: np.ndarray | None = None) -> tuple[Stratum, ...]:
-        """Counts by rank of the ordinary tokens, from the most suspicious on."""
-        ids = by_rank(ranking(self.plan.scan), self.plan.options.shares)
-        return tally(ids, self.best if probabilities is None else probabilities, VERIFIED)
+def in_dtype(model: Model, choice: DtypeChoice) -> Model:
+    """The model in the chosen dtype; its own weights are converted, so there is no second copy."""
+    if dtype_name(model) == choice.dtype:
+        return model
+    return Model(model.hf.to(getattr(torch, choice.dtype)), model.tokenizer, model.name)
