@@ -25,9 +25,8 @@ from workbench.glitch.scanning.sae_features import (
     _drawn,
     discovery_rates,
     glitch_features,
-    matched_controls,
 )
-from workbench.glitch.vocabulary.tokenizer import analyse
+from workbench.glitch.vocabulary.tokenizer import analyse, matched_controls
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.models.tiny import tiny_hf
@@ -105,7 +104,7 @@ def test_without_a_difference_nothing_is_found() -> None:
 def test_numbers_equal_the_plain_computation() -> None:
     model, vocabulary = _model(), analyse(codec_of(_model().tokenizer))
     sae, distinct, report = _sae(model), GLITCH[:8], _report()
-    groups = matched_controls(model, vocabulary, distinct, set(GLITCH), OPTIONS)
+    groups = matched_controls(model, vocabulary, distinct, set(GLITCH), OPTIONS.controls, OPTIONS.seed)
     own, other = _read(model, distinct), _read(model, [i for group in groups for i in group])
     acts = [torch.relu(x @ sae.W_enc + sae.b_enc) for x in (own, other)]
     means = [a.mean(1)[:, PLANTED] for a in acts]
@@ -124,13 +123,13 @@ def test_numbers_equal_the_plain_computation() -> None:
 def test_controls_are_alike_and_never_twice() -> None:
     model, vocabulary = _model(), analyse(codec_of(_model().tokenizer))
     tokens = [BACKEND.token_to_id("ember"), BACKEND.token_to_id("Ġharbor")]
-    groups = matched_controls(model, vocabulary, tokens, set(GLITCH) | set(tokens), FeatureOptions(controls=5))
+    groups = matched_controls(model, vocabulary, tokens, set(GLITCH) | set(tokens), 5, seed=0)
     texts = token_bytes(model.tokenizer)
     assert len({i for group in groups for i in group}) == 10 and not {i for g in groups for i in g} & set(GLITCH)
     assert all(len(texts[i]) in (4, 5, 6) and texts[i][:1] != b" " for i in groups[0])
     assert all(texts[i][:1] == b" " for i in groups[1])
     with pytest.raises(DegenerateInputError, match="Ask for fewer"):
-        matched_controls(model, vocabulary, tokens, set(), FeatureOptions(controls=1000))
+        matched_controls(model, vocabulary, tokens, set(), 1000, seed=0)
 
 
 def test_of_many_tokens_some_are_drawn() -> None:

@@ -78,10 +78,8 @@ def read_rows(
     norm, total = np.empty(matrix.n_rows), torch.zeros(matrix.width, dtype=torch.float64)
     finite, key = np.empty(matrix.n_rows, dtype=bool), np.empty(matrix.n_rows, dtype=np.uint64)
     gram = torch.zeros(matrix.width, matrix.width, dtype=torch.float64) if component else None
-    blocks = -(-matrix.n_rows // block_rows)
-    for start, block in track(
-        matrix.blocks(block_rows), total=blocks, description=f"read {matrix.name}", unit="blocks"
-    ):
+    blocks, n_blocks = matrix.blocks(block_rows), -(-matrix.n_rows // block_rows)
+    for start, block in track(blocks, total=n_blocks, description=f"read {matrix.name}", unit="blocks"):
         part = slice(start, start + len(block))
         norm[part] = torch.linalg.vector_norm(block, dim=1).numpy()
         # a sum is finite unless the row holds NaN or infinity, or overflows; only such rows are looked at one by one
@@ -138,9 +136,7 @@ def measure(
     n = matrices.E_out.n_rows
     result: dict[str, np.ndarray] = {}
     if not matrices.tied:
-        result["I_in"] = np.full(n, np.nan)
-        shared = min(n, len(inner.norm))
-        result["I_in"][:shared] = inner.norm[:shared]
+        result["I_in"] = np.pad(inner.norm[:n], (0, max(0, n - len(inner.norm))), constant_values=np.nan)
     if not len(reference):
         return result
     u = matrices.E_out.rows(reference).double().mean(0).float()
@@ -185,12 +181,8 @@ INDICATORS.add("I_in", Indicator("norm of the input row"))
 INDICATORS.add("I_cos", Indicator("cosine distance of the output row to the mean of the reference rows", _cosine))
 INDICATORS.add("I_centred", Indicator("the same after the mean row is taken off every row", _centred))
 INDICATORS.add("I_l2", Indicator("distance of the output row to the mean of the reference rows", _euclidean))
-INDICATORS.add(
-    "I_1pc",
-    Indicator(
-        "cosine distance after the first principal component of all rows is projected out", _without_component, True
-    ),
-)
+_1PC = "cosine distance after the first principal component of all rows is projected out"
+INDICATORS.add("I_1pc", Indicator(_1PC, _without_component, needs_component=True))
 
 
 def cosine_distance(rows: Tensor, u: Tensor) -> Tensor:
@@ -268,11 +260,8 @@ def pick(measured: Sequence[Separation], asked: str | None = None, insist: bool 
         return None, f"no indicator separates the unused rows from ordinary tokens (AUC: {table or 'none measured'})"
     best = max(s.auc for s in good)
     chosen = next(s for s in good if s.auc >= best - MIN_AUC_GAIN)
-    reason = (
-        "is the highest"
-        if chosen.auc == best
-        else f"is within {MIN_AUC_GAIN} of the highest, and it is the simpler one"
-    )
+    near = f"is within {MIN_AUC_GAIN} of the highest, and it is the simpler one"
+    reason = "is the highest" if chosen.auc == best else near
     return chosen.indicator, f"{chosen.indicator}: its held-out AUC {chosen.auc:.4f} {reason} (AUC: {table})"
 
 
@@ -323,9 +312,8 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
     if percentile is not None:
         return _by_percentile(low, percentile, "as asked")
     if len(low) < _MIN_VALUES:
-        return _by_percentile(
-            low, PUBLISHED_PERCENT, f"{len(low)} ordinary tokens are too few to model their distribution"
-        )
+        why = f"{len(low)} ordinary tokens are too few to model their distribution"
+        return _by_percentile(low, PUBLISHED_PERCENT, why)
     bulk, apart = _without_group(low)
     middle, flank = np.quantile(bulk, [0.5, 0.16])
     if middle <= flank:
@@ -346,13 +334,11 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
 
 def _without_group(low: np.ndarray) -> tuple[np.ndarray, str]:
     """The sorted values above a group that lies apart below the others, and a sentence about that group."""
-    valley = find_valley(low)
-    n = 0 if valley is None else int(np.searchsorted(low, valley))
-    if valley is None:
+    if (valley := find_valley(low)) is None:
         return low, ""
-    return low[n:], (
-        f". {n:,} tokens ({n / len(low):.1%}) form a group of their own below {valley:.3f}; the bulk is what lies above"
-    )
+    n = int(np.searchsorted(low, valley))
+    group = f". {n:,} tokens ({n / len(low):.1%}) form a group of their own below {valley:.3f}"
+    return low[n:], f"{group}; the bulk is what lies above"
 
 
 def find_valley(low: np.ndarray) -> float | None:

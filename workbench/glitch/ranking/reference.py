@@ -177,11 +177,10 @@ def merge_duplicates(classes: Sequence[Sequence[int]], E_out: Matrix) -> tuple[t
     order = sorted(classes, key=lambda ids: (-len(ids), ids[0]))[:_N_SAMPLED]
     rows = E_out.rows([ids[0] for ids in order])
     near = torch.cdist(rows, rows) <= MAX_RELATIVE_DISTANCE * rows.norm(dim=1, keepdim=True)
-    clusters: list[list[int]] = []
+    clusters: list[tuple[int, ...]] = []
     left = set(range(len(order)))
-    for k in range(len(order)):
-        joined = [j for j in sorted(left) if bool(near[k, j])] if k in left else []
+    while left:
+        joined = [j for j in left if j == min(left) or bool(near[min(left), j])]
         left -= set(joined)
-        if joined:
-            clusters.append([i for j in joined for i in order[j]])
-    return tuple(tuple(sorted(ids)) for ids in sorted(clusters, key=lambda ids: (-len(ids), min(ids))))
+        clusters.append(tuple(sorted(i for j in joined for i in order[j])))
+    return tuple(sorted(clusters, key=lambda ids: (-len(ids), ids[0])))

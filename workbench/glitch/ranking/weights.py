@@ -94,7 +94,9 @@ def in_folder(folder: Path) -> TokenMatrices:
         InvalidInputError: if a matrix is stored in packed integers, whose scales lie elsewhere.
     """
     names = tensor_files(folder)
-    config = _config(folder)
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(f"{folder} is not a model folder: it has no config.json. Name a save_pretrained folder.")
+    config: Record = load_json(folder / "config.json", dict, foreign=True)
     E_in = _safetensors(names, _choose(names, _INPUT, folder))
     heads = _candidates(names, _OUTPUT, E_in)
     output = _choose(names, _OUTPUT, folder, E_in) if heads else None
@@ -121,8 +123,10 @@ def in_gguf(file: GGUFFile | Path) -> TokenMatrices:
     """
     file = read_gguf(file) if isinstance(file, Path) else file
     tensors = dict(file.tensors)
-    for part in _other_parts(file.path):
-        tensors |= read_gguf(part).tensors
+    # the other parts of a split file: without the last one an untied model would look tied
+    if split := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", file.path.name):
+        for k in set(range(1, int(split[3]) + 1)) - {int(split[2])}:
+            tensors |= read_gguf(file.path.with_name(f"{split[1]}-{k:05d}-of-{split[3]}.gguf")).tensors
     if "token_embd.weight" not in tensors:
         raise CorruptFileError(
             f"{file.path} holds no token_embd.weight; it has {first_few(tensors)}. Use a language model."
@@ -132,15 +136,6 @@ def in_gguf(file: GGUFFile | Path) -> TokenMatrices:
     if "output.weight" not in tensors:
         return TokenMatrices(E_in, E_in, bias, True, "the file holds no output.weight")
     return _untied(E_in, _of_gguf(tensors["output.weight"]), bias, "the file holds output.weight")
-
-
-def _other_parts(path: Path) -> list[Path]:
-    """The other parts of a split file: without the last part an untied model would look tied."""
-    split = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
-    if split is None:
-        return []
-    parts = (path.with_name(f"{split[1]}-{k:05d}-of-{split[3]}.gguf") for k in range(1, int(split[3]) + 1))
-    return [part for part in parts if part != path]
 
 
 def _untied(E_in: Matrix, E_out: Matrix, bias: Tensor | None, why: str) -> TokenMatrices:
@@ -222,12 +217,6 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             "convert them with save_pretrained(safe_serialization=True)."
         )
     return file_of
-
-
-def _config(folder: Path) -> Record:
-    if not (folder / "config.json").is_file():
-        raise MissingFileError(f"{folder} is not a model folder: it has no config.json. Name a save_pretrained folder.")
-    return load_json(folder / "config.json", dict, foreign=True)
 
 
 def _candidates(names: dict[str, Path], kinds: tuple[str, ...], like: Matrix | None = None) -> list[str]:

@@ -132,15 +132,13 @@ def repair(
     """
     options, vocabulary = options or RepairOptions(), vocabulary or vocabulary_of(model)
     matrices = in_memory(model.hf)
-    n, wanted = (
-        min(matrices.E_in.n_rows, matrices.E_out.n_rows, len(vocabulary)),
-        tuple(dict.fromkeys(map(int, tokens))),
-    )
+    wanted, n = list(dict.fromkeys(map(int, tokens))), min(matrices.E_in.n_rows, matrices.E_out.n_rows, len(vocabulary))
     bad = [i for i in wanted if not 0 <= i < n]
-    require(
-        bool(wanted and not bad), f"repair(tokens={wanted[:8]})", f"{bad[:8]} have no row; give ids from 0 to {n - 1}."
-    )
-    spellings = sources = _spellings(model, vocabulary, wanted, _usable(vocabulary, matrices, {*wanted, *avoid}))
+    rule = f"{bad[:8]} have no row; give ids from 0 to {n - 1}."
+    require(bool(wanted and not bad), f"repair(tokens={wanted[:8]})", rule)
+    texts, plain = token_bytes(model.tokenizer), vocabulary.is_category("ok", "partial_utf8") & ~vocabulary.reserved
+    spell = Speller(texts, _usable(vocabulary, matrices, {*wanted, *avoid})[: len(texts)])
+    spellings = sources = {i: spell(texts[i], i) or () for i in wanted if plain[i]}
     if options.sources == "neighbours":
         pool = np.flatnonzero(_usable(vocabulary, matrices, {*wanted, *avoid}, ("ok",)))
         sources = _neighbours(matrices.E_in, wanted, pool, options.neighbours)
@@ -148,7 +146,7 @@ def repair(
     skipped = tuple((i, _why(vocabulary, i, options)) for i in wanted if not sources.get(i))
     if not kept:
         raise DegenerateInputError(
-            f"repair({list(wanted)[:8]}): none of these {len(wanted)} tokens can be repaired ({skipped[0][1]}). Give "
+            f"repair({wanted[:8]}): none of these {len(wanted)} tokens can be repaired ({skipped[0][1]}). Give "
             "tokens of ordinary text, or sources='neighbours' for bytes and half characters."
         )
     plan = Repair(
@@ -262,12 +260,6 @@ def _usable(
     fits = np.zeros(n, dtype=bool)
     fits[:shared] = (vocabulary.is_category(*categories) & ~vocabulary.reserved)[:shared]
     return fits & ~np.isin(np.arange(n), list(avoid))
-
-
-def _spellings(model: Model, vocabulary: Vocabulary, wanted: Sequence[int], allowed: np.ndarray) -> dict[int, Pieces]:
-    texts = token_bytes(model.tokenizer)
-    spell, plain = Speller(texts, allowed[: len(texts)]), vocabulary.is_category("ok", "partial_utf8")
-    return {i: spell(texts[i], i) or () for i in wanted if plain[i] and not vocabulary.reserved[i]}
 
 
 def _neighbours(matrix: Matrix, wanted: Sequence[int], pool: np.ndarray, n: int) -> dict[int, Pieces]:

@@ -122,7 +122,7 @@ class DiffReport(TokenReport):
 
     def to_csv(self, path: str | Path) -> Path:
         """Writes every change as CSV and returns the path."""
-        return write_csv(path, [field.name for field in fields(Change)], map(astuple, self.changes))
+        return write_csv(path, [field.name for field in fields(Change)], (astuple(change) for change in self.changes))
 
 
 def side(what: object, tokenizer_only: bool = False) -> SavedScan:

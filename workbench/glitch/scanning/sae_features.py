@@ -13,15 +13,14 @@ from torch import Tensor
 
 from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE, as_basis
-from workbench.core.codec import token_bytes
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require
 from workbench.core.metrics import squared_error
-from workbench.core.progress import task
+from workbench.core.progress import track
 from workbench.core.stats import Estimate, paired_difference, sample_mean, sample_ratio
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.ranking.weights import in_memory
 from workbench.glitch.reporting import TokenReport, sentences, shown
-from workbench.glitch.vocabulary.tokenizer import Vocabulary, vocabulary_of
+from workbench.glitch.vocabulary.tokenizer import Vocabulary, matched_controls, vocabulary_of
 from workbench.models.model import Model
 from workbench.report.base import Block, Metric, Table, Text
 from workbench.saes.evaluation.splice import SpliceReader
@@ -135,7 +134,7 @@ class GlitchFeatures(TokenReport):
 
     def _reconstruction(self) -> str:
         done = self.fvu_difference
-        word = "worse" if done.low > 0 else "better" if done.high < 0 else "not clearly better or worse"
+        word = done.words("worse", "better", "not clearly better or worse")
         return (
             f"Glitch tokens are reconstructed {word}: FVU {self.fvu_glitch} against {self.fvu_control}, token by token "
             f"a difference of {done.value:+.3g} [{done.low:+.3g}, {done.high:+.3g}]; active features {self.l0[0]} "
@@ -244,17 +243,15 @@ def glitch_features(
     distinct = _distinct(model, asked)
     _require_some(len(distinct), f"{len(asked)} tokens were given, {len(distinct)} with a row of their own")
     drawn = _drawn(distinct, options)
-    controls = matched_controls(model, vocabulary, drawn, {*asked, *avoid}, options)
+    controls = matched_controls(model, vocabulary, drawn, {*asked, *avoid}, options.controls, options.seed)
     ids = [*drawn, *(i for group in controls for i in group)]
-    reader = SpliceReader.of(model, sae, _batches(model, ids[len(drawn) :], options))
-    basis = as_basis(sae)
+    basis, reader = as_basis(sae), SpliceReader.of(model, sae, _batches(model, ids[len(drawn) :], options))
     read = _read(model, reader, basis, ids, options)
     owner = np.array([-1] * len(drawn) + [k for k, group in enumerate(controls) for _ in group])
     kept = read.n > 0
     _require_some(int(kept[: len(drawn)].sum()), "the others are special tokens or attention sinks at this site")
     glitch, control = (owner < 0) & kept, (owner >= 0) & kept
-    beside = {int(k): np.flatnonzero(kept & (owner == k)) for k in np.flatnonzero(glitch)}
-    beside = {k: controls for k, controls in beside.items() if len(controls)}
+    beside = {k: own for k in np.flatnonzero(glitch).tolist() if len(own := np.flatnonzero(kept & (owner == k)))}
     if not beside:
         raise DegenerateInputError("glitch_features: no control is left beside any glitch token. Ask for more of them.")
     rows, tested, shuffled = _compared(read, owner, kept, beside, options)
@@ -270,34 +267,6 @@ def glitch_features(
     )  # fmt: skip
 
 
-def matched_controls(
-    model: Model, vocabulary: Vocabulary, tokens: Sequence[int], avoid: set[int], options: FeatureOptions
-) -> list[list[int]]:
-    """For each token, random ordinary ones with a leading space if it has one, and as nearly its length as there are.
-
-    Raises:
-        DegenerateInputError: if there are not enough ordinary tokens.
-    """
-    texts = token_bytes(model.tokenizer)
-    pool = vocabulary.pool(model.d_vocab, avoid)
-    random = np.random.default_rng(options.seed)
-    spaced = np.array([texts[i][:1] == b" " for i in pool], dtype=bool)
-    length = np.array([len(texts[i]) for i in pool])
-    free, controls = np.ones(len(pool), dtype=bool), []
-    for i in tokens:
-        fits = np.flatnonzero(free & (spaced == (texts[i][:1] == b" ")))
-        fits = np.flatnonzero(free) if len(fits) < options.controls else fits
-        if len(fits) < options.controls:
-            raise DegenerateInputError(
-                f"There are {len(pool)} ordinary tokens for {len(tokens)} x {options.controls} controls. Ask for fewer."
-            )
-        order = np.lexsort((random.random(len(fits)), np.abs(length[fits] - len(texts[i]))))
-        chosen = fits[order[: options.controls]]
-        free[chosen] = False
-        controls.append(pool[chosen].tolist())
-    return controls
-
-
 def _distinct(model: Model, tokens: Sequence[int]) -> list[int]:
     rows = in_memory(model.hf).E_in
     bad = [i for i in tokens if not 0 <= i < rows.n_rows]
@@ -311,10 +280,8 @@ def _distinct(model: Model, tokens: Sequence[int]) -> list[int]:
 
 def _drawn(tokens: list[int], options: FeatureOptions) -> list[int]:
     """All of them, or as many as fit, in the order in which they were given."""
-    if len(tokens) <= options.most:
-        return tokens
-    chosen = np.random.default_rng([options.seed, 1]).choice(len(tokens), options.most, replace=False)
-    return [tokens[k] for k in sorted(chosen)]
+    n = min(len(tokens), options.most)
+    return [tokens[k] for k in sorted(np.random.default_rng([options.seed, 1]).choice(len(tokens), n, replace=False))]
 
 
 def _require_some(n: int, why: str) -> None:
@@ -339,23 +306,19 @@ def _read(model: Model, reader: SpliceReader, basis: Basis, ids: Sequence[int], 
     acts = np.zeros((len(ids), basis.d_sae), dtype=np.float32)
     x = np.zeros((len(ids), basis.d_out))
     error, square, n = np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids))
-    batches = _batches(model, ids, options)
-    with task(total=len(batches), description="read glitch tokens and controls", unit="batches") as running:
-        start = 0
-        for batch in batches:
-            part = reader.read(batch)
-            keep: Bool[Tensor, " rows"] = part.keep[:, -1]
-            inputs, target = part.x[:, -1], part.target[:, -1]
-            rows = np.arange(start, start + len(batch)) % len(ids)
-            rows, inputs, target = rows[keep.cpu().numpy()], inputs[keep], target[keep]
-            for chosen, some in basis.chunks(inputs):
-                acts[rows[chosen]] += some.cpu().numpy()
-            error[rows] += squared_error(target, basis.reconstruct(inputs)).cpu().numpy()
-            square[rows] += target.double().square().sum(1).cpu().numpy()
-            x[rows] += target.double().cpu().numpy()
-            n[rows] += 1
-            start += len(batch)
-            running.advance()
+    batches, start = _batches(model, ids, options), 0
+    for batch in track(batches, description="read glitch tokens and controls", unit="batches"):
+        part = reader.read(batch)
+        keep: Bool[Tensor, " rows"] = part.keep[:, -1]
+        inputs, target = part.x[:, -1][keep], part.target[:, -1][keep]
+        rows = (np.arange(start, start + len(batch)) % len(ids))[keep.cpu().numpy()]
+        for chosen, some in basis.chunks(inputs):
+            acts[rows[chosen]] += some.cpu().numpy()
+        error[rows] += squared_error(target, basis.reconstruct(inputs)).cpu().numpy()
+        square[rows] += target.double().square().sum(1).cpu().numpy()
+        x[rows] += target.double().cpu().numpy()
+        n[rows] += 1
+        start += len(batch)
     with np.errstate(invalid="ignore", divide="ignore"):
         acts /= n[:, None].astype(np.float32)
     return _Read(acts, x, error, square, n)

@@ -132,12 +132,11 @@ class SearchReport(TokenReport):
         )
 
     def _said(self, search: SearchRuns) -> str:
-        said = (
-            f"{search.name} ({METHODS[search.name]}): {search.calls:,.0f} tokens tested, precision {search.precision()}"
-        )
         recall, passes = self._recall(search), search.runs[0].gradient_passes
-        said += "" if recall is None else f", recall {recall}"
-        return said + (f"; {passes:,} gradient passes on top." if passes else ".")
+        tested = f"{search.calls:,.0f} tokens tested, precision {search.precision()}"
+        tested += "" if recall is None else f", recall {recall}"
+        more = f"; {passes:,} gradient passes on top" if passes else ""
+        return f"{search.name} ({METHODS[search.name]}): {tested}{more}."
 
     def _at_equal_cost(self) -> Iterator[str]:
         others = [search for search in (self.search("indicator"), self.search("random")) if search is not None]

@@ -54,6 +54,11 @@ class AdtItem:
     border: int
 
     @property
+    def words(self) -> list[str]:
+        """Both words without case, as `words_of` gives those of a right answer."""
+        return [self.first.casefold(), self.second.casefold()]
+
+    @property
     def cuts(self) -> tuple[str, ...]:
         """Beginnings of the joined words that end where a token ends, the true first word left out."""
         joined, at = self.first + self.second, self.border - len(self.first)
@@ -146,9 +151,10 @@ def _attacks(
     ends, starts = _index(words)
     attacks: list[AdtItem] = []
     seen: set[tuple[str, str]] = set()
-    traps = [i for i, c in enumerate(vocabulary.category) if c == "ok" and _is_trap(vocabulary.text[i])]
-    for i in track(traps, description="traps", unit="tokens"):
-        pairs = [pair for pair in _pairs(vocabulary.text[i], ends, starts, rng) if pair not in seen]
+    texts = [text for text, c in zip(vocabulary.text, vocabulary.category, strict=True) if c == "ok" and len(text) > 1]
+    traps = [text for text in texts if text.isalpha() and (text.islower() or _unspaced(text))]
+    for trap in track(traps, description="traps", unit="tokens"):
+        pairs = [pair for pair in _pairs(trap, ends, starts, rng) if pair not in seen]
         tried = [_item(first, second, _carrier(first + second, rng)) for first, second in pairs]
         made = [item for item in _tokenized(codec, tried) if item.arm == "attack"]
         made = made[: min(options.per_trap, options.items - len(attacks))]
@@ -168,10 +174,6 @@ def _index(words: Sequence[str]) -> tuple[Mapping[str, list[str]], Mapping[str, 
             ends[word[at:]].append(word)
             starts[word[:at]].append(word)
     return ends, starts
-
-
-def _is_trap(text: str) -> bool:
-    return len(text) >= 2 and text.isalpha() and (text.islower() or _unspaced(text))
 
 
 def _pairs(
@@ -200,11 +202,10 @@ def _plain(
 
 def _item(first: str, second: str, carrier: str) -> AdtItem:
     frame, sign = CARRIERS[carrier]
-    border = frame.index("{}") + len(first)
-    separated = frame.format(f"{first}{sign}{second}")
     return AdtItem(
-        arm="", carrier=carrier, first=first, second=second, text=frame.format(first + second), separated=separated,
-        tokens=(), trap="", trap_id=-1, border=border,
+        arm="", carrier=carrier, first=first, second=second, text=frame.format(first + second),
+        separated=frame.format(f"{first}{sign}{second}"), tokens=(), trap="", trap_id=-1,
+        border=frame.index("{}") + len(first),
     )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ from workbench.models.model import Model
 from workbench.report.base import Bars, Block, Metric, Table, Text
 
 SHOTS = 4
+FORMS = ("joined", "separated")
+"""The two ways in which each pair is shown."""
 _TASK = "Each line shows two words and then the same two words with a space between them.\n"
 _NEW_TOKENS = 24
 
@@ -37,12 +39,12 @@ class AdtAnswer:
     @property
     def right_joined(self) -> bool:
         """Whether the answer holds the two words."""
-        return words_of(self.joined)[:2] == _gold(self.item)
+        return words_of(self.joined)[:2] == self.item.words
 
     @property
     def right_separated(self) -> bool:
         """The same for the control."""
-        return words_of(self.separated)[:2] == _gold(self.item)
+        return words_of(self.separated)[:2] == self.item.words
 
     @property
     def along_tokens(self) -> bool:
@@ -152,10 +154,6 @@ class AdtReport(TokenReport):
         yield Table(("text", "tokens", "words", "answer", "answer with separator"), rows, "First attack items")
 
 
-FORMS = ("joined", "separated")
-"""The two ways in which each pair is shown."""
-
-
 def prompts_of(items: Sequence[AdtItem], shots: Sequence[AdtItem]) -> tuple[str, ...]:
     """Two prompts per item, joined and separated; worked examples of both forms stand in front of each."""
     worked = "".join(
@@ -176,14 +174,15 @@ def run_adt(
         DegenerateInputError: if there are no attack items.
         MismatchError: if the journal holds answers of another model, or to other prompts.
     """
-    plain = [item for item in items if item.arm == "plain"]
-    attacks = [item for item in items if item.arm == "attack"]
+    plain, attacks = ([item for item in items if item.arm == arm] for arm in ("plain", "attack"))
     if not attacks:
         raise DegenerateInputError(f"run_adt: none of the {len(items)} items is an attack. Make some with make_items.")
     shots = plain[:SHOTS]
     asked = [*attacks, *plain[len(shots) :]]
     prompts = prompts_of(asked, shots)
-    book = _book(model, prompts, journal)
+    digest = hashlib.sha256(json.dumps([_NEW_TOKENS, *prompts]).encode()).hexdigest()[:12]
+    key = {"model": model.fingerprint, "dtype": dtype_name(model), "prompts": digest}
+    book = None if journal is None else Log(Path(journal), key, row_id="prompt")
     said = {k: str(row["answer"]) for k, row in book.done().items()} if book else {}
     with task(total=len(prompts), description="adversarial tokenization", unit="prompts") as running:
         running.advance(len(said))
@@ -218,13 +217,3 @@ def save_items(path: str | Path, items: Iterable[AdtItem]) -> Path:
 def load_items(path: str | Path) -> tuple[AdtItem, ...]:
     """The items of a file that `save_items` wrote."""
     return tuple(from_jsonable(AdtItem, line) for line in json_lines(path))
-
-
-def _gold(item: AdtItem) -> list[str]:
-    return [item.first.casefold(), item.second.casefold()]
-
-
-def _book(model: Model, prompts: Sequence[str], path: str | Path | None) -> Log | None:
-    digest = hashlib.sha256(json.dumps([_NEW_TOKENS, *prompts]).encode()).hexdigest()[:12]
-    key = {"model": model.fingerprint, "dtype": dtype_name(model), "prompts": digest}
-    return None if path is None else Log(Path(path), key, row_id="prompt")

@@ -19,23 +19,19 @@ from workbench.glitch.scanning.saved import GRADES, SavedScan, TokenFact, check_
 class BanFormat:
     """A form of ban list; `limit` ids at most in a request, `exact` if a banned token can't be written at all."""
 
-    name: str
     use: str
-    limit: int | None
-    exact: bool
+    limit: int | None = None
+    exact: bool = True
 
 
 FORMATS: dict[str, BanFormat] = {
-    form.name: form
-    for form in (
-        BanFormat("transformers", "model.generate(inputs, **json.load(file)); scores become -inf", None, True),
-        BanFormat(
-            "vllm", "body of a request, or SamplingParams(**…); a bias of -100, the lowest that is kept", 1024, False
-        ),
-        BanFormat("openai", "body of a request; a bias of -100, the lowest allowed", 300, False),
-        BanFormat("llamacpp", "body of a request to /completion; false means never", None, True),
-        BanFormat("llamacpp-cli", "options of llama-cli and llama-server: $(cat FILE)", None, True),
-    )
+    "transformers": BanFormat("model.generate(inputs, **json.load(file)); scores become -inf"),
+    "vllm": BanFormat(
+        "body of a request, or SamplingParams(**…); a bias of -100, the lowest that is kept", 1024, False
+    ),
+    "openai": BanFormat("body of a request; a bias of -100, the lowest allowed", 300, False),
+    "llamacpp": BanFormat("body of a request to /completion; false means never"),
+    "llamacpp-cli": BanFormat("options of llama-cli and llama-server: $(cat FILE)"),
 }
 """Every format. Biases lie in [-100, 100]: vLLM clips others and refuses over 1,024 entries, OpenAI takes 300."""
 
@@ -97,8 +93,7 @@ class BanList:
 
     def save(self, path: str | Path, form: str) -> tuple[Path, Path]:
         """Writes the list and, beside it, `<name>.contents.json` with what is in it. Returns both paths."""
-        payload = self.payload(form)
-        target = Path(path)
+        payload, target = self.payload(form), Path(path)
         text = payload if isinstance(payload, str) else json.dumps(payload) + "\n"
         contents = target.with_name(f"{target.name}.contents.json")
         return write_atomic(target, text), save_json(contents, self.contents(form))
@@ -140,28 +135,20 @@ def ban_list(
     require(is_valid, f"ban_list(top={top}, keep={sorted(kept)[:5]})", "top is at least 1 and ids are not negative.")
     wanted = check_grades(grades)
     flags = scan.flags(wanted)
-    if include_special:
+    if include_special and "reference" in wanted:
         # a special that the model was never seen to say is unused as well
-        flags |= {
-            i: "reference" for i, t in scan.tokens.items() if _special(t) and t.reference and "reference" in wanted
-        }
-    left_out: dict[str, list[int]] = {reason: [] for reason in (*_REASONS, "beyond top")}
-    chosen: list[TokenFact] = []
-    for i in flags:
-        reason = _reason(scan.tokens[i], include_special, include_bytes, i in kept)
-        if reason is None:
-            chosen.append(scan.tokens[i])
-        else:
-            left_out[reason].append(i)
-    chosen.sort(key=_order)
-    left_out["beyond top"] = [fact.token_id for fact in chosen[top:]] if top is not None else []
+        flags |= {i: "reference" for i, t in scan.tokens.items() if _special(t) and t.reference}
+    reasons = {i: _reason(scan.tokens[i], include_special, include_bytes, i in kept) for i in flags}
+    left_out = {reason: tuple(i for i, why in reasons.items() if why == reason) for reason in _REASONS}
+    chosen = sorted((scan.tokens[i] for i, why in reasons.items() if why is None), key=_order)
+    left_out["beyond top"] = () if top is None else tuple(fact.token_id for fact in chosen[top:])
     if not chosen:
         raise DegenerateInputError(
             f"Nothing to ban: the scan of {scan.model} has {len(flags)} tokens of the grades {', '.join(wanted)}, and "
             f"none may be banned (flagged in all: {scan.counts() or 'none'}). Ask for other grades, or scan with "
             "--verify top."
         )
-    return BanList(scan.model, scan.origin, tuple(chosen[:top]), {why: tuple(ids) for why, ids in left_out.items()})
+    return BanList(scan.model, scan.origin, tuple(chosen[:top]), left_out)
 
 
 def _reason(fact: TokenFact, include_special: bool, include_bytes: bool, keep: bool) -> str | None:

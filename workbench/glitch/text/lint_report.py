@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from workbench.core.jsontext import Json
 from workbench.core.records import to_jsonable
 from workbench.core.stats import clopper_pearson
 from workbench.glitch.reporting import TokenReport, measured, sentences, shown, write_csv
-from workbench.report.base import Block, Metric, Table, Text
+from workbench.report.base import Block, Cell, Metric, Table, Text
 
 UNTRAINED = ("verified", "candidate", "reference", "no_row")
 """Kinds of tokens whose rows training hardly touched: fine-tuning on them can blow up or be wasted."""
@@ -137,19 +137,18 @@ class LintReport(TokenReport):
         return measured(counts | {"flagged_share": share})
 
     def _blocks(self) -> Iterator[Block]:
-        if self.counts:
-            rows = tuple((r.token_id, r.text, r.kind, r.count, r.documents) for r in self.counts[:_SHOWN])
-            yield Table(("id", "token", "kind", "count", "documents"), rows, _caption("Tokens", self.counts))
-        if self.lost:
-            lost = tuple((item.name, item.count) for item in self.lost[:_SHOWN])
-            yield Table(("character", "count"), lost, _caption("Characters that are lost", self.lost))
-        if self.places:
-            rows = tuple(
-                (f.file, f.document, f.line, f.column, f.kind, shown(f.text), shown(f.context))
-                for f in self.places[:_SHOWN]
-            )
-            columns = ("file", "document", "line", "column", "kind", "text", "context")
-            yield Table(columns, rows, _caption("Places", self.places))
+        counts = [(r.token_id, r.text, r.kind, r.count, r.documents) for r in self.counts]
+        lost = [(item.name, item.count) for item in self.lost]
+        places = [(f.file, f.document, f.line, f.column, f.kind, shown(f.text), shown(f.context)) for f in self.places]
+        columns = ("file", "document", "line", "column", "kind", "text", "context")
+        tables: list[tuple[str, tuple[str, ...], Sequence[tuple[Cell, ...]]]] = [
+            ("Tokens", ("id", "token", "kind", "count", "documents"), counts),
+            ("Characters that are lost", ("character", "count"), lost), ("Places", columns, places),
+        ]  # fmt: skip
+        for what, names, rows in tables:
+            more = f": first {_SHOWN} of {len(rows):,}" if len(rows) > _SHOWN else ""
+            if rows:
+                yield Table(names, tuple(rows[:_SHOWN]), what + more)
         if not self.n_findings:
             yield Text("Nothing was found.")
 
@@ -157,7 +156,3 @@ class LintReport(TokenReport):
         """Writes the places as CSV, control characters escaped, and returns the path."""
         columns = [field.name for field in fields(Finding)]
         return write_csv(path, columns, ([getattr(place, name) for name in columns] for place in self.places))
-
-
-def _caption(what: str, rows: tuple[object, ...]) -> str:
-    return f"{what}: first {_SHOWN} of {len(rows):,}" if len(rows) > _SHOWN else what

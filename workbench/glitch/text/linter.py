@@ -282,13 +282,13 @@ class _Tally:
             TokenCount(i, linter.names[i], kind, n, self.spread[i, kind], linter.part_of.get(i, -1))
             for (i, kind), n in self.counts.items()
         ]
-        order = {kind: k for k, kind in enumerate(KINDS)}
+        order = list(KINDS).index
         lost = sorted(self.lost.items(), key=lambda item: (-item[1], item[0]))
         return LintReport(
             model=linter.model, origin=linter.origin, files=files, documents=self.n_documents,
             characters=self.n_characters, tokens=self.n_tokens,
             by_kind={kind: self.by_kind[kind] for kind in KINDS if kind in linter.wanted},
-            counts=tuple(sorted(rows, key=lambda row: (order[row.kind], -row.count, row.token_id))),
+            counts=tuple(sorted(rows, key=lambda row: (order(row.kind), -row.count, row.token_id))),
             lost=tuple(LostCharacter(ord(char), n) for char, n in lost),
             places=tuple(self.findings), looked_for=len(linter.kinds),
         )  # fmt: skip

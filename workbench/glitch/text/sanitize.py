@@ -189,13 +189,12 @@ def copy_check(
         Copied(int(i), pieces, i not in set(tokens), max(scores[3 * k], scores[3 * k + 1]), scores[3 * k + 2])
         for k, (i, pieces) in enumerate(cut.items())
     )
-    flagged, ordinary = [c for c in copied if not c.control], [c for c in copied if c.control]
-    not_cut = tuple(int(i) for i in tokens if i not in cut)
-    return CopyCheck(copied, not_cut, _gain(flagged), _gain(ordinary) if ordinary else None)
-
-
-def _gain(copied: Sequence[Copied]) -> Estimate:
-    return paired_difference([c.after for c in copied], [c.before for c in copied], unit="tokens")
+    gain, control_gain = (
+        paired_difference([c.after for c in part], [c.before for c in part], unit="tokens") if part else None
+        for part in ([c for c in copied if not c.control], [c for c in copied if c.control])
+    )
+    assert gain is not None, "a token can be cut"
+    return CopyCheck(copied, tuple(int(i) for i in tokens if i not in cut), gain, control_gain)
 
 
 def _log_probabilities(
@@ -205,12 +204,10 @@ def _log_probabilities(
     steps = [(k, n) for k, target in enumerate(targets) for n in range(len(target))]
     steps.sort(key=lambda step: len(rows[step[0]]) + step[1])
     total = [0.0] * len(rows)
-    starts = range(0, len(steps), batch_size)
-    for start in track(starts, description="copy before and after", unit="batches"):
+    for start in track(range(0, len(steps), batch_size), description="copy before and after", unit="batches"):
         part = steps[start : start + batch_size]
         batch = TokenBatch.pad([[*rows[k], *targets[k][:n]] for k, n in part], 0)
-        logits = model.logits(batch, keep="last").float()
-        scores = logits.log_softmax(-1)
+        scores = model.logits(batch, keep="last").float().log_softmax(-1)
         for row, (k, n) in enumerate(part):
             total[k] += float(scores[row, targets[k][n]])
     return total
@@ -296,7 +293,11 @@ def sanitize_files(
         MismatchError: if `target` was written with other flags, for another tokenizer, or from other files.
     """
     file, files = Path(target), text_files(paths)
-    _claim(file, _key(sanitizer, files, column))
+    key, noted = _key(sanitizer, files, column), file.with_name(f"{file.name}.key.json")
+    if file.is_file() and file.stat().st_size:
+        require_same_key(file, load_json(noted, dict) if noted.is_file() else {}, key)
+    else:
+        save_json(noted, key)
     done = _whole_lines(file)
     every = ((path, number, parts) for path in files for number, parts in numbered_texts(path, column))
     with file.open("a", encoding="utf-8") as out:
@@ -313,15 +314,6 @@ def _key(sanitizer: Sanitizer, paths: Sequence[Path], column: str) -> dict[str, 
     parts = {"flagged": sorted(sanitizer.flagged), "files": stats, "column": column}
     hashes = {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:12] for name, part in parts.items()}
     return {"tokenizer": sanitizer.codec.digest(), "lines": _LINES} | hashes
-
-
-def _claim(file: Path, key: dict[str, str]) -> None:
-    """Notes what a new file depends on, and refuses one that depends on something else or says nothing about it."""
-    noted = file.with_name(f"{file.name}.key.json")
-    if file.is_file() and file.stat().st_size:
-        require_same_key(file, load_json(noted, dict) if noted.is_file() else {}, key)
-    else:
-        save_json(noted, key)
 
 
 def _document(sanitizer: Sanitizer, parts: Iterable[str]) -> dict[str, object]:
@@ -345,10 +337,9 @@ def _document(sanitizer: Sanitizer, parts: Iterable[str]) -> dict[str, object]:
 
 def _whole_lines(file: Path) -> int:
     """Number of complete lines; what a kill left behind the last of them is cut off."""
-    if not file.is_file():
-        return 0
+    file.touch()
+    lines = end = 0
     with file.open("rb+") as opened:
-        lines, end = 0, 0
         for line in opened:
             if line.endswith(b"\n"):
                 lines, end = lines + 1, end + len(line)
@@ -372,15 +363,12 @@ def _summary(sanitizer: Sanitizer, file: Path) -> SanitizeReport:
             by_cuts += row["decodes_to"] == "other_by_cuts"
             if row["decodes_to"] != "text":
                 changed.append(f"{row['file']} document {row['document']}")
+    text = [shown(written.decode("utf-8", errors="replace")) for written in sanitizer.written]
     cuts = [
-        Cut(i, _text(sanitizer, i), tuple(_text(sanitizer, j) for j in pieces.get(i, ())), replaced[i], left[i])
+        Cut(i, text[i], tuple(text[j] for j in pieces.get(i, ())), replaced[i], left[i])
         for i in sorted(replaced.keys() | left.keys(), key=lambda i: -(replaced[i] + left[i]))
     ]
     return SanitizeReport(
         file=str(file), documents=documents, tokens=before, tokens_after=after, cuts=tuple(cuts),
         changed=len(changed), first_changed=changed[0] if changed else "", by_cuts=by_cuts,
     )  # fmt: skip
-
-
-def _text(sanitizer: Sanitizer, i: int) -> str:
-    return shown(sanitizer.written[i].decode("utf-8", errors="replace"))

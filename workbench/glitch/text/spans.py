@@ -85,10 +85,12 @@ def windows(codec: Codec, parts: Iterable[str]) -> Iterator[Piece]:
     """
     done, before = 0, None
     for start, text in _overlapping(parts):
-        ids, spans = encode_spans(codec, [text])[0]
+        ((ids, spans),) = encode_spans(codec, [text])
         now = Piece(text, start, start, start + len(text), ids, [(a + start, b + start) for a, b in spans])
         if before is not None:
-            seam = _seam(before, now)
+            # the first token border that both windows have, at least a margin away from where the later one starts
+            borders = {a for a, _ in now.spans if a >= start + MARGIN}
+            seam = next((a for a, _ in before.spans if a in borders), start + MARGIN)
             yield _cut(before, done, seam)
             done = seam
         before = now
@@ -116,13 +118,6 @@ def _overlapping(parts: Iterable[str]) -> Iterator[tuple[int, str]]:
         yield start, held
 
 
-def _seam(before: Piece, now: Piece) -> int:
-    """First token border that both windows have, at least a margin away from where the later one starts."""
-    earliest = now.start + MARGIN
-    borders = {a for a, _ in now.spans if a >= earliest}
-    return next((a for a, _ in before.spans if a in borders), earliest)
-
-
 def _cut(piece: Piece, begin: int, end: int) -> Piece:
     kept = [k for k, (a, _) in enumerate(piece.spans) if begin <= a < end or (a == end == piece.end)]
     ids, spans = [piece.ids[k] for k in kept], [piece.spans[k] for k in kept]
@@ -137,11 +132,5 @@ def numbered_texts(path: Path, column: str) -> Iterator[tuple[int, Iterable[str]
     if path.suffix in SUFFIXES[1:]:
         yield from ((number, (text,)) for number, text in enumerate(documents(path, column), 1))
     else:
-        yield 1, parts_of(path)
-
-
-def parts_of(path: Path) -> Iterator[str]:
-    """The characters of a text file, line ends as they are."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        while part := file.read(WINDOW):
-            yield part
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            yield 1, iter(lambda: file.read(WINDOW), "")

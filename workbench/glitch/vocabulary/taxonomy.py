@@ -28,13 +28,12 @@ def superstrings(raw: Sequence[str | None], wanted: Sequence[int], limit: int = 
     >>> superstrings(["a", "ab", "cab", "b", "abd"], [1, 3])  # "b" is also in "ab" and "cab", whose ids are lower
     {1: (2, 4), 3: (4,)}
     """
-    asked = [i for i in dict.fromkeys(int(i) for i in wanted) if raw[i]]
+    texts = {int(i): text for i in wanted if (text := raw[i])}
     longer_of: dict[int, tuple[int, ...]] = {}
-    sizes = {len(raw[i] or "") for i in asked}
-    for size, owner, value in _windows(raw, max(sizes, default=0)):
-        if size not in sizes:
+    for size, owner, value in _windows(raw, max(map(len, texts.values()), default=0)):
+        known = {_hash(text): i for i, text in texts.items() if len(text) == size}
+        if not known:
             continue
-        known = {_hash(raw[i] or ""): i for i in asked if len(raw[i] or "") == size}
         keys = np.sort(np.fromiter(known, dtype=np.uint64))
         at = np.searchsorted(keys, value).clip(max=len(keys) - 1)
         hit = keys[at] == value
@@ -42,10 +41,10 @@ def superstrings(raw: Sequence[str | None], wanted: Sequence[int], limit: int = 
         for k, key in enumerate(keys.tolist()):
             i = known[key]
             holders = pairs[np.searchsorted(pairs[:, 0], k) : np.searchsorted(pairs[:, 0], k + 1), 1]
-            longer = [h for h in holders[holders > i][: limit + 1].tolist() if (raw[i] or "") in (raw[h] or "")][:limit]
+            longer = [h for h in holders[holders > i][: limit + 1].tolist() if texts[i] in (raw[h] or "")][:limit]
             if longer:
                 longer_of[i] = tuple(longer)
-    return {i: longer_of[i] for i in asked if i in longer_of}
+    return {i: longer_of[i] for i in texts if i in longer_of}
 
 
 def _windows(raw: Sequence[str | None], largest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -173,23 +172,20 @@ def lexicon(vocabulary: Vocabulary, without: Collection[int] = ()) -> frozenset[
     ordinary = np.flatnonzero(vocabulary.is_category("ok")).tolist()
     texts = {i: vocabulary.text[i] for i in ordinary}
     begins = {i: text[1:] for i, text in texts.items() if text[:1] == " "}
-    if not begins:
-        begins = {i: text for i, text in texts.items() if text == vocabulary.raw[i]}
-    left_out = set(without)
-    words = (word for i, word in begins.items() if i not in left_out)
+    begins = begins or {i: text for i, text in texts.items() if text == vocabulary.raw[i]}
+    words = (begins[i] for i in begins.keys() - set(without))
     return frozenset(word.lower() for word in words if len(word) > 1 and word.isascii() and word.isalpha())
 
 
 def natures(vocabulary: Vocabulary, ids: Sequence[int], suspects: Collection[int] = ()) -> dict[int, Nature]:
     """The nature of some tokens; `suspects`, whose text may be no word of any language, are not taken as words."""
-    words = lexicon(vocabulary, suspects)
+    words, n = lexicon(vocabulary, suspects), len(vocabulary)
     # A single character is a part of nearly everything, which says nothing about it.
-    longer = superstrings(vocabulary.raw, [i for i in ids if i < len(vocabulary) and len(vocabulary.raw[i] or "") > 1])
+    longer = superstrings(vocabulary.raw, [i for i in ids if i < n and len(vocabulary.raw[i] or "") > 1])
     nature_of = {}
-    for i in ids:
-        text = vocabulary.text[i] if i < len(vocabulary) else ""
-        kind = kind_of(text, words, is_byte=i < len(vocabulary) and bool(vocabulary.byte[i] >= 0))
+    for i in map(int, ids):
+        text = vocabulary.text[i] if i < n else ""
+        kind = kind_of(text, words, is_byte=i < n and bool(vocabulary.byte[i] >= 0))
         split = split_words(text.strip(), words) if kind == "word" else ()
-        script = "none" if kind == "byte" else script_of(text)
-        nature_of[int(i)] = Nature(kind, script, split, longer.get(int(i), ()))
+        nature_of[i] = Nature(kind, "none" if kind == "byte" else script_of(text), split, longer.get(i, ()))
     return nature_of

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from workbench.core.codec import BYTE_OF_CHAR, ByteStyle, Codec, codec_of
+from workbench.core.codec import BYTE_OF_CHAR, ByteStyle, Codec, codec_of, token_bytes
+from workbench.core.errors import DegenerateInputError
 from workbench.models.model import Model
 
 
@@ -167,6 +168,34 @@ def draw_controls(pool: Sequence[int] | np.ndarray, n: int, seed: int) -> list[i
     return np.random.default_rng(seed).choice(pool, min(n, len(pool)), replace=False).tolist()
 
 
+def matched_controls(
+    model: Model, vocabulary: Vocabulary, tokens: Sequence[int], avoid: set[int], n: int, seed: int
+) -> list[list[int]]:
+    """For each token, `n` random ordinary ones with a leading space if it has one, and as near its length as there are.
+
+    Raises:
+        DegenerateInputError: if there are not enough ordinary tokens.
+    """
+    texts = token_bytes(model.tokenizer)
+    pool = vocabulary.pool(model.d_vocab, avoid)
+    random = np.random.default_rng(seed)
+    spaced = np.array([texts[i][:1] == b" " for i in pool], dtype=bool)
+    length = np.array([len(texts[i]) for i in pool])
+    free, controls = np.ones(len(pool), dtype=bool), []
+    for i in tokens:
+        fits = np.flatnonzero(free & (spaced == (texts[i][:1] == b" ")))
+        fits = np.flatnonzero(free) if len(fits) < n else fits
+        if len(fits) < n:
+            raise DegenerateInputError(
+                f"There are {len(pool)} ordinary tokens for {len(tokens)} x {n} controls. Ask for fewer."
+            )
+        order = np.lexsort((random.random(len(fits)), np.abs(length[fits] - len(texts[i]))))
+        chosen = fits[order[:n]]
+        free[chosen] = False
+        controls.append(pool[chosen].tolist())
+    return controls
+
+
 def vocabulary_of(model: Model) -> Vocabulary:
     """The analysis of a model's tokenizer."""
     return analyse(codec_of(model.tokenizer))
@@ -183,28 +212,26 @@ def analyse(codec: Codec) -> Vocabulary:
     ids = [i for i, raw in enumerate(codec.raw) if raw is not None]
     # whether encode puts a space in front of a text, and whether tokens hold the one in front of a word: one that
     # decode strips has to be brought back
-    adds_space = any(_begins_with_space(codec, i) for i in codec.encode(["test"])[0][:1])
-    writes_space = any(_begins_with_space(codec, i) for i in codec.encode(["a test"])[0])
+    test, words = ([(codec.raw[i] or "").startswith(_SPACES) for i in row] for row in codec.encode(["test", "a test"]))
+    adds_space, writes_space = any(test[:1]), any(words)
     needs_anchor = adds_space or (writes_space and codec.decode(codec.encode([" test"])) != [" test"])
     anchor = _anchor(codec) if needs_anchor else ((), "")
     decoded = _decode_in_context(codec, ids, anchor)
+    byte = np.array([-1 if raw is None else _byte_of(raw, codec.style) for raw in codec.raw], dtype=np.int64)
     if codec.style == "raw_bytes":  # decoding may drop half a character, and with it the token
-        raw_bytes = [_byte_of(codec.raw[i] or "", codec.style) for i in ids]
         decoded = [
-            shown if byte < 0 else bytes([byte]).decode(errors="replace")
-            for shown, byte in zip(decoded, raw_bytes, strict=True)
+            shown if byte[i] < 0 else bytes([byte[i]]).decode(errors="replace")
+            for i, shown in zip(ids, decoded, strict=True)
         ]
     if codec.style == "none" and not writes_space:
         decoded = _without_mark(codec, ids, decoded)
-    back = _encode_in_context(codec, decoded, anchor)
-    back = _second_chance(codec, ids, decoded, back)
+    back = _second_chance(codec, ids, decoded, _encode_in_context(codec, decoded, anchor))
     n = len(codec.raw)
     text, category = [""] * n, ["no_token"] * n
     for i, shown, again in zip(ids, decoded, back, strict=True):
         raw = codec.raw[i] or ""
         category[i] = _category(i, shown, again, codec.special)
         text[i] = _readable(raw, codec.style) if "�" in shown else shown
-    byte = np.array([-1 if raw is None else _byte_of(raw, codec.style) for raw in codec.raw], dtype=np.int64)
     reserved = np.array([raw is not None and bool(_RESERVED.match(raw)) for raw in codec.raw])
     missing = () if codec.style == "none" else tuple(sorted(set(range(256)) - set(byte.tolist())))
     return Vocabulary(
@@ -225,16 +252,12 @@ def _category(i: int, text: str, back: list[int] | None, special: frozenset[int]
     return "unreachable_single" if len(back) == 1 else "unreachable_multi"
 
 
-def _begins_with_space(codec: Codec, i: int) -> bool:
-    return (codec.raw[i] or "").startswith(_SPACES)
-
-
 Anchor = tuple[tuple[int, ...], str]
 
 
-def _anchor(codec: Codec, choices: Sequence[str] = _ANCHORS) -> Anchor:
+def _anchor(codec: Codec) -> Anchor:
     """Ids and decoded text of the first anchor that stays whole when a word follows it; empty if none does."""
-    for text in choices:
+    for text in _ANCHORS:
         alone, followed = codec.encode([text, text + "test"])
         if alone and followed[: len(alone)] == alone:
             return tuple(alone), codec.decode([alone])[0]
