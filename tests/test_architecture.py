@@ -45,7 +45,9 @@ FOUNDATION = {
 
 CORE = {
     "errors": set(),
-    "progress": set(),
+    "counts": set(),
+    "reporters": {"counts"},
+    "progress": {"counts", "reporters"},
     "arguments": {"errors"},
     "jsontext": {"errors"},
     "locks": {"errors"},

@@ -37,7 +37,7 @@ from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError
 from workbench.core.locks import in_use
-from workbench.core.progress import Task, task
+from workbench.core.progress import Task, say, task
 from workbench.engine.folder import check_writable, open_folder
 from workbench.engine.local import Folder, LocalFolder, Part
 from workbench.models.model import Model
@@ -120,6 +120,12 @@ def _damaged(folder: Folder, manifest: Manifest, repair: bool) -> tuple[int, ...
     return damaged
 
 
+def _title(manifest: Manifest) -> str:
+    """Of the progress bar."""
+    first, *others = manifest.sites
+    return f"Harvesting {first}" if not others else f"Harvesting {1 + len(others)} sites"
+
+
 def _finished(folder: Folder, manifest: Manifest, options: HarvestOptions) -> ActivationStore:
     """The whole store if this process was the last one, else what it wrote."""
     _, world = options.place
@@ -190,8 +196,8 @@ class _Harvest:
         whole = {shard.first_row // manifest.shard_rows for shard in manifest.shards} - lost
         todo = (i for i in itertools.count() if i % world == rank and i not in whole)
         total = None if estimate.tokens is None else estimate.tokens // world
-        title = f"Harvesting {', '.join(manifest.sites)}: {estimate}"
-        with task(total=total, description=title, unit="tokens") as bar:
+        say(f"{estimate}.")
+        with task(total=total, description=_title(manifest), unit="tokens") as bar:
             self._running = bar
             if look is not None:
                 manifest = self._measured(manifest, look)

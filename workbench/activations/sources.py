@@ -20,6 +20,7 @@ from workbench.activations.packing import Source as Source
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
 from workbench.core.jsontext import Json, Record
+from workbench.core.progress import quiet_libraries, task
 from workbench.core.tokenizer import TokenizerLike, decoded, start_ids
 from workbench.models.model import Model
 
@@ -257,7 +258,8 @@ class HubDataset(_Documents):
                 saved = load_from_disk(self.name)
                 stream: Any = saved[self.split] if isinstance(saved, DatasetDict) else saved
             else:
-                stream = load_dataset(self.name, split=self.split, streaming=True, revision=self.revision)
+                with quiet_libraries(), task(total=None, description=f"Opening {self.name}"):
+                    stream = load_dataset(self.name, split=self.split, streaming=True, revision=self.revision)
             yield from stream
         except Exception as error:  # the library and what it fetches with raise errors of many kinds
             raise InvalidInputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import tyro
 
 from workbench.cli.study import Begin, R, Study
 from workbench.core.errors import MissingFileError
+from workbench.core.progress import say
 from workbench.glitch.scanning.scanner import ScanOptions
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class GlitchCensus(_TestsTokens["CensusReport"]):
 
         run = begin()
         model, plan = self.prepared(run)
-        _announce(f"Census of {model.name}: {plan}.")
+        say(f"Census of {model.name}: {plan}.")
         report = run_census(model, plan, run.artifacts)
         report.save(run.artifacts)
         return report
@@ -168,9 +168,3 @@ def _take_over(census: Path, artifacts: Path) -> None:
     for file in (folder / SHORT_FILE, folder / CHOICE, *folder.glob(CONFIRMED_FILES)):
         if file.is_file() and not (artifacts / file.name).exists():
             write_atomic(artifacts / file.name, file.read_bytes())
-
-
-def _announce(line: str) -> None:
-    """Says something before long work; stdout stays for the result."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

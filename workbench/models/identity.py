@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from workbench.core.progress import quiet_libraries
 from workbench.core.tokenizer import TokenizerLike
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def transformer_lens_bridge(hf: PreTrainedModel, tokenizer: TokenizerLike, name:
 
     weight = next(hf.parameters())
     # TransformerLens re-reads the tokenizer from the path it was loaded from, so it gets one.
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         tokenizer.save_pretrained(folder)
         return TransformerBridge.boot_transformers(
             name,

@@ -21,8 +21,9 @@ from workbench.core.errors import (
     ResourceError,
     WorkbenchError,
 )
+from workbench.core.progress import quiet_libraries, task
 from workbench.core.records import load_json
-from workbench.models.embedded import embedded_folder, gguf_folder, quiet_transformers
+from workbench.models.embedded import embedded_folder, gguf_folder
 from workbench.models.model import Model
 from workbench.models.weights import (
     pickled_class,
@@ -129,7 +130,7 @@ def _folder(name: str) -> Path | None:
 def _from_pretrained(where: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    with _loading(where):
+    with _loading(where), task(total=None, description=f"Loading {where}"):
         # Shapes that differ are collected here and refused with their names below.
         both: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, revision=revision, trust_remote_code=False,
@@ -161,7 +162,7 @@ def _loading(where: str) -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with quiet_transformers():
+        with quiet_libraries():
             yield
     except (WorkbenchError, MemoryError):
         raise

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench.core.arguments import checked
 from workbench.core.chats import Chat
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
-from workbench.core.progress import task
+from workbench.core.progress import quiet_libraries, task
 from workbench.core.tokens import Bos, TokenBatch
 from workbench.hooks.capture import Activations, capture
 from workbench.hooks.sites import Site
@@ -24,7 +24,6 @@ from workbench.interventions.plan import Plan, active_plans
 from workbench.interventions.scopes import All, Last, Scope
 from workbench.models.choice import chosen_tokens, groups
 from workbench.models.compare import VariantLogits, compare
-from workbench.models.embedded import quiet_transformers
 from workbench.models.generation import Generation, Parts, generate, sample
 from workbench.models.head import vocabulary_ids
 from workbench.models.identity import transformer_lens_bridge
@@ -387,7 +386,7 @@ class Model(Wrapped):
         Raises:
             NotExactlyExportable: if this kind can't express the intervention, with the edit and the reason.
         """
-        with quiet_transformers():
+        with quiet_libraries():
             done = export(self.hf, self.site_map, self.plan(intervention).intervention, kind, out, tolerance)
         if kind == "weights" and done.path is not None and self.tokenizer:
             self.tokenizer.save_pretrained(str(done.path))

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from workbench.core.errors import InvalidInputError, WorkbenchError
+from workbench.core.progress import hidden
 from workbench.serve.playground import Emit, Event, Stopped
 
 _LOG = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ class Desk:
         try:
             if stopped():
                 raise Stopped
-            last = {"kind": "done", "result": work(emit, stopped)}
+            with hidden():  # the page shows how far it is
+                last = {"kind": "done", "result": work(emit, stopped)}
         except Stopped:
             last = {"kind": "stopped"}
         except WorkbenchError as error:

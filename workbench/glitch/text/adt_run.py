@@ -185,7 +185,7 @@ def run_adt(
     book = None if journal is None else Log(Path(journal), key, row_id="prompt")
     said = {k: str(row["answer"]) for k, row in book.done().items()} if book else {}
     with task(total=len(prompts), description="adversarial tokenization", unit="prompts") as running:
-        running.advance(len(said))
+        running.skip(len(said))
         left = [k for k in range(len(prompts)) if k not in said]
         for start in range(0, len(left), batch_size):
             part = left[start : start + batch_size]

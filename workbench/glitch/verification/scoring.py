@@ -126,7 +126,7 @@ def score(
             template = templates[t]
             settled = scores.best >= (np.inf if options.stop_at is None else options.stop_at)
             todo = np.flatnonzero(~settled & ~scores.ran[:, t].any(1))
-            running.advance(len(tokens) - len(todo))
+            running.skip(len(tokens) - len(todo))
             for start in range(0, len(todo), options.batch_size):
                 part = todo[start : start + options.batch_size]
                 p, ran = _steps(model, template, tokens[part], options)

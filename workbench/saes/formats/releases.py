@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from workbench.core.errors import CorruptFileError, ModelUnavailableError, UnknownNameError, did_you_mean
+from workbench.core.progress import quiet_libraries, task
 from workbench.saes.formats.lensmodule import sae_lens_module
 
 
@@ -62,7 +63,7 @@ def fetch(release: str, sae_id: str) -> Any:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet_libraries(), task(total=None, description=f"Fetching {release}/{sae_id}"):
             # it warns of scales that it could not fold; those are refused after loading
             warnings.simplefilter("ignore")
             return sae_lens_module().SAE.from_pretrained(release, sae_id, device="cpu")

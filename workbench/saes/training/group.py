@@ -77,12 +77,13 @@ class Group:
         last = max(member.config.steps for member in self.members)
         size = self.batches.key.batch
         with task(total=last * size, description=self._title(), unit="tokens") as running, held_interrupt() as stop:
-            running.advance(first * size)
+            running.skip(first * size)
             saved = time.monotonic()
             self.position = first
             self._finish_those_done(done, stop)
             while not (stop.is_set() or all(member.is_done for member in self.members)):
                 self._one_batch()
+                running.note(**self.members[0].latest)
                 running.advance(size)
                 self._finish_those_done(done, stop)
                 if time.monotonic() - saved > self._pause and not stop.is_set():

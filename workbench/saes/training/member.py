@@ -84,6 +84,8 @@ class Member:
         self.step, self.seconds = 0, 0.0
         self.problem: str | None = None
         self._latest: StepResult | None = None
+        self.latest: dict[str, float] = {}
+        """Loss and held-out FVU when they were last measured."""
 
     @property
     def name(self) -> str:
@@ -174,6 +176,7 @@ class Member:
         line = {"step": self.step, "tokens": self.step * self.config.batch, **shown, **self.measure()}
         if not math.isfinite(line["loss"]):
             return
+        self.latest = {"loss": line["loss"], "FVU": line["fvu"]}
         with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_jsonable(line), allow_nan=False) + "\n")
         if self.log is not None:

@@ -104,7 +104,7 @@ def steer_groups(
         place = folder or Path(until_read.enter_context(tempfile.TemporaryDirectory()))
         keep = Keeper.of_key(place / f"layer{target_site(model, depth.sae).layer}", job_to_json(job))
         for receipt in keep.done().values():
-            progress.advance(receipt.units)
+            progress.skip(receipt.units)
         shards = [Shard(f"features-{start:04d}", start) for start in range(0, len(every), BLOCK)]
         # the bar is advanced text by text, not shard by shard
         parts = list(map_shards(job, shards, keep, progress=Task()))
