@@ -69,7 +69,7 @@ def test_over_several_sets_the_difference_is_taken_set_by_set() -> None:
     assert ahead.value == pytest.approx(0.025) and ahead.high - ahead.low < 1e-9
     assert mean.high - mean.low > 0.5
     (line, _) = report.findings()
-    assert "a random SAE: worse (the SAE is ahead by 0.025 [0.025, 0.025] (n=3 sets))" in line
+    assert "a random SAE: worse (the SAE is ahead by 0.0250 [0.0250, 0.0250] (n = 3 sets))" in line
     assert "1 residual channel: not clearly different (the SAE is ahead by" in line
 
 

@@ -45,7 +45,7 @@ def rate(flags: Iterable[bool], unit: str) -> Estimate | None:
     """Share of true flags with the Clopper-Pearson interval; None without flags.
 
     >>> str(rate([True, False], "tokens"))
-    '0.5 [0.0126, 0.987] (n=2 tokens)'
+    '0.500 [0.013, 0.987] (n = 2 tokens)'
     """
     counted = [bool(flag) for flag in flags]
     return clopper_pearson(sum(counted), len(counted), unit=unit) if counted else None
