@@ -150,7 +150,14 @@ def linear_effects(
         sae: the SAE.
         probe: the probe; its site is the SAE's.
         labels: 0 or 1 per row.
+
+    Raises:
+        ShapeError: if the numbers of labels and rows differ.
     """
+    if len(labels) != len(contributions):
+        raise ShapeError(
+            f"linear_effects: {len(labels)} labels for {len(contributions)} rows of contributions. Give a label per row."
+        )
     writes = as_basis(sae).rows().to(contributions) @ probe.w.to(contributions)
     per_row = sign_of(labels).to(contributions)[:, None] * contributions * writes
     total = per_row.sum(dim=1).mean()

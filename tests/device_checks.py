@@ -33,9 +33,10 @@ from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.harvest import HarvestOptions, harvest
 from workbench.activations.sources import SelfText
 from workbench.activations.store import ActivationStore
+from workbench.bases.sae import as_basis
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.codec import codec_of
-from workbench.core.errors import WorkbenchError
+from workbench.core.errors import InvalidInputError, WorkbenchError
 from workbench.core.tokens import TokenBatch
 from workbench.features import ScoreOptions
 from workbench.features import score_features as score_features_
@@ -424,6 +425,18 @@ def test_mixtures_raise_and_copies_do_not() -> None:
     assert first.tolist() == [5.0, 5.0, 1.0] and (first * torch.tensor(2.0)).device == first.device
     assert first[torch.tensor([2])].item() == 1.0 and first[cpu > 0].device == first.device
     assert (first + second.to("gpu:0")).cpu().tolist() == [6.0, 6.0, 2.0]
+
+
+@pytest.mark.parametrize("device", ["gpu:0", "gpu:1"])
+def test_feature_numbers_on_a_device_are_checked_like_those_on_the_cpu(device: str) -> None:
+    basis, x = as_basis(sae_on("gpu:0")), torch.ones(2, D_MODEL)
+    some = torch.tensor([3, 0])
+    assert_same(basis.ablate(x, some.to(device)), basis.ablate(x, some))
+    for wrong in ([basis.d_sae], [-1], [3, 0, 3]):
+        with pytest.raises(InvalidInputError, match="does not exist|named twice"):
+            basis.contribution(x, torch.tensor(wrong).to(device))
+    with pytest.raises(InvalidInputError, match="does not exist"):
+        basis.rows(torch.tensor([-1], device=device))
 
 
 def test_gradients_cross_devices_and_tied_weights_stay_tied() -> None:

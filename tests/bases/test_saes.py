@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from beartype.door import is_bearable
 
 from tests.bases.every import D_MODEL, D_OUT, D_SAE, NORMALISATIONS, SAES, TRANSCODERS, hidden, made
 from tests.tiny import as_user, tiny_model
-from workbench.bases.base import Basis
+from workbench.bases.base import Basis, Features
 from workbench.bases.registry import build_basis
 from workbench.bases.sae import SAEBasis, as_basis
 from workbench.core.errors import InvalidInputError, MismatchError, ShapeError
@@ -247,7 +248,9 @@ def test_wrong_widths_and_features_are_refused_in_words() -> None:
     with pytest.raises(ShapeError, match=rf"decode: standard takes activations of d_sae={D_SAE}"):
         basis.decode(x)
     for use in (lambda: basis.ablate(x, [D_SAE]), lambda: basis.rows([-1]), lambda: basis.encode_some(x, D_SAE)):
-        with pytest.raises(InvalidInputError, match="does not exist"):
+        with pytest.raises(
+            InvalidInputError, match=f"does not exist; this standard basis has features 0 to {D_SAE - 1}"
+        ):
             use()
 
 
@@ -261,8 +264,13 @@ def test_numbers_and_targets_that_a_basis_would_misread_are_refused(kind: str) -
     target = torch.ones(6, d)
     for wrong in ([-1], torch.tensor([-1]), torch.tensor([basis.d_sae]), torch.arange(basis.d_sae) < 2, [1, 0, 1]):
         for use in (basis.ablate, basis.contribution):
-            with pytest.raises(InvalidInputError, match="does not exist|no feature numbers|Feature 1 is named twice"):
+            with pytest.raises(
+                InvalidInputError, match=f"this {kind} basis has features|no feature numbers|Feature 1 is named twice"
+            ):
                 use(x, wrong, target) if use == basis.ablate else use(x, wrong)
+    for given in (1, [1], (1,), torch.tensor([1])):  # what type checkers and editors accept is what the code does
+        assert is_bearable(given, Features)
+        assert torch.equal(basis.contribution(x, given), basis.contribution(x, some[1:]))
     torch.testing.assert_close(basis.encode_some(x, [1, 1]), basis.encode(x)[:, [1, 1]])  # columns may be repeated
     for wrong in (target[0], target[:1], target[:, :1], target.view(2, 3, d)):
         for use in (lambda y: basis.error(x, y), lambda y: basis.ablate(x, some, target=y)):

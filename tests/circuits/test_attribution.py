@@ -267,5 +267,8 @@ def test_an_empty_mask_and_features_that_do_not_exist_are_refused_and_one_row_ha
     ):
         with as_user(), pytest.raises(error, match=words):
             exact_effects(model, "resid_post.1", sae, batch, metric, features, keep=mask)
+    for labels in (metric.labels[:1], metric.labels[:2]):
+        with as_user(), pytest.raises(ShapeError, match=f"{len(labels)} labels for 3 rows"):
+            linear_effects(torch.ones(3, 24), sae, metric.probe, labels)
     one = linear_effects(torch.ones(1, 24), sae, metric.probe, torch.tensor([1]))
     assert bool(one.se.isnan().all()) and bool(one.effect.isfinite().all())

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 CHUNK_ENTRIES = 2**23
 """Entries of the dense `[tokens, d_sae]` tensor that is alive at any time: 32 MB in fp32."""
 
-Features = Int[Tensor, " f"]
+Features: TypeAlias = int | Sequence[int] | Int[Tensor, " f"]
+"""Feature numbers, the same for all tokens; a single number is one feature."""
+FeatureRows: TypeAlias = int | Sequence[int] | Int[Tensor, "*f"]
+"""Feature numbers with any axes."""
 
 _OVER_TOKENS = (
     "encode", "encode_some", "decode", "scale", "constant", "coefficients", "contribution", "reconstruct", "error",
@@ -39,9 +42,9 @@ _SUMS = ("contribution", "ablate")
 
 
 def _numbers(basis: Basis, features: int | Sequence[int] | Tensor | None, *, once: bool = False) -> Tensor | None:
-    """Checked feature numbers; those on an accelerator are trusted, since a check would wait for it."""
-    if features is None or (isinstance(features, Tensor) and features.device.type != "cpu"):
-        return features
+    """Checked feature numbers, on any device: an accelerator would wrap negative ones and die of large ones."""
+    if features is None:
+        return None
     return basis.features([features] if isinstance(features, int) else features, once=once)
 
 
@@ -153,7 +156,7 @@ class Basis:
         """Feature activations, in the units of the basis."""
         raise NotImplementedError
 
-    def rows(self, features: Int[Tensor, "*f"] | None = None) -> Float[Tensor, "*f d_out"]:
+    def rows(self, features: FeatureRows | None = None) -> Float[Tensor, "*f d_out"]:
         """What one unit of each feature's coefficient adds; of all features by default."""
         raise NotImplementedError
 
@@ -172,7 +175,7 @@ class Basis:
 
     def encode_some(self, x: Float[Tensor, "n d_in"], features: Features) -> Float[Tensor, "n f"]:
         """Activations of some features: the columns of `encode`."""
-        return self.encode(x)[:, features.to(x.device)]
+        return self.encode(x)[:, torch.as_tensor(features, device=x.device)]
 
     def scale(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"]:
         """By what activations are multiplied to be in the units of what is written; 1 unless the basis normalises."""
@@ -293,7 +296,8 @@ class Basis:
             raise ShapeError(f"features: shape {tuple(ids.shape)}; give (f,) for all rows or (rows, f) for each row.")
         if (bad := ids[(ids < 0) | (ids >= self.d_sae)]).numel():
             raise InvalidInputError(
-                f"Feature {int(bad[0])} does not exist; this SAE has features 0 to {self.d_sae - 1}. Name one of these."
+                f"Feature {int(bad[0])} does not exist; this {self.architecture} basis has features 0 to "
+                f"{self.d_sae - 1}. Name one of these."
             )
         ordered = ids.sort(-1).values
         if once and (twice := ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]).numel():
@@ -401,9 +405,9 @@ class Dictionary(Basis):
         """What the function gives."""
         return self.encoder(x.to(self.W_dec.device, torch.float32)).to(x.device)
 
-    def rows(self, features: Int[Tensor, "*f"] | None = None) -> Float[Tensor, "*f d_out"]:
+    def rows(self, features: FeatureRows | None = None) -> Float[Tensor, "*f d_out"]:
         """The directions, where they are."""
-        return self.W_dec if features is None else self.W_dec[features.to(self.W_dec.device)]
+        return self.W_dec if features is None else self.W_dec[torch.as_tensor(features, device=self.W_dec.device)]
 
     @property
     def bias(self) -> Float[Tensor, " d_out"]:

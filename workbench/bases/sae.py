@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.bases.base import Basis, Features
+from workbench.bases.base import Basis, FeatureRows, Features
 from workbench.bases.sitenames import named_site
 from workbench.core.errors import InvalidInputError
 
@@ -116,8 +116,9 @@ class SAEBasis(Basis):
     def encode_some(self, x: Float[Tensor, "n d_in"], features: Features) -> Float[Tensor, "n f"]:
         """Activations of some features; where they do not compete only their columns of the encoder are used."""
         if self.architecture not in _PER_FEATURE:
-            return self.encode(x)[:, features.to(x.device)]
-        return self._activate(self._input(x), features.to(self.sae.W_dec.device)).float().to(x.device)
+            return self.encode(x)[:, torch.as_tensor(features, device=x.device)]
+        some = torch.as_tensor(features, device=self.sae.W_dec.device)
+        return self._activate(self._input(x), some).float().to(x.device)
 
     def decode(
         self, acts: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"] | None = None
@@ -146,10 +147,10 @@ class SAEBasis(Basis):
         scale, mean = sizes
         return out * scale + mean
 
-    def rows(self, features: Int[Tensor, "*f"] | None = None) -> Float[Tensor, "*f d_out"]:
+    def rows(self, features: FeatureRows | None = None) -> Float[Tensor, "*f d_out"]:
         """What one unit of each feature's coefficient adds; where the SAE is."""
         W_dec = self.sae.W_dec.detach()
-        rows = (W_dec if features is None else W_dec[features.to(W_dec.device)]).float()
+        rows = (W_dec if features is None else W_dec[torch.as_tensor(features, device=W_dec.device)]).float()
         return rows / _norms(rows)[..., None] if self._rescales else rows
 
     @property

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.bases.base import Basis
+from workbench.bases.base import Basis, FeatureRows
 from workbench.bases.fits import ModelLike
 from workbench.core.errors import MismatchError
 from workbench.hooks.capture import capture
@@ -43,9 +43,10 @@ class Written(Basis):
         """The activations themselves."""
         return x.float()
 
-    def rows(self, features: Int[Tensor, "*f"] | None = None) -> Float[Tensor, "*f d_out"]:
+    def rows(self, features: FeatureRows | None = None) -> Float[Tensor, "*f d_out"]:
         """The rows of the projection times the gain, where the projection is."""
-        return (self.weight if features is None else self.weight[features.to(self.weight.device)]) * self.gain
+        weight = self.weight
+        return (weight if features is None else weight[torch.as_tensor(features, device=weight.device)]) * self.gain
 
     @property
     def bias(self) -> Float[Tensor, " d_out"]:

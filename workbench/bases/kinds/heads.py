@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from workbench.bases.base import Features
+from workbench.bases.base import FeatureRows, Features
 from workbench.bases.fits import ModelLike
 from workbench.bases.registry import BASES
 from workbench.bases.written import Written, written_by
@@ -48,7 +48,7 @@ class Heads(Written):
         directions = torch.nn.functional.normalize(self._writes(x, torch.arange(self.d_sae)), dim=-1)
         return (acts[..., None] * directions).sum(1) * self.scale(x) + self.constant(x)
 
-    def rows(self, features: Int[Tensor, "*f"] | None = None) -> Float[Tensor, "*f d_out"]:  # noqa: ARG002
+    def rows(self, features: FeatureRows | None = None) -> Float[Tensor, "*f d_out"]:  # noqa: ARG002
         """Refused.
 
         Raises:
@@ -67,8 +67,8 @@ class Heads(Written):
         """Which heads write anything."""
         return (self.weight.unflatten(0, (self.d_sae, -1)) != 0).flatten(1).any(dim=1)
 
-    def _writes(self, x: Tensor, heads: Tensor) -> Float[Tensor, "n f d_out"]:
-        heads = heads.to(self.weight.device)
+    def _writes(self, x: Tensor, heads: Features) -> Float[Tensor, "n f d_out"]:
+        heads = torch.as_tensor(heads, device=self.weight.device)
         z, W_O = x.to(self.weight).unflatten(1, (self.d_sae, -1)), self.weight.unflatten(0, (self.d_sae, -1))
         return torch.einsum("nfh,fhd->nfd", z[:, heads], W_O[heads] * self.gain).to(x.device)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from workbench.bases.base import Basis, Features
+from workbench.bases.base import Basis, FeatureRows, Features
 from workbench.bases.fits import ModelLike
 from workbench.bases.registry import BASES
 from workbench.hooks.sites import Site
@@ -30,9 +30,9 @@ class Neurons(Basis):
         """The feature activations themselves."""
         return acts.float()
 
-    def rows(self, features: Int[Tensor, "*f"] | None = None) -> Float[Tensor, "*f d_out"]:
+    def rows(self, features: FeatureRows | None = None) -> Float[Tensor, "*f d_out"]:
         """Rows of the identity."""
-        chosen = torch.arange(self.d_sae) if features is None else features
+        chosen = torch.arange(self.d_sae) if features is None else torch.as_tensor(features)
         return torch.nn.functional.one_hot(chosen, self.d_out).float()
 
     @property
@@ -45,7 +45,7 @@ class Neurons(Basis):
         if features is None:
             return x.float()
         return torch.zeros_like(x, dtype=torch.float32).index_copy(
-            1, features.to(x.device), self.encode_some(x, features)
+            1, torch.as_tensor(features, device=x.device), self.encode_some(x, features)
         )
 
 
