@@ -7,7 +7,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from tests.tiny import CACHES, D_MODEL, FAMILIES, FP32_LOGITS, MIXTURES, N_LAYERS, cached_model, n_hooks, tiny_model
-from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, ShapeError, UnknownSiteError
 from workbench.core.tokens import TokenBatch
 from workbench.features.scores.last_token import LastToken
 from workbench.hooks.attach import attached
@@ -17,6 +17,7 @@ from workbench.interventions.gates import CosineGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add, Map, ProjectOut
 from workbench.interventions.scopes import All, Last, Pos, Scope
+from workbench.models.blockcalls import BlockCall
 from workbench.models.head import Head
 from workbench.models.model import Model
 
@@ -175,6 +176,65 @@ def test_resuming_refuses_what_it_cannot_do() -> None:
             run.run(x, **named)
     with pytest.raises(EditError, match="non-finite"):
         run.run(run.x / 0)
+
+
+def test_another_head_of_the_start_is_neither_before_it_nor_behind_it() -> None:
+    model = tiny_model()
+    segment = model.segment("abcdef", "z.1.h0")
+    width = model.width("z.1.h1")
+    with torch.no_grad(), model.plan(Intervention.at("z.1.h1", Add(torch.ones(width)))) as plan:
+        torch.testing.assert_close(segment.run(plan=plan).logits(), model.logits("abcdef"), atol=FP32_LOGITS, rtol=1e-4)
+        with pytest.raises(InvalidInputError, match="both x and the plan"):
+            segment.run(segment.x + 1, plan=plan)
+
+
+def test_a_gradient_that_the_model_does_not_have_is_refused_at_either_end() -> None:
+    model = tiny_model()
+    plain = model.site_map
+    for withdrawn in ("resid_post.0", "resid_post.2"):
+        model.site_map = plain.without_gradient({Site.parse(withdrawn): "planted"})
+        segment = model.segment("abcdef", "resid_post.0", "resid_post.2")
+        x = (segment.x + 1).requires_grad_(True)
+        with pytest.raises(UnknownSiteError, match=rf"{withdrawn}.*planted"):
+            segment.run(x)
+        with torch.no_grad():
+            segment.run(x)
+        segment.run(x.detach())
+
+
+def test_a_module_that_no_longer_runs_reads_nothing_and_says_so() -> None:
+    model = tiny_model()
+    segment = model.segment("abcdef", "resid_post.0", ["mlp_out.2", "resid_post.2"])
+    model.hf.model.layers[2].mlp = torch.nn.Identity()
+    with pytest.raises(EditError, match=r"never ran the module of mlp_out\.2"):
+        segment.run()
+
+
+def test_a_block_that_returns_more_than_the_stream_is_continued_from_the_stream() -> None:
+    class Pair(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, extra: int) -> tuple[torch.Tensor, str]:
+            return hidden_states * extra, "a cache"
+
+    stream = torch.ones(2, 3, 4)
+    for call in (BlockCall((3,), {}, is_positional=True), BlockCall((), {"extra": 3}, is_positional=False)):
+        assert torch.equal(call.over(Pair(), stream), 3 * stream)
+
+
+def test_running_out_of_memory_is_no_sign_of_another_architecture() -> None:
+    model = tiny_model()
+    block, calls = model.hf.model.layers[2], []
+    plain = block.forward
+
+    def full(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*args, **kwargs)
+
+    block.forward = full
+    with pytest.raises(torch.OutOfMemoryError):
+        model.segment("abcdef", "resid_post.0")
+    assert len(calls) == 2 and n_hooks(model.hf) == 0
 
 
 def test_a_model_that_does_more_between_its_blocks_is_run_whole() -> None:

@@ -187,6 +187,8 @@ class Segment:
         index = torch.tensor([n - 1, 0] if n in (1, 3) else [n - 1, 0, n - 1], device=self._batch.ids.device)
         try:
             again = self._skipping(index, None, None)
+        except torch.OutOfMemoryError:  # a RuntimeError that says nothing about the blocks
+            raise
         except (RuntimeError, ValueError, IndexError, TypeError):
             return False  # arguments of its blocks that can't be repeated like a batch
         mask = self._mask[index]
