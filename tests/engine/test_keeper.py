@@ -66,6 +66,11 @@ def test_another_key_is_refused_by_the_fields_that_differ(place: str) -> None:
     Keeper.open(place, KEY).close()
     with pytest.raises(MismatchError, match=r"\(layers: file \[1, 2\], now \[1\]; seed: file nothing, now 3\)"):
         Keeper.open(place, {"model": "abc", "layers": [1], "seed": 3})
+    for given, now in (({**KEY, "seed": None}, KEY), (KEY, {**KEY, "seed": None})):
+        place_of_none = f"{place}-{len(given)}"
+        Keeper.open(place_of_none, given).close()
+        with pytest.raises(MismatchError, match="seed: file (None, now nothing|nothing, now None)"):
+            Keeper.open(place_of_none, now)
     Keeper.open(place, KEY).close()
 
 
@@ -90,6 +95,8 @@ def test_keys_have_folders_of_their_own_where_asked(place: str) -> None:
     a, b = (Keeper.of_key(place, {"seed": seed}) for seed in (0, 1))
     a.put("one", Made("a"))
     assert not b.has("one") and Keeper.of_key(place, {"seed": 0}).value("one", str) == "a"
+    a, b = (Keeper.of_key(place, key) for key in ({"seed": 0, "k": 1}, {"k": 1, "seed": 0}))
+    assert a.where == b.where, "whatever the order of the fields"
 
 
 def test_once_makes_a_part_once(place: str) -> None:
@@ -193,8 +200,30 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
         Keeper.open(tmp_path, {"a": 1}, alone=False)
         other.kill()
         other.wait()
-    with Keeper.open(tmp_path, {"a": 1}):
-        Keeper.open(tmp_path, {"a": 1}).close()  # this process may open it twice
+    others = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    with Keeper.open(tmp_path, {"a": 1}) as first:
+        inner = Keeper.open(tmp_path, {"a": 1})  # this process may open it twice
+        for _ in range(2):
+            inner.close()
+        assert subprocess.run(others, input=b"\n", capture_output=True, check=True).stdout == b"0\n"
+        first.close()
+        assert subprocess.run(others, input=b"\n", capture_output=True, check=True).stdout == b"1\n"
+
+
+def test_keepers_that_share_a_folder_have_scratch_of_their_own_and_dead_ones_is_removed(place: str) -> None:
+    first, second = (Keeper.open(place, KEY, alone=False) for _ in range(2))
+    mine, other, neighbour = first.scratch("one"), second.scratch("one"), second.scratch("one.b")
+    assert len({mine, other, neighbour}) == 3 and first.scratch("one") == mine
+    (other / "state").write_text("half")
+    dead = other.with_name("one~00000000")
+    dead.mkdir()
+    for file in (".lock", "state"):
+        (dead / file).touch()
+    first.put("one", Made(1))
+    assert not mine.exists() and not dead.exists()
+    assert (other / "state").read_text() == "half" and neighbour.exists()
+    second.put("one", Made(1))
+    assert not other.exists() and neighbour.exists()
 
 
 def test_a_disk_without_hard_links_still_refuses_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

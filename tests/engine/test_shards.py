@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from workbench.core import progress
-from workbench.core.errors import InvalidInputError, ResourceError, ShardsFailed, UnknownNameError
+from workbench.core.errors import InvalidInputError, MissingFileError, ResourceError, ShardsFailed, UnknownNameError
 from workbench.engine.job import Job, Made, Shard, job_from_json, job_to_json, register_job
 from workbench.engine.keeper import Keeper
 from workbench.engine.shards import Local, Outcome, map_shards
@@ -66,8 +66,9 @@ def test_only_what_is_not_kept_is_made_and_a_finished_job_is_not_opened(keep: Ke
     assert [r.value for r in map_shards(again, SHARDS, keep)] == [9, 1, 4] and again.calls == []
 
 
-def test_failed_shards_are_named_together_and_the_others_are_kept(keep: Keeper) -> None:
-    errors = {"n-3": InvalidInputError("too odd"), "n-2": ZeroDivisionError("by nothing")}
+@pytest.mark.parametrize("missing", [InvalidInputError("too odd"), MissingFileError("too odd")])
+def test_failed_shards_are_named_together_and_the_others_are_kept(keep: Keeper, missing: Exception) -> None:
+    errors = {"n-3": missing, "n-2": ZeroDivisionError("by nothing")}
     job = Squares(raises=errors)
     seen = []
     with pytest.raises(ShardsFailed, match=r"2 of 3 shards failed \(n-3: .*too odd; n-2: ZeroDivision") as caught:
@@ -78,7 +79,9 @@ def test_failed_shards_are_named_together_and_the_others_are_kept(keep: Keeper) 
     assert seen == ["n-1"] and keep.done().keys() == {"n-1"}
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), ResourceError("the disk is full")])
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt(), ResourceError("the disk is full"), MemoryError(), OSError("no such device")]
+)
 def test_what_stops_the_work_stops_at_once_and_keeps_what_is_finished(keep: Keeper, stop: BaseException) -> None:
     job = Squares(raises={"n-1": stop})  # type: ignore[dict-item]
     with pytest.raises(type(stop)):

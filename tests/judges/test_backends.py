@@ -120,6 +120,8 @@ def test_a_refused_prompt_stops_nobody_and_replies_are_kept(tmp_path: Path) -> N
         assert len(_Handler.seen) == asked, "what is known is not asked again"
         again = judge_at(url, retries=0, cache=cache)
         assert values(again, ["c", "b", "a"]) == [0.0, None, 1.0] and len(_Handler.seen) == asked
+        with pytest.raises(ModelUnavailableError, match="status 500"):  # graded answers are not digits
+            values(judge_at(url, retries=0, cache=cache, logprobs=False), ["a"])
     with served((400, {})) as url, pytest.raises(ModelUnavailableError, match="status 400"):
         values(judge_at(url), ["a", "b", "c", "d"])
     assert len(_Handler.seen) == 3, "not every prompt is tried at a server that refuses all"

@@ -30,6 +30,14 @@ def test_a_tenth_of_the_cases_may_be_unreadable_and_they_are_left_out() -> None:
     wrong = np.where(np.arange(10) == 3, np.nan, 0.0)
     one = _trial(wrong)
     assert one.passed and (one.unread, one.cases) == (1, 10) and one.margin is not None and one.margin.n == 9
+    masks: list[np.ndarray] = []
+    cases = np.arange(20)
+    either = trial(
+        "taste", np.where(cases == 3, np.nan, 1.0), np.where(cases == 4, np.nan, 0.0), masks.append, needed_margin=0.5
+    )
+    assert either.unread == 2 and np.flatnonzero(~masks[0]).tolist() == [3, 4], "both replies must be readable"
+    unknown = Estimate(np.nan, np.nan, np.nan, 9, "one case each")
+    assert not trial("taste", RIGHT, RIGHT, lambda _: unknown, needed_margin=0.5).passed
     two = _trial(np.where(np.arange(10) < 2, np.nan, 0.0))
     assert two.margin is None and not two.passed and str(two) == "taste (20% of replies unreadable)"
     none = trial("taste", np.zeros(0), np.zeros(0), lambda _: None, needed_margin=0.5)

@@ -12,6 +12,7 @@ import platform
 import re
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import GenericAlias, TracebackType, UnionType
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError, MissingFileError, did_you_mean
 from workbench.core.jsontext import parse_json
-from workbench.core.locks import lock_folder, refuse_folder_in_use, unlock_folder
+from workbench.core.locks import lock_folder, refuse_folder_in_use, remove_dead, unlock_folder
 from workbench.core.records import from_jsonable, to_jsonable
 from workbench.engine.folder import open_folder
 from workbench.engine.job import FileRecord, Made, Receipt
@@ -47,7 +48,7 @@ class Keeper:
     key.json                      what every part depends on
     parts/<name>.<sha16>.<ext>    contents, under their checksum
     parts/<name>.json             the receipt: written last, and only once
-    scratch/<name>/               of a part that is being made
+    scratch/<name>/               of a part that is being made; <name>~<token>/ where the keeper is shared
     logs/<name>.jsonl             rows of adaptive searches
     ```
 
@@ -62,11 +63,12 @@ class Keeper:
     >>> folder.cleanup()
     """
 
-    def __init__(self, folder: Folder, key: Mapping[str, object], *, locked: bool = False) -> None:
+    def __init__(self, folder: Folder, key: Mapping[str, object], lock: contextlib.ExitStack | None = None) -> None:
         """Use `open` or `of_key`, which check the key and take the lock."""
         self.key = dict(key)
-        self._folder, self._locked = folder, locked
+        self._folder, self._lock = folder, lock
         self._parts = folder.below("parts")
+        self._own = "" if lock else f"~{secrets.token_hex(4)}"
 
     @classmethod
     def open(cls, where: str | Path, key: object, *, alone: bool = True) -> Keeper:
@@ -83,19 +85,15 @@ class Keeper:
             InvalidInputError: if another process works there.
         """
         folder, plain = open_folder(where), _plain_key(key)
-        locked = alone and isinstance(folder, LocalFolder)
-        with contextlib.ExitStack() as unless_opened:
-            if isinstance(folder, LocalFolder) and locked:
-                folder.path.mkdir(parents=True, exist_ok=True)
-                if not lock_folder(folder.path):
-                    raise refuse_folder_in_use(folder.path)
-                unless_opened.callback(unlock_folder, folder.path)
+        is_locked = alone and isinstance(folder, LocalFolder)
+        with contextlib.ExitStack() as lock:
+            if isinstance(folder, LocalFolder) and is_locked:
+                lock.enter_context(_locked(folder.path))
             if not folder.has(KEY_FILE):
                 folder.create(KEY_FILE, _json_bytes({"key": plain}))
             kept = parse_json(folder.read(KEY_FILE), f"{folder.where}/{KEY_FILE}", dict).get("key", {})
             require_same_key(folder.where, kept, plain)
-            unless_opened.pop_all()
-        return cls(folder, plain, locked=locked)
+            return cls(folder, plain, lock.pop_all() if is_locked else None)
 
     @classmethod
     def of_key(cls, where: str | Path, key: object, *, alone: bool = False) -> Keeper:
@@ -106,10 +104,9 @@ class Keeper:
         return cls.open(inner, key, alone=alone)
 
     def close(self) -> None:
-        """Lets other processes in."""
-        if self._locked and isinstance(self._folder, LocalFolder):
-            unlock_folder(self._folder.path)
-        self._locked = False
+        """Lets other processes in, once every keeper that this process has of the folder is closed."""
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> Keeper:
         return self
@@ -162,10 +159,9 @@ class Keeper:
         receipt = Receipt(
             name=name, files=files, value=to_jsonable(made.value), units=made.units, seconds=seconds, made_by=_worker()
         )
-        if self._parts.create(f"{name}.json", _json_bytes(receipt)):
-            shutil.rmtree(self._scratch_folder(name), ignore_errors=True)
-            return receipt
-        return self._second(receipt, strict)
+        is_first = self._parts.create(f"{name}.json", _json_bytes(receipt))
+        self._remove_scratch(name)
+        return receipt if is_first else self._second(receipt, strict)
 
     def value(self, name: str, cls: type[T] | GenericAlias | UnionType) -> T:
         """The value of a part.
@@ -235,17 +231,31 @@ class Keeper:
         return Log(self._local("a log").path / "logs" / f"{name}.jsonl", self.key, row_id)
 
     def scratch(self, name: str) -> Path:
-        """A folder of this machine for what a part needs while it is made; it is removed when the part is kept."""
+        """A folder of this machine for what a part needs while it is made; it is removed when the part is kept.
+
+        A keeper that has its folder alone finds it again after a kill. One that shares its folder has scratch folders
+        of its own, since another process may make the same part.
+        """
         _require_name(name)
         folder = self._scratch_folder(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._lock is not None or lock_folder(folder):  # it may be taken for a dead one before it is locked
+                return folder
 
     def _scratch_folder(self, name: str) -> Path:
         if isinstance(self._folder, LocalFolder):
-            return self._folder.path / "scratch" / name
+            return self._folder.path / "scratch" / (name + self._own)
         place = hashlib.sha256(str(self.where).encode()).hexdigest()[:16]
-        return cache_dir() / "scratch" / place / name
+        return cache_dir() / "scratch" / place / (name + self._own)
+
+    def _remove_scratch(self, name: str) -> None:
+        """Removes the part's scratch folder, and those of processes that died while they shared it."""
+        folder = self._scratch_folder(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        unlock_folder(folder)
+        for left in folder.parent.glob(f"{name}~*"):
+            remove_dead(left)
 
     def _local(self, what: str) -> LocalFolder:
         if not isinstance(self._folder, LocalFolder):
@@ -292,6 +302,26 @@ class Keeper:
             )
         self._folder.below("twice").create(f"{receipt.name}.{secrets.token_hex(4)}.json", _json_bytes(receipt))
         return first
+
+
+_n_open: Counter[Path] = Counter()
+"""Keepers of this process that have a folder alone."""
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a folder against other processes, until the last block of this process ends."""
+    path.mkdir(parents=True, exist_ok=True)
+    folder = path.resolve()
+    if not lock_folder(folder):
+        raise refuse_folder_in_use(path)
+    _n_open[folder] += 1
+    try:
+        yield
+    finally:
+        _n_open[folder] -= 1
+        if not _n_open[folder]:
+            unlock_folder(folder)
 
 
 def _plain_key(key: object) -> dict[str, object]:

@@ -122,7 +122,7 @@ def require_same_key(where: Path | str, kept: Mapping[str, object], now: Mapping
     Raises:
         MismatchError: if the two differ, with every difference.
     """
-    names = sorted(name for name in {*kept, *now} if kept.get(name) != now.get(name))
+    names = sorted(name for name in {*kept, *now} if name not in kept or name not in now or kept[name] != now[name])
     if names:
         differ = "; ".join(f"{n}: file {_short(kept, n)}, now {_short(now, n)}" for n in names)
         raise MismatchError(

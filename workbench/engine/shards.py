@@ -46,9 +46,13 @@ def _worked(work: Work, shard: Shard, keep: Keeper) -> Outcome:
     start = time.perf_counter()
     try:
         made = work(shard)
+    except (ResourceError, MemoryError):
+        raise  # the next shard meets the same
+    except WorkbenchError as error:  # some are OSErrors too, such as a missing file
+        return error
+    except OSError:
+        raise
     except Exception as error:
-        if isinstance(error, ResourceError | MemoryError | OSError):
-            raise  # the next shard meets the same
         return error
     return keep.put(shard.name, made, seconds=round(time.perf_counter() - start, 3))
 
