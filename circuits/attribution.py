@@ -66,7 +66,7 @@ class LossOfMargin:
         return -sign_of(_taken(self.labels, rows)).to(logit.device) * logit
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class NodeEffects:
     """Effects of the features of one site, `metric(patched) - metric(clean)`, summed over tokens, mean over rows.
 
@@ -156,14 +156,14 @@ def linear_effects(
     """
     if len(labels) != len(contributions):
         raise ShapeError(
-            f"linear_effects: {len(labels)} labels for {len(contributions)} rows of contributions. Give a label per row."
+            f"linear_effects: {len(labels)} labels for {len(contributions)} rows of contributions. Give one per row."
         )
     writes = as_basis(sae).rows().to(contributions) @ probe.w.to(contributions)
     per_row = sign_of(labels).to(contributions)[:, None] * contributions * writes
     total = per_row.sum(dim=1).mean()
     return NodeEffects(
-        probe.site, per_row.mean(0), _standard_error(per_row), 0.0, float(total), 0.0, len(per_row),
-        "exact (linear probe at the SAE's own site; zero, error kept)",
+        site=probe.site, effect=per_row.mean(0), se=_standard_error(per_row), error=0.0, total=float(total), gap=0.0,
+        n_rows=len(per_row), method="exact (linear probe at the SAE's own site; zero, error kept)",
     )  # fmt: skip
 
 
@@ -254,8 +254,9 @@ def _collect(site: str, per_row: Tensor, error: float, total: float, options: At
         else "attribution patching"
     )
     return NodeEffects(
-        site, effect, _standard_error(per_row), error, total, gap, n, f"{rule}; baseline {options.baseline}"
-    )
+        site=site, effect=effect, se=_standard_error(per_row), error=error, total=total, gap=gap, n_rows=n,
+        method=f"{rule}; baseline {options.baseline}",
+    )  # fmt: skip
 
 
 def _standard_error(per_row: Float[Tensor, "rows d_sae"]) -> Float[Tensor, " d_sae"]:

@@ -392,3 +392,16 @@ def test_the_repository_holds_no_trace_of_one_machine() -> None:
                 if not url.startswith((*PUBLIC_INDEXES, "$")):
                     wrong.append(f"{name}:{number}: package index {url}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", ["workbench/saes/evaluation", "workbench/saes/comparison", "circuits"])
+def test_wide_results_are_made_by_keyword(package: str) -> None:
+    positional = [
+        f"{file.name}: {node.name}"
+        for file in sorted((ROOT / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any("dataclass(" in (text := ast.unparse(d)) and "kw_only=True" not in text for d in node.decorator_list)
+        and sum(isinstance(statement, ast.AnnAssign) for statement in node.body) >= 7
+    ]
+    assert not positional, "a swap of two of seven values would be silent"

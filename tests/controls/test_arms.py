@@ -48,6 +48,12 @@ def test_a_sweep_pairs_every_edit_with_its_controls_of_the_same_strength() -> No
     assert [one.edits.strength for one in sweep.of("feature") if isinstance(one.edits, OneVector)] == [0.5, 2.0]
     with pytest.raises(UnknownNameError, match="feature x2"):
         sweep.arm("feature x20")
+    near = Sweep.over((1.0, 1.0000001), {"feature": OneVector}, {"random": OneVector})
+    assert [one.name for one in near.of("feature")] == ["feature x1.0", "feature x1.0000001"]
+    control = near.control(near.arm("feature x1.0000001"))
+    assert control is not None and control.strength == 1.0000001
+    with pytest.raises(InvalidInputError, match="twice"):
+        Sweep.over((1.0, 1.0), {"feature": OneVector}, {"random": OneVector})
 
 
 def test_an_edit_without_a_control_of_its_strength_is_refused() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.tiny import FP32_LOGITS, tiny_hf
 from workbench.core import similarity
-from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.errors import DegenerateInputError, ShapeError
 from workbench.core.similarity import (
     assign,
     assign_candidates,
@@ -21,8 +21,6 @@ from workbench.core.similarity import (
     cosines_above,
     fold_gain,
     max_cosines,
-    overlap,
-    permuted_dictionary,
 )
 
 
@@ -80,41 +78,6 @@ def test_many_directions_are_assigned_by_candidates_and_the_result_says_so(monke
     sparse = assign_directions(a, a[order] + 0.1 * _random(40, 16, 2))
     assert exact.method == "exact" and "counted as 0.5" in sparse.method
     assert torch.equal(exact.columns, order.argsort()) and torch.equal(sparse.columns, exact.columns)
-
-
-def test_a_permutation_is_recovered_and_beats_the_null() -> None:
-    a = _random(200, 32)
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(assign_directions(a, a[order]).columns, order.argsort())
-    near = overlap(a, a[order])
-    assert near.better and near.verdict == "better than null"
-    assert near.observed.mean_max.value == pytest.approx(1.0, abs=1e-5) and near.observed.above.value == 1.0
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_independent_dictionaries_are_no_better_than_null(seed: int) -> None:
-    near = overlap(_random(300, 24, 2 * seed), _random(300, 24, 2 * seed + 1), seed=seed)
-    assert near.verdict == "no better than null"
-    assert "no better than null" in str(near)
-
-
-def test_the_null_grows_when_the_space_shrinks() -> None:
-    def null(d: int) -> float:
-        return overlap(_random(200, d), _random(200, d, 1)).nulls["random"][0].mean_max.value
-
-    assert null(4) > 0.8 > 0.4 > null(128)
-
-
-def test_a_common_direction_fools_the_random_null_but_not_the_permuted_one() -> None:
-    offset = torch.zeros(24)
-    offset[0] = 8.0
-    near = overlap(_random(300, 24) + offset, _random(300, 24, 1) + offset)
-    assert near.observed.mean_max.low > max(draw.mean_max.high for draw in near.nulls["random"])
-    assert not near.better
-    dealt = permuted_dictionary(_random(300, 24) + offset, 0)
-    torch.testing.assert_close(dealt.mean(0)[0], cosines(_random(300, 24) + offset, offset[None]).mean())
-    with pytest.raises(InvalidInputError, match="without a null"):
-        overlap(offset[None], offset[None], draws=0)
 
 
 def _with_gain(hf: Any, scale: Tensor) -> Any:

@@ -8,11 +8,12 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import workbench.runs.mirror as mirror_module
-from workbench.core.errors import InvalidInputError, MissingFileError
+from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError
 from workbench.core.locks import lock_folder, unlock_folder
 from workbench.core.records import load_json, save_json
 from workbench.core.stats import wilson
@@ -185,6 +186,31 @@ def test_unreadable_runs_are_listed_and_end_nothing(tmp_path: Path) -> None:
         assert find_run("latest", tmp_path) == good.path
         save_json(bad.path / name, {})
     assert RunDir.resume_or_create("good", Config(), tmp_path).path == good.path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("models", {"dtype": "torch.float32"}, "expected a list"),
+        ("models", ["llama"], "expected an object"),
+        ("models", [{"dtype": 32}], "32 is a int; expected str"),
+        ("name", ["one"], "expected str"),
+        ("resumed", "yesterday", "expected a list"),
+    ],
+)
+def test_an_environment_that_was_edited_by_hand_is_refused_in_words(
+    tmp_path: Path, key: str, value: object, problem: str
+) -> None:
+    run = RunDir.create("x", Config(), tmp_path)
+    env = dict(run.env)
+    save_json(run.path / "env.json", {**env, key: value})
+    uses = [lambda: run.note_model(object()), lambda: RunDir.open(run.path), lambda: run.finish("t")]
+    for use in uses:
+        with pytest.raises(CorruptFileError, match=rf"env\.json, '{key}': .*{problem}.* Or remove '{key}'"):
+            use()
+    save_json(run.path / "env.json", env)
+    run.note_model(SimpleNamespace(name="m", dtype="torch.float32"))
+    assert RunDir.open(run.path).env.get("models") == [{"name": "m", "dtype": "torch.float32"}]
 
 
 def test_refused_work_leaves_no_folder_that_it_made(tmp_path: Path) -> None:

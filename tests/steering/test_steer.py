@@ -95,6 +95,20 @@ def test_evaluation_prompts_have_no_say_in_the_strength() -> None:
     assert built([first, [1.0, 0, 1, 0, 1, 0]]).features[0].strength == 1.0
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"matched_ratio": 1.25}, "norm and frequency (frequencies are a factor of 1.25 apart)."),
+        ({"matched_on_frequency": False}, "the norm alone (no frequency is known)."),
+    ],
+)
+def test_the_page_says_what_random_features_are_matched_on(settings: dict[str, Any], words: str) -> None:
+    assert (
+        f"random features are matched on {words}"
+        in replace(built([[1.0] * 6] * 2), settings=SETTINGS | settings)._about()
+    )
+
+
 def test_the_papers_rule_stands_beside_and_says_where_it_was_measured() -> None:
     report = built([[2.0, 0, 2, 0, 2, 0], [1.0, 3, 1, 3, 1, 3]])
     held_out, paper = report.rules

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from workbench.activations.manifest import DROP_REASONS, Manifest, Shard, SiteStats, load_manifest
+from workbench.activations.manifest import DROP_REASONS, Manifest, ShardFile, SiteStats, load_manifest
 from workbench.activations.store import ActivationStore
 from workbench.core.errors import DegenerateInputError, MismatchError, MissingFileError
 from workbench.engine.local import Folder
@@ -81,7 +81,7 @@ def join_parts(folder: Folder, names: Sequence[str]) -> Manifest | None:
     return replace(first, shards=tuple(shards), done=False)
 
 
-def _check_complete(shards: Sequence[Shard], shard_rows: int, folder: Folder) -> None:
+def _check_complete(shards: Sequence[ShardFile], shard_rows: int, folder: Folder) -> None:
     for index, shard in enumerate(shards):
         last = index == len(shards) - 1
         if shard.first_row != index * shard_rows or (shard.n_rows != shard_rows and not last):

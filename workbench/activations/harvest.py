@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.activations.finish import finish, join_parts
-from workbench.activations.manifest import DROP_REASONS, MANIFEST, Manifest, Shard, load_manifest
+from workbench.activations.manifest import DROP_REASONS, MANIFEST, Manifest, ShardFile, load_manifest
 from workbench.activations.packing import PackedRows, Source
 from workbench.activations.plan import (
     MOST_INT16,
@@ -159,7 +159,7 @@ class _Made(NamedTuple):
     """A shard in memory, before it is written; `entry` lacks the checksums."""
 
     tensors: dict[str, Tensor]
-    entry: Shard
+    entry: ShardFile
 
 
 class _Harvest:
@@ -278,7 +278,7 @@ class _Harvest:
         manifest.save(self.folder, self.options.manifest_name)
         return manifest
 
-    def _rewrite(self, shard: Shard, tensors: dict[str, Tensor]) -> None:
+    def _rewrite(self, shard: ShardFile, tensors: dict[str, Tensor]) -> None:
         if self.folder.write(shard.file, safetensors_parts(tensors), shard.sha256) is None:
             raise MismatchError(
                 f"{self.folder.where}/{shard.file} was made again and differs from what the manifest says, as happens "
@@ -310,7 +310,7 @@ class _Harvest:
                 tensors[site] = x
         dropped = {DROP_REASONS[i]: int((kept.reasons == i).sum()) for i in range(1, len(DROP_REASONS))}
         file = f"shard-{index:05d}.safetensors"
-        shard = Shard(
+        shard = ShardFile(
             file=file, sha256="", first_row=first_row, n_rows=len(rows.ids), kept=int(keep.sum()), dropped=dropped,
             norm_sums=kept.norm_sums,
         )  # fmt: skip

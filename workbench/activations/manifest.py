@@ -52,7 +52,7 @@ class SiteStats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class ShardFile:
     """One file: packed rows `first_row` to `first_row + n_rows`, of which `kept` tokens are stored.
 
     Attributes:
@@ -118,7 +118,7 @@ class Manifest:
     kept_share: float = 0.0
     dropped: dict[str, int] = field(default_factory=dict)
     unique_rows: int | None = None
-    shards: tuple[Shard, ...] = ()
+    shards: tuple[ShardFile, ...] = ()
     done: bool = False
     version: int = FORMAT_VERSION
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from workbench.activations.manifest import DROP_REASONS as DROP_REASONS
-from workbench.activations.manifest import MANIFEST, Manifest, Shard, load_manifest
+from workbench.activations.manifest import MANIFEST, Manifest, ShardFile, load_manifest
 from workbench.activations.manifest import SiteStats as SiteStats
 from workbench.activations.shardfile import read_tensor
 from workbench.controls.tokens import TokenPolicy
@@ -213,7 +213,7 @@ class ActivationStore:
         held_out = rows % every == every - 1
         return held_out if split == "heldout" else ~held_out
 
-    def _acts(self, shard: Shard, site: str) -> Tensor:
+    def _acts(self, shard: ShardFile, site: str) -> Tensor:
         x = self._tensor(shard, site)
         if self.manifest.dtype == "int8":
             x = self.manifest.sites[site].code().decode(x, self._tensor(shard, site + SCALE))
@@ -228,7 +228,7 @@ class ActivationStore:
             self._finite.add((shard.file, site))
         return x
 
-    def _tensor(self, shard: Shard, key: str) -> Tensor:
+    def _tensor(self, shard: ShardFile, key: str) -> Tensor:
         path = self._file(shard)
         try:
             with safe_open(path, framework="pt") as file:
@@ -236,7 +236,7 @@ class ActivationStore:
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"Shard {self._name(shard)}: {key} can't be read ({error}). {_REMAKE}") from None
 
-    def _file(self, shard: Shard, thorough: bool = False) -> Path:
+    def _file(self, shard: ShardFile, thorough: bool = False) -> Path:
         """The shard on this machine, once its content is what the manifest says."""
         path = self.folder.local(shard.file, shard.sha256)
         if not path.is_file():
@@ -254,7 +254,7 @@ class ActivationStore:
             self._verified.add(shard.file)
         return path
 
-    def _name(self, shard: Shard) -> str:
+    def _name(self, shard: ShardFile) -> str:
         return f"{self.path}/{shard.file}"
 
     def __repr__(self) -> str:

@@ -103,7 +103,7 @@ class Sweep:
         strengths: Sequence[float],
         subjects: Mapping[str, Callable[[float], RowEdits]],
         controls: Mapping[str, Callable[[float], RowEdits]],
-        label: str = "{kind} x{strength:g}",
+        label: str = "{kind} x{strength}",
     ) -> Sweep:
         """What is studied at every strength, each time followed by the controls at this strength.
 
@@ -111,15 +111,19 @@ class Sweep:
             strengths: of the arms.
             subjects: what is studied: its edits at a strength, by kind.
             controls: the same of the controls; each is a control for all subjects.
-            label: name of an arm.
+            label: name of an arm. Strengths that are equal to six digits are written out.
         """
+        values = [float(strength) for strength in strengths]
+        shown = [f"{value:g}" for value in values]
+        if len(set(shown)) < len(set(values)):
+            shown = [str(value) for value in values]
         arms: list[Arm] = []
-        for strength in map(float, strengths):
-            names = tuple(label.format(kind=kind, strength=strength) for kind in subjects)
+        for strength, text in zip(values, shown, strict=True):
+            names = tuple(label.format(kind=kind, strength=text) for kind in subjects)
             for kind, edits in (*subjects.items(), *controls.items()):
                 arms.append(
                     Arm(
-                        name=label.format(kind=kind, strength=strength), kind=kind, strength=strength,
+                        name=label.format(kind=kind, strength=text), kind=kind, strength=strength,
                         edits=edits(strength), control_for=names if kind in controls else (),
                     )
                 )  # fmt: skip

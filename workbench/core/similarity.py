@@ -5,7 +5,7 @@ without changing one logit, and a factorisation can be rescaled without changing
 will (Steck et al. 2024, arXiv 2403.05440). How large a chance cosine is depends on the width of the space and on the
 number of directions. So features are matched by what they do on the same tokens where that is possible
 (`workbench.saes.comparison.matching`, `correlations`), gains are folded (`fold_gain`), variants are named
-(`cosine_views`), and a cosine comes with those of dictionaries that cannot match (`overlap`).
+(`cosine_views`), and a cosine comes with those of dictionaries that cannot match (`workbench.controls.overlap`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.core.stats import Estimate, sample_mean, wilson
 
 SparseMatrix: TypeAlias = Any  # of scipy, whose sparse arrays and matrices have no common type with `shape` and `data`
 
@@ -29,9 +28,6 @@ EXACT_ASSIGNMENT = 8192
 CANDIDATE_FLOOR = 0.5
 """Above that, cosines below this count as this."""
 BLOCK = 1024
-RESAMPLES = 500
-NULL_SEED = 0x5EED_0000
-"""Added to the seeds of null dictionaries: an SAE that was initialised from seed 0 must not meet its own start."""
 
 
 def cosines(a: Float[Tensor, "n d"], b: Float[Tensor, "m d_b"]) -> Float[Tensor, "n m"]:
@@ -171,88 +167,6 @@ def cosines_above(
         values.append(part[row, column])
     where = torch.cat(rows).numpy(), torch.cat(columns).numpy()
     return coo_array((torch.cat(values).double().numpy(), where), shape=(len(a), len(b))).tocsr()
-
-
-def random_dictionary(like: Float[Tensor, "m d"], seed: int) -> Float[Tensor, "m d"]:
-    """As many directions, drawn uniformly from the sphere: what the width of the space alone gives."""
-    return normalize(torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def permuted_dictionary(b: Float[Tensor, "m d"], seed: int) -> Float[Tensor, "m d"]:
-    """The values of each dimension dealt out anew among the directions.
-
-    The mean direction and the scale of each dimension stay, so this null also holds what outlier dimensions give.
-    """
-    random = torch.Generator().manual_seed(seed)
-    order = torch.rand(b.shape, generator=random).argsort(dim=0)
-    return normalize(b.float().cpu(), dim=1).gather(0, order)
-
-
-NULLS = {"random": random_dictionary, "permuted": permuted_dictionary}
-"""Dictionaries that hold no match, by name."""
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """Largest signed cosine of each direction with any of another set: its mean, and the share above a threshold."""
-
-    mean_max: Estimate
-    above: Estimate
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How near one set of directions is to another, beside sets that hold no match.
-
-    Attributes:
-        nulls: the same with `b` replaced: "random" directions of the same number and width, and "permuted", `b` with
-            each dimension dealt out anew; one per draw.
-        threshold: of `above`. It means something beside the nulls of this width and number only.
-    """
-
-    observed: Nearest
-    nulls: dict[str, tuple[Nearest, ...]]
-    threshold: float
-    n: int
-    m: int
-    d: int
-
-    @property
-    def better(self) -> bool:
-        """Whether the interval of the mean lies above the interval of every draw of every null."""
-        return self.observed.mean_max.low > max(draw.mean_max.high for draws in self.nulls.values() for draw in draws)
-
-    @property
-    def verdict(self) -> str:
-        """Either "better than null" or "no better than null"."""
-        return "better than null" if self.better else "no better than null"
-
-    def __str__(self) -> str:
-        nulls = ", ".join(f"{name} {max(d.mean_max.value for d in draws):.3g}" for name, draws in self.nulls.items())
-        return f"mean largest cosine {self.observed.mean_max}, {self.verdict} ({nulls}; d={self.d}, m={self.m})"
-
-
-def overlap(
-    a: Float[Tensor, "n d"], b: Float[Tensor, "m d_b"], *, threshold: float = 0.7, draws: int = 3, seed: int = 0
-) -> Overlap:
-    """Largest cosines of the rows of `a` with those of `b`, beside `draws` null dictionaries of each kind.
-
-    Raises:
-        ShapeError: if the widths differ.
-        InvalidInputError: without a null.
-    """
-    if draws < 1:
-        raise InvalidInputError(f"overlap(draws={draws}): a cosine says nothing without a null; use at least 1.")
-
-    def nearest(other: Tensor) -> Nearest:
-        values = max_cosines(a.cpu(), other.cpu()).values.double().numpy()
-        above = wilson(int((values > threshold).sum()), len(values), unit="directions")
-        return Nearest(sample_mean(values, unit="directions", seed=seed, resamples=RESAMPLES), above)
-
-    nulls = {
-        name: tuple(nearest(make(b, NULL_SEED + seed * 1000 + i)) for i in range(draws)) for name, make in NULLS.items()
-    }
-    return Overlap(nearest(b), nulls, threshold, len(a), len(b), a.shape[1])
 
 
 def fold_gain(

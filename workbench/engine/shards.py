@@ -46,13 +46,11 @@ def _worked(work: Work, shard: Shard, keep: Keeper) -> Outcome:
     start = time.perf_counter()
     try:
         made = work(shard)
-    except (ResourceError, MemoryError):
-        raise  # the next shard meets the same
-    except WorkbenchError as error:  # some are OSErrors too, such as a missing file
-        return error
-    except OSError:
-        raise
     except Exception as error:
+        # of ours some are OSErrors too, such as a missing file
+        from_outside = isinstance(error, MemoryError | OSError) and not isinstance(error, WorkbenchError)
+        if from_outside or isinstance(error, ResourceError):
+            raise  # the next shard meets the same
         return error
     return keep.put(shard.name, made, seconds=round(time.perf_counter() - start, 3))
 

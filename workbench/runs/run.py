@@ -42,6 +42,10 @@ FEATURE_PAGE = "features.html"
 """Page of a run folder with the cards of its SAE's features, if there is one; its report links to it."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_READ_AGAIN = {
+    "name": str, "title": str, "started": str, "models": list[dict[str, str]], "resumed": list[dict[str, object]],
+}  # fmt: skip
+"""Of env.json, what a continued run or its report uses."""
 
 
 class RunDir:
@@ -128,7 +132,7 @@ class RunDir:
             raise MissingFileError(
                 f"{folder} is no run folder (no config.json and env.json). `workbench runs` lists those that exist."
             )
-        return cls(folder, str(load_json(folder / "env.json", dict).get("name", folder.name)))
+        return cls(folder, _environment_in(folder).get("name", folder.name))
 
     @property
     def artifacts(self) -> Path:
@@ -150,7 +154,7 @@ class RunDir:
     @property
     def env(self) -> Environment:
         """The recorded environment."""
-        return cast("Environment", load_json(self.path / "env.json", dict))
+        return _environment_in(self.path)
 
     def steps(self) -> tuple[str, ...]:
         """Names of the saved steps, in the order in which they were first saved."""
@@ -327,6 +331,21 @@ class RunDir:
         env = self.env
         again = {"time": _now(), "git": git_state()}
         save_json(self.path / "env.json", env | {"resumed": [*env.get("resumed", []), again]})
+
+
+def _environment_in(folder: Path) -> Environment:
+    """What env.json says; of what is read again the types are checked, since people edit the file."""
+    env = load_json(folder / "env.json", dict)
+    for key, kind in _READ_AGAIN.items():
+        if key not in env:
+            continue
+        try:
+            from_jsonable(kind, env[key])
+        except InvalidInputError as error:
+            raise CorruptFileError(
+                f"{folder / 'env.json'}, {key!r}: {error} Or remove {key!r} from the file."
+            ) from None
+    return cast("Environment", env)
 
 
 def interrupted_runs(name: str, config: object, root: str | os.PathLike[str] = "runs") -> Iterator[Path]:

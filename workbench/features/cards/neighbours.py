@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.controls.overlap import NULL_SEED, NULLS
 from workbench.core.errors import InvalidInputError
-from workbench.core.similarity import NULL_SEED, NULLS, SparseMatrix, cosines
+from workbench.core.similarity import SparseMatrix, cosines
 from workbench.features.card import Neighbour
 from workbench.features.passes.coactivation import CoSample
 

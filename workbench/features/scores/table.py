@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from workbench.bases.sae import AnySAE
+from workbench.controls.matching import matched_features
 from workbench.core.arguments import checked
 from workbench.core.atomic import replacing
 from workbench.core.errors import (
@@ -123,9 +125,9 @@ class FeatureTable:
         return tuple(int(f) for f in known.loc[order, "feature"][:n])
 
     def worst_matched(self, features: Sequence[int], share: float = 0.25) -> tuple[int, ...]:
-        """For each given feature another of similar frequency from the `share` with the lowest output scores.
+        """For each given feature another from the `share` with the lowest output scores, matched in frequency.
 
-        Without frequencies the lowest scores are taken in order. No feature is used twice.
+        The rule is that of `matched_features`. No feature is used twice.
 
         Raises:
             DegenerateInputError: if there are fewer such features than asked for.
@@ -137,14 +139,10 @@ class FeatureTable:
             raise DegenerateInputError(
                 f"worst_matched: {len(features)} features asked for, {len(pool)} others are alive. Ask for fewer."
             )
-        ids, logs = pool["feature"].to_numpy(), np.log(pool["frequency"].to_numpy(dtype=float) + 1e-12)
-        chosen: list[int] = []
-        for feature in features:
-            target = np.log(float(self.row(feature)["frequency"]) + 1e-12)
-            far = np.where(np.isnan(logs) | np.isnan(target), 0.0, np.abs(logs - target))
-            far = np.where(np.isin(ids, chosen), np.inf, far)
-            chosen.append(int(ids[int(far.argmin())]))
-        return tuple(chosen)
+        ids = [*features, *pool["feature"]]
+        frequency = [float(self.row(feature)["frequency"]) for feature in features] + [*pool["frequency"].astype(float)]
+        (places,) = matched_features(range(len(features)), torch.tensor(frequency, dtype=torch.float64))
+        return tuple(int(ids[place]) for place in places)
 
     def report(self, threshold: float = 0.01, high: float = 0.1) -> FeatureScoreReport:
         """Distributions, shares and co-occurrence of the scores, with their controls.

@@ -65,7 +65,7 @@ class NGrams:
     looping_rows: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CorpusReport(Report):
     """A corpus beside what the model itself would write.
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from workbench.bases.fits import placed_at
 from workbench.bases.sae import AnySAE, as_basis
+from workbench.controls.overlap import RESAMPLES
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.core.progress import track
-from workbench.core.similarity import RESAMPLES
 from workbench.core.stats import Estimate, sample_mean
 from workbench.core.tokenizer import special_ids, start_ids
 from workbench.core.tokens import TokenBatch
@@ -57,7 +57,7 @@ class FakeFeatureOptions:
             raise InvalidInputError(f"{self}: needs one seed, rows of two tokens and tokens for one row.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FakeFeatures(Report):
     """Share of the features of an SAE that fire on uniformly random tokens. Intervals are over features.
 
@@ -264,7 +264,7 @@ def common_site(model: Model, saes: Mapping[str, AnySAE]) -> str:
     return next(iter(sites.values()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Quality:
     """How well one SAE serves one set of rows. Intervals are over rows.
 

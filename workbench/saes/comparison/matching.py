@@ -14,17 +14,15 @@ from torch import Tensor
 from workbench.activations.store import ActivationStore
 from workbench.bases.base import Basis
 from workbench.bases.sae import SAELike, as_basis
+from workbench.controls.overlap import RESAMPLES, Overlap, overlap
 from workbench.core.arguments import checked, shown
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.similarity import (
-    RESAMPLES,
     Assignment,
-    Overlap,
     SparseMatrix,
     assign_candidates,
     assign_directions,
     entries,
-    overlap,
 )
 from workbench.core.stats import Estimate, sample_mean, wilson
 from workbench.interventions.op import floats
@@ -227,7 +225,7 @@ def _like(pattern: SparseMatrix, values: np.ndarray) -> SparseMatrix:
     return coo_array((values, pattern.coords), shape=pattern.shape).tocsr()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ActivationMatch(Report):
     """How many features of A are in B, by their activations on the same tokens.
 

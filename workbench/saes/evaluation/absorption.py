@@ -67,7 +67,7 @@ class AbsorptionOptions:
             raise InvalidInputError(f"{self}: needs a test share between 0 and 1, 20 words and one feature per letter.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LetterScore:
     """One letter on held-out words.
 
@@ -254,9 +254,9 @@ class _Task:
         right = np.flatnonzero(self.held)[(predicted == 1) & labels[self.held]]
         full, fraction = self._absorbed(right, features, probe.direction / np.linalg.norm(probe.direction))
         return LetterScore(
-            letter, f1(labels[self.held], predicted), sparse_f1, tuple(features),
-            len(right), float(full.mean()) if len(right) else float("nan"),
-            float(fraction.mean()) if len(right) else float("nan"),
+            letter=letter, probe_f1=f1(labels[self.held], predicted), sparse_f1=sparse_f1, features=tuple(features),
+            n=len(right), full=float(full.mean()) if len(right) else float("nan"),
+            fraction=float(fraction.mean()) if len(right) else float("nan"),
         )  # fmt: skip
 
     def _split_features(self, labels: np.ndarray) -> tuple[list[int], float]:

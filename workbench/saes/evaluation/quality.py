@@ -8,7 +8,7 @@ from workbench.core.stats import Estimate
 from workbench.report.base import Report, Section, Table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SAEReport(Report):
     """Quality of one SAE on one set of rows; all intervals are over rows.
 

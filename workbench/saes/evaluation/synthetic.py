@@ -88,7 +88,7 @@ class SyntheticTruth:
         return Dictionary.of(encode, D, name="true dictionary")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SyntheticScores:
     """One SAE against the truth; per-feature means are over true features, each judged by its matched SAE feature.
 

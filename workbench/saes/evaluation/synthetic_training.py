@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.activations.manifest import Manifest, Shard, SiteStats
+from workbench.activations.manifest import Manifest, ShardFile, SiteStats
 from workbench.activations.store import ActivationStore, Split, checked_split
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import InvalidInputError, UnknownNameError
@@ -63,7 +63,7 @@ class SyntheticStore(ActivationStore):
     def __init__(self, truth: SyntheticTruth, *, shards: int = 8, shard_rows: int = 50_000) -> None:
         self.truth, self.shard_rows = truth, shard_rows
         listed = tuple(
-            Shard(
+            ShardFile(
                 file=f"{i}",
                 sha256=f"synthetic{i}",
                 first_row=i * shard_rows,

@@ -250,7 +250,7 @@ def _sweep(
             options.clamps,
             {"refusal features": lambda clamp: InTurn((SAEClamp(basis, ids, clamp * peaks),))},
             {"random features": lambda clamp: InTurn(tuple(SAEClamp(basis, draw, clamp * peaks) for draw in matched))},
-            label="{kind} at {strength:g} max",
+            label="{kind} at {strength} max",
         )
     name = "refusal direction removed"
     return sweep + Sweep((

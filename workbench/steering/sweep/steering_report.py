@@ -274,17 +274,17 @@ class SteeringReport(TextsReport):
     def _about(self) -> str:
         s = self.settings
         size = "a_max" if s["a_max"] == "token" else "(largest activation of f in the data)"
-        matched = "of like frequency" if s["matched_on_frequency"] else "of any frequency (none is known)"
+        matched = "norm and frequency" if s["matched_on_frequency"] else "the norm alone (no frequency is known)"
         if (ratio := s.get("matched_ratio")) is not None:
-            matched += f" (a factor of {number(ratio)} apart)"
+            matched += f" (frequencies are a factor of {number(ratio)} apart)"
         return (
             f"{s['site']} of {s['model']}, steered at {s['scope']} with strength * {size} * W_dec[f]; "
             f"{s['new_tokens']} tokens at temperature {s['temperature']}, seed {s['seed']}, the same random numbers "
             f"for a prompt in every arm. Strengths were chosen on {self.n_selection} prompts by (lens tokens per text) "
             f"/ perplexity, leaving out strengths with more than {setting(DEGENERATE_COUNT)} lens tokens per text; "
             f"everything below is from the other {self.n_evaluation} prompts unless it says otherwise. Random and "
-            f"negated directions run at the strength of their feature; random features are {matched}. Perplexity is "
-            "that of the unsteered model. Log-odds and KL are those of the next token right after the prompt, before "
+            f"negated directions run at the strength of their feature; random features are matched on {matched}. "
+            "Perplexity is that of the unsteered model. Log-odds and KL are those of the next token right after the prompt, before "
             "anything is sampled. Loss on plain text is that of the edited model minus that of the unedited one."
         )
 
