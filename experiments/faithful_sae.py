@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.faithful_report import CORPUS, OWN, FaithfulReport, Pair, Trained
-from experiments.local_text import Labelled, library_topics, read_labelled, write_corpus
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import OWN_TEXT_TOKENS, SelfText, TextFiles
 from workbench.activations.store import ActivationStore
@@ -28,9 +26,11 @@ from workbench.models.model import Model
 from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool
 from workbench.saes.comparison.corpus import CorpusOptions, CorpusReport, check_corpus
 from workbench.saes.comparison.faithful import FakeFeatureOptions, FakeFeatures, Quality, fake_features, quality
+from workbench.saes.comparison.faithful_report import CORPUS, OWN, FaithfulReport, Pair, Trained
 from workbench.saes.comparison.matching import MatchOptions, match_by_activations, shared_features
 from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions
+from workbench.saes.evaluation.library_texts import Labelled, library_topics, read_labelled, write_corpus
 from workbench.saes.formats.load import load_sae
 from workbench.saes.training.checkpoint import store_id
 from workbench.saes.training.train import train_sae

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from experiments import faithful_sae, local_text
-from experiments.faithful_report import CORPUS, OWN, FaithfulReport
+from experiments import faithful_sae
 from experiments.faithful_sae import Options, study
-from experiments.local_text import Labelled, docstrings, library_topics, read_labelled, write_corpus
 from tests.tiny import tiny_model
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError
 from workbench.core.stats import Estimate
 from workbench.saes.comparison.corpus import CorpusOptions
 from workbench.saes.comparison.faithful import FakeFeatureOptions, Quality
+from workbench.saes.comparison.faithful_report import CORPUS, OWN, FaithfulReport
 from workbench.saes.config import SAEConfig
+from workbench.saes.evaluation import library_texts
 from workbench.saes.evaluation.evaluate import EvalOptions
+from workbench.saes.evaluation.library_texts import Labelled, docstrings, library_topics, read_labelled, write_corpus
 
 SMALL = Options(
     tokens=1200, context=12, seeds=2, sae=SAEConfig(d_sae=48, k=4, tokens=2000, batch=100),
@@ -144,8 +145,8 @@ def test_the_local_corpus_is_made_again_to_the_byte_and_leaves_the_probe_texts_o
     assert topics.labels == (0,) * 50 + (1,) * 50 and len(set(topics.texts)) == 100
     long = [t for t in topics.texts if len(t) > 200]
     assert len(long) > 20 and not any(t in text for t in long)
-    assert ast.get_docstring(ast.parse(Path(local_text.__file__).read_text("utf-8"))) in list(
-        docstrings(Path(local_text.__file__))
+    assert ast.get_docstring(ast.parse(Path(library_texts.__file__).read_text("utf-8"))) in list(
+        docstrings(Path(library_texts.__file__))
     )
 
 

@@ -155,26 +155,22 @@ class ActivationStore:
         Raises:
             CorruptFileError: if the shard is not what was written, or holds values that are not finite.
         """
-        name, shard = self.site(site), self.manifest.shards[index]
-        where = [self._tensor(shard, key).long() for key in ("token", "position", "row", "document")]
-        if checked_split(split) == "all":
-            return Block(self._acts(shard, name), *where)
-        chosen = self._in_split(where[2], split).nonzero().squeeze(1)
-        return Block(self._acts(shard, name).index_select(0, chosen), *(t[chosen] for t in where))
+        acts, *where = self._read(index, (self.site(site), "token", "position", "row", "document"), split)
+        return Block(acts, *(t.long() for t in where))
 
     def aligned_block(self, index: int, sites: Sequence[str], split: Split = "all") -> dict[str, Float[Tensor, "n _"]]:
         """The activations of one shard at several sites; row i is the same token at each."""
-        shard = self.manifest.shards[index]
-        acts = {self.site(site): self._acts(shard, self.site(site)) for site in sites}
-        if checked_split(split) == "all":
-            return acts
-        chosen = self._in_split(self._tensor(shard, "row"), split).nonzero().squeeze(1)
-        return {site: x.index_select(0, chosen) for site, x in acts.items()}
+        names = [self.site(site) for site in sites]
+        return dict(zip(names, self._read(index, names, split), strict=True))
+
+    def packed_rows(self, index: int) -> Int[Tensor, "rows context"]:
+        """The packed rows of tokens of one shard, dropped tokens included."""
+        return self._tensor(self.manifest.shards[index], "token_rows").long()
 
     def token_rows(self, split: Split = "heldout") -> Int[Tensor, "rows context"]:
         """The packed rows of tokens, dropped tokens included, for runs of the model."""
         checked_split(split)
-        rows = torch.cat([self._tensor(shard, "token_rows").long() for shard in self.manifest.shards])
+        rows = torch.cat([self.packed_rows(index) for index in range(len(self.manifest.shards))])
         return rows if split == "all" else rows[self._in_split(torch.arange(len(rows)), split)]
 
     def verify(self) -> None:
@@ -212,6 +208,14 @@ class ActivationStore:
         every = self.manifest.held_out_every
         held_out = rows % every == every - 1
         return held_out if split == "heldout" else ~held_out
+
+    def _read(self, index: int, keys: Sequence[str], split: Split) -> list[Tensor]:
+        """Activations at sites, and tensors by their other keys, of the kept tokens of one shard."""
+        shard = self.manifest.shards[index]
+        is_whole = checked_split(split) == "all"
+        chosen = None if is_whole else self._in_split(self._tensor(shard, "row"), split).nonzero().squeeze(1)
+        every = (self._acts(shard, key) if key in self.manifest.sites else self._tensor(shard, key) for key in keys)
+        return [x if chosen is None else x.index_select(0, chosen) for x in every]
 
     def _acts(self, shard: ShardFile, site: str) -> Tensor:
         x = self._tensor(shard, site)

@@ -15,7 +15,7 @@ from workbench.activations.store import ActivationStore
 from workbench.core.errors import DegenerateInputError
 from workbench.features.explain.rules import REACH, After, At, Both, InClass, Rule, TokenIn, TokenView
 from workbench.features.passes.sampling import MISSING
-from workbench.features.passes.store_pass import Chunk, token_rows
+from workbench.features.passes.store_pass import Chunk
 from workbench.features.token_classes import TokenTexts
 
 _CASINGS = ("a capitalised word", "all capitals", "a lower-case word")
@@ -67,7 +67,7 @@ def unit_bank(store: ActivationStore, *, per_family: int = 7, seed: int = 0) -> 
     Raises:
         DegenerateInputError: if the text has too few different tokens.
     """
-    rows = token_rows(store, 0)
+    rows = store.packed_rows(0)
     ids, counts = rows.unique(return_counts=True)
     special = torch.isin(ids, torch.tensor(store.manifest.special_ids, dtype=torch.long))
     some = ~special & (counts >= 3)

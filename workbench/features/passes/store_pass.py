@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.activations.shardfile import read_tensor
 from workbench.activations.store import ActivationStore, Block
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError
@@ -87,11 +86,6 @@ class SAEFeatures:
         return (basis.encode(x) if whole else basis.encode_some(x, self.ids)).cpu()
 
 
-def token_rows(store: ActivationStore, shard: int) -> Int[Tensor, "rows context"]:
-    """All token ids of the packed rows of one shard."""
-    return read_tensor(store.folder, store.manifest.shards[shard].file, "token_rows").long()
-
-
 def chunks(store: ActivationStore, site: str | None, max_tokens: int | None = None) -> Iterator[Chunk]:
     """The store in groups of whole packed rows that together hold at most `max_tokens` kept tokens, at least one row.
 
@@ -121,7 +115,7 @@ def _groups(store: ActivationStore, site: str | None) -> Iterator[Chunk]:
     rows = max(1, CHUNK_TOKENS // store.context)
     held: Chunk | None = None
     for index, shard in enumerate(store.manifest.shards):
-        new = Chunk(store.block(index, site), token_rows(store, index), shard.first_row)
+        new = Chunk(store.block(index, site), store.packed_rows(index), shard.first_row)
         held = new if held is None else _joined(held, new)
         while len(held.ids) >= rows:
             head, held = held.split(rows)

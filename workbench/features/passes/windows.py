@@ -19,7 +19,7 @@ from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.features.passes.coactivation import CoActivationSample, CoSample
 from workbench.features.passes.repeats import repeated_documents
 from workbench.features.passes.sampling import MISSING, BestEntries, uniform
-from workbench.features.passes.store_pass import Chunk, Units, chunks, token_rows
+from workbench.features.passes.store_pass import Chunk, Units, chunks
 
 OCTAVES, BINS_PER_OCTAVE = 16, 8
 N_BINS = 2 * OCTAVES * BINS_PER_OCTAVE
@@ -348,5 +348,5 @@ def _ids_of_rows(store: ActivationStore, rows: Int[Tensor, " rows"]) -> Int[Tens
     for index, shard in enumerate(store.manifest.shards):
         inside = ((rows >= shard.first_row) & (rows < shard.first_row + shard.n_rows)).nonzero().squeeze(1)
         if len(inside):
-            ids[inside] = token_rows(store, index)[rows[inside] - shard.first_row].int()
+            ids[inside] = store.packed_rows(index)[rows[inside] - shard.first_row].int()
     return ids
