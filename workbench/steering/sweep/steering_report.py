@@ -285,7 +285,8 @@ class SteeringReport(TextsReport):
             f"everything below is from the other {self.n_evaluation} prompts unless it says otherwise. Random and "
             f"negated directions run at the strength of their feature; random features are matched on {matched}. "
             "Perplexity is that of the unsteered model. Log-odds and KL are those of the next token right after the "
-            "prompt, before anything is sampled. Loss on plain text is that of the edited model minus that of the unedited one."
+            "prompt, before anything is sampled. Loss on plain text is that of the edited model minus that of the "
+            "unedited one."
         )
 
     def _rule_table(self) -> Table:
