@@ -19,7 +19,7 @@ $(BIN)/python:
 # torch first and pinned: asked for by another package, it may come with gigabytes of CUDA libraries.
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt "$(TORCH)"
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[notebook]'
 	@touch $@
 
 $(VENV)/.developer: $(VENV)/.installed
