@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,10 +14,15 @@ from circuits.decomposition import bases as checked_bases
 from circuits.decomposition import refuse_unreached
 from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.html import Shown
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
 from workbench.probes.linear import Probe, mean_pool
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Method = Literal["ig", "atp"]
 Baseline = Literal["zero", "zero_keep_error", "mean"]
@@ -39,7 +44,7 @@ class Metric(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class LossOfMargin:
+class LossOfMargin(OneLine):
     """Minus the margin by which a probe gives each row its label; lower is better.
 
     As metric of `node_effects`, an effect `metric(patched) - metric(clean)` above zero therefore means that the
@@ -67,7 +72,7 @@ class LossOfMargin:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class NodeEffects:
+class NodeEffects(Shown):
     """Effects of the features of one site, `metric(patched) - metric(clean)`, summed over tokens, mean over rows.
 
     Attributes:
@@ -90,6 +95,14 @@ class NodeEffects:
     n_rows: int
     method: str
 
+    def frame(self) -> pd.DataFrame:
+        """One row per feature, the strongest first: effect and standard error."""
+        import pandas as pd
+
+        columns = {name: getattr(self, name).detach().float().cpu().numpy() for name in ("effect", "se")}
+        frame = pd.DataFrame({"feature": range(len(self.effect)), **columns})
+        return frame.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+
     @property
     def is_complete(self) -> bool:
         """Whether the effects add up to the measured total within 10 %."""
@@ -97,7 +110,7 @@ class NodeEffects:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributionOptions:
+class AttributionOptions(OneLine):
     """How effects are estimated.
 
     Attributes:

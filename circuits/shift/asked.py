@@ -9,6 +9,7 @@ import numpy as np
 
 from circuits.shift.deciders import Decider, Decision, FeatureDossier, Verdict
 from circuits.shift.task import Pair, ShiftTask
+from workbench.core.display import OneLine
 from workbench.core.stats import Estimate, paired_difference
 from workbench.judges.files import FileJudge
 from workbench.judges.gate import JudgeGate, Trial, trial
@@ -22,7 +23,7 @@ MIN_YES = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class AskedDecider:
+class AskedDecider(OneLine):
     """Asks a judge whether a feature's strongest tokens tell the attribute, and whether they tell the label.
 
     A feature is spurious if the judge says yes to the attribute, and more so than to the label. Before that the judge

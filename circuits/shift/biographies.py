@@ -13,6 +13,7 @@ from typing import Literal
 
 from circuits.shift.methods import words_deleted
 from circuits.shift.task import LabelledTexts, ShiftTask
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
 
 Split = Literal["train", "test"]
@@ -227,7 +228,7 @@ def gender_words() -> frozenset[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BiographyOptions:
+class BiographyOptions(OneLine):
     """Which biographies to make.
 
     Attributes:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, MismatchError
 
 Decision = Literal["spurious", "intended", "unsure"]
@@ -16,7 +17,7 @@ Rows = Float[np.ndarray, " rows"]
 
 
 @dataclass(frozen=True)
-class Node:
+class Node(OneLine):
     """One SAE feature at one site."""
 
     site: str
@@ -42,7 +43,7 @@ class BalancedEvidence:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FeatureDossier:
+class FeatureDossier(OneLine):
     """The evidence on one feature.
 
     Attributes:
@@ -71,7 +72,7 @@ class FeatureDossier:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(OneLine):
     """A judge's decision on one feature.
 
     Attributes:
@@ -112,7 +113,7 @@ class Decider(Protocol):
 
 
 @dataclass(frozen=True)
-class StatisticsDecider:
+class StatisticsDecider(OneLine):
     """Spurious if swapping the attribute in the text undoes more than half of the feature's difference between labels.
 
     With y = -1, +1 the ambiguous label, a the pooled activation, a' the one after the swap and s the side on which the
@@ -175,7 +176,7 @@ def swap_statistics(acts: Rows, swapped: Rows, label: Rows) -> tuple[float, floa
 
 
 @dataclass(frozen=True)
-class LexiconDecider:
+class LexiconDecider(OneLine):
     """Spurious if most of the feature's activation falls on words of the spurious lexicon, more than on label words.
 
     Attributes:
@@ -201,7 +202,7 @@ class LexiconDecider:
 
 
 @dataclass(frozen=True)
-class OracleDecider:
+class OracleDecider(OneLine):
     """Spurious if, on balanced training rows, the activation differs more with the attribute than with the label.
 
     The score is the difference of the two standardised mean differences.

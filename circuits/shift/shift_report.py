@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from circuits.shift.deciders import Decision
 from workbench.controls.methods import Role
+from workbench.core.display import OneLine
 from workbench.core.numbers import number, rounding_error
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Headline, Metric, Report, Says, Section, Table, Text
@@ -30,7 +31,7 @@ class OverDraws:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodRow:
+class MethodRow(OneLine):
     """One method on the balanced test set.
 
     Attributes:

@@ -37,6 +37,7 @@ from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE
 from workbench.controls.matching import matched_features
 from workbench.controls.methods import comparisons, methods_of
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.tokens import TokenBatch
 from workbench.judges.protocol import Judge
@@ -45,7 +46,7 @@ from workbench.probes.linear import ProbeOptions, fit_probe
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftOptions:
+class ShiftOptions(OneLine):
     """How a SHIFT study is run.
 
     Attributes:

@@ -12,6 +12,7 @@ from torch import Tensor
 from circuits.shift.deciders import Node
 from circuits.shift.evidence import PooledTexts, Reader
 from workbench.controls.methods import Method
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 
@@ -19,7 +20,7 @@ Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class LabelledTexts:
+class LabelledTexts(OneLine):
     """Texts with the wanted label and the spurious attribute, both 0 or 1.
 
     Raises:
@@ -50,7 +51,7 @@ class LabelledTexts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftTask:
+class ShiftTask(OneLine):
     """Everything that a SHIFT study reads.
 
     Attributes:

@@ -24,7 +24,7 @@ def test_a_scan_with_a_census_has_a_probability_and_a_verdict_for_every_token(tm
     report = wb.glitch.scan(MODEL, "census", options=options)
     assert isinstance(report, CensusReport) and report.is_complete
     assert [t.prompt.name for t in report.plan.confirm][-1] == "say", "prompts of a file confirm, not the built-in ones"
-    df = report.df
+    df = report.frame()
     assert {"token_id", "token", "category", "indicator", "max_prob", "verdict"} <= set(df.columns)
     tested = df[~df.token_id.isin(PADDING)]
     assert len(tested) == N and tested.max_prob.notna().all() and (tested.verdict != "untested").all()

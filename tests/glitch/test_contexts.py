@@ -138,7 +138,7 @@ def test_the_scan_says_it_beside_the_verdict_alone() -> None:
     assert "Among other tokens (2 lines to copy)" in said and "Of the controls fail" in said
     tables = [b for b in report.section().blocks if "among other tokens" in getattr(b, "caption", "")]
     assert len(tables) == 1 and len(tables[0].rows) == 10
-    column = report.df.set_index("token_id")["context_p"]
+    column = report.frame().set_index("token_id")["context_p"]
     assert column.notna().sum() == 10 and report.metrics()["n_fail_in_context"] is not None
     json.dumps(report.to_json(), allow_nan=False)
 

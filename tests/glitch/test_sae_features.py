@@ -89,7 +89,7 @@ def test_the_planted_feature_is_found_and_chance_finds_none() -> None:
     assert report.shuffled[0] < 1 <= len(report.more) and report.tested <= N_FEATURES
     assert (report.asked, report.distinct, len(report.ids)) == (9, 8, 8) and GLITCH[8] not in report.ids
     assert f"feature {PLANTED}" in report.findings()[0] and "same input row" in report.findings()[-1]
-    assert report.df.feature[0] == PLANTED
+    assert report.frame().feature[0] == PLANTED
 
 
 def test_without_a_difference_nothing_is_found() -> None:

@@ -65,7 +65,7 @@ def test_planted_tokens_head_the_list_and_nothing_else_is_a_candidate_before_the
 
 def test_the_table_names_every_id_with_its_group(tmp_path: Path) -> None:
     report = scan(_tied(tmp_path, matrix(N + 5, UNUSED)), options=ALL)
-    df = report.df
+    df = report.frame()
     assert len(df) == N + 5 and sorted(df.token_id) == list(range(N + 5))
     wanted = {"token_id", "token", "category", "indicator", "max_prob", "verdict", "is_reference", "group"}
     assert wanted <= set(df.columns)
@@ -192,7 +192,7 @@ def test_identical_rows_certify_a_bound_unless_their_bias_differs(tmp_path: Path
     bias = torch.zeros(N + 5)
     bias[same[3]] = 0.5
     made = folder(tmp_path, TOKENIZER, {EMBED: rows, HEAD: rows + 0.0, "lm_head.bias": bias}, tied=True)
-    by_id = scan(made).df.set_index("token_id")
+    by_id = scan(made).frame().set_index("token_id")
     assert by_id.loc[same[:3], "p_bound"].tolist() == [1 / 3] * 3
     assert np.isnan(by_id.loc[same[3], "p_bound"]) and by_id.loc[same[3], "copies"] == 1
 
@@ -280,7 +280,7 @@ def test_a_loaded_model_is_tested_beside_controls(monkeypatch: pytest.MonkeyPatc
     assert 0 < len(controls) == len(set(controls)) < 260
     again = scan(model, "top", options=options)
     assert again.verification == tested.verification
-    df = tested.df.set_index("token_id")
+    df = tested.frame().set_index("token_id")
     assert (df.role == "candidate").sum() == 3 and (df.role == "control").sum() == len(controls)
     assert df.max_prob.notna().sum() == (df.role != "").sum()
     assert any("Expected" in finding and "false among the 3 tested" in finding for finding in tested.findings())

@@ -81,7 +81,7 @@ def test_the_report_compares_at_equal_cost(report: SearchReport) -> None:
     said = report.findings()
     assert any("With the 18 calls of gradient" in line and "random" in line for line in said)
     shown = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert len(shown["runs"]) == 10 and set(report.df["method"]) == set(METHODS)
+    assert len(shown["runs"]) == 10 and set(report.frame()["method"]) == set(METHODS)
     section = report.section()
     assert section.metrics["hunter.calls"] > 0 and "random.recall" in section.metrics
     assert [type(block).__name__ for block in section.blocks] == ["Table", "Lines", "Table"]

@@ -11,6 +11,7 @@ import torch
 
 from workbench.activations.quant import Int8Code
 from workbench.controls.tokens import SINK_FACTOR
+from workbench.core.display import OneLine
 from workbench.core.errors import CorruptFileError, InvalidInputError
 from workbench.core.jsontext import Json, parse_json
 from workbench.core.records import from_jsonable, to_jsonable
@@ -72,7 +73,7 @@ class ShardFile:
 
 
 @dataclass(frozen=True)
-class Packing:
+class Packing(OneLine):
     """How text became rows of tokens.
 
     Attributes:

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.activations.manifest import Packing
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.jsontext import Json
 from workbench.core.tokenizer import TokenizerLike, affixes, decoded, require_unicode, text_ids
@@ -18,7 +19,7 @@ from workbench.models.model import Model
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRows:
+class PackedRows(OneLine):
     """Rows of tokens without padding, and the document that each token belongs to."""
 
     ids: Int[Tensor, "rows context"]

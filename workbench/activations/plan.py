@@ -18,7 +18,9 @@ from workbench.activations.manifest import MANIFEST, Dtype, Manifest, SiteStats,
 from workbench.activations.packing import PackedRows, Source, packing_of
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
+from workbench.core.html import Shown
 from workbench.core.progress import clock
 from workbench.core.records import to_jsonable
 from workbench.core.tokenizer import NoTokenizer, TokenizerLike, special_ids
@@ -39,7 +41,7 @@ WORKING_WIDTHS = 64
 
 @checked
 @dataclass(frozen=True, kw_only=True)
-class HarvestOptions:
+class HarvestOptions(OneLine):
     """How a harvest is cut into pieces and stored; the activations don't depend on it beyond rounding.
 
     Attributes:
@@ -87,7 +89,7 @@ def _from_environment(name: str, default: int, given: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class HarvestEstimate:
+class HarvestEstimate(Shown):
     """What a harvest will take; sizes as if every token were kept.
 
     Attributes:

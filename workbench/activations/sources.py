@@ -18,6 +18,7 @@ from workbench.activations.manifest import Packing
 from workbench.activations.packing import PackedRows, check_sizes, packed, packing_of_text
 from workbench.activations.packing import Source as Source
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
 from workbench.core.jsontext import Json, Record
 from workbench.core.progress import quiet_libraries, task
@@ -30,7 +31,7 @@ OWN_TEXT_TOKENS = 81_920
 
 @checked
 @dataclass(frozen=True)
-class SelfText:
+class SelfText(OneLine):
     """Text that the model writes itself: from the tokenizer's prefix (BOS), temperature 1, no truncated distribution.
 
     No outside data enters. A text that ends is followed by whatever the model writes after its end token, so every row
@@ -99,7 +100,7 @@ class SelfText:
 
 @checked
 @dataclass(frozen=True, eq=False)
-class TokenRows:
+class TokenRows(OneLine):
     """Rows of token ids as given; each row is a document."""
 
     ids: Int[Tensor, "rows context"]
@@ -140,7 +141,7 @@ class TokenRows:
             yield PackedRows(ids, torch.arange(first, first + len(ids))[:, None].expand(ids.shape).contiguous())
 
 
-class _Documents(abc.ABC):
+class _Documents(OneLine, abc.ABC):
     """A source of documents that are packed into rows."""
 
     tokens: int | None

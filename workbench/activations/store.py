@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,7 @@ from workbench.activations.manifest import SiteStats as SiteStats
 from workbench.activations.shardfile import read_tensor
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
@@ -30,10 +31,14 @@ from workbench.core.errors import (
     UnknownSiteError,
     did_you_mean,
 )
+from workbench.core.html import Shown
 from workbench.engine.folder import open_folder
 from workbench.engine.local import Folder
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Split = Literal["all", "train", "heldout"]
 
@@ -44,7 +49,7 @@ SCALE = "/scale"
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class Block(OneLine):
     """Kept tokens of one shard at one site: activations, and where each comes from.
 
     Attributes:
@@ -64,7 +69,7 @@ class Block:
         return Block(*(t[chosen] for t in (self.acts, self.tokens, self.positions, self.rows, self.documents)))
 
 
-class ActivationStore:
+class ActivationStore(Shown):
     """Stored activations, read as a stream; open one with `open_store`."""
 
     def __init__(self, path: str | Path | Folder, manifest: Manifest) -> None:
@@ -261,13 +266,29 @@ class ActivationStore:
     def _name(self, shard: ShardFile) -> str:
         return f"{self.path}/{shard.file}"
 
-    def __repr__(self) -> str:
+    def frame(self) -> pd.DataFrame:
+        """One row per stored site: the limit on norms by which tokens were kept, and what their norms are."""
+        import pandas as pd
+
+        names = ("max_norm", "mean_norm", "median_norm", "std_norm", "int8_fvu")
+        sites = self.manifest.sites.items()
+        return pd.DataFrame([{"site": s, **{name: getattr(stats, name) for name in names}} for s, stats in sites])
+
+    def _shown_facts(self) -> dict[str, object]:
+        m = self.manifest
+        tokens = f"{m.kept} kept of {m.n_tokens} ({m.kept_share:.1%}), rows of {m.context}"
+        return {"folder": str(self.path), "model": m.model_name, "tokens": tokens, "stored as": m.dtype}
+
+    def _shown_note(self) -> str:
+        return self.manifest.shortfall or ""
+
+    def _shown_line(self) -> str:
         m, share = self.manifest, self.manifest.unique_share
         repeats = "" if share is None or share > REPEATS_SHOWN else f", {1 - share:.0%} of rows repeat an earlier one"
         return (
-            f"ActivationStore({self.path}: {m.kept} kept of {m.n_tokens} tokens ({m.kept_share:.1%}), "
-            f"sites {', '.join(self.sites)}, {m.dtype}, {m.model_name}{repeats})"
-            + (f" {m.shortfall}" if m.shortfall else "")
+            f"{self.path}: {m.kept} kept of {m.n_tokens} tokens ({m.kept_share:.1%}), "
+            f"sites {', '.join(self.sites)}, {m.dtype}, {m.model_name}{repeats}"
+            + (f"; {m.shortfall}" if m.shortfall else "")
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workbench.core.arguments import shown
 from workbench.core.errors import InvalidInputError, MismatchError, ShapeError
+from workbench.core.html import Shown
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -105,7 +106,7 @@ def _of_numbers(rows: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Basis:
+class Basis(Shown):
     """Activations `x` of a site as a sum over features, in fp32 on the device of `x`.
 
     `x = coefficients(x) @ rows() + constant(x) + error(x)`, where `coefficients(x) = encode(x) * scale(x)` and the
@@ -184,6 +185,9 @@ class Basis:
     def constant(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
         """The reconstruction without any feature."""
         return self.bias.to(x.device) * self.scale(x)
+
+    def _shown_facts(self) -> dict[str, object]:
+        return {"features": self.d_sae, "width": self.d_in, **self.provenance}
 
     @property
     def metadata(self) -> Mapping[str, Any]:

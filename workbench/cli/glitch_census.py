@@ -144,7 +144,7 @@ class GlitchSearch(_TestsTokens["SearchReport"]):
             _take_over(self.census, run.artifacts)
         model, plan = self.prepared(run)
         report = search(model, plan, prober_of(model, plan, run.artifacts), options=options)
-        report.df.to_csv(run.artifacts / "searches.csv", index=False)
+        report.frame().to_csv(run.artifacts / "searches.csv", index=False)
         return report
 
     def title(self, report: SearchReport) -> str:

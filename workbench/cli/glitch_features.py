@@ -49,7 +49,7 @@ class GlitchFeaturesCommand(Study["GlitchFeatures"]):
         sae = load_sae(self.sae, str(model.device), model=model, check=self.check)
         run = begin(model)
         report = glitch_features(model, sae, tokens, avoid=avoid, options=options)
-        report.df.to_csv(run.artifacts / "features.csv", index=False)
+        report.frame().to_csv(run.artifacts / "features.csv", index=False)
         return report
 
     def title(self, report: GlitchFeatures) -> str:

@@ -6,14 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
 
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
+from workbench.core.html import Shown
 from workbench.interventions.op import Op
 from workbench.interventions.ops import PerRow
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @runtime_checkable
@@ -30,7 +35,7 @@ class RowEdits(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class InTurn:
+class InTurn(OneLine):
     """One edit that is another one for each prompt: prompt i gets op number i, in turn, as random controls do."""
 
     ops: tuple[Op, ...]
@@ -44,7 +49,7 @@ class InTurn:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Arm:
+class Arm(OneLine):
     """One way to treat the model.
 
     Attributes:
@@ -70,7 +75,7 @@ class Arm:
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep:
+class Sweep(Shown):
     """Arms that run on the same prompts: kinds of edits over their strengths, each beside its controls.
 
     Raises:
@@ -137,6 +142,13 @@ class Sweep:
 
     def __len__(self) -> int:
         return len(self.arms)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per arm: name, kind, strength, and what it is a control for."""
+        import pandas as pd
+
+        columns = ("name", "kind", "strength", "control_for")
+        return pd.DataFrame([{name: getattr(arm, name) for name in columns} for arm in self.arms])
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from workbench.core.display import OneLine
 from workbench.core.registry import Registry
 
 Role = Literal["subject", "variant", "start", "control", "rival", "bound"]
@@ -20,7 +21,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(Generic[Study, Result]):
+class Method(OneLine, Generic[Study, Result]):
     """One way to do what a study is about; its report reads name, information and role from here.
 
     Attributes:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError
 from workbench.core.tokenizer import special_ids
 from workbench.core.tokens import TokenBatch
@@ -18,7 +19,7 @@ SINK_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
-class TokenPolicy:
+class TokenPolicy(OneLine):
     """Keeps a token unless it is padding, opens its row, is a special token, or has a norm beyond `max_norm`.
 
     Attention sinks carry norms a hundred times the median; with them in, an SAE explains almost all variance and

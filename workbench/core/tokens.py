@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,10 +13,35 @@ from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.chats import Chat, is_chat, rendered
+from workbench.core.display import clipped
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.html import Shown, tokens_line
+from workbench.core.numbers import counted
 from workbench.core.tokenizer import Affixes, TokenizerLike, affixes, decoded, pieces, special_ids, text_ids
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
+
 Bos = Literal["auto"] | bool
+
+
+@runtime_checkable
+class Column(Protocol):
+    """A column of a table, as `df["text"]` of pandas is; its labels come out again in frames."""
+
+    @property
+    def index(self) -> Any:  # a pandas Index
+        """The labels of the rows."""
+        ...
+
+    def tolist(self) -> list[Any]:  # of whatever the column holds
+        """The values."""
+        ...
+
+    def items(self) -> Iterable[tuple[Any, Any]]:
+        """Labels with values."""
+        ...
 
 
 _SHOWN_ROWS, _SHOWN_TOKENS = 8, 64
@@ -25,19 +49,21 @@ _SHOWN_ROWS, _SHOWN_TOKENS = 8, 64
 
 @checked
 @dataclass(frozen=True, eq=False)
-class TokenBatch:
+class TokenBatch(Shown):
     """Token ids of a batch, left-padded, with everything that a forward pass needs.
 
     Attributes:
         ids: token ids; padding columns hold `pad_id` and are False in `mask`.
         mask: True at real tokens. Padding is known from here, never from the ids.
         note: what was done about BOS and other prefixes, templates and padding, in words.
+        index: labels of the rows, where the texts were a column of a table; frames of results have them again.
     """
 
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     note: str = ""
     tokenizer: TokenizerLike | None = None
+    index: pd.Index | None = None
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape != self.mask.shape:
@@ -91,7 +117,10 @@ class TokenBatch:
     def __getitem__(self, rows: slice | Int[Tensor, " chosen"]) -> TokenBatch:
         ids, mask = self.ids[rows], self.mask[rows]
         keep = slice(ids.shape[1] - int(mask.sum(1).max()), None)
-        return replace(self, ids=ids[:, keep], mask=mask[:, keep])
+        index = self.index
+        if index is not None:
+            index = index[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+        return replace(self, ids=ids[:, keep], mask=mask[:, keep], index=index)
 
     @functools.cached_property
     def str_tokens(self) -> tuple[tuple[str, ...], ...]:
@@ -127,18 +156,42 @@ class TokenBatch:
         start = [pieces(self.tokenizer, row[:tokens].tolist()) for row in self[:rows].rows()]
         return [(*row, "…") if int(n) > tokens else row for row, n in zip(start, self.lengths[:rows], strict=True)]
 
-    def __repr__(self) -> str:
-        shown = "; ".join("|".join(row) for row in self._shown(3, 12))
-        return (
-            f"TokenBatch({len(self)} rows, {self.n_tokens} tokens, width {self.ids.shape[1]}: {shown!r}; {self.note})"
-        )
+    def frame(self) -> pd.DataFrame:
+        """One row per real token, labelled by the row of the batch: position, id, text, whether it is special."""
+        special = self.special
+        columns = {
+            "position": self.positions[self.mask].tolist(),
+            "id": self.ids[self.mask].tolist(),
+            "token": [token for tokens in self.str_tokens for token in tokens] or None,
+            "is_special": None if special is None else special[self.mask].tolist(),
+        }
+        known = {name: values for name, values in columns.items() if values is not None}
+        return labelled(known, self.index, self.mask.nonzero()[:, 0].tolist())
 
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            "<tr><td>" + "</td><td>".join(f"<sub>{i}</sub> {html.escape(repr(t)[1:-1])}" for i, t in enumerate(row))
-            for row in self._shown(_SHOWN_ROWS, _SHOWN_TOKENS)
-        )
-        return f"<div>{html.escape(self.note)}<table>{rows}</table></div>"
+    def _shown_line(self) -> str:
+        shown = "; ".join("|".join(row) for row in self._shown(3, 12))
+        size = f"{counted(len(self), 'rows')}, {counted(self.n_tokens, 'tokens')}, width {self.ids.shape[1]}"
+        return f"{size}: {clipped(repr(shown), 120)}; {self.note}"
+
+    def _shown_note(self) -> str:
+        return f"{counted(len(self), 'rows')}, {counted(self.n_tokens, 'tokens')}; {self.note}"
+
+    def _shown_parts(self) -> Iterable[Markup]:
+        for row in self._shown(_SHOWN_ROWS, _SHOWN_TOKENS):
+            yield tokens_line(row, titles=[f"position {i}" for i in range(len(row))])
+
+
+def labelled(columns: Mapping[str, object], index: pd.Index | None, rows: Sequence[int]) -> pd.DataFrame:
+    """A pandas table whose index says to which row of a batch each of its rows belongs.
+
+    Args:
+        columns: values by name of the column.
+        index: labels of the rows of the batch; None numbers them.
+        rows: the row of the batch that each row of the table is about.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(columns, index=pd.Index(rows, name="row") if index is None else index[list(rows)])
 
 
 def _encode_text(tokenizer: TokenizerLike, text: str, bos: Bos, around: Affixes | None) -> tuple[list[int], str]:
@@ -176,11 +229,11 @@ def _prefix_note(tokenizer: TokenizerLike, prefix: Sequence[int], ids: Sequence[
 
 def encode(
     tokenizer: TokenizerLike,
-    value: str | Sequence[str] | Chat | Sequence[Chat],
+    value: str | Sequence[str] | Chat | Sequence[Chat] | Column,
     bos: Bos = "auto",
     **template_options: object,
 ) -> TokenBatch:
-    """Token ids of a text, a list of texts, a chat, or a list of chats.
+    """Token ids of a text, a list of texts, a chat, a list of chats, or a column of a table that holds them.
 
     With `bos="auto"` a text begins with what the tokenizer puts in front of it: BOS, several tokens such as
     `[gMASK]<sop>`, or nothing. True does the same, and adds BOS where the tokenizer adds none; False adds nothing. What
@@ -193,6 +246,8 @@ def encode(
         InvalidInputError: for a chat that the template can't or does not write, an option that it does not know, BOS
             without a BOS token, or a text with half a character.
     """
+    index = value.index if isinstance(value, Column) else None
+    value = value.tolist() if isinstance(value, Column) else value
     items = cast("list[str | Chat]", [value] if isinstance(value, str) or is_chat(value) else list(value))
     if not items:
         raise DegenerateInputError("tokens([]): there is no text. Give a text, a list of texts, or chat messages.")
@@ -219,4 +274,4 @@ def encode(
     padded = len({len(row) for row in rows}) > 1
     options = "".join(f"; {name}={value!r}" for name, value in template_options.items())
     note = "; ".join(dict.fromkeys(notes)) + options + ("; left-padded" if padded else "; no padding")
-    return replace(TokenBatch.pad(rows, pad, note), tokenizer=tokenizer)
+    return replace(TokenBatch.pad(rows, pad, note), tokenizer=tokenizer, index=index)

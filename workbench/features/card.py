@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workbench.core.display import OneLine
 from workbench.core.stats import Estimate
 from workbench.judges.protocol import Cost
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(OneLine):
     """A stretch of text with the activations of one feature.
 
     Attributes:
@@ -30,7 +31,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class LensToken:
+class LensToken(OneLine):
     """A token that a feature's decoder row promotes (positive logit) or suppresses, through the final norm."""
 
     token: str
@@ -39,7 +40,7 @@ class LensToken:
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbour(OneLine):
     """Another feature that is close.
 
     Attributes:
@@ -57,7 +58,7 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(OneLine):
     """The meaning of a feature in words, and how well the words predict it on held-out documents.
 
     Attributes:
@@ -78,7 +79,7 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class SteeringExample:
+class SteeringExample(OneLine):
     """One prompt continued with the feature added, and its controls.
 
     Attributes:
@@ -96,7 +97,7 @@ class SteeringExample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureCard:
+class FeatureCard(OneLine):
     """Everything that is shown of one feature; an empty tuple or None means that it was not measured.
 
     Attributes:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.core.errors import DegenerateInputError, EditError, UnknownSiteError, did_you_mean
+from workbench.core.html import Shown, table
+from workbench.core.numbers import counted
+from workbench.core.tokens import TokenBatch, labelled
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.handles import refuse_compiled
-from workbench.hooks.sites import Point, Site, SiteMap, flattened
+from workbench.hooks.sites import Point, Site, SiteMap, flattened, spanned
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
 
 EAGER_NOTE = "attention ran in eager mode for this call, which pattern needs"
 
 
-class Activations(Mapping[str, Tensor]):
+class Activations(Shown, Mapping[str, Tensor]):
     """Captured activations by site; accepts `resid_post.10`, a `Site`, or a TransformerLens name.
 
     Without a choice of positions, tensors have the canonical shape of their site: `(batch, pos, d)`; `(batch, pos,
@@ -29,6 +37,7 @@ class Activations(Mapping[str, Tensor]):
         rows: batch row of each token, if positions were chosen.
         positions: absolute position of each token in its row, if positions were chosen.
         note: what was different from an ordinary forward pass, in words.
+        tokens: the batch that they belong to, if `Model.capture` made them.
     """
 
     def __init__(
@@ -39,9 +48,10 @@ class Activations(Mapping[str, Tensor]):
         rows: Int[Tensor, " tokens"] | None = None,
         positions: Int[Tensor, " tokens"] | None = None,
         note: str = "",
+        tokens: TokenBatch | None = None,
     ) -> None:
         self._tensors, self._n_layers = dict(tensors), n_layers
-        self.rows, self.positions, self.note = rows, positions, note
+        self.rows, self.positions, self.note, self.tokens = rows, positions, note, tokens
 
     def __getitem__(self, site: str | Site) -> Float[Tensor, "batch ..."]:
         parsed = self._resolve(site)
@@ -70,9 +80,56 @@ class Activations(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{s}: {tuple(t.shape)}" for s, t in self._tensors.items())
-        return f"Activations({shapes}" + (f"; {self.note})" if self.note else ")")
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
+    def frame(self, site: str | Site | None = None) -> pd.DataFrame:
+        """The activations at a site, one row per real token, labelled by the row of the batch.
+
+        The columns are the token's position, its text where a tokenizer is known, and its fp32 values `x0`, `x1`, ...
+
+        Args:
+            site: which; may be left out where only one was captured.
+
+        Raises:
+            UnknownSiteError: if it was not captured, or if several were and none is named.
+        """
+        if site is None and len(self) != 1:
+            raise UnknownSiteError(f"frame(): {len(self)} sites were captured. Name one: {', '.join(list(self)[:8])}.")
+        x = self.flat(next(iter(self)) if site is None else site).detach().float()
+        rows, positions, texts = self.rows, self.positions, self.tokens.str_tokens if self.tokens else ()
+        if rows is None:
+            real = self.tokens.mask.to(x.device) if self.tokens else torch.ones(x.shape[:2], dtype=torch.bool)
+            rows, positions, x = real.nonzero()[:, 0], (real.cumsum(1) - 1)[real], x[real]
+        places = list(zip(rows.tolist(), [0] * len(rows) if positions is None else positions.tolist(), strict=True))
+        columns: dict[str, object] = {"position": [position for _, position in places]}
+        if texts:
+            columns["token"] = [texts[row][position] for row, position in places]
+        columns |= {f"x{i}": values for i, values in enumerate(x.T.cpu().numpy())}
+        return labelled(columns, self.tokens.index if self.tokens else None, rows.tolist())
+
+    def _shown_line(self) -> str:
+        shown = "; ".join(f"{names}: {', '.join(map(str, shapes))}" for names, shapes in self._kinds().items())
+        return f"{shown}; {self.note}" if self.note else shown
+
+    def _shown_note(self) -> str:
+        return "; ".join(filter(None, [counted(len(self), "sites"), self.note]))
+
+    def _shown_parts(self) -> Iterable[Markup]:
+        rows = [(site, str(tuple(x.shape)), str(x.dtype).removeprefix("torch.")) for site, x in self.items()]
+        yield table(("site", "shape", "dtype"), rows)
+
+    def _kinds(self) -> dict[str, list[tuple[int, ...]]]:
+        """Shapes by kind of site, with a range of layers: what fits on one line."""
+        kinds: dict[Site, list[Site]] = {}
+        for site in self._tensors:
+            kinds.setdefault(replace(site, layer=None if site.layer is None else 0), []).append(site)
+        return {
+            str(first).replace(".0", f".{spanned(site.layer for site in sites)}", 1): list(
+                dict.fromkeys(tuple(self._tensors[site].shape) for site in sites)
+            )
+            for first, sites in kinds.items()
+        }
 
 
 class _AllCaptured(Exception):

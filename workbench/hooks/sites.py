@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import UnknownSiteError, did_you_mean
 
 Side = Literal["in", "out", "inside"]
@@ -131,7 +132,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(OneLine):
     """Where a site is read and written: one side of one module.
 
     Attributes:
@@ -320,6 +321,18 @@ class SiteMap:
 def flattened(site: Site, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch pos width"]:
     """Canonical tensor of a site as one vector per token; the query position of a pattern is its token."""
     return x.transpose(1, 2).flatten(2) if site.kind == "pattern" and site.head is None else x.flatten(2)
+
+
+def spanned(layers: Iterable[int | None]) -> str:
+    """Numbers of layers as a range, or listed where some are left out; those that are None are not counted.
+
+    >>> spanned([0, 1, 2]), spanned([3]), spanned([0, 2]), spanned([None])
+    ('0-2', '3', '0, 2', '')
+    """
+    there = sorted(layer for layer in layers if layer is not None)
+    if len(there) > 1 and there[-1] - there[0] + 1 == len(there):
+        return f"{there[0]}-{there[-1]}"
+    return ", ".join(map(str, there))
 
 
 def concatenated(index: int, sizes: tuple[int, ...]) -> slice:

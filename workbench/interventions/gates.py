@@ -15,6 +15,7 @@ from torch import Tensor
 from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.registry import Registry
 from workbench.hooks.sites import Site
@@ -26,7 +27,7 @@ Reduce = Literal["mean", "last", "max"]
 
 @checked
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Gate:
+class Gate(OneLine):
     """A score of activations and a threshold on it.
 
     Attributes:

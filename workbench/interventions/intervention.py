@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine, brief
 from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.html import Shown, table
+from workbench.core.numbers import counted
 from workbench.core.wording import Wording
 from workbench.hooks.sites import Site
 from workbench.interventions.files import load, save
 from workbench.interventions.op import Op
 from workbench.interventions.scopes import All, Scope
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
+
 
 @dataclass(frozen=True)
-class Edit:
+class Edit(OneLine):
     """One op at one site on the tokens of one scope."""
 
     site: Site
@@ -31,10 +40,16 @@ class Edit:
     def __str__(self) -> str:
         return f"{self.op.name} at {self.site} on {self.scope}"
 
+    def row(self) -> dict[str, object]:
+        """The edit as a row of a table; numbers among the parameters of its op have columns of their own."""
+        values = {field.name: getattr(self.op, field.name) for field in dataclasses.fields(self.op)}  # type: ignore[arg-type]
+        single = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        return {"site": str(self.site), "op": self.op.name, "scope": brief(self.scope), **single}
+
 
 @checked
 @dataclass(frozen=True)
-class Intervention:
+class Intervention(Shown):
     """An ordered list of edits, without reference to a model.
 
     `a + b` does b after a; `a * 2` and `2 * a` have twice the strength. `Intervention()` edits nothing and is the
@@ -149,6 +164,31 @@ class Intervention:
             raise TypeError("an op or a scope")
         except (KeyError, TypeError) as error:
             raise CorruptFileError(f"{folder} is not a saved intervention: {error!r} is missing or wrong.") from error
+
+    def row(self) -> dict[str, object]:
+        """The whole intervention as one row of a table: that of its edit, or what several edits are in words."""
+        if len(self.edits) == 1:
+            return self.edits[0].row()
+        rows = [edit.row() for edit in self.edits]
+        return {name: "; ".join(str(row[name]) for row in rows) or "none" for name in ("site", "op", "scope")}
+
+    def frame(self) -> pd.DataFrame:
+        """One row per edit, in their order: site, op, scope, and the numbers among the parameters of the op."""
+        import pandas as pd
+
+        return pd.DataFrame([edit.row() for edit in self.edits])
+
+    def _shown_line(self) -> str:
+        edits = "; ".join(f"{edit.op!r} at {edit.site} on {brief(edit.scope)}" for edit in self.edits) or "no edits"
+        return f"{edits}; made for {self.made_for}" if self.made_for else edits
+
+    def _shown_note(self) -> str:
+        return counted(len(self.edits), "edits") + (f"; made for {self.made_for}" if self.made_for else "")
+
+    def _shown_parts(self) -> Iterable[Markup]:
+        yield table(
+            ("site", "op", "scope"), [(str(edit.site), repr(edit.op), brief(edit.scope)) for edit in self.edits]
+        )
 
     def _mapped(self, change: Callable[[Edit], Edit]) -> Intervention:
         return replace(self, edits=tuple(change(edit) for edit in self.edits))

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.core.arguments import shown
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.registry import Registry
 
@@ -43,7 +44,7 @@ class Where:
 
 
 @dataclass(frozen=True, eq=False)
-class LowRankForm:
+class LowRankForm(OneLine):
     """An edit of the form `h + (h U^T) V + b`, which merges with others of that form.
 
     Attributes:
@@ -57,7 +58,7 @@ class LowRankForm:
     bias: Float[Tensor, "*rows d"]
 
 
-class Op:
+class Op(OneLine):
     """An edit of hidden states, computed in fp32.
 
     Subclasses are frozen dataclasses. `per_row` names the parameters that may be given once or once per batch row,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from workbench.core.arguments import checked
 from workbench.core.errors import EditError
+from workbench.core.html import Shown, ShownText, frame_table, preformatted
 from workbench.hooks.attach import Fn, attach
 from workbench.hooks.handles import Hooks, refuse_compiled, weakly
 from workbench.hooks.sites import Point, SiteMap
@@ -21,6 +24,10 @@ from workbench.interventions.jobs import unwatch_generate, watch_generate
 from workbench.interventions.proof import EditReport, Tally, require_met
 from workbench.interventions.tracker import Tracker
 from workbench.interventions.writer import Writer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Plan]]] = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()  # a plan that is freed while the lock is held takes its hooks off under it
@@ -46,7 +53,7 @@ def _deactivate(hf: nn.Module, plan: weakref.ref[Plan]) -> None:
 
 
 @checked
-class Plan:
+class Plan(Shown):
     """An intervention bound to a model; a context manager in which every use of the model is edited.
 
     One hook per site; edits of a site in list order, computed in fp32 and rounded to the model's dtype once; edits of
@@ -82,12 +89,29 @@ class Plan:
         """One `EditReport` per edit: what it did up to now."""
         return tuple(tally.report() for tally in self.tallies)
 
-    def explain(self) -> str:
+    def explain(self) -> ShownText:
         """Which edits are made where, which are merged, and from which layer on the model has to be run again."""
-        return self._writer.explain()
+        return ShownText(self._writer.explain())
+
+    def frame(self) -> pd.DataFrame:
+        """One row per edit: what it is, and what it did up to now."""
+        import pandas as pd
+
+        return pd.DataFrame([dataclasses.asdict(done) for done in self.report])
 
     def __str__(self) -> str:
         return f"Plan({'; '.join(map(str, self.intervention.edits)) or 'no edits'})"
+
+    def _shown_note(self) -> str:
+        return "on" if self._hooks else "off"
+
+    def _shown_line(self) -> str:
+        return f"{self._shown_note()}: {'; '.join(map(str, self.intervention.edits)) or 'no edits'}"
+
+    def _shown_parts(self) -> Iterable[Markup]:
+        columns = ["edit", "fired", "tokens", "mean_norm_applied", "mean_norm_before"]
+        yield frame_table(self.frame().reindex(columns=columns), "what each edit did up to now")
+        yield preformatted(self.explain())
 
     # Entering and leaving.
 

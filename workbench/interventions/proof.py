@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.core.errors import EditError
+from workbench.core.html import Shown
 from workbench.interventions.intervention import Edit
 from workbench.interventions.scopes import Scope
 from workbench.interventions.step import Step
@@ -20,7 +21,7 @@ MAX_ROWS_NAMED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditReport:
+class EditReport(Shown):
     """What one edit did.
 
     Attributes:
@@ -64,6 +65,9 @@ class EditReport:
         gated = ("gate_open", "gate_decided") if parts[0].gate_decided is not None else ()
         counts = {name: sum(getattr(part, name) for part in parts) for name in ("fired", *gated)}
         return replace(parts[0], tokens=tokens, **norms, **counts)
+
+    def _shown_line(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         text = (

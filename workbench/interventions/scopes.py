@@ -12,13 +12,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.registry import Registry
 from workbench.core.wording import Marker, Wording
 from workbench.interventions.step import Step, ends_of
 
 
-class Scope:
+class Scope(OneLine):
     """A set of tokens; combine with `&`, `|` and `~`. Padding is never part of it."""
 
     registry: ClassVar[Registry[type[Scope]]] = Registry("scope", "workbench.interventions")

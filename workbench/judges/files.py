@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from workbench.core.display import OneLine
 from workbench.core.jsontext import content_of, parse_json
 from workbench.core.records import read_text
 from workbench.judges.protocol import JUDGES, Answer, Question
@@ -19,7 +20,7 @@ REPLIES_FILE = "import-replies.jsonl"
 
 @JUDGES.register("file")
 @dataclass(frozen=True)
-class FileJudge:
+class FileJudge(OneLine):
     """Anyone who reads files: prompts are written to one file, replies are read from another.
 
     `ask` appends the prompts that have no reply yet to `export-prompts.jsonl` ({"id", "prompt"} per line) and gives
@@ -71,7 +72,7 @@ class FileJudge:
 
 @JUDGES.register("person")
 @dataclass(frozen=True)
-class PersonJudge:
+class PersonJudge(OneLine):
     """A person who is shown one question at a time, in random order, and types a number.
 
     Replies are kept as they come, in the format of `FileJudge`. After an interruption (Ctrl-C) run the same work

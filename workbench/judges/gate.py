@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from workbench.core.html import Shown
 from workbench.core.stats import Estimate, wilson
 from workbench.judges.protocol import MAX_FAILED_SHARE, Cost
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Values = Float[np.ndarray, " cases"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class Trial(Shown):
     """How a judge does on one group of known cases.
 
     Attributes:
@@ -86,7 +91,7 @@ def trial(
 
 
 @dataclass(frozen=True)
-class JudgeGate:
+class JudgeGate(Shown):
     """What a judge may give scores for.
 
     Attributes:
@@ -113,6 +118,18 @@ class JudgeGate:
             f"judge not competent{f' at {subject}' if subject else ''}: fails on {', '.join(map(str, failed))}; right "
             f"cases must score above wrong ones by more than {least}"
         )
+
+    def frame(self) -> pd.DataFrame:
+        """One row per trial."""
+        import pandas as pd
+
+        rows = [
+            {"subject": t.subject, "group": t.group, "margin": None if t.margin is None else t.margin.value,
+             "low": None if t.margin is None else t.margin.low, "high": None if t.margin is None else t.margin.high,
+             "needed_margin": t.needed_margin, "passed": t.passed, "cases": t.cases, "unread": t.unread}
+            for t in self.trials
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
 
     @property
     def margins(self) -> dict[str, Estimate | None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.tokenizer import continuation, text_ids
 from workbench.judges.protocol import JUDGES, Answer, Question
@@ -18,7 +19,7 @@ _BEFORE = "Rating:"
 
 @JUDGES.register("logprob")
 @dataclass(frozen=True, eq=False)
-class LogProbJudge:
+class LogProbJudge(OneLine):
     """A local model, read by the probabilities of the digits as the next token and never by the text it writes.
 
     The answer is the mean of the digits on the scale, weighted by their probabilities: for yes and no,

@@ -7,13 +7,18 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
+from workbench.core.html import Shown
 from workbench.core.registry import Registry
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_FAILED_SHARE = 0.1
 """Share of unreadable answers beyond which there is no score."""
@@ -22,7 +27,7 @@ MAX_HIGHEST = 9
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(OneLine):
     """A question that one whole number answers.
 
     Attributes:
@@ -59,7 +64,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(OneLine):
     """What a set of answers took.
 
     Attributes:
@@ -91,7 +96,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Answer(OneLine):
     """One judge's answer to one question.
 
     Attributes:
@@ -136,7 +141,7 @@ JUDGES: Registry[type[Judge]] = Registry("judge", package="workbench.judges")
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class Answers(Shown):
     """Checked answers to a list of questions.
 
     Attributes:
@@ -146,6 +151,12 @@ class Answers:
 
     values: Float[np.ndarray, " questions"]
     cost: Cost = field(default_factory=Cost)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per question: the number that was answered."""
+        import pandas as pd
+
+        return pd.DataFrame({"value": self.values})
 
 
 def ask(judge: Judge, questions: Sequence[Question]) -> Answers:

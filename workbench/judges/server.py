@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from workbench.core.display import OneLine
 from workbench.core.errors import CorruptFileError, InvalidInputError, ModelUnavailableError, UnknownConfigKeyError
 from workbench.core.progress import track
 from workbench.core.records import from_jsonable
@@ -35,7 +36,7 @@ MIN_DIGIT_MASS = 0.05
 
 @JUDGES.register("http")
 @dataclass(frozen=True)
-class HTTPJudge:
+class HTTPJudge(OneLine):
     """A model behind an OpenAI-compatible server; nothing is sent before `ask` is called.
 
     Proxies and certificates are taken from the environment, as httpx does. Redirects are not followed: they would

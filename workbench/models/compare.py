@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.html import Shown
+from workbench.core.numbers import counted
 from workbench.core.progress import track
-from workbench.core.tokens import TokenBatch
+from workbench.core.tokenizer import decoded
+from workbench.core.tokens import TokenBatch, labelled
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
 from workbench.interventions.proof import EditReport
@@ -22,9 +26,12 @@ from workbench.models.numbers import has_nan
 from workbench.models.segment import Segment, earliest
 from workbench.models.wrapped import Wrapped
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@dataclass(frozen=True, eq=False)
-class VariantLogits:
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VariantLogits(Shown):
     """What several interventions do to the next-token logits of the same prompts.
 
     Attributes:
@@ -32,12 +39,58 @@ class VariantLogits:
         clean: the same without an edit.
         report: what each edit did. Interventions that differ in parameters only count as one edit with rows.
         how: which blocks were run, in words.
+        interventions: what was compared.
+        batch: the prompts.
+        tokens: ids of the tokens that were asked for; None for all.
     """
 
     logits: Float[Tensor, "variants batch k"]
     clean: Float[Tensor, "batch k"]
     report: tuple[EditReport, ...]
     how: str
+    interventions: tuple[Intervention, ...]
+    batch: TokenBatch
+    tokens: Int[Tensor, " k"] | None = None
+
+    def frame(self, k: int = 5) -> pd.DataFrame:
+        """One row per intervention, prompt and token, labelled by the prompt and joined to what the intervention is.
+
+        `change` is the logit less that of the unedited model. Where logits of all tokens are known, `probability` and
+        `clean_probability` are there too.
+
+        Args:
+            k: of logits of all tokens, how many are listed: those that the intervention makes most probable.
+        """
+        n, batch, width = self.logits.shape
+        k = min(k, width) if self.tokens is None else width
+        places = self.logits.topk(k).indices if self.tokens is None else torch.arange(width).expand(n, batch, width)
+        variant, row, _ = (part.tolist() for part in torch.ones(places.shape).nonzero(as_tuple=True))
+        ids = (places if self.tokens is None else self.tokens.to(places.device)[places]).flatten().tolist()
+        known = [intervention.row() for intervention in self.interventions]
+        columns: dict[str, object] = {"variant": variant}
+        columns |= {name: [known[v].get(name) for v in variant] for name in dict.fromkeys(x for r in known for x in r)}
+        columns |= {"token_id": ids}
+        if self.batch.tokenizer:
+            columns["token"] = [decoded(self.batch.tokenizer, [i]) for i in ids]
+        columns |= {name: values.cpu().numpy() for name, values in self._values(places.to(self.logits.device)).items()}
+        return labelled(columns, self.batch.index, row)
+
+    def _values(self, places: Int[Tensor, "variants batch k"]) -> dict[str, Float[Tensor, " rows"]]:
+        """Numbers at some places of the logits, in row order."""
+
+        def at(x: Float[Tensor, "variants batch d"]) -> Float[Tensor, " rows"]:
+            return x.gather(-1, places).flatten()
+
+        clean = self.clean.expand_as(self.logits)
+        values = {"logit": at(self.logits), "clean": at(clean), "change": at(self.logits) - at(clean)}
+        if self.tokens is None:
+            values |= {"probability": at(self.logits.softmax(-1)), "clean_probability": at(clean.softmax(-1))}
+        return values
+
+    def _shown_line(self) -> str:
+        n, batch, width = self.logits.shape
+        sizes = (counted(n, "interventions"), counted(batch, "prompts"), counted(width, "tokens"))
+        return f"{' x '.join(sizes)}; {self.how}"
 
 
 @torch.no_grad()
@@ -91,7 +144,11 @@ def compare(
             f"variants: the logits of row {row} are NaN under intervention {variant} ({edits}). Make it weaker, or "
             "load the model with dtype='float32'."
         )
-    return VariantLogits(logits, clean, tuple(reports), segment.how if not whole else "the whole model was run")
+    how = "the whole model was run" if whole else segment.how
+    return VariantLogits(
+        logits=logits, clean=clean, report=tuple(reports), how=how, interventions=tuple(interventions), batch=batch,
+        tokens=tokens,
+    )  # fmt: skip
 
 
 def _whole(model: Wrapped, batch: TokenBatch, copies: int, tokens: Tensor | None) -> Tensor:

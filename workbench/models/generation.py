@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.core.display import brief
+from workbench.core.html import Shown, frame_table, table
+from workbench.core.numbers import counted
 from workbench.core.progress import Task, task
-from workbench.core.tokenizer import TokenizerLike, continuation
-from workbench.core.tokens import TokenBatch
+from workbench.core.tokenizer import TokenizerLike, continuation, decoded
+from workbench.core.tokens import TokenBatch, labelled
 from workbench.hooks.handles import refuse_compiled
 from workbench.hooks.sites import Site, SiteMap
 from workbench.interventions.gates import When
@@ -27,14 +30,16 @@ from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
     from transformers import PreTrainedModel
 
 
 Record = dict[str, tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True, eq=False)
-class Generation:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Generation(Shown):
     """Continuations of a batch of prompts.
 
     Attributes:
@@ -52,6 +57,8 @@ class Generation:
         note: settings of the model's generation config that were left aside, in words; the rules about which tokens
             may come, such as `suppress_tokens`, are always kept. For several rows in half precision, that rounding
             makes a row's tokens depend on its batch.
+        prompts: the texts of the prompts, special tokens included.
+        index: labels of the rows, where the prompts were a column of a table.
     """
 
     texts: tuple[str, ...]
@@ -62,6 +69,34 @@ class Generation:
     prompt_lengths: tuple[int, ...] = ()
     activations: Mapping[str, tuple[Float[Tensor, ...], ...]] = field(default_factory=dict)
     note: str = ""
+    prompts: tuple[str, ...] = ()
+    index: pd.Index | None = None
+
+    def frame(self) -> pd.DataFrame:
+        """One row per prompt, labelled as the prompts were: continuation, tokens, mean log-probability, why it ended.
+
+        The prompt is there too, unless the prompts were a column of a table, to which these columns can be joined.
+        """
+        means = [float(row.mean()) if len(row) else float("nan") for row in self.logprobs]
+        columns = {
+            **({"prompt": self.prompts} if self.index is None else {}), "continuation": self.texts,
+            "prompt_tokens": self.prompt_lengths, "new_tokens": [len(row) for row in self.ids],
+            "mean_logprob": means, "ended": self.ended,
+        }  # fmt: skip
+        return labelled(columns, self.index, range(len(self.texts)))
+
+    def _shown_line(self) -> str:
+        texts = brief(self.texts, 200)
+        edits = f"; {counted(len(self.report), 'edits')}" if self.report else ""
+        return f"{counted(len(self.texts), 'rows')}: {texts}{edits}" + (f"; {self.note}" if self.note else "")
+
+    def _shown_note(self) -> str:
+        return "; ".join(filter(None, [counted(len(self.texts), "rows"), self.note]))
+
+    def _shown_parts(self) -> Iterable[Markup]:
+        yield frame_table(self.frame())
+        if self.report:
+            yield table(("what each edit did",), [(str(done),) for done in self.report])
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +151,8 @@ def generate(
             found.append((new, part, {str(site): _per_row(x, part, new) for site, x in recorder.found.items()}))
     require_met([plan.tallies for plan in plans])
     done = collected(parts.tokenizer, found, [plan.report for plan in plans])
-    return dataclasses.replace(done, note="; ".join(filter(None, (left_aside(parts.hf), _batch_note(parts.hf, batch)))))
+    note = "; ".join(filter(None, (left_aside(parts.hf), _batch_note(parts.hf, batch))))
+    return dataclasses.replace(done, note=note, index=batch.index)
 
 
 @dataclass
@@ -206,13 +242,14 @@ def collected(
         lengths += batch.lengths.tolist()
         prompts += batch.rows()
     return Generation(
-        tuple(continuation(tokenizer, p.tolist(), row.tolist()) for p, row in zip(prompts, ids, strict=True)),
-        tuple(ids),
-        tuple(logprobs),
-        tuple(EditReport.merged(same) for same in zip(*reports, strict=True)),
-        tuple(ended),
-        tuple(lengths),
-        {site: tuple(row for _, _, record in found for row in record[site]) for site in found[0][2]},
+        texts=tuple(continuation(tokenizer, p.tolist(), row.tolist()) for p, row in zip(prompts, ids, strict=True)),
+        ids=tuple(ids),
+        logprobs=tuple(logprobs),
+        report=tuple(EditReport.merged(same) for same in zip(*reports, strict=True)),
+        ended=tuple(ended),
+        prompt_lengths=tuple(lengths),
+        activations={site: tuple(row for _, _, record in found for row in record[site]) for site in found[0][2]},
+        prompts=tuple(decoded(tokenizer, prompt.tolist()) for prompt in prompts),
     )
 
 

@@ -95,7 +95,7 @@ class Model(Wrapped):
         tokens = self._batch(batch)
         chosen = None if positions is None else chosen_tokens(tokens, positions, self._wording)
         acts = capture(self.hf, self.site_map, self._inputs(tokens), sites, grad=grad, chosen=chosen)
-        acts.positions = None if chosen is None else tokens.positions[chosen]
+        acts.tokens, acts.positions = tokens, None if chosen is None else tokens.positions[chosen]
         if not allow_nan:
             require_activations(acts, tokens.mask, tokens.mask if chosen is None else chosen)
         return acts
@@ -396,10 +396,8 @@ class Model(Wrapped):
         """A TransformerLens `TransformerBridge` on a copy of the model; this model is left as it is."""
         return transformer_lens_bridge(self.hf, self.tokenizer, self.name)
 
-    def __repr__(self) -> str:
-        return (
-            f"Model({self.name}: {type(self.hf).__name__}, {self.n_layers} layers, d_model {self.d_model}, "
-            f"d_vocab {self.d_vocab}, {self.dtype} on {self.device}, fingerprint {self.fingerprint}"
-            + ("" if self.tokenizer else ", no tokenizer")
-            + ("".join(f"; edited: {edit}" for edit in self.active_edits()) + ")")
-        )
+    def _shown_line(self) -> str:
+        return super()._shown_line() + "".join(f"; edited: {edit}" for edit in self.active_edits())
+
+    def _shown_facts(self) -> dict[str, object]:
+        return {**super()._shown_facts(), "edited": "; ".join(self.active_edits()) or "by nothing"}

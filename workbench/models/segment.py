@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from workbench.core.display import OneLine
 from workbench.core.errors import EditError, InvalidInputError, ShapeError
+from workbench.core.numbers import counted
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.attach import Fn, attach
 from workbench.hooks.capture import EAGER_NOTE, Activations
@@ -35,7 +37,7 @@ _NO_LOGITS = "This segment ends before the logits. Make it with to='logits', or 
 
 
 @dataclass(frozen=True, eq=False)
-class Reached:
+class Reached(OneLine):
     """What one run of a segment reached.
 
     Attributes:
@@ -70,7 +72,7 @@ class _Finished(Exception):
     """Raised behind the last site that is wanted; the rest of the forward pass is not computed."""
 
 
-class Segment:
+class Segment(OneLine):
     """A batch that ran once, to be continued from one site as often as wanted, with other activations or under edits.
 
     Everything that the site does not reach stays as in the recorded run. The blocks behind the site are called with the
@@ -327,6 +329,9 @@ class Segment:
         end = self.first_block + len(self._blocks)
         blocks = f"blocks {self.first_block} to {end - 1}" if self._blocks else "no block"
         return f"{blocks} of {self._sites.n_layers}, on {tokens}"
+
+    def _shown_line(self) -> str:
+        return f"{counted(len(self._batch), 'rows')} from {self._point.site}: {self.how}"
 
     def _require_behind(self, plan: Plan, *, replaced: bool) -> None:
         edits, start = plan.intervention.edits, self._point.site

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from workbench.core.errors import EditError, SelfCheckError
+from workbench.core.html import Shown
+from workbench.core.numbers import counted
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.capture import Activations, capture
 from workbench.hooks.ends import embedding
@@ -19,11 +21,12 @@ from workbench.models.head import agree
 from workbench.models.innerchecks import Check, relative_error, sublayer_checks
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class CheckReport:
+class CheckReport(Shown):
     """Result of the self-check.
 
     Attributes:
@@ -49,6 +52,22 @@ class CheckReport:
                 f"The loaded model fails {len(failed)} of {len(self.checks)} checks: {'; '.join(failed)}. "
                 "Its edits can't be trusted; load it with check=False only to find out why."
             )
+
+    def frame(self) -> pd.DataFrame:
+        """One row per check, and one per site that was withdrawn or has no gradient."""
+        import pandas as pd
+
+        rows = [(check.name, "ok" if check.ok else "fails", check.detail) for check in self.checks]
+        rows += [(str(site), "withdrawn", why) for site, why in self.withdrawn.items()]
+        rows += [(str(site), "no gradient", why) for site, why in self.no_gradient.items()]
+        return pd.DataFrame(rows, columns=["what", "result", "detail"])
+
+    def _shown_line(self) -> str:
+        n_ok = sum(check.ok for check in self.checks)
+        parts = [f"{'ok' if self.ok else 'FAILS'}: {n_ok} of {counted(len(self.checks), 'checks')} hold"]
+        for what, sites in (("withdrawn", self.withdrawn), ("without gradient", self.no_gradient)):
+            parts += [f"{what}: {', '.join(map(str, sites))}"] if sites else []
+        return "; ".join(parts)
 
     def __str__(self) -> str:
         lines = [f"{'ok  ' if c.ok else 'FAIL'} {c.name}: {c.detail}" for c in self.checks]

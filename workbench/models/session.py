@@ -14,6 +14,8 @@ from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
+from workbench.core.html import Shown
+from workbench.core.numbers import counted
 from workbench.core.tokens import TokenBatch, encode
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.proof import EditReport
@@ -24,6 +26,7 @@ from workbench.models.sampling import Sampling
 from workbench.models.stopping import StopStrings
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import Cache
 
 
@@ -31,7 +34,7 @@ _OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "top_k", "top_p", "
 
 
 @checked
-class Session:
+class Session(Shown):
     """A conversation with a chat model; each turn feeds only what the model has not seen yet.
 
     The whole history is put through the chat template at every turn, and the cache is kept as far as its tokens agree.
@@ -211,5 +214,11 @@ class Session:
             self._is_entered = False
             self._plan.__exit__(kind, error, trace)
 
-    def __repr__(self) -> str:
-        return f"Session({self.n_exchanges} exchanges, {len(self._ids)} tokens known)"
+    def frame(self) -> pd.DataFrame:
+        """One row per message: role and content."""
+        import pandas as pd
+
+        return pd.DataFrame(self._messages, columns=["role", "content"])
+
+    def _shown_line(self) -> str:
+        return f"{counted(self.n_exchanges, 'exchanges')}, {counted(len(self._ids), 'tokens')} known"

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import html
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from workbench.hooks.sites import KINDS, SiteMap
+from workbench.core.errors import UnknownSiteError, did_you_mean
+from workbench.core.html import Shown, table
+from workbench.core.numbers import counted
+from workbench.hooks.sites import KINDS, Point, SiteMap, spanned
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
 
 _SIDES = {"in": "input", "out": "output", "inside": "inside"}
 
@@ -30,10 +38,18 @@ class SiteRow:
 
 
 @dataclass(frozen=True)
-class SiteTable:
-    """All kinds of site of one model."""
+class SiteTable(Shown):
+    """The sites of one model: an iterable of their names in the order of a forward pass, shown as a table of kinds.
+
+    A kind gives the names of all its layers: `sites["resid_post"]`, or `sites.resid_post`.
+
+    Attributes:
+        rows: one per kind of site, those that the model lacks included.
+        points: where each site of the model is.
+    """
 
     rows: tuple[SiteRow, ...]
+    points: tuple[Point, ...] = ()
 
     @classmethod
     def of(cls, sites: SiteMap) -> SiteTable:
@@ -43,14 +59,73 @@ class SiteTable:
             have = [point for site, point in sites.points.items() if site.kind == kind]
             reasons = dict.fromkeys(why for site, why in sites.missing.items() if site.kind == kind)
             name = kind if have and have[0].site.layer is None else f"{kind}.{{layer}}"
-            layers = [p.site.layer for p in have if p.site.layer is not None]
-            span = "" if not layers else f"{min(layers)}-{max(layers)}"
-            if layers and len(layers) != max(layers) - min(layers) + 1:
-                span = ", ".join(map(str, sorted(layers)))
+            span = spanned(point.site.layer for point in have)
             path = "" if not have else f"{have[0].path} ({_SIDES[have[0].side]})"
             shape = "" if not have else f"({', '.join(map(str, have[0].shape))})"
             rows.append(SiteRow(name, shape, span, path, "; ".join(reasons)))
-        return cls(tuple(rows))
+        points = sorted(sites.points.values(), key=lambda point: point.site.order)
+        return cls(tuple(rows), tuple(points))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all sites, in the order of a forward pass."""
+        return tuple(str(point.site) for point in self.points)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, kind: str) -> tuple[str, ...]:
+        """The names of one kind of site, in all its layers.
+
+        Raises:
+            UnknownSiteError: if the model has none of that kind.
+        """
+        if kind not in self._kinds:
+            raise UnknownSiteError(f"This model has no sites of kind {kind!r}. {did_you_mean(kind, self._kinds)}")
+        return tuple(str(point.site) for point in self.points if point.site.kind == kind)
+
+    def __getattr__(self, kind: str) -> tuple[str, ...]:
+        if kind not in KINDS:
+            raise AttributeError(f"A table of sites has no {kind!r}. {did_you_mean(kind, KINDS)}")
+        return self[kind]
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(point.site.kind for point in self.points))
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._kinds]
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self._kinds)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per site that the model has: name, kind, layer, shape, width, and the module that it belongs to."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "site": str(point.site), "kind": point.site.kind, "layer": point.site.layer, "shape": point.shape,
+                    "width": point.width, "module": point.path, "side": _SIDES[point.side],
+                }
+                for point in self.points
+            ]
+        ).astype({"layer": "Int64", "width": "Int64"})  # fmt: skip
+
+    def _shown_line(self) -> str:
+        spans = (f"{row.name.split('.')[0]}{'.' * bool(row.layers)}{row.layers}" for row in self.rows if row.shape)
+        return f"{counted(len(self), 'sites')}: {', '.join(spans)}; print() shows shapes"
+
+    def _shown_note(self) -> str:
+        return counted(len(self), "sites")
+
+    def _shown_parts(self) -> Iterable[Markup]:
+        rows = [(row.name, row.shape, row.layers, row.module, row.why_not) for row in self.rows]
+        yield table(("site", "shape", "layers", "module (first)", "why not"), rows)
 
     def __str__(self) -> str:
         head = ("site", "shape", "layers", "module (first)", "why not")
@@ -59,12 +134,3 @@ class SiteTable:
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body]
         )
-
-    def _repr_html_(self) -> str:
-        body = "".join(
-            "<tr>"
-            + "".join(f"<td>{html.escape(c)}</td>" for c in (r.name, r.shape, r.layers, r.module, r.why_not))
-            + "</tr>"
-            for r in self.rows
-        )
-        return f"<table><tr><th>site<th>shape<th>layers<th>module<th>why not</tr>{body}</table>"

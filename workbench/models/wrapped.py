@@ -15,8 +15,9 @@ from torch import Tensor
 from workbench.core.arguments import checked, shown
 from workbench.core.chats import Chat
 from workbench.core.errors import InvalidInputError, ShapeError
+from workbench.core.html import Shown
 from workbench.core.tokenizer import NoTokenizer, TokenizerLike
-from workbench.core.tokens import Bos, TokenBatch, encode
+from workbench.core.tokens import Bos, Column, TokenBatch, encode
 from workbench.core.wording import Wording
 from workbench.hooks.ends import embedding, unembedding
 from workbench.hooks.families import build_site_map, position_tables
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Texts = str | Sequence[str] | Chat | Sequence[Chat]
+Texts = str | Sequence[str] | Chat | Sequence[Chat] | Column
 Batch = TokenBatch | Texts | Int[Tensor, "batch pos"]
 
 
 @checked
-class Wrapped:
+class Wrapped(Shown):
     """A Hugging Face causal language model and its tokenizer; `Model` adds what can be done with them."""
 
     def __init__(
@@ -106,7 +107,7 @@ class Wrapped:
         """Token ids of text, texts or chat messages; the result says what was done about BOS and padding.
 
         Args:
-            value: a text, texts, a chat or chats.
+            value: a text, texts, a chat, chats, or a column of a pandas table, as `df["text"]`.
             bos: "auto" puts in front of a text what the tokenizer puts there, all of it; True adds BOS where that is
                 nothing; False adds nothing.
             **template_options: for the chat template, such as `enable_thinking=False`.
@@ -224,3 +225,23 @@ class Wrapped:
     def lens(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Logit lens: unembedding of the final norm of `x`, fp32, without bias and soft cap."""
         return (self.final_norm(x).to(self.W_U.device) @ self.W_U).to(x.device)
+
+    def _shown_line(self) -> str:
+        sizes = f"{self.n_layers} layers, d_model {self.d_model}, d_vocab {self.d_vocab}"
+        return (
+            f"{self.name}: {type(self.hf).__name__}, {sizes}, {self.dtype} on {self.device}, fingerprint "
+            f"{self.fingerprint}" + ("" if self.tokenizer else ", no tokenizer")
+        )
+
+    def _shown_note(self) -> str:
+        return self.name
+
+    def _shown_facts(self) -> dict[str, object]:
+        kinds = dict.fromkeys(site.kind for site in sorted(self.site_map.points, key=lambda site: site.order))
+        return {
+            "architecture": f"{type(self.hf).__name__}, {self.n_layers} layers, d_model {self.d_model}",
+            "vocabulary": f"{self.d_vocab} tokens" + ("" if self.tokenizer else ", no tokenizer"),
+            "weights": f"{self.dtype} on {self.device}, fingerprint {self.fingerprint}",
+            "longest row": f"{self.n_ctx} tokens",
+            "sites": ", ".join(kinds),
+        }

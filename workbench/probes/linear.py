@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.html import Shown
 from workbench.core.stats import Estimate, wilson
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class Probe(Shown):
     """A linear classifier of two classes; class 1 where `x @ w + b > 0`.
 
     Attributes:
@@ -47,7 +49,7 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeOptions:
+class ProbeOptions(OneLine):
     """How a probe is fitted.
 
     Attributes:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-from workbench.report.plots import DARK, LIGHT, colour_css
+from workbench.core.display import clipped
+from workbench.report.blockhtml import block_html
+from workbench.report.blocks import Block, Table, Text
+from workbench.report.plots import DARK, LIGHT, colour_css, drawn_once
 from workbench.report.section import Section
 from workbench.report.sectionhtml import badge, number_html, section_body
 from workbench.report.text import sentence, visible
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 _FOLDER = Path(__file__).parent
+
+NOTEBOOK_BYTES = 120_000
+"""What the blocks of a section may take in a notebook, which keeps every output that was shown."""
+_NOTEBOOK_ROWS, _NOTEBOOK_TEXT = 50, 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +60,32 @@ def page_html(page: Page) -> str:
 
 
 def section_html(section: Section) -> str:
-    """One section for a notebook: carries its own style and changes nothing outside itself."""
-    style = style_css(scope=".wb-report")
-    return str(
-        Markup('<div class="wb-report"><style>{}</style>{}</div>').format(Markup(style), section_body(section, 3))
-    )
+    """One section for a notebook: carries its own style, changes nothing outside itself, and is bounded.
+
+    Of a long table the first rows are shown, and of a section as many blocks as fit `NOTEBOOK_BYTES`.
+    """
+    style, room = style_css(scope=".wb-report"), NOTEBOOK_BYTES
+    blocks: list[Block] = []
+    with drawn_once():
+        for block in map(_shortened, section.blocks):
+            room -= len(block_html(block).encode())
+            if room < 0:
+                blocks.append(Text(f"{len(section.blocks) - len(blocks)} more parts are in section().blocks."))
+                break
+            blocks.append(block)
+        findings = tuple(clipped(text, _NOTEBOOK_TEXT) for text in section.findings[:_NOTEBOOK_ROWS])
+        metrics = dict(itertools.islice(section.metrics.items(), _NOTEBOOK_ROWS))
+        short = replace(section, blocks=tuple(blocks), findings=findings, metrics=metrics)
+        body = section_body(short, 3)
+    return str(Markup('<div class="wb-report"><style>{}</style>{}</div>').format(Markup(style), body))
+
+
+def _shortened(block: Block) -> Block:
+    """A table with its first rows only; other blocks as they are."""
+    if not isinstance(block, Table) or len(block.rows) <= _NOTEBOOK_ROWS:
+        return block
+    about = f"The first {_NOTEBOOK_ROWS} of {len(block.rows)} rows."
+    return replace(block, rows=block.rows[:_NOTEBOOK_ROWS], caption=" ".join(filter(None, [block.caption, about])))
 
 
 def style_css(scope: str = ":root") -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NotRequired, TypedDict, overload
 
+from workbench.core.display import OneLine
 from workbench.core.records import to_jsonable
 from workbench.core.stats import Estimate
 from workbench.report.blocks import Block, Table, Text
@@ -15,7 +16,7 @@ Metric = Estimate | float | int | str
 
 
 @dataclass(frozen=True)
-class Section:
+class Section(OneLine):
     """One step of a study: its headline, what to show, what was found in plain words, and the numbers to keep.
 
     Attributes:

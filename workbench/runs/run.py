@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import cast
 
 from workbench.core.atomic import refuse_address
+from workbench.core.display import OneLine
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, WorkbenchError, did_you_mean
 from workbench.core.jsontext import content_of
 from workbench.core.locks import lock_folder, lock_moved, remove_dead, unlock_folder
@@ -48,7 +49,7 @@ _READ_AGAIN = {
 """Of env.json, what a continued run or its report uses."""
 
 
-class RunDir:
+class RunDir(OneLine):
     """The folder of one run: `runs/<utc time>-<name>-<short id>/`.
 
     ```
@@ -68,8 +69,8 @@ class RunDir:
         self.path, self.name = path, name
         self._made: tuple[Path, ...] = ()  # folders around it that are its own
 
-    def __repr__(self) -> str:
-        return f"RunDir({str(self.path)!r}, steps={list(self.steps())}, finished={self.finished})"
+    def _shown_line(self) -> str:
+        return f"{str(self.path)!r}, steps={list(self.steps())}, finished={self.finished}"
 
     @classmethod
     def create(cls, name: str, config: object, root: str | os.PathLike[str] = "runs") -> RunDir:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, UnknownNameError, did_you_mean
 from workbench.core.registry import Registry
 from workbench.saes.architectures.base import Architecture
@@ -64,7 +65,7 @@ class LensSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArchitectureSpec:
+class ArchitectureSpec(OneLine):
     """Everything that a kind of SAE is; registered in `ARCHITECTURES` by the file that defines it.
 
     Attributes:
@@ -108,7 +109,7 @@ def architecture_name(name: str) -> str:
 
 @checked
 @dataclass(frozen=True, kw_only=True)
-class SAEConfig:
+class SAEConfig(OneLine):
     """An SAE or transcoder and its training.
 
     Activations are scaled to a variance of 1 per dimension and `b_dec` starts at their mean; the scale is folded into

@@ -16,6 +16,7 @@ from workbench.activations.store import ActivationStore
 from workbench.bases.fits import placed_at
 from workbench.bases.sae import AnySAE
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.engine.keeper import Keeper
 from workbench.features.card import Explanation, FeatureCard, LensToken, Neighbour, Window
@@ -42,7 +43,7 @@ _SCORES = ("input_score", "output_score", "output_score_delta")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardOptions:
+class CardOptions(OneLine):
     """Contents of cards.
 
     Attributes:

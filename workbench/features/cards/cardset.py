@@ -5,20 +5,24 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from workbench.core.arguments import checked
 from workbench.core.atomic import replacing
 from workbench.core.errors import CorruptFileError, InvalidInputError
+from workbench.core.html import MOST_ROWS, Shown, table
 from workbench.core.jsontext import Record, content_of, parse_json
+from workbench.core.numbers import counted
 from workbench.core.progress import track
 from workbench.core.records import from_jsonable, to_jsonable
 from workbench.features.card import FeatureCard
 from workbench.features.parquet import reading, with_header
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
     from pyarrow.parquet import ParquetFile
 
 CARDS_FILE = "cards.parquet"
@@ -38,7 +42,7 @@ class CardSource(Protocol):
 
 
 @checked
-class CardSet:
+class CardSet(Shown):
     """Cards of some features, made or read on access; `cards[i]` is the card of feature i.
 
     Attributes:
@@ -103,8 +107,22 @@ class CardSet:
             features = tuple(int(feature) for feature in file.read(columns=["feature"])["feature"].to_pylist())
         return cls(features, header["meta"], _Stored(place, file))
 
-    def __repr__(self) -> str:
-        return f"CardSet({len(self)} features of {self.meta.get('site')} in {self.meta.get('model')})"
+    def frame(self) -> pd.DataFrame:
+        """One row per card: feature, frequency, largest activation, flags, explanation, promoted tokens; makes all."""
+        return self._frame(len(self))
+
+    def _frame(self, n: int) -> pd.DataFrame:
+        """The first rows of `frame`."""
+        import pandas as pd
+
+        return pd.DataFrame([_shown(self._source.card(place)) for place in range(min(n, len(self)))])
+
+    def _shown_line(self) -> str:
+        return f"{counted(len(self), 'features')} of {self.meta.get('site')} in {self.meta.get('model')}"
+
+    def _shown_parts(self) -> Iterable[Markup]:
+        cards = self._frame(MOST_ROWS)
+        yield table(list(cards.columns), cards.itertuples(index=False, name=None), total=len(self))
 
 
 class _Stored:
@@ -127,6 +145,14 @@ class _Stored:
         where = f"{self._path}: card {place}"
         with content_of(where, AGAIN):
             return from_jsonable(FeatureCard, parse_json(self._cards[place - self._first[group]], where, remedy=AGAIN))
+
+
+def _shown(card: FeatureCard) -> dict[str, object]:
+    return {
+        "feature": card.feature, "frequency": card.frequency, "max_act": card.max_act, "flags": ", ".join(card.flags),
+        "explanation": None if card.explanation is None else card.explanation.text,
+        "promoted": " · ".join(token.token for token in card.promoted[:6]),
+    }  # fmt: skip
 
 
 def _row(card: FeatureCard) -> Record:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.controls.overlap import NULL_SEED, NULLS
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.similarity import SparseMatrix, cosines
 from workbench.features.card import Neighbour
@@ -24,7 +25,7 @@ NULL_QUANTILE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighbourOptions:
+class NeighbourOptions(OneLine):
     """How neighbours are found.
 
     Attributes:

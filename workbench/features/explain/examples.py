@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.features.explain.rulefit import RuleData
 from workbench.features.explain.rules import REACH, TokenView
@@ -19,7 +20,7 @@ _SPLIT, _SILENT = 0x5911, 0x511E
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExampleOptions:
+class ExampleOptions(OneLine):
     """How windows are divided.
 
     Attributes:
@@ -85,7 +86,7 @@ def joined(parts: Sequence[Windows]) -> Windows:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Examples:
+class Examples(OneLine):
     """The windows that one feature is explained from and tested on; no document is in both.
 
     Attributes:

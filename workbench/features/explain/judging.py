@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from workbench.activations.store import ActivationStore
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError
 from workbench.core.stats import Estimate, wilson
 from workbench.features.card import Explanation
@@ -118,7 +119,7 @@ class _Asking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateOptions:
+class GateOptions(OneLine):
     """How a judge is tried.
 
     Attributes:

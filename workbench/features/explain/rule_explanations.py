@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from workbench.core.html import Shown
 from workbench.core.progress import task
 from workbench.core.stats import Estimate
 from workbench.engine.keeper import Keeper
@@ -35,7 +36,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
-class RuleExplanation:
+class RuleExplanation(Shown):
     """A rule for one feature.
 
     Attributes:

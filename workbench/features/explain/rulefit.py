@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError
 from workbench.features.explain.rules import (
     REACH,
@@ -33,7 +34,7 @@ _MOST_CANDIDATES = 40
 
 
 @dataclass(frozen=True, eq=False)
-class RuleData:
+class RuleData(OneLine):
     """Tokens from which a rule is chosen, and on which of them the feature is active."""
 
     view: TokenView

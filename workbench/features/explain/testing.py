@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from workbench.controls.area import chance_above
 from workbench.core.errors import DegenerateInputError, ShapeError
+from workbench.core.html import Shown
 from workbench.core.stats import Estimate, wilson
 from workbench.features.explain.examples import Examples, Windows, joined
 
@@ -229,7 +230,7 @@ def _estimate(point: float, draws: np.ndarray, n: int) -> Estimate:
 
 
 @dataclass(frozen=True)
-class IntruderScore:
+class IntruderScore(Shown):
     """Whether windows with a feature can be told from one without it by likeness alone, without any explanation.
 
     Attributes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,17 +13,22 @@ from torch import Tensor
 from workbench.activations.store import ActivationStore
 from workbench.bases.sae import AnySAE
 from workbench.core.codec import token_bytes
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
+from workbench.core.html import Shown
 from workbench.core.tokenizer import TokenizerLike
 from workbench.features.passes.sampling import MISSING as MISSING
 from workbench.features.passes.store_pass import SAEFeatures
 from workbench.features.passes.windows import WindowOptions, collect_windows
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _MARK = "\u2063"
 
 
 @dataclass(frozen=True)
-class ContextOptions:
+class ContextOptions(OneLine):
     """How contexts are collected.
 
     Attributes:
@@ -48,7 +54,7 @@ class ContextOptions:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TopContexts:
+class TopContexts(Shown):
     """The contexts in which each feature is most active, strongest first; `MISSING` and 0 where there are fewer.
 
     Attributes:
@@ -69,6 +75,17 @@ class TopContexts:
     max_act: Float[Tensor, " features"]
     n_tokens: int
     texts: tuple[tuple[str, ...], ...]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per context, by feature in the order asked for: rank, activation, token id, place, text."""
+        import pandas as pd
+
+        feature, rank = (self.tokens != MISSING).nonzero(as_tuple=True)
+        at = {
+            name: getattr(self, name)[feature, rank].cpu().numpy() for name in ("acts", "tokens", "rows", "positions")
+        }
+        texts = [self.texts[f][r] if r < len(self.texts[f]) else "" for f, r in zip(feature, rank, strict=True)]
+        return pd.DataFrame({"feature": feature.cpu().numpy(), "rank": rank.cpu().numpy(), **at, "text": texts})
 
     @property
     def counts(self) -> Int[Tensor, " features"]:

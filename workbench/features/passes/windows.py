@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.features.passes.coactivation import CoActivationSample, CoSample
 from workbench.features.passes.repeats import repeated_documents
@@ -31,7 +32,7 @@ _BACKGROUND = 0x0BAC
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowOptions:
+class WindowOptions(OneLine):
     """What is kept of each feature.
 
     Attributes:
@@ -122,7 +123,7 @@ class Background:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FeatureWindows:
+class FeatureWindows(OneLine):
     """Result of one pass.
 
     Attributes:

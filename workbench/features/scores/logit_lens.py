@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +13,12 @@ from torch import Tensor
 from workbench.bases.fits import placed_at
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, WidthError
+from workbench.core.html import Shown
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _SLAB_VALUES, _LEAST_ROWS = 2**24, 128
 """Logits held at once; fewest rows at which a product with the unembedding is efficient."""
@@ -23,11 +28,19 @@ IN_RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp
 
 
 @dataclass(frozen=True, eq=False)
-class LensTokens:
+class LensTokens(Shown):
     """The top tokens of some directions under the logit lens, best first."""
 
     ids: Int[Tensor, "directions k"]
     values: Float[Tensor, "directions k"]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per direction and token: direction, rank, token id, value."""
+        import pandas as pd
+
+        direction, rank = (part.numpy() for part in torch.ones(self.ids.shape).nonzero(as_tuple=True))
+        ids, values = self.ids.flatten().cpu().numpy(), self.values.detach().float().flatten().cpu().numpy()
+        return pd.DataFrame({"direction": direction, "rank": rank, "token_id": ids, "value": values})
 
 
 def slab_rows(d_vocab: int) -> int:
@@ -36,11 +49,18 @@ def slab_rows(d_vocab: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class LensEnds:
+class LensEnds(Shown):
     """Both ends of the logit lens: what some directions promote, and what they suppress, strongest first."""
 
     promoted: LensTokens
     suppressed: LensTokens
+
+    def frame(self) -> pd.DataFrame:
+        """The rows of both ends; the column `end` says which."""
+        import pandas as pd
+
+        ends = {"promoted": self.promoted, "suppressed": self.suppressed}
+        return pd.concat([tokens.frame().assign(end=end) for end, tokens in ends.items()], ignore_index=True)
 
 
 def lens_tokens(model: Model, directions: Float[Tensor, "directions d_model"], k: int = 20) -> LensTokens:

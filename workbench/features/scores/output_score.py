@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.html import Shown
 from workbench.core.metrics import Standing, standing
 from workbench.core.progress import Task, task
 from workbench.features.scores.last_token import LastToken, fp32_copy
@@ -20,9 +22,12 @@ from workbench.features.scores.logit_lens import LensTokens, feature_ids, lens_t
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 @dataclass(frozen=True)
-class OutputOptions:
+class OutputOptions(OneLine):
     """How output scores are measured.
 
     Attributes:
@@ -64,7 +69,7 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class OutputScores:
+class OutputScores(Shown):
     """Output scores of some directions.
 
     Attributes:
@@ -91,6 +96,13 @@ class OutputScores:
     lens: LensTokens
     skipped_blocks: bool
     by_prompt: Float[Tensor, "prompts directions"]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per direction: its scores, their bound, and t* with its id."""
+        import pandas as pd
+
+        names = ("score", "delta", "confidence", "bound", "token")
+        return pd.DataFrame({name: getattr(self, name).detach().cpu().numpy() for name in names})
 
 
 def confidence(logits: Float[Tensor, "rows d_vocab"], k: int = 1) -> Float[Tensor, " rows"]:

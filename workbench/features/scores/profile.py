@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from workbench.controls.directions import random_directions
 from workbench.core.errors import InvalidInputError, ShapeError
+from workbench.core.html import Shown
 from workbench.core.progress import track
 from workbench.features.scores.last_token import LastToken, fp32_copy
 from workbench.features.scores.logit_lens import lens_tokens, slab_rows
@@ -18,9 +20,12 @@ from workbench.features.scores.output_score import rank_score
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 @dataclass(frozen=True, eq=False)
-class DepthScores:
+class DepthScores(Shown):
     """Output scores of directions by layer.
 
     Attributes:
@@ -32,6 +37,13 @@ class DepthScores:
     layers: tuple[int, ...]
     score: Float[Tensor, "layers directions"]
     random: Float[Tensor, "layers controls"]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per layer: means over the directions and over the random ones."""
+        import pandas as pd
+
+        means = {name: getattr(self, name).float().mean(1).cpu().numpy() for name in ("score", "random")}
+        return pd.DataFrame({"layer": self.layers, **means})
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from workbench.activations.store import ActivationStore
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.directions import random_directions
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, did_you_mean
 from workbench.core.jsontext import Record
 from workbench.features.passes.contexts import MISSING, ContextOptions, TopContexts, top_contexts
@@ -31,7 +32,7 @@ _OF_DECODER = ("input_score", "output_score", "output_score_delta", "confidence_
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
+class ScoreOptions(OneLine):
     """Details of scoring that rarely change; see `OutputOptions`.
 
     Attributes:

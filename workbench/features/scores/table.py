@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,9 @@ from workbench.core.errors import (
     UnknownNameError,
     did_you_mean,
 )
+from workbench.core.html import MOST_ROWS, Shown, table
 from workbench.core.jsontext import Record
+from workbench.core.numbers import counted
 from workbench.core.records import from_jsonable
 from workbench.features.parquet import reading, with_header
 from workbench.features.scores.origin import origin, require_same_origin
@@ -30,6 +31,8 @@ from workbench.features.scores.score_report import FeatureScoreReport, score_rep
 from workbench.models.model import Model
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
     from pyarrow import Table
 
 IN_RUN = "artifacts/features"
@@ -44,7 +47,7 @@ COLUMNS = (
 
 @checked
 @dataclass(frozen=True, eq=False)
-class FeatureTable:
+class FeatureTable(Shown):
     """Scores of SAE features.
 
     Attributes:
@@ -60,6 +63,10 @@ class FeatureTable:
 
     def __len__(self) -> int:
         return len(self.df)
+
+    def frame(self) -> pd.DataFrame:
+        """`df`, as every result with rows has it."""
+        return self.df
 
     def check(self, model: Model, sae: AnySAE) -> None:
         """Refuses a table of another model or SAE; what the table does not record is not checked.
@@ -184,18 +191,18 @@ class FeatureTable:
             controls = from_jsonable(dict[str, tuple[float, ...]], header["controls"])
             return cls(df, from_jsonable(Record, header["meta"]), controls)
 
-    def __repr__(self) -> str:
+    def _shown_line(self) -> str:
         where = f"{self.meta.get('site')} in {self.meta.get('model')}"
-        return f"FeatureTable({len(self)} features of {where}: columns {', '.join(COLUMNS)})"
+        return f"{counted(len(self), 'features')} of {where}: columns {', '.join(COLUMNS)}"
 
-    def _repr_html_(self) -> str:
-        best = self.df.sort_values("output_score", ascending=False)[:20]
-        shown = ("feature", "output_score", "input_score", "frequency", "max_act", "top_tokens", "contexts")
-        head = "".join(f"<th>{name}</th>" for name in shown)
-        rows = ("".join(f"<td>{_cell(row[name])}</td>" for name in shown) for _, row in best.iterrows())
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        caption = f"{len(self)} features; the 20 with the highest output score"
-        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+    def _shown_note(self) -> str:
+        return f"{counted(len(self), 'features')}, those with the highest output score first"
+
+    def _shown_parts(self) -> Iterable[Markup]:
+        shown = ["feature", "output_score", "input_score", "frequency", "max_act", "top_tokens", "contexts"]
+        best = self.df.sort_values("output_score", ascending=False)[shown].head(MOST_ROWS)
+        rows = [[_cell(value) for value in row] for row in best.itertuples(index=False, name=None)]
+        yield table(shown, rows, total=len(self))
 
 
 def _typed(rows: Table, path: Path) -> Table:
@@ -213,9 +220,6 @@ def _typed(rows: Table, path: Path) -> Table:
     return rows
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float | np.floating):
-        return f"{float(value):.3g}"
-    if isinstance(value, list | tuple | np.ndarray):
-        return html.escape(" · ".join(repr(str(v))[1:-1] for v in list(value)[:6]))
-    return html.escape(str(value))
+def _cell(value: object) -> object:
+    """A cell of the table; of a list of texts the first six."""
+    return " · ".join(str(part) for part in list(value)[:6]) if isinstance(value, list | tuple | np.ndarray) else value

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from workbench.glitch.verification.verify import VERDICTS, VERIFIED, verdict
 from workbench.glitch.vocabulary.tokenizer import CATEGORIES
 from workbench.models.model import Model
 from workbench.report.base import Block, Histogram, Metric, Table, Text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 USUAL_SHARE = 0.02
 """The share of a ranking that is usually tested and nothing else."""
@@ -43,7 +46,7 @@ def run_census(model: Model, plan: CensusPlan, folder: Path | None = None) -> Ce
 
 @dataclass(frozen=True, eq=False)
 class CensusReport(TokenReport):
-    """Result of `run_census`. `df` has every token; `save` writes the tables. Arrays are indexed by token id.
+    """Result of `run_census`. `frame` has every token; `save` writes the tables. Arrays are indexed by token id.
 
     Attributes:
         short: probability of the token in the short prompt; nan where it was not tested.
@@ -123,10 +126,9 @@ class CensusReport(TokenReport):
         late = ranked[len(ranked) // 2 :]
         return rate(self.glitch[late][self.tested[late]].tolist(), "tokens")
 
-    @property
-    def df(self) -> Any:  # pandas has no types here
+    def frame(self) -> pd.DataFrame:
         """One row per id, the most suspicious first, as a pandas table; `max_prob` is nan where a token was not run."""
-        frame = self.plan.scan.df
+        frame = self.plan.scan.frame()
         ids = frame["token_id"].to_numpy()
         frame["max_prob"], frame["short_prob"] = self.best[ids], self.short[ids]
         frame["verdict"] = list(map(self._verdict, ids.tolist()))
@@ -142,7 +144,7 @@ class CensusReport(TokenReport):
         folder.mkdir(parents=True, exist_ok=True)
         save_json(folder / "glitch.json", self.plan.scan.to_json())
         save_json(folder / "census.json", self.to_json())
-        return write_table(self.df, folder / "tokens.csv")
+        return write_table(self.frame(), folder / "tokens.csv")
 
     def to_json(self) -> dict[str, Json]:
         """Everything except the table of all tokens: the glitch tokens are here."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require
 from workbench.core.progress import clock
 from workbench.glitch.counting.sampling import by_rank, draw
@@ -24,7 +25,7 @@ NO_TEST = ("no_token", "no_row")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CensusOptions:
+class CensusOptions(OneLine):
     """What a census runs.
 
     Attributes:

@@ -13,7 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.core.codec import token_bytes
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require, require_known
+from workbench.core.html import Shown
 from workbench.glitch.ranking.weights import Matrix, TokenMatrices, in_memory
 from workbench.glitch.vocabulary.segments import Pieces, Speller
 from workbench.glitch.vocabulary.tokenizer import Vocabulary, vocabulary_of
@@ -34,7 +36,7 @@ BLOCKED = -1e4
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepairOptions:
+class RepairOptions(OneLine):
     """What the new rows are made of.
 
     Attributes:
@@ -60,7 +62,7 @@ class RepairOptions:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Repair:
+class Repair(Shown):
     """New rows for some tokens of one model.
 
     Attributes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from workbench.core.display import OneLine
+from workbench.core.html import Shown
 from workbench.core.jsontext import Record
 from workbench.glitch.ranking.indicators import Separation
 from workbench.glitch.ranking.reference import Reference
@@ -20,12 +22,15 @@ from workbench.glitch.verification.verify import Tested, Verification
 from workbench.glitch.vocabulary.taxonomy import Nature
 from workbench.glitch.vocabulary.tokenizer import LossyByte
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 NO_TEXT = ("partial_utf8", "unreachable_special", "unreachable_single", "unreachable_multi", "dropped")
 """Categories of tokens that no text gives; they can be tested by their ids alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerFacts:
+class TokenizerFacts(OneLine):
     """Counts of the tokenizer's side.
 
     Attributes:
@@ -45,7 +50,7 @@ class TokenizerFacts:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TokenTable:
+class TokenTable(Shown):
     """Columns of the result; index = token id = row of the matrix.
 
     Attributes:
@@ -71,6 +76,13 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self.token)
 
+    def frame(self) -> pd.DataFrame:
+        """One row per token id."""
+        import pandas as pd
+
+        columns = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "indicators"}
+        return pd.DataFrame({**columns, **self.indicators})
+
     @property
     def ordinary(self) -> np.ndarray:
         """Reachable text tokens that are neither special nor named as reserved."""
@@ -78,7 +90,7 @@ class TokenTable:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ScanResult:
+class ScanResult(OneLine):
     """Everything that `scan` measured.
 
     Attributes:
@@ -158,8 +170,7 @@ class ScanResult:
         ids = np.flatnonzero(chosen)
         return ids[np.argsort(self.table.indicator[ids], kind="stable")].tolist()
 
-    @property
-    def df(self) -> Any:  # pandas has no types here
+    def frame(self) -> pd.DataFrame:
         """One row per id, the most suspicious first, as a pandas table.
 
         `max_prob` is nan where a token was not run. `p_bound` is the certificate 1/k of k identical rows: whatever the
@@ -188,8 +199,8 @@ class ScanResult:
         return pd.DataFrame(columns).sort_values("indicator", kind="stable", ignore_index=True)
 
     def to_csv(self, path: str | Path) -> Path:
-        """Writes `df` as CSV that a spreadsheet can open, and returns the path."""
-        return write_table(self.df, Path(path))
+        """Writes `frame` as CSV that a spreadsheet can open, and returns the path."""
+        return write_table(self.frame(), Path(path))
 
     def row(self, i: int) -> Record:
         """One token as plain values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from workbench.glitch.vocabulary.tokenizer import Vocabulary, matched_controls, 
 from workbench.models.model import Model
 from workbench.report.base import Block, Metric, Table, Text
 from workbench.saes.evaluation.splice import SpliceReader
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TOP = 30
 
@@ -93,8 +96,7 @@ class GlitchFeatures(TokenReport):
         """Features that fire more on glitch tokens."""
         return tuple(row for row in self.rows if row.difference.value > 0)
 
-    @property
-    def df(self) -> Any:  # pandas has no types here
+    def frame(self) -> pd.DataFrame:
         """One row per feature that differs, as a pandas table."""
         import pandas as pd
 

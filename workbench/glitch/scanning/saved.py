@@ -115,7 +115,7 @@ def check_grades(grades: Iterable[str]) -> tuple[str, ...]:
 
 def of_report(report: GlitchReport, origin: str = "scanned now") -> SavedScan:
     """The facts of a scan that was just made."""
-    rows = report.df.sort_values("token_id").to_dict("records")
+    rows = report.frame().sort_values("token_id").to_dict("records")
     facts = {row["token_id"]: _fact(row, shown(row["token"]), row["candidate"]) for row in rows}
     return SavedScan(
         model=report.model, origin=origin, tokens=facts, complete=True, lossy=report.tokenizer.lossy,

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from workbench.core.codec import Codec, codec_in, codec_of, codec_of_gguf
+from workbench.core.display import OneLine
 from workbench.core.errors import (
     DegenerateInputError,
     InvalidInputError,
@@ -52,7 +53,7 @@ _NO_WORDS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanOptions:
+class ScanOptions(OneLine):
     """What a scan looks for and how much it tests.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from workbench.glitch.verification.verify import VERIFIED
 from workbench.hooks.ends import embedding
 from workbench.models.model import Model
 from workbench.report.base import Block, Lines, Metric, Series, Table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _POINTS = 120
 _ROWS = 60
@@ -162,8 +165,7 @@ class SearchReport(TokenReport):
             "metrics": self.metrics(), "findings": list(self.findings()),
         })  # fmt: skip
 
-    @property
-    def df(self) -> Any:  # pandas has no types here
+    def frame(self) -> pd.DataFrame:
         """One row per run, as a pandas table."""
         import pandas as pd
 

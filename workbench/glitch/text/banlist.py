@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require, require_known
+from workbench.core.html import Shown
 from workbench.core.records import save_json, write_atomic
 from workbench.glitch.reporting import sentences
 from workbench.glitch.scanning.saved import GRADES, SavedScan, TokenFact, check_grades
@@ -44,7 +45,7 @@ _RANK = {grade: k for k, grade in enumerate(GRADES)}
 
 
 @dataclass(frozen=True, eq=False)
-class BanList:
+class BanList(Shown):
     """Ids to ban, the best founded first, and by reason those that were left out."""
 
     model: str

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, require
 from workbench.core.metrics import token_log_probabilities
 from workbench.core.progress import task
@@ -28,7 +29,7 @@ VERIFIED = 0.01
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(OneLine):
     """How tokens are tested.
 
     Attributes:

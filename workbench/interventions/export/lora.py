@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import CorruptFileError, DegenerateInputError, EditError, MissingFileError, ShapeError
+from workbench.core.numbers import counted
 from workbench.core.records import load_json, write_atomic
 from workbench.hooks.ends import embedding, unembedding
 from workbench.hooks.sites import SiteMap
@@ -140,7 +142,7 @@ def _config(hf: PreTrainedModel, folded: list[FoldedWriter], rank: int, has_bias
     }
 
 
-class MergedLora:
+class MergedLora(OneLine):
     """An adapter merged into a model until `unmerge`, or until the end of a `with` block.
 
     The model's own parameters are set aside and not written to, so that unmerging restores them bit for bit, and tied
@@ -179,6 +181,9 @@ class MergedLora:
         for module, name, original in reversed(self._originals):
             setattr(module, name, original)
         self._originals = []
+
+    def _shown_line(self) -> str:
+        return f"{counted(len(self.modules), 'modules')}, {'merged' if self._originals else 'not merged'}"
 
     def __enter__(self) -> MergedLora:
         if not self._originals:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.core.errors import NotExactlyExportable
+from workbench.core.html import Shown
 from workbench.hooks.ends import embedding
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.intervention import Intervention
@@ -25,7 +26,7 @@ _ROWS, _TOKENS = 2, 12
 
 
 @dataclass(frozen=True, eq=False)
-class Exported:
+class Exported(Shown):
     """An exported intervention.
 
     Attributes:

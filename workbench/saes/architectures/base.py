@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.saes.kernels.sparse import Products, SparseActs, SparseProducts
 from workbench.saes.kernels.weights import SAEWeights
@@ -19,7 +20,7 @@ NO_VARIANCE = 1e-10
 
 
 @dataclass(frozen=True)
-class AuxTask:
+class AuxTask(OneLine):
     """The auxiliary loss (AuxK) that revives dead features: they alone must explain the residual.
 
     Attributes:
@@ -37,7 +38,7 @@ class AuxTask:
 
 
 @dataclass(frozen=True)
-class StepOptions:
+class StepOptions(OneLine):
     """What may differ from step to step.
 
     Attributes:
@@ -56,7 +57,7 @@ class StepOptions:
 
 
 @dataclass(frozen=True)
-class StepResult:
+class StepResult(OneLine):
     """What one training step computed; tensors stay on the device.
 
     Attributes:
@@ -179,7 +180,7 @@ class DenseBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseLosses:
+class DenseLosses(OneLine):
     """What a dense forward pass gives; see `StepResult`.
 
     Attributes:
@@ -197,7 +198,7 @@ class DenseLosses:
     threshold: Float[Tensor, ""]
 
 
-class Architecture(abc.ABC):
+class Architecture(OneLine, abc.ABC):
     """One kind of SAE: its first weights, a training step, its activations, and bounds after a step.
 
     A kind gives `_step` and `_encode`; the rest has defaults. `target` is None for an SAE, which reads `x - b_dec` and

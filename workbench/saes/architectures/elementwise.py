@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.saes.architectures.base import Architecture, Batch, StepOptions, StepResult
 from workbench.saes.architectures.reconstruction import smallest_positive, squared_norm
@@ -35,7 +36,7 @@ Spread = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Forward:
+class Forward(OneLine):
     """What the entries contribute.
 
     Attributes:
@@ -48,7 +49,7 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class Backward:
+class Backward(OneLine):
     """Gradients with respect to what each entry used.
 
     Attributes:

@@ -15,6 +15,7 @@ from workbench.bases.base import Basis
 from workbench.bases.kinds.random import random_like
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.metrics import dead_share, decoder_norm_summary, squared_error
 from workbench.core.progress import task
@@ -33,7 +34,7 @@ DENSE = {"1%": 0.01, "10%": 0.10}
 
 @checked
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(OneLine):
     """How an SAE is evaluated.
 
     Attributes:

@@ -187,9 +187,9 @@ class FitReport(Report):
             advice = f"Pass scale={named.how.removeprefix('at scale ')}, or {anyway} to use it as it is."
         raise MismatchError(f"The SAE does not fit: {self.findings()[0]} {advice}")
 
-    def __repr__(self) -> str:
+    def _shown_line(self) -> str:
         state = "does not fit" if not self.ok else "of no use" if self.claimed.standardised >= USELESS else "ok"
-        return f"FitReport({state}: {self.findings()[0]})"
+        return f"{state}: {self.findings()[0]}"
 
 
 Batch = Sequence[str] | Int[Tensor, "rows pos"] | TokenBatch | ActivationStore

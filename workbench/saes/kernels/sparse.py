@@ -13,11 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from workbench.core.display import OneLine
+
 ENTRIES_PER_CHUNK = 2**16
 
 
 @dataclass(frozen=True)
-class SparseActs:
+class SparseActs(OneLine):
     """Feature activations of some tokens; an entry may be zero where fewer than k pre-activations were positive.
 
     Attributes:
@@ -120,7 +122,7 @@ class SparseActs:
 
 
 @dataclass(frozen=True)
-class FeatureLists:
+class FeatureLists(OneLine):
     """The tokens of each feature: the transpose of a `SparseActs`. Sums do not depend on thread timing.
 
     Attributes:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.core.display import OneLine
+
 
 @dataclass
-class SAEWeights:
+class SAEWeights(OneLine):
     """Parameters, or their gradients; mutable, because the optimiser writes them in place.
 
     Attributes:

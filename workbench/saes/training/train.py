@@ -10,6 +10,7 @@ from pathlib import Path
 from workbench.activations.store import ActivationStore, open_store
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
+from workbench.core.html import Shown
 from workbench.core.locks import in_use
 from workbench.saes.config import SAEConfig
 from workbench.saes.training.batches import OrderKey
@@ -22,7 +23,7 @@ __all__ = ["SAERun", "adam_step", "sweep_names", "train_sae", "train_saes"]
 
 
 @dataclass(frozen=True)
-class SAERun:
+class SAERun(Shown):
     """A finished training run.
 
     Attributes:

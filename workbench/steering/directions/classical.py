@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.bases.sae import AnySAE
 from workbench.controls.tokens import TokenPolicy
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.registry import Registry
 from workbench.core.tokens import TokenBatch
@@ -25,7 +26,7 @@ WHITENING_FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
-class Concept:
+class Concept(OneLine):
     """A concept, given by texts that have it and texts that do not.
 
     Attributes:
@@ -90,7 +91,7 @@ METHODS: Registry[DirectionMethod] = Registry("direction method")
 
 
 @dataclass(frozen=True)
-class DirectionOptions:
+class DirectionOptions(OneLine):
     """How directions are found.
 
     Attributes:

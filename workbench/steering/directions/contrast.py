@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.html import Shown
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
 
@@ -112,7 +113,7 @@ def directions_by_position(
 
 
 @dataclass(frozen=True, eq=False)
-class TwoByTwo:
+class TwoByTwo(Shown):
     """What the kind of reply and the kind of prompt each do to the activations, told apart.
 
     Four cells: harmful and harmless prompts, each with a refusal and with a compliant reply.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workbench.core.display import OneLine
 from workbench.core.stats import Estimate
 
 BROKEN_NATS = 1.0
@@ -32,7 +33,7 @@ class Contrast:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefusalArm:
+class RefusalArm(OneLine):
     """What one arm did on the test prompts.
 
     Attributes:

@@ -15,6 +15,7 @@ from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.arms import UNEDITED, Arm, InTurn, Sweep
 from workbench.controls.directions import random_directions
 from workbench.controls.matching import matched_features
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import task
 from workbench.core.stats import Estimate, paired_difference, sample_mean, wilson
@@ -44,7 +45,7 @@ STRONG_AUROC = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefusalOptions:
+class RefusalOptions(OneLine):
     """Sizes and strengths of the refusal study.
 
     Attributes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.features.scores.table import FeatureTable
 from workbench.steering.sweep.options import SteerOptions
@@ -21,7 +22,7 @@ GROUPS = (UNFILTERED, SECOND, FILTERED, MATCHED, *BEST)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions:
+class StudyOptions(OneLine):
     """Sizes and cuts of the study.
 
     Attributes:
@@ -52,7 +53,7 @@ class StudyOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Depth:
+class Depth(OneLine):
     """An SAE at one depth and the scores of its features."""
 
     sae: AnySAE

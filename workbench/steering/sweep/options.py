@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, did_you_mean
 from workbench.features.scores.table import FeatureTable
 from workbench.hooks.sites import Site
@@ -20,7 +21,7 @@ SUCCESS_KS = (1, 5, 20)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerOptions:
+class SteerOptions(OneLine):
     """Details of a steering run.
 
     Attributes:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from workbench.bases.sae import AnySAE
 from workbench.controls.arms import Arm, RowEdits
+from workbench.core.display import OneLine
 from workbench.core.errors import EditError
 from workbench.core.progress import Task
 from workbench.core.tokenizer import continuation
@@ -110,7 +111,7 @@ class Written:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class Writing(OneLine):
     """How continuations are written.
 
     Attributes:
