@@ -22,8 +22,6 @@ import workbench as wb
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.manifest import Manifest, SiteStats
 from workbench.activations.store import ActivationStore
-from workbench.bases.base import Basis
-from workbench.bases.kinds.neurons import neurons
 from workbench.controls import Arm, Sweep
 from workbench.core.display import LONGEST, OneLine
 from workbench.core.html import Shown, ShownText
@@ -257,7 +255,6 @@ REAL: dict[type, Callable[[Path], object]] = {
     ActivationStore: _store,
     Activations: lambda _: tiny_model().capture("one", [*tiny_model().sites(), *(f"z.{i}.h{h}" for i in range(3) for h in range(2))]),
     Answers: lambda _: Answers(np.ones(5_000)),
-    Basis: lambda _: dataclasses.replace(neurons(tiny_model(), Site("mlp_post", 1)), name=EVIL),
     CardSet: lambda _: CardSet(tuple(range(500)), {"site": EVIL, "model": EVIL}, _Cards()),
     CheckReport: lambda _: CheckReport((Check(EVIL, False, EVIL),) * 500, {Site("z", i): EVIL for i in range(99)}),
     circuits.NodeEffects: lambda _: circuits.NodeEffects(

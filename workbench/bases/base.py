@@ -35,7 +35,6 @@ _OVER_TOKENS = (
 )  # fmt: skip
 """Methods that take activations with any leading axes, and features as numbers, sequences or tensors."""
 
-
 _ARGUMENTS = {"x": ("d_in", "reads"), "acts": ("d_sae", "takes activations of"), "target": ("d_out", "writes")}
 """Of the tensors that these methods take, the width and what the basis does with it."""
 _SUMS = ("contribution", "ablate")
@@ -185,9 +184,6 @@ class Basis(Shown):
     def constant(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
         """The reconstruction without any feature."""
         return self.bias.to(x.device) * self.scale(x)
-
-    def _shown_facts(self) -> dict[str, object]:
-        return {"features": self.d_sae, "width": self.d_in, **self.provenance}
 
     @property
     def metadata(self) -> Mapping[str, Any]:

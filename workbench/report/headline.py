@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.numbers import NOT_AVAILABLE, Number, number
 from workbench.core.stats import Estimate
@@ -82,7 +83,7 @@ class Says:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Headline:
+class Headline(OneLine):
     """The result of a section: one sentence, one number beside its control, and a verdict that follows from the two.
 
     Attributes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, require
 from workbench.core.stats import Estimate, clopper_pearson
 
@@ -14,7 +15,7 @@ _DRAWS = 4000
 
 
 @dataclass(frozen=True)
-class Stratum:
+class Stratum(OneLine):
     """What is known of one part of the vocabulary.
 
     Attributes:
