@@ -35,6 +35,7 @@ from workbench.runs.content import headline_rows
 from workbench.runs.run import FEATURE_PAGE, RunDir, list_runs, settings_of
 from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import load_sae
+from workbench.saes.home import SAEHome
 from workbench.steering.refusal import data as refusal_data
 
 LONGEST = 512
@@ -43,9 +44,11 @@ LONGEST = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(TrainingOptions, Study[Report]):
-    """Run the main job on one model, end to end: from its text to a report.
+    """Run the whole job on one model, from its text to a report.
 
     Glitch tokens, an SAE, scores of its features, steering, SHIFT and refusal, each beside its controls.
+
+    Example: workbench demo
     """
 
     run_name = "demo"
@@ -86,11 +89,11 @@ class Demo(TrainingOptions, Study[Report]):
         yield "Next:"
         yield f"  workbench report {run.path} --open     # the report in the browser"
         yield f"  workbench features show {sae}     # the page of all features again, with other options"
-        yield f"  workbench serve --model {self.model} --sae {sae}     # steer and ablate features while you write"
+        yield f"  workbench serve --sae {sae}     # steer and ablate features while you write"
 
     def _finished(self) -> RunDir | None:
         """The newest run of this configuration if it is finished; a newer one that was interrupted goes on instead."""
-        for info in list_runs(self.out or "runs"):
+        for info in list_runs(self.out):
             if info.name != self.run_name or info.status == "unreadable":
                 continue
             run = RunDir.open(info.path)
@@ -181,7 +184,7 @@ class _Study:
 
     @property
     def table_folder(self) -> Path:
-        return self.run.artifacts / "features"
+        return SAEHome(self.sae_folder).table
 
     @functools.cached_property
     def sae(self) -> SAELike:

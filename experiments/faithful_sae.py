@@ -224,7 +224,12 @@ def _probe(x: Tensor, texts: Labelled, site: str, options: Options) -> tuple[Est
 
 @dataclass(frozen=True, kw_only=True)
 class FaithfulSAE(TrainingOptions, Study[FaithfulReport]):
-    """Compare SAEs on the model's own text with SAEs on other text: quality, stability, fake features, probes."""
+    """Compare SAEs on the model's own text and on other text.
+
+    Quality, stability over seeds, fake features, probes.
+
+    Example: workbench sae faithful --tokens 100000 --seeds 3
+    """
 
     run_name, step = "faithful-sae", "faithful"
 

@@ -137,10 +137,12 @@ def selection(model: Model, folder: Path, sizes: Sizes | None = None) -> Selecti
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringStudy(TrainingOptions, Study[SelectionReport]):
-    """Test on SAEs at several depths whether output features lie deep, and whether selecting them makes steering work.
+    """Test which features steer, with SAEs at several depths.
 
     The model writes text, SAEs are trained on it in one pass, all features are scored, and groups of features selected
     in different ways are steered with. Three published claims get a verdict each, with intervals and controls.
+
+    Example: workbench features study --estimate
     """
 
     run_name, step = "steering-study", "selection"

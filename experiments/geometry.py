@@ -203,7 +203,12 @@ def _clipped(model: Model, rows: Tensor, found: Sequence[SiteGeometry], options:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry(Study[GeometryReport]):
-    """Measure outlier dimensions, massive activations, sinks, position and anisotropy, layer by layer."""
+    """Measure outlier dimensions, sinks and anisotropy by layer.
+
+    Also massive activations and what depends on the position.
+
+    Example: workbench geometry --tokens 16384
+    """
 
     run_name = step = "geometry"
 

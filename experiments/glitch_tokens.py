@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from workbench.cli.base import typed
 from workbench.cli.study import Begin, Study
 from workbench.core.errors import WorkbenchError
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, examine, scan
@@ -42,7 +43,9 @@ class GlitchScan(Study[GlitchReport]):
     """Find tokens that the model was probably never trained on.
 
     The list comes from the weights alone; --verify top tests the first of it beside random tokens. The run folder gets
-    the report as HTML, the facts as JSON and a table of all tokens as CSV. An interrupted test goes on where it was.
+    the report as HTML, the facts as JSON and a table of all tokens as CSV. An interrupted test continues where it was.
+
+    Example: workbench glitch scan embedded --verify top
     """
 
     run_name, step = "glitch-scan", "glitch"
@@ -69,8 +72,8 @@ class GlitchScan(Study[GlitchReport]):
     """Stop testing a token once it was said: the same verdicts, but p of rejected tokens is a lower bound."""
     spliced: int = 16
     """How many suspicious tokens that no text gives to test by their ids, in a table of their own."""
-    sides: bool = True
-    """Also find out whether each tested token can be read, and whether it can be written."""
+    no_sides: bool = False
+    """Do not find out whether each tested token can be read, and whether it can be written."""
     context: int = 0
     """Also ask for each tested token in so many lines of random ordinary tokens, where more may fail."""
     symptoms: bool = False
@@ -83,7 +86,7 @@ class GlitchScan(Study[GlitchReport]):
         return ScanOptions(
             top=self.top, controls=self.controls, percentile=self.percentile, reference=self.reference or None,
             indicator=self.indicator, prompts=self.prompts, seed=self.seed, forms=self.forms, spliced=self.spliced,
-            sides=self.sides, contexts=self.context, symptoms=self.symptoms,
+            sides=not self.no_sides, contexts=self.context, symptoms=self.symptoms,
             verification=VerifyOptions(batch_size=self.batch_size, stop_at=VERIFIED if self.quick else None),
         )  # fmt: skip
 
@@ -116,6 +119,13 @@ class GlitchScan(Study[GlitchReport]):
         report.to_csv(run.artifacts / "tokens.csv")
         save_json(run.artifacts / f"{self.step}.json", report.to_json())
         run.save_step(self.step, report.section())
+
+    def following(self, report: GlitchReport, folder: Path) -> str:
+        if self.verify != "top":
+            return typed("glitch", "scan", self.model, "--verify", "top")
+        if any("verified" in (report.row(i)["verdict"] or "") for i in report.candidates()):
+            return typed("glitch", "repair", self.model, "--scan", folder)
+        return typed("report", folder, "--open")
 
     def title(self, report: GlitchReport) -> str:
         return f"Glitch tokens of {report.model}"

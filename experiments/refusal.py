@@ -8,7 +8,8 @@ from pathlib import Path
 
 from workbench.bases.sae import SAELike
 from workbench.cli.base import read_passages
-from workbench.cli.study import Begin, Study
+from workbench.cli.places import sae_folder
+from workbench.cli.study import Begin, SAEOptionStudy
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
 from workbench.steering.refusal.refusal_report import RefusalReport
@@ -36,14 +37,19 @@ def study(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refusal(Study[RefusalReport]):
-    """Steer refusal with a direction and with SAE features, beside random ones."""
+class Refusal(SAEOptionStudy[RefusalReport]):
+    """Steer refusal with a direction and with SAE features.
+
+    Random directions and features are the controls.
+
+    Example: workbench refusal --sae sae
+    """
 
     run_name = step = "refusal"
     keeps_json = True
 
     sae: Path | None = None
-    """Folder of an SAE of this model; without one only the direction is studied."""
+    """SAE: its folder, or a run that holds one (folder, name or latest); without one only the direction is studied."""
     site: str | None = None
     """Where to steer, such as resid_post.15; by default where the SAE reads, or the middle layer."""
     texts: Path | None = None
@@ -75,11 +81,15 @@ class Refusal(Study[RefusalReport]):
         from workbench.saes.formats.load import load_sae
 
         options, texts = self.options(), read_passages(self.texts)
-        sae = None if self.sae is None else load_sae(self.sae)
+        path = self.sae_path()
+        sae = None if path is None else load_sae(path)
         model = self.load_model()
         site = self.site or (f"resid_post.{model.n_layers // 2}" if sae is None else None)
         begin(model)
         return study(model, sae, texts, site=site, options=options)
+
+    def sae_path(self) -> Path | None:
+        return None if self.sae is None else sae_folder(self.sae)
 
     def title(self, report: RefusalReport) -> str:
         return f"Refusal steering of {report.model}"

@@ -17,12 +17,17 @@ from workbench.saes.evaluation.synthetic_training import SyntheticTraining
 
 @dataclass(frozen=True, kw_only=True)
 class SaeSuite(SaeMeasurement[SuiteReport]):
-    """Measure an SAE: core metrics, k-sparse probing, absorption, its training on known features; with controls."""
+    """Measure an SAE in every way that needs no download.
+
+    Core metrics, k-sparse probing, absorption, and its training on known features, each with its controls.
+
+    Example: workbench sae suite sae --store acts
+    """
 
     run_name = "sae-suite"
 
-    text_sets: bool = True
-    """Also probe texts: code and docstrings of the standard library of this Python."""
+    no_text_sets: bool = False
+    """Leave out the probes of texts: code and docstrings of the standard library of this Python."""
     per_class: int = 200
     """Texts or tokens of each class in a labelled set, at most."""
     words: int = 2000
@@ -34,9 +39,9 @@ class SaeSuite(SaeMeasurement[SuiteReport]):
         from workbench.saes.evaluation.labelled import local_text_sets
         from workbench.saes.formats.load import load_sae
 
-        rows, sae = self.read_rows(), load_sae(self.sae)
+        rows, sae = self.read_rows(), load_sae(self.sae_path())
         model = self.load_model()
-        sets = local_text_sets(self.per_class) if self.text_sets else ()
+        sets = local_text_sets(self.per_class) if not self.no_text_sets else ()
         begin(model)
         return run_suite(model, sae, rows, texts=sets, options=self.options())
 

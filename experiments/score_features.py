@@ -11,7 +11,8 @@ import tyro
 
 from workbench.activations.store import ActivationStore, open_store
 from workbench.bases.sae import SAELike
-from workbench.cli.study import Begin, Study
+from workbench.cli.base import typed
+from workbench.cli.study import Begin, SAEStudy
 from workbench.features import ContextOptions, FeatureScoreReport, FeatureTable, ScoreOptions, score_features
 from workbench.models.model import Model
 
@@ -39,15 +40,20 @@ def study(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesScore(Study[FeatureScoreReport]):
-    """Score every feature of an SAE by what it reads and what it writes."""
+class FeaturesScore(SAEStudy[FeatureScoreReport]):
+    """Score features of an SAE by what they read and write.
+
+    Example: workbench features score sae
+    """
 
     run_name, step = "features-score", "features"
 
-    sae: tyro.conf.Positional[Path]
-    """Folder of the SAE."""
     store: Path | None = None
-    """Folder of stored activations, for input scores and contexts; without it there are output scores only."""
+    """Folder of stored activations, for input scores and contexts; by default what the SAE was trained on."""
+    output_only: bool = False
+    """Read no store: output scores only."""
+    table: Path | None = None
+    """Folder for the table; by default features/ in the SAE's folder, where the other commands look for it."""
     prompt: tuple[str, ...] = ("From my experience,",)
     """Neutral texts whose last token is steered; of several the mean score is taken."""
     strength: float = 10.0
@@ -68,32 +74,37 @@ class FeaturesScore(Study[FeatureScoreReport]):
         )
 
     def measure(self, begin: Begin) -> FeatureScoreReport:
+        from workbench.engine.folder import require_local
         from workbench.saes.formats.load import load_sae
 
-        sae, store = load_sae(self.sae), open_store(self.store) if self.store else None
+        sae = load_sae(self.sae_path())
+        store = None if self.output_only else open_store(self.store or self.home().require_store())
+        require_local(self.table_folder())
         model = self.load_model()
-        run = begin(model)
+        begin(model)
         table = study(model, sae, store, self.prompt, self.strength, self.options())
-        table.save(table_folder(run.path))
+        table.save(self.table_folder())
         return table.report(self.threshold)
 
     def title(self, report: FeatureScoreReport) -> str:
         return f"Features of {self.sae.name}"
 
     def summary(self, report: FeatureScoreReport, folder: Path) -> Mapping[str, object]:
-        return {"table": table_folder(folder), "findings": report.findings(), "best": report.best}
+        return {"table": self.table_folder(), "findings": report.findings(), "best": report.best}
 
     def details(self, report: FeatureScoreReport, folder: Path) -> Iterator[str]:
         for feature, output, read, _, tokens in report.best:
             yield f"{feature:>6}  output {output:.3f}  input {read:.3f}  {tokens}"
 
     def places(self, report: FeatureScoreReport, folder: Path) -> str:
-        return f"Table: {table_folder(folder)}; report: {folder / 'report.html'}"
+        return f"Table: {self.table_folder()}; report: {folder / 'report.html'}"
 
+    def following(self, report: FeatureScoreReport, folder: Path) -> str:
+        return typed("steer", self.sae, *(["--table", self.table] if self.table else []))
 
-def table_folder(run: Path) -> Path:
-    """Where a run keeps the table."""
-    return run / "artifacts" / "features"
+    def table_folder(self) -> Path:
+        """Where the table goes."""
+        return self.table or self.home().table
 
 
 if __name__ == "__main__":

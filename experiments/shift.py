@@ -13,8 +13,9 @@ from circuits.shift.deciders import Decider, LexiconDecider, OracleDecider, Stat
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.study import ShiftOptions
 from workbench.bases.sae import SAELike
-from workbench.cli.base import read_passages
-from workbench.cli.study import Begin, Study
+from workbench.cli.base import read_passages, typed
+from workbench.cli.places import sae_folder
+from workbench.cli.study import Begin, SAEOptionStudy
 from workbench.core.tokens import TokenBatch
 from workbench.judges.protocol import Judge
 from workbench.models.model import Model
@@ -54,14 +55,19 @@ def study(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shift(Study[ShiftReport]):
-    """Remove gender from a profession probe by ablating judged SAE features, beside random ones."""
+class Shift(SAEOptionStudy[ShiftReport]):
+    """Remove gender from a profession probe by ablating features.
+
+    A decider judges the SAE features with the strongest effect; random features are the control.
+
+    Example: workbench shift --sae sae
+    """
 
     run_name = step = "shift"
     keeps_json = True
 
     sae: Path
-    """Folder of an SAE of this model."""
+    """SAE: its folder, or a run that holds one (folder, name or latest)."""
     professions: tuple[str, str] = ("professor", "nurse")
     """Label 0 and label 1: two of professor, nurse, attorney, journalist."""
     judge: DeciderName = "statistics"
@@ -82,7 +88,7 @@ class Shift(Study[ShiftReport]):
     def measure(self, begin: Begin) -> ShiftReport:
         from workbench.saes.formats.load import load_sae
 
-        passages, sae = read_passages(self.texts), load_sae(self.sae)
+        passages, sae = read_passages(self.texts), load_sae(self.sae_path())
         task = BiographyOptions(
             professions=self.professions, n_train=self.train_rows, n_test=self.test_rows, seed=self.seed
         )
@@ -93,6 +99,12 @@ class Shift(Study[ShiftReport]):
         plain_text = None if passages is None else model.tokens(passages)
         begin(model)
         return study(model, sae, plain_text, task=task, judge=_DECIDERS[self.judge](), options=options)
+
+    def sae_path(self) -> Path:
+        return sae_folder(self.sae)
+
+    def following(self, report: ShiftReport, folder: Path) -> str:
+        return typed("refusal", "--sae", self.sae)
 
     def title(self, report: ShiftReport) -> str:
         return "SHIFT: " + report.task

@@ -10,7 +10,8 @@ from typing import Literal
 import tyro
 
 from workbench.bases.sae import SAELike
-from workbench.cli.study import Begin, Study
+from workbench.cli.base import typed
+from workbench.cli.study import Begin, SAEStudy
 from workbench.core.errors import InvalidInputError
 from workbench.features import FeatureTable
 from workbench.models.model import Model
@@ -46,18 +47,18 @@ def study(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steer(Study[SteeringReport]):
-    """Steer neutral prompts with SAE features, beside their controls.
+class Steer(SAEStudy[SteeringReport]):
+    """Steer neutral prompts with SAE features, beside controls.
 
     Controls are the unsteered model, random directions of equal norm, and features that should not steer.
+
+    Example: workbench steer sae --n-features 6
     """
 
     run_name, step = "steer", "steering"
 
-    sae: tyro.conf.Positional[Path]
-    """Folder of the SAE."""
     table: Path | None = None
-    """Folder of a feature table, from `workbench features score`; it chooses the features and the poor ones."""
+    """Folder of the feature table that chooses the features and the poor ones; by default the SAE's own."""
     features: tuple[int, ...] = ()
     """Features to steer with, instead of those that the table chooses."""
     n_features: int = 6
@@ -82,9 +83,14 @@ class Steer(Study[SteeringReport]):
     def measure(self, begin: Begin) -> SteeringReport:
         from workbench.saes.formats.load import load_sae
 
-        if self.table is None and not self.features:
-            raise InvalidInputError("steer: no features to steer with. Give --table FOLDER, or --features 12 34.")
-        sae, table = load_sae(self.sae), None if self.table is None else FeatureTable.load(self.table)
+        own = self.home().table
+        place = self.table or (own if own.is_dir() else None)
+        if place is None and not self.features:
+            raise InvalidInputError(
+                "steer: no features to steer with. Give --features 12 34, or score them first: "
+                f"{typed('features', 'score', self.sae)}"
+            )
+        sae, table = load_sae(self.sae_path()), None if place is None else FeatureTable.load(place)
         options = SteerOptions(
             new_tokens=self.new_tokens, seed=self.seed, temperature=self.temperature, scope=self.scope, stop=self.stop,
             a_max=self.a_max, table=table,
@@ -105,6 +111,9 @@ class Steer(Study[SteeringReport]):
 
     def summary(self, report: SteeringReport, folder: Path) -> Mapping[str, object]:
         return report.to_json()
+
+    def following(self, report: SteeringReport, folder: Path) -> str:
+        return typed("features", "cards", self.sae)
 
     def details(self, report: SteeringReport, folder: Path) -> Iterator[str]:
         yield report.example_title

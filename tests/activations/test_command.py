@@ -29,7 +29,7 @@ def test_parquet_int8_estimate_and_repair_from_the_command_line(
     pyarrow.parquet.write_table(pyarrow.table({"body": texts}), folder / "a.parquet")
     words = [
         "harvest", "--model", str(folder / "model"), "--files", str(folder / "*.parquet"), "--column", "body",
-        "--tokens", "1600", "--context", "16", "--dtype", "int8", "--out", str(folder / "acts"),
+        "--tokens", "1600", "--context", "16", "--stored", "int8", "--out", str(folder / "acts"),
     ]  # fmt: skip
     assert main([*words, "--estimate", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -44,6 +44,8 @@ class Sample(Command):
     """How many features to ablate at most."""
     what: str = ""
     """What to do."""
+    out: Path | None = None
+    """Folder for the results."""
 
     def __post_init__(self) -> None:
         if self.features < 1:
@@ -226,7 +228,7 @@ def test_where_results_go_is_no_part_of_the_recorded_configuration(tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         Interrupted(out=tmp_path, json=True).run()
     config = json.loads(next(tmp_path.glob("*/config.json")).read_text())
-    assert config == {"model": "embedded", "seed": 0}
+    assert config == {"model": "embedded", "seed": 0, "dtype": "auto", "device": "auto"}
 
 
 def test_the_page_shows_summaries_and_survives_missing_modules(capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,4 +133,4 @@ def test_an_sae_that_does_not_fit_is_served_if_that_is_asked_for(tmp_path: Path)
     noise.save_model(tmp_path)
     with pytest.raises(MismatchError, match="--no-check"):
         Serve(sae=str(tmp_path))._sae(playground.model)
-    assert Serve(sae=str(tmp_path), check=False)._sae(playground.model) is not None
+    assert Serve(sae=str(tmp_path), no_check=True)._sae(playground.model) is not None

@@ -77,6 +77,10 @@ class Titled(Adds):
         return f"In {folder.name}"
 
 
+def _opens(run: Path) -> str:
+    return f"workbench report {run} --open"
+
+
 def test_a_study_keeps_its_run_folder_and_says_what_it_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,11 +88,19 @@ def test_a_study_keeps_its_run_folder_and_says_what_it_found(
     (info,) = list_runs(tmp_path)
     run = RunDir.open(info.path)
     assert run.finished and run.name == "adds" and run.steps() == ("n0", "n1", "sum")
-    assert run.config == {"model": "embedded", "seed": 0, "numbers": [2, 3], "estimate": False}
+    model = {"model": "embedded", "seed": 0, "dtype": "auto", "device": "auto"}
+    assert run.config == model | {"numbers": [2, 3], "estimate": False}
+    assert info.arguments == {"numbers": [2, 3]}
     assert json.loads((run.artifacts / "sum.json").read_text()) == {"total": 5}
     assert "A sum" in (run.path / "report.html").read_text()
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["- The sum is 5.", "  2", "  3", f"Report: {run.path / 'report.html'}"]
+    assert lines == [
+        "- The sum is 5.",
+        "  2",
+        "  3",
+        f"Report: {run.path / 'report.html'}",
+        f"Next: {_opens(run.path)}",
+    ]
 
 
 def test_json_is_one_object_and_the_places_are_those_of_the_run(
@@ -97,11 +109,13 @@ def test_json_is_one_object_and_the_places_are_those_of_the_run(
     assert Adds(numbers=(9, 1), out=tmp_path / "a", json=True).run() == 1
     (info,) = list_runs(tmp_path / "a")
     expected = {"findings": ["The sum is 10."], "metrics": {"total": 10}, "run": str(info.path)}
-    assert json.loads(capsys.readouterr().out) == expected | {"report": str(info.path / "report.html")}
+    expected |= {"report": str(info.path / "report.html"), "next": _opens(info.path)}
+    assert json.loads(capsys.readouterr().out) == expected
     assert Titled(numbers=(1,), out=tmp_path / "b", json=True).run() == 0
     (info,) = list_runs(tmp_path / "b")
     said = json.loads(capsys.readouterr().out)
-    assert said == {"total": 1, "run": str(info.path), "report": str(info.path / "report.html")}
+    places = {"run": str(info.path), "report": str(info.path / "report.html"), "next": _opens(info.path)}
+    assert said == {"total": 1} | places
     assert RunDir.open(info.path).steps() == ("n0", "first", "second")
     assert RunDir.open(info.path).env.get("title") == "Sum of 1"
 

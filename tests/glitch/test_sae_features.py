@@ -200,7 +200,7 @@ def test_the_command_reads_a_scan(
     tested = [{"token_id": i, "control": False, "max_prob": 0.0, "verdict": "strong_verified"} for i in GLITCH]
     scan = {"model": "tiny", "candidates": [], "tokenizer": {}, "verification": {"tested": tested}}
     (tmp_path / "glitch.json").write_text(json.dumps(scan))
-    words = ["glitch", "features", str(tmp_path / "model"), str(tmp_path / "sae"), "--json", "--controls", "3",
+    words = ["glitch", "features", str(tmp_path / "sae"), "--model", str(tmp_path / "model"), "--json", "--controls", "3",
              "--out", str(tmp_path / "runs"), "--scan", str(tmp_path / "glitch.json")]  # fmt: skip
     assert main(words) == 0
     shown = json.loads(capsys.readouterr().out)

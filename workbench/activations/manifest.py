@@ -94,6 +94,7 @@ class Manifest:
 
     Attributes:
         model_dtype: precision that the model ran in; None in older stores.
+        model_source: what `load_model` takes to load the model; None in older stores and for one made in memory.
         sink_factor: the sink limit of a site is this many times the median norm of the first forward pass.
         n_tokens: tokens that were run through the model, kept or not.
         unique_rows: packed rows without their exact repetitions, by a 64-bit hash.
@@ -112,6 +113,7 @@ class Manifest:
     tokenizer_sha256: str | None = None
     packing: Packing | None = None
     model_dtype: str | None = None
+    model_source: str | None = None
     sink_factor: float = SINK_FACTOR
     held_out_every: int = HELD_OUT_EVERY
     n_tokens: int = 0

@@ -182,6 +182,7 @@ def make_plan(model: Model, source: Source, sites: tuple[str, ...], options: Har
         tokenizer_sha256=_vocabulary_hash(model.tokenizer),
         packing=packing_of(source, model.tokenizer),
         model_dtype=str(model.dtype).removeprefix("torch."),
+        model_source=model.source,
     )
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TextIO
+from typing import TYPE_CHECKING, ClassVar, TextIO
+
+if TYPE_CHECKING:
+    from workbench.models.model import Model
 
 _results: ContextVar[TextIO | None] = ContextVar("workbench_results", default=None)
 
@@ -42,8 +46,16 @@ class BaseCommand:
         """Do what the command is for; returns the exit code where success is not enough to say."""
         raise NotImplementedError(f"{type(self).__name__} has no run(). Define it.")
 
-    def emit(self, summary: Mapping[str, object], lines: Iterable[object] = ()) -> None:
-        """Print the result: `lines` (text or rich tables) for people, or `summary` as one JSON object with `--json`."""
+    def emit(self, summary: Mapping[str, object], lines: Iterable[object] = (), following: str | None = None) -> None:
+        """Print the result: `lines` (text or rich tables) for people, or `summary` as one JSON object with `--json`.
+
+        Args:
+            summary: for programs.
+            lines: for people.
+            following: the command that comes next, ready to be typed.
+        """
+        if following is not None:
+            summary, lines = {**summary, "next": following}, [*lines, f"Next: {following}"]
         stdout = _results.get() or sys.stdout
         if self.json:
             from workbench.core.records import to_jsonable
@@ -66,15 +78,46 @@ class BaseCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command(BaseCommand):
+class LoadsModel(BaseCommand):
+    """A command that loads a model."""
+
+    dtype: str = "auto"
+    """Data type of the weights: auto, float32, bfloat16 or float16; auto takes the faster one here."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, cuda:1 or mps; auto takes a GPU if there is one."""
+    seed: int = 0
+    """Seed of everything random; the same seed gives the same result."""
+
+    def model_name(self) -> str:
+        """Of the model, as `load_model` takes it."""
+        raise NotImplementedError(f"{type(self).__name__} has no model_name(). Define it.")
+
+    def load(self, *, dtype: str | None = None, check: bool = False) -> Model:
+        """The model that was asked for, in the dtype that was asked for unless another is given."""
+        from workbench.models.loading import load_model
+
+        return load_model(self.model_name(), dtype=dtype or self.dtype, device=self.device, check=check)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(LoadsModel):
     """A command that works with a model."""
 
     model: str = "embedded"
     """Model: "embedded", a Hugging Face id, a folder or a .gguf file."""
-    seed: int = 0
-    """Seed of everything random; the same seed gives the same result."""
-    out: Path | None = dataclasses.field(default=None, metadata={"config": False})
-    """Folder for the results; by default a new folder in runs/."""
+
+    def model_name(self) -> str:
+        """What `--model` says."""
+        return self.model
+
+
+def typed(*words: object) -> str:
+    """A command as it is typed.
+
+    >>> typed("generate", "Hello world")
+    "workbench generate 'Hello world'"
+    """
+    return shlex.join(["workbench", *map(str, words)])
 
 
 def read_passages(path: Path | None) -> list[str] | None:

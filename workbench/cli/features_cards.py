@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
-from workbench.cli.base import BaseCommand
+from workbench.cli.base import typed
+from workbench.cli.saes import OneSAE
 from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -25,32 +24,28 @@ CONTROLS = {"shuffled": "that of another feature's rule", "top tokens": "that of
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesCards(BaseCommand):
-    """Describe every feature of an SAE or transcoder: contexts, neighbours, and a rule tested on other documents.
+class FeaturesCards(OneSAE):
+    """Describe every feature: contexts, neighbours, tested rules.
 
-    Ctrl-C loses nothing: the same command continues.
+    Each rule is tested on documents that it was not made from. Ctrl-C loses nothing: the same command continues.
+
+    Example: workbench features cards sae
     """
 
-    sae: tyro.conf.Positional[Path]
-    """Folder of the SAE."""
-    store: Path
-    """Folder of activations stored at its site, from `workbench harvest`."""
-    model: str = "embedded"
-    """Model: "embedded", a Hugging Face id, a folder or a .gguf file."""
-    seed: int = 0
-    """Seed of everything random; the same seed gives the same result."""
+    store: Path | None = None
+    """Folder of activations stored at its site; by default what the SAE was trained on."""
     out: Path | None = None
     """Folder for the cards; by default cards/ in the SAE's folder, where `features show` and `serve` look."""
     table: Path | None = None
-    """Feature table whose scores are put on the cards: its folder, or a run folder of `workbench features score`."""
+    """Folder of the feature table whose scores are put on the cards; by default the SAE's own, if it has one."""
     features: tuple[int, ...] = ()
     """Which features; by default all."""
     max_tokens: int = 1_000_000
     """Stored tokens that are read, from the start of the store."""
-    explain: bool = True
-    """Make rules and test them, which takes longer than all else; --no-explain leaves them out."""
-    check: bool = True
-    """Refuse an SAE that does not fit the model's activations; --no-check takes it nevertheless."""
+    no_explain: bool = False
+    """Make no rules; making and testing them takes longer than all else."""
+    no_check: bool = False
+    """Take an SAE that does not fit the model's activations too."""
 
     def options(self) -> CardOptions:
         """What the library is called with."""
@@ -59,7 +54,7 @@ class FeaturesCards(BaseCommand):
         from workbench.features.passes.windows import WindowOptions
 
         windows = WindowOptions(max_tokens=self.max_tokens, seed=self.seed)
-        return CardOptions(explain=self.explain, windows=windows, examples=ExampleOptions(seed=self.seed))
+        return CardOptions(explain=not self.no_explain, windows=windows, examples=ExampleOptions(seed=self.seed))
 
     def run(self) -> None:
         """Makes the cards, saves them, and says what they hold."""
@@ -68,20 +63,25 @@ class FeaturesCards(BaseCommand):
         from workbench.features.cards.cardmaking import feature_cards
         from workbench.features.cards.cardset import CardSet
         from workbench.features.scores.table import FeatureTable
-        from workbench.models.loading import load_model
         from workbench.saes.formats.load import load_sae
 
-        store, options = open_store(self.store), self.options()
-        table = None if self.table is None else FeatureTable.load(self.table)
-        folder = self.out or self.sae / "cards"
+        home, options = self.home(), self.options()
+        store = open_store(self.store or home.require_store())
+        place = self.table or (home.table if home.table.is_dir() else None)
+        table = None if place is None else FeatureTable.load(place)
+        folder = self.out or home.cards
         require_local(folder)
         self._spare(folder)
-        model = load_model(self.model)
-        sae = load_sae(self.sae, model=model, check=self.check)
+        model = self.load(check=True)
+        sae = load_sae(self.sae_path(), model=model, check=not self.no_check)
         cards = feature_cards(model, sae, store, self.features or None, table, options, keep=folder / KEPT)
         lines = list(findings(CardSet.load(cards.save(folder))))
         shutil.rmtree(folder / KEPT, ignore_errors=True)
-        self.emit({"cards": folder, "features": len(cards), "findings": lines}, [*lines, f"Cards: {folder}"])
+        self.emit(
+            {"cards": folder, "features": len(cards), "findings": lines},
+            [*lines, f"Cards: {folder}"],
+            typed("features", "show", self.out or self.sae),
+        )
 
     def _spare(self, folder: Path) -> None:
         """Refuses to put cards of some features in the place of cards of others."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import tyro
 
-from workbench.cli.base import BaseCommand
+from workbench.cli.base import BaseCommand, typed
+from workbench.cli.places import sae_folder
 from workbench.core.errors import MissingFileError
 
 if TYPE_CHECKING:
@@ -22,12 +23,17 @@ _MUCH = 60_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesShow(BaseCommand):
-    """Write the feature browser: one HTML file with a table and a card of every feature, offline."""
+    """Write the feature browser: one HTML file, offline.
+
+    It holds a table of all features and a card of each.
+
+    Example: workbench features show sae --out features.html
+    """
 
     writes_a_file: ClassVar[bool] = True
 
     folder: tyro.conf.Positional[Path]
-    """Folder of feature cards or of a feature table, or the SAE or run folder that holds one."""
+    """SAE: its folder, or a run that holds one (folder, name or latest); or a folder of feature cards or a table."""
     table: Path | None = None
     """Folder of a feature table, from `workbench features score`, whose scores are added."""
     out: Path = Path("features.html")
@@ -42,8 +48,10 @@ class FeaturesShow(BaseCommand):
         from workbench.core.records import to_jsonable, write_atomic
         from workbench.features.cards.tablecards import complete_cards
         from workbench.report.features import PackOptions, feature_page
+        from workbench.saes.formats.load import CONFIG_FILE
 
-        cards, table, meta = load_cards(self.folder, self.table)
+        folder = sae_folder(self.folder)
+        cards, table, meta = load_cards(folder, self.table)
         if table is not None:
             cards = complete_cards(cards, table)
         page = feature_page(
@@ -63,7 +71,9 @@ class FeaturesShow(BaseCommand):
             "file": file, "features": page.n_features, "bytes": size, "index_bytes": page.index_bytes,
             "card_bytes": page.card_bytes,
         }  # fmt: skip
-        self.emit(summary, [line, *hint, "Open it in a browser; it needs no network."])
+        has_sae = (folder / CONFIG_FILE).is_file()
+        following = typed("serve", "--sae", self.folder) if has_sae else typed("runs")
+        self.emit(summary, [line, *hint, "Open it in a browser; it needs no network."], following)
 
 
 def load_cards(
@@ -77,20 +87,20 @@ def load_cards(
     """
     from workbench.features.cards.cardset import CARDS_FILE, CardSet
     from workbench.features.scores.origin import require_same_origin
-    from workbench.features.scores.table import TABLE_FILE, FeatureTable
+    from workbench.features.scores.table import IN_RUN, TABLE_FILE, FeatureTable
+    from workbench.saes.home import SAEHome
 
     for place in filter(None, (folder, table)):
         if not place.is_dir():
             raise MissingFileError(f"There is no folder {place}. Give one that holds feature cards or a feature table.")
-    inner = (folder, folder / "artifacts")
-    places = tuple(place / name for place in inner for name in ("", "cards", "features"))
+    home = SAEHome(folder)
+    places = (folder, home.cards, home.table, folder / IN_RUN)
     cards = next((CardSet.load(place) for place in places if (place / CARDS_FILE).is_file()), None)
     scored = table or next((place for place in places if (place / TABLE_FILE).is_file()), None)
     if cards is None and scored is None:
         raise MissingFileError(
-            f"Neither {folder} nor its folders cards/, features/ and artifacts/ hold feature cards or a feature table."
-            f" Make cards with `workbench features cards {folder} --store ACTIVATIONS`, or scores with "
-            "`workbench features score`, and name their folder with --table."
+            f"Neither {folder} nor its folders cards/ and features/ hold feature cards or a feature table. Make cards "
+            f"with `{typed('features', 'cards', folder)}`, or scores with `{typed('features', 'score', folder)}`."
         )
     found = None if scored is None else FeatureTable.load(scored)
     if cards is None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from workbench.cli.base import BaseCommand
+from workbench.cli.base import BaseCommand, typed
+from workbench.cli.places import SCANS, any_run, named_run
 from workbench.cli.study import Begin, R, RunFolderStudy, Study
 from workbench.core.errors import DegenerateInputError
 
@@ -33,20 +34,29 @@ class _KeepsAll(RunFolderStudy[R]):
     def summary(self, report: R, folder: Path) -> Mapping[str, object]:
         return report.to_json()
 
+    def scan_run(self, asked: Path | None) -> Path | None:
+        """The scan that was named, if one was."""
+        return None if asked is None else named_run(asked, SCANS, self.out)
+
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchLint(_KeepsAll["LintReport"], Study["LintReport"]):
-    """Find tokens that a model stumbles over in prompts or data sets: places, counts, text that is lost.
+class GlitchLint(_KeepsAll["LintReport"]):
+    """Find tokens that a model stumbles over in text files.
 
-    Exit code: 0 if nothing was found, 1 if something was, 2 for wrong input.
+    Prompts or data sets; with places, counts and text that is lost. Exit code: 0 if nothing was found, 1 if something
+    was, 2 for wrong input.
+
+    Example: workbench glitch lint prompts.txt --scan latest
     """
 
     run_name, step = "glitch-lint", "lint"
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Text files, .jsonl or .parquet files, folders or patterns."""
+    model: str = "embedded"
+    """Model: "embedded", a Hugging Face id, a folder or a .gguf file."""
     scan: Path | None = None
-    """Run folder of `workbench glitch scan`; by default the weights of the model are scanned now."""
+    """Run of `workbench glitch scan`: folder, name or latest; by default the model's weights are scanned now."""
     column: str = "text"
     """Name of the text in .jsonl and .parquet files."""
     kinds: tuple[str, ...] = ()
@@ -62,7 +72,7 @@ class GlitchLint(_KeepsAll["LintReport"], Study["LintReport"]):
         if not self.files:
             raise DegenerateInputError("glitch lint: no file was named. Give text, .jsonl or .parquet files.")
         run = begin()
-        linter = linter_for(self.model, self.scan, self.kinds or tuple(KINDS))
+        linter = linter_for(self.model, self.scan_run(self.scan), self.kinds or tuple(KINDS))
         report = linter.files(self.files, self.column, self.limit)
         report.to_csv(run.artifacts / FINDINGS)
         return report
@@ -74,18 +84,27 @@ class GlitchLint(_KeepsAll["LintReport"], Study["LintReport"]):
         for row in report.counts[:20]:
             yield f"{row.count:>9,} x {row.kind:<10} {row.token_id:>8}  '{row.text}'"
 
+    def following(self, report: LintReport, folder: Path) -> str:
+        scan = [] if self.scan is None else ["--scan", self.scan]
+        return typed("glitch", "sanitize", *self.files, "--model", self.model, *scan)
+
     def exit_code(self, report: LintReport) -> int:
         return 0 if self.no_fail or not report.n_findings else FOUND
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlitchDiff(_KeepsAll["DiffReport"]):
-    """Compare two scans, models or tokenizers: flags, ids, categories, verdicts, lost bytes."""
+    """Compare two scans, models or tokenizers, token by token.
+
+    Flags, ids, categories, verdicts, lost bytes.
+
+    Example: workbench glitch diff embedded latest
+    """
 
     run_name, step = "glitch-diff", "diff"
 
     a: tyro.conf.Positional[str]
-    """Run folder or glitch.json of a scan, or a model (folder, .gguf file, "embedded", cached hub id)."""
+    """Scan: run folder, name of a run, latest or glitch.json; or a model: folder, .gguf, embedded, cached hub id."""
     b: tyro.conf.Positional[str]
     """The same, to compare with."""
     tokenizer_only: bool = False
@@ -94,8 +113,9 @@ class GlitchDiff(_KeepsAll["DiffReport"]):
     def measure(self, begin: Begin) -> DiffReport:
         from workbench.glitch import diff
 
+        a, b = (str(any_run(Path(side), self.out) or side) for side in (self.a, self.b))
         run = begin()
-        report = diff(self.a, self.b, tokenizer_only=self.tokenizer_only)
+        report = diff(a, b, tokenizer_only=self.tokenizer_only)
         report.to_csv(run.artifacts / "changes.csv")
         return report
 
@@ -106,12 +126,17 @@ class GlitchDiff(_KeepsAll["DiffReport"]):
 
 @dataclass(frozen=True, kw_only=True)
 class GlitchExport(BaseCommand):
-    """Write the flagged tokens of a scan as a ban list for an inference engine."""
+    """Write the flagged tokens of a scan as a ban list.
+
+    Lists are for inference engines: transformers, vLLM, llama.cpp, and servers like OpenAI's.
+
+    Example: workbench glitch export latest --format vllm
+    """
 
     writes_a_file: ClassVar[bool] = True
 
     scan: tyro.conf.Positional[Path]
-    """Run folder or glitch.json of `workbench glitch scan`."""
+    """Run of `workbench glitch scan`: folder, name, latest, or its glitch.json."""
     format: Literal["transformers", "vllm", "openai", "llamacpp", "llamacpp-cli"] = "transformers"
     """transformers: bad_words_ids; vllm, openai: logit_bias; llamacpp: logit_bias of its server, -cli: its options."""
     grades: tuple[str, ...] = ("verified",)
@@ -133,27 +158,34 @@ class GlitchExport(BaseCommand):
         from workbench.glitch.text.banlist import FORMATS, ban_list
 
         bans = ban_list(
-            load_scan(self.scan), self.grades, top=self.top, keep=self.keep, include_special=self.include_special,
-            include_bytes=self.include_bytes,
+            load_scan(named_run(self.scan, SCANS)), self.grades, top=self.top, keep=self.keep,
+            include_special=self.include_special, include_bytes=self.include_bytes,
         )  # fmt: skip
         ending = "txt" if self.format == "llamacpp-cli" else "json"
         file, contents = bans.save(self.out or Path(f"banlist-{self.format}.{ending}"), self.format)
         said = [f"- {line}" for line in bans.said(self.format)]
         lines = [*said, f"Use: {FORMATS[self.format].use}", f"Wrote {file}; what is in it: {contents}"]
         summary = {"file": file, "contents": contents, "ids": bans.ids, "left_out": bans.left_out}
-        self.emit(summary, lines)
+        self.emit(
+            summary, lines, typed("report", self.scan, "--open") if self.scan.suffix != ".json" else typed("runs")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlitchSanitize(_KeepsAll["SanitizeReport"], Study["SanitizeReport"]):
-    """Write text files as token ids without flagged tokens: the same text in other tokens, one JSON line a document."""
+    """Write text files as token ids without flagged tokens.
+
+    The same text in other tokens, one JSON line a document.
+
+    Example: workbench glitch sanitize corpus.jsonl --scan latest
+    """
 
     run_name, step = "glitch-sanitize", "sanitize"
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Text files, .jsonl or .parquet files, folders or patterns."""
     scan: Path | None = None
-    """Run folder of `workbench glitch scan`; by default the weights of the model are scanned now."""
+    """Run of `workbench glitch scan`: folder, name or latest; by default the model's weights are scanned now."""
     column: str = "text"
     """Name of the text in .jsonl and .parquet files."""
     grades: tuple[str, ...] = ("verified", "borderline", "candidate")
@@ -168,7 +200,7 @@ class GlitchSanitize(_KeepsAll["SanitizeReport"], Study["SanitizeReport"]):
         if not self.files:
             raise DegenerateInputError("glitch sanitize: no file was named. Give text, .jsonl or .parquet files.")
         run = begin()
-        scan, codec = scan_for(self.model, self.scan)
+        scan, codec = scan_for(self.model, self.scan_run(self.scan))
         sanitizer = Sanitizer.of(codec, scan.flags(self.grades))
         report = sanitize_files(sanitizer, self.files, run.artifacts / "ids.jsonl", self.column)
         if self.check and any(cut.replaced for cut in report.cuts):
@@ -198,7 +230,12 @@ class GlitchSanitize(_KeepsAll["SanitizeReport"], Study["SanitizeReport"]):
 
 @dataclass(frozen=True, kw_only=True)
 class GlitchAdt(_KeepsAll["AdtReport"], Study["AdtReport"]):
-    """Test a model on pairs of words whose border its tokenizer hides, beside the same words with a separator."""
+    """Test a model on words whose border its tokenizer hides.
+
+    The control are the same pairs of words with a separator.
+
+    Example: workbench glitch adt embedded --items 100
+    """
 
     run_name, step = "glitch-adt", "adt"
 

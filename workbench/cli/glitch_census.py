@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from workbench.cli.base import typed
+from workbench.cli.places import CENSUSES, named_run
 from workbench.cli.study import Begin, R, Study
 from workbench.core.errors import MissingFileError
 from workbench.core.progress import say
@@ -35,8 +37,8 @@ class _TestsTokens(Study[R]):
     """auto takes the faster one, if both give the same probabilities on a sample of tokens."""
     reference: tuple[int, ...] = ()
     """Ids known to be unused, for the ranking; by default they are found."""
-    confirm: bool = True
-    """Run the longer prompts for tokens that fail the short one; without, one failure makes a glitch token."""
+    no_confirm: bool = False
+    """Run no longer prompts for tokens that fail the short one: one failure makes a glitch token."""
     batch_size: int = 64
     """Prompts per forward pass."""
 
@@ -47,16 +49,15 @@ class _TestsTokens(Study[R]):
         options = CensusOptions(
             batch_size=self.batch_size, seed=self.seed, scan=ScanOptions(reference=self.reference or None)
         )
-        return options if self.confirm else dataclasses.replace(options, confirm=())
+        return dataclasses.replace(options, confirm=()) if self.no_confirm else options
 
     def prepared(self, run: RunDir) -> tuple[Model, CensusPlan]:
         """The model in its dtype and the plan; a run that is continued keeps the dtype that it began with."""
         from workbench.core.records import from_jsonable, load_json, save_json
         from workbench.glitch.counting.plan import in_dtype, plan_census
         from workbench.glitch.verification.probing import DtypeChoice
-        from workbench.models.loading import load_model
 
-        model = load_model(self.model, dtype="float32" if self.dtype == "auto" else self.dtype)
+        model = self.load(dtype="float32" if self.dtype == "auto" else self.dtype, check=True)
         noted = run.artifacts / CHOICE
         begun = from_jsonable(DtypeChoice, load_json(noted)) if noted.is_file() else None
         plan = plan_census(model, options=self.census_options(), measure_both=self.dtype == "auto" and begun is None)
@@ -70,9 +71,11 @@ class _TestsTokens(Study[R]):
 
 @dataclass(frozen=True, kw_only=True)
 class GlitchCensus(_TestsTokens["CensusReport"]):
-    """Test every token of the vocabulary, and measure what the ranking by weights finds.
+    """Test every token, and measure what the ranking finds.
 
-    Ctrl-C loses nothing: the same command continues.
+    The ranking is that of `glitch scan`, by weights. Ctrl-C loses nothing: the same command continues.
+
+    Example: workbench glitch census embedded --sample 2000
     """
 
     run_name, step = "glitch-census", "census"
@@ -94,6 +97,9 @@ class GlitchCensus(_TestsTokens["CensusReport"]):
         report.save(run.artifacts)
         return report
 
+    def following(self, report: CensusReport, folder: Path) -> str:
+        return typed("glitch", "search", self.model, "--census", folder)
+
     def title(self, report: CensusReport) -> str:
         return f"Census of {report.model}"
 
@@ -106,16 +112,19 @@ class GlitchCensus(_TestsTokens["CensusReport"]):
 
 @dataclass(frozen=True, kw_only=True)
 class GlitchSearch(_TestsTokens["SearchReport"]):
-    """Compare searches for glitch tokens: the ranking, GlitchHunter, gradient search and random order.
+    """Compare searches for glitch tokens, and their recall.
 
-    With --census the recall of each is measured; without, the tokens that are asked for are tested.
+    The ranking by weights, GlitchHunter, gradient search and random order. With --census the recall of each is
+    measured; without, the tokens that are asked for are tested.
+
+    Example: workbench glitch search embedded --census latest
     """
 
     run_name, step = "glitch-search", "search"
     keeps_json = True
 
     census: Path | None = None
-    """Run folder of `glitch census` with the same model and prompts, or its artifacts folder."""
+    """Run of `workbench glitch census` with the same model and prompts: folder, name or latest."""
     methods: tuple[Literal["indicator", "hunter", "gradient", "random"], ...] = (
         "indicator", "hunter", "gradient", "random",
     )  # fmt: skip
@@ -141,7 +150,7 @@ class GlitchSearch(_TestsTokens["SearchReport"]):
         )  # fmt: skip
         run = begin()
         if self.census is not None:
-            _take_over(self.census, run.artifacts)
+            _take_over(named_run(self.census, CENSUSES, self.out), run.artifacts)
         model, plan = self.prepared(run)
         report = search(model, plan, prober_of(model, plan, run.artifacts), options=options)
         report.frame().to_csv(run.artifacts / "searches.csv", index=False)

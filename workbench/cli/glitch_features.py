@@ -5,33 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import tyro
+from typing import TYPE_CHECKING
 
 from workbench.cli.glitch_repair import named_tokens
-from workbench.cli.study import Begin, Study
+from workbench.cli.study import Begin, SAEStudy
 
 if TYPE_CHECKING:
     from workbench.glitch.scanning.sae_features import GlitchFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlitchFeaturesCommand(Study["GlitchFeatures"]):
-    """Find the SAE features that fire on glitch tokens more than on ordinary ones, and how well both are rebuilt."""
+class GlitchFeaturesCommand(SAEStudy["GlitchFeatures"]):
+    """Find the SAE features that fire on glitch tokens.
+
+    More than on ordinary tokens; also how well the SAE rebuilds both.
+
+    Example: workbench glitch features sae --scan latest
+    """
 
     run_name, step = "glitch-features", "features"
 
-    model: Annotated[str, tyro.conf.Positional] = "embedded"
-    """Model: "embedded", a folder, a .gguf file, or a Hugging Face id in the local cache."""
-    sae: tyro.conf.Positional[str]
-    """Folder of the SAE, or release/sae_id of sae_lens."""
-    check: bool = True
-    """Refuse an SAE that does not fit the model's activations; --no-check takes it nevertheless."""
+    no_check: bool = False
+    """Take an SAE that does not fit the model's activations too."""
     tokens: tuple[int, ...] = ()
     """Ids of glitch tokens."""
     scan: Path | None = None
-    """Run folder of `workbench glitch scan --verify top`: takes the tokens that it verified."""
+    """Run of `workbench glitch scan --verify top` (folder, name or latest): takes the tokens that it verified."""
     controls: int = 4
     """Ordinary tokens per glitch token, alike in length and leading space."""
     most: int = 200
@@ -44,9 +43,9 @@ class GlitchFeaturesCommand(Study["GlitchFeatures"]):
         from workbench.saes.formats.load import load_sae
 
         options = FeatureOptions(controls=self.controls, most=self.most, fdr=self.fdr, seed=self.seed)
-        tokens, avoid = named_tokens(self.tokens, self.scan)
+        tokens, avoid = named_tokens(self.tokens, self.scan, self.out)
         model = self.load_model()
-        sae = load_sae(self.sae, str(model.device), model=model, check=self.check)
+        sae = load_sae(self.sae_path(), str(model.device), model=model, check=not self.no_check)
         run = begin(model)
         report = glitch_features(model, sae, tokens, avoid=avoid, options=options)
         report.frame().to_csv(run.artifacts / "features.csv", index=False)

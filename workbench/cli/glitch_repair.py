@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from workbench.cli.base import read_passages
+from workbench.cli.base import read_passages, typed
+from workbench.cli.places import SCANS, named_run
 from workbench.cli.study import Begin, Study
 
 if TYPE_CHECKING:
@@ -24,9 +25,12 @@ SAVED = "saved-model"
 
 @dataclass(frozen=True, kw_only=True)
 class GlitchRepair(Study["RepairReport"]):
-    """Give glitch tokens new rows, made from the tokens that spell them, and measure whether that helps.
+    """Give glitch tokens new rows, and measure whether that helps.
 
-    The model itself is never changed: the repair is saved as an intervention, and with --save-model as a new folder.
+    The rows are made from the tokens that spell them. The model itself is never changed: the repair is saved as an
+    intervention, and with --save-model as a new folder.
+
+    Example: workbench glitch repair embedded --scan latest
     """
 
     run_name, step = "glitch-repair", "repair"
@@ -36,7 +40,7 @@ class GlitchRepair(Study["RepairReport"]):
     tokens: tuple[int, ...] = ()
     """Ids of the tokens to repair."""
     scan: Path | None = None
-    """Run folder of `workbench glitch scan --verify top`: repairs the tokens that it verified."""
+    """Run of `workbench glitch scan --verify top` (folder, name or latest): repairs the tokens that it verified."""
     sources: Literal["subtokens", "neighbours"] = "subtokens"
     """What the new rows are made of: the tokens that spell the text, or the ordinary tokens with the closest rows."""
     reading: Literal["mean", "keep"] = "mean"
@@ -60,7 +64,7 @@ class GlitchRepair(Study["RepairReport"]):
         from workbench.glitch.repairing.repair import repair
         from workbench.glitch.repairing.repair_check import check_repair
 
-        tokens, avoid = named_tokens(self.tokens, self.scan)
+        tokens, avoid = named_tokens(self.tokens, self.scan, self.out)
         self._require_possible()
         model = self.load_model()
         made = repair(model, tokens, self._options(), avoid=avoid)
@@ -71,6 +75,10 @@ class GlitchRepair(Study["RepairReport"]):
         if (saved := self._saved(model, made, report)) is not None:
             run.save_step(SAVED, saved.section())
         return report
+
+    def following(self, report: RepairReport, folder: Path) -> str:
+        edit = folder / "artifacts" / "intervention"
+        return typed("generate", "Hello", "--model", self.model, "--intervention", edit)
 
     def title(self, report: RepairReport) -> str:
         return f"Repair of glitch tokens of {report.model}"
@@ -124,7 +132,7 @@ class GlitchRepair(Study["RepairReport"]):
         return compare_copy(model, made, self.save_model)
 
 
-def named_tokens(tokens: tuple[int, ...], scan: Path | None) -> tuple[list[int], list[int]]:
+def named_tokens(tokens: tuple[int, ...], scan: Path | None, runs: Path) -> tuple[list[int], list[int]]:
     """The tokens that were named, or those that a scan verified; and all that it suspects.
 
     Raises:
@@ -139,7 +147,7 @@ def named_tokens(tokens: tuple[int, ...], scan: Path | None) -> tuple[list[int],
         return list(tokens), []
     from workbench.glitch.scanning.saved import load_scan
 
-    found = load_scan(scan)
+    found = load_scan(named_run(scan, SCANS, runs))
     verified = list(found.flags(("verified",)))
     if not verified:
         raise DegenerateInputError(

@@ -9,13 +9,18 @@ from typing import ClassVar, Literal
 from workbench.activations.plan import HarvestEstimate, HarvestOptions, estimate_harvest, harvested_dtype
 from workbench.activations.sources import OWN_TEXT_TOKENS, HubDataset, SelfText, Source, TextFiles
 from workbench.activations.store import ActivationStore
-from workbench.cli.base import Command
+from workbench.cli.base import Command, typed
 from workbench.core.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Harvest(Command):
-    """Store activations: from the model's own text, from text files or from a data set."""
+    """Store activations of the model's own text or of other text.
+
+    An interrupted harvest continues when the same command is given again.
+
+    Example: workbench harvest --tokens 100000 --out acts
+    """
 
     takes_addresses: ClassVar[bool] = True
 
@@ -33,8 +38,10 @@ class Harvest(Command):
     """Split of the data set."""
     column: str = "text"
     """Name of the text in the data set, in .jsonl lines or in .parquet files."""
-    dtype: Literal["bfloat16", "int8"] = "bfloat16"
-    """Stored dtype; int8 takes half the space."""
+    stored: Literal["bfloat16", "int8"] = "bfloat16"
+    """Data type of what is stored; int8 takes half the space."""
+    out: Path = Path("acts")
+    """Folder of the store, or an address such as s3://bucket/acts."""
     repair: bool = False
     """Make damaged and missing shards of the store again."""
     estimate: bool = False
@@ -53,12 +60,12 @@ class Harvest(Command):
     def run(self) -> None:
         """Harvests into the store, going on where an interrupted harvest stopped."""
         from workbench.activations.harvest import harvest
-        from workbench.models.loading import load_model
 
-        source, out = self.source(), self.out or Path("acts")
-        model = load_model(self.model, dtype=harvested_dtype(out))
+        source, out = self.source(), self.out
+        # a store that was begun goes on in its precision
+        model = self.load(dtype=self.dtype if self.dtype != "auto" else harvested_dtype(out), check=True)
         sites = self.sites or (f"resid_post.{model.n_layers // 2}",)
-        options = HarvestOptions(dtype=self.dtype)
+        options = HarvestOptions(dtype=self.stored)
         if self.estimate:
             self._show_estimate(estimate_harvest(model, source, sites, out, options=options))
             return
@@ -97,4 +104,5 @@ class Harvest(Command):
             lines.insert(0, m.shortfall)
         if m.unique_share is not None:
             lines.append(f"Rows that are no exact repetition: {m.unique_share:.1%}.")
-        self.emit(summary, [*lines, f"Store: {store.path}"])
+        several = ["--site", store.sites[0]] if len(store.sites) > 1 else []
+        self.emit(summary, [*lines, f"Store: {store.path}"], typed("sae", "train", store.path, *several))

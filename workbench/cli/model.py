@@ -9,28 +9,13 @@ from typing import Annotated
 
 import tyro
 
-from workbench.cli.base import Command
+from workbench.cli.base import BaseCommand, Command, typed
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
 from workbench.core.records import write_atomic
 from workbench.interventions.intervention import Intervention
 from workbench.models.generation import Generation
-from workbench.models.loading import load_model, load_tokenizer
-from workbench.models.model import Model
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelCommand(Command):
-    """A command that looks at one model and writes no run folder."""
-
-    dtype: str = "auto"
-    """Data type of the weights: auto, float32, bfloat16 or float16."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda or mps."""
-
-    def load(self, *, check: bool = False) -> Model:
-        """The model that was asked for."""
-        return load_model(self.model, dtype=self.dtype, device=self.device, check=check)
+from workbench.models.loading import load_tokenizer
 
 
 def _template_options(given: tuple[str, ...]) -> Record:
@@ -48,8 +33,13 @@ def _template_options(given: tuple[str, ...]) -> Record:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(ModelCommand):
-    """Load a model and verify its sites: identities, perturbations, gradients."""
+class Check(Command):
+    """Verify the sites of a model: identities, edits, gradients.
+
+    Exit code: 2 if a site is not what its name says.
+
+    Example: workbench check --model embedded
+    """
 
     def run(self) -> None:
         """Prints one line per check; exits with 2 if one fails."""
@@ -58,27 +48,41 @@ class Check(ModelCommand):
         rows = [{"check": c.name, "ok": c.ok, "detail": c.detail} for c in report.checks]
         withdrawn = {str(site): why for site, why in report.withdrawn.items()}
         self.emit(
-            {"model": model.name, "ok": report.ok, "checks": rows, "withdrawn": withdrawn}, [repr(model), str(report)]
-        )
+            {"model": model.name, "ok": report.ok, "checks": rows, "withdrawn": withdrawn}, [repr(model), str(report)],
+            typed("sites", "--model", self.model),
+        )  # fmt: skip
         report.require()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sites(ModelCommand):
-    """List the sites of a model: name, shape, module, and why a site is missing."""
+class Sites(Command):
+    """List the sites of a model, and why one is missing.
+
+    Each with its shape and the module that it is read from.
+
+    Example: workbench sites
+    """
 
     def run(self) -> None:
         """Prints the table."""
-        table = self.load().sites()
-        self.emit({"sites": table.rows}, [str(table)])
+        model = self.load()
+        table = model.sites()
+        middle = f"resid_post.{model.n_layers // 2}"
+        following = typed("capture", "The sky is blue.", "--model", self.model, "--sites", middle)
+        self.emit({"sites": table.rows}, [str(table)], following)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens(ModelCommand):
-    """Show how a text becomes token ids, and what was decided about BOS and padding."""
+class Tokens(BaseCommand):
+    """Show how a text becomes token ids, with BOS and padding.
+
+    Example: workbench tokens "Hello world" --chat
+    """
 
     text: tyro.conf.Positional[str]
     """The text."""
+    model: str = "embedded"
+    """Model whose tokenizer is used: "embedded", a Hugging Face id, a folder or a .gguf file."""
     chat: bool = False
     """Treat the text as a user message and apply the chat template."""
     bos: Annotated[str, tyro.conf.arg(metavar="auto|yes|no")] = "auto"
@@ -97,29 +101,37 @@ class Tokens(ModelCommand):
         options = _template_options(self.template_option)
         batch = encode(load_tokenizer(self.model), value, choices[self.bos], **options)
         ids = batch.ids[0].tolist()
+        following = typed("generate", self.text, "--model", self.model, *["--chat"] * self.chat)
         lines = [
             f"{i:4d}  {token:7d}  {text!r}"
             for i, (token, text) in enumerate(zip(ids, batch.str_tokens[0], strict=True))
         ]
-        self.emit({"ids": ids, "tokens": batch.str_tokens[0], "note": batch.note}, [*lines, batch.note])
+        self.emit({"ids": ids, "tokens": batch.str_tokens[0], "note": batch.note}, [*lines, batch.note], following)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Capture(ModelCommand):
-    """Save the activations of a text at named sites as a safetensors file."""
+class Capture(Command):
+    """Save the activations of a text at named sites.
+
+    The file is activations.safetensors, one tensor per site.
+
+    Example: workbench capture "The sky is blue" --sites resid_post.10 mlp_out.3 --out captured
+    """
 
     text: tyro.conf.Positional[str]
     """The text."""
     sites: tuple[str, ...] = ("resid_post.0",)
     """Sites, such as resid_post.10 mlp_out.3 embed."""
+    out: Path = Path()
+    """Folder for the file."""
     overwrite: bool = False
     """Replace a file that is there."""
 
     def run(self) -> None:
-        """Writes `activations.safetensors` into `out` (default: the current folder) and prints shapes and norms."""
+        """Writes `activations.safetensors` into `out` and prints shapes and norms."""
         from safetensors.torch import save
 
-        file = (self.out or Path()) / "activations.safetensors"
+        file = self.out / "activations.safetensors"
         if file.exists() and not self.overwrite:
             raise InvalidInputError(f"{file} is there already. Name another folder with --out, or add --overwrite.")
         model = self.load()
@@ -134,12 +146,16 @@ class Capture(ModelCommand):
         lines = [
             f"{site}: shape {tuple(row['shape'])}, mean norm {row['mean_norm']:.4g}" for site, row in shapes.items()
         ]
-        self.emit({"file": str(file), "sites": shapes}, [*lines, f"wrote {file}"])
+        following = typed("harvest", "--model", self.model, "--sites", *self.sites)
+        self.emit({"file": str(file), "sites": shapes}, [*lines, f"wrote {file}"], following)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(ModelCommand):
-    """Continue a text or answer a chat message."""
+class Generate(Command):
+    """Continue a text or answer a chat message.
+
+    Example: workbench generate "The capital of France is" --max-new-tokens 20
+    """
 
     text: tyro.conf.Positional[str]
     """The prompt."""
@@ -190,4 +206,5 @@ class Generate(ModelCommand):
             summary["unedited"] = continued(None).texts[0]
             summary["edits"] = out.report
             lines += [f"[{report}]" for report in out.report] + ["", "Unedited:", summary["unedited"]]
-        self.emit(summary, lines)
+        middle = f"resid_post.{model.n_layers // 2}"
+        self.emit(summary, lines, typed("capture", self.text, "--model", self.model, "--sites", middle))

@@ -20,14 +20,16 @@ GROUPS = (
 """What a newcomer wants, in this order; commands that are not named here come last."""
 
 _ABOUT = """\
-Look inside a language model and change what it does: collect activations, train sparse
-autoencoders, score their features, steer and ablate them, with a control and an interval
-beside every number. Runs offline on a small embedded model; nothing to sign up for.
+Look inside a language model and change what it does: collect activations, train
+sparse autoencoders, score their features, steer and ablate them, with a control
+and an interval beside every number. Runs offline on a small embedded model;
+nothing to sign up for.
 """
 
 _USAGE = """\
-Usage: workbench COMMAND [OPTIONS]        workbench COMMAND --help explains a command.
+Usage: workbench COMMAND [OPTIONS]    workbench COMMAND --help explains it.
        --debug shows the traceback of an error; --version the version.
+       Each command prints the one that comes next.
 """
 
 _EXAMPLES = """\

@@ -8,47 +8,72 @@ from pathlib import Path
 
 import tyro
 
-from workbench.cli.base import BaseCommand
+from workbench.cli.base import BaseCommand, typed
+from workbench.core.errors import MissingFileError
 from workbench.core.numbers import number
 from workbench.core.stats import Estimate
 from workbench.report.section import MetricRow
+from workbench.runs.content import HeadlineRow
 from workbench.runs.run import RunDir, RunInfo, find_run, list_runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs(BaseCommand):
-    """List the runs in a folder: when, what, how far, main numbers."""
+    """List runs: model, arguments, main numbers, how far.
+
+    Arguments are those that differ from the defaults of the command.
+
+    Example: workbench runs --limit 5
+    """
 
     folder: tyro.conf.Positional[Path] = Path("runs")
     """Folder that holds the run folders."""
     limit: int = 20
     """How many to show, newest first."""
     metrics: int = 3
-    """How many numbers to show per run; `--json` gives all."""
+    """How many results to show per run; `--json` gives all."""
 
     def run(self) -> None:
         """List them."""
+        if not self.folder.is_dir():
+            raise MissingFileError(f"There is no folder {self.folder}. Name one that holds runs; a study makes runs/.")
         infos = list_runs(self.folder)
         shown = infos[: self.limit]
-        self.emit({"folder": self.folder, "total": len(infos), "runs": shown}, self._lines(shown, len(infos)))
+        self.emit(
+            {"folder": self.folder, "total": len(infos), "runs": shown},
+            self._lines(shown, len(infos)),
+            self._following(shown),
+        )
+
+    def _following(self, shown: tuple[RunInfo, ...]) -> str:
+        return typed("report", shown[0].path, "--open") if shown else typed("demo")
 
     def _lines(self, shown: tuple[RunInfo, ...], total: int) -> Iterator[str]:
         if not shown:
-            yield f"No runs in {self.folder}. `workbench demo` makes the first."
+            yield f"No runs in {self.folder}."
             return
         for info in shown:
             yield f"{info.started[:16].replace('T', ' ')}  {info.status:<10}  {info.path}"
-            if info.problem:
-                yield f"    {info.problem}"
-            for name, metric in list(info.metrics.items())[: self.metrics]:
-                yield f"    {name} = {_metric(metric)}"
+            given = [f"{name}={_argument(value)}" for name, value in info.arguments.items() if name != "model"]
+            for line in (
+                info.problem,
+                " ".join(filter(None, [info.model or str(info.arguments.get("model", "")), *given])),
+            ):
+                if line:
+                    yield f"    {line}"
+            yield from (f"    {line}" for line in _main_numbers(info, self.metrics))
         if total > len(shown):
             yield f"{total - len(shown)} older runs are not shown; --limit {total} shows all."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(BaseCommand):
-    """Write report.html of a run again from its saved steps, and say where it is."""
+    """Write the report of a run again, and say where it is.
+
+    It is made from the saved steps, also of a run that is not finished.
+
+    Example: workbench report latest --open
+    """
 
     which: tyro.conf.Positional[str] = "latest"
     """Run folder, part of its name, or "latest"."""
@@ -67,6 +92,23 @@ class Report(BaseCommand):
 
             webbrowser.open(report.as_uri())
         self.emit({"report": report, "finished": run.finished, "steps": run.steps()}, [str(report)])
+
+
+def _main_numbers(info: RunInfo, most: int) -> list[str]:
+    """The headlines of the steps; the first numbers of a run that has none."""
+    told = [_headline(row) for row in info.headlines if row["value"] is not None]
+    return (told or [f"{name} = {_metric(metric)}" for name, metric in info.metrics.items()])[:most]
+
+
+def _headline(row: HeadlineRow) -> str:
+    value, control = row["value"], row["control"]
+    assert value is not None
+    beside = "" if control is None else f", {row['control_name'] or 'control'} {_metric(control)}"
+    return f"{row['step']}: {row['measure']} {_metric(value)}{beside}: {row['verdict']}"
+
+
+def _argument(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _metric(metric: MetricRow) -> str:

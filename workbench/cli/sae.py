@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from workbench.cli.base import BaseCommand
+from workbench.cli.base import BaseCommand, typed
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
 from workbench.saes.config import ARCHITECTURES, Kernel, SAEConfig, architecture_name
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SaeTrain(BaseCommand):
-    """Train SAEs or transcoders on stored activations, several in one pass; what was interrupted goes on."""
+    """Train SAEs or transcoders on stored activations.
+
+    Several values of an option train several SAEs in one pass. Interrupted training continues when the same command is
+    given again.
+
+    Example: workbench sae train acts --out sae --d-sae 4608
+    """
 
     store: tyro.conf.Positional[Path]
     """Folder of stored activations, from `workbench harvest`."""
@@ -130,7 +136,7 @@ class SaeTrain(BaseCommand):
         if log is not None and log.problem is not None:
             lines.append(f"W&B: {log.problem}. All metrics are in metrics.jsonl.")
         saes = [{"sae": run.path, "metrics": run.metrics} for run in runs]
-        self.emit(saes[0] if len(saes) == 1 else {"saes": saes}, lines)
+        self.emit(saes[0] if len(saes) == 1 else {"saes": saes}, lines, typed("sae", "eval", runs[0].path))
 
 
 def _summary(run: SAERun, config: SAEConfig) -> list[str]:

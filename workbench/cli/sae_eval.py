@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
-from workbench.cli.base import read_passages
-from workbench.cli.study import Begin, R, Study
+from workbench.cli.base import read_passages, typed
+from workbench.cli.study import Begin, R, SAEStudy
 from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -20,13 +18,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaeMeasurement(Study[R]):
+class SaeMeasurement(SAEStudy[R]):
     """A measurement of one SAE on rows of a store or of a text file."""
 
-    sae: tyro.conf.Positional[Path]
-    """Folder of the SAE."""
     store: Path | None = None
-    """Store whose held-out rows are used."""
+    """Store whose held-out rows are used; by default the one that the SAE was trained on."""
     texts: Path | None = None
     """Text file, one passage per line, instead of a store."""
     rows: int = 64
@@ -38,17 +34,19 @@ class SaeMeasurement(Study[R]):
         """The store, or the passages of the text file.
 
         Raises:
-            InvalidInputError: unless exactly one of them was given.
+            InvalidInputError: if both were given, or neither, and the SAE's folder names no store.
         """
         from workbench.activations.store import open_store
 
-        if (self.store is None) == (self.texts is None):
-            given = "neither" if self.store is None else "both"
+        home = self.home()
+        known = None if self.store or self.texts or home.store is None else home.require_store()
+        if (self.store or known) is None and self.texts is None or self.store and self.texts:
+            given = "both" if self.store else "neither"
             raise InvalidInputError(
                 f"The rows to measure on: {given} given. Give --store FOLDER or --texts FILE, one of them."
             )
-        if self.store is not None:
-            return open_store(self.store)
+        if self.texts is None:
+            return open_store(self.store or known or "")
         return read_passages(self.texts) or []
 
     def evaluation(self) -> EvalOptions:
@@ -60,7 +58,12 @@ class SaeMeasurement(Study[R]):
 
 @dataclass(frozen=True, kw_only=True)
 class SaeEval(SaeMeasurement["SAEReport"]):
-    """Evaluate an SAE: FVU, L0, loss recovered when it is spliced in, beside controls."""
+    """Evaluate an SAE: FVU, L0, loss recovered, beside controls.
+
+    Loss recovered is that of the model with the SAE spliced in.
+
+    Example: workbench sae eval sae --store acts
+    """
 
     run_name, step = "sae-eval", "sae"
 
@@ -68,7 +71,7 @@ class SaeEval(SaeMeasurement["SAEReport"]):
         from workbench.saes.evaluation.evaluate import evaluate_sae
         from workbench.saes.formats.load import load_sae
 
-        rows, sae = self.read_rows(), load_sae(self.sae)
+        rows, sae = self.read_rows(), load_sae(self.sae_path())
         model = self.load_model()
         begin(model)
         return evaluate_sae(model, sae, rows, options=self.evaluation())
@@ -78,3 +81,6 @@ class SaeEval(SaeMeasurement["SAEReport"]):
 
     def summary(self, report: SAEReport, folder: Path) -> Mapping[str, object]:
         return {"metrics": report.section().metrics}
+
+    def following(self, report: SAEReport, folder: Path) -> str:
+        return typed("features", "score", self.sae)

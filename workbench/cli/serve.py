@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.cli.features_show import load_cards
-from workbench.cli.model import ModelCommand
+from workbench.cli.places import sae_folder
+from workbench.cli.saes import SAECommand
 from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -24,15 +25,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(ModelCommand):
-    """Open the playground: write with SAE features edited, beside unedited and control, in the browser."""
+class Serve(SAECommand):
+    """Open the playground: write with SAE features edited.
+
+    The browser shows the edited text beside the unedited one and a control. Ctrl-C stops it.
+
+    Example: workbench serve --sae sae
+    """
 
     sae: str | None = None
-    """Folder of an SAE of the model, or release/sae_id of sae_lens; without it texts and log-probabilities only."""
+    """SAE: its folder, a run that holds one (folder, name or latest), or release/sae_id of sae_lens; without one texts
+    and log-probabilities only."""
     features: Path | None = None
     """Folder of feature cards or of a feature table, to search; by default what is in the SAE's folder."""
-    check: bool = True
-    """Refuse an SAE that does not fit the model's activations; --no-check serves it nevertheless."""
+    no_check: bool = False
+    """Serve an SAE that does not fit the model's activations too."""
     host: str = "127.0.0.1"
     """Address to listen at; one that other machines reach needs --allow-network."""
     port: int = 0
@@ -50,10 +57,15 @@ class Serve(ModelCommand):
             playground = Playground(model, self._sae(model))
             self._serve(playground, self._index(playground), listener)
 
+    def sae_path(self) -> Path | None:
+        """Folder of the SAE; of a release of sae_lens what was typed."""
+        return None if self.sae is None else sae_folder(Path(self.sae))
+
     def _sae(self, model: Model) -> SAELike | None:
         from workbench.saes.formats.load import load_sae
 
-        return None if self.sae is None else load_sae(self.sae, device=model.device, model=model, check=self.check)
+        path, check = self.sae_path(), not self.no_check
+        return None if path is None else load_sae(path, device=model.device, model=model, check=check)
 
     def _index(self, playground: Playground) -> Mapping[str, object] | None:
         from workbench.serve.index import feature_index
@@ -65,7 +77,7 @@ class Serve(ModelCommand):
         from workbench.features.cards.tablecards import complete_cards
         from workbench.features.scores.origin import origin, require_same_origin
 
-        folder = self.features or Path(self.sae or "")
+        folder = self.features or self.sae_path() or Path()
         try:
             cards, table, meta = load_cards(folder)
         except MissingFileError:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar
 
-from workbench.cli.base import BaseCommand, Command
+from workbench.cli.base import BaseCommand, Command, LoadsModel, typed
+from workbench.cli.saes import OneSAE, SAECommand
 from workbench.core.records import save_json
 from workbench.report.base import Report, Section
 
@@ -38,8 +39,8 @@ class RunFolderStudy(BaseCommand, Generic[R]):
     keeps_json: ClassVar[bool] = False
     """Whether the run folder keeps the report as JSON, in a file called after the step."""
 
-    out: Path | None = dataclasses.field(default=None, metadata={"config": False})
-    """Folder for the results; by default a new folder in runs/."""
+    out: Path = dataclasses.field(default=Path("runs"), metadata={"config": False})
+    """Folder of run folders; each run gets a new one in it."""
 
     def measure(self, begin: Begin) -> R | None:
         """The result.
@@ -72,17 +73,21 @@ class RunFolderStudy(BaseCommand, Generic[R]):
         """The last line: where the results are."""
         return f"Report: {folder / 'report.html'}"
 
+    def following(self, report: R, folder: Path) -> str | None:  # noqa: ARG002 - studies differ in what they look at
+        """The command that comes next."""
+        return typed("report", folder, "--open")
+
     def exit_code(self, report: R) -> int:
         """Of the command."""
         return 0
 
     def start(self, fresh: bool = False) -> RunDir:
-        """The run folder of this configuration, continued if it was interrupted; inside `out` or `runs/`."""
+        """The run folder of this configuration, continued if it was interrupted; inside `out`."""
         from workbench.engine.folder import require_local
         from workbench.runs.run import RunDir
 
-        require_local(self.out or "runs")  # also for those who call it without the command line
-        return RunDir.resume_or_create(self.run_name, self, root=self.out or "runs", fresh=fresh)
+        require_local(self.out)  # also for those who call it without the command line
+        return RunDir.resume_or_create(self.run_name, self, root=self.out, fresh=fresh)
 
     def run(self) -> int | None:
         """Measures, saves the run folder, and says what was found."""
@@ -105,7 +110,7 @@ class RunFolderStudy(BaseCommand, Generic[R]):
                 run.save_step(step, section)
             html = run.finish(self.title(report))
         summary = {**self.summary(report, run.path), "run": run.path, "report": html}
-        self.emit(summary, self._lines(report, run.path))
+        self.emit(summary, self._lines(report, run.path), self.following(report, run.path))
         return self.exit_code(report)
 
     def _lines(self, report: R, folder: Path) -> Iterator[str]:
@@ -118,8 +123,8 @@ class RunFolderStudy(BaseCommand, Generic[R]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(RunFolderStudy[R], Command):
-    """A study of a model.
+class _ModelStudy(RunFolderStudy[R], LoadsModel):
+    """A study that loads a model.
 
     A subclass is its whole configuration: each field is an option of the command line, the string below it the help
     text. `out` and `json` say where results go and are no part of the configuration that a run folder records.
@@ -131,10 +136,24 @@ class Study(RunFolderStudy[R], Command):
         Otherwise a measurement of speed decides, which another load of the machine may turn the other way; what is
         kept in the run folder must not be continued in another precision.
         """
-        from workbench.models.loading import load_model
         from workbench.runs.run import RunDir, interrupted_runs
 
-        run = next(interrupted_runs(self.run_name, self, self.out or "runs"), None)
+        run = next(interrupted_runs(self.run_name, self, self.out), None)
         noted = [] if run is None else RunDir.open(run).env.get("models", [])
-        dtype = noted[0].get("dtype", "auto") if noted else "auto"
-        return load_model(self.model, dtype=dtype.removeprefix("torch."), check=check)
+        dtype = noted[0].get("dtype", self.dtype) if noted else self.dtype
+        return self.load(dtype=dtype.removeprefix("torch."), check=check)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(_ModelStudy[R], Command):
+    """A study of a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEOptionStudy(_ModelStudy[R], SAECommand):
+    """A study of a model and an SAE that is an option of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEStudy(_ModelStudy[R], OneSAE):
+    """A study of an SAE."""

@@ -75,7 +75,9 @@ def load_model(
         _check_memory(folder, chosen, device)
     hf, tokenizer = _from_pretrained(str(folder or name), chosen, revision)
     hf.to(device).eval().requires_grad_(False)
-    model = Model(hf, tokenizer, name="SmolLM2-135M-Instruct" if str(name) == "embedded" else _short_name(name))
+    shown = "SmolLM2-135M-Instruct" if str(name) == "embedded" else _short_name(name)
+    source = str(name) if folder is None or str(name) == "embedded" else str(Path(name).expanduser().resolve())
+    model = Model(hf, tokenizer, name=shown, source=source)
     if check:
         model.self_check().require()
     return model

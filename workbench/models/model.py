@@ -49,6 +49,7 @@ class Model(Wrapped):
         hf: the Hugging Face model.
         tokenizer: its tokenizer; one that refuses every use where the model has none.
         name: a name for people.
+        source: what `load_model` takes to load it again; None if it was made in memory.
         site_map: where its sites are.
     """
 

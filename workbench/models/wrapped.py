@@ -38,9 +38,13 @@ class Wrapped(Shown):
     """A Hugging Face causal language model and its tokenizer; `Model` adds what can be done with them."""
 
     def __init__(
-        self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | TokenizerLike | None, name: str = "model"
+        self,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | TokenizerLike | None,
+        name: str = "model",
+        source: str | None = None,
     ) -> None:
-        self.hf, self.name = hf, name
+        self.hf, self.name, self.source = hf, name, source
         # transformers makes attributes such as `bos_token_id` at run time, which its type does not declare
         self.tokenizer: TokenizerLike = NoTokenizer() if tokenizer is None else cast(TokenizerLike, tokenizer)
         self.site_map = build_site_map(hf)

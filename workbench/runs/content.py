@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NotRequired, TypedDict
 
+from workbench.core.jsontext import Json
 from workbench.report.section import MetricRow, Section, flat_metrics
 
 
@@ -48,6 +49,7 @@ class Environment(TypedDict):
     started: NotRequired[str]
     resumed: NotRequired[list[Resumed]]
     models: NotRequired[list[dict[str, str]]]
+    arguments: NotRequired[dict[str, Json]]
     git: GitState | None
     command: list[str]
     seed: int | None

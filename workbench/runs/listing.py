@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
 from workbench.core.errors import CorruptFileError, MissingFileError, did_you_mean
-from workbench.core.jsontext import content_of
+from workbench.core.jsontext import Json, content_of
 from workbench.core.locks import locked_elsewhere
 from workbench.core.records import load_json
 from workbench.report.section import MetricRow
+from workbench.runs.content import HeadlineRow
 
 Status = Literal["finished", "running", "unfinished", "unreadable"]
 
@@ -24,6 +25,9 @@ class RunInfo:
         path: the folder.
         name: what was run.
         started: UTC time in ISO form.
+        model: name of the model; "" if none was loaded.
+        arguments: configuration, as far as it differs from the defaults.
+        headlines: what each step found, in JSON types; empty until the run is finished.
         status: "finished", "running" (another process works in it), "unfinished" (will be continued) or "unreadable".
         metrics: the flat metrics of result.json; empty until the run is finished.
         problem: why an unreadable run can't be read.
@@ -35,6 +39,9 @@ class RunInfo:
     status: Status
     metrics: dict[str, MetricRow]
     problem: str = ""
+    model: str = ""
+    arguments: dict[str, Json] = field(default_factory=dict)
+    headlines: tuple[HeadlineRow, ...] = ()
 
 
 def list_runs(root: str | os.PathLike[str] = "runs") -> tuple[RunInfo, ...]:
@@ -44,8 +51,13 @@ def list_runs(root: str | os.PathLike[str] = "runs") -> tuple[RunInfo, ...]:
     return tuple(sorted(map(_info, paths), key=lambda info: info.started, reverse=True))
 
 
-def find_run(asked: str | os.PathLike[str], root: str | os.PathLike[str] = "runs") -> Path:
+def find_run(asked: str | os.PathLike[str], root: str | os.PathLike[str] = "runs", made_by: str | None = None) -> Path:
     """The folder of a run given by path, folder name, unique part of it, or "latest".
+
+    Args:
+        asked: what was typed.
+        root: where to look for a name.
+        made_by: only runs of this name, such as "glitch-scan".
 
     Raises:
         MissingFileError: if none fits, or more than one.
@@ -53,7 +65,7 @@ def find_run(asked: str | os.PathLike[str], root: str | os.PathLike[str] = "runs
     text = os.fspath(asked)
     if _is_run(Path(text)):
         return Path(text)
-    runs = [info for info in list_runs(root) if info.status != "unreadable"]
+    runs = [info for info in list_runs(root) if info.status != "unreadable" and made_by in (None, info.name)]
     if text == "latest" and runs:
         return runs[0].path
     names = [info.path.name for info in runs]
@@ -63,7 +75,11 @@ def find_run(asked: str | os.PathLike[str], root: str | os.PathLike[str] = "runs
     if fitting:
         shown = ", ".join(path.name for path in fitting[:5])
         raise MissingFileError(f"{text!r} fits {len(fitting)} runs in {root}: {shown}. Give more of the name.")
-    hint = did_you_mean(text, names) if names else f"There are no runs in {root}."
+    hint = (
+        did_you_mean(text, names)
+        if names
+        else f"There are no runs{'' if made_by is None else ' of ' + made_by} in {root}."
+    )
     raise MissingFileError(f"No run {text!r}. {hint}")
 
 
@@ -76,13 +92,18 @@ def _info(path: Path) -> RunInfo:
         env = load_json(path / "env.json", dict)
         load_json(path / "config.json")
         result = load_json(path / "result.json", dict) if (path / "result.json").is_file() else {}
+        headlines = tuple(cast("HeadlineRow", row) for row in result.get("headlines", ()))
         with content_of(path / "result.json"):
             metrics = {str(name): cast("MetricRow", dict(metric)) for name, metric in result.get("metrics", {}).items()}
     except (CorruptFileError, MissingFileError) as error:
         return RunInfo(path, path.name, "", "unreadable", {}, str(error))
     status = _status(path)
     name, started = str(env.get("name", path.name)), str(env.get("started", ""))
-    return RunInfo(path, name, started, status, metrics if status == "finished" else {})
+    models, is_done = env.get("models") or [{}], status == "finished"
+    return RunInfo(
+        path, name, started, status, metrics if is_done else {}, model=str(models[0].get("name", "")),
+        arguments=dict(env.get("arguments") or {}), headlines=headlines if is_done else (),
+    )  # fmt: skip
 
 
 def _status(path: Path) -> Status:

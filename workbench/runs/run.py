@@ -18,7 +18,7 @@ from typing import cast
 from workbench.core.atomic import refuse_address
 from workbench.core.display import OneLine
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, WorkbenchError, did_you_mean
-from workbench.core.jsontext import content_of
+from workbench.core.jsontext import Json, content_of
 from workbench.core.locks import lock_folder, lock_moved, remove_dead, unlock_folder
 from workbench.core.records import (
     from_jsonable,
@@ -96,7 +96,8 @@ class RunDir(OneLine):
         save_json(partial / "config.json", settings)
         save_json(
             partial / "env.json",
-            {"name": name, "started": now.isoformat()} | environment(seed if isinstance(seed, int) else None),
+            {"name": name, "started": now.isoformat(), "arguments": arguments_of(config)}
+            | environment(seed if isinstance(seed, int) else None),
         )
         os.replace(partial, path)
         lock_moved(partial, path)
@@ -365,6 +366,19 @@ def settings_of(config: object) -> dict[str, object]:
     elif not isinstance(config, Mapping):
         raise InvalidInputError(f"A run's config is a {type(config).__name__}; give a dataclass or a dict.")
     return json.loads(json.dumps(to_jsonable(config)))
+
+
+def arguments_of(config: object) -> dict[str, Json]:
+    """The settings of a dataclass that are not its defaults, in JSON types; none for a mapping, which has none."""
+    if not dataclasses.is_dataclass(config):
+        return {}
+    settings = settings_of(config)
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config)
+    }
+    given = {name: value for name, value in settings.items() if getattr(config, name) != defaults[name]}
+    return json.loads(json.dumps(given))
 
 
 def _check_name(what: str, name: str) -> None:

@@ -13,6 +13,7 @@ from workbench.core.errors import InvalidInputError
 from workbench.core.html import Shown
 from workbench.core.locks import in_use
 from workbench.saes.config import SAEConfig
+from workbench.saes.home import SAEHome
 from workbench.saes.training.batches import OrderKey
 from workbench.saes.training.checkpoint import CHECKPOINT_FILE, finished_metrics
 from workbench.saes.training.group import Group
@@ -159,6 +160,8 @@ def _train(store: ActivationStore, members: Sequence[tuple[SAEConfig, Path]], lo
             outcome = Group(store, left, log).run()
         runs |= {folder: SAERun(folder, metrics) for folder, metrics in outcome.metrics.items()}
         problems += outcome.problems
+    for folder in runs:
+        SAEHome(folder).note(store.manifest.model_source, store.path)
     if problems:
         raise InvalidInputError(" ".join(problems))
     return [runs[folder] for _, folder in members]

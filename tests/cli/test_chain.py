@@ -1,0 +1,108 @@
+"""Each command prints the next one, and that one runs as it is printed: from a model to the page of its features."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_model
+from workbench.cli import main
+from workbench.cli.places import sae_folder
+from workbench.core.errors import MissingFileError
+from workbench.features.scores.table import FeatureTable
+from workbench.saes.home import SAEHome
+
+SMALL = {
+    "capture": ["--overwrite"],
+    "harvest": ["--tokens", "600", "--context", "12"],
+    "sae train": ["--k", "4", "--tokens", "800", "--batch", "100"],
+    "sae eval": ["--rows", "4"],
+    "features score": ["--max-tokens", "400"],
+    "steer": ["--n-features", "1", "--n-prompts", "4", "--new-tokens", "2", "--strengths", "2", "--features", "3"],
+    "features cards": ["--no-explain", "--features", "3", "17"],
+}
+"""What makes each command take a moment instead of minutes."""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("work")
+    model = tiny_model()
+    model.hf.save_pretrained(place / "model")
+    model.tokenizer.save_pretrained(place / "model")
+    return place
+
+
+def follow(line: str, capsys: pytest.CaptureFixture[str]) -> dict:
+    """Runs a printed command, made small, and returns what it says."""
+    name, *words = shlex.split(line)
+    assert name == "workbench"
+    length = 2 if " ".join(words[:2]) in (*SMALL, "features show") else 1
+    code = main([*words, *SMALL.get(" ".join(words[:length]), []), "--json"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return json.loads(said.out)
+
+
+def test_the_printed_commands_lead_from_the_model_to_the_page(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    line, taken = "workbench check --model model", []
+    while "serve" not in line:
+        taken.append(" ".join(word for word in shlex.split(line)[1:3] if word.isalpha()))
+        line = follow(line, capsys)["next"]
+    assert taken == [
+        "check", "sites", "capture", "harvest", "sae train", "sae eval", "features score", "steer sae",
+        "features cards", "features show",
+    ]  # fmt: skip
+    assert line == "workbench serve --sae sae"
+    home = SAEHome(Path("sae"))
+    assert home.model == str((workplace / "model").resolve()), "the model is found without --model"
+    assert home.store == Path("acts"), "so is the store"
+    assert len(FeatureTable.load(home.table)) == 8 * 16
+    assert (home.cards / "cards.parquet").is_file()
+    assert Path("features.html").is_file()
+    assert main(["runs"]) == 0
+    listed = capsys.readouterr().out
+    assert "    model sae=sae max_tokens=400" in listed, listed
+    assert "    steering: " in listed
+    assert listed.splitlines()[-1].startswith("Next: workbench report runs/")
+
+
+def test_a_moved_sae_keeps_its_store_and_a_lost_store_is_said(tmp_path: Path) -> None:
+    (tmp_path / "work" / "acts").mkdir(parents=True)
+    (tmp_path / "work" / "sae").mkdir()
+    SAEHome(tmp_path / "work" / "sae").note("embedded", tmp_path / "work" / "acts")
+    (tmp_path / "work").rename(tmp_path / "moved")
+    home = SAEHome(tmp_path / "moved" / "sae")
+    assert home.require_store() == tmp_path / "moved" / "acts"
+    (tmp_path / "moved" / "acts").rmdir()
+    with pytest.raises(MissingFileError, match="no longer at .*--store"):
+        home.require_store()
+    with pytest.raises(MissingFileError, match="does not say"):
+        SAEHome(tmp_path).require_store()
+    home.note(None, "s3://bucket/acts")
+    assert (home.model, home.store) == (None, "s3://bucket/acts")
+
+
+def test_an_sae_is_found_in_a_run_by_its_name_or_as_the_latest(tmp_path: Path, run_with_sae: Path) -> None:
+    root = run_with_sae.parent
+    for asked in (str(run_with_sae), run_with_sae.name, "demo", "latest"):
+        assert sae_folder(Path(asked), root) == run_with_sae / "artifacts" / "sae"
+    assert sae_folder(Path("gpt2-small-res-jb/blocks.0"), root) == Path("gpt2-small-res-jb/blocks.0")
+    assert sae_folder(tmp_path, root) == tmp_path
+
+
+@pytest.fixture
+def run_with_sae(tmp_path: Path) -> Path:
+    from workbench.runs.run import RunDir
+
+    RunDir.create("steer", {}, tmp_path / "runs")
+    with RunDir.create("demo", {}, tmp_path / "runs") as run:
+        (run.artifacts / "sae").mkdir()
+        return run.path

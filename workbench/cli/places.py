@@ -1,0 +1,55 @@
+"""What the words for a place mean: a run by its folder, its name or "latest"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from workbench.core.errors import MissingFileError
+from workbench.runs.listing import find_run, list_runs
+
+RUNS = Path("runs")
+SCANS, CENSUSES = "glitch-scan", "glitch-census"
+"""Names of the runs of commands whose results others read."""
+SAE_IN_RUN = "artifacts/sae"
+"""Where a run keeps the SAE that it has trained."""
+
+
+def named_run(asked: Path, made_by: str, root: Path = RUNS) -> Path:
+    """What is at a path, or else the run of a command that is called so; "latest" is its newest.
+
+    Raises:
+        MissingFileError: if there is neither.
+    """
+    if asked.exists():
+        return asked
+    try:
+        return find_run(asked, root, made_by)
+    except MissingFileError as error:
+        command = made_by.replace("-", " ")
+        raise MissingFileError(
+            f"There is neither a folder {asked} nor such a run of `workbench {command}` in {root}. {error} Give the "
+            "folder of a run, a part of its name, or latest."
+        ) from error
+
+
+def any_run(asked: Path, root: Path = RUNS) -> Path | None:
+    """The run of a glitch scan that is called so; None if there is none, as of the name of a model."""
+    try:
+        return None if asked.exists() else find_run(asked, root, SCANS)
+    except MissingFileError:
+        return None
+
+
+def sae_folder(asked: Path, root: Path = RUNS) -> Path:
+    """The folder of an SAE that is at a path, or that a run holds, given by folder, name or "latest".
+
+    What is neither, such as a release of sae_lens, is left as it is.
+    """
+    if asked.is_dir():
+        return asked / SAE_IN_RUN if (asked / SAE_IN_RUN).is_dir() else asked
+    holding = [info.path for info in list_runs(root) if (info.path / SAE_IN_RUN).is_dir()]
+    fitting = [path for path in holding if str(asked) == "latest" or str(asked) in path.name]
+    if str(asked) != "latest" and len(fitting) > 1:
+        shown = ", ".join(path.name for path in fitting[:5])
+        raise MissingFileError(f"{str(asked)!r} fits {len(fitting)} runs with an SAE: {shown}. Give more of the name.")
+    return fitting[0] / SAE_IN_RUN if fitting else asked
