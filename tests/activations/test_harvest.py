@@ -258,7 +258,7 @@ def test_a_store_says_that_its_source_ended_early_and_repeats(model: Model, tmp_
     (tmp_path / "a.txt").write_text("abcdefgh " * 10)
     store = harvest(model, TextFiles(tmp_path / "a.txt", tokens=1000, context=9), [SITE], tmp_path / "s", options=SMALL)
     assert repr(store).endswith(
-        f"The source ended after {store.manifest.n_tokens} of the 1000 tokens that were asked for."
+        f"The source ended after {store.manifest.n_tokens} of the 1000 tokens that were asked for.)"
     )
     twice = harvest(model, TokenRows(_rows(6).repeat(2, 1), batch_rows=4), [SITE], tmp_path / "t", options=SMALL)
     assert repr(twice).endswith("50% of rows repeat an earlier one)")
