@@ -14,6 +14,7 @@ from circuits.decomposition import bases as checked_bases
 from circuits.decomposition import refuse_unreached
 from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.html import Shown
@@ -43,6 +44,7 @@ class Metric(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class LossOfMargin(OneLine):
     """Minus the margin by which a probe gives each row its label; lower is better.
@@ -109,6 +111,7 @@ class NodeEffects(Shown):
         return self.gap <= GAP_WARNING
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class AttributionOptions(OneLine):
     """How effects are estimated.
@@ -149,6 +152,7 @@ def _taken(values: Tensor, rows: Tensor) -> Tensor:
     return values[rows.to(values.device)]
 
 
+@checked
 def linear_effects(
     contributions: Float[Tensor, "rows d_sae"], sae: AnySAE, probe: Probe, labels: Int[Tensor, " rows"]
 ) -> NodeEffects:
@@ -180,6 +184,7 @@ def linear_effects(
     )  # fmt: skip
 
 
+@checked
 def node_effects(
     model: Model,
     bases: Mapping[str, AnySAE],
@@ -336,6 +341,7 @@ class _Suffix:
         return slope.float()
 
 
+@checked
 def exact_effects(
     model: Model,
     site: str,

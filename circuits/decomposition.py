@@ -8,11 +8,13 @@ from pathlib import Path
 from workbench.bases.base import Basis
 from workbench.bases.fits import placed_at
 from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, MismatchError
 from workbench.models.model import Model
 from workbench.saes.basis import basis
 
 
+@checked
 def bases(model: Model, given: Mapping[str, AnySAE | str | Path]) -> dict[str, Basis]:
     """A basis per site, by the site's own name, in the order of a forward pass.
 
@@ -41,6 +43,7 @@ def bases(model: Model, given: Mapping[str, AnySAE | str | Path]) -> dict[str, B
     return placed
 
 
+@checked
 def neurons(model: Model, sites: Sequence[str]) -> dict[str, Basis]:
     """The coordinates of each site as its features: the control that SAEs have to beat."""
     return bases(model, dict.fromkeys(sites, "neurons"))

@@ -9,6 +9,7 @@ import numpy as np
 
 from circuits.shift.deciders import Decider, Decision, FeatureDossier, Verdict
 from circuits.shift.task import Pair, ShiftTask
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.stats import Estimate, paired_difference
 from workbench.judges.files import FileJudge
@@ -22,6 +23,7 @@ MIN_MARGIN = 0.3
 MIN_YES = 0.5
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class AskedDecider(OneLine):
     """Asks a judge whether a feature's strongest tokens tell the attribute, and whether they tell the label.

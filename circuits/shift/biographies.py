@@ -13,6 +13,7 @@ from typing import Literal
 
 from circuits.shift.methods import words_deleted
 from circuits.shift.task import LabelledTexts, ShiftTask
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
 
@@ -227,6 +228,7 @@ def gender_words() -> frozenset[str]:
     return frozenset(pronouns | {name.lower() for split in NAMES.values() for names in split for name in names})
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class BiographyOptions(OneLine):
     """Which biographies to make.
@@ -259,6 +261,7 @@ class BiographyOptions(OneLine):
                 raise DegenerateInputError(f"BiographyOptions({name}={n}): give a multiple of 4, at least 8.")
 
 
+@checked
 def biographies(options: BiographyOptions | None = None) -> ShiftTask:
     """The biography task: label = profession, spurious attribute = gender.
 

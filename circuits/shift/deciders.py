@@ -9,6 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, MismatchError
 
@@ -16,6 +17,7 @@ Decision = Literal["spurious", "intended", "unsure"]
 Rows = Float[np.ndarray, " rows"]
 
 
+@checked
 @dataclass(frozen=True)
 class Node(OneLine):
     """One SAE feature at one site."""
@@ -71,6 +73,7 @@ class FeatureDossier(OneLine):
     balanced: BalancedEvidence | None = None
 
 
+@checked
 @dataclass(frozen=True)
 class Verdict(OneLine):
     """A judge's decision on one feature.
@@ -112,6 +115,7 @@ class Decider(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True)
 class StatisticsDecider(OneLine):
     """Spurious if swapping the attribute in the text undoes more than half of the feature's difference between labels.
@@ -175,6 +179,7 @@ def swap_statistics(acts: Rows, swapped: Rows, label: Rows) -> tuple[float, floa
     return 2 * float(half.mean()), float(moved.mean()), score
 
 
+@checked
 @dataclass(frozen=True)
 class LexiconDecider(OneLine):
     """Spurious if most of the feature's activation falls on words of the spurious lexicon, more than on label words.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from circuits.shift.deciders import Decision
 from workbench.controls.methods import Role
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.numbers import number, rounding_error
 from workbench.core.stats import Estimate
@@ -186,6 +187,7 @@ class ShiftReport(Report):
     edit_check: EditCheck
     collateral: Collateral | None
 
+    @checked
     def method(self, name: str) -> MethodRow:
         """The row of this method."""
         return next(row for row in self.methods if row.name == name)

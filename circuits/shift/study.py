@@ -37,6 +37,7 @@ from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE
 from workbench.controls.matching import matched_features
 from workbench.controls.methods import comparisons, methods_of
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.tokens import TokenBatch
@@ -45,6 +46,7 @@ from workbench.models.model import Model
 from workbench.probes.linear import ProbeOptions, fit_probe
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ShiftOptions(OneLine):
     """How a SHIFT study is run.
@@ -75,6 +77,7 @@ class ShiftOptions(OneLine):
                 raise InvalidInputError(f"ShiftOptions({name}={getattr(self, name)}): needs at least 1.")
 
 
+@checked
 def shift(
     model: Model,
     bases: Mapping[str, AnySAE],

@@ -12,6 +12,7 @@ from torch import Tensor
 from circuits.shift.deciders import Node
 from circuits.shift.evidence import PooledTexts, Reader
 from workbench.controls.methods import Method
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe
@@ -19,6 +20,7 @@ from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 Pair = tuple[str, str]
 
 
+@checked
 @dataclass(frozen=True)
 class LabelledTexts(OneLine):
     """Texts with the wanted label and the spurious attribute, both 0 or 1.
@@ -50,6 +52,7 @@ class LabelledTexts(OneLine):
         return len(self.texts)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ShiftTask(OneLine):
     """Everything that a SHIFT study reads.

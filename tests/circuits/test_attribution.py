@@ -244,7 +244,7 @@ def test_saes_of_another_kind_site_or_width_are_refused() -> None:
         ({"resid_post.1": moved}, MismatchError, "trained at resid_post.0"),
         ({"resid_post.1": sae_lens_sae(d_in=D_MODEL + 1)}, ShapeError, "width 17"),
         ({"resid_post.1": _sae(), "resid_post.-2": _sae()}, MismatchError, "has an SAE already"),
-        ({"resid_post.1": torch.nn.Linear(2, 2)}, InvalidInputError, "Linear is not an SAE"),
+        ({"resid_post.1": torch.nn.Linear(2, 2)}, InvalidInputError, "'resid_post.1' is Linear; give .* an SAE"),
         ({}, DegenerateInputError, "no SAE was given"),
     )
     for bases, error, words in cases:

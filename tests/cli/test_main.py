@@ -171,9 +171,9 @@ def test_wrong_words_are_one_line(capsys: pytest.CaptureFixture[str], arguments:
     assert said in _failed(capsys, *arguments)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_the_line_is_the_same_in_any_terminal(encoding: str) -> None:
-    command = [sys.executable, "-m", "workbench.cli", "runs", "--limit", "x"]
+@pytest.mark.parametrize(("encoding", "module"), [("utf-8", "workbench.cli"), ("ascii", "workbench")])
+def test_the_line_is_the_same_in_any_terminal(encoding: str, module: str) -> None:
+    command = [sys.executable, "-m", module, "runs", "--limit", "x"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=_env() | {"PYTHONIOENCODING": encoding}, timeout=60
     )

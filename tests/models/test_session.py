@@ -233,7 +233,7 @@ def test_what_a_session_cannot_do_is_said() -> None:
         with pytest.raises(InvalidInputError, match="has 1 exchanges"):
             session.backtrack(n)
     bare = tiny_model()
-    bare.tokenizer = type("Bare", (), {"chat_template": None, "eos_token_id": 1})()
+    bare.tokenizer = type("Bare", (), {"chat_template": None, "eos_token_id": 1, "__call__": lambda self, text: {}})()
     with pytest.raises(InvalidInputError, match="no chat template"):
         bare.session()
 

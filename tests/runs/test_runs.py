@@ -150,7 +150,7 @@ def test_an_error_in_the_block_is_not_hidden_by_a_report_that_fails(tmp_path: Pa
 
 def test_the_model_is_noted_once(tmp_path: Path) -> None:
     class FakeModel:
-        name, fingerprint, dtype, device = "tiny", "abc", "float32", "cpu"
+        name, fingerprint, dtype, device, hf = "tiny", "abc", "float32", "cpu", None
 
     run = RunDir.create("x", Config(), tmp_path)
     run.note_model(FakeModel())

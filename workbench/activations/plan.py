@@ -19,7 +19,7 @@ from workbench.activations.packing import PackedRows, Source, packing_of
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
-from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError, told_apart
 from workbench.core.html import Shown
 from workbench.core.progress import clock
 from workbench.core.records import to_jsonable
@@ -199,8 +199,11 @@ def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:
     Raises:
         MismatchError: naming what differs.
     """
+    if found.model_fingerprint != plan.model_fingerprint:
+        theirs, ours = told_apart(*((one.model_name, one.model_fingerprint) for one in (found, plan)))
+        raise MismatchError(f"{folder.where} holds a harvest of {theirs}, asked for {ours}. Use another folder.")
     optional = ("tokenizer_sha256", "packing", "model_dtype")  # older stores have none
-    needed = ("model_fingerprint", "source", "context", "special_ids", "shard_rows", "batch_rows", "dtype")
+    needed = ("source", "context", "special_ids", "shard_rows", "batch_rows", "dtype")
     for name in (*optional, *needed):
         old, new = getattr(found, name), getattr(plan, name)
         if old != new and not (old is None and name in optional):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,9 +27,9 @@ from workbench.core.errors import (
     DegenerateInputError,
     MismatchError,
     MissingFileError,
-    UnknownNameError,
     UnknownSiteError,
     did_you_mean,
+    told_apart,
 )
 from workbench.core.html import Shown
 from workbench.engine.folder import open_folder
@@ -69,8 +69,11 @@ class Block(OneLine):
         return Block(*(t[chosen] for t in (self.acts, self.tokens, self.positions, self.rows, self.documents)))
 
 
+@checked
 class ActivationStore(Shown):
     """Stored activations, read as a stream; open one with `open_store`."""
+
+    how_to_make = "open_store(folder) opens a store; harvest(...) makes one."
 
     def __init__(self, path: str | Path | Folder, manifest: Manifest) -> None:
         self.folder, self.manifest = open_folder(path), manifest
@@ -126,9 +129,10 @@ class ActivationStore(Shown):
             MismatchError: on another fingerprint.
         """
         if model.fingerprint != self.manifest.model_fingerprint:
+            made = self.manifest.model_name, self.manifest.model_fingerprint
+            theirs, ours = told_apart(made, (model.name, model.fingerprint))
             raise MismatchError(
-                f"{self.path} was harvested from {self.manifest.model_name} ({self.manifest.model_fingerprint}), "
-                f"not from {model.name} ({model.fingerprint}). Load that model, or harvest again."
+                f"The store {self.path} was harvested from {theirs}, not from {ours}. Load {theirs}, or harvest {ours}."
             )
 
     def blocks(self, site: str | None = None, split: Split = "all") -> Iterator[Block]:
@@ -174,7 +178,6 @@ class ActivationStore(Shown):
 
     def token_rows(self, split: Split = "heldout") -> Int[Tensor, "rows context"]:
         """The packed rows of tokens, dropped tokens included, for runs of the model."""
-        checked_split(split)
         rows = torch.cat([self.packed_rows(index) for index in range(len(self.manifest.shards))])
         return rows if split == "all" else rows[self._in_split(torch.arange(len(rows)), split)]
 
@@ -217,7 +220,7 @@ class ActivationStore(Shown):
     def _read(self, index: int, keys: Sequence[str], split: Split) -> list[Tensor]:
         """Activations at sites, and tensors by their other keys, of the kept tokens of one shard."""
         shard = self.manifest.shards[index]
-        is_whole = checked_split(split) == "all"
+        is_whole = split == "all"
         chosen = None if is_whole else self._in_split(self._tensor(shard, "row"), split).nonzero().squeeze(1)
         every = (self._acts(shard, key) if key in self.manifest.sites else self._tensor(shard, key) for key in keys)
         return [x if chosen is None else x.index_select(0, chosen) for x in every]
@@ -293,17 +296,6 @@ class ActivationStore(Shown):
 
 
 _REMAKE = "Restore it, or run the same harvest with repair=True (--repair), which makes only what is damaged again."
-
-
-def checked_split(split: Split) -> Split:
-    """The split, if there is one of this name.
-
-    Raises:
-        UnknownNameError: if there is none.
-    """
-    if split not in get_args(Split):
-        raise UnknownNameError(f"split={split!r} does not exist. {did_you_mean(str(split), get_args(Split))}")
-    return split
 
 
 @checked

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -133,6 +133,7 @@ class Basis(Shown):
         transcodes: it reconstructs something else than it reads.
     """
 
+    how_to_make: ClassVar[str] = "load_sae(where) gives an SAE."
     name: str
     architecture: str
     d_in: int

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.bases.sitenames import site_of
-from workbench.core.errors import MismatchError, WidthError
+from workbench.core.errors import MismatchError, WidthError, told_apart
 from workbench.hooks.sites import Site, SiteMap
 
 
@@ -72,10 +72,11 @@ def placed_at(sae: AnySAE, model: ModelLike, site: str | Site | None = None) -> 
         raise MismatchError(f"This SAE was trained at {own}, not at {where}. Pass it under its own site.")
     if basis.model_fingerprint not in (None, model.fingerprint):
         name = basis.metadata.get("model_name")
-        made = f"{name} ({basis.model_fingerprint})" if name else f"model {basis.model_fingerprint}"
+        made = str(name) if name else None, str(basis.model_fingerprint)
+        theirs, ours = told_apart(made, (model.name, model.fingerprint))
         raise MismatchError(
-            f"The SAE for {where} was trained on {made}; this is {model.name}, {model.fingerprint}. "
-            "Load the model that it was trained on, or train one on this model."
+            f"The SAE for {where} was trained on {theirs}; this is {ours}. Load the model that it was trained on, or "
+            "train one on this model."
         )
     width = basis.d_in if basis.d_in != model.width(where) or basis.transcodes else basis.d_out
     if width != model.width(where):

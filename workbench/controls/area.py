@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 
 
-def auroc(scores: Float[Tensor, "rows columns"], positive: Bool[Tensor, " labels"]) -> Float[Tensor, " columns"]:
+@checked
+def auroc(
+    scores: Float[Tensor, "rows columns"], positive: Bool[Tensor, " labels"] | Int[Tensor, " labels"]
+) -> Float[Tensor, " columns"]:
     """Probability that a positive row scores above a negative one, per column; ties count half. In fp64.
 
     Scores are compared in the precision that they have.
@@ -47,6 +51,7 @@ def auroc(scores: Float[Tensor, "rows columns"], positive: Bool[Tensor, " labels
     return torch.from_numpy(np.asarray(wins / (n_positive * n_negative)))
 
 
+@checked
 def chance_above(upper: Float[np.ndarray, " m"], lower: Float[np.ndarray, " n"]) -> float:
     """Probability that a value of `upper` lies above one of `lower`: the `auroc` of two samples.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from jaxtyping import Int
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
 from workbench.core.html import Shown
@@ -34,6 +35,7 @@ class RowEdits(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class InTurn(OneLine):
     """One edit that is another one for each prompt: prompt i gets op number i, in turn, as random controls do."""
@@ -48,6 +50,7 @@ class InTurn(OneLine):
         return PerRow(self.ops, rows % n_prompts % len(self.ops))
 
 
+@checked
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Arm(OneLine):
     """One way to treat the model.
@@ -74,6 +77,7 @@ class Arm(OneLine):
             )
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Sweep(Shown):
     """Arms that run on the same prompts: kinds of edits over their strengths, each beside its controls.

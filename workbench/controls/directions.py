@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 
 
+@checked
 def random_directions(
     like: Float[Tensor, "*rows d"], n: int | None = None, *, seed: int = 0, orthogonal: bool = False
 ) -> Float[Tensor, "n d"]:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 
 N_NEAREST = 20
@@ -18,6 +19,7 @@ MAX_FREQUENCY_RATIO = 1.5
 MAX_NORM_RATIO = 1.5
 
 
+@checked
 def matched_features(
     chosen: Sequence[int],
     frequency: Float[Tensor, " d_sae"],

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.registry import Registry
 
@@ -20,6 +21,7 @@ Study = TypeVar("Study")
 Result = TypeVar("Result")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Method(OneLine, Generic[Study, Result]):
     """One way to do what a study is about; its report reads name, information and role from here.
@@ -39,6 +41,7 @@ class Method(OneLine, Generic[Study, Result]):
     compared_with: tuple[str, ...] = ()
 
 
+@checked
 def methods_of(methods: Iterable[Method[Study, Result]]) -> Registry[Method[Study, Result]]:
     """Methods by name, in order.
 
@@ -51,6 +54,7 @@ def methods_of(methods: Iterable[Method[Study, Result]]) -> Registry[Method[Stud
     return registry
 
 
+@checked
 def comparisons(methods: Registry[Method[Study, Result]]) -> tuple[tuple[str, str], ...]:
     """Names of each method and of each that it is compared with.
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError
 from workbench.core.tokenizer import special_ids
@@ -18,6 +19,7 @@ SINK_FACTOR = 10.0
 """Norm of an attention sink, as a multiple of the median norm of ordinary tokens."""
 
 
+@checked
 @dataclass(frozen=True)
 class TokenPolicy(OneLine):
     """Keeps a token unless it is padding, opens its row, is a special token, or has a norm beyond `max_norm`.

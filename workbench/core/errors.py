@@ -5,6 +5,7 @@ WorkbenchError
 │   ├── UnknownSiteError                a site that this model does not have
 │   └── UnknownConfigKeyError           a key that a config or file does not know
 ├── InvalidInputError (ValueError)      a value that cannot be used
+│   ├── CallError (TypeError)           a call with an argument that does not exist, or without one that is needed
 │   ├── ShapeError                      a tensor of the wrong shape
 │   └── DegenerateInputError            input that leaves nothing to compute (no variance, no rows, zero norm)
 ├── EditError (RuntimeError)            an edit that did not happen as asked
@@ -45,6 +46,10 @@ class UnknownConfigKeyError(UnknownNameError):
 
 class InvalidInputError(WorkbenchError, ValueError):
     """A value that cannot be used."""
+
+
+class CallError(InvalidInputError, TypeError):
+    """A call with an argument that does not exist, or without one that is needed."""
 
 
 class ShapeError(InvalidInputError):
@@ -109,6 +114,21 @@ def did_you_mean(asked: str, known: Iterable[str], limit: int = 3) -> str:
         return f"Did you mean {', '.join(close)}?"
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"Known: {shown}."
+
+
+def told_apart(first: tuple[str | None, str], second: tuple[str | None, str]) -> tuple[str, str]:
+    """Two models in words, from the name and fingerprint of each: by their names where these are known and differ.
+
+    >>> told_apart(("gpt2", "0123456789ab"), ("pythia-70m", "ba9876543210"))
+    ('gpt2', 'pythia-70m')
+    >>> told_apart(("gpt2", "0123456789ab"), ("gpt2", "ba9876543210"))
+    ('gpt2 (weights 0123456789ab)', 'gpt2 (weights ba9876543210)')
+    """
+    names = first[0], second[0]
+    if None not in names and names[0] != names[1]:
+        return str(names[0]), str(names[1])
+    in_words = [f"{name} (weights {weights})" if name else f"model {weights}" for name, weights in (first, second)]
+    return in_words[0], in_words[1]
 
 
 def require_known(kind: str, asked: str, known: Iterable[str]) -> None:

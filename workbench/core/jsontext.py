@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
-from workbench.core.errors import CorruptFileError, WorkbenchError
+from workbench.core.errors import CallError, CorruptFileError, WorkbenchError
 
 T = TypeVar("T")
 
@@ -70,9 +70,9 @@ def content_of(what: str | os.PathLike[str], remedy: str = WRITE_AGAIN, *others:
     """
     try:
         yield
-    except WorkbenchError:
-        raise
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, *others) as error:
+        if isinstance(error, WorkbenchError) and not isinstance(error, CallError):
+            raise
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
         raise CorruptFileError(f"{os.fspath(what)} can't be read ({problem}). {remedy}") from error
 

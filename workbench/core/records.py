@@ -32,6 +32,14 @@ if typing.TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+@typing.runtime_checkable
+class DataclassLike(typing.Protocol):
+    """Any dataclass, or an instance of one."""
+
+    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[typing.Any]]]
+
+
 MAX_INLINE_VALUES = 200_000
 """Arrays above this many values are refused in JSON; they belong in a safetensors or Parquet file."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.numbers import sample_size, with_interval
 
@@ -39,6 +40,7 @@ class Estimate:
     def __str__(self) -> str:
         return f"{' '.join(self.shown())} ({sample_size(self.n, self.unit)})"
 
+    @checked
     def shown(self, *, sign: bool = False) -> tuple[str, str]:
         """Value and interval as text, with equal decimals.
 
@@ -55,10 +57,12 @@ class Estimate:
         """
         return f"{' '.join(self.shown(sign=True))} ({sample_size(self.n, self.unit)})"
 
+    @checked
     def excludes(self, value: float) -> bool:
         """Whether the interval lies wholly on one side of `value`."""
         return not self.low <= value <= self.high
 
+    @checked
     def words(self, above: str, below: str, neither: str = "not clearly different") -> str:
         """One of three texts: the interval lies above 0, below 0, or holds it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
 
 from workbench.core.errors import InvalidInputError
 
@@ -75,8 +75,14 @@ if TYPE_CHECKING:
 
     TokenizerLike = _HFTokenizer | NoTokenizer
 else:
-    # NoTokenizer refuses even to say which attributes it has, so nothing is checked at run time.
-    TokenizerLike = object
+
+    @runtime_checkable
+    class TokenizerLike(Protocol):
+        """What is checked at run time: NoTokenizer refuses even to say which other attributes it has."""
+
+        def __call__(self, text: str) -> object:
+            """Encodes a text."""
+            ...
 
 
 @dataclass(frozen=True)

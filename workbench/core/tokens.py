@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -59,6 +59,7 @@ class TokenBatch(Shown):
         index: labels of the rows, where the texts were a column of a table; frames of results have them again.
     """
 
+    how_to_make: ClassVar[str] = "model.tokens(texts) makes a TokenBatch."
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     note: str = ""

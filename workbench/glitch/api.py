@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, overload
 
+from workbench.core.arguments import checked
 from workbench.core.errors import UnknownNameError
 from workbench.glitch.counting.census import CensusReport, run_census
 from workbench.glitch.counting.plan import CensusOptions, in_dtype, plan_census
@@ -21,12 +22,15 @@ from workbench.models.model import Model
 
 @overload
 def scan(
-    model: object, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None
+    model: Model | str | Path, verify: Literal["top"] | None = None, *, options: ScanOptions | None = None
 ) -> GlitchReport: ...
 @overload
-def scan(model: object, verify: Literal["census"], *, options: ScanOptions | None = None) -> CensusReport: ...
 def scan(
-    model: object, verify: str | None = None, *, options: ScanOptions | None = None
+    model: Model | str | Path, verify: Literal["census"], *, options: ScanOptions | None = None
+) -> CensusReport: ...
+@checked
+def scan(
+    model: Model | str | Path, verify: str | None = None, *, options: ScanOptions | None = None
 ) -> GlitchReport | CensusReport:
     """Ranks every token of a model by how untrained its row looks, and on request asks the model for tokens.
 
@@ -55,7 +59,10 @@ def scan(
     return scan_rows(model, verify, options=options)
 
 
-def census(model: object, *, options: CensusOptions | None = None, folder: str | Path | None = None) -> CensusReport:
+@checked
+def census(
+    model: Model | str | Path, *, options: CensusOptions | None = None, folder: str | Path | None = None
+) -> CensusReport:
     """Asks a model for every token of its vocabulary, or for a sample of them.
 
     Args:
@@ -72,8 +79,9 @@ def census(model: object, *, options: CensusOptions | None = None, folder: str |
     return run_census(in_dtype(loaded_model, plan.dtype), plan, None if folder is None else Path(folder))
 
 
+@checked
 def lint(
-    model: object, text: str, *, scan: str | Path | None = None, kinds: Iterable[str] = tuple(KINDS)
+    model: Model | str | Path, text: str, *, scan: str | Path | None = None, kinds: Iterable[str] = tuple(KINDS)
 ) -> LintReport:
     """Where a text holds tokens that a model is likely to stumble over, and characters that its tokenizer loses.
 
@@ -91,7 +99,8 @@ def lint(
     return linter_for(model, scan, kinds).text(text)
 
 
-def diff(a: object, b: object, *, tokenizer_only: bool = False) -> DiffReport:
+@checked
+def diff(a: Model | str | Path, b: Model | str | Path, *, tokenizer_only: bool = False) -> DiffReport:
     """What differs between two models, scans or tokenizers: flags, ids, categories, verdicts, lost bytes.
 
     Args:

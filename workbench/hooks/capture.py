@@ -40,6 +40,8 @@ class Activations(Shown, Mapping[str, Tensor]):
         tokens: the batch that they belong to, if `Model.capture` made them.
     """
 
+    how_to_use = "acts['resid_post.10'] is the tensor of one site."
+
     def __init__(
         self,
         tensors: Mapping[Site, Tensor],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -56,6 +56,7 @@ class Site:
     A negative layer counts from the end of the model: `resid_post.-1` is the output of the last block.
     """
 
+    how_to_make: ClassVar[str] = "A site is written as 'resid_post.10'."
     kind: str
     layer: int | None = None
     head: int | None = None

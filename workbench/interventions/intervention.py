@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Int
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 class Edit(OneLine):
     """One op at one site on the tokens of one scope."""
 
+    how_to_make: ClassVar[str] = "Intervention.at('resid_post.10', op) makes an intervention of one edit."
     site: Site
     op: Op
     scope: Scope
@@ -60,6 +61,9 @@ class Intervention(Shown):
         made_for: fingerprint of the model that the vectors come from, or None; another model refuses it.
     """
 
+    how_to_make: ClassVar[str] = (
+        "Intervention.at('resid_post.10', op) makes one, a + b one of two, sum(several, Intervention()) one of all."
+    )
     edits: tuple[Edit, ...] = ()
     made_for: str | None = None
 

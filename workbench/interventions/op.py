@@ -65,6 +65,7 @@ class Op(OneLine):
     with the number of axes that the single form has; `strength_name` the one that `Intervention * factor` scales.
     """
 
+    how_to_make: ClassVar[str] = "An op is one such as Add(vector)."
     per_row: ClassVar[Mapping[str, int]] = {}
     strength_name: ClassVar[str | None] = None
     registry: ClassVar[Registry[type[Op]]] = Registry("op", "workbench.interventions")

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.errors import EditError
 from workbench.core.html import Shown
 from workbench.interventions.intervention import Edit
@@ -55,6 +56,7 @@ class EditReport(Shown):
         return self.mean_norm_applied / self.mean_norm_before if self.mean_norm_before else 0.0
 
     @classmethod
+    @checked
     def merged(cls, parts: Sequence[EditReport]) -> EditReport:
         """One report of the same edit in several batches; means are over tokens."""
         tokens = sum(part.tokens for part in parts)

@@ -22,6 +22,7 @@ from workbench.interventions.step import Step, ends_of
 class Scope(OneLine):
     """A set of tokens; combine with `&`, `|` and `~`. Padding is never part of it."""
 
+    how_to_make: ClassVar[str] = "A scope is one such as Last() or Generated()."
     registry: ClassVar[Registry[type[Scope]]] = Registry("scope", "workbench.interventions")
 
     def __init_subclass__(cls) -> None:
@@ -105,6 +106,7 @@ class Scope(OneLine):
         return Not(self)
 
 
+@checked
 @dataclass(frozen=True)
 class All(Scope):
     """Every token, prompt and generated."""
@@ -113,6 +115,7 @@ class All(Scope):
         return step.is_real
 
 
+@checked
 @dataclass(frozen=True)
 class Prompt(Scope):
     """Every prompt token."""
@@ -121,6 +124,7 @@ class Prompt(Scope):
         return step.is_prompt
 
 
+@checked
 @dataclass(frozen=True)
 class Generated(Scope):
     """Every generated token, from the first one that is fed back into the model."""
@@ -133,6 +137,7 @@ class Generated(Scope):
         return ~step.is_prompt
 
 
+@checked
 @dataclass(frozen=True)
 class Last(Scope):
     """The last prompt token of each row."""

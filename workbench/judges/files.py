@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.jsontext import content_of, parse_json
 from workbench.core.records import read_text
@@ -18,6 +19,7 @@ PROMPTS_FILE = "export-prompts.jsonl"
 REPLIES_FILE = "import-replies.jsonl"
 
 
+@checked
 @JUDGES.register("file")
 @dataclass(frozen=True)
 class FileJudge(OneLine):
@@ -70,6 +72,7 @@ class FileJudge(OneLine):
         return set(read_lines(Path(self.folder) / PROMPTS_FILE, "prompt"))
 
 
+@checked
 @JUDGES.register("person")
 @dataclass(frozen=True)
 class PersonJudge(OneLine):

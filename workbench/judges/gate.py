@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float
 
+from workbench.core.arguments import checked
 from workbench.core.html import Shown
 from workbench.core.stats import Estimate, wilson
 from workbench.judges.protocol import MAX_FAILED_SHARE, Cost
@@ -60,6 +61,7 @@ class Trial(Shown):
         return f"{self.name} ({self.margin or f'{self.failed.value:.0%} of replies unreadable'})"
 
 
+@checked
 def trial(
     subject: str,
     right: Values,
@@ -104,6 +106,7 @@ class JudgeGate(Shown):
     trials: tuple[Trial, ...]
     cost: Cost = Cost()
 
+    @checked
     def refusal(self, subject: str | None = None) -> str:
         """Why the answers on a subject, or on any, do not count; "" if they do."""
         needed = [t for t in self.trials if t.is_needed and subject in (None, t.subject)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.tokenizer import continuation, text_ids
@@ -17,6 +18,7 @@ from workbench.models.model import Model
 _BEFORE = "Rating:"
 
 
+@checked
 @JUDGES.register("logprob")
 @dataclass(frozen=True, eq=False)
 class LogProbJudge(OneLine):

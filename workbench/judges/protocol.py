@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.html import Shown
@@ -26,6 +27,7 @@ MAX_HIGHEST = 9
 """Answers are single digits."""
 
 
+@checked
 @dataclass(frozen=True)
 class Question(OneLine):
     """A question that one whole number answers.
@@ -159,6 +161,7 @@ class Answers(Shown):
         return pd.DataFrame({"value": self.values})
 
 
+@checked
 def ask(judge: Judge, questions: Sequence[Question]) -> Answers:
     """Asks a judge, and checks that each question got one answer on its scale.
 
@@ -181,6 +184,7 @@ def ask(judge: Judge, questions: Sequence[Question]) -> Answers:
     return Answers(values, sum((answer.cost for answer in answers), Cost()))
 
 
+@checked
 def parse_reply(reply: str, highest: int = 1) -> float | None:
     """The digit that a reply begins with, alone, bold or after "Answer:"; None if it names another one too.
 
@@ -203,6 +207,7 @@ _RATINGS = (
 """A rating in double brackets, behind its name, or alone in the first line."""
 
 
+@checked
 def parse_rating(reply: str, highest: int = 2) -> float | None:
     r"""The last rating in a judge's reply: in double brackets, else behind "rating", else a first line of its own.
 

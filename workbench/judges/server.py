@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import CorruptFileError, InvalidInputError, ModelUnavailableError, UnknownConfigKeyError
 from workbench.core.progress import track
@@ -34,6 +35,7 @@ MIN_DIGIT_MASS = 0.05
 """Probability of all digits together below which a reply is read as text."""
 
 
+@checked
 @JUDGES.register("http")
 @dataclass(frozen=True)
 class HTTPJudge(OneLine):

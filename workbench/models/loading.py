@@ -24,6 +24,7 @@ from workbench.core.errors import (
 from workbench.core.progress import quiet_libraries, task
 from workbench.core.records import load_json
 from workbench.models.embedded import embedded_folder, gguf_folder
+from workbench.models.hub import cached_folder, hub_folder
 from workbench.models.model import Model
 from workbench.models.weights import (
     pickled_class,
@@ -68,7 +69,7 @@ def load_model(
         SelfCheckError: if the model fails its identities.
     """
     device = _pick_device(device)
-    folder = _folder(str(name))
+    folder = _folder(str(name), revision)
     chosen = _pick_dtype(dtype, device)
     if folder is not None:
         _check_files(folder)
@@ -89,7 +90,7 @@ def load_tokenizer(name: str | Path = "embedded", *, revision: str | None = None
     Raises:
         MissingFileError: for a folder without a tokenizer; otherwise the errors of `load_model`.
     """
-    where = str(_folder(str(name)) or name)
+    where = str(_folder(str(name), revision) or name)
     if not _has_tokenizer(where):
         raise MissingFileError(
             f"{where} holds no tokenizer (no tokenizer.json or other file of one). Save the model's tokenizer there "
@@ -106,8 +107,8 @@ def _short_name(name: str | Path) -> str:
     )
 
 
-def _folder(name: str) -> Path | None:
-    """Local folder of the model, or None for a hub id."""
+def _folder(name: str, revision: str | None = None) -> Path | None:
+    """Local folder of the model, or None for a hub id that is to be fetched."""
     if name == "embedded":
         return embedded_folder()
     path = Path(name).expanduser()
@@ -123,10 +124,12 @@ def _folder(name: str) -> Path | None:
     if path.exists():
         raise InvalidInputError(f"{path} is neither a model folder nor a .gguf file.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        if (cached := cached_folder(name, revision)) is not None:
+            return cached
         raise MissingFileError(
             f"There is no model {name!r}. Give 'embedded', a folder, a .gguf file or a hub id such as org/name."
         )
-    return None
+    return hub_folder(name, revision)
 
 
 def _from_pretrained(where: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:

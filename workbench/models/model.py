@@ -53,6 +53,8 @@ class Model(Wrapped):
         site_map: where its sites are.
     """
 
+    how_to_make = "load_model(...) gives a model."
+
     def self_check(self) -> CheckReport:
         """Verifies identities, perturbations and gradients on this model; withdraws sites that break their identity."""
         report = self_check(self.hf, self.site_map)

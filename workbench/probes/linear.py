@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.html import Shown
 from workbench.core.stats import Estimate, wilson
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Probe(Shown):
     """A linear classifier of two classes; class 1 where `x @ w + b > 0`.
@@ -48,6 +50,7 @@ class Probe(Shown):
         return (self.logit(x) > 0).long()
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions(OneLine):
     """How a probe is fitted.
@@ -69,6 +72,7 @@ class ProbeOptions(OneLine):
             raise InvalidInputError(f"ProbeOptions(folds={self.folds}): needs 0 (no cross-validation) or at least 2.")
 
 
+@checked
 def mean_pool(x: Float[Tensor, "batch pos d"], keep: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch d"]:
     """Mean over the kept tokens of each row, in fp32.
 
@@ -86,6 +90,7 @@ def mean_pool(x: Float[Tensor, "batch pos d"], keep: Bool[Tensor, "batch pos"]) 
     return x.float().masked_fill(~keep[..., None], 0.0).sum(dim=1) / counts
 
 
+@checked
 def fit_probe(
     x: Float[Tensor, "rows d"],
     labels: Int[Tensor, " labels"],

@@ -15,12 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import cast
 
+from workbench.core.arguments import checked
 from workbench.core.atomic import refuse_address
 from workbench.core.display import OneLine
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, WorkbenchError, did_you_mean
 from workbench.core.jsontext import Json, content_of
 from workbench.core.locks import lock_folder, lock_moved, remove_dead, unlock_folder
 from workbench.core.records import (
+    DataclassLike,
     from_jsonable,
     json_lines,
     load_json,
@@ -41,6 +43,8 @@ SCHEMA = 1
 
 FEATURE_PAGE = "features.html"
 """Page of a run folder with the cards of its SAE's features, if there is one; its report links to it."""
+Config = Mapping[str, object] | DataclassLike
+"""What a run records of how it was started."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _READ_AGAIN = {
@@ -49,6 +53,7 @@ _READ_AGAIN = {
 """Of env.json, what a continued run or its report uses."""
 
 
+@checked
 class RunDir(OneLine):
     """The folder of one run: `runs/<utc time>-<name>-<short id>/`.
 
@@ -73,7 +78,7 @@ class RunDir(OneLine):
         return f"{str(self.path)!r}, steps={list(self.steps())}, finished={self.finished}"
 
     @classmethod
-    def create(cls, name: str, config: object, root: str | os.PathLike[str] = "runs") -> RunDir:
+    def create(cls, name: str, config: Config, root: str | os.PathLike[str] = "runs") -> RunDir:
         """A new run folder with its config.json and env.json.
 
         `config` is a dataclass or a mapping; dataclass fields whose metadata has `config=False` are not recorded.
@@ -108,7 +113,7 @@ class RunDir(OneLine):
 
     @classmethod
     def resume_or_create(
-        cls, name: str, config: object, root: str | os.PathLike[str] = "runs", fresh: bool = False
+        cls, name: str, config: Config, root: str | os.PathLike[str] = "runs", fresh: bool = False
     ) -> RunDir:
         """The newest unfinished run of this name with an equal configuration, or a new one.
 
@@ -350,7 +355,7 @@ def _environment_in(folder: Path) -> Environment:
     return cast("Environment", env)
 
 
-def interrupted_runs(name: str, config: object, root: str | os.PathLike[str] = "runs") -> Iterator[Path]:
+def interrupted_runs(name: str, config: Config, root: str | os.PathLike[str] = "runs") -> Iterator[Path]:
     """Folders of the unfinished runs of this name with an equal configuration, newest first."""
     settings = settings_of(config)
     for info in list_runs(root):
@@ -358,7 +363,7 @@ def interrupted_runs(name: str, config: object, root: str | os.PathLike[str] = "
             yield info.path
 
 
-def settings_of(config: object) -> dict[str, object]:
+def settings_of(config: Config) -> dict[str, object]:
     """The configuration in JSON types, without dataclass fields marked `metadata={"config": False}`."""
     if dataclasses.is_dataclass(config):
         fields = [field.name for field in dataclasses.fields(config) if field.metadata.get("config", True)]

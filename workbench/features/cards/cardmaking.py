@@ -42,6 +42,7 @@ MAX_BARS = 24
 _SCORES = ("input_score", "output_score", "output_score_delta")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class CardOptions(OneLine):
     """Contents of cards.

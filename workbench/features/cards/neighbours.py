@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.controls.overlap import NULL_SEED, NULLS
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.similarity import SparseMatrix, cosines
@@ -24,6 +25,7 @@ NULL_ROWS = 512
 NULL_QUANTILE = 0.95
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class NeighbourOptions(OneLine):
     """How neighbours are found.
@@ -43,6 +45,7 @@ class NeighbourOptions(OneLine):
             raise InvalidInputError(f"{self}: n may not be negative, min_fired is at least 1.")
 
 
+@checked
 def activation_neighbours(
     co: CoSample, ids: Int[Tensor, " features"], options: NeighbourOptions | None = None
 ) -> list[tuple[Neighbour, ...]]:
@@ -67,6 +70,7 @@ def activation_neighbours(
     return neighbours
 
 
+@checked
 def decoder_neighbours(
     W_dec: Float[Tensor, "d_sae d_out"], ids: Int[Tensor, " features"], options: NeighbourOptions | None = None
 ) -> list[tuple[Neighbour, ...]]:

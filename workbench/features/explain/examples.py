@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.features.explain.rulefit import RuleData
@@ -19,6 +20,7 @@ from workbench.features.passes.windows import OUTSIDE, FeatureWindows, WindowTab
 _SPLIT, _SILENT = 0x5911, 0x511E
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ExampleOptions(OneLine):
     """How windows are divided.
@@ -136,6 +138,7 @@ def is_held_out(documents: torch.Tensor, options: ExampleOptions) -> torch.Tenso
     return uniform(documents, _SPLIT, options.seed) < options.held_out
 
 
+@checked
 def examples_of(windows: FeatureWindows, slot: int, feature: int, options: ExampleOptions) -> Examples:
     """The windows of feature number `feature`, at place `slot` of a pass over a store, divided by document."""
     top, sample = (_of_table(windows, table, slot) for table in (windows.top, windows.sample))

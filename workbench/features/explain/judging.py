@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from workbench.activations.store import ActivationStore
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError
 from workbench.core.stats import Estimate, wilson
@@ -118,6 +119,7 @@ class _Asking:
         return CalibratedAnswers(yes, yes - self._empty)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GateOptions(OneLine):
     """How a judge is tried.
@@ -135,6 +137,7 @@ class GateOptions(OneLine):
     seed: int = 0
 
 
+@checked
 def judge_gate(
     judge: Judge, store: ActivationStore, site: str, tokenizer: TokenSource, options: GateOptions | None = None
 ) -> JudgeGate:
@@ -209,6 +212,7 @@ def _family(kind: Kind, family: str, tried: Sequence[_Tried]) -> Trial:
     )
 
 
+@checked
 def judge_explanations(
     judge: Judge, gate: JudgeGate, texts: Mapping[int, str], examples: Mapping[int, Examples], tokenizer: TokenSource
 ) -> dict[int, Explanation]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.html import Shown
 from workbench.core.progress import task
 from workbench.core.stats import Estimate
@@ -67,6 +68,7 @@ class _Fit:
     lacking: str
 
 
+@checked
 def explain_by_rules(
     windows: FeatureWindows, features: Int[Tensor, " features"], tokenizer: TokenSource,
     options: ExampleOptions | None = None, keep: Keeper | None = None,
@@ -113,6 +115,7 @@ def _kept(
     return made
 
 
+@checked
 def score_rules(
     explained: Sequence[RuleExplanation], tokenizer: TokenSource, *, seed: int = 0, keep: Keeper | None = None
 ) -> dict[int, Explanation]:

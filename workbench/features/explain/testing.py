@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from workbench.controls.area import chance_above
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, ShapeError
 from workbench.core.html import Shown
 from workbench.core.stats import Estimate, wilson
@@ -244,6 +245,7 @@ class IntruderScore(Shown):
     chance: float
 
 
+@checked
 def intruder_score(examples: Examples, shown: int = 4) -> IntruderScore:
     """Finds the intruder among `shown` windows with the feature, of like strength, and one without it.
 

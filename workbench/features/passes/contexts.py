@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.activations.store import ActivationStore
 from workbench.bases.sae import AnySAE
+from workbench.core.arguments import checked
 from workbench.core.codec import token_bytes
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _MARK = "\u2063"
 
 
+@checked
 @dataclass(frozen=True)
 class ContextOptions(OneLine):
     """How contexts are collected.
@@ -93,6 +95,7 @@ class TopContexts(Shown):
         return (self.tokens != MISSING).sum(1)
 
 
+@checked
 def top_contexts(
     store: ActivationStore,
     sae: AnySAE,

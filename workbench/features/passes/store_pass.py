@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.activations.store import ActivationStore, Block
 from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError
 from workbench.core.progress import task
@@ -72,6 +73,7 @@ class Units(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class SAEFeatures(OneLine):
     """Features of an SAE; only the encoder columns that are asked for are used, where features do not compete."""

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.features.passes.coactivation import CoActivationSample, CoSample
@@ -31,6 +32,7 @@ _COLUMNS = ("row", "position", "token", "document", "low", "high", "start")
 _BACKGROUND = 0x0BAC
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions(OneLine):
     """What is kept of each feature.
@@ -157,11 +159,13 @@ class FeatureWindows(OneLine):
         """Share of the read tokens on which each feature is active."""
         return (self.active.double() / self.n_tokens).float()
 
+    @checked
     def ids(self, row: int) -> list[int]:
         """Token ids of a packed row that a window comes from."""
         at = int(torch.searchsorted(self.row_numbers, row))
         return self.row_ids[at].tolist()
 
+    @checked
     def decile_edges(self, feature: int) -> Float[Tensor, " 9"]:
         """Peaks that 90 %, 80 %, ... 10 % of the feature's active rows stay below, largest first; from the histogram.
 
@@ -187,6 +191,7 @@ def bin_edges() -> Float[Tensor, " edges"]:
     return 2.0 ** (torch.arange(N_BINS + 1) / BINS_PER_OCTAVE - OCTAVES)
 
 
+@checked
 def collect_windows(
     store: ActivationStore, site: str | None, units: Units, options: WindowOptions | None = None
 ) -> FeatureWindows:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.errors import ShapeError
 from workbench.features.passes.contexts import MISSING
 
 
+@checked
 def input_score(
     max_tokens: Int[Tensor, "features contexts"], lens_ids: Int[Tensor, "scored k"], min_contexts: int = 10
 ) -> Float[Tensor, " features"]:

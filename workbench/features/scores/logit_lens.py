@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.bases.fits import placed_at
 from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, WidthError
 from workbench.core.html import Shown
 from workbench.hooks.sites import Site
@@ -63,6 +64,7 @@ class LensEnds(Shown):
         return pd.concat([tokens.frame().assign(end=end) for end, tokens in ends.items()], ignore_index=True)
 
 
+@checked
 def lens_tokens(model: Model, directions: Float[Tensor, "directions d_model"], k: int = 20) -> LensTokens:
     """The k tokens with the largest `W_U^T . final_norm(direction)`, norm weight included, `b_dec` not added.
 
@@ -78,6 +80,7 @@ def lens_tokens(model: Model, directions: Float[Tensor, "directions d_model"], k
     return promoted
 
 
+@checked
 def lens_ends(model: Model, directions: Float[Tensor, "directions d_model"], k: int = 20) -> LensEnds:
     """The k tokens with the largest and the k with the smallest logits of `lens_tokens`, in one product.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.html import Shown
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@checked
 @dataclass(frozen=True)
 class OutputOptions(OneLine):
     """How output scores are measured.
@@ -105,6 +108,7 @@ class OutputScores(Shown):
         return pd.DataFrame({name: getattr(self, name).detach().cpu().numpy() for name in names})
 
 
+@checked
 def confidence(logits: Float[Tensor, "rows d_vocab"], k: int = 1) -> Float[Tensor, " rows"]:
     """`-(1/k) sum log p` over the k most probable tokens, in nats: 0 is certain, larger is less sure.
 
@@ -128,6 +132,7 @@ def _confidence(logits: Tensor, known: Standing, k: int) -> Tensor:
     return known.log_total - (top - known.top[:, None]).mean(dim=1)
 
 
+@checked
 def rank_score(
     logits: Float[Tensor, "rows d_vocab"], lens_ids: Int[Tensor, "rows k"]
 ) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
@@ -161,10 +166,11 @@ def _one_row_scores(logits: Float[Tensor, " d_vocab"], lens_ids: Int[Tensor, "ro
     return (1 - above / len(logits)) * (best.float() - known.top - known.log_total).exp()
 
 
+@checked
 def output_scores(
     model: Model,
     sae: AnySAE,
-    features: Any = None,
+    features: Iterable[int | float] | None = None,
     site: str | Site | None = None,
     options: OutputOptions | None = None,
 ) -> OutputScores:
@@ -185,16 +191,19 @@ def output_scores(
     return direction_scores(model, sae, as_basis(sae).rows(ids), site, options)
 
 
+@checked
 def output_score(model: Model, sae: AnySAE, feature: int, **kwargs: Any) -> float:
     """Output score of one feature, of the steered model alone; see `output_scores`."""
     return float(output_scores(model, sae, [feature], **kwargs).score)
 
 
+@checked
 def output_score_delta(model: Model, sae: AnySAE, feature: int, **kwargs: Any) -> float:
     """Output score of one feature, steered minus unsteered; see `output_scores`."""
     return float(output_scores(model, sae, [feature], **kwargs).delta)
 
 
+@checked
 def direction_scores(
     model: Model,
     sae: AnySAE,

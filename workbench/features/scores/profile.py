@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.controls.directions import random_directions
+from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.html import Shown
 from workbench.core.progress import track
@@ -46,6 +47,7 @@ class DepthScores(Shown):
         return pd.DataFrame({"layer": self.layers, **means})
 
 
+@checked
 @torch.no_grad()
 def depth_scores(
     model: Model,

@@ -31,6 +31,7 @@ _OF_DECODER = ("input_score", "output_score", "output_score_delta", "confidence_
 """Columns that have no value for a feature whose decoder row is zero."""
 
 
+@checked
 @dataclass(frozen=True)
 class ScoreOptions(OneLine):
     """Details of scoring that rarely change; see `OutputOptions`.

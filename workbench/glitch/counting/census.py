@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from workbench.core.arguments import checked
 from workbench.core.jsontext import Json, Record
 from workbench.core.records import save_json, to_jsonable
 from workbench.core.stats import Estimate, clopper_pearson
@@ -81,6 +82,7 @@ class CensusReport(TokenReport):
         """Whether every token was tested."""
         return bool(self.tested[~np.isin(self.plan.scan.table.category, NO_TEST)].all())
 
+    @checked
     def strata(self, probabilities: np.ndarray | None = None) -> tuple[Stratum, ...]:
         """Counts by rank of the ordinary tokens, from the most suspicious on."""
         ids = by_rank(ranking(self.plan.scan), self.plan.options.shares)
@@ -104,6 +106,7 @@ class CensusReport(TokenReport):
         """Number of glitch tokens among all ordinary tokens; exact after a full census."""
         return total(self.strata())
 
+    @checked
     def recall_at(self, share: float, probabilities: np.ndarray | None = None) -> Estimate:
         """Share of all ordinary glitch tokens that the first share of the ranking holds, one of the shares asked for.
 
@@ -139,6 +142,7 @@ class CensusReport(TokenReport):
     def _verdict(self, i: int) -> str:
         return verdict(float(self.best[i])) if self.tested[i] else "untested"
 
+    @checked
     def save(self, folder: Path) -> Path:
         """Writes tokens.csv, glitch.json (both as a scan writes them) and census.json; returns the first's path."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +160,7 @@ class CensusReport(TokenReport):
             "glitch": [self.row(int(i)) for i in np.flatnonzero(self.glitch)],
         })  # fmt: skip
 
+    @checked
     def row(self, i: int) -> Record:
         """One token as plain values."""
         table = self.plan.scan.table

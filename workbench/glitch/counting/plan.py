@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require
 from workbench.core.progress import clock
@@ -24,6 +25,7 @@ NO_TEST = ("no_token", "no_row")
 """Categories of ids that cannot be tested: rows without a token, tokens without a row."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class CensusOptions(OneLine):
     """What a census runs.

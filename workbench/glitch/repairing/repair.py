@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.codec import token_bytes
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require, require_known
@@ -35,6 +36,7 @@ BLOCKED = -1e4
 """Logit of a blocked token: its probability is zero in every dtype, and the value is finite in every dtype."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RepairOptions(OneLine):
     """What the new rows are made of.
@@ -115,6 +117,7 @@ class Repair(Shown):
         return MixEntries(torch.tensor(self.ids), sources, weights, rest, bias)
 
 
+@checked
 def repair(
     model: Model, tokens: Sequence[int], options: RepairOptions | None = None, *,
     vocabulary: Vocabulary | None = None, avoid: Sequence[int] = (),

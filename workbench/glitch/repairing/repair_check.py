@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from workbench.core.arguments import checked
 from workbench.core.codec import codec_of
 from workbench.core.errors import DegenerateInputError, require
 from workbench.core.progress import task
@@ -241,6 +242,7 @@ class RepairCheckOptions:
         require(self.controls >= 1 and self.tolerance >= 0 and len(self.texts) >= 2, self, rule)
 
 
+@checked
 def check_repair(
     model: Model, made: Repair, options: RepairCheckOptions | None = None, *, vocabulary: Vocabulary | None = None
 ) -> RepairReport:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from workbench.core.arguments import checked
 from workbench.core.codec import Codec, codec_in, codec_of, codec_of_gguf
 from workbench.core.display import OneLine
 from workbench.core.errors import (
@@ -52,6 +53,7 @@ _NO_WORDS = 100
 """So many of the most suspicious tokens are not taken as words that other tokens may be made of."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ScanOptions(OneLine):
     """What a scan looks for and how much it tests.
@@ -120,7 +122,8 @@ def scan(model: object, verify: Literal["top"] | None = None, *, options: ScanOp
     return report if verify is None else _examined(model, report, codec, vocabulary, options)
 
 
-def examine(model: object, report: GlitchReport, *, options: ScanOptions | None = None) -> GlitchReport:
+@checked
+def examine(model: Model | str | Path, report: GlitchReport, *, options: ScanOptions | None = None) -> GlitchReport:
     """The second half of `scan(model, "top")`, for a report that was made of the same model's weights.
 
     Raises:

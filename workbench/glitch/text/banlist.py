@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require, require_known
 from workbench.core.html import Shown
 from workbench.core.records import save_json, write_atomic
@@ -113,6 +114,7 @@ class BanList(Shown):
         )
 
 
+@checked
 def ban_list(
     scan: SavedScan, grades: Iterable[str] = DEFAULT_GRADES, *, top: int | None = None, include_special: bool = False,
     include_bytes: bool = False, keep: Iterable[int] = (),

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, require
 from workbench.core.metrics import token_log_probabilities
@@ -28,6 +29,7 @@ VERIFIED = 0.01
 """A token is verified as under-trained if no prompt and no step gives it this probability (Land and Bartolo 2024)."""
 
 
+@checked
 @dataclass(frozen=True)
 class VerifyOptions(OneLine):
     """How tokens are tested.

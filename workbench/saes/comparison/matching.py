@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workbench.activations.store import ActivationStore
 from workbench.bases.base import Basis
-from workbench.bases.sae import SAELike, as_basis
+from workbench.bases.sae import AnySAE, SAELike, as_basis
 from workbench.controls.overlap import RESAMPLES, Overlap, overlap
 from workbench.core.arguments import checked, shown
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
@@ -104,8 +104,8 @@ class SharedFeatures(Report):
 
 @checked
 def shared_features(
-    a: object,
-    b: object,
+    a: AnySAE | Float[Tensor, "d_sae d_in"],
+    b: AnySAE | Float[Tensor, "d_sae d_in"],
     *,
     which: Which = "decoder",
     threshold: float = SHARED_COSINE,

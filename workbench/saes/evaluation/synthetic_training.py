@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.activations.manifest import Manifest, ShardFile, SiteStats
-from workbench.activations.store import ActivationStore, Split, checked_split
+from workbench.activations.store import ActivationStore, Split
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import InvalidInputError, UnknownNameError
 from workbench.saes.config import ARCHITECTURES, SAEConfig, architecture_name
@@ -88,7 +88,7 @@ class SyntheticStore(ActivationStore):
         if index not in self._made:
             self._made[index] = self.truth.tokens(self.shard_rows, FIRST_SEED + index)
         held_out = self.shard_rows // self.manifest.held_out_every
-        rows = {"all": slice(None), "heldout": slice(held_out), "train": slice(held_out, None)}[checked_split(split)]
+        rows = {"all": slice(None), "heldout": slice(held_out), "train": slice(held_out, None)}[split]
         return {site: self._made[index][rows] for site in sites}
 
 

@@ -25,6 +25,7 @@ from workbench.core.errors import (
 )
 from workbench.core.jsontext import Record
 from workbench.core.records import from_jsonable
+from workbench.models.model import Model
 from workbench.models.weights import is_float, stored_dtypes
 from workbench.saes.formats import releases
 from workbench.saes.formats.build import build, placed, register_own_classes, unbuilt
@@ -62,7 +63,7 @@ def load_sae(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     *,
-    model: Any = None,
+    model: Model | None = None,
     check: bool = True,
     **reading: Unpack[Reading],
 ) -> LensSAE:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.bases.sae import AnySAE
 from workbench.controls.tokens import TokenPolicy
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.registry import Registry
@@ -25,6 +26,7 @@ SHRINKAGE = 0.1
 WHITENING_FLOOR = 1e-6
 
 
+@checked
 @dataclass(frozen=True)
 class Concept(OneLine):
     """A concept, given by texts that have it and texts that do not.
@@ -90,6 +92,7 @@ METHODS: Registry[DirectionMethod] = Registry("direction method")
 """Every way to find a direction, in the order in which they are compared."""
 
 
+@checked
 @dataclass(frozen=True)
 class DirectionOptions(OneLine):
     """How directions are found.
@@ -110,6 +113,7 @@ class DirectionOptions(OneLine):
         METHODS.check(*self.methods)
 
 
+@checked
 def concept_directions(
     model: Model, concept: Concept, site: str | Site, options: DirectionOptions | None = None
 ) -> dict[str, Float[Tensor, " d"]]:

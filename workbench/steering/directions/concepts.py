@@ -14,6 +14,7 @@ from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.arms import Sweep
 from workbench.controls.directions import random_directions
 from workbench.controls.tokens import TokenPolicy
+from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
 from workbench.core.progress import task
@@ -96,6 +97,7 @@ class ConceptReport(TextsReport):
         return Section("Steering towards concepts", tuple(blocks), self.findings(), metrics)
 
 
+@checked
 def steer_concepts(
     model: Model,
     concepts: Sequence[Concept],

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.html import Shown
 from workbench.core.tokens import TokenBatch
@@ -17,6 +18,7 @@ from workbench.models.model import Model
 ROWS_PER_PASS = 32
 
 
+@checked
 def difference_of_means(
     positive: Float[Tensor, " n_positive ..."], negative: Float[Tensor, " n_negative ..."]
 ) -> Float[Tensor, "*shape"]:
@@ -82,6 +84,7 @@ def mean_activations(
     return {site: torch.cat(kept) for site, kept in means.items()}
 
 
+@checked
 @torch.no_grad()
 def directions_by_position(
     model: Model, positive: TokenBatch, negative: TokenBatch, sites: Sequence[str], positions: Sequence[int] = (-1,)
@@ -131,6 +134,7 @@ class TwoByTwo(Shown):
     simple: Float[Tensor, " d"]
 
     @classmethod
+    @checked
     def of(
         cls,
         harmful_refusal: Float[Tensor, "n d"],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
 from workbench.core.records import from_jsonable, load_json
 from workbench.judges.protocol import Question
@@ -57,6 +58,7 @@ KNOWN = (
 """Theme, request and a text that has both: with these a judge shows that it can tell right from wrong."""
 
 
+@checked
 def templates_from(path: str | Path) -> dict[str, str]:
     """Prompts from a JSON file: "concept", "instruction" and "fluency", each with the slots of `SLOTS` in braces.
 
@@ -75,6 +77,7 @@ def templates_from(path: str | Path) -> dict[str, str]:
     return {kind: templates[kind] for kind in KINDS}
 
 
+@checked
 def rating_prompts(
     concept: str, instruction: str, text: str, templates: Mapping[str, str] = TEMPLATES
 ) -> tuple[str, str, str]:

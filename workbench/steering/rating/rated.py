@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, UnknownNameError
 from workbench.core.jsontext import Record
 from workbench.core.stats import Estimate, paired_difference, sample_mean, wilson
@@ -21,11 +22,15 @@ from workbench.steering.rating.ratings import harmonic, harmonic_of_means
 from workbench.steering.sweep.arms import OWN_TOKENS
 from workbench.steering.sweep.steer import check_prompts
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 MIN_RATING_MARGIN = 0.5
 """By how much, of 2, right texts have to be rated above wrong ones, interval included."""
 COLUMNS, BASE = ("arm", "feature", "strength", "prompt", "text"), "unsteered"
 
 
+@checked
 def rating_gate(judge: Judge, templates: Mapping[str, str] = TEMPLATES, seed: int = 0) -> JudgeGate:
     """Tries a judge on twelve texts with their own theme and request, and with those of another one.
 
@@ -43,9 +48,10 @@ def rating_gate(judge: Judge, templates: Mapping[str, str] = TEMPLATES, seed: in
     return JudgeGate(judge.name, tuple(map(tried, range(len(KINDS)))), answers.cost)
 
 
+@checked
 def rate_texts(
     judge: Judge,
-    frame: Any,
+    frame: pd.DataFrame,
     concepts: Mapping[Any, str],
     *,
     templates: Mapping[str, str] = TEMPLATES,

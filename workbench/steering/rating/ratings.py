@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.steering.rating.questions import MAX_RATING
 
 
+@checked
 def mean_of_harmonics(scores: Float[Tensor, "*concepts examples ratings"]) -> float:
     """AxBench's aggregate: the harmonic mean of the three ratings of each example, then the mean over examples.
 
@@ -29,6 +31,7 @@ def mean_of_harmonics(scores: Float[Tensor, "*concepts examples ratings"]) -> fl
     return float(harmonic(_checked(scores, "mean_of_harmonics")).mean())
 
 
+@checked
 def harmonic_of_means(scores: Float[Tensor, "*concepts examples ratings"]) -> float:
     """The seed paper's aggregate: the mean of each rating over a concept's examples, then their harmonic mean.
 

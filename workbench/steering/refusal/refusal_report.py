@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from workbench.core.arguments import checked
 from workbench.core.numbers import number, sample_size, setting
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Cell, Headline, Lines, Metric, Report, Says, Section, Series, Table, Text
@@ -45,10 +46,12 @@ class RefusalReport(Report):
     new_tokens: int
     note: str = ""
 
+    @checked
     def arm(self, name: str) -> RefusalArm:
         """The result of the arm of this name."""
         return next(arm for arm in self.arms if arm.name == name)
 
+    @checked
     def family(self, name: str) -> tuple[RefusalArm, ...]:
         """The results of one kind of edit, weakest first."""
         return tuple(arm for arm in self.arms if arm.family == name)

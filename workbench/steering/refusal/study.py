@@ -15,6 +15,7 @@ from workbench.bases.sae import AnySAE, as_basis
 from workbench.controls.arms import UNEDITED, Arm, InTurn, Sweep
 from workbench.controls.directions import random_directions
 from workbench.controls.matching import matched_features
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import task
@@ -44,6 +45,7 @@ STRONG_AUROC = 0.75
 """AUROC above which a candidate is no control."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RefusalOptions(OneLine):
     """Sizes and strengths of the refusal study.
@@ -89,6 +91,7 @@ class RefusalOptions(OneLine):
             )
 
 
+@checked
 def refusal_study(
     model: Model,
     sae: AnySAE | None = None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from workbench.bases.sae import AnySAE, as_basis
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.features.scores.table import FeatureTable
@@ -21,6 +22,7 @@ BEST = {"best output scores": "output_score", "best input scores": "input_score"
 GROUPS = (UNFILTERED, SECOND, FILTERED, MATCHED, *BEST)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(OneLine):
     """Sizes and cuts of the study.
@@ -52,6 +54,7 @@ class StudyOptions(OneLine):
             )
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Depth(OneLine):
     """An SAE at one depth and the scores of its features."""

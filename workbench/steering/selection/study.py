@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import task
 from workbench.core.stats import Estimate
@@ -20,6 +21,7 @@ from workbench.steering.sweep.build import perplexity
 from workbench.steering.sweep.intervals import two_level
 
 
+@checked
 def selection_study(
     model: Model, depths: Sequence[Depth], options: StudyOptions | None = None, folder: Path | None = None
 ) -> SelectionReport:

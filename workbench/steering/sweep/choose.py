@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, ShapeError
 from workbench.steering.sweep.measures import DEGENERATE_COUNT
 
@@ -15,6 +16,7 @@ HELD_OUT_RULE = "held-out rule"
 PAPER_RULE = "paper's rule"
 
 
+@checked
 def best_strength(
     success: Float[np.ndarray, "strengths prompts"], nll: Float[np.ndarray, "strengths prompts"]
 ) -> tuple[int, bool]:
@@ -34,6 +36,7 @@ def best_strength(
     return (0, True) if scores[best] < 0 else (best, False)
 
 
+@checked
 def paper_strength(
     success: Float[np.ndarray, "strengths prompts"], nll: Float[np.ndarray, "strengths prompts"]
 ) -> tuple[int, bool]:
@@ -58,7 +61,10 @@ def paper_strength(
     return (0, True) if scores[best] < 0 else (best, False)
 
 
-def pareto_front(effect: Sequence[float], cost: Sequence[float]) -> tuple[int, ...]:
+@checked
+def pareto_front(
+    effect: Sequence[float] | Float[np.ndarray, " points"], cost: Sequence[float] | Float[np.ndarray, " points"]
+) -> tuple[int, ...]:
     """Indices of the points that no other point dominates, by rising cost.
 
     A point dominates another if it has at least as much effect at no more cost, and is better in one of the two. Equal

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, ShapeError
 from workbench.core.stats import Estimate
 
@@ -14,6 +15,7 @@ RESAMPLES = 2000
 METHOD = "percentile bootstrap over prompts and features"
 
 
+@checked
 def two_level(
     values: Float[np.ndarray, "features prompts"], *, seed: int = 0, unit: str = "prompts"
 ) -> Estimate | None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.metrics import kl_divergence as kl_of_logits
 from workbench.core.tokens import TokenBatch
@@ -21,6 +22,7 @@ NLL_ROWS = 16
 """Rows per forward pass when texts are judged; their logits are the larger part of the memory."""
 
 
+@checked
 def lens_count(ids: Int[Tensor, " new"], lens_ids: Int[Tensor, " k"]) -> int:
     """How many tokens of a continuation are lens tokens, each occurrence counted; the prompt is no part of it.
 
@@ -30,6 +32,7 @@ def lens_count(ids: Int[Tensor, " new"], lens_ids: Int[Tensor, " k"]) -> int:
     return int(torch.isin(ids, lens_ids).sum())
 
 
+@checked
 def generation_success(continuations: Sequence[Int[Tensor, " _"]], lens_ids: Int[Tensor, " k"]) -> float:
     """Mean number of lens tokens per continuation, each occurrence counted, so it can exceed 1.
 
@@ -49,6 +52,7 @@ def generation_success(continuations: Sequence[Int[Tensor, " _"]], lens_ids: Int
     return sum(lens_count(ids, lens_ids) for ids in continuations) / len(continuations)
 
 
+@checked
 def distinct_n(ids: Int[Tensor, " new"], n: int) -> float:
     """Different runs of n neighbouring tokens divided by the number of such runs; nan with fewer than n tokens.
 
@@ -65,6 +69,7 @@ def distinct_n(ids: Int[Tensor, " new"], n: int) -> float:
     return len(set(runs)) / len(runs) if runs else math.nan
 
 
+@checked
 def distinct_2(ids: Int[Tensor, " new"]) -> float:
     """Different pairs of neighbouring tokens divided by the number of pairs; nan with fewer than two tokens.
 
@@ -74,6 +79,7 @@ def distinct_2(ids: Int[Tensor, " new"]) -> float:
     return distinct_n(ids, 2)
 
 
+@checked
 def repeated(ids: Int[Tensor, " new"], window: int = REPEAT_WINDOW) -> float:
     """Share of the tokens that already occurred among the `window` tokens before; nan for an empty text.
 
@@ -86,6 +92,7 @@ def repeated(ids: Int[Tensor, " new"], window: int = REPEAT_WINDOW) -> float:
     return sum(token in row[max(0, i - window) : i] for i, token in enumerate(row)) / len(row) if row else math.nan
 
 
+@checked
 def lens_log_odds(logits: Float[Tensor, "rows d_vocab"], lens_ids: Int[Tensor, "_ k"]) -> Float[Tensor, " rows"]:
     """`log P - log(1 - P)` of each row, P being the probability of all its lens tokens together; nats.
 
@@ -106,6 +113,7 @@ def lens_log_odds(logits: Float[Tensor, "rows d_vocab"], lens_ids: Int[Tensor, "
     return inside - outside
 
 
+@checked
 def kl_divergence(base: Float[Tensor, "rows d_vocab"], steered: Float[Tensor, "_ _"]) -> Float[Tensor, " rows"]:
     """`sum p_base (log p_base - log p_steered)` of each row, in nats: how much of the model's prediction is lost.
 
@@ -122,6 +130,7 @@ def kl_divergence(base: Float[Tensor, "rows d_vocab"], steered: Float[Tensor, "_
     return kl_of_logits(base.float(), steered.float())
 
 
+@checked
 @torch.no_grad()
 def continuation_nll(
     model: Model, prompts: TokenBatch, continuations: Sequence[Int[Tensor, " _"]]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, did_you_mean
 from workbench.features.scores.table import FeatureTable
@@ -20,6 +21,7 @@ SCOPES: dict[str, Scope] = {"last+generated": Last() | Generated(), "all": All()
 SUCCESS_KS = (1, 5, 20)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class SteerOptions(OneLine):
     """Details of a steering run.

@@ -1,0 +1,69 @@
+"""Models of the Hugging Face hub: whether it can be reached, and what of it is on this machine already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from workbench.core.errors import ModelUnavailableError
+
+TIMEOUT_S = 5
+"""How long the hub may take to answer; a download would try again for half a minute before it said anything."""
+
+
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
+    """Folder of a model in the local cache of the hub; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def hub_folder(name: str, revision: str | None = None) -> Path | None:
+    """Where to load a hub id from: None for the hub, and the folder of the local cache if the hub can't be reached.
+
+    Raises:
+        ModelUnavailableError: if the hub has no such model, or can't be reached and the model is not in the cache.
+    """
+    reason = unreachable(name, revision)
+    if reason is None:
+        return None
+    if (folder := cached_folder(name, revision)) is not None:
+        return folder
+    raise ModelUnavailableError(
+        f"Model {name!r} could not be loaded: it is not in the local cache, and the Hugging Face hub can't be reached "
+        f"({reason}). Where there is a network, run `hf download {name} --local-dir FOLDER`, and give FOLDER here; "
+        "'embedded' needs no hub."
+    )
+
+
+def unreachable(name: str, revision: str | None = None) -> str | None:
+    """Why the hub does not answer, in a few words; None if it does.
+
+    Raises:
+        ModelUnavailableError: if it answers that there is no such model, or none for this user.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
+    except HFValidationError as error:
+        raise ModelUnavailableError(
+            f"Model {name!r} could not be loaded: it is no name that the hub allows."
+        ) from error
+    except OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE is set"
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code < 500:
+            raise ModelUnavailableError(
+                f"Model {name!r} could not be loaded: {str(error).strip().splitlines()[-1]} Check the name and the "
+                "revision; for a private or gated model log in first (hf auth login)."
+            ) from error
+        return type(error).__name__
+    except (HTTPError, OSError) as error:
+        return str(error) or type(error).__name__
+    return None
