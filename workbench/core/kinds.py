@@ -278,7 +278,7 @@ def _hints(annotation: object, value: object) -> list[str]:
     if isinstance(hint := getattr(value, "how_to_use", None), str):
         return [hint]
     elements = [typing.get_args(part) for part in _lists(annotation)]
-    if any(check is not None and check(value) is not WRONG for check in (check_of(one[0]) for one in elements if one)):
+    if any(check_of(one[0]) is not None and not _refused(one[0], value) for one in elements if one):
         return ["Put it into a list: [...]."]
     one_by_one = isinstance(value, (list, tuple)) and value and not _refused(annotation, value[0])
     made = [hint for part in parts_of(annotation) if isinstance(hint := getattr(part, "how_to_make", None), str)]

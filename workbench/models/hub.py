@@ -47,7 +47,10 @@ def unreachable(name: str, revision: str | None = None) -> str | None:
         ModelUnavailableError: if it answers that there is no such model, or none for this user.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    # That of the client that this version of the hub's library is written for.
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # isort: skip
 
     try:
         HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
