@@ -39,7 +39,7 @@ def test_a_table_is_found_in_the_folder_or_in_the_sae(
     summary, page = _shown(capsys, folder=tmp_path / "sae", out=tmp_path / "page.html")
     assert summary["features"] == 2
     assert summary["bytes"] == len(page.encode()) > summary["index_bytes"] + summary["card_bytes"]
-    assert "<h1>Features of sae</h1>" in page or inner == ""
+    assert "<h1>Features of tiny at resid_post.1</h1>" in page
     assert "resid_post.1 of tiny, 1,000 tokens read" in page
 
 

@@ -198,6 +198,45 @@ def test_the_card_for_a_notebook_says_everything() -> None:
     assert '<td class="num"></td>' not in bare
 
 
+def test_the_headline_is_the_explanation_only_where_it_is_above_all_its_controls() -> None:
+    card = full_card(3)
+    parts = re.findall("<h3>(.*?)</h3>", card_html(card))
+    assert parts[:4] == ["What it reads", "Contexts", "What it writes: tokens by logit, through the final norm", "Explanation"]
+    said, peaks = "token is one of", "The tokens at the peaks of its contexts."
+
+    def headline(card: dict[str, Any]) -> str:
+        return card_html(card).partition("<h3>What it reads</h3>")[2].partition("</section>")[0]
+
+    assert said in headline(card)
+    assert peaks not in headline(card)
+    explanation = card["explanation"]
+    controls = explanation["controls"]
+    high = controls["empty: detection"] | {"high": 0.99}
+    for changed in (
+        {"controls": controls | {"empty: detection": high}},  # one of several controls is as good
+        {"controls": {}},  # compared with nothing
+        {"scores": {}, "controls": {}},  # not tested
+    ):
+        weak = card | {"explanation": explanation | changed}
+        assert said not in headline(weak)
+        assert peaks in headline(weak)
+        assert said in card_html(weak).partition("<h3>Explanation</h3>")[2], "it is still there to read"
+        index = feature_page([weak], "x").html.partition('"holds":[')[2]
+        assert index.startswith("false")
+    folded = card_html(card).partition("<summary>")[2].partition("</summary>")[0]
+    assert ">above its controls<" in folded
+    assert "<h3>What it reads</h3>" not in card_html(bare_card(2)), "nothing is known of it"
+
+
+def test_tokens_without_logits_are_listed_without_empty_bars() -> None:
+    tokens = [{"token": f" t{i}", "token_id": i, "logit": math.nan} for i in range(3)]
+    text = card_html(full_card(3) | {"promoted": tokens, "suppressed": []})
+    promoted = text.partition("<h4>Promoted</h4>")[2].partition("</div>")[0]
+    assert promoted.count("chip") == 3
+    assert "bar" not in promoted
+    assert "n/a" not in promoted
+
+
 def test_style_of_a_card_stays_inside_it() -> None:
     style = next(text for tag, _, text in Scripts(card_html(bare_card(0))).found if tag == "style")
     rules = re.sub(r"@media[^{]*\{(.*?\})\s*\}", r"\1", style, flags=re.DOTALL)

@@ -39,7 +39,7 @@ class FeaturesShow(BaseCommand):
     out: Path = Path("features.html")
     """File to write."""
     title: str | None = None
-    """Heading of the page; by default the name of the folder."""
+    """Heading of the page; by default the model and the site, or the name of the folder where these are not known."""
     windows: int = 20
     """Contexts per feature; fewer make the file smaller."""
 
@@ -56,7 +56,7 @@ class FeaturesShow(BaseCommand):
             cards = complete_cards(cards, table)
         page = feature_page(
             map(to_jsonable, cards),
-            self.title or f"Features of {self.folder.resolve().name}",
+            self.title or f"Features of {_origin(meta) or self.folder.resolve().name}",
             _subtitle(meta),
             PackOptions(windows=self.windows),
         )
@@ -108,6 +108,10 @@ def load_cards(
     if found is not None:
         require_same_origin("The feature table", found.meta, cards.meta)
     return cards, found, cards.meta
+
+
+def _origin(meta: dict[str, object]) -> str:
+    return " at ".join(str(meta[key]) for key in ("model", "site") if meta.get(key))
 
 
 def _subtitle(meta: dict[str, object]) -> str:

@@ -258,7 +258,7 @@ def _list_of(kind: object, parts: tuple[object, ...]) -> Check:
             if any(a is not b for a, b in zip(new, value, strict=True)):
                 value = type(value)(new) if type(value) in (list, tuple) else new
         if as_set and not isinstance(value, Set):
-            return kind(value)
+            return frozenset(value) if kind is frozenset else set(value)
         return tuple(value) if kind is tuple and isinstance(value, list) else value
 
     return check

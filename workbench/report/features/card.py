@@ -39,6 +39,7 @@ def card_body(card: Card) -> Markup:
             | {"share": name == "frequency"}
             for name, value in values.items()
         ],
+        peaks=list(dict.fromkeys(clip(w["tokens"][w["peak"]]) for w in card["windows"]))[:10],
         promoted=_lens(card["promoted"]), suppressed=_lens(card["suppressed"]),
         windows=_windows(spread(card["windows"], _N_WINDOWS)), bars=bars(bins),
         histogram_text=text, is_wide=is_wide(bins),

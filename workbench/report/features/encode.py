@@ -198,7 +198,30 @@ def _pack_explanation(explanation: Card) -> dict[str, object]:
         "text": clip(explanation["text"], 2000), "method": clip(explanation["method"]),
         "windows": explanation["n_windows"], "tests": tests,
         "arms": ["this explanation", *(clip(CONTROLS.get(arm, arm)) for arm in arms)],
+        "badge": badge([str(test["verdict"]) for test in tests]), "holds": holds(explanation),
     }  # fmt: skip
+
+
+def badge(verdicts: Sequence[str]) -> str:
+    """What the tests of an explanation say together: the weakest verdict.
+
+    >>> badge(["above its controls", "not clearly above its controls", ""]), badge([])
+    ('not clearly above its controls', 'not compared with controls')
+    """
+    return max(
+        filter(None, verdicts), key=lambda verdict: verdict.startswith("not"), default="not compared with controls"
+    )
+
+
+def holds(explanation: Card | None) -> bool:
+    """Whether an explanation is above its controls in every test that has one, and in one at least."""
+    if explanation is None:
+        return False
+    scores, verdicts = explanation["scores"], []
+    controls = {split_control(key, scores): _pack_estimate(given) for key, given in explanation["controls"].items()}
+    for name, score in scores.items():
+        verdicts.append(verdict(_pack_estimate(score), [given for (_, of), given in controls.items() if of == name]))
+    return badge(verdicts) == "above its controls"
 
 
 def verdict(score: Card | None, controls: Sequence[Card | None]) -> str:
@@ -246,7 +269,7 @@ class _Index:
         self.values.append(values)
         self.rows.append({
             "flags": [clip(flag) for flag in card["flags"]],
-            "explanation": "" if explanation is None else clip(explanation["text"]),
+            "explanation": "" if explanation is None else clip(explanation["text"]), "holds": holds(explanation),
             "promoted": [strings.place(token["token"]) for token in card["promoted"]],
             "suppressed": [strings.place(token["token"]) for token in card["suppressed"]],
             "reads": [strings.place(token) for token in list(peaks)[:10]],
@@ -266,7 +289,7 @@ class _Index:
         row[key] = finite(value)
 
     def columns(self, strings: StringTable) -> dict[str, object]:
-        lists = ("flags", "explanation", "promoted", "suppressed", "reads")
+        lists = ("flags", "explanation", "holds", "promoted", "suppressed", "reads")
         values = {name: [row.get(name) for row in self.values] for name in self.about}
         return {
             "feature": values["feature"], "values": values, "columns": list(self.about.values()),

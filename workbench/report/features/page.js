@@ -107,7 +107,7 @@
     const cell = (kind, ...children) => el("div", { role: "gridcell", class: kind }, ...children);
     const flags = index.flags[row].map((flag) => el("span", { class: "flag", text: logic.flagName(flag), title: flag }));
     const chips = (ids, n) => ids.slice(0, n).map((id) => chip(index.strings[id]));
-    const reads = index.explanation[row] !== "" ? [el("span", { class: "said", text: index.explanation[row] })]
+    const reads = index.explanation[row] !== "" && (index.holds[row] || !index.reads[row].length) ? [el("span", { class: "said", text: index.explanation[row] })]
       : index.reads[row].length ? chips(index.reads[row], 6) : [missing("not explained")];
     const writes = index.promoted[row].length ? chips(index.promoted[row], 6) : [missing("promoted tokens not measured")];
     return el("div", {
@@ -209,8 +209,8 @@
 
   function cardBody(row, card) {
     return [
-      ...flagLines(index.flags[row]), explanationPart(card.explanation), scorePart(row, card.tokens), tokenPart(card),
-      contextPart(card), histogramPart(card.histogram), neighbourPart(card.neighbours), steeringPart(card.steering),
+      ...flagLines(index.flags[row]), headline(row, card.explanation), contextPart(card), tokenPart(card),
+      explanationPart(card.explanation), scorePart(row, card.tokens), histogramPart(card.histogram), neighbourPart(card.neighbours), steeringPart(card.steering),
     ].filter((part) => part !== null);
   }
 
@@ -235,16 +235,27 @@
     return el("span", { title }, el("b", { text: real(given.value) }), el("small", { text: range }));
   }
 
+  // The explanation where its tests say that it holds, else the tokens at the peaks, which nobody has to believe.
+  function headline(row, given) {
+    if (given !== null && given.holds) return part("What it reads", el("p", { class: "says", text: given.text }));
+    const peaks = index.reads[row].map((place) => chip(index.strings[place]));
+    if (!peaks.length) return null;
+    return part("What it reads", el("p", { class: "says" }, ...peaks.flatMap((one) => [one, " "])),
+      el("p", { class: "muted", text: "The tokens at the peaks of its contexts." }));
+  }
+
   function explanationPart(given) {
-    if (given === null) return part("What it reads", lacking("No explanation was made for this feature."));
+    if (given === null) return part("Explanation", lacking("No explanation was made for this feature."));
     const columns = [["test", ""], ...given.arms.map((name, i) => [i ? `control: ${name}` : name, ""])];
     const rows = given.tests.map((test) => el("tr", {}, el("th", { scope: "row", text: test.label }, el("small", { text: test.meaning })),
       ...test.arms.map((arm, i) => el("td", { "data-label": columns[i + 1][0] }, estimate(arm),
         i === 0 && test.verdict ? el("small", { class: "verdict", text: test.verdict }) : null))));
     const source = `Explained by: ${given.method}. Tested on ${num(given.windows)} held-out windows.`;
     const untested = lacking("The explanation was not tested, so nothing says that it is right.");
-    return part("What it reads", el("p", { class: "says", text: given.text }),
-      el("p", { class: "muted", text: rows.length ? source : `Explained by: ${given.method}.` }), rows.length ? table(columns, rows, "tests") : untested);
+    const text = given.holds ? null : el("p", { text: given.text });
+    if (!rows.length) return part("Explanation", text, el("p", { class: "muted", text: `Explained by: ${given.method}.` }), untested);
+    return part("Explanation", text, el("details", {}, el("summary", {}, "Tests ", el("span", { class: "flag", text: given.badge })),
+      el("p", { class: "muted", text: source }), table(columns, rows, "tests")));
   }
 
   function scorePart(row, tokens) {
@@ -260,6 +271,9 @@
   function tokenPart(card) {
     const list = (tokens, kind) => {
       const most = Math.max(...tokens.map(([, , logit]) => Math.abs(logit || 0))) || 1;
+      if (tokens.every(([, , logit]) => logit === null)) {
+        return el("p", {}, ...tokens.flatMap(([place]) => [chip(index.strings[place]), " "]));
+      }
       return el("ul", { class: `lens ${kind}` }, ...tokens.map(([place, id, logit]) => el("li", { title: `token ${id}` },
         el("span", {}, chip(index.strings[place])),
         el("span", { class: "bar", "aria-hidden": "true" }, el("span", { vars: { "--v": (100 * Math.abs(logit || 0)) / most } })),
