@@ -201,7 +201,12 @@ def test_the_card_for_a_notebook_says_everything() -> None:
 def test_the_headline_is_the_explanation_only_where_it_is_above_all_its_controls() -> None:
     card = full_card(3)
     parts = re.findall("<h3>(.*?)</h3>", card_html(card))
-    assert parts[:4] == ["What it reads", "Contexts", "What it writes: tokens by logit, through the final norm", "Explanation"]
+    assert parts[:4] == [
+        "What it reads",
+        "Contexts",
+        "What it writes: tokens by logit, through the final norm",
+        "Explanation",
+    ]
     said, peaks = "token is one of", "The tokens at the peaks of its contexts."
 
     def headline(card: dict[str, Any]) -> str:
