@@ -21,7 +21,7 @@ class SaeSuite(SaeMeasurement[SuiteReport]):
 
     Core metrics, k-sparse probing, absorption, and its training on known features, each with its controls.
 
-    Example: workbench sae suite sae --store acts
+    Example: workbench sae suite sae
     """
 
     run_name = "sae-suite"

@@ -50,6 +50,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         "glitch scan MODEL --out s3://bucket/runs",
         "features show no-such-folder",
         "report no-such-run",
+        "runs no-such-folder",
+        "runs",
+        "features cards no-such-sae",
+        "features show latest",
+        "glitch lint no-such-file --scan no-such-run",
+        "glitch export latest",
+        "glitch search MODEL --census latest",
         "demonstrate",
     ],
 )

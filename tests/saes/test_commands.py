@@ -10,6 +10,7 @@ from experiments import self_text_sae
 from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.store import open_store
 from workbench.cli import main
+from workbench.core.progress import Task, shown
 from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions
 from workbench.saes.formats.load import load_sae
@@ -34,6 +35,25 @@ def test_the_study_goes_from_own_text_to_an_evaluated_sae(tmp_path: Path) -> Non
     assert len(replace(report, curve=report.curve[-1:]).section().blocks) == len(section.blocks) - 1
 
 
+class Progress(Task):
+    """Keeps what is said while something runs."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.titles: list[str] = []
+        self.numbers: dict[str, float] = {}
+
+    def start(self, description: str, total: int | None, unit: str) -> Task:
+        self.titles.append(description)
+        return self
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def note(self, **numbers: float) -> None:
+        self.numbers.update(numbers)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     model = tiny_model()
@@ -45,11 +65,15 @@ def folder(tmp_path: Path) -> Path:
 def test_harvest_train_and_evaluate_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", str(folder / "model")]
     acts, sae = str(folder / "acts"), str(folder / "sae")
-    assert (
-        main(["harvest", *model, "--sites", "resid_post.1", "--tokens", "600", "--context", "12", "--out", acts]) == 0
-    )
-    assert "Kept" in capsys.readouterr().out
-    assert main(["sae", "train", acts, "--out", sae, "--k", "4", "--tokens", "800", "--batch", "100", "--json"]) == 0
+    sizes, steps = ["--tokens", "600", "--context", "12"], ["--k", "4", "--tokens", "800", "--batch", "100"]
+    with shown(progress := Progress()):
+        assert main(["harvest", *model, "--sites", "resid_post.1", *sizes, "--out", acts]) == 0
+        assert "Kept" in capsys.readouterr().out
+        assert main(["sae", "train", acts, "--out", sae, *steps, "--json"]) == 0
+    (estimate,) = [line for line in progress.said if "on disk" in line]
+    assert estimate.startswith("600 tokens, ") and "on disk" not in " ".join(progress.titles)
+    assert "Harvesting resid_post.1" in progress.titles
+    assert set(progress.numbers) == {"loss", "FVU"} and all(value > 0 for value in progress.numbers.values())
     assert set(json.loads(capsys.readouterr().out)["metrics"]) == {"fvu", "l0", "dead", "steps", "seconds"}
     assert load_sae(sae).cfg.d_sae == 8 * D_MODEL
     runs = ["--out", str(folder / "runs")]

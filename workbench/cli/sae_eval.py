@@ -62,7 +62,7 @@ class SaeEval(SaeMeasurement["SAEReport"]):
 
     Loss recovered is that of the model with the SAE spliced in.
 
-    Example: workbench sae eval sae --store acts
+    Example: workbench sae eval sae
     """
 
     run_name, step = "sae-eval", "sae"
