@@ -120,6 +120,11 @@ def typed(*words: object) -> str:
     return shlex.join(["workbench", *map(str, words)])
 
 
+def model_words(model: str) -> list[str]:
+    """The option that names a model; none for the embedded one, which is the default."""
+    return [] if model == "embedded" else ["--model", model]
+
+
 def read_passages(path: Path | None) -> list[str] | None:
     """The non-empty lines of a text file, one passage each; None for None.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from workbench.cli.base import BaseCommand, typed
+from workbench.cli.base import BaseCommand, model_words, typed
 from workbench.cli.places import SCANS, any_run, named_run
 from workbench.cli.study import Begin, R, RunFolderStudy, Study
 from workbench.core.errors import DegenerateInputError
@@ -86,7 +86,7 @@ class GlitchLint(_KeepsAll["LintReport"]):
 
     def following(self, report: LintReport, folder: Path) -> str:
         scan = [] if self.scan is None else ["--scan", self.scan]
-        return typed("glitch", "sanitize", *self.files, "--model", self.model, *scan)
+        return typed("glitch", "sanitize", *self.files, *model_words(self.model), *scan)
 
     def exit_code(self, report: LintReport) -> int:
         return 0 if self.no_fail or not report.n_findings else FOUND

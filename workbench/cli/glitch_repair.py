@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from workbench.cli.base import read_passages, typed
+from workbench.cli.base import model_words, read_passages, typed
 from workbench.cli.places import SCANS, named_run
 from workbench.cli.study import Begin, Study
 
@@ -78,7 +78,7 @@ class GlitchRepair(Study["RepairReport"]):
 
     def following(self, report: RepairReport, folder: Path) -> str:
         edit = folder / "artifacts" / "intervention"
-        return typed("generate", "Hello", "--model", self.model, "--intervention", edit)
+        return typed("generate", "Hello", *model_words(self.model), "--intervention", edit)
 
     def title(self, report: RepairReport) -> str:
         return f"Repair of glitch tokens of {report.model}"

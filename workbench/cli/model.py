@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from workbench.cli.base import BaseCommand, Command, typed
+from workbench.cli.base import BaseCommand, Command, model_words, typed
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
 from workbench.core.records import write_atomic
@@ -49,7 +49,7 @@ class Check(Command):
         withdrawn = {str(site): why for site, why in report.withdrawn.items()}
         self.emit(
             {"model": model.name, "ok": report.ok, "checks": rows, "withdrawn": withdrawn}, [repr(model), str(report)],
-            typed("sites", "--model", self.model),
+            typed("sites", *model_words(self.model)),
         )  # fmt: skip
         report.require()
 
@@ -68,7 +68,7 @@ class Sites(Command):
         model = self.load()
         table = model.sites()
         middle = f"resid_post.{model.n_layers // 2}"
-        following = typed("capture", "The sky is blue.", "--model", self.model, "--sites", middle)
+        following = typed("capture", "The sky is blue.", *model_words(self.model), "--sites", middle)
         self.emit({"sites": table.rows}, [str(table)], following)
 
 
@@ -101,7 +101,7 @@ class Tokens(BaseCommand):
         options = _template_options(self.template_option)
         batch = encode(load_tokenizer(self.model), value, choices[self.bos], **options)
         ids = batch.ids[0].tolist()
-        following = typed("generate", self.text, "--model", self.model, *["--chat"] * self.chat)
+        following = typed("generate", self.text, *model_words(self.model), *["--chat"] * self.chat)
         lines = [
             f"{i:4d}  {token:7d}  {text!r}"
             for i, (token, text) in enumerate(zip(ids, batch.str_tokens[0], strict=True))
@@ -146,7 +146,7 @@ class Capture(Command):
         lines = [
             f"{site}: shape {tuple(row['shape'])}, mean norm {row['mean_norm']:.4g}" for site, row in shapes.items()
         ]
-        following = typed("harvest", "--model", self.model, "--sites", *self.sites)
+        following = typed("harvest", *model_words(self.model), "--sites", *self.sites)
         self.emit({"file": str(file), "sites": shapes}, [*lines, f"wrote {file}"], following)
 
 
@@ -207,4 +207,4 @@ class Generate(Command):
             summary["edits"] = out.report
             lines += [f"[{report}]" for report in out.report] + ["", "Unedited:", summary["unedited"]]
         middle = f"resid_post.{model.n_layers // 2}"
-        self.emit(summary, lines, typed("capture", self.text, "--model", self.model, "--sites", middle))
+        self.emit(summary, lines, typed("capture", self.text, *model_words(self.model), "--sites", middle))
