@@ -39,6 +39,7 @@ from workbench.features import (
     TopContexts,
     Window,
 )
+from workbench.features.lens import AttentionMap, Lens, TokenMap
 from workbench.features.scores.table import COLUMNS
 from workbench.glitch import TokenTable
 from workbench.hooks.capture import Activations
@@ -53,7 +54,7 @@ from workbench.models.segment import Segment
 from workbench.models.selfcheck import CheckReport
 from workbench.models.session import Session
 from workbench.models.sitetable import SiteTable
-from workbench.report.base import Histogram, Lines, Report, Section, Series, Table, Text
+from workbench.report.base import Headline, Histogram, Lines, Report, Says, Section, Series, Table, Text
 from workbench.runs.run import RunDir
 
 MOST_HTML = 200_000
@@ -192,6 +193,16 @@ def _lens_tokens() -> LensTokens:
     return LensTokens(torch.ones(300, 20).long(), torch.ones(300, 20))
 
 
+def _lens() -> Lens:
+    sites, rows = tuple(Site("resid_post", i) for i in range(60)), torch.arange(4).repeat_interleave(60)
+    shape = (60, len(rows))
+    numbers = {name: torch.zeros(shape) for name in ("entropy", "kl", "next_logprob")}
+    return Lens(
+        sites=sites, ids=torch.full((*shape, 1), 70), logprobs=-torch.rand(*shape, 1), next_rank=torch.zeros(shape).long(),
+        rows=rows, positions=torch.arange(60).repeat(4), batch=_batch(4), **numbers,
+    )  # fmt: skip
+
+
 def _gate() -> JudgeGate:
     trial = Trial(
         subject=EVIL, group=EVIL, margin=wb.Estimate(1.0, 0.0, 2.0, 9, "t"), needed_margin=0.1, cases=9, unread=0
@@ -262,7 +273,10 @@ REAL: dict[type, Callable[[Path], object]] = {
     ),
     DepthScores: lambda _: DepthScores(tuple(range(200)), torch.ones(200, 9), torch.ones(200, 9)),
     EditReport: lambda _: _edit_report(),
+    AttentionMap: lambda _: AttentionMap(patterns={EVIL: torch.rand(99, 60, 60)}, tokens=(EVIL,) * 60),
     FeatureCard: lambda _: _card(3),
+    Lens: lambda _: _lens(),
+    TokenMap: lambda _: TokenMap(batch=_batch(9), values=torch.rand(9, 300), name=EVIL),
     FeatureTable: lambda _: _table(),
     JudgeGate: lambda _: _gate(),
     LensEnds: lambda _: LensEnds(_lens_tokens(), _lens_tokens()),
@@ -297,7 +311,12 @@ class _Everything(Report):
         series = Series("s", tuple(range(400)), tuple(range(400)))
         plots = tuple(Lines(f"{EVIL[:20]} {i}", (series,) * 6) for i in range(5))
         long = Table((EVIL, "b"), ((EVIL, 1),) * 5_000, EVIL)
-        return Section(EVIL, (long, *plots, Histogram("h", (1.0, 2.0)), Text(EVIL)), self.findings(), {EVIL: 1.0})
+        arms = Table(("arm", "n"), (*((str(i), i) for i in range(200)), ("last", 7)), "Arms")
+        headline = Headline.read(
+            Says("It works.", "It does nothing.", "It fails."), value=(arms, "last", "n"), control=(arms, "3", "n")
+        )
+        blocks = (long, *plots, Histogram("h", (1.0, 2.0)), Text(EVIL), arms)
+        return Section(EVIL, blocks, self.findings(), {EVIL: 1.0}, headline)
 
 
 def require_shown(value: object) -> None:
@@ -330,3 +349,8 @@ def test_a_class_shows_itself_in_bounds(cls: type, tmp_path: Path) -> None:
 
 def test_a_report_is_bounded_whatever_is_in_it() -> None:
     require_shown(_Everything())
+    html = _Everything()._repr_html_()
+    assert "It works." in html and html.count("<tr") < 300, (
+        "long tables are cut, and keep what the headline was read from"
+    )
+    assert "of this section are in section().blocks alone" in html

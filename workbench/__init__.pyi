@@ -24,6 +24,10 @@ from .core.stats import Estimate as Estimate
 from .core.tokens import TokenBatch as TokenBatch
 from .features.cards.cardmaking import feature_cards as feature_cards
 from .features.cards.cardset import CardSet as CardSet
+from .features.lens import Lens as Lens
+from .features.lens import lens as lens
+from .features.lens import show_attention as show_attention
+from .features.lens import show_tokens as show_tokens
 from .features.scores.score_features import score_features as score_features
 from .features.scores.table import FeatureTable as FeatureTable
 from .hooks.sites import Site as Site
@@ -96,5 +100,7 @@ from .saes.formats.placement import check_sae as check_sae
 from .saes.training.sae_lens_trainer import register_with_sae_lens as register_with_sae_lens
 from .saes.training.train import train_sae as train_sae
 from .saes.training.train import train_saes as train_saes
+from .steering.directions.pairs import Direction as Direction
+from .steering.directions.pairs import direction as direction
 from .steering.sweep.steer import steer as steer
 from .steering.sweep.steering_report import SteeringReport as SteeringReport

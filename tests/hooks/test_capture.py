@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -269,3 +271,56 @@ def test_a_wrapper_is_refused_with_the_place_of_the_model_inside() -> None:
     wrapper.config = wrapper.base_model.model.config
     with pytest.raises(InvalidInputError, match=r"wrapper\.base_model\.model"):
         Model(wrapper, tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (["resid_post"], ["resid_post.0", "resid_post.1", "resid_post.2"]),
+        (["z.*"], ["z.0", "z.1", "z.2"]),
+        (["z.*.h1"], ["z.0.h1", "z.1.h1", "z.2.h1"]),
+        (["z.1.h*", "embed"], ["z.1.h0", "z.1.h1", "embed"]),
+        (["blocks.*.hook_mlp_out"], ["mlp_out.0", "mlp_out.1", "mlp_out.2"]),
+        (["resid_m*.1", "resid_mid.-2", "resid_post.1"], ["resid_mid.1", "resid_post.1"]),
+        (["k"], ["k.0", "k.1", "k.2"]),
+    ],
+)
+def test_a_kind_is_all_its_layers_and_a_star_anything(wanted: list[str], found: list[str]) -> None:
+    model = tiny_model()
+    assert list(model.capture(IDS, wanted)) == found
+    assert [list(acts) for _, acts in model.stream(["ab"], wanted)] == [found]
+
+
+def test_patterns_are_kept_while_generating_and_fit_something() -> None:
+    model = tiny_model()
+    assert set(model.generate("ab", 2, capture=["resid_post"]).activations) == {f"resid_post.{i}" for i in range(3)}
+    with pytest.raises(UnknownSiteError, match=r"'resid_pots.\*'.*Did you mean resid_post"):
+        model.capture(IDS, ["resid_pots.*"])
+    with pytest.raises(UnknownSiteError, match="parallel"):
+        tiny_model("neox").capture(IDS, ["resid_mid"])
+    with pytest.raises(InvalidInputError, match="longer with every token"):
+        model.generate("ab", 2, capture=["pattern"])
+
+
+def test_activations_in_fp32_and_as_arrays() -> None:
+    model = tiny_model()
+    model.hf.bfloat16()
+    acts = model.capture(["abc", "d"], ["resid_post", "pattern.1"], positions=None)
+    wide = acts.float()
+    assert wide["resid_post.1"].dtype == torch.float32 and torch.equal(
+        wide["resid_post.1"].bfloat16(), acts["resid_post.1"]
+    )
+    assert wide.tokens is acts.tokens and wide.model is model and wide.note == acts.note != ""
+    arrays = acts.numpy()
+    assert list(arrays) == list(acts) and torch.equal(torch.from_numpy(arrays["resid_post.2"]), wide["resid_post.2"])
+
+
+def test_activations_know_their_model_and_a_file_of_them_holds_none() -> None:
+    model = tiny_model()
+    acts = model.capture("ab", ["z"])
+    assert acts.model is model
+    again = pickle.loads(pickle.dumps(acts))
+    assert again.model is None and torch.equal(again["z.1"], acts["z.1"])
+    del model
+    gc.collect()
+    assert acts.model is None

@@ -18,6 +18,7 @@ from workbench.core.errors import (
     CorruptFileError,
     InvalidInputError,
     MismatchError,
+    MissingFileError,
     ModelUnavailableError,
     WorkbenchError,
 )
@@ -181,3 +182,29 @@ def test_a_missing_quantiser_is_one_line_at_the_command_line(folder: Path, capsy
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.strip().splitlines()) == 1
     assert "bitsandbytes" in printed.err
+
+
+def test_a_name_without_an_owner_is_found_in_the_local_cache(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--tiny"
+    shutil.copytree(whole, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = load_model("tiny", dtype="float32")
+    assert model.name == "tiny" and model.fingerprint == load_model(whole, dtype="float32").fingerprint
+    assert model.tokens("ab").n_tokens == 2
+    with pytest.raises(MissingFileError, match=r"'tiney'.*local cache"):
+        load_model("tiney")
+
+
+def test_a_model_that_is_loaded_already_is_wrapped_as_it_is(whole: Path) -> None:
+    hf = tiny_hf().requires_grad_(True).train()
+    model = load_model(hf, tokenizer=tiny_tokenizer())
+    assert model.hf is hf and not hf.training and model.tokens("ab").n_tokens == 2
+    assert not any(parameter.requires_grad for parameter in hf.parameters()), "as any loaded model"
+    assert load_model(hf).tokenizer.__class__.__name__ == "NoTokenizer"
+    half = load_model(tiny_hf(), tokenizer=whole, dtype="bfloat16")
+    assert half.dtype == torch.bfloat16 and half.tokens("ab").n_tokens == 2
+    assert load_model(whole, tokenizer=tiny_tokenizer(), dtype="float32").tokens("ab").n_tokens == 2

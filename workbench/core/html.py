@@ -20,6 +20,8 @@ from workbench.core.stats import Estimate
 if TYPE_CHECKING:
     import pandas as pd
 
+OUTLIER = 10
+"""Tokens whose size is so many times the median have the strongest colour, and do not set the scale."""
 MOST_ROWS = 20
 """Rows of a table that are shown; the caption counts the others."""
 _MOST_CHARACTERS, _MOST_TOKENS, _MOST_COLUMNS = 240, 400, 48
@@ -110,7 +112,10 @@ def tokens_line(
     tokens: Sequence[str], values: Sequence[int | float] | None = None, titles: Sequence[str] = ()
 ) -> Markup:
     """Tokens of a text in a row, coloured by their values: orange above zero, blue below."""
-    largest = max((abs(value) for value in values or () if math.isfinite(value)), default=0.0) or 1.0
+    sizes = sorted(abs(value) for value in values or () if math.isfinite(value))
+    # an attention sink would leave all others without a colour
+    limit = OUTLIER * sizes[len(sizes) // 2] if sizes else 0.0
+    largest = max((size for size in sizes if size <= limit), default=0.0) or 1.0
     spans = [
         Markup("<span{}{}>{}</span>").format(
             _tinted(values[i] / largest if values is not None else 0.0),

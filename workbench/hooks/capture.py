@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -54,6 +56,33 @@ class Activations(Shown, Mapping[str, Tensor]):
     ) -> None:
         self._tensors, self._n_layers = dict(tensors), n_layers
         self.rows, self.positions, self.note, self.tokens = rows, positions, note, tokens
+        self._model: weakref.ref[object] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_model": None}  # a file of activations holds no model
+
+    @property
+    def model(self) -> object:
+        """The model that they were captured from, as long as it is there; None otherwise."""
+        return None if self._model is None else self._model()
+
+    def belong_to(self, model: object, tokens: TokenBatch, chosen: Bool[Tensor, "batch pos"] | None) -> None:
+        """Notes the model and the batch that they were captured from, and which of its tokens were chosen."""
+        self._model, self.tokens = weakref.ref(model), tokens
+        self.positions = None if chosen is None else tokens.positions[chosen]
+
+    def float(self) -> Activations:
+        """The same activations in fp32."""
+        tensors = {site: x.float() for site, x in self._tensors.items()}
+        about = {"rows": self.rows, "positions": self.positions, "note": self.note, "tokens": self.tokens}
+        same = Activations(tensors, n_layers=self._n_layers, **about)
+        same._model = self._model
+        return same
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """Arrays by site; those of bfloat16, which numpy lacks, in fp32."""
+        kept = {site: x.float() if x.dtype == torch.bfloat16 else x for site, x in self._tensors.items()}
+        return {str(site): x.detach().cpu().numpy() for site, x in kept.items()}
 
     def __getitem__(self, site: str | Site) -> Float[Tensor, "batch ..."]:
         parsed = self._resolve(site)
@@ -181,7 +210,7 @@ def capture(
     """
     if not wanted:
         raise DegenerateInputError("capture(sites=[]): name at least one site, such as resid_post.0.")
-    points: list[Point] = list(dict.fromkeys(sites[site] for site in wanted))
+    points: list[Point] = [sites[site] for site in sites.named(wanted)]
     if grad:
         sites.require_gradient(point.site for point in points)
     refuse_compiled(hf, points)

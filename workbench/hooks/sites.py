@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import torch
@@ -263,6 +264,42 @@ class SiteMap:
         if whole in self.missing:
             raise UnknownSiteError(f"This model has no site {site}: {self.missing[whole]}.{self._instead(whole)}")
         raise UnknownSiteError(f"This model has no site {site}. {did_you_mean(str(site), map(str, self.points))}")
+
+    def named(self, wanted: Iterable[str | Site]) -> list[Site]:
+        """The sites that names and patterns stand for, each once.
+
+        A kind alone is all of its layers, and `*` stands for anything: `resid_post`, `z.*`, `z.*.h1`, `z.3.h*`,
+        `resid_*.5`, `blocks.*.hook_z`.
+
+        Raises:
+            UnknownSiteError: if this model has no such site, or none that fits a pattern.
+        """
+        return list(dict.fromkeys(site for one in wanted for site in self._named(one)))
+
+    def _named(self, wanted: str | Site) -> list[Site]:
+        if isinstance(wanted, Site) or ("*" not in wanted and wanted not in LAYER_KINDS):
+            return [self[wanted].site]
+        pattern = f"{wanted}.*" if wanted in LAYER_KINDS else wanted
+        whole, of_heads = pattern, re.fullmatch(r"(.*)\.h(\*|\d+)", pattern)
+        if of_heads:
+            whole = of_heads[1]
+        names = {site: (str(site), site.tl_name) for site in self.points}
+        found = sorted(
+            (s for s, both in names.items() if any(fnmatchcase(n, whole) for n in both)), key=lambda s: s.order
+        )
+        if of_heads:
+            found = [site for site in found if site.kind in HEAD_KINDS]
+            heads = {s: range(self.points[s].heads or 0) if of_heads[2] == "*" else [int(of_heads[2])] for s in found}
+            found = [self[replace(site, head=head)].site for site in found for head in heads[site]]
+        if not found:
+            why = next((reason for site, reason in self.missing.items() if fnmatchcase(str(site), whole)), "")
+            kinds = dict.fromkeys(site.kind for site in self.points)
+            raise UnknownSiteError(
+                f"This model has no site that fits {wanted!r}"
+                + (f": {why}." if why else ".")
+                + f" {did_you_mean(wanted.split('.')[0], kinds)}"
+            )
+        return found
 
     def resolve(self, site: str | Site) -> Site:
         """The site with its layer counted from the start.

@@ -117,13 +117,13 @@ class Recorder:
         """
         if isinstance(wanted, str):
             raise InvalidInputError(f"generate(capture={wanted!r}): give a list of sites, such as [{wanted!r}].")
-        for site in wanted:
-            if Site.parse(site).kind == "pattern":
+        for site in (named := sites.named(wanted)):
+            if site.kind == "pattern":
                 raise InvalidInputError(
                     f"generate(capture=[{str(site)!r}]): its rows get longer with every token, so it is not kept while "
                     "generating. Capture it from the finished text with Model.capture."
                 )
-        return tuple(sites[site] for site in wanted)
+        return tuple(sites[site] for site in named)
 
     def expect(self, rows: Any, start: int, place: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         """The next forward pass holds columns from `start` on; `place` turns its activations into those of `rows`."""

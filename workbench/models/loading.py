@@ -7,9 +7,10 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from workbench.core.arguments import checked
 from workbench.core.errors import (
@@ -23,6 +24,7 @@ from workbench.core.errors import (
 )
 from workbench.core.progress import quiet_libraries, task
 from workbench.core.records import load_json
+from workbench.core.tokenizer import TokenizerLike
 from workbench.models.embedded import embedded_folder, gguf_folder
 from workbench.models.hub import cached_folder, hub_folder
 from workbench.models.model import Model
@@ -34,6 +36,9 @@ from workbench.models.weights import (
     weight_files,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST_TEXT = 300
 _WEIGHTS_PER_BYTE = 8
@@ -43,8 +48,9 @@ _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "
 
 @checked
 def load_model(
-    name: str | Path = "embedded",
+    name: str | Path | PreTrainedModel = "embedded",
     *,
+    tokenizer: TokenizerLike | PreTrainedTokenizerBase | str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -53,7 +59,9 @@ def load_model(
     """A model ready for reading, editing and generating; without a tokenizer, where its folder holds none, from ids.
 
     Args:
-        name: "embedded", a folder, a .gguf file, or a Hugging Face hub id.
+        name: "embedded", a folder, a .gguf file, a Hugging Face hub id (one without an owner, such as "gpt2", from the
+            local cache), or a Hugging Face model that is loaded already.
+        tokenizer: of the model, or the name of one; None takes the one that lies beside the weights.
         dtype: "auto" takes bfloat16 where it is measurably faster than float32 on this machine.
         device: "auto" takes CUDA, then MPS, then the CPU; or the name of a device, such as "cuda:1".
         revision: branch, tag or commit of a hub id.
@@ -68,20 +76,41 @@ def load_model(
         ResourceError: if it will not fit into memory.
         SelfCheckError: if the model fails its identities.
     """
+    if not isinstance(name, str | Path):
+        return _wrapped(name, tokenizer, dtype, device, check)
     device = _pick_device(device)
     folder = _folder(str(name), revision)
     chosen = _pick_dtype(dtype, device)
     if folder is not None:
         _check_files(folder)
         _check_memory(folder, chosen, device)
-    hf, tokenizer = _from_pretrained(str(folder or name), chosen, revision)
+    hf, own = _from_pretrained(str(folder or name), chosen, revision)
+    if tokenizer is None:
+        tokenizer = own
     hf.to(device).eval().requires_grad_(False)
     shown = "SmolLM2-135M-Instruct" if str(name) == "embedded" else _short_name(name)
     source = str(name) if folder is None or str(name) == "embedded" else str(Path(name).expanduser().resolve())
-    model = Model(hf, tokenizer, name=shown, source=source)
+    model = Model(hf, _given(tokenizer), name=shown, source=source)
     if check:
         model.self_check().require()
     return model
+
+
+def _wrapped(hf: PreTrainedModel, tokenizer: object, dtype: str | torch.dtype, device: str, check: bool) -> Model:
+    """A Hugging Face model that is loaded already; its precision and device stay unless others are named."""
+    if dtype != "auto":
+        nn.Module.to(hf, dtype=_pick_dtype(dtype, device))
+    if device != "auto":
+        nn.Module.to(hf, device=torch.device(_require_device(device)))
+    model = Model(hf.eval().requires_grad_(False), _given(tokenizer), name=str(hf.config.name_or_path or "model"))
+    if check:
+        model.self_check().require()
+    return model
+
+
+def _given(tokenizer: object) -> Any:
+    """The tokenizer itself, or the one of this name."""
+    return load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
 
 
 def load_tokenizer(name: str | Path = "embedded", *, revision: str | None = None) -> Any:
@@ -127,7 +156,8 @@ def _folder(name: str, revision: str | None = None) -> Path | None:
         if (cached := cached_folder(name, revision)) is not None:
             return cached
         raise MissingFileError(
-            f"There is no model {name!r}. Give 'embedded', a folder, a .gguf file or a hub id such as org/name."
+            f"There is no model {name!r}. Give 'embedded', a folder, a .gguf file or a hub id such as org/name; a name "
+            "without an owner is looked up in the local cache alone."
         )
     return hub_folder(name, revision)
 

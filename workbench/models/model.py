@@ -84,7 +84,8 @@ class Model(Wrapped):
 
         Args:
             batch: text, texts, tokens or ids.
-            sites: where to read, such as `["resid_post.10", "z.3.h1"]`.
+            sites: where to read, such as `["resid_post.10", "z.3.h1"]`; `"resid_post"` is every layer, and `*` stands
+                for anything, as in `"z.*.h1"`.
             positions: the tokens to keep, such as `Last()`; None keeps all, padding included.
             grad: keep the autograd graph.
             allow_nan: return NaN too, to look for where it begins.
@@ -98,7 +99,7 @@ class Model(Wrapped):
         tokens = self._batch(batch)
         chosen = None if positions is None else chosen_tokens(tokens, positions, self._wording)
         acts = capture(self.hf, self.site_map, self._inputs(tokens), sites, grad=grad, chosen=chosen)
-        acts.tokens, acts.positions = tokens, None if chosen is None else tokens.positions[chosen]
+        acts.belong_to(self, tokens, chosen)
         if not allow_nan:
             require_activations(acts, tokens.mask, tokens.mask if chosen is None else chosen)
         return acts
@@ -164,8 +165,7 @@ class Model(Wrapped):
             raise InvalidInputError(f"{caller}(sites={sites!r}): give a list of sites, such as [{sites!r}].")
         if not sites:
             raise DegenerateInputError(f"{caller}(sites=[]): name at least one site, such as resid_post.0.")
-        for site in sites:
-            self.resolve(site)
+        self.site_map.named(sites)
 
     @torch.no_grad()
     def logits(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup, escape
 
 from workbench.core.display import clipped
+from workbench.core.numbers import counted
 from workbench.report.blockhtml import block_html
 from workbench.report.blocks import Block, Table, Text
 from workbench.report.plots import DARK, LIGHT, colour_css, drawn_once
@@ -65,14 +66,18 @@ def section_html(section: Section) -> str:
     Of a long table the first rows are shown, and of a section as many blocks as fit `NOTEBOOK_BYTES`.
     """
     style, room = style_css(scope=".wb-report"), NOTEBOOK_BYTES
+    headline, left_out = section.headline, 0
     blocks: list[Block] = []
+    places = () if headline is None else (headline.place, headline.control_place, headline.difference_place)
+    read = {(place.table, place.row) for place in places if place is not None}
     with drawn_once():
-        for block in map(_shortened, section.blocks):
+        for block in (_shortened(block, read) for block in section.blocks):
             room -= len(block_html(block).encode())
-            if room < 0:
-                blocks.append(Text(f"{len(section.blocks) - len(blocks)} more parts are in section().blocks."))
-                break
-            blocks.append(block)
+            is_read = isinstance(block, Table) and block.name in dict(read)
+            blocks += [block] if room >= 0 or is_read else []
+            left_out += room < 0 and not is_read
+        if left_out:
+            blocks.append(Text(f"{counted(left_out, 'parts')} of this section are in section().blocks alone."))
         findings = tuple(clipped(text, _NOTEBOOK_TEXT) for text in section.findings[:_NOTEBOOK_ROWS])
         metrics = dict(itertools.islice(section.metrics.items(), _NOTEBOOK_ROWS))
         short = replace(section, blocks=tuple(blocks), findings=findings, metrics=metrics)
@@ -80,12 +85,12 @@ def section_html(section: Section) -> str:
     return str(Markup('<div class="wb-report"><style>{}</style>{}</div>').format(Markup(style), body))
 
 
-def _shortened(block: Block) -> Block:
-    """A table with its first rows only; other blocks as they are."""
+def _shortened(block: Block, read: Set[tuple[str, str]]) -> Block:
+    """A table with its first rows and those that the headline was read from; other blocks as they are."""
     if not isinstance(block, Table) or len(block.rows) <= _NOTEBOOK_ROWS:
         return block
-    about = f"The first {_NOTEBOOK_ROWS} of {len(block.rows)} rows."
-    return replace(block, rows=block.rows[:_NOTEBOOK_ROWS], caption=" ".join(filter(None, [block.caption, about])))
+    rows = [row for i, row in enumerate(block.rows) if i < _NOTEBOOK_ROWS or (block.name, str(row[0])) in read]
+    return replace(block, rows=tuple(rows))
 
 
 def style_css(scope: str = ":root") -> str:
