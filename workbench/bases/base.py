@@ -43,9 +43,9 @@ _SUMS = ("contribution", "ablate")
 
 def _numbers(basis: Basis, features: int | Sequence[int] | Tensor | None, *, once: bool = False) -> Tensor | None:
     """Checked feature numbers, on any device: an accelerator would wrap negative ones and die of large ones."""
-    if features is None:
-        return None
-    return basis.features([features] if isinstance(features, int) else features, once=once)
+    return (
+        None if features is None else basis.features([features] if isinstance(features, int) else features, once=once)
+    )
 
 
 def _over_tokens(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
