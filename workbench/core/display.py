@@ -7,11 +7,14 @@ import enum
 import unicodedata
 from collections.abc import Iterable, Mapping, Set
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+
+from workbench.core.kinds import is_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LONGEST = 300
 """Characters of a one-line repr."""
@@ -57,6 +60,7 @@ def clipped(text: str, room: int) -> str:
 def brief(value: object, room: int = _ROOM) -> str:
     """A value on one line: a tensor by its shape and dtype, a container by its first items and their number.
 
+    >>> import torch
     >>> brief(torch.zeros(2, 3)), brief(("a", "b", "c", "d")), brief({"a": 1})
     ('tensor[2, 3] float32', "('a', 'b', 'c', … 4 in all)", "{'a': 1}")
     """
@@ -68,11 +72,12 @@ def _brief(value: object, depth: int) -> str:
         return repr(clipped(value, _ROOM - 2))
     if isinstance(value, float) and not isinstance(value, np.generic):
         return repr(value) if len(repr(value)) <= 8 else f"{value:.6g}"
-    if isinstance(value, bool | int | complex | PurePath | torch.dtype | torch.device | np.generic) or value is None:
+    is_plain = isinstance(value, bool | int | complex | PurePath | np.generic) or value is None
+    if is_plain or _full_name(type(value)) in ("torch.dtype", "torch.device"):
         return clipped(str(value), _ROOM)
     if isinstance(value, enum.Enum):
         return repr(value.value)
-    if isinstance(value, Tensor | np.ndarray):
+    if is_tensor(value) or isinstance(value, np.ndarray):
         return _array(value)
     if isinstance(value, Mapping):
         parts = (f"{_brief(key, 0)}: {_brief(item, depth - 1)}" for key, item in value.items())
@@ -83,8 +88,17 @@ def _brief(value: object, depth: int) -> str:
     return _object(value, depth)
 
 
+def _full_name(kind: type) -> str:
+    """By name, because an import of torch takes a second, and a run folder needs none."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_module(value: object) -> bool:
+    return any(_full_name(kind) == "torch.nn.modules.module.Module" for kind in type(value).__mro__)
+
+
 def _array(value: Tensor | np.ndarray) -> str:
-    kind = "tensor" if isinstance(value, Tensor) else "array"
+    kind = "tensor" if is_tensor(value) else "array"
     return f"{kind}{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
 
@@ -113,7 +127,7 @@ def _object(value: object, depth: int) -> str:
     if (shape := getattr(value, "shape", None)) is not None and isinstance(shape, tuple):
         return f"{name}{list(shape)}"
     is_ours = type(value).__module__.split(".")[0] in ("workbench", "circuits", "builtins", "datetime")
-    plain = isinstance(value, nn.Module) or type(value).__repr__ is object.__repr__ or not is_ours
+    plain = _is_module(value) or type(value).__repr__ is object.__repr__ or not is_ours
     return name if plain else clipped(repr(value), _ROOM)
 
 
@@ -130,7 +144,11 @@ def fields_line(value: Any, depth: int = _DEPTH, room: int = _ROOM) -> str:  # a
 def _is_default(field: dataclasses.Field[object], value: object) -> bool:
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()
-    if default is dataclasses.MISSING or type(value) is not type(default) or isinstance(value, Tensor | np.ndarray):
+    if (
+        default is dataclasses.MISSING
+        or type(value) is not type(default)
+        or (is_tensor(value) or isinstance(value, np.ndarray))
+    ):
         return False
     return value is default or bool(value == default)
 

@@ -39,15 +39,15 @@ def shown(value: object) -> str:
     >>> shown(torch.zeros(2, 3)), shown("hot"), shown([1, 2])
     ('tensor of shape (2, 3), torch.float32', "'hot'", '[1, 2]')
     """
-    if _is_tensor(value):
+    if is_tensor(value):
         kinds = {"sparse": not _is_strided(value), "meta": value.is_meta, "quantised": value.is_quantized}
         kind = "".join(f"{name} " for name, applies in kinds.items() if applies)
         return f"{kind}tensor of shape {tuple(value.shape)}, {value.dtype}"
     return reprlib.repr(value)
 
 
-def _is_tensor(value: object) -> TypeGuard[Tensor]:
-    """Without importing torch, which takes a second: where nobody has, there are no tensors."""
+def is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor, without an import of torch: where nobody has imported it, there are none."""
     return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
 
 
@@ -125,12 +125,12 @@ def _is(kind: type) -> Check:
 
 
 def _flag(value: object) -> object:
-    return bool(value) if type(value).__name__ in ("bool", "bool_") and not _is_tensor(value) else WRONG
+    return bool(value) if type(value).__name__ in ("bool", "bool_") and not is_tensor(value) else WRONG
 
 
 def whole(value: object) -> object:
     """A whole number as an int."""
-    if _is_tensor(value):
+    if is_tensor(value):
         plain = value.ndim == 0 and not value.is_meta and not value.is_floating_point() and not value.is_complex()
         value = value.item() if plain else None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -141,7 +141,7 @@ def whole(value: object) -> object:
 
 def real(value: object) -> object:
     """A number that is not nan, as an int or a float."""
-    if _is_tensor(value):
+    if is_tensor(value):
         # What is trained stays a tensor.
         value = value.item() if value.ndim == 0 and not value.is_meta and not value.requires_grad else None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -157,17 +157,17 @@ def real(value: object) -> object:
 
 def _tensor(value: object) -> object:
     """A tensor whose numbers can be read: not sparse, nested or quantised, and not on the meta device."""
-    if not _is_tensor(value) or not _is_strided(value) or value.is_nested:
+    if not is_tensor(value) or not _is_strided(value) or value.is_nested:
         return WRONG
     return value if not value.is_meta and not value.is_quantized else WRONG
 
 
 def _numpy(value: object, kind: type[AbstractArray] | None = None) -> object:
     """An array of numpy; lists of numbers and dense tensors become one."""
-    if _is_tensor(value) and _tensor(value) is WRONG:
+    if is_tensor(value) and _tensor(value) is WRONG:
         return WRONG
     try:
-        array = np.asarray(value.detach().cpu() if _is_tensor(value) else value)
+        array = np.asarray(value.detach().cpu() if is_tensor(value) else value)
     except (ValueError, TypeError):
         # Rows of different lengths, or a type that numpy does not have.
         return WRONG
@@ -179,7 +179,7 @@ def _numpy(value: object, kind: type[AbstractArray] | None = None) -> object:
 
 
 def _array(value: object, kind: type[AbstractArray]) -> object:
-    if not _is_tensor(value) or _tensor(value) is WRONG or value.is_complex():
+    if not is_tensor(value) or _tensor(value) is WRONG or value.is_complex():
         return WRONG
     for is_one, word in ((str(value.dtype) == "torch.bool", "bool"), (value.is_floating_point(), "float")):
         if is_one:
@@ -196,7 +196,7 @@ def _any_of(checks: Sequence[Check | None]) -> Check | None:
     def check(value: object) -> object:
         found = [new for one in known if (new := one(value)) is not WRONG]
         # A tensor of several numbers stays a tensor where a number is declared as well.
-        number = next((new for new in found if _is_tensor(value) and not _is_tensor(new)), None)
+        number = next((new for new in found if is_tensor(value) and not is_tensor(new)), None)
         return number if number is not None else next((new for new in found if new is value), [*found, WRONG][0])
 
     return check
@@ -242,8 +242,8 @@ def _list_of(kind: object, parts: tuple[object, ...]) -> Check:
     unordered, as_set = kind in (Sequence, list, tuple), kind in (set, frozenset)
 
     def check(value: object) -> object:
-        if _is_tensor(value) or isinstance(value, np.ndarray):
-            unreadable = _is_tensor(value) and _tensor(value) is WRONG
+        if is_tensor(value) or isinstance(value, np.ndarray):
+            unreadable = is_tensor(value) and _tensor(value) is WRONG
             if unreadable or parts[:1] not in ((int,), (float,)) or value.ndim != 1:
                 return WRONG
             value = value.tolist()
