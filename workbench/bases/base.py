@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -14,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.bases.axes import of_numbers, over_tokens
 from workbench.core.arguments import shown
 from workbench.core.errors import InvalidInputError, MismatchError, ShapeError
 from workbench.core.html import Shown
@@ -34,74 +33,6 @@ _OVER_TOKENS = (
     "ablate",
 )  # fmt: skip
 """Methods that take activations with any leading axes, and features as numbers, sequences or tensors."""
-
-_ARGUMENTS = {"x": ("d_in", "reads"), "acts": ("d_sae", "takes activations of"), "target": ("d_out", "writes")}
-"""Of the tensors that these methods take, the width and what the basis does with it."""
-_SUMS = ("contribution", "ablate")
-"""Methods that add up what features write, so that one named twice would count twice."""
-
-
-def _numbers(basis: Basis, features: int | Sequence[int] | Tensor | None, *, once: bool = False) -> Tensor | None:
-    """Checked feature numbers, on any device: an accelerator would wrap negative ones and die of large ones."""
-    return (
-        None if features is None else basis.features([features] if isinstance(features, int) else features, once=once)
-    )
-
-
-def _over_tokens(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The method for activations of any leading axes: it is called with rows, its rows get the axes back."""
-    signature, title = inspect.signature(method), method.__name__
-    first = list(signature.parameters)[1]
-
-    def numbers(basis: Basis, value: int | Sequence[int] | Tensor | None) -> Tensor | None:
-        ids = _numbers(basis, value, once=title in _SUMS)
-        if ids is not None and ids.ndim != 1:
-            raise ShapeError(f"{title}: features have shape {tuple(ids.shape)}. Give (f,), the same for all tokens.")
-        return ids
-
-    def rows(basis: Basis, name: str, value: Tensor, lead: torch.Size) -> Tensor:
-        width, what = _ARGUMENTS.get(name, _ARGUMENTS["x"])
-        wanted = getattr(basis, width)
-        if value.shape != (*lead, wanted):
-            form = "(..., " if name == first else f"({''.join(f'{n}, ' for n in lead)}"
-            raise ShapeError(
-                f"{title}: {basis.name} {what} {width}={wanted}, and got shape {tuple(value.shape)}. Give {form}"
-                f"{wanted})."
-            )
-        if len(lead) == 1:
-            return value
-        flat = value.reshape(-1, wanted)
-        vars(flat).update(vars(value))  # what `encode` keeps for `decode`, a tensor per row of `flat`
-        return flat
-
-    @functools.wraps(method)
-    def call(self: Basis, *args: Any, **kwargs: Any) -> Tensor:
-        bound = signature.bind(self, *args, **kwargs)
-        given = bound.arguments
-        lead = given[first].shape[:-1]
-        for name, value in given.items():
-            if name == "features":
-                given[name] = numbers(self, value)
-            elif isinstance(value, Tensor):
-                given[name] = rows(self, name, value, lead)
-        out = method(*bound.args, **bound.kwargs)
-        if len(lead) == 1:
-            return out
-        shaped = out.reshape(*lead, out.shape[-1])
-        vars(shaped).update(vars(out))
-        return shaped
-
-    return call
-
-
-def _of_numbers(rows: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`rows` for numbers, sequences and tensors."""
-
-    @functools.wraps(rows)
-    def call(self: Basis, features: int | Sequence[int] | Tensor | None = None) -> Tensor:
-        return rows(self, _numbers(self, features))
-
-    return call
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -149,9 +80,9 @@ class Basis(Shown):
         super().__init_subclass__(**kwargs)
         for name in _OVER_TOKENS:
             if name in vars(cls):
-                setattr(cls, name, _over_tokens(vars(cls)[name]))
+                setattr(cls, name, over_tokens(vars(cls)[name]))
         if "rows" in vars(cls):
-            cls.rows = _of_numbers(cls.rows)
+            cls.rows = of_numbers(cls.rows)
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """Feature activations, in the units of the basis."""
@@ -368,7 +299,7 @@ class Basis(Shown):
 
 
 for _name in _OVER_TOKENS:
-    setattr(Basis, _name, _over_tokens(vars(Basis)[_name]))
+    setattr(Basis, _name, over_tokens(vars(Basis)[_name]))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
