@@ -52,6 +52,8 @@ def test_a_sweep_pairs_every_edit_with_its_controls_of_the_same_strength() -> No
     assert [one.name for one in near.of("feature")] == ["feature x1.0", "feature x1.0000001"]
     control = near.control(near.arm("feature x1.0000001"))
     assert control is not None and control.strength == 1.0000001
+    named = Sweep.over((0.5,), {"feature": OneVector}, {"random": OneVector}, label="{kind} {strength:.2f}")
+    assert [one.name for one in named] == ["feature 0.50", "random 0.50"]
     with pytest.raises(InvalidInputError, match="twice"):
         Sweep.over((1.0, 1.0), {"feature": OneVector}, {"random": OneVector})
 

@@ -36,6 +36,7 @@ def test_the_table_of_sites_gives_names_by_kind() -> None:
     assert frame.loc["z.1", "layer"] == 1 and frame.loc["embed", "layer"] is pd.NA
     assert copy.copy(sites).names == sites.names
     parallel = tiny_model("neox").sites()
+    assert hasattr(sites, "resid_mid") and not hasattr(parallel, "resid_mid")
     assert "resid_mid" not in dir(parallel)
     with pytest.raises(UnknownSiteError, match="resid_mid"):
         _ = parallel.resid_mid

@@ -62,3 +62,22 @@ def test_a_model_that_the_hub_does_not_have_is_refused_with_its_reason(monkeypat
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: _Hub(error))
     with pytest.raises(ModelUnavailableError, match=r"Repository Not Found. Check the name"):
         load_model("org/other")
+
+
+@pytest.mark.usefixtures("cached")
+@pytest.mark.parametrize(("status", "cached_answers", "other_says"), [
+    (429, True, "it answered 429"), (401, True, "log in"), (503, True, "it answered 503"), (404, False, "Check the name"),
+])  # fmt: skip
+def test_what_the_hub_answers_decides_whether_the_cache_is_taken(
+    status: int, cached_answers: bool, other_says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    response = cast(Any, SimpleNamespace(status_code=status, headers={}, request=None, text=""))
+    hub = _Hub(huggingface_hub.errors.HfHubHTTPError(f"{status}\n\nRefused.", response=response))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    with pytest.raises(ModelUnavailableError, match=other_says):
+        load_model("org/other")
+    if cached_answers:
+        assert load_model("org/tiny").name == "org/tiny"
+    else:
+        with pytest.raises(ModelUnavailableError, match=other_says):
+            load_model("org/tiny")

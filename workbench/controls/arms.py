@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from jaxtyping import Int
@@ -120,7 +121,8 @@ class Sweep(Shown):
             strengths: of the arms.
             subjects: what is studied: its edits at a strength, by kind.
             controls: the same of the controls; each is a control for all subjects.
-            label: name of an arm. Strengths that are equal to six digits are written out.
+            label: name of an arm; a format such as `{strength:.1f}` holds. Without one, strengths that are equal to six
+                digits are written out.
         """
         values = [float(strength) for strength in strengths]
         shown = [f"{value:g}" for value in values]
@@ -128,11 +130,12 @@ class Sweep(Shown):
             shown = [str(value) for value in values]
         arms: list[Arm] = []
         for strength, text in zip(values, shown, strict=True):
-            names = tuple(label.format(kind=kind, strength=text) for kind in subjects)
+            named = partial(label.format, strength=text if "{strength}" in label else strength)
+            names = tuple(named(kind=kind) for kind in subjects)
             for kind, edits in (*subjects.items(), *controls.items()):
                 arms.append(
                     Arm(
-                        name=label.format(kind=kind, strength=text), kind=kind, strength=strength,
+                        name=named(kind=kind), kind=kind, strength=strength,
                         edits=edits(strength), control_for=names if kind in controls else (),
                     )
                 )  # fmt: skip

@@ -61,12 +61,13 @@ def unreachable(name: str, revision: str | None = None) -> str | None:
     except OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set"
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code < 500:
+        status = None if error.response is None else error.response.status_code
+        if status == 404 or (status in (401, 403) and cached_folder(name, revision) is None):
             raise ModelUnavailableError(
                 f"Model {name!r} could not be loaded: {str(error).strip().splitlines()[-1]} Check the name and the "
                 "revision; for a private or gated model log in first (hf auth login)."
             ) from error
-        return type(error).__name__
+        return f"it answered {status}"
     except (HTTPError, OSError) as error:
         return str(error) or type(error).__name__
     return None

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _SIDES = {"in": "input", "out": "output", "inside": "inside"}
 
 
+class _MissingKindError(UnknownSiteError, AttributeError):
+    """A kind of site that exists, but not in this model; also an AttributeError, so that `hasattr` is False."""
+
+
 @dataclass(frozen=True)
 class SiteRow:
     """One kind of site in one model.
@@ -90,7 +94,10 @@ class SiteTable(Shown):
     def __getattr__(self, kind: str) -> tuple[str, ...]:
         if kind not in KINDS:
             raise AttributeError(f"A table of sites has no {kind!r}. {did_you_mean(kind, KINDS)}")
-        return self[kind]
+        try:
+            return self[kind]
+        except UnknownSiteError as error:
+            raise _MissingKindError(str(error)) from None
 
     @property
     def _kinds(self) -> tuple[str, ...]:
