@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Integral
 
 Number = int | float
 
@@ -35,16 +36,18 @@ def decimals_for(*values: Number) -> int:
 def number(value: Number | None, decimals: int | None = None) -> str:
     """A number with three significant digits, "n/a" if there is none; whole numbers with all their digits.
 
-    Whole numbers get separators from six digits on: shorter ones are often ids, which are copied.
+    Whole numbers get separators from six digits on: shorter ones are often ids, which are copied. A float of four
+    digits or more that is whole is a count too.
 
-    >>> number(0.12345), number(5651.2), number(1234567), number(49152), number(float("nan")), number(4.14e-10)
-    ('0.123', '5,650', '1,234,567', '49152', 'n/a', '<0.0001')
+    >>> number(0.12345), number(5651.2), number(1234567), number(49152), number(49152.0), number(4.14e-10)
+    ('0.123', '5,650', '1,234,567', '49152', '49152', '<0.0001')
     >>> number(1.5e9), number(-0.5)
     ('1.5e9', '−0.500')
     """
     if value is None or not math.isfinite(value):
         return NOT_AVAILABLE
-    if isinstance(value, int):
+    if isinstance(value, Integral) or (decimals is None and 1000 <= abs(value) < LARGEST and value == int(value)):
+        value = int(value)
         return _minus(f"{value:,}" if abs(value) >= 100_000 else str(value))
     if value != 0 and decimals is None and abs(value) < SMALLEST:
         return f"<{SMALLEST}" if value > 0 else f">−{SMALLEST}"
@@ -65,16 +68,19 @@ def signed(value: Number | None, decimals: int | None = None) -> str:
 
 
 def with_interval(value: Number, low: Number, high: Number, *, sign: bool = False) -> tuple[str, str]:
-    """A value and its interval, with equal decimals.
+    """A value and its interval, with equal decimals unless the interval is ten times as large as the value.
 
     >>> with_interval(0.0365, 0.000397, 0.0708)
     ('0.0365', '[0.0004, 0.0708]')
     >>> with_interval(0.05, 0.03, math.inf, sign=True)
     ('+0.0500', '[+0.0300, ∞]')
+    >>> with_interval(1.3, 0.9, 140.0)
+    ('1.30', '[0.900, 140]')
     """
     write = signed if sign else number
     sizes = [abs(end) for end in (value, low, high) if math.isfinite(end)]
-    places = decimals_for(*sizes) if max(sizes, default=0.0) >= SMALLEST else None
+    largest = max(sizes, default=0.0)
+    places = decimals_for(*sizes) if largest >= SMALLEST and not 0 < 10 * abs(value) < largest else None
     shown, first, last = (_unbounded(end) or write(float(end), places) for end in (value, low, high))
     return (shown if math.isfinite(value) else NOT_AVAILABLE), f"[{first}, {last}]"
 
