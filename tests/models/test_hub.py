@@ -50,9 +50,10 @@ def test_a_hub_that_can_t_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ModelUnavailableError, match=r"not in the local cache.*Name or service.*hf download org/other"):
         load_model("org/other")
     assert hub.asked == 1
-    assert load_model("org/tiny").name == "org/tiny"  # from the cache
+    cached = load_model("org/tiny")
+    assert cached.name == cached.source == "org/tiny"  # from the cache
     assert hub.asked == 2
-    assert load_model("tiny").name == "tiny"  # a name without an owner is looked for in the cache alone
+    assert load_model("tiny").name == load_model("tiny").source == "tiny"  # a name without an owner is looked for in the cache alone
     assert hub.asked == 2
 
 

@@ -89,7 +89,9 @@ def load_model(
         tokenizer = own
     hf.to(device).eval().requires_grad_(False)
     shown = "SmolLM2-135M-Instruct" if str(name) == "embedded" else _short_name(name)
-    source = str(name) if folder is None or str(name) == "embedded" else str(Path(name).expanduser().resolve())
+    # a name from the local cache stays a name: the path of its snapshot is this machine's
+    path = Path(name).expanduser()
+    source = str(path.resolve()) if str(name) != "embedded" and path.exists() else str(name)
     model = Model(hf, _given(tokenizer), name=shown, source=source)
     if check:
         model.self_check().require()
