@@ -13,6 +13,7 @@ from workbench.activations.store import ActivationStore, open_store
 from workbench.bases.sae import SAELike
 from workbench.cli.base import typed
 from workbench.cli.study import Begin, SAEStudy
+from workbench.core.errors import MissingFileError
 from workbench.features import ContextOptions, FeatureScoreReport, FeatureTable, ScoreOptions, score_features
 from workbench.models.model import Model
 
@@ -77,9 +78,9 @@ class FeaturesScore(SAEStudy[FeatureScoreReport]):
         from workbench.engine.folder import require_local
         from workbench.saes.formats.load import load_sae
 
+        require_local(self.table_folder())
         sae = load_sae(self.sae_path())
         store = None if self.output_only else open_store(self.store or self.home().require_store())
-        require_local(self.table_folder())
         model = self.load_model()
         begin(model)
         table = study(model, sae, store, self.prompt, self.strength, self.options())
@@ -103,7 +104,13 @@ class FeaturesScore(SAEStudy[FeatureScoreReport]):
         return typed("steer", self.sae, *(["--table", self.table] if self.table else []))
 
     def table_folder(self) -> Path:
-        """Where the table goes."""
+        """Where the table goes.
+
+        Raises:
+            MissingFileError: if the SAE is no folder on this machine, and no other place is named.
+        """
+        if self.table is None and not self.home().folder.is_dir():
+            raise MissingFileError(f"{self.sae} is no folder, so the table has no place in it. Give --table FOLDER.")
         return self.table or self.home().table
 
 

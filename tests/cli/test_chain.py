@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.score_features import FeaturesScore
 from tests.tiny import tiny_model
 from workbench.cli import main
 from workbench.cli.places import sae_folder
@@ -106,3 +107,10 @@ def run_with_sae(tmp_path: Path) -> Path:
     with RunDir.create("demo", {}, tmp_path / "runs") as run:
         (run.artifacts / "sae").mkdir()
         return run.path
+
+
+def test_a_table_of_an_sae_that_is_no_folder_needs_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingFileError, match="--table FOLDER"):
+        FeaturesScore(sae=Path("gpt2-small-res-jb/blocks.8.hook_resid_pre")).measure(lambda _: None)
+    assert not list(tmp_path.iterdir())

@@ -80,7 +80,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     config = wb.SAEConfig(d_sae=64, k=4, tokens=6000, batch=256)
     runs = [wb.train_sae(store, replace(config, seed=seed), out=folder / "saes" / name) for seed, name in SAES]
     saes = [wb.load_sae(run.path) for run in runs]
-    wb.score_features(model, saes[0], store).save(folder / "runs" / "…" / "artifacts" / "features")
+    wb.score_features(model, saes[0], store).save(folder / "saes" / "l15" / "features")
     acts = model.capture(documents[:4], [SITE])[SITE]
     iv = [wb.Intervention.at(SITE, wb.Add(acts[0, -1], s)) for s in (0.5, 1.0)]
     return {
