@@ -24,7 +24,9 @@ OUTLIER = 10
 """Tokens whose size is so many times the median have the strongest colour, and do not set the scale."""
 MOST_ROWS = 20
 """Rows of a table that are shown; the caption counts the others."""
-_MOST_CHARACTERS, _MOST_TOKENS, _MOST_COLUMNS = 240, 400, 48
+MOST_CELLS = 700
+"""Cells of all heat maps that are shown together."""
+_MOST_CHARACTERS, _MOST_TOKENS, _MOST_COLUMNS, _MOST_TITLE = 240, 400, 48, 48
 
 _STYLE = Markup(
     ".wb-shown{font:13px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;text-align:left;overflow-x:auto}"
@@ -133,7 +135,7 @@ def grid(
     row_names: Sequence[str], column_names: Sequence[str], shares: Sequence[Sequence[int | float]],
     texts: Sequence[Sequence[str]] | None = None, titles: Sequence[Sequence[str]] | None = None, caption: str = "",
 ) -> Markup:  # fmt: skip
-    """A heat map of at most 48 rows and columns.
+    """A heat map of at most 48 rows and columns, and of at most `MOST_CELLS` cells.
 
     Args:
         row_names: names of the rows.
@@ -143,7 +145,8 @@ def grid(
         titles: what is shown where the pointer rests.
         caption: what it is.
     """
-    n_rows, n_columns = min(len(row_names), _MOST_COLUMNS), min(len(column_names), _MOST_COLUMNS)
+    n_rows = min(len(row_names), _MOST_COLUMNS)
+    n_columns = min(len(column_names), _MOST_COLUMNS, MOST_CELLS // max(n_rows, 1))
     left_out = len(row_names) > n_rows or len(column_names) > n_columns
     note = f"the first {n_rows} of {len(row_names)} rows and {n_columns} of {len(column_names)} columns"
     head = Markup("").join(
@@ -155,7 +158,7 @@ def grid(
             Markup("").join(
                 Markup("<td{}{}>{}</td>").format(
                     _tinted(shares[r][c]),
-                    Markup(' title="{}"').format(visible(titles[r][c])) if titles else Markup(""),
+                    Markup(' title="{}"').format(visible(clipped(titles[r][c], _MOST_TITLE))) if titles else Markup(""),
                     _text(clipped(texts[r][c], 14)) if texts else "",
                 )
                 for c in range(n_columns)

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.core.arguments import checked
+from workbench.core.display import clipped
 from workbench.core.errors import InvalidInputError, MismatchError
-from workbench.core.html import Shown, grid, grids, tokens_line
+from workbench.core.html import MOST_CELLS, Shown, grid, grids, preformatted, tokens_line
 from workbench.core.numbers import number
 from workbench.core.tokenizer import decoded
 from workbench.core.tokens import TokenBatch, labelled
@@ -85,12 +86,14 @@ class Lens(Shown):
         return f"{n} sites x {tokens} tokens, the {k} most probable tokens at each"
 
     def _shown_parts(self) -> Iterable[Markup]:
-        for row in self.rows.unique().tolist()[:ROWS_SHOWN]:
+        rows = self.rows.unique().tolist()
+        fit = MOST_CELLS * len(rows) // max(len(self.rows) * len(self.sites), 1)
+        for row in rows[: max(1, min(ROWS_SHOWN, fit))]:
             yield self._map(row)
 
     def _map(self, row: int) -> Markup:
         """Sites by tokens of one row, the last site on top; coloured by the probability of the best token."""
-        here = (self.rows == row).nonzero()[:, 0].tolist()
+        here = (self.rows == row).nonzero()[:MOST_CELLS, 0].tolist()
         texts, order = _texts(self.batch, row), range(len(self.sites) - 1, -1, -1)
         shares = [[float(self.logprobs[s, t, 0].exp()) for t in here] for s in order]
         best = [self._tops(self.ids[s, here, 0].tolist()) for s in order]
@@ -274,18 +277,21 @@ class AttentionMap(Shown):
 def _head_maps(attention: AttentionMap) -> Iterator[Markup]:
     """Heat maps of the first heads; attention to the first token, which is often a sink, is coloured like any."""
     heads = [(site, h) for site, pattern in attention.patterns.items() for h in range(len(pattern))]
-    for site, head in heads[:HEADS_SHOWN]:
-        shares = attention.patterns[site][head].float()
+    names = [clipped(text, 12) for text in attention.tokens[:TOKENS_SHOWN]]
+    for site, head in heads[: max(1, min(HEADS_SHOWN, MOST_CELLS // max(len(names) ** 2, 1)))]:
+        shares = attention.patterns[site][head, : len(names), : len(names)].float().tolist()
         titles = [
-            [f"{query!r} -> {key!r}: {number(float(shares[q, k]))}" for k, key in enumerate(attention.tokens)]
-            for q, query in enumerate(attention.tokens)
+            [f"{query} to {key}: {number(shares[q][k])}" for k, key in enumerate(names)]
+            for q, query in enumerate(names)
         ]
-        names = list(attention.tokens)
-        yield grid(names, names, shares.tolist(), titles=titles, caption=f"{site} head {head}: from row to column")
+        caption = f"{site} head {head}: from row to column"
+        yield grid(names, names, shares, titles=titles, caption=caption)
+    if len(attention.tokens) > len(names) or len(heads) > HEADS_SHOWN:
+        yield preformatted(f"{len(heads)} heads and {len(attention.tokens)} tokens in all; frame() has every weight")
 
 
-HEADS_SHOWN = 6
-"""Heads that are shown in a notebook; a frame has all."""
+HEADS_SHOWN, TOKENS_SHOWN = 6, 24
+"""Heads and tokens that are shown in a notebook at most; a frame has all."""
 
 
 @checked
