@@ -11,9 +11,10 @@ from workbench.activations.sources import OWN_TEXT_TOKENS, SelfText
 from workbench.activations.store import ActivationStore
 from workbench.cli.study import Begin, Study
 from workbench.cli.training import TrainingOptions
+from workbench.core.numbers import counted, number
 from workbench.core.records import json_lines
 from workbench.models.model import Model
-from workbench.report.base import Lines, Report, Section, Series, Table
+from workbench.report.base import Headline, Lines, Report, Section, Series, Table
 from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions, SAEReport, evaluate_sae
 from workbench.saes.formats.load import load_sae
@@ -68,8 +69,13 @@ class SelfTextReport(Report):
         (few, worse), (many, better) = self.curve[0], self.curve[-1]
         return (
             *self.quality.findings(),
-            f"Held-out FVU goes from {worse:.3f} with {few} tokens of text to {better:.3f} with {many}.",
+            f"Held-out FVU goes from {number(worse)} with {counted(few, 'tokens')} of text to {number(better)} with "
+            f"{number(many)}.",
         )
+
+    def headline(self) -> Headline:
+        """That of the evaluation."""
+        return self.quality.headline()
 
     def section(self) -> Section:
         """The evaluation with training curve and dropped tokens."""
@@ -84,7 +90,7 @@ class SelfTextReport(Report):
             (_series("this SAE", self.steps),),
             "token-steps",
             "FVU",
-            caption=f"{self.seconds:.0f} s of training; packed rows that were not trained on.",
+            caption=f"{number(self.seconds)} s of training; packed rows that were not trained on.",
         )
         blocks = [*section.blocks, tokens, training]
         if len(self.curve) > 1:

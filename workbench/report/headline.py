@@ -92,7 +92,8 @@ class Headline(OneLine):
         value: the number.
         control: the same number for the control, or the limit that it is held to.
         control_name: what the control is.
-        difference: paired difference, number minus control, where it was measured.
+        difference: paired difference, where it was measured; positive means more than the control.
+        difference_name: what was subtracted from what, if not the control from the number.
         better: which way is better, or what kind of limit the control is.
         place: the cell that the number was read from.
         control_place: the cell that the control was read from.
@@ -105,6 +106,7 @@ class Headline(OneLine):
     control: Measured = None
     control_name: str = ""
     difference: Estimate | None = None
+    difference_name: str = "paired difference"
     better: Better = "higher"
     place: Place | None = None
     control_place: Place | None = None
@@ -120,6 +122,7 @@ class Headline(OneLine):
         difference: tuple[Table, str, str] | None = None,
         measure: str = "",
         control_name: str = "",
+        difference_name: str = "paired difference",
         better: Better = "higher",
     ) -> Headline:
         """A headline whose numbers are read from tables: each is a table, the name of a row, and a column.
@@ -143,6 +146,7 @@ class Headline(OneLine):
         return cls(
             sentence=says.of(verdict(shown, beside, compared, better)),
             measure=measure or value[2], value=shown, control=beside, difference=compared, better=better,
+            difference_name=difference_name,
             control_name=control_name or ("" if control is None else control[1]),
             place=_place(value), control_place=_place(control), difference_place=_place(difference),
         )  # fmt: skip

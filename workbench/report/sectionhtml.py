@@ -48,7 +48,7 @@ def headline_html(headline: Headline, section: Section, name: str) -> Markup:
     if headline.control is not None:
         cells.append((headline.control_name, headline.control, headline.control_place))
     if headline.difference is not None:
-        cells.append(("difference", headline.difference, headline.difference_place))
+        cells.append((headline.difference_name, headline.difference, headline.difference_place))
     if headline.value is None:
         return line
     facts = Markup("").join(

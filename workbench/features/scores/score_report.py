@@ -11,11 +11,27 @@ import numpy as np
 
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
+from workbench.core.numbers import counted, number, setting
 from workbench.core.stats import Estimate, sample_mean, wilson
-from workbench.report.base import Block, Histogram, Metric, Report, Section, Table, Text
+from workbench.report.base import (
+    Block,
+    Headline,
+    Histogram,
+    Lines,
+    Metric,
+    Report,
+    Says,
+    Section,
+    Series,
+    Table,
+    Text,
+)
 
 MIN_DRAWN_SCORE = 1e-12
 """Smaller scores are drawn at this value, on a logarithmic axis."""
+
+MIN_SHOWN_SCORE = 1e-6
+"""Where the curve over the output score begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,24 +74,27 @@ class FeatureScoreReport(Report):
     def findings(self) -> tuple[str, ...]:
         """The scores compared with their controls, in sentences."""
         n_tokens = self.meta.get("n_tokens")
-        dead = f"; {self.n_dead} of them were never active on the {n_tokens} tokens read" if n_tokens else ""
-        sentences = [f"{self.n} features scored{dead}."]
+        dead = (
+            f"; {self.n_dead} of them were never active on the {counted(n_tokens, 'tokens')} read" if n_tokens else ""
+        )
+        sentences = [f"{counted(self.n, 'features')} scored{dead}."]
         if self.above is not None and self.random_above is not None:
             verdict = "more than" if self.above.low > self.random_above.high else "not clearly more than"
             sentences.append(
-                f"Output score of at least {self.threshold:g}: {self.above} of the live features, {verdict} random "
-                f"directions of the same norm, {self.random_above}."
+                f"Share with an output score of at least {setting(self.threshold)}: {self.above} of the live features, "
+                f"{verdict} random directions of the same norm, {self.random_above}."
             )
         if self.input_mean is not None and self.shuffled_input_mean is not None:
             verdict = "above" if self.input_mean.low > self.shuffled_input_mean.high else "not clearly above"
             sentences.append(
                 f"Mean input score {self.input_mean}, {verdict} the score against other features' tokens, "
-                f"{self.shuffled_input_mean}; {self.n_few} features had too few contexts for an input score."
+                f"{self.shuffled_input_mean}; {counted(self.n_few, 'features')} had too few contexts for one."
             )
         return (*sentences, self._co_occurrence()) if self.both is not None else tuple(sentences)
 
     def _co_occurrence(self) -> str:
-        share = f"Both scores at least {self.high:g}: {self.both}; independent scores would give {self.independent:.3g}"
+        alone = number(self.independent)
+        share = f"Both scores at least {setting(self.high)}: {self.both}; independent scores would give {alone}"
         if self.pmi is None:
             return f"{share}. No pointwise mutual information: no feature has a high score on one of the sides."
         if self.pmi.excludes(0.0):
@@ -89,7 +108,43 @@ class FeatureScoreReport(Report):
         for name in ("above", "random_above", "input_mean", "shuffled_input_mean", "both", "pmi"):
             if (value := getattr(self, name)) is not None:
                 metrics[name] = value
-        return Section("Feature scores", (*self._blocks(),), self.findings(), metrics)
+        return Section("Feature scores", (*self._blocks(),), self.findings(), metrics, self.headline())
+
+    def headline(self) -> Headline:
+        """Share of output features beside that of random directions."""
+        table, column = self._beside_controls(), self._above
+        return Headline.read(
+            Says(*(
+                f"Steering with a feature writes the tokens that it promotes {more} often than steering with a random "
+                "direction writes its own."
+                for more in ("more", "no more", "less")
+            )),
+            value=(table, "features", column), control=(table, "random directions", column),
+            measure=f"share of features with an output score of at least {setting(self.threshold)}",
+        )  # fmt: skip
+
+    @property
+    def _above(self) -> str:
+        return f"output score of at least {setting(self.threshold)}"
+
+    def _beside_controls(self) -> Table:
+        rows = (
+            ("features", self.above, self.input_mean),
+            ("random directions", self.random_above, None),
+            ("contexts of other features", None, self.shuffled_input_mean),
+        )
+        return Table(("scored", self._above, "mean input score"), rows, "Scores beside their controls")
+
+    def _curves(self) -> list[Block]:
+        groups = {"features": self.output_scores, "random directions": self.random_output_scores}
+        grid = np.geomspace(MIN_SHOWN_SCORE, 1.0, 61)
+        series = tuple(
+            Series(name, tuple(grid.tolist()), tuple((np.asarray(scores)[:, None] >= grid).mean(0).tolist()))
+            for name, scores in groups.items()
+            if scores
+        )
+        title, x_label = "Share with at least this output score", "output score"
+        return [Lines(title, series, x_label, "share", log_x=True)] if series else []
 
     def _blocks(self) -> list[Block]:
         meta = self.meta
@@ -99,6 +154,7 @@ class FeatureScoreReport(Report):
             f"{meta.get('k')} logit-lens tokens, steered run only, in {meta.get('precision')}. Input score: share of a "
             "feature's top contexts whose most activating token is a lens token."
         )]  # fmt: skip
+        blocks += [*self._curves(), self._beside_controls()]
         blocks += _histogram("Output score", self.output_scores, "features", log=True)
         blocks += _histogram("Output score of random directions", self.random_output_scores, "directions", log=True)
         blocks += _histogram("Input score", self.input_scores, "features")
@@ -112,8 +168,9 @@ def _histogram(title: str, values: Sequence[float], unit: str, log: bool = False
     if not values:
         return []
     shown = tuple(max(v, MIN_DRAWN_SCORE) for v in values) if log else tuple(values)
-    floor = f"; scores below {MIN_DRAWN_SCORE:g} are drawn there" if log else ""
-    return [Histogram(title, shown, x_label="score", y_label=unit, log_x=log, caption=f"{len(values)} {unit}{floor}")]
+    floor = f"; scores below {setting(MIN_DRAWN_SCORE)} are drawn there" if log else ""
+    caption = f"{counted(len(values), unit)}{floor}"
+    return [Histogram(title, shown, x_label="score", y_label=unit, log_x=log, caption=caption)]
 
 
 def score_report(

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workbench.core.numbers import counted, number
 from workbench.core.stats import Estimate
-from workbench.report.base import Report, Section, Table
+from workbench.report.base import Bars, Headline, Report, Says, Section, Table
+
+_LABELS = {
+    "sae": "this SAE", "sae_sinks": "this SAE, sinks spliced too", "random": "random SAE (control)",
+    "mean": "mean predictor (control)", "identity": "identity (control)",
+    "zero": "zero ablation, sinks kept", "zero_all": "zero ablation, all tokens",
+}  # fmt: skip
+_RECOVERED = "loss recovered"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,39 +83,28 @@ class SAEReport(Report):
         ahead = self.ahead_of_random
         beats = ahead.words("is better than", "is worse than", "is not clearly better than")
         return (
-            f"The SAE leaves {self.fvu} of the variance at {self.target_site} unexplained, with {self.l0.value:.1f} "
-            f"features per token, over {self.n_tokens} kept tokens ({self.kept_share:.1%} of all; the rest are "
-            "first, special or sink tokens).",
+            f"The SAE leaves {self.fvu} of the variance at {self.target_site} unexplained, with "
+            f"{number(self.l0.value)} features per token, over {counted(self.n_tokens, 'kept tokens')} (a share of "
+            f"{number(self.kept_share)} of all; the rest are first, special or sink tokens).",
             f"Spliced into the model it recovers {headline} of the loss that zero ablation costs (sinks kept) and adds "
             f"{self.ce_difference['sae']} nats; it {beats} a random SAE of the same shape "
             f"({random}, with a loss {ahead} nats above that of this SAE on the same rows).",
-            f"{self.dead:.1%} of the features were silent on these {self.n_tokens} tokens, {self.dense['10%']:.1%} "
-            "active on more than a tenth of them.",
+            f"A share of {number(self.dead)} of the features was silent on these {counted(self.n_tokens, 'tokens')}, "
+            f"{number(self.dense['10%'])} active on more than a tenth of them.",
             f"With attention sinks reconstructed as well, {self.recovered_controls['sae_sinks']} is recovered.",
         )
 
     def section(self) -> Section:
         """The findings with one table of the SAE beside its controls."""
-        labels = {
-            "sae": "this SAE", "sae_sinks": "this SAE, sinks spliced too", "random": "random SAE (control)",
-            "mean": "mean predictor (control)", "identity": "identity (control)",
-            "zero": "zero ablation, sinks kept", "zero_all": "zero ablation, all tokens",
-        }  # fmt: skip
-        fvus = {"sae": self.fvu, **self.fvu_controls}
-        recovered = {"sae": self.recovered["zero"], **self.recovered_controls}
-        rows = tuple(
-            (label, fvus.get(key), self.ce[key], self.ce_difference[key], recovered.get(key))
-            for key, label in labels.items()
-        )
-        quality = Table(
-            ("spliced in", "FVU", "loss (nats)", "loss minus clean", "loss recovered"),
-            rows,
-            f"Clean loss {self.ce_clean}. Recovered: (zero ablation − splice) / (zero ablation − clean), zero "
-            "ablation with sinks kept. Intervals are over rows.",
-        )
+        quality, recovered = self._quality(), {"sae": self.recovered["zero"], **self.recovered_controls}
+        names = [key for key in _LABELS if key in recovered]
+        bars = Bars(
+            "Loss recovered", tuple(_LABELS[key] for key in names), tuple(recovered[key] for key in names),
+            "share of the loss that zero ablation costs",
+        )  # fmt: skip
         baselines = Table(
             ("ablation", "loss recovered"),
-            tuple((labels[key], value) for key, value in self.recovered.items()),
+            tuple((_LABELS[key], value) for key, value in self.recovered.items()),
             "The same SAE against each ablation baseline.",
         )
         shape = Table(
@@ -124,7 +121,45 @@ class SAEReport(Report):
             **{f"recovered_zero_{key}": value for key, value in self.recovered_controls.items()},
         }  # fmt: skip
         where = self.site if self.site == self.target_site else f"{self.site} to {self.target_site}"
-        return Section(f"SAE at {where}", (quality, baselines, shape), self.findings(), metrics)
+        return Section(
+            f"SAE at {where}",
+            (bars, quality, self._paired(), baselines, shape),
+            self.findings(),
+            metrics,
+            self.headline(),
+        )
+
+    def headline(self) -> Headline:
+        """Loss recovered beside a random SAE, by the difference of their losses on the same rows."""
+        quality, sae, random = self._quality(), _LABELS["sae"], _LABELS["random"]
+        return Headline.read(
+            Says(
+                "Spliced into the model, the SAE keeps more of what it does than a random SAE of the same shape.",
+                "Spliced into the model, the SAE keeps no more of what it does than a random SAE of the same shape.",
+                "Spliced into the model, the SAE keeps less of what it does than a random SAE of the same shape.",
+            ),
+            value=(quality, sae, _RECOVERED), control=(quality, random, _RECOVERED),
+            difference=(self._paired(), random, "nats per token"),
+            difference_name="loss of the random SAE minus loss of this one, nats per token",
+        )  # fmt: skip
+
+    def _quality(self) -> Table:
+        fvus = {"sae": self.fvu, **self.fvu_controls}
+        recovered = {"sae": self.recovered["zero"], **self.recovered_controls}
+        rows = tuple(
+            (label, fvus.get(key), self.ce[key], self.ce_difference[key], recovered.get(key))
+            for key, label in _LABELS.items()
+        )
+        return Table(
+            ("spliced in", "FVU", "loss (nats)", "loss minus clean", _RECOVERED),
+            rows,
+            f"The SAE beside its controls. Clean loss {self.ce_clean}. Recovered: (zero ablation − splice) / (zero "
+            "ablation − clean), zero ablation with sinks kept. Intervals are over rows.",
+        )
+
+    def _paired(self) -> Table:
+        rows = ((_LABELS["random"], self.ahead_of_random),)
+        return Table(("control", "nats per token"), rows, "Loss with the control minus loss with the SAE. Row by row.")
 
     def _shape(self) -> dict[str, Estimate | float | None]:
         """What is reported without a control of its own."""
