@@ -14,8 +14,9 @@ from workbench.activations.geometry import GeometryOptions, SiteGeometry, measur
 from workbench.activations.sources import SelfText, TextFiles
 from workbench.cli.study import Begin, Study
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.numbers import counted, number, sample_size, setting
 from workbench.models.model import Model
-from workbench.report.base import Lines, Metric, Report, Section, Series, Table
+from workbench.report.base import Headline, Lines, Metric, Report, Says, Section, Series, Table, beside
 from workbench.report.blocks import Block
 
 
@@ -54,6 +55,25 @@ class GeometryReport(Report):
     clipping: ClippingCost | None
     options: Options
 
+    def headline(self) -> Headline:
+        """Loss added without the outlier dimensions, beside as many random ones."""
+        if self.clipping is None:
+            return Headline(sentence="What outlier dimensions do for the loss was not measured.")
+        return Headline.of(
+            Says(
+                "The model needs its outlier dimensions more than random ones.",
+                "The model needs its outlier dimensions no more than random ones.",
+                "The model needs its outlier dimensions less than random ones.",
+            ),
+            *self._beside(),
+        )
+
+    def _beside(self) -> tuple[Table, ...]:
+        cost, measure = self.clipping, "loss added by setting dimensions to 0 (nats per token)"
+        if cost is None:
+            return ()
+        return (beside(measure, ("outlier dimensions", cost.outliers), ("random dimensions", cost.random)),)
+
     def findings(self) -> tuple[str, ...]:
         """Outlier dimensions, who holds massive activations, what position and anisotropy owe to the outliers."""
         return (self._outliers(), self._massive(), *self._anisotropy(), self._clipping())
@@ -61,7 +81,7 @@ class GeometryReport(Report):
     def _outliers(self) -> str:
         with_some = [site for site in self.sites if site.outliers]
         if not with_some:
-            return f"No outlier dimension at {len(self.sites)} sites."
+            return f"No outlier dimension at {counted(len(self.sites), 'sites')}."
         often: dict[int, int] = {}
         for site in with_some:
             for dim in site.outlier_dims:
@@ -77,14 +97,19 @@ class GeometryReport(Report):
         worst = max(self.sites, key=lambda site: max(part.largest for part in site.classes))
         parts = [f"{part.name} {part.massive} of {part.tokens}" for part in worst.classes if part.tokens]
         largest = max(part.largest for part in worst.classes)
-        return f"Largest activation: {largest:.4g} at {worst.site}; tokens with massive ones there: {', '.join(parts)}."
+        return (
+            f"Largest activation: {number(largest)} at {worst.site}; tokens with massive ones there: "
+            f"{', '.join(parts)}."
+        )
 
     def _anisotropy(self) -> tuple[str, ...]:
         changed = [s for s in self.sites if s.outliers and s.anisotropy["clipped"].high < s.anisotropy["raw"].low]
         raw = [site.anisotropy["raw"].value for site in self.sites]
         return (
-            f"Two tokens of different rows have a mean cosine of {min(raw):.3g} to {max(raw):.3g} over the sites "
-            f"(n={self.sites[0].anisotropy['raw'].n} pairs each); without the outlier dimensions it is clearly lower "
+            f"Two tokens of different rows have a mean cosine of {number(min(raw))} to {number(max(raw))} over "
+            "the sites "
+            f"({sample_size(self.sites[0].anisotropy['raw'].n, 'pairs')} each); without the outlier dimensions "
+            "it is clearly lower "
             f"at {len(changed)} of {sum(bool(s.outliers) for s in self.sites)} sites that have some.",
         )
 
@@ -93,7 +118,8 @@ class GeometryReport(Report):
             return "Clipping during the forward pass was not tried: no outlier dimension, or not asked for."
         c = self.clipping
         return (
-            f"Setting {len(c.dims)} outlier dimensions at {c.site} to 0 at every token of the forward pass adds "
+            f"Setting {counted(len(c.dims), 'outlier dimensions')} at {c.site} to 0 at every token of the "
+            "forward pass adds "
             f"{c.outliers} nats per token, as many random dimensions {c.random}. Clip copies of activations, not this."
         )
 
@@ -110,7 +136,8 @@ class GeometryReport(Report):
             metrics |= {f"{site.site}.r2.{name}": r2 for name, r2 in site.position.items() if r2 is not None}
         if self.clipping is not None:
             metrics |= {"clipping.outliers": self.clipping.outliers, "clipping.random": self.clipping.random}
-        return Section("Geometry of activations", tuple(blocks), self.findings(), metrics)
+        blocks += self._beside()
+        return Section("Geometry of activations", tuple(blocks), self.findings(), metrics, self.headline())
 
     def _summary(self) -> Table:
         o = self.options.geometry
@@ -126,7 +153,8 @@ class GeometryReport(Report):
              "sinks", "position R2", "without outliers", "outliers alone"),
             rows,
             f"Ordinary: not first, not special, norm at most ten medians. Outlier: extremal on more than "
-            f"{o.extremal_share:.0%} of the tokens (and five times 1/d), or root mean square above {o.rms_factor:g} "
+            f"a share of {setting(o.extremal_share)} of the tokens (and five times 1/d), or root mean square "
+            f"above {setting(o.rms_factor)} "
             "medians. Share of the squared norm in the largest dimensions. Position: ridge regression of the position "
             "in the row, R2 on rows that were not fitted.",
         )  # fmt: skip
@@ -151,7 +179,8 @@ class GeometryReport(Report):
         return Table(
             ("site", "tokens", "n", "with a massive activation", "sinks", "largest |a|", "massive dimensions (tokens)"),
             tuple(rows),
-            f"Massive: |a| above {o.massive:g} and above {o.massive_ratio:g} times the median |a| of the site.",
+            f"Massive: |a| above {setting(o.massive)} and above {setting(o.massive_ratio)} times the median |a| "
+            "of the site.",
         )
 
     def _cosines(self) -> Table:

@@ -12,7 +12,7 @@ import pytest
 from tests.tiny import tiny_model
 from workbench.cli.study import Begin, Study
 from workbench.core.errors import InvalidInputError
-from workbench.report.base import Report, Section
+from workbench.report.base import Headline, Report, Section
 from workbench.runs.run import RunDir, list_runs
 
 
@@ -22,6 +22,9 @@ class Sum(Report):
 
     def section(self) -> Section:
         return Section("A sum", (), self.findings(), {"total": self.total})
+
+    def headline(self) -> Headline:
+        return Headline(sentence="The numbers were added.")
 
     def findings(self) -> tuple[str, ...]:
         return (f"The sum is {self.total}.",)

@@ -109,7 +109,7 @@ def test_a_token_that_is_impossible_is_in_the_findings() -> None:
     )
     zero = replace(report.contexts, tested=(replace(first, p=(0.0, 0.0)), *rest))
     changed = replace(report, contexts=zero, verification=replace(report.verification, tested=tested))
-    assert any(line.startswith("Said alone, not among other tokens: 1 tokens") for line in changed.findings())
+    assert any(line.startswith("Said alone, not among other tokens: 1 token:") for line in changed.findings())
 
 
 def test_too_few_words_are_refused() -> None:

@@ -11,15 +11,18 @@ from workbench.core.records import from_jsonable, to_jsonable
 from workbench.core.stats import Estimate, wilson
 from workbench.report.base import (
     Bars,
+    Headline,
     Histogram,
     Lines,
     Report,
+    Says,
     Scatter,
     Section,
     Series,
     Table,
     Text,
     Tokens,
+    beside,
     flat_metrics,
 )
 
@@ -39,7 +42,14 @@ class Finding(Report):
     rate: Estimate
 
     def section(self) -> Section:
-        return Section("Rate", (Text("<b>"),), self.findings(), {"rate": self.rate})
+        blocks = (Text("<b>"), self._beside())
+        return Section("Rate", blocks, self.findings(), {"rate": self.rate}, self.headline())
+
+    def headline(self) -> Headline:
+        return Headline.of(Says("It is high.", "It is as chance has it.", "It is low."), self._beside())
+
+    def _beside(self) -> Table:
+        return beside("rate", ("measured", self.rate), ("chance", 0.5))
 
     def findings(self) -> tuple[str, ...]:
         return (f"The rate is {self.rate}.",)
@@ -98,5 +108,5 @@ def test_a_report_must_say_what_it_found() -> None:
         def section(self) -> Section:
             return Section("s")
 
-    with pytest.raises(TypeError, match="findings"):
+    with pytest.raises(TypeError, match="findings.*headline"):
         Silent()  # type: ignore[abstract]  # that is the test

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from workbench.core.stats import Estimate, clopper_pearson
-from workbench.report.base import Block, Cell, Metric, Report, Section
+from workbench.report.base import Block, Cell, Metric, Report, Section, Table
 
 
 class TokenReport(Report):
@@ -28,7 +28,14 @@ class TokenReport(Report):
 
     def section(self) -> Section:
         """Tables and plots with the findings."""
-        return Section(self._title.format(self=self), tuple(self._blocks()), self.findings(), self.metrics())
+        title = self._title.format(self=self)
+        evidence = self._beside()
+        blocks = (*self._blocks(), *(() if evidence is None else (evidence,)))
+        return Section(title, blocks, self.findings(), self.metrics(), self.headline())
+
+    def _beside(self) -> Table | None:
+        """The table that the headline is read from, if it is in none of the others."""
+        return None
 
 
 def measured(metrics: Mapping[str, Metric | None]) -> dict[str, Metric]:

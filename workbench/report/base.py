@@ -11,7 +11,7 @@ from workbench.core.jsontext import Json
 from workbench.core.numbers import Number
 from workbench.core.records import to_jsonable
 from workbench.report.blocks import Bars, Block, Cell, Histogram, Lines, Scatter, Series, Table, Text, Tokens
-from workbench.report.headline import Headline, Says
+from workbench.report.headline import Headline, Says, beside
 from workbench.report.section import Metric, Section, flat_metrics
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "Table",
     "Text",
     "Tokens",
+    "beside",
     "flat_metrics",
 ]
 
@@ -45,6 +46,10 @@ class Report(OneLine, abc.ABC):
     @abc.abstractmethod
     def section(self) -> Section:
         """The whole result as a section of a report."""
+
+    @abc.abstractmethod
+    def headline(self) -> Headline:
+        """The result in one sentence, with a number that stands in a table of the section beside its control."""
 
     @abc.abstractmethod
     def findings(self) -> tuple[str, ...]:

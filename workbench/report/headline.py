@@ -17,6 +17,10 @@ Verdict = Literal["works", "no better than its control", "fails", "not measured"
 Better = Literal["higher", "lower", "at least", "at most"]
 Measured = Estimate | Number | None
 
+DIFFERENCE = "paired difference"
+BESIDE = "The number beside its control"
+"""Column and name of the table that `beside` makes."""
+
 VERDICTS: tuple[Verdict, ...] = ("works", "no better than its control", "fails", "not measured")
 
 
@@ -26,7 +30,8 @@ def verdict(
     """What a number says beside its control. This is the only rule by which a report judges.
 
     1. Without the number or its control, nothing was measured: "not measured".
-    2. `better` "at least" or "at most": the control is a limit. "works" if the number meets it, otherwise "fails".
+    2. `better` "at least" or "at most": the control is a limit. "works" if the number meets it with its whole interval,
+       otherwise "fails".
     3. With the interval of a paired difference (number minus control): "works" if the interval lies on the better side
        of 0, "fails" if it lies on the worse side, "no better than its control" if it holds 0.
     4. Otherwise the two intervals are compared: "works" or "fails" if they don't overlap, "no better than its control"
@@ -43,7 +48,7 @@ def verdict(
     if ends is None or limits is None or (difference is not None and _ends(difference) is None):
         return "not measured"
     if better in ("at least", "at most"):
-        met = _point(value) >= _point(control) if better == "at least" else _point(value) <= _point(control)
+        met = ends[0] >= limits[0] if better == "at least" else ends[1] <= limits[1]
         return "works" if met else "fails"
     if difference is not None:
         ends, limits = (difference.low, difference.high), (0.0, 0.0)
@@ -106,7 +111,7 @@ class Headline(OneLine):
     control: Measured = None
     control_name: str = ""
     difference: Estimate | None = None
-    difference_name: str = "paired difference"
+    difference_name: str = DIFFERENCE
     better: Better = "higher"
     place: Place | None = None
     control_place: Place | None = None
@@ -122,7 +127,7 @@ class Headline(OneLine):
         difference: tuple[Table, str, str] | None = None,
         measure: str = "",
         control_name: str = "",
-        difference_name: str = "paired difference",
+        difference_name: str = DIFFERENCE,
         better: Better = "higher",
     ) -> Headline:
         """A headline whose numbers are read from tables: each is a table, the name of a row, and a column.
@@ -149,6 +154,15 @@ class Headline(OneLine):
             difference_name=difference_name,
             control_name=control_name or ("" if control is None else control[1]),
             place=_place(value), control_place=_place(control), difference_place=_place(difference),
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, says: Says, table: Table, better: Better = "higher") -> Headline:
+        """A headline read from a table of `beside`: the number in its first row, the control in its second."""
+        column, names = table.columns[1], [str(row[0]) for row in table.rows]
+        return cls.read(
+            says, value=(table, names[0], column), control=(table, names[1], column) if len(names) > 1 else None,
+            difference=(table, names[0], DIFFERENCE) if DIFFERENCE in table.columns else None, better=better,
         )  # fmt: skip
 
     @property
@@ -190,6 +204,24 @@ class Headline(OneLine):
         measure = self.measure[:1].upper() + self.measure[1:]
         shown = f"{measure} {shown_measured(self.value)}"
         return shown if self.control is None else f"{shown}; {self.control_name} {shown_measured(self.control)}"
+
+
+def beside(
+    measure: str, value: tuple[str, Measured], control: tuple[str, Measured] | None, difference: Estimate | None = None
+) -> Table:
+    """A table of one number beside its control, for `Headline.of`.
+
+    Args:
+        measure: what both are, the heading of their column.
+        value: name and number.
+        control: name and number; None if there is no control.
+        difference: number minus control, paired.
+    """
+    rows = [value] if control is None else [value, control]
+    if difference is None:
+        return Table(("measured", measure), tuple(rows), BESIDE)
+    more = (*value, difference), *((*row, None) for row in rows[1:])
+    return Table(("measured", measure, DIFFERENCE), more, BESIDE)
 
 
 def shown_measured(value: Measured) -> str:

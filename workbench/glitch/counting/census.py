@@ -12,6 +12,7 @@ import numpy as np
 
 from workbench.core.arguments import checked
 from workbench.core.jsontext import Json, Record
+from workbench.core.numbers import setting
 from workbench.core.records import save_json, to_jsonable
 from workbench.core.stats import Estimate, clopper_pearson
 from workbench.glitch.counting.plan import NO_TEST, CensusPlan, prober_of, ranking
@@ -21,7 +22,7 @@ from workbench.glitch.scanning.result import write_table
 from workbench.glitch.verification.verify import VERDICTS, VERIFIED, verdict
 from workbench.glitch.vocabulary.tokenizer import CATEGORIES
 from workbench.models.model import Model
-from workbench.report.base import Block, Histogram, Metric, Table, Text
+from workbench.report.base import Block, Headline, Histogram, Metric, Says, Table, Text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,13 +178,32 @@ class CensusReport(TokenReport):
             "n_tested": int(self.tested.sum()), "n_glitch": self.n_glitch,
             "n_failed_short": int((self.short < VERIFIED).sum()), "dtype": self.plan.dtype.dtype,
             "n_glitch_ordinary": self.total() if self.can_rank else None,
-            **{f"recall_at_{share:g}": self.recall_at(share) for share in recalls},
+            **{f"recall_at_{setting(share)}": self.recall_at(share) for share in recalls},
             "glitch_rate_in_less_suspicious_half": self.control(),
         })  # fmt: skip
 
     @property
     def _has_recall(self) -> bool:
         return self.can_rank and any(s.glitch for s in self.strata())
+
+    def headline(self) -> Headline:
+        """Recall of the ranking beside that of a random order."""
+        if not self._has_recall:
+            return Headline(sentence="Recall of the ranking has no value: see which tokens were tested.")
+        table, row = self._recalls(), setting(self._usual_share)
+        return Headline.read(
+            Says(
+                "The ranking by weights finds more of the glitch tokens than a random order of tokens does.",
+                "The ranking by weights finds no more of the glitch tokens than a random order of tokens does.",
+                "The ranking by weights finds fewer of the glitch tokens than a random order of tokens does.",
+            ),
+            value=(table, row, "recall"), control=(table, row, "recall of a random order"),
+            measure=f"recall of the first {row} of the ranking", control_name="random order",
+        )  # fmt: skip
+
+    @property
+    def _usual_share(self) -> float:
+        return min(self.plan.options.shares, key=lambda share: abs(share - USUAL_SHARE))
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences, with what is not known."""
@@ -215,10 +235,11 @@ class CensusReport(TokenReport):
             return []
         if not self._has_recall:
             return ["Recall has no value: no glitch token among the ordinary tokens tested, or too few tested."]
-        share, control = min(self.plan.options.shares, key=lambda s: abs(s - USUAL_SHARE)), self.control()
+        share, control = self._usual_share, self.control()
         return [
-            f"Recall of the first {share:.1%} by {scan.indicator}: {self.recall_at(share)}; a random {share:.1%} would "
-            f"find {share:.1%}. Glitch tokens among ordinary tokens: {self.total()}.",
+            f"Recall of the first share of {setting(share)} by {scan.indicator}: {self.recall_at(share)}; a "
+            "random order "
+            f"would find {setting(share)}. Glitch tokens among ordinary tokens: {self.total()}.",
             "" if control is None else
             f"In the less suspicious half of the ranking {control} are glitch tokens: an upper bound on the test's "
             "error rate, since some of them are real.",
@@ -244,7 +265,10 @@ class CensusReport(TokenReport):
         p = self.short[self.tested]
         yield Histogram(
             "log10 p of the token in the short prompt", tuple(np.log10(np.maximum(p, 1e-12)).tolist()),
-            x_label="log10 p", bins=60, caption=f"n = {len(p):,}; glitch tokens lie below {np.log10(VERIFIED):g}",
+            x_label="log10 p", bins=60, caption=(
+                f"n = {len(p):,}; glitch tokens lie below "
+                f"{setting(np.log10(VERIFIED))}"
+            ),
         )  # fmt: skip
         yield Text(f"Verdicts: {meanings(VERDICTS)}.")
 
@@ -267,7 +291,7 @@ class CensusReport(TokenReport):
             first = strata[: _n_strata(strata, share)]
             here = Stratum(*(sum(getattr(s, count) for s in first) for count in ("size", "tested", "glitch")))
             rows.append((
-                f"{share:.1%}", here.size, here.tested, here.glitch,
+                setting(share), here.size, here.tested, here.glitch,
                 clopper_pearson(here.glitch, here.tested) if here.is_complete and here.tested else None,
                 self.recall_at(share) if any_glitch else None,
                 self.recall_at(share, self.short) if any_short else None, share,
@@ -283,7 +307,7 @@ class CensusReport(TokenReport):
         places = np.flatnonzero(self.glitch[ranked])[::-1].tolist()
         tokens = [(place, self.row(int(ranked[place]))) for place in places[:_ROWS]]
         rows = tuple(
-            (t["token_id"], shown(t["token"]), f"{(place + 1) / len(ranked):.1%}", t["indicator"], t["short_prob"],
+            (t["token_id"], shown(t["token"]), (place + 1) / len(ranked), t["indicator"], t["short_prob"],
              t["max_prob"], t["verdict"])
             for place, t in tokens
         )  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from workbench.core.arguments import checked
 from workbench.core.codec import codec_of
 from workbench.core.errors import DegenerateInputError, require
+from workbench.core.numbers import number, setting
 from workbench.core.progress import task
 from workbench.core.stats import Estimate, paired_difference
 from workbench.glitch.repairing.repair import Control, Repair, RepairOptions, control_of
@@ -20,7 +21,7 @@ from workbench.glitch.verification.verify import verify
 from workbench.glitch.vocabulary.tokenizer import Vocabulary, draw_controls, vocabulary_of
 from workbench.interventions.intervention import Intervention
 from workbench.models.model import Model
-from workbench.report.base import Block, Metric, Table
+from workbench.report.base import Block, Headline, Metric, Says, Table, beside
 from workbench.saes.formats.placement import TEXTS
 
 MIN_TOKENS = 5
@@ -120,6 +121,31 @@ class RepairReport(TokenReport):
             return self
         raise DegenerateInputError(f"The repair is no success. {' '.join(self.findings())}")
 
+    def headline(self) -> Headline:
+        """Copying beside the same repair with wrong sources, or the cost on plain text where it is too high."""
+        if not self.guard:
+            says = Says(
+                "", "", "Plain text may have become less probable than is allowed, so the repair is no success."
+            )
+            return Headline.of(says, self._beside(), "at most")
+        kind = "blocked" if self.options.writing == "block" else "copied"
+        return Headline.of(
+            Says(
+                f"Repaired tokens are {kind} better than with the wrong sources.",
+                f"Repaired tokens are {kind} no better than with the wrong sources.",
+                f"Repaired tokens are {kind} worse than with the wrong sources.",
+            ),
+            self._beside(),
+            "lower" if self.options.writing == "block" else "higher",
+        )  # fmt: skip
+
+    def _beside(self) -> Table:
+        if not self.guard:
+            return beside("rise of the loss on plain text", ("repaired", self.loss), ("allowed", self.tolerance))
+        against = next(iter(self._controls()), "before")
+        means = {arm: (ARMS[arm], _mean(self.copied[arm])) for arm in ("repaired", against)}
+        return beside("mean copy probability", means["repaired"], means[against], self.copying(against))
+
     def findings(self) -> tuple[str, ...]:
         """The verdict first, then each measure beside its control."""
         skipped = first_few((f"{i}: {why}" for i, why in self.skipped), 6, "; ")
@@ -132,8 +158,8 @@ class RepairReport(TokenReport):
         what += f"writing={self.options.writing}, from {self.options.sources}"
         if not self.guard:
             return (
-                f"NO SUCCESS: plain text may have become less probable by {self.loss.high:.3g} nats per token; "
-                f"{self.tolerance:g} is allowed ({what})."
+                f"NO SUCCESS: plain text may have become less probable by {number(self.loss.high)} nats per token; "
+                f"{setting(self.tolerance)} is allowed ({what})."
             )
         if self.success:
             return f"The repair helps {' and '.join(self._helped())} ({what})."
@@ -154,7 +180,7 @@ class RepairReport(TokenReport):
         was, now = (sum(p >= VERIFIED for p in self.copied[arm]) for arm in ("before", "repaired"))
         said = (
             f"Copying: {was} of {len(self.ids)} could be said before (p of at least {VERIFIED}), {now} now; "
-            f"change of p {_with_n(self.copying())}."
+            f"change of p {self.copying().change()}."
         )
         for kind in self._controls():
             said += f" That is {_against(self.copying(kind), kind, 'less', 'more', 'more')}."
@@ -164,7 +190,7 @@ class RepairReport(TokenReport):
         done = self.reading()
         if done is None:
             return "Reading: nothing spells these tokens, so there is nothing to compare their reading with."
-        said = f"Reading: the gap to the spelled text changed by {_with_n(done)} nats (below 0 is better)."
+        said = f"Reading: the gap to the spelled text changed by {done.change()} nats (below 0 is better)."
         for kind in self._controls():
             if (more := self.reading(kind)) is not None:
                 said += f" It is {_against(more, kind, 'smaller', 'larger', 'smaller')}."
@@ -173,8 +199,8 @@ class RepairReport(TokenReport):
     def _cost(self) -> str:
         worst = min(self.controls.low, 0.0) + 0.0
         return (
-            f"Cost: loss on plain text {_with_n(self.loss)} nats per token (allowed: {self.tolerance:g}); copy "
-            f"probability of tokens that were not repaired {_with_n(self.controls)}, at worst {worst:.3g}."
+            f"Cost: loss on plain text {self.loss.change()} nats per token (allowed: {setting(self.tolerance)}); copy "
+            f"probability of tokens that were not repaired {self.controls.change()}, at worst {number(worst)}."
         )
 
     def _controls(self) -> Sequence[str]:
@@ -207,11 +233,7 @@ class RepairReport(TokenReport):
 
 def _against(more: Estimate, control: str, below: str, above: str, wanted: str) -> str:
     word = more.words(above, below, f"not clearly {wanted}")
-    return f"{word} than {ARMS[control].removesuffix(' (control)')}: {_with_n(more)}"
-
-
-def _with_n(estimate: Estimate) -> str:
-    return f"{estimate.value:+.3g} [{estimate.low:+.3g}, {estimate.high:+.3g}] (n={estimate.n} {estimate.unit})"
+    return f"{word} than {ARMS[control].removesuffix(' (control)')}: {more.change()}"
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workbench.core.errors import InvalidInputError, MismatchError, MissingFileError, NotExactlyExportable
 from workbench.core.jsontext import Record
+from workbench.core.numbers import number
 from workbench.core.progress import track
 from workbench.core.records import load_json, save_json
 from workbench.glitch.ranking.weights import INDEX, Matrix, TokenMatrices, in_folder, tensor_files
@@ -24,7 +25,7 @@ from workbench.glitch.scanning.scanner import local_path
 from workbench.models.head import agree
 from workbench.models.loading import load_model
 from workbench.models.model import Model
-from workbench.report.base import Metric
+from workbench.report.base import Headline, Metric, Says, Table, beside
 
 NOTE = "repair.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.h5", "*.msgpack", "*.onnx")
@@ -217,12 +218,21 @@ class CopyReport(TokenReport):
     n: int
     stored: str
 
+    def headline(self) -> Headline:
+        """Whether the copy agrees with the edit on every prompt."""
+        says = Says("The saved copy does what the edit does.", "", "The saved copy does not do what the edit does.")
+        return Headline.of(says, self._beside(), "at least")
+
+    def _beside(self) -> Table:
+        return beside("copies that agree with the edit", ("loaded again", int(self.agrees)), ("needed", 1))
+
     def findings(self) -> tuple[str, ...]:
         """One sentence."""
         word = "does what the edit does" if self.agrees else "DOES NOT DO WHAT THE EDIT DOES"
         return (
-            f"The copy in {self.folder}, loaded again, {word}: its logits differ by at most {self.difference:.3g} on "
-            f"{self.n} prompts, where the repair changes them by up to {self.effect:.3g} ({self.stored} rows).",
+            f"The copy in {self.folder}, loaded again, {word}: its logits differ by at most "
+            f"{number(self.difference)} on "
+            f"{self.n} prompts, where the repair changes them by up to {number(self.effect)} ({self.stored} rows).",
         )
 
     def metrics(self) -> dict[str, Metric]:

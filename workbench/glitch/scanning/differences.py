@@ -9,13 +9,14 @@ from pathlib import Path
 
 from workbench.core.errors import MissingFileError
 from workbench.core.jsontext import Json
+from workbench.core.numbers import number, p_value
 from workbench.core.records import to_jsonable
 from workbench.core.stats import clopper_pearson
 from workbench.glitch.reporting import TokenReport, measured, sentences, shown, write_csv
 from workbench.glitch.scanning.saved import SavedScan, TokenFact, load_scan, of_report, of_tokenizer
 from workbench.glitch.scanning.scanner import codec_for, scan
 from workbench.models.model import Model
-from workbench.report.base import Block, Metric, Table, Text
+from workbench.report.base import Block, Headline, Metric, Says, Table, Text, beside
 
 CHANGES: dict[str, str] = {
     "flag_gone": "flagged in A, in B not",
@@ -77,6 +78,16 @@ class DiffReport(TokenReport):
         counted = Counter(change.kind for change in self.changes)
         return {kind: counted[kind] for kind in CHANGES}
 
+    def headline(self) -> Headline:
+        """How many tokens differ; there is nothing to compare the number with."""
+        said = (
+            "Some tokens differ between the two models." if self.changes else "No token differs between the two models."
+        )
+        return Headline.of(Says("", "", "", said), self._beside())
+
+    def _beside(self) -> Table:
+        return beside("tokens that differ", ("A and B", len(self.changes)), None)
+
     def findings(self) -> tuple[str, ...]:
         """What changed, in sentences."""
         matched = "Both have the same tokenizer: tokens are matched by id."
@@ -84,7 +95,8 @@ class DiffReport(TokenReport):
             why = "DIFFERENT TOKENIZERS" if self.evident else "NOT KNOWN whether both have the same tokenizer"
             matched = (
                 f"{why}: tokens are matched by their text; {self.shared:,} texts are in both "
-                f"({self.shared / max(1, self.n_a):.1%} of A, {self.shared / max(1, self.n_b):.1%} of B)."
+                f"(a share of {number(self.shared / max(1, self.n_a))} of A, "
+                f"{number(self.shared / max(1, self.n_b))} of B)."
             )
         return sentences(
             f"A is {self.a}: {self.n_a:,} tokens. B is {self.b}: {self.n_b:,} tokens.",
@@ -246,5 +258,5 @@ def _unmatched(a: SavedScan, b: SavedScan, pairs: list[tuple[int, int]]) -> Iter
 
 
 def _say(fact: TokenFact) -> str:
-    tested = "" if fact.verdict == "untested" else f", {fact.verdict} (p = {fact.max_prob:.4f})"
+    tested = "" if fact.verdict == "untested" else f", {fact.verdict} (p {p_value(fact.max_prob)})"
     return f"{fact.grade or 'not flagged'}{tested}"

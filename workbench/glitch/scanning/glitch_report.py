@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from workbench.core.jsontext import Json
+from workbench.core.numbers import number
 from workbench.core.records import to_jsonable
-from workbench.glitch.reporting import TokenReport, finite, first_few, measured, sentences, shown
+from workbench.core.stats import Estimate
+from workbench.glitch.reporting import TokenReport, finite, first_few, measured, rate, sentences, shown
 from workbench.glitch.scanning.narrate_tests import kinds_table, say_tests, test_blocks, tests_table
 from workbench.glitch.scanning.result import ScanResult
 from workbench.glitch.vocabulary.tokenizer import CATEGORIES, IMPOSSIBLE_BYTES
-from workbench.report.base import Block, Histogram, Metric, Table
+from workbench.report.base import Bars, Block, Headline, Histogram, Metric, Says, Table, beside
 
 TOP_ROWS = 40
 
@@ -72,8 +74,26 @@ class GlitchReport(ScanResult, TokenReport):
             metrics |= {f"symptom_control.{task}": share for task, share in self.symptoms.failures.items()}
         return measured(metrics)
 
+    def headline(self) -> Headline:
+        """Share of the most suspicious tokens that the model can't say, beside random ordinary tokens."""
+        table = _beside_controls(self)
+        if table is None:
+            return Headline(sentence=(
+                "Tokens were ranked from the weights alone; the model was not asked to say any."
+                if self.indicator is not None else "There is no ranking: no tokens are known to be unused."
+            ))  # fmt: skip
+        return Headline.of(
+            Says(
+                "The model can't say many of the tokens that its weights make suspicious.",
+                "The model says the suspicious tokens as well as random ordinary ones.",
+                "The model says the suspicious tokens better than random ordinary ones.",
+                "The test's own error rate is not known, because no control gave a number.",
+            ),
+            table,
+        )  # fmt: skip
+
     def _blocks(self) -> tuple[Block, ...]:
-        made: list[Block] = [_categories(self), _groups(self)]
+        made: list[Block] = [*_picture(self), _categories(self), _groups(self)]
         if self.same_text:
             made.append(_same_text(self))
         if self.separations:
@@ -81,6 +101,23 @@ class GlitchReport(ScanResult, TokenReport):
         if self.indicator is not None:
             made += [_top(self), kinds_table(self, TOP_ROWS), _histogram(self)]
         return (*made, *test_blocks(self))
+
+
+def _beside_controls(report: ScanResult) -> Table | None:
+    if (done := report.verification) is None:
+        return None
+    control = None if done.control_failures is None else ("random ordinary tokens", done.control_failures)
+    tested = rate((t.verified for t in done.candidates), "tokens")
+    return beside("share that fails every prompt", ("most suspicious tokens", tested), control)
+
+
+def _picture(report: ScanResult) -> list[Block]:
+    table = _beside_controls(report)
+    if table is None:
+        return []
+    shares = {str(name): share for name, share in table.rows if isinstance(share, Estimate)}
+    bars = Bars("Tokens that the model can't say", tuple(shares), tuple(shares.values()), table.columns[1])
+    return [bars, table]
 
 
 def _tokenizer(report: ScanResult) -> str:
@@ -113,7 +150,7 @@ def _ranking(report: ScanResult) -> str:
     n, plain = len(report.candidates()), int(report.table.ordinary.sum())
     return (
         f"Ranked by {report.indicator_why}. Candidates: {n:,} of {plain:,} ordinary tokens lie at or below "
-        f"{report.threshold:.4f} ({report.threshold_why}). That is a list to test, not a count of glitch tokens."
+        f"{number(report.threshold)} ({report.threshold_why}). That is a list to test, not a count of glitch tokens."
     )
 
 
@@ -124,7 +161,7 @@ def _oddities(report: ScanResult) -> list[str]:
         said.append(
             f"{sum(sizes)} rows are bit-identical copies, in {len(sizes)} sets of {first_few(sizes)}. Certificate "
             "without a forward pass: no prompt can give a token of a set of k more than 1/k (at most "
-            f"{1 / sizes[0]:.3f} in the largest)."
+            f"{number(1 / sizes[0])} in the largest)."
         )
     ordinary = [i for i in report.zero_rows if report.table.ordinary[i]]
     others = [i for i in report.zero_rows if not report.table.ordinary[i]]
@@ -177,7 +214,7 @@ def _groups(report: ScanResult) -> Table:
         (("* " if g.name == chosen else "") + g.name, g.found, len(g.members), finite(g.cosine), g.verdict, g.why)
         for g in report.reference.groups
     )
-    pairs = "; ".join(f"{a} and {b}: cosine {c:.3f}, {n} ids in both" for a, b, c, n in report.reference.agreement)
+    pairs = "; ".join(f"{a} and {b}: cosine {number(c)}, {n} ids in both" for a, b, c, n in report.reference.agreement)
     caption = "Ids that training cannot have used, and whether their rows bear it out (* = reference). Agreement: "
     columns = ("group", "found", "kept", "median cosine", "verdict", "how found")
     return Table(columns, rows, caption=caption + (pairs or "fewer than two trusted groups"))
@@ -217,5 +254,5 @@ def _histogram(report: ScanResult) -> Histogram:
     below = int((values <= report.threshold).sum())
     return Histogram(
         f"{report.indicator} of ordinary tokens", tuple(values.tolist()), x_label=str(report.indicator), bins=60,
-        caption=f"n = {len(values):,}; threshold {report.threshold:.4f} ({report.percentile:.3g}%), {below:,} below",
+        caption=f"n = {len(values):,}; threshold {number(report.threshold)}, {below:,} below",
     )  # fmt: skip

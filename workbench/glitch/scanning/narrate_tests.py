@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from workbench.core.numbers import counted, number, setting
 from workbench.glitch.reporting import finite, first_few, meanings, shown
 from workbench.glitch.scanning.result import ScanResult
 from workbench.glitch.verification.contexts import Contexts
@@ -71,11 +72,11 @@ def _controls(done: Verification) -> Iterator[str]:
         return
     yield (
         f"Controls: {sum(t.verified for t in done.controls)} of {share.n} random ordinary tokens fail the same test, a "
-        f"rate of {share}. Expected false among the {len(done.candidates)} tested: {false.value:.1f}, at most "
-        f"{false.high:.1f}.{f' {bare} more controls give no number and are left out.' if bare else ''}"
+        f"rate of {share}. Expected false among the {len(done.candidates)} tested: {number(false.value)}, at most "
+        f"{number(false.high)}.{f' {bare} more controls give no number and are left out.' if bare else ''}"
     )
     if done.control_quantiles:
-        listed = ", ".join(f"{name} {p:.3g}" for name, p in done.control_quantiles.items())
+        listed = ", ".join(f"{name} {number(p)}" for name, p in done.control_quantiles.items())
         below = sum(t.p_value is not None and t.p_value <= 1 / (share.n + 1) for t in done.candidates)
         yield (
             f"Highest p of the controls, quantiles: {listed}. {below} of the {len(done.candidates)} candidates lie "
@@ -88,8 +89,8 @@ def _controls(done: Verification) -> Iterator[str]:
 def _sides(sides: Sides) -> str:
     n_spelled = sum(bool(side.pieces) for side in sides.candidates)
     power = (
-        f"On {sides.n_controls} controls, reading tells a token from another one with AUC {sides.read_auc:.3f}, "
-        f"writing with {sides.write_auc:.3f}."
+        f"On {sides.n_controls} controls, reading tells a token from another one with AUC {number(sides.read_auc)}, "
+        f"writing with {number(sides.write_auc)}."
     )
     if finite(sides.read_limit) is None or finite(sides.write_limit) is None:
         return (
@@ -100,8 +101,8 @@ def _sides(sides: Sides) -> str:
     rates = "; ".join(f"{name} {share}" for name, share in sides.failing.items())
     return (
         f"Broken side of {n_spelled} of {len(sides.candidates)} tokens that other tokens spell: {counts}. {power} "
-        f"Limits: divergence {sides.read_limit:.2f} nats (the {1 - LEVEL:.0%} quantile of the controls), "
-        f"log-probability {sides.write_limit:.1f} nats ({LEVEL:.0%}). Controls beyond them: {rates}."
+        f"Limits: divergence {number(sides.read_limit)} nats (the {setting(1 - LEVEL)} quantile of the controls), "
+        f"log-probability {number(sides.write_limit)} nats ({setting(LEVEL)}). Controls beyond them: {rates}."
     )
 
 
@@ -116,7 +117,7 @@ def _contexts(report: ScanResult, contexts: Contexts) -> Iterator[str]:
     for failed, what in ((True, "Said alone, not among other tokens"), (False, "Said among other tokens, not alone")):
         ids = [c.token_id for c, alone in both if c.failed == failed and alone.verified != failed]
         if ids:
-            yield f"{what}: {len(ids)} tokens: {_names(report, ids)}."
+            yield f"{what}: {counted(len(ids), 'tokens')}: {_names(report, ids)}."
 
 
 def _symptoms(symptoms: Symptoms) -> str:

@@ -15,6 +15,7 @@ from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require
 from workbench.core.metrics import squared_error
+from workbench.core.numbers import number, setting
 from workbench.core.progress import track
 from workbench.core.stats import Estimate, paired_difference, sample_mean, sample_ratio
 from workbench.core.tokens import TokenBatch
@@ -22,7 +23,7 @@ from workbench.glitch.ranking.weights import in_memory
 from workbench.glitch.reporting import TokenReport, sentences, shown
 from workbench.glitch.vocabulary.tokenizer import Vocabulary, matched_controls, vocabulary_of
 from workbench.models.model import Model
-from workbench.report.base import Block, Metric, Table, Text
+from workbench.report.base import Block, Headline, Metric, Says, Table, Text, beside
 from workbench.saes.evaluation.splice import SpliceReader
 
 if TYPE_CHECKING:
@@ -105,6 +106,21 @@ class GlitchFeatures(TokenReport):
                    r.fires_glitch, r.fires_control, r.q) for r in self.rows]  # fmt: skip
         return pd.DataFrame(values, columns=columns)
 
+    def headline(self) -> Headline:
+        """How many features fire otherwise on glitch tokens, beside the most that shuffled labels give."""
+        return Headline.of(
+            Says(
+                "More SAE features fire otherwise on glitch tokens than shuffled labels give.",
+                "No more SAE features fire otherwise on glitch tokens than shuffled labels give.",
+                "Fewer SAE features fire otherwise on glitch tokens than shuffled labels give.",
+            ),
+            self._beside(),
+        )  # fmt: skip
+
+    def _beside(self) -> Table:
+        shuffled = ("shuffled labels, at most", self.shuffled[1])
+        return beside("features that differ", ("glitch and ordinary tokens", len(self.rows)), shuffled)
+
     def findings(self) -> tuple[str, ...]:
         """How many features, how many by chance, how well tokens are reconstructed, and what was left out."""
         same, drawn = self.asked - self.distinct, len(self.ids) + self.dropped[0]
@@ -121,8 +137,8 @@ class GlitchFeatures(TokenReport):
 
     def _features(self) -> str:
         here = f"{len(self.ids)} glitch tokens than on {self.n_controls} matched ordinary ones at {self.site}"
-        tested = f"of {self.tested} that fire at all (FDR {self.fdr:g})"
-        chance = f"With shuffled labels {self.shuffled[0]:.1f} are found on average, {self.shuffled[1]} at most"
+        tested = f"of {self.tested} that fire at all (FDR {setting(self.fdr)})"
+        chance = f"With shuffled labels {number(self.shuffled[0])} are found on average, {self.shuffled[1]} at most"
         if not self.rows:
             return f"No feature fires more or less on {here}, {tested}. {chance}."
         best = max(self.rows, key=lambda row: row.difference.value)
@@ -130,8 +146,9 @@ class GlitchFeatures(TokenReport):
         word = "" if len(self.rows) > self.shuffled[1] else ": no fewer than here"
         return (
             f"{more} features fire more and {less} less on {here}, {tested}. {chance}{word}. Most: feature "
-            f"{best.feature}, by {best.difference}; it fires on {best.fires_glitch:.0%} of the glitch tokens and "
-            f"{best.fires_control:.0%} of the others."
+            f"{best.feature}, by {best.difference}; it fires on a share of {number(best.fires_glitch)} of the "
+            "glitch tokens and "
+            f"{number(best.fires_control)} of the others."
         )
 
     def _reconstruction(self) -> str:
@@ -139,7 +156,7 @@ class GlitchFeatures(TokenReport):
         word = done.words("worse", "better", "not clearly better or worse")
         return (
             f"Glitch tokens are reconstructed {word}: FVU {self.fvu_glitch} against {self.fvu_control}, token by token "
-            f"a difference of {done.value:+.3g} [{done.low:+.3g}, {done.high:+.3g}]; active features {self.l0[0]} "
+            f"a difference of {' '.join(done.shown(sign=True))}; active features {self.l0[0]} "
             f"against {self.l0[1]}."
         )
 

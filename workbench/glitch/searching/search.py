@@ -12,6 +12,7 @@ import torch
 
 from workbench.core.errors import DegenerateInputError, require, require_known
 from workbench.core.jsontext import Json
+from workbench.core.numbers import counted, number, with_interval
 from workbench.core.progress import track
 from workbench.core.records import to_jsonable
 from workbench.core.stats import Estimate, clopper_pearson, sample_mean
@@ -24,7 +25,7 @@ from workbench.glitch.verification.probing import Prober
 from workbench.glitch.verification.verify import VERIFIED
 from workbench.hooks.ends import embedding
 from workbench.models.model import Model
-from workbench.report.base import Block, Lines, Metric, Series, Table
+from workbench.report.base import Block, Headline, Lines, Metric, Says, Series, Table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,6 +116,21 @@ class SearchReport(TokenReport):
     def _recall(self, search: SearchRuns) -> Estimate | None:
         return search.recall(self.n_glitch) if self.n_glitch else None
 
+    def headline(self) -> Headline:
+        """Precision of the first search that is no control, beside random order."""
+        found = [search for search in self.searches if search.name != "random"] or list(self.searches)
+        table = self._compared()
+        return Headline.read(
+            Says(
+                "Searching finds glitch tokens with fewer tests than a random order of tokens.",
+                "Searching finds no more glitch tokens per test than a random order of tokens.",
+                "Searching finds fewer glitch tokens per test than a random order of tokens.",
+                "No random search was run beside it.",
+            ),
+            value=(table, found[0].name, "precision"), measure=f"precision of {found[0].name}",
+            control=(table, "random", "precision") if self.search("random") is not None else None,
+        )  # fmt: skip
+
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences."""
         return (self._truth(), *(self._said(search) for search in self.searches), *self._at_equal_cost())
@@ -131,12 +147,12 @@ class SearchReport(TokenReport):
         value, low, high = (self.n_tokens * part for part in (share.value, share.low, share.high))
         return (
             f"{len(self.token)} glitch tokens of {self.model} found by all searches together. Recall is not known; by "
-            f"the random search there are {value:.0f} [{low:.0f}, {high:.0f}] among {self.n_tokens:,}."
+            f"the random search there are {' '.join(with_interval(value, low, high))} among {self.n_tokens:,}."
         )
 
     def _said(self, search: SearchRuns) -> str:
         recall, passes = self._recall(search), search.runs[0].gradient_passes
-        tested = f"{search.calls:,.0f} tokens tested, precision {search.precision()}"
+        tested = f"{counted(round(search.calls), 'tokens')} tested, precision {search.precision()}"
         tested += "" if recall is None else f", recall {recall}"
         more = f"; {passes:,} gradient passes on top" if passes else ""
         return f"{search.name} ({METHODS[search.name]}): {tested}{more}."
@@ -147,8 +163,8 @@ class SearchReport(TokenReport):
             if search is not None and others:
                 calls = round(search.calls)
                 stopped = [SearchRuns(other.name, tuple(other._first(calls))) for other in others]
-                listed = "; ".join(f"{other.name} {other.n_found:.1f}" for other in stopped)
-                finds = f"which finds {search.n_found:.1f} glitch tokens"
+                listed = "; ".join(f"{other.name} {number(other.n_found)}" for other in stopped)
+                finds = f"which finds {number(search.n_found)} glitch tokens"
                 yield f"With the {calls:,} calls of {search.name}, {finds}: {listed}."
 
     def to_json(self) -> dict[str, Json]:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from workbench.core.errors import DegenerateInputError
+from workbench.core.numbers import number, p_value
 from workbench.core.progress import task
 from workbench.core.records import from_jsonable, json_lines, to_jsonable, write_atomic
 from workbench.core.stats import Estimate, clopper_pearson, mcnemar, paired_difference
@@ -19,7 +20,7 @@ from workbench.glitch.reporting import TokenReport, measured, rate, sentences, s
 from workbench.glitch.text.adt import AdtItem
 from workbench.glitch.verification.scoring import dtype_name
 from workbench.models.model import Model
-from workbench.report.base import Bars, Block, Metric, Table, Text
+from workbench.report.base import Bars, Block, Headline, Metric, Says, Table, Text, beside
 
 SHOTS = 4
 FORMS = ("joined", "separated")
@@ -105,6 +106,24 @@ class AdtReport(TokenReport):
         """Share of wrong answers that cut where a token ends; None without wrong answers."""
         return rate((a.along_tokens for a in self.arm(name) if not a.right_joined), "errors")
 
+    def headline(self) -> Headline:
+        """Right answers where the words are joined beside the same items with a separator."""
+        return Headline.of(
+            Says(
+                "The model reads words wrongly where a token hides their border.",
+                "The model reads words as well where a token hides their border as with a separator.",
+                "The model reads words better where a token hides their border than with a separator.",
+            ),
+            self._beside(),
+            "lower",
+        )  # fmt: skip
+
+    def _beside(self) -> Table:
+        drop = self.drop("attack")
+        gain = replace(drop, value=-drop.value, low=-drop.high, high=-drop.low)
+        joined, apart = self.accuracy("attack"), self.accuracy("attack", True)
+        return beside("share of right answers", ("joined words", joined), ("with a separator", apart), gain)
+
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences, also if it is nothing."""
         attack, control, drop = self.accuracy("attack"), self.accuracy("attack", True), self.drop("attack")
@@ -112,15 +131,16 @@ class AdtReport(TokenReport):
         if self.arm("plain"):
             plain = (
                 f"Joined pairs whose border the tokens respect: {self.accuracy('plain')} right against {attack} of the "
-                f"hidden ones (Fisher p = {self.hidden_border_p():.2g}); their own drop is {self.drop('plain')}."
+                f"hidden ones (Fisher p {p_value(self.hidden_border_p())}); their own drop is {self.drop('plain')}."
             )
         share = self.errors_along_tokens("attack")
         return sentences(
-            f"{attack.n} pairs of words whose border lies inside a token: {attack.value:.1%} right joined, "
-            f"{control.value:.1%} with a separator; drop {drop} (exact McNemar p = {self.p_value('attack'):.2g}).",
+            f"{attack.n} pairs of words whose border lies inside a token: {number(attack.value)} right joined, "
+            f"{number(control.value)} with a separator; drop {drop} (exact McNemar p "
+            f"{p_value(self.p_value('attack'))}).",
             plain,
             "" if share is None else f"Wrong answers that cut where a token ends: {share}.",
-            f"WEAK TASK: even with a separator only {control.value:.1%} are right, so there is little to lose; the "
+            f"WEAK TASK: even with a separator only {number(control.value)} are right, so there is little to lose; the "
             "drop says more on a stronger model." if control.high < 0.5 else "",
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from workbench.core.jsontext import Json
 from workbench.core.records import to_jsonable
 from workbench.core.stats import clopper_pearson
 from workbench.glitch.reporting import TokenReport, measured, sentences, shown, write_csv
-from workbench.report.base import Block, Cell, Metric, Table, Text
+from workbench.report.base import Block, Cell, Headline, Metric, Says, Table, Text, beside
 
 UNTRAINED = ("verified", "candidate", "reference", "no_row")
 """Kinds of tokens whose rows training hardly touched: fine-tuning on them can blow up or be wasted."""
@@ -117,6 +117,14 @@ class LintReport(TokenReport):
         """All fields, with the ids that fine-tuning has to watch."""
         more = {"guard": self.guard, "n_findings": self.n_findings, "said": self.findings()}
         return super().to_json() | to_jsonable(more)
+
+    def headline(self) -> Headline:
+        """Whether the text holds anything to look at."""
+        fails = "The text holds tokens or characters that the model hardly knows or loses."
+        return Headline.of(Says("The text holds nothing to look at.", "", fails), self._beside(), "at most")
+
+    def _beside(self) -> Table:
+        return beside("findings", ("this text", self.n_findings), ("a clean text", 0))
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences."""

@@ -24,7 +24,7 @@ from workbench.glitch.vocabulary.segments import ByText, Pieces, segmentations
 from workbench.glitch.vocabulary.tokenizer import analyse
 from workbench.models.model import Model
 from workbench.models.wrapped import Texts
-from workbench.report.base import Block, Metric, Table, Text
+from workbench.report.base import Block, Headline, Metric, Says, Table, Text, beside
 
 _KEPT = 8
 """Alternative segmentations tried per token, shortest first."""
@@ -247,6 +247,28 @@ class SanitizeReport(TokenReport):
     @property
     def _occurrences(self) -> tuple[int, int]:
         return sum(cut.replaced for cut in self.cuts), sum(cut.left for cut in self.cuts)
+
+    def headline(self) -> Headline:
+        """Whether cutting helps copying, more than on ordinary tokens; or that the text was changed."""
+        if self.changed:
+            says = Says("", "", "Some documents do not decode to the text of their file.")
+            return Headline.of(says, self._beside(), "at most")
+        return Headline.of(
+            Says(
+                "Flagged tokens are copied better once they are cut, more so than ordinary ones.",
+                "Cutting helps flagged tokens no more than ordinary ones.",
+                "Cutting helps flagged tokens less than ordinary ones.",
+                "Flagged tokens were cut into others; whether they are copied better was not tested.",
+            ),
+            self._beside(),
+        )  # fmt: skip
+
+    def _beside(self) -> Table:
+        if self.changed:
+            return beside("changed documents", ("these files", self.changed), ("allowed", 0))
+        gain, control = (None, None) if self.check is None else (self.check.gain, self.check.control_gain)
+        measure = "log-probability of the copy gained (nats)"
+        return beside(measure, ("flagged tokens", gain), ("ordinary tokens", control))
 
     def findings(self) -> tuple[str, ...]:
         """What was done, in sentences."""

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.numbers import number, setting
 from workbench.core.stats import Estimate
 from workbench.core.tokenizer import special_ids, start_ids
 from workbench.models.model import Model
-from workbench.report.base import Metric, Report, Section, Table
+from workbench.report.base import Headline, Metric, Report, Says, Section, Table, beside
 
 CENTRAL = 1 - 0.05 / 3
 """Share of the draws in a null's range: three ranges decide together, with 95 % for the model's own text."""
@@ -99,25 +100,42 @@ class CorpusReport(Report):
         kl, null = self.found["mean_kl"], self.null["mean_kl"]
         said = "as drawn from the model" if self.like_the_model else "not as drawn from the model"
         again = "".join(
-            f" {part.repeated:.1%} of the {part.n}-grams had occurred before, and {part.looping_rows:.1%} of the rows "
-            "repeat one."
+            f" A share of {number(part.repeated)} of the {part.n}-grams had occurred before, and "
+            f"{number(part.looping_rows)} of the rows repeat one."
             for part in self.ngrams[-1:]
         )
         firsts = self.null["unique_first"]
         return (
-            f"The first tokens of {self.n_sequences} sequences are {said}: mean KL {kl:.3f} nats, and {null.value:.3f} "
-            f"[{null.low:.3f}, {null.high:.3f}] for as many draws from the model itself; "
-            f"{self.found['unique_first']:.0f} different ones ({firsts.low:.4g} to {firsts.high:.4g} in those draws).",
-            f"{self.unique_sequences:.1%} of the rows are unique.{again}",
+            f"The first tokens of {self.n_sequences} sequences are {said}: mean KL {number(kl)} nats, and "
+            f"{' '.join(null.shown())} for as many draws from the model itself; "
+            f"{round(self.found['unique_first'])} different ones ({number(firsts.low)} to {number(firsts.high)} "
+            "in those "
+            "draws).",
+            f"A share of {number(self.unique_sequences)} of the rows is unique.{again}",
         )
+
+    def headline(self) -> Headline:
+        """Divergence of the first tokens beside the largest that draws from the model have."""
+        return Headline.of(
+            Says(
+                "The first tokens of the text are as drawn from the model.", "",
+                "The first tokens of the text are not as drawn from the model.",
+            ),
+            self._beside(),
+            "at most",
+        )  # fmt: skip
+
+    def _beside(self) -> Table:
+        limit = ("draws from the model, at most", self.null["mean_kl"].high)
+        return beside("mean KL of the first tokens (nats)", ("this text", self.found["mean_kl"]), limit)
 
     def section(self) -> Section:
         """Divergences with their null, first tokens, repetition."""
         divergences = Table(
             ("measure", "corpus", "drawn from the model (null)"),
             tuple((label, self.found[key], self.null[key]) for key, label in LABELS.items()),
-            f"First tokens, in nats; entropy of the model's next token {self.entropy:.3f}. Pseudo-count "
-            f"{self.options.pseudo_count:g} in all; null: median and central {CENTRAL:.1%} of "
+            f"First tokens. In nats; entropy of the model's next token {number(self.entropy)}. Pseudo-count "
+            f"{setting(self.options.pseudo_count)} in all; null: median and central {setting(CENTRAL)} of "
             f"{self.options.draws} draws of {self.n_sequences} tokens.",
         )
         first = Table(("first token", "share in the corpus", "probability under the model"), self.top)
@@ -132,7 +150,8 @@ class CorpusReport(Report):
             "unique_sequences": self.unique_sequences,
             **{f"repeated_{part.n}grams": part.repeated for part in self.ngrams},
         }
-        return Section("Corpus", (divergences, first, repetition), self.findings(), metrics)
+        blocks = (self._beside(), divergences, first, repetition)
+        return Section("Corpus", blocks, self.findings(), metrics, self.headline())
 
 
 @checked

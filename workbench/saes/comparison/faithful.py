@@ -17,12 +17,13 @@ from workbench.controls.overlap import RESAMPLES
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.core.numbers import number
 from workbench.core.progress import track
 from workbench.core.stats import Estimate, sample_mean
 from workbench.core.tokenizer import special_ids, start_ids
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
-from workbench.report.base import Metric, Report, Section, Table
+from workbench.report.base import Headline, Metric, Report, Says, Section, Table, beside
 from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.evaluation.splice import RULE_ROWS, estimate_rules
 from workbench.saes.formats.load import sae_keep_rule
@@ -93,6 +94,22 @@ class FakeFeatures(Report):
             f"{self.more_on_random} fire more often on random tokens than on as many of text (0.5 if both are alike).",
         )
 
+    def headline(self) -> Headline:
+        """Share of features that fire more on random tokens than on text."""
+        return Headline.of(
+            Says(
+                "The features fire less on random tokens than on text.",
+                "The features fire as much on random tokens as on text.",
+                "The features fire more on random tokens than on text.",
+            ),
+            self._beside(),
+            "lower",
+        )
+
+    def _beside(self) -> Table:
+        measure = "share of features that fire more often on random tokens"
+        return beside(measure, (self.name, self.more_on_random), ("no difference", 0.5))
+
     def section(self) -> Section:
         """The ratios, with every constant of their definition."""
         o = self.options
@@ -101,7 +118,7 @@ class FakeFeatures(Report):
                 f"> {tau}",
                 self.ratio[tau],
                 self.alive_ratio[tau],
-                ", ".join(f"{seed[tau]:.3g}" for seed in self.per_seed),
+                ", ".join(number(seed[tau]) for seed in self.per_seed),
             )
             for tau in self.ratio
         )
@@ -115,7 +132,9 @@ class FakeFeatures(Report):
         metrics: dict[str, Metric] = {f"ffr_{tau}": value for tau, value in self.ratio.items()}
         metrics |= {f"ffr_alive_{tau}": value for tau, value in self.alive_ratio.items()}
         metrics |= {"more_on_random": self.more_on_random, "alive": self.alive}
-        return Section(f"Fake features: {self.name}", (table,), self.findings(), metrics)
+        return Section(
+            f"Fake features: {self.name}", (table, self._beside()), self.findings(), metrics, self.headline()
+        )
 
 
 def random_rows(model: Model, tokens: int, context: int, seed: int) -> Int[Tensor, "rows context"]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
+from workbench.core.numbers import counted, number, sample_size
 from workbench.core.stats import Estimate
-from workbench.report.base import Metric, Report, Section, Table, Text
+from workbench.report.base import Headline, Metric, Report, Says, Section, Table, Text, beside
 from workbench.report.blocks import Block
 from workbench.saes.comparison.corpus import CorpusReport
 from workbench.saes.comparison.faithful import FakeFeatures, Quality, seed_difference, verdict
@@ -111,15 +114,39 @@ class FaithfulReport(Report):
         """The pairs of SAEs trained on these two kinds of text."""
         return [pair for pair in self.pairs if pair.data == group]
 
+    def headline(self) -> Headline:
+        """Fake features of SAEs on own text beside those on the corpus, over seeds."""
+        return Headline.of(
+            Says(
+                "SAEs on own text have fewer features that fire on random tokens than SAEs on the corpus.",
+                "SAEs on own text have no fewer features that fire on random tokens than SAEs on the corpus.",
+                "SAEs on own text have more features that fire on random tokens than SAEs on the corpus.",
+            ),
+            self._beside(),
+            "lower",
+        )
+
+    def _beside(self) -> Table:
+        tau = next(iter(self.saes[0].fake.ratio))
+        name = f"fake feature ratio above {tau}"
+        means = [
+            (DATA[data], float(np.mean([sae.fake.ratio[tau].value for sae in self.saes if sae.data == data])))
+            for data in (OWN, CORPUS)
+        ]
+        return beside(name, *means, self.differences()[name])
+
     def findings(self) -> tuple[str, ...]:
         """Each comparison in one sentence; what the intervals don't decide is called not clearly different."""
         seeds = len({sae.seed for sae in self.saes})
         said = [
-            f"{name}: {_compared(difference)} with own text than with the corpus ({difference.value:+.3g} "
-            f"[{difference.low:.3g}, {difference.high:.3g}], {seeds} seeds each)."
+            f"{name}: {_compared(difference)} with own text than with the corpus "
+            f"({' '.join(difference.shown(sign=True))}, "
+            f"{counted(seeds, 'seeds')} each)."
             if difference.excludes(0.0)
-            else f"{name}: not clearly different ({difference.value:+.3g} [{difference.low:.3g}, "
-            f"{difference.high:.3g}], {seeds} seeds each)."
+            else (
+                f"{name}: not clearly different ({' '.join(difference.shown(sign=True))}, "
+                f"{counted(seeds, 'seeds')} each)."
+            )
             for name, difference in self.differences().items()
         ]
         return (self._shared_finding(), *said, self._probe_finding(), *self._text_findings())
@@ -142,7 +169,7 @@ class FaithfulReport(Report):
     def _probe_finding(self) -> str:
         low, high = min(s.probe.value for s in self.saes), max(s.probe.value for s in self.saes)
         return (
-            f"Probes of {self.classes[0]} against {self.classes[1]} reach {low:.3g} to {high:.3g} on mean SAE "
+            f"Probes of {self.classes[0]} against {self.classes[1]} reach {number(low)} to {number(high)} on mean SAE "
             f"activations, {self.raw_probe} on the mean activations of the model, and {self.raw_shuffled} with "
             "shuffled labels."
         )
@@ -179,7 +206,8 @@ class FaithfulReport(Report):
             section = text.section()
             blocks += [Text(f"Check of {name}."), *section.blocks]
             metrics |= {f"{_key(name)}.{key}": value for key, value in section.metrics.items()}
-        return Section("SAEs on own text and on a corpus", tuple(blocks), self.findings(), metrics)
+        title = "SAEs on own text and on a corpus"
+        return Section(title, (self._beside(), *blocks), self.findings(), metrics, self.headline())
 
     def _quality(self) -> Table:
         columns = ("trained on", "seed", "measured on", "FVU", "loss recovered", "added loss, sinks kept",
@@ -247,7 +275,8 @@ def _compared(difference: Estimate) -> str:
 def _range(pairs: list[Pair]) -> str:
     ratios = [pair.directions.ratio for pair in pairs]
     values = [ratio.value for ratio in ratios]
-    return f"{min(values):.3g} to {max(values):.3g} (n={ratios[0].n} features, {len(ratios)} pairs)"
+    size = sample_size(ratios[0].n, "features")
+    return f"{number(min(values))} to {number(max(values))} ({size}, {counted(len(ratios), 'pairs')})"
 
 
 def _key(name: str) -> str:

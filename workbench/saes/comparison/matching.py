@@ -17,6 +17,7 @@ from workbench.bases.sae import AnySAE, SAELike, as_basis
 from workbench.controls.overlap import RESAMPLES, Overlap, overlap
 from workbench.core.arguments import checked, shown
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.numbers import number
 from workbench.core.similarity import (
     Assignment,
     SparseMatrix,
@@ -26,7 +27,7 @@ from workbench.core.similarity import (
 )
 from workbench.core.stats import Estimate, sample_mean, wilson
 from workbench.interventions.op import floats
-from workbench.report.base import Metric, Report, Section, Table
+from workbench.report.base import Headline, Metric, Report, Says, Section, Table, beside
 
 
 @runtime_checkable
@@ -77,11 +78,30 @@ class SharedFeatures(Report):
 
     def findings(self) -> tuple[str, ...]:
         """The ratio beside the most that a dictionary without a match reaches."""
-        null = max(draw.above.value for draws in self.overlap.nulls.values() for draw in draws)
         return (
             f"{self.ratio} of the features are shared by {self.which} direction (one to one, cosine above "
-            f"{self.overlap.threshold}); at most {null:.3g} in a dictionary without a match. The {self.overlap}.",
+            f"{self.overlap.threshold}); at most {number(self._null)} in a dictionary without a match. The "
+            f"{self.overlap}.",
         )
+
+    def headline(self) -> Headline:
+        """Share of shared features beside the most that a dictionary without a match reaches."""
+        return Headline.of(
+            Says(
+                "The two dictionaries share more features than unrelated ones do.",
+                "The two dictionaries share no more features than unrelated ones do.",
+                "The two dictionaries share fewer features than unrelated ones do.",
+            ),
+            self._beside(),
+        )
+
+    @property
+    def _null(self) -> float:
+        return max(draw.above.value for draws in self.overlap.nulls.values() for draw in draws)
+
+    def _beside(self) -> Table:
+        null = ("dictionaries without a match, at most", self._null)
+        return beside("share of features that are shared", ("these two", self.ratio), null)
 
     def section(self) -> Section:
         """Ratio, top-1 ratio and mean largest cosine, beside the nulls."""
@@ -99,7 +119,7 @@ class SharedFeatures(Report):
             "top1": self.top1,
             "mean_max_cosine": self.overlap.observed.mean_max,
         }
-        return Section("Shared features", (table,), self.findings(), metrics)
+        return Section("Shared features", (self._beside(), table), self.findings(), metrics, self.headline())
 
 
 @checked
@@ -265,12 +285,33 @@ class ActivationMatch(Report):
             f"By activations on the same {self.n_tokens} tokens the best partners correlate by {self.correlation} "
             f"({self.null} after shuffling the tokens: {self.verdict}), and {self.shared} of the features that fired "
             f"at least {self.min_fired} times have a one-to-one partner above {self.threshold} "
-            f"(shuffled: {self.null_shared.value:.3g}).",
+            f"(shuffled: {number(self.null_shared.value)}).",
         )
+
+    def headline(self) -> Headline:
+        """Mean largest correlation beside shuffled tokens."""
+        table, column = self._table(), "largest correlation"
+        return Headline.read(
+            Says(
+                "Features of the two SAEs fire together more than their rates alone give.",
+                "Features of the two SAEs fire together no more than their rates alone give.",
+                "Features of the two SAEs fire together less than their rates alone give.",
+            ),
+            value=(table, "the same", column), control=(table, "shuffled", column), control_name="shuffled tokens",
+        )  # fmt: skip
 
     def section(self) -> Section:
         """The numbers beside those of shuffled tokens."""
-        table = Table(
+        metrics: dict[str, Metric] = {
+            "correlation": self.correlation,
+            "jaccard": self.jaccard,
+            "shared_by_activation": self.shared,
+        }
+        title = "Features matched by their activations"
+        return Section(title, (self._table(),), self.findings(), metrics, self.headline())
+
+    def _table(self) -> Table:
+        return Table(
             ("tokens", "largest correlation", "firing overlap", "one-to-one above threshold"),
             (
                 ("the same", self.correlation, self.jaccard, self.shared),
@@ -279,12 +320,6 @@ class ActivationMatch(Report):
             f"{self.alive} of {self.d_sae} features fired on at least {self.min_fired} of {self.n_tokens} tokens; "
             f"threshold {self.threshold}.",
         )
-        metrics: dict[str, Metric] = {
-            "correlation": self.correlation,
-            "jaccard": self.jaccard,
-            "shared_by_activation": self.shared,
-        }
-        return Section("Features matched by their activations", (table,), self.findings(), metrics)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,13 @@ from workbench.bases.fits import placed_at
 from workbench.bases.kinds.random import random_like
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
+from workbench.core.numbers import number
 from workbench.core.similarity import SparseMatrix
 from workbench.core.stats import Estimate, sample_mean
 from workbench.core.tokenizer import TokenizerLike
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
-from workbench.report.base import Report, Section, Table
+from workbench.report.base import Headline, Report, Says, Section, Table, beside
 from workbench.saes.evaluation.labelled import token_texts
 from workbench.saes.evaluation.sparse_probing import class_difference, dense, f1, logistic
 
@@ -119,10 +120,29 @@ class AbsorptionReport(Report):
                 f"Absorption: gate failed. A linear probe reaches F1 of at least {o.gate_f1} for {self.n_good} of the "
                 f"{o.gate_letters} letters needed. This says nothing about the SAE.",
             )
-        control = "" if self.control is None else f" (random SAE: {self.control.value:.3f})"
+        control = "" if self.control is None else f" (random SAE: {number(self.control.value)})"
         return (
             f"Full absorption {self.full}{control}, absorption fraction {self.fraction}, over {self.n_good} letters.",
         )
+
+    def headline(self) -> Headline:
+        """Full absorption beside what noise gives."""
+        return Headline.of(
+            Says(
+                "The SAE absorbs letters into other features less than a random SAE does.",
+                "The SAE absorbs letters into other features as much as noise gives.",
+                "The SAE absorbs letters into other features more than noise gives.",
+                "Too few letters are linear in this model for absorption to be measured."
+                if self.full is None
+                else "No random SAE was measured beside it.",
+            ),
+            self._beside(),
+            "lower",
+        )
+
+    def _beside(self) -> Table:
+        control = None if self.control is None else ("random SAE", self.control)
+        return beside("full absorption", ("this SAE", self.full), control)
 
     def section(self) -> Section:
         """One row per letter."""
@@ -134,7 +154,8 @@ class AbsorptionReport(Report):
         table = Table(columns, rows, "Held-out words that the linear probe classifies rightly.")
         named = {"full": self.full, "fraction": self.fraction, "random_full": self.control}
         metrics = {name: value for name, value in named.items() if value is not None}
-        return Section("Absorption", (table,), self.findings(), {"letters_passed": self.n_good, **metrics})
+        counts = {"letters_passed": self.n_good}
+        return Section("Absorption", (self._beside(), table), self.findings(), {**counts, **metrics}, self.headline())
 
 
 def _cell(value: float) -> float | None:

@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.numbers import counted
 from workbench.core.similarity import SparseMatrix
 from workbench.core.stats import Estimate, student_mean
-from workbench.report.base import Report, Section, Table
+from workbench.report.base import Headline, Report, Says, Section, Table, beside
 
 Columns: TypeAlias = np.ndarray | SparseMatrix  # one column per input of a probe
 
@@ -108,12 +109,27 @@ class ProbingReport(Report):
             ahead = {other: self.ahead("SAE", k, other) for other in ("residual channels", "random SAE")}
             channels, random = (f"{by.words('worse', 'better')} (the SAE is ahead by {by})" for by in ahead.values())
             lines.append(
-                f"With {k} feature{'s' * (k > 1)} the SAE reaches accuracy {self.mean('SAE', k)}; {k} residual "
-                f"channel{'s' * (k > 1)}: {channels}; a random SAE: {random}."
+                f"With {counted(k, 'features')} the SAE reaches accuracy {self.mean('SAE', k)}; "
+                f"{counted(k, 'residual channels')}: {channels}; a random SAE: {random}."
             )
         largest = max(s.k for s in self.scores)
         full, shuffled = self.mean("full residual", 0), self.mean("SAE, shuffled labels", largest)
         return (*lines, f"A probe of the whole residual reaches {full}; with shuffled labels it is {shuffled}.")
+
+    def headline(self) -> Headline:
+        """Accuracy with the most features, beside as many of a random SAE."""
+        return Headline.of(
+            Says(*(
+                f"A few SAE features tell labels apart {how} as many features of a random SAE."
+                for how in ("better than", "no better than", "worse than")
+            )),
+            self._beside(),
+        )  # fmt: skip
+
+    def _beside(self) -> Table:
+        k = max(s.k for s in self.scores if s.reads == "SAE")
+        rows = [(f"{reads}, {counted(k, 'features')}", self.mean(reads, k)) for reads in ("SAE", "random SAE")]
+        return beside("accuracy", *rows, self.ahead("SAE", k, "random SAE"))
 
     def section(self) -> Section:
         """One row per probe."""
@@ -124,7 +140,7 @@ class ProbingReport(Report):
         metrics = {
             f"{reads.replace(' ', '_').replace(',', '')}_k{k or 'all'}": self.mean(reads, k) for reads, k in keys
         }
-        return Section("k-sparse probing", (table,), self.findings(), {**metrics})
+        return Section("k-sparse probing", (self._beside(), table), self.findings(), {**metrics}, self.headline())
 
 
 def probe_sets(sets: Sequence[Examples], options: ProbingOptions | None = None) -> ProbingReport:

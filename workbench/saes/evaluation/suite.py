@@ -17,7 +17,7 @@ from workbench.core.errors import DegenerateInputError, MismatchError
 from workbench.core.similarity import SparseMatrix
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
-from workbench.report.base import Report, Section
+from workbench.report.base import Headline, Report, Section
 from workbench.saes.evaluation.absorption import AbsorptionOptions, AbsorptionReport, first_letter_absorption
 from workbench.saes.evaluation.evaluate import EvalOptions, Rows, evaluate_sae, token_batches
 from workbench.saes.evaluation.labelled import UNLABELLED, LabelledTexts, token_labels, token_texts
@@ -78,12 +78,16 @@ class SuiteReport(Report):
             by_reason.setdefault(why, []).append(name)
         return (*lines, *(f"Not measured: {', '.join(names)}. {why}" for why, names in by_reason.items()))
 
+    def headline(self) -> Headline:
+        """That of the core metrics."""
+        return self.quality.headline()
+
     def section(self) -> Section:
         """All tables one after the other."""
         sections = {name: part.section() for name, part in self.parts.items()}
         blocks = tuple(block for section in sections.values() for block in section.blocks)
         metrics = {f"{name}.{key}": v for name, section in sections.items() for key, v in section.metrics.items()}
-        return Section(f"SAE suite, {self.quality.site}", blocks, self.findings(), metrics)
+        return Section(f"SAE suite, {self.quality.site}", blocks, self.findings(), metrics, self.headline())
 
 
 @checked

@@ -17,7 +17,7 @@ from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.metrics import fvu
 from workbench.core.similarity import assign_directions, max_cosines
 from workbench.core.stats import Estimate, sample_mean
-from workbench.report.base import Report, Section, Table
+from workbench.report.base import Headline, Report, Says, Section, Table
 
 FIRST_SEED = 2**32
 """Of the directions: an SAE of the same shape that is initialised from seed 0 must not begin at the truth."""
@@ -112,6 +112,9 @@ class SyntheticScores:
     dead: float
 
 
+_SCORES = ("mmcs", "mcc", "precision", "recall", "f1", "shrinkage", "fvu", "l0", "dead")
+
+
 @dataclass(frozen=True)
 class SyntheticReport(Report):
     """An SAE on the toy world beside an untrained one of the same shape.
@@ -137,14 +140,27 @@ class SyntheticReport(Report):
             f"As detectors of their true features, matched SAE features have F1 {s.f1} on {self.n_tokens} tokens.",
         )
 
+    def headline(self) -> Headline:
+        """Cosine with the true features beside a random SAE's."""
+        table = self._table()
+        return Headline.read(
+            Says(*(
+                f"The SAE finds the true features {how} a random one of the same shape."
+                for how in ("better than", "no better than", "worse than")
+            )),
+            value=(table, "mmcs", "this SAE"), control=(table, "mmcs", "random SAE"), measure="MMCS",
+            control_name="random SAE",
+        )  # fmt: skip
+
     def section(self) -> Section:
         """One table, one column per SAE."""
+        metrics = {name: getattr(self.scores, name) for name in _SCORES}
+        return Section("SAE on synthetic data", (self._table(),), self.findings(), metrics, self.headline())
+
+    def _table(self) -> Table:
         every = {"this SAE": self.scores, **self.controls}
-        names = ("mmcs", "mcc", "precision", "recall", "f1", "shrinkage", "fvu", "l0", "dead")
-        rows = tuple((name, *(getattr(scores, name) for scores in every.values())) for name in names)
-        table = Table(("number", *every), rows, "Intervals are over true features.")
-        metrics = {name: getattr(self.scores, name) for name in names}
-        return Section("SAE on synthetic data", (table,), self.findings(), metrics)
+        rows = tuple((name, *(getattr(scores, name) for scores in every.values())) for name in _SCORES)
+        return Table(("number", *every), rows, "Agreement with the true features. Intervals are over true features.")
 
 
 @checked

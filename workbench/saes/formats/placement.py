@@ -19,12 +19,13 @@ from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, MismatchError
 from workbench.core.metrics import fvu
+from workbench.core.numbers import number
 from workbench.core.stats import paired_difference
 from workbench.core.tokenizer import special_ids
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
-from workbench.report.base import Report, Section, Table
+from workbench.report.base import Headline, Report, Says, Section, Table, beside
 
 FVU_LIMIT = 1.0
 """Above this an SAE is refused: the mean of the tokens would reconstruct them better."""
@@ -126,7 +127,7 @@ class FitReport(Report):
     def findings(self) -> tuple[str, ...]:
         """What was found, in one sentence."""
         here = f"FVU {_number(self.claimed.fvu)} at {self.claimed.place}"
-        about = f"({self.claimed.n_tokens} tokens, {self.claimed.l0:.1f} active features per token)"
+        about = f"({self.claimed.n_tokens} tokens, {number(self.claimed.l0)} active features per token)"
         if self.looks_like is not None:
             other = self.looks_like
             at = f"at {other.place if other.site != self.claimed.site else other.how}"
@@ -155,6 +156,20 @@ class FitReport(Report):
             f"usable, but at {lower.site} it is {_number(lower.fvu)}; if that layer is meant, pass site={lower.site!r}."
         )
 
+    def headline(self) -> Headline:
+        """FVU at the site that it claims, beside the place that it looks made for, or the limit of what fits."""
+        return Headline.of(
+            Says("The SAE fits the site that it claims.", "", "The SAE does not fit the site that it claims."),
+            self._beside(),
+            "at most",
+        )
+
+    def _beside(self) -> Table:
+        other, limit = self.looks_like, ("mean of the tokens", FVU_LIMIT)
+        return beside(
+            "FVU", (self.claimed.place, self.claimed.fvu), limit if other is None else (other.place, other.fvu)
+        )
+
     def section(self) -> Section:
         """The finding with one row per place that was tried."""
         rows = tuple(
@@ -168,7 +183,8 @@ class FitReport(Report):
             "l0": self.claimed.l0,
             "n_tokens": self.claimed.n_tokens,
         }
-        return Section(f"Does the SAE fit {self.claimed.site}?", (table,), self.findings(), metrics)
+        title = f"Does the SAE fit {self.claimed.site}?"
+        return Section(title, (self._beside(), table), self.findings(), metrics, self.headline())
 
     def require(self) -> FitReport:
         """Itself, if the SAE fits.

@@ -17,13 +17,14 @@ from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
+from workbench.core.numbers import number
 from workbench.core.progress import task
 from workbench.core.stats import Estimate
 from workbench.core.tokenizer import special_ids
 from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
-from workbench.report.base import Bars, Block, Metric, Section, Text
+from workbench.report.base import Bars, Block, Headline, Metric, Says, Section, Table, Text, beside
 from workbench.steering.directions.classical import Concept, DirectionOptions, concept_directions, concept_tokens
 from workbench.steering.sweep.arms import ArmTexts
 from workbench.steering.sweep.build import arm_result, choices, curve, points_of, success_key, with_front
@@ -70,6 +71,23 @@ class ConceptReport(TextsReport):
         """Each method against its controls."""
         return tuple(f"{name}: {verdict(value)} it, difference {value}." for name, value in self.differences.items())
 
+    def headline(self) -> Headline:
+        """Share of concept tokens of the first method beside that of random directions."""
+        name = self.arms[0].name
+        return Headline.of(
+            Says(*(
+                f"Steering by {name} writes the concepts' tokens {how} random directions of the same norm."
+                for how in ("more often than", "no more often than", "less often than")
+            )),
+            self._beside(),
+        )  # fmt: skip
+
+    def _beside(self) -> Table:
+        first, random = self.arms[0], self.arm("random")
+        paired = self.differences.get(f"{first.name} against random directions")
+        shares = (first.name, first.share), ("random directions", random.share)
+        return beside("share of concept tokens", *shares, paired)
+
     def section(self) -> Section:
         """Arms, differences, and effect against cost."""
         metrics: dict[str, Metric] = {}
@@ -78,7 +96,7 @@ class ConceptReport(TextsReport):
         s = self.settings
         about = (
             f"{s['site']} of {s['model']}, steered at {s['scope']}; every direction has unit length and is multiplied "
-            f"by its strength and by {s['norm']:.3g}, the mean norm of the activations at the last prompt tokens. "
+            f"by its strength and by {number(s['norm'])}, the mean norm of the activations at the last prompt tokens. "
             "Strengths were chosen on every other prompt, everything below is from the others. Random directions and "
             "the negated difference of means choose theirs like the methods. Tokens of the concepts: "
             + "; ".join(f"{name}: {words}" for name, words in s["tokens"].items())
@@ -94,7 +112,8 @@ class ConceptReport(TextsReport):
         if len(s["strengths"]) > 1:
             blocks.append(curve_lines(self.curves, s["strengths"]))
         blocks.append(edit_table({arm.name: arm.edits for arm in self.written if arm.edits}))
-        return Section("Steering towards concepts", tuple(blocks), self.findings(), metrics)
+        blocks.append(self._beside())
+        return Section("Steering towards concepts", tuple(blocks), self.findings(), metrics, self.headline())
 
 
 @checked

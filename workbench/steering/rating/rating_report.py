@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workbench.core.numbers import setting
 from workbench.core.stats import Estimate
 from workbench.judges.gate import JudgeGate
 from workbench.judges.protocol import MAX_FAILED_SHARE, Cost
-from workbench.report.base import Metric, Report, Section, Table, Text
+from workbench.report.base import Headline, Metric, Report, Says, Section, Table, Text, beside
 from workbench.steering.rating.questions import KINDS
 
 
@@ -66,7 +67,8 @@ class RatingReport(Report):
             return (f"NO SCORES. {self.judge}: {refusal}.",)
         if not self.arms:
             return (
-                f"NO SCORES. Ratings that could not be read: {self.failed}; at most {MAX_FAILED_SHARE:.0%} may be.",
+                f"NO SCORES. Ratings that could not be read: {self.failed}; at most a share of "
+                f"{setting(MAX_FAILED_SHARE)} may be.",
             )
         said = [
             f"{self.judge} rates, with {self.failed} of its replies unreadable (counted as 0).",
@@ -80,6 +82,28 @@ class RatingReport(Report):
         if self.left_out:
             said.append(f"Not rated, since their features have no concept: {', '.join(self.left_out)}.")
         return tuple(said)
+
+    def headline(self) -> Headline:
+        """Mean of harmonics of the first steered arm beside unsteered texts."""
+        if not self._beside():
+            return Headline(sentence=self.findings()[0])
+        name = str(self._beside()[0].rows[0][0])
+        return Headline.of(
+            Says(*(
+                f"The judge rates texts of {name} {how} unsteered texts."
+                for how in ("higher than", "no higher than", "lower than")
+            )),
+            *self._beside(),
+        )  # fmt: skip
+
+    def _beside(self) -> tuple[Table, ...]:
+        steered = next((arm for arm in self.arms if arm.above_unsteered is not None), None)
+        unsteered = next((arm for arm in self.arms if arm.above_unsteered is None), None)
+        if steered is None:
+            return ()
+        control = None if unsteered is None else (unsteered.name, unsteered.mean_of_harmonics)
+        value = (steered.name, steered.mean_of_harmonics)
+        return (beside("mean of harmonics", value, control, steered.above_unsteered),)
 
     def section(self) -> Section:
         """One row per arm, and what the judge can do."""
@@ -98,7 +122,8 @@ class RatingReport(Report):
             "means: of the three mean ratings of a feature. They don't compare with each other."
         )
         blocks = (Table(columns, rows, caption), how, gate) if rows else (gate,)
-        return Section(f"Ratings by {self.judge}", blocks, self.findings(), self.metrics())
+        title, told = f"Ratings by {self.judge}", self._beside()
+        return Section(title, (*blocks, *told), self.findings(), self.metrics(), self.headline())
 
     def metrics(self) -> dict[str, Metric]:
         """Flat numbers."""

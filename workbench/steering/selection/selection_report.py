@@ -8,7 +8,21 @@ from typing import Literal
 
 from workbench.core.jsontext import Record
 from workbench.core.stats import Estimate
-from workbench.report.base import Bars, Block, Cell, Lines, Metric, Report, Section, Series, Table, Text
+from workbench.report.base import (
+    Bars,
+    Block,
+    Cell,
+    Headline,
+    Lines,
+    Metric,
+    Report,
+    Says,
+    Section,
+    Series,
+    Table,
+    Text,
+    beside,
+)
 
 Verdict = Literal["holds", "does not hold", "not clear"]
 
@@ -139,6 +153,22 @@ class SelectionReport(Report):
         lines += [f"Success of {name}, divided by that of unfiltered features: {r}." for name, r in self.ratios.items()]
         return tuple(lines)
 
+    def headline(self) -> Headline:
+        """Success of the first way to select that was measured, relative to unfiltered features."""
+        if not self.ratios:
+            return Headline(sentence="No way to select features was compared with unfiltered ones.")
+        return Headline.of(
+            Says(*(
+                f"Features selected as {next(iter(self.ratios))} steer {how} unfiltered ones."
+                for how in ("better than", "no better than", "worse than")
+            )),
+            *self._beside(),
+        )  # fmt: skip
+
+    def _beside(self) -> tuple[Table, ...]:
+        rows = list(self.ratios.items())[:1]
+        return tuple(beside("success relative to unfiltered features", row, ("unfiltered", 1.0)) for row in rows)
+
     def section(self) -> Section:
         """Claims, groups and the profile over depth."""
         metrics: dict[str, Metric] = {f"claim{i}.value": c.value for i, c in enumerate(self.claims, 1) if c.value}
@@ -149,7 +179,8 @@ class SelectionReport(Report):
             metrics |= {f"{name}.{_key(g.group)}": value for name, value in known.items() if value is not None}
         for p in self.profile:
             metrics |= {f"layer{p.layer}.output_share": p.share, f"layer{p.layer}.input_mean": p.input}
-        return Section("Which features steer", tuple(self._blocks()), self.findings(), metrics)
+        blocks = (*self._blocks(), *self._beside())
+        return Section("Which features steer", blocks, self.findings(), metrics, self.headline())
 
     def _blocks(self) -> list[Block]:
         depth = tuple(p.depth for p in self.profile)
