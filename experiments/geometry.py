@@ -65,7 +65,7 @@ class GeometryReport(Report):
                 "The model needs its outlier dimensions no more than random ones.",
                 "The model needs its outlier dimensions less than random ones.",
             ),
-            *self._beside(),
+            self._beside()[0],
         )
 
     def _beside(self) -> tuple[Table, ...]:

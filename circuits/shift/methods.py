@@ -14,7 +14,7 @@ from circuits.shift.task import Prediction, ShiftMethod, ShiftStudy, ShiftTask
 from circuits.shift.words import delete_words
 from workbench.controls.methods import Method, Role
 from workbench.core.errors import DegenerateInputError
-from workbench.core.stats import Estimate, paired_difference, sample_mean, wilson
+from workbench.core.stats import SHARE, Estimate, paired_difference, sample_mean, wilson
 
 Sets = Sequence[Sequence[Node]]
 
@@ -139,9 +139,9 @@ class Scorer:
         if prediction.is_random:
             self._by_draw[method.name] = every_hit.mean(axis=1)
             over_draws = OverDraws(
-                label=sample_mean(self._by_draw[method.name], unit="draws"),
-                spurious=sample_mean(every_agreement.mean(axis=1), unit="draws"),
-                worst=sample_mean(every_hit[:, groups[worst]].mean(axis=1), unit="draws"),
+                label=sample_mean(self._by_draw[method.name], unit="draws", within=SHARE),
+                spurious=sample_mean(every_agreement.mean(axis=1), unit="draws", within=SHARE),
+                worst=sample_mean(every_hit[:, groups[worst]].mean(axis=1), unit="draws", within=SHARE),
             )
         self.rows.append(
             MethodRow(
@@ -182,4 +182,4 @@ def accuracy(hits: np.ndarray) -> Estimate:
     """
     if np.isin(hits, (0.0, 1.0)).all():
         return wilson(int(hits.sum()), len(hits), unit="texts")
-    return sample_mean(hits, unit="texts")
+    return sample_mean(hits, unit="texts", within=SHARE)

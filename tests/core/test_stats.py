@@ -8,7 +8,15 @@ from scipy.stats import ttest_1samp
 
 from workbench.core import stats
 from workbench.core.errors import DegenerateInputError, InvalidInputError
-from workbench.core.stats import MIN_BOOTSTRAP_ROWS, bootstrap_mean, paired_difference, sample_mean, sample_ratio
+from workbench.core.stats import (
+    MIN_BOOTSTRAP_ROWS,
+    POSITIVE,
+    SHARE,
+    bootstrap_mean,
+    paired_difference,
+    sample_mean,
+    sample_ratio,
+)
 
 
 def test_few_rows_have_the_interval_of_students_t() -> None:
@@ -77,3 +85,27 @@ def test_resamples_in_parts_are_those_of_all_at_once(monkeypatch: pytest.MonkeyP
     for at_once in (1, 101, 5000):
         monkeypatch.setattr(stats, "VALUES_DRAWN_AT_ONCE", at_once)
         assert bootstrap_mean(x, seed=4) == whole and sample_ratio(x, x + 9, seed=4) == ratio
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_an_interval_stays_within_what_the_quantity_can_be_and_covers_the_truth(n: int) -> None:
+    rng, missed = np.random.default_rng(0), []
+    for _ in range(1000):
+        found = sample_mean(rng.beta(8, 2, n), within=SHARE)
+        missed.append(found.excludes(0.8))
+        assert 0 <= found.low < found.value < found.high <= 1
+    assert np.mean(missed) < 0.08  # 3.2 standard errors above 5%, and some skewness of the mean
+    plain, share = sample_mean([0.318, 0.95, 0.99]), sample_mean([0.318, 0.95, 0.99], within=SHARE)
+    assert plain.high > 1 > share.high and share.value == plain.value and share.method == "Student's t of the logit"
+    positive = sample_mean([0.1, 0.2, 3.0], within=POSITIVE)
+    assert 0 < positive.low < positive.value < positive.high
+
+
+def test_rows_at_an_end_leave_room_on_the_other_side_alone() -> None:
+    full, none = sample_mean([1.0] * 10, within=SHARE), sample_mean([0.0] * 10, within=SHARE)
+    assert full.high == 1 and full.low == pytest.approx(0.6915, abs=1e-4)  # 1 - 0.3085, as Clopper and Pearson have it
+    assert none.low == 0 and none.high == pytest.approx(0.3085, abs=1e-4)
+    assert (sample_mean([0.5], within=SHARE).low, sample_mean([0.5], within=SHARE).high) == SHARE
+    assert sample_mean([0.25] * 3, within=SHARE).low == 0.25, "rows that agree leave no doubt, whatever the scale"
+    with pytest.raises(InvalidInputError, match="outside"):
+        sample_mean([1.5], within=SHARE)

@@ -20,6 +20,9 @@ VALUES_DRAWN_AT_ONCE = 2**24
 MIN_BOOTSTRAP_ROWS = 20
 """Below so many rows a percentile bootstrap is too narrow: it cannot know more spread than the rows show."""
 
+ANY, SHARE, POSITIVE = (-math.inf, math.inf), (0.0, 1.0), (0.0, math.inf)
+"""Where a quantity can lie: anywhere, such as a difference; a share or an accuracy; a norm or a divergence."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -115,15 +118,30 @@ def bootstrap_mean(
 
 
 def sample_mean(
-    values: Values, *, unit: str = "rows", seed: int = 0, resamples: int = 2000, level: float = 0.95
+    values: Values,
+    *,
+    unit: str = "rows",
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+    within: tuple[float, float] = ANY,
 ) -> Estimate:
     """Mean with a percentile bootstrap interval, or below `MIN_BOOTSTRAP_ROWS` rows Student's t interval.
 
-    One row says nothing about its spread, so its interval is the whole line.
+    One row says nothing about its spread, so its interval is all of `within`.
+
+    Args:
+        values: one per row.
+        unit: what the rows are.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+        level: of the interval.
+        within: least and largest value that the quantity can have, such as `SHARE`. The t interval is then made on a
+            scale without ends (see `student_mean`), so that it stays inside.
 
     Raises:
         DegenerateInputError: if `values` is empty.
-        InvalidInputError: if a value is not finite.
+        InvalidInputError: if a value is not finite, or lies outside `within`.
 
     >>> round(sample_mean([1.0, 2.0, 3.0]).high, 3)  # 2 + 4.303 * 1 / sqrt(3)
     4.484
@@ -131,16 +149,49 @@ def sample_mean(
     x = _finite(values, "sample_mean")
     if x.size >= MIN_BOOTSTRAP_ROWS:
         return bootstrap_mean(x, unit=unit, seed=seed, resamples=resamples, level=level)
-    return student_mean(x.mean(), x, unit, "Student's t", level)
+    return student_mean(x.mean(), x, unit, "Student's t", level, within)
 
 
-def student_mean(point: float, values: np.ndarray, unit: str, method: str, level: float) -> Estimate:
-    """A mean with Student's t interval; its rows deviate as `values` do."""
+def student_mean(
+    point: float, values: np.ndarray, unit: str, method: str, level: float, within: tuple[float, float] = ANY
+) -> Estimate:
+    """A mean with Student's t interval; its rows deviate as `values` do.
+
+    Of a quantity between two ends the interval is one of the logit of the mean, of a quantity above 0 one of its
+    logarithm, with the standard error that the delta method gives; so it never says what can't be. Where every row is
+    at an end, the other end of the interval is that of Clopper and Pearson for as many rows.
+
+    Raises:
+        InvalidInputError: if a value lies outside `within`.
+
+    >>> sample_mean([0.5, 0.9, 0.98]).high > 1 > sample_mean([0.5, 0.9, 0.98], within=SHARE).high
+    True
+    """
     from scipy.stats import t
 
+    low, high = within
     n, point = values.size, float(point) + 0.0  # plus zero: a negative zero would be shown as -0
-    half = float(t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Estimate(point, point - half, point + half, n, method, unit, level)
+    if not low <= point <= high:
+        raise InvalidInputError(f"A mean of {point} lies outside [{low}, {high}], where this quantity is. Scale it.")
+    if n == 1:
+        return Estimate(point, low, high, n, method, unit, level)
+    half = float(t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1)) / math.sqrt(n)
+    if math.isinf(low) or half == 0 and point not in within:
+        return Estimate(point, point - half, point + half, n, method, unit, level)
+    if point in within:
+        reach = (high - low) * (1 - ((1 - level) / 2) ** (1 / n)) if math.isfinite(high) else half
+        ends = (low, low + reach) if point == low else (high - reach, high)
+        return Estimate(point, *ends, n, f"{method}, Clopper-Pearson at the end", unit, level)
+    if math.isinf(high):
+        factor = math.exp(half / (point - low))
+        return Estimate(
+            point, low + (point - low) / factor, low + (point - low) * factor, n, f"{method} of the logarithm", unit,
+            level,
+        )  # fmt: skip
+    share = (point - low) / (high - low)
+    step, logit = half / ((high - low) * share * (1 - share)), math.log(share / (1 - share))
+    ends = [low + (high - low) / (1 + math.exp(min(700.0, -logit + side * step))) for side in (1, -1)]
+    return Estimate(point, *ends, n, f"{method} of the logit", unit, level)
 
 
 def sample_ratio(

@@ -12,7 +12,7 @@ import numpy as np
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
 from workbench.core.numbers import counted, number, setting
-from workbench.core.stats import Estimate, sample_mean, wilson
+from workbench.core.stats import SHARE, Estimate, sample_mean, wilson
 from workbench.report.base import (
     Block,
     Headline,
@@ -212,7 +212,7 @@ def _share(hits: np.ndarray, unit: str) -> Estimate | None:
 
 
 def _mean(values: np.ndarray) -> Estimate | None:
-    return sample_mean(values, unit="features") if len(values) else None
+    return sample_mean(values, unit="features", within=SHARE) if len(values) else None
 
 
 def co_occurrence(

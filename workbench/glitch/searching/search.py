@@ -15,7 +15,7 @@ from workbench.core.jsontext import Json
 from workbench.core.numbers import counted, number, with_interval
 from workbench.core.progress import track
 from workbench.core.records import to_jsonable
-from workbench.core.stats import Estimate, clopper_pearson, sample_mean
+from workbench.core.stats import SHARE, Estimate, clopper_pearson, sample_mean
 from workbench.glitch.counting.plan import CensusPlan, ranking
 from workbench.glitch.reporting import TokenReport, measured, shown
 from workbench.glitch.searching.gradient import GradientOptions, climb
@@ -70,7 +70,7 @@ def _over_runs(shares: list[Estimate]) -> Estimate:
     """
     if len(shares) == 1:
         return shares[0]
-    mean = sample_mean([share.value for share in shares], unit="runs")
+    mean = sample_mean([share.value for share in shares], unit="runs", within=SHARE)
     low, high = (float(np.mean([getattr(share, end) for share in shares])) for end in ("low", "high"))
     return dataclasses.replace(mean, low=max(0.0, min(mean.low, low)), high=min(1.0, max(mean.high, high)))
 

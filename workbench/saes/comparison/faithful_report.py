@@ -129,11 +129,11 @@ class FaithfulReport(Report):
     def _beside(self) -> Table:
         tau = next(iter(self.saes[0].fake.ratio))
         name = f"fake feature ratio above {tau}"
-        means = [
-            (DATA[data], float(np.mean([sae.fake.ratio[tau].value for sae in self.saes if sae.data == data])))
-            for data in (OWN, CORPUS)
-        ]
-        return beside(name, *means, self.differences()[name])
+
+        def mean(data: str) -> tuple[str, float]:
+            return DATA[data], float(np.mean([sae.fake.ratio[tau].value for sae in self.saes if sae.data == data]))
+
+        return beside(name, mean(OWN), mean(CORPUS), self.differences()[name])
 
     def findings(self) -> tuple[str, ...]:
         """Each comparison in one sentence; what the intervals don't decide is called not clearly different."""

@@ -17,7 +17,7 @@ from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.numbers import number
 from workbench.core.similarity import SparseMatrix
-from workbench.core.stats import Estimate, sample_mean
+from workbench.core.stats import SHARE, Estimate, sample_mean
 from workbench.core.tokenizer import TokenizerLike
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
@@ -253,7 +253,7 @@ def absorption(
     if len(good) < options.gate_letters or not counted:
         return AbsorptionReport(scores, len(good), options, None, None)
     full, fraction = (
-        sample_mean([getattr(s, name) for s in counted], unit="letters", seed=options.seed)
+        sample_mean([getattr(s, name) for s in counted], unit="letters", seed=options.seed, within=SHARE)
         for name in ("full", "fraction")
     )
     return AbsorptionReport(scores, len(good), options, full, fraction)

@@ -11,7 +11,7 @@ import numpy as np
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.numbers import counted
 from workbench.core.similarity import SparseMatrix
-from workbench.core.stats import Estimate, student_mean
+from workbench.core.stats import ANY, SHARE, Estimate, student_mean
 from workbench.report.base import Headline, Report, Says, Section, Table, beside
 
 Columns: TypeAlias = np.ndarray | SparseMatrix  # one column per input of a probe
@@ -92,7 +92,7 @@ class ProbingReport(Report):
 
     def mean(self, reads: str, k: int) -> Estimate:
         """Mean accuracy over the sets, with a t interval over them; of one set, over its reseeds."""
-        return _over_sets(self._by_reseed(reads, k))
+        return _over_sets(self._by_reseed(reads, k), SHARE)
 
     def ahead(self, reads: str, k: int, other: str) -> Estimate:
         """Mean over the sets of the accuracy of one probe minus that of another with as many inputs, set by set."""
@@ -128,8 +128,9 @@ class ProbingReport(Report):
 
     def _beside(self) -> Table:
         k = max(s.k for s in self.scores if s.reads == "SAE")
-        rows = [(f"{reads}, {counted(k, 'features')}", self.mean(reads, k)) for reads in ("SAE", "random SAE")]
-        return beside("accuracy", *rows, self.ahead("SAE", k, "random SAE"))
+        size, control = counted(k, "features"), "random SAE"
+        value, other = (f"SAE, {size}", self.mean("SAE", k)), (f"{control}, {size}", self.mean(control, k))
+        return beside("accuracy", value, other, self.ahead("SAE", k, control))
 
     def section(self) -> Section:
         """One row per probe."""
@@ -174,7 +175,8 @@ def _probe(examples: Examples, options: ProbingOptions) -> list[ProbeScore]:
         scored.setdefault(("full residual", 0), []).append(_fit(examples.x, examples.labels, train, test, 0))
     return [
         ProbeScore(
-            examples.name, reads, k, t_mean([a for a, _ in pairs]), t_mean([f for _, f in pairs]),
+            examples.name, reads, k, t_mean([a for a, _ in pairs], within=SHARE),
+            t_mean([f for _, f in pairs], within=SHARE),
             tuple(a for a, _ in pairs),
         )
         for (reads, k), pairs in scored.items()
@@ -281,16 +283,20 @@ def f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     return float(2 * hits / total) if total else 0.0
 
 
-def _over_sets(by_reseed: Sequence[np.ndarray]) -> Estimate:
+def _over_sets(by_reseed: Sequence[np.ndarray], within: tuple[float, float] = ANY) -> Estimate:
     """Over the means of the sets; over the reseeds of a set that stands alone."""
-    return t_mean(by_reseed[0]) if len(by_reseed) == 1 else t_mean([x.mean() for x in by_reseed], unit="sets")
+    if len(by_reseed) == 1:
+        return t_mean(by_reseed[0], within=within)
+    return t_mean([x.mean() for x in by_reseed], unit="sets", within=within)
 
 
-def t_mean(values: Sequence[float] | np.ndarray, level: float = 0.95, unit: str = "reseeds") -> Estimate:
-    """Mean with a t interval. Over reseeds the text is the same, so that it says nothing about other text.
+def t_mean(
+    values: Sequence[float] | np.ndarray, level: float = 0.95, unit: str = "reseeds", within: tuple[float, float] = ANY
+) -> Estimate:
+    """Mean with a t interval; over reseeds the text is the same, so that it says nothing about other text.
 
     >>> round(t_mean([0.0, 1.0]).high, 3)  # 0.5 + 12.706 * sqrt(0.5 / 2)
     6.853
     """
     x = np.asarray(values, dtype=np.float64)
-    return student_mean(x.mean(), x, unit, f"t interval over {unit}", level)
+    return student_mean(x.mean(), x, unit, f"t interval over {unit}", level, within)

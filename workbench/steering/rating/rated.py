@@ -207,7 +207,9 @@ class _Rated:
 
     def result(self, base: _Rated | None, seed: int) -> RatedArm:
         def over_prompts(values: np.ndarray) -> Estimate:
-            return sample_mean(values.mean(0), unit=f"prompts, means over {len(values)} features", seed=seed)
+            return sample_mean(
+                values.mean(0), unit=f"prompts, means over {len(values)} features", seed=seed, within=(0.0, 2.0)
+            )
 
         ratings, combined = self.tested(self.values), self.tested(self.combined)
         above = None

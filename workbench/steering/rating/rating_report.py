@@ -93,7 +93,7 @@ class RatingReport(Report):
                 f"The judge rates texts of {name} {how} unsteered texts."
                 for how in ("higher than", "no higher than", "lower than")
             )),
-            *self._beside(),
+            self._beside()[0],
         )  # fmt: skip
 
     def _beside(self) -> tuple[Table, ...]:

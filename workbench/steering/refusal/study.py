@@ -19,7 +19,7 @@ from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import task
-from workbench.core.stats import Estimate, paired_difference, sample_mean, wilson
+from workbench.core.stats import POSITIVE, Estimate, paired_difference, sample_mean, wilson
 from workbench.core.tokens import TokenBatch
 from workbench.interventions.ops import Add, ProjectOut
 from workbench.interventions.saes import SAEClamp
@@ -330,7 +330,7 @@ def _result(arm: Arm, sweep: Sweep, measured: Mapping[str, _Measured], phrases: 
         log_odds_harmless=sample_mean(odds[n:], unit="harmless prompts", seed=seed),
         refused_harmful=wilson(sum(refused[:n]), n, unit="harmful prompts"),
         refused_harmless=wilson(sum(refused[n:]), n, unit="harmless prompts"),
-        text_loss=sample_mean(mine.loss, unit="texts", seed=seed),
+        text_loss=sample_mean(mine.loss, unit="texts", seed=seed, within=POSITIVE),
         reply_nats=_over_known(mine.nats, seed),
         distinct_2=_over_known(np.array([distinct_2(ids) for ids in mine.written.ids]), seed),
         example_harmful=texts[0],
@@ -353,7 +353,7 @@ def _comparisons(
     }
     return differences | {
         "selective": paired_difference(shift[:n], shift[n:], unit="pairs of prompts", seed=seed),
-        "kl_harmless": sample_mean(kl[n:], unit="harmless prompts", seed=seed),
+        "kl_harmless": sample_mean(kl[n:].clip(min=0.0), unit="harmless prompts", seed=seed, within=POSITIVE),
         "text_change": paired_difference(mine.loss, unsteered.loss, unit="texts", seed=seed),
         "reply_change": _reply_change(mine.nats, unsteered.nats, seed),
     }
@@ -361,7 +361,7 @@ def _comparisons(
 
 def _over_known(values: np.ndarray, seed: int) -> Estimate | None:
     known = values[np.isfinite(values)]
-    return sample_mean(known, unit="replies", seed=seed) if len(known) else None
+    return sample_mean(known, unit="replies", seed=seed, within=POSITIVE) if len(known) else None
 
 
 def _reply_change(mine: np.ndarray, base: np.ndarray, seed: int) -> Estimate | None:

@@ -162,7 +162,7 @@ class SelectionReport(Report):
                 f"Features selected as {next(iter(self.ratios))} steer {how} unfiltered ones."
                 for how in ("better than", "no better than", "worse than")
             )),
-            *self._beside(),
+            self._beside()[0],
         )  # fmt: skip
 
     def _beside(self) -> tuple[Table, ...]:
