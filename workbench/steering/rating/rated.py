@@ -12,7 +12,7 @@ import torch
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, UnknownNameError
 from workbench.core.jsontext import Record
-from workbench.core.stats import Estimate, paired_difference, sample_mean, wilson
+from workbench.core.stats import ANY, Estimate, paired_difference, sample_mean, wilson
 from workbench.judges.files import FileJudge
 from workbench.judges.gate import JudgeGate, Trial, trial
 from workbench.judges.protocol import MAX_FAILED_SHARE, Judge, ask
@@ -206,16 +206,15 @@ class _Rated:
         return values[np.arange(len(values)), self.chosen, self._half :]
 
     def result(self, base: _Rated | None, seed: int) -> RatedArm:
-        def over_prompts(values: np.ndarray) -> Estimate:
-            return sample_mean(
-                values.mean(0), unit=f"prompts, means over {len(values)} features", seed=seed, within=(0.0, 2.0)
-            )
+        def over_prompts(values: np.ndarray, within: tuple[float, float] = (0.0, 2.0)) -> Estimate:
+            unit = f"prompts, means over {len(values)} features"
+            return sample_mean(values.mean(0), unit=unit, seed=seed, within=within)
 
         ratings, combined = self.tested(self.values), self.tested(self.combined)
         above = None
         if base is not None:
             own = [base.of.features.index(feature) for feature in self.of.features]
-            above = over_prompts(combined - base.tested(base.combined)[own])
+            above = over_prompts(combined - base.tested(base.combined)[own], ANY)
         strengths = {str(f): self.of.strengths[s] for f, s in zip(self.of.features, self.chosen, strict=True)}
         return RatedArm(
             self.of.name, {kind: over_prompts(ratings[:, :, k]) for k, kind in enumerate(KINDS)},

@@ -19,7 +19,7 @@ from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import task
-from workbench.core.stats import POSITIVE, Estimate, paired_difference, sample_mean, wilson
+from workbench.core.stats import POSITIVE, SHARE, Estimate, paired_difference, sample_mean, wilson
 from workbench.core.tokens import TokenBatch
 from workbench.interventions.ops import Add, ProjectOut
 from workbench.interventions.saes import SAEClamp
@@ -332,7 +332,7 @@ def _result(arm: Arm, sweep: Sweep, measured: Mapping[str, _Measured], phrases: 
         refused_harmless=wilson(sum(refused[n:]), n, unit="harmless prompts"),
         text_loss=sample_mean(mine.loss, unit="texts", seed=seed, within=POSITIVE),
         reply_nats=_over_known(mine.nats, seed),
-        distinct_2=_over_known(np.array([distinct_2(ids) for ids in mine.written.ids]), seed),
+        distinct_2=_over_known(np.array([distinct_2(ids) for ids in mine.written.ids]), seed, SHARE),
         example_harmful=texts[0],
         example_harmless=texts[n],
         **({} if arm.edits is None else _comparisons(mine, *others, seed)),
@@ -359,9 +359,9 @@ def _comparisons(
     }
 
 
-def _over_known(values: np.ndarray, seed: int) -> Estimate | None:
+def _over_known(values: np.ndarray, seed: int, within: tuple[float, float] = POSITIVE) -> Estimate | None:
     known = values[np.isfinite(values)]
-    return sample_mean(known, unit="replies", seed=seed, within=POSITIVE) if len(known) else None
+    return sample_mean(known, unit="replies", seed=seed, within=within) if len(known) else None
 
 
 def _reply_change(mine: np.ndarray, base: np.ndarray, seed: int) -> Estimate | None:
