@@ -244,7 +244,8 @@ def _features(study: _Study) -> Section:
     store = open_store(study.store_folder)
     table = score_features.study(study.model, study.sae, store)
     table.save(study.table_folder)
-    options = CardOptions(explain=False)  # rules would take longer than all other steps together
+    # rules would take longer than all other steps together
+    options = CardOptions(explain=False, shown=5, per_decile=0)
     cards = feature_cards(study.model, study.sae, store, table=table, options=options)
     cards.save(study.sae_folder / "cards")
     page = feature_page(map(to_jsonable, cards), f"Features of {study.model.name}, {study.site}")
