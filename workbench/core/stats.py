@@ -180,8 +180,8 @@ def student_mean(
         return Estimate(point, point - half, point + half, n, method, unit, level)
     if point in within:
         reach = (high - low) * (1 - ((1 - level) / 2) ** (1 / n)) if math.isfinite(high) else half
-        ends = (low, low + reach) if point == low else (high - reach, high)
-        return Estimate(point, *ends, n, f"{method}, Clopper-Pearson at the end", unit, level)
+        first, last = (low, low + reach) if point == low else (high - reach, high)
+        return Estimate(point, first, last, n, f"{method}, Clopper-Pearson at the end", unit, level)
     if math.isinf(high):
         factor = math.exp(half / (point - low))
         return Estimate(
@@ -190,8 +190,8 @@ def student_mean(
         )  # fmt: skip
     share = (point - low) / (high - low)
     step, logit = half / ((high - low) * share * (1 - share)), math.log(share / (1 - share))
-    ends = [low + (high - low) / (1 + math.exp(min(700.0, -logit + side * step))) for side in (1, -1)]
-    return Estimate(point, *ends, n, f"{method} of the logit", unit, level)
+    first, last = (low + (high - low) / (1 + math.exp(min(700.0, -logit + side * step))) for side in (1, -1))
+    return Estimate(point, first, last, n, f"{method} of the logit", unit, level)
 
 
 def sample_ratio(

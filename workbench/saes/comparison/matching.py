@@ -86,13 +86,9 @@ class SharedFeatures(Report):
 
     def headline(self) -> Headline:
         """Share of shared features beside the most that a dictionary without a match reaches."""
+        how = ("more features than", "no more features than", "fewer features than")
         return Headline.of(
-            Says(
-                "The two dictionaries share more features than unrelated ones do.",
-                "The two dictionaries share no more features than unrelated ones do.",
-                "The two dictionaries share fewer features than unrelated ones do.",
-            ),
-            self._beside(),
+            Says(*(f"The two dictionaries share {word} unrelated ones." for word in how)), self._beside()
         )
 
     @property
@@ -291,14 +287,9 @@ class ActivationMatch(Report):
     def headline(self) -> Headline:
         """Mean largest correlation beside shuffled tokens."""
         table, column = self._table(), "largest correlation"
-        return Headline.read(
-            Says(
-                "Features of the two SAEs fire together more than their rates alone give.",
-                "Features of the two SAEs fire together no more than their rates alone give.",
-                "Features of the two SAEs fire together less than their rates alone give.",
-            ),
-            value=(table, "the same", column), control=(table, "shuffled", column), control_name="shuffled tokens",
-        )  # fmt: skip
+        how = ("more than", "no more than", "less than")
+        says = Says(*(f"Features of the two SAEs fire together {word} their rates alone give." for word in how))
+        return Headline.read(says, value=(table, "the same", column), control=(table, "shuffled", column))
 
     def section(self) -> Section:
         """The numbers beside those of shuffled tokens."""
