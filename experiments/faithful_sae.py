@@ -27,7 +27,8 @@ from workbench.probes.linear import ProbeOptions, fit_probe, mean_pool
 from workbench.saes.comparison.corpus import CorpusOptions, CorpusReport, check_corpus
 from workbench.saes.comparison.faithful import FakeFeatureOptions, FakeFeatures, Quality, fake_features, quality
 from workbench.saes.comparison.faithful_report import CORPUS, OWN, FaithfulReport, Pair, Trained
-from workbench.saes.comparison.matching import MatchOptions, match_by_activations, shared_features
+from workbench.saes.comparison.matching import MatchOptions, match_by_activations
+from workbench.saes.comparison.shared import shared_features
 from workbench.saes.config import SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions
 from workbench.saes.evaluation.library_texts import Labelled, library_topics, read_labelled, write_corpus

@@ -64,7 +64,8 @@ from workbench.models.model import Model
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 from workbench.saes.comparison.corpus import CorpusOptions, check_corpus
 from workbench.saes.comparison.faithful import FakeFeatureOptions, fake_features, quality
-from workbench.saes.comparison.matching import match_by_activations, shared_features
+from workbench.saes.comparison.matching import match_by_activations
+from workbench.saes.comparison.shared import shared_features
 from workbench.saes.config import ARCHITECTURES, SAEConfig
 from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.evaluation.sparse_probing import ProbingOptions

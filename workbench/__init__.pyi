@@ -87,7 +87,7 @@ from .saes.basis import basis as basis
 from .saes.comparison.corpus import check_corpus as check_corpus
 from .saes.comparison.faithful import fake_features as fake_features
 from .saes.comparison.matching import match_by_activations as match_by_activations
-from .saes.comparison.matching import shared_features as shared_features
+from .saes.comparison.shared import shared_features as shared_features
 from .saes.config import SAEConfig as SAEConfig
 from .saes.evaluation.evaluate import EvalOptions as EvalOptions
 from .saes.evaluation.evaluate import evaluate_sae as evaluate_sae

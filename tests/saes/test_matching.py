@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError, ShapeError
-from workbench.saes.comparison.matching import CoActivation, MatchOptions, match_by_activations, shared_features
+from workbench.saes.comparison.matching import CoActivation, MatchOptions, match_by_activations
+from workbench.saes.comparison.shared import shared_features
 
 
 def _random(n: int, d: int, seed: int = 0) -> Tensor:

@@ -1,7 +1,7 @@
 from .comparison.corpus import check_corpus as check_corpus
 from .comparison.faithful import fake_features as fake_features
 from .comparison.matching import match_by_activations as match_by_activations
-from .comparison.matching import shared_features as shared_features
+from .comparison.shared import shared_features as shared_features
 from .config import SAEConfig as SAEConfig
 from .evaluation.evaluate import EvalOptions as EvalOptions
 from .evaluation.evaluate import evaluate_sae as evaluate_sae

@@ -150,7 +150,7 @@ class CorpusReport(Report):
             "unique_sequences": self.unique_sequences,
             **{f"repeated_{part.n}grams": part.repeated for part in self.ngrams},
         }
-        blocks = (self._beside(), divergences, first, repetition)
+        blocks = (divergences, first, repetition, self._beside())
         return Section("Corpus", blocks, self.findings(), metrics, self.headline())
 
 

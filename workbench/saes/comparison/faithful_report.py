@@ -13,7 +13,8 @@ from workbench.report.base import Headline, Metric, Report, Says, Section, Table
 from workbench.report.blocks import Block
 from workbench.saes.comparison.corpus import CorpusReport
 from workbench.saes.comparison.faithful import FakeFeatures, Quality, seed_difference, verdict
-from workbench.saes.comparison.matching import ActivationMatch, SharedFeatures
+from workbench.saes.comparison.matching import ActivationMatch
+from workbench.saes.comparison.shared import SharedFeatures
 
 OWN, CORPUS = "own", "corpus"
 DATA = {OWN: "own text", CORPUS: "the corpus"}
@@ -207,7 +208,7 @@ class FaithfulReport(Report):
             blocks += [Text(f"Check of {name}."), *section.blocks]
             metrics |= {f"{_key(name)}.{key}": value for key, value in section.metrics.items()}
         title = "SAEs on own text and on a corpus"
-        return Section(title, (self._beside(), *blocks), self.findings(), metrics, self.headline())
+        return Section(title, (*blocks, self._beside()), self.findings(), metrics, self.headline())
 
     def _quality(self) -> Table:
         columns = ("trained on", "seed", "measured on", "FVU", "loss recovered", "added loss, sinks kept",

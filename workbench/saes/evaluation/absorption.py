@@ -155,7 +155,7 @@ class AbsorptionReport(Report):
         named = {"full": self.full, "fraction": self.fraction, "random_full": self.control}
         metrics = {name: value for name, value in named.items() if value is not None}
         counts = {"letters_passed": self.n_good}
-        return Section("Absorption", (self._beside(), table), self.findings(), {**counts, **metrics}, self.headline())
+        return Section("Absorption", (table, self._beside()), self.findings(), {**counts, **metrics}, self.headline())
 
 
 def _cell(value: float) -> float | None:

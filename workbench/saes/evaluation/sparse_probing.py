@@ -141,7 +141,7 @@ class ProbingReport(Report):
         metrics = {
             f"{reads.replace(' ', '_').replace(',', '')}_k{k or 'all'}": self.mean(reads, k) for reads, k in keys
         }
-        return Section("k-sparse probing", (self._beside(), table), self.findings(), {**metrics}, self.headline())
+        return Section("k-sparse probing", (table, self._beside()), self.findings(), {**metrics}, self.headline())
 
 
 def probe_sets(sets: Sequence[Examples], options: ProbingOptions | None = None) -> ProbingReport:

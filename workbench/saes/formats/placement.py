@@ -184,7 +184,7 @@ class FitReport(Report):
             "n_tokens": self.claimed.n_tokens,
         }
         title = f"Does the SAE fit {self.claimed.site}?"
-        return Section(title, (self._beside(), table), self.findings(), metrics, self.headline())
+        return Section(title, (table, self._beside()), self.findings(), metrics, self.headline())
 
     def require(self) -> FitReport:
         """Itself, if the SAE fits.
