@@ -62,7 +62,7 @@ def test_encoder_and_decoder_are_told_apart() -> None:
 
 def test_a_report_puts_the_nulls_beside_the_ratio() -> None:
     section = shared_features(_random(30, 4), _random(30, 4, 1)).section()
-    (table,) = section.blocks
+    table, _ = section.blocks
     assert [row[0].split()[0] for row in table.rows] == ["these", *["random"] * 3, *["permuted"] * 3]
     assert table.rows[1][2].value > 0, "in four dimensions chance reaches the threshold"
     assert "no better than null" in section.findings[0]

@@ -26,6 +26,7 @@ from workbench.core.similarity import (
 )
 from workbench.core.stats import Estimate, sample_mean, wilson
 from workbench.report.base import Headline, Metric, Report, Says, Section, Table
+from workbench.saes.comparison.shared import SHARED_COSINE
 
 
 @runtime_checkable
@@ -37,8 +38,6 @@ class Encoder(Protocol):
         ...
 
 
-SHARED_COSINE = 0.7
-"""Cosine above which the pairs of a matching count as one feature."""
 MIN_FIRED = 10
 """Tokens on which a feature must fire before its correlation counts: two that fire once together correlate fully."""
 CHUNK = 1024
