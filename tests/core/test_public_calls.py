@@ -25,10 +25,10 @@ from workbench.core.errors import CallError, InvalidInputError
 ROOMS = ("controls", "features", "glitch", "judges", "probes", "saes", "steering", "core")
 PACKAGES = (wb, *(importlib.import_module(f"workbench.{room}") for room in ROOMS), circuits)
 RESULTS = (
-    "Answer", "Answers", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores",
+    "Answer", "Answers", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "Direction",
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
     "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate",
-    "IntruderScore", "JudgeGate", "LensEnds", "LensToken", "LensTokens", "MergedLora", "Neighbour", "NodeEffects",
+    "IntruderScore", "JudgeGate", "Lens", "LensEnds", "LensToken", "LensTokens", "MergedLora", "Neighbour", "NodeEffects",
     "OutputScores", "Plan", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport",
     "Section", "SelectionReport", "ShiftReport", "SteeringExample", "SteeringReport", "TokenTable",
     "TokenizerFacts", "TopContexts", "Trial", "TwoByTwo", "Window",

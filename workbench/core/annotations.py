@@ -45,6 +45,13 @@ def _resolved(annotation: object, names: Mapping[str, object]) -> object:
         return Any
 
 
+class _ByName(type):
+    """A class of a package that is not loaded: its instances are those of a class of this name."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return any(kind.__name__ == cls.__name__ for kind in type(value).__mro__)
+
+
 class _TypeOnly(Mapping[str, object]):
     """The names that a module imports under `if TYPE_CHECKING:`, imported when they are asked for."""
 
@@ -55,9 +62,11 @@ class _TypeOnly(Mapping[str, object]):
         module, attribute = self._from[name]
         if module.partition(".")[0] in _OURS:
             return getattr(importlib.import_module(module), attribute)
-        # What an argument can be an instance of is loaded; asking a lazy package for a name would load it now.
-        loaded = sys.modules[module]
-        return vars(loaded)[attribute] if attribute else loaded
+        loaded = sys.modules.get(module)
+        if not attribute:
+            return sys.modules[module]
+        # A lazy package would load what it is asked for; whether a value is an instance is known by the name.
+        return vars(loaded)[attribute] if attribute in vars(loaded or object) else _ByName(attribute, (), {})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._from)

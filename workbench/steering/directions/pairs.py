@@ -70,6 +70,7 @@ class Direction(Report):
         """The vector with length 1."""
         return self.vector / self.vector.norm()
 
+    @checked
     def intervention(self, strength: float = 1.0, scope: Scope | None = None) -> Intervention:
         """The vector added at its site; strength 1 moves a text by the mean difference of the two sides."""
         edit = Intervention.at(self.site, Add(self.vector, strength), scope)
