@@ -276,7 +276,7 @@ class ShiftReport(Report):
         measured = {column: e for column, e in over.items() if e is not None}
         column = min(measured, key=lambda column: max(measured[column].low, -measured[column].high))
         ahead = self._ahead()
-        simpler = f", and less than {' and '.join(ahead)}" if ahead else ""
+        simpler = f"; {' and '.join(ahead)} had a higher accuracy" if ahead else ""
         idle = "" if self.n_spurious else ": the judge called none of the candidates spurious"
         return Headline.read(
             Says(

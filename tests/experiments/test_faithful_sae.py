@@ -113,8 +113,8 @@ def test_pairs_from_the_same_initial_weights_are_not_counted_as_sharing_across_t
         for pair in report.pairs
     )
     said = replace(report, pairs=pairs).findings()[0]
-    assert "0.1 to 0.1 (n=48 features, 2 pairs) with other seeds" in said
-    assert "0.9 to 0.9 (n=48 features, 2 pairs) from the same initial weights" in said
+    assert "0.100 to 0.100 (n = 48 features, 2 pairs) with other seeds" in said
+    assert "0.900 to 0.900 (n = 48 features, 2 pairs) from the same initial weights" in said
 
 
 def test_stores_and_saes_are_used_again(report: FaithfulReport, folder: Path) -> None:

@@ -37,9 +37,9 @@ def test_a_dimension_that_a_block_writes_is_found_behind_it_and_clipping_it_cost
     section = report.section()
     json.dumps(report.to_json())
     assert {f"{site}.anisotropy.raw" for site in SITES} <= section.metrics.keys()
-    assert "clipping.outliers" in section.metrics and len(section.blocks) == 5
+    assert "clipping.outliers" in section.metrics and len(section.blocks) == 6
     caption = "\n".join(getattr(block, "caption", "") for block in section.blocks)
-    assert "100 and above 1000 times" in caption and "90% of the tokens" in caption, "constants are shown"
+    assert "100 and above 1000 times" in caption and "a share of 0.9 of the tokens" in caption, "constants are shown"
 
 
 def test_one_ordinary_site_gives_a_report_without_clipping() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from workbench.core.display import OneLine
@@ -35,7 +36,8 @@ def verdict(
     3. With the interval of a paired difference (number minus control): "works" if the interval lies on the better side
        of 0, "fails" if it lies on the worse side, "no better than its control" if it holds 0.
     4. Otherwise the two intervals are compared: "works" or "fails" if they don't overlap, "no better than its control"
-       if they do. A number without an interval counts as an interval of no width.
+       if they do. Beside an interval, a number counts as one of no width; two numbers without intervals are compared
+       where both are counts, otherwise it is "not measured" how sure they are.
 
     >>> verdict(Estimate(0.9, 0.8, 1.0, 40, "t"), Estimate(0.5, 0.4, 0.6, 40, "t"))
     'works'
@@ -50,6 +52,8 @@ def verdict(
     if better in ("at least", "at most"):
         met = ends[0] >= limits[0] if better == "at least" else ends[1] <= limits[1]
         return "works" if met else "fails"
+    if difference is None and not any(isinstance(shown, Estimate | Integral) for shown in (value, control)):
+        return "not measured"
     if difference is not None:
         ends, limits = (difference.low, difference.high), (0.0, 0.0)
     above, below = ends[0] > limits[1], ends[1] < limits[0]
@@ -137,9 +141,9 @@ class Headline(OneLine):
         Raises:
             InvalidInputError: if there is no such row or column, or the cell holds a text.
 
-        >>> table = Table(("arm", "accuracy"), (("SHIFT", 0.9), ("random", 0.5)), "Accuracy")
-        >>> Headline.read(Says("It works.", "It does nothing.", "It harms."), value=(table, "SHIFT", "accuracy"),
-        ...     control=(table, "random", "accuracy")).sentence
+        >>> table = Table(("arm", "right"), (("SHIFT", 90), ("random", 50)), "Right answers")
+        >>> Headline.read(Says("It works.", "It does nothing.", "It harms."), value=(table, "SHIFT", "right"),
+        ...     control=(table, "random", "right")).sentence
         'It works.'
         """
         compared = None if difference is None else _read(difference)
@@ -192,8 +196,8 @@ class Headline(OneLine):
     def line(self) -> str:
         """Verdict, sentence and numbers, for a terminal.
 
-        >>> Headline(sentence="It works.", measure="accuracy", value=0.9, control=0.5, control_name="random").line()
-        'works: It works. Accuracy 0.900; random 0.500.'
+        >>> Headline(sentence="It works.", measure="right answers", value=90, control=50, control_name="random").line()
+        'works: It works. Right answers 90; random 50.'
         """
         return f"{self.verdict}: {self.sentence}" + (f" {numbers}." if (numbers := self.numbers()) else "")
 

@@ -375,7 +375,7 @@ def settings_of(config: Config) -> dict[str, object]:
 
 def arguments_of(config: object) -> dict[str, Json]:
     """The settings of a dataclass that are not its defaults, in JSON types; none for a mapping, which has none."""
-    if not dataclasses.is_dataclass(config):
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return {}
     settings = settings_of(config)
     defaults = {

@@ -190,7 +190,8 @@ class FaithfulReport(Report):
             f"Means over seeds; Welch t intervals over seeds. {len(self.differences())} comparisons at 95 % each: one "
             "in twenty excludes 0 by chance.",
         )
-        blocks: list[Block] = [intro, self._quality(), differences, self._shared(), self._fake(), self._probes()]
+        tables = (self._beside(), self._quality(), differences, self._shared(), self._fake(), self._probes())
+        blocks: list[Block] = [intro, *tables]
         metrics: dict[str, Metric] = {f"difference.{_key(n)}": value for n, value in self.differences().items()}
         metrics["probe.raw"] = self.raw_probe
         for sae in self.saes:
@@ -208,7 +209,7 @@ class FaithfulReport(Report):
             blocks += [Text(f"Check of {name}."), *section.blocks]
             metrics |= {f"{_key(name)}.{key}": value for key, value in section.metrics.items()}
         title = "SAEs on own text and on a corpus"
-        return Section(title, (*blocks, self._beside()), self.findings(), metrics, self.headline())
+        return Section(title, tuple(blocks), self.findings(), metrics, self.headline())
 
     def _quality(self) -> Table:
         columns = ("trained on", "seed", "measured on", "FVU", "loss recovered", "added loss, sinks kept",

@@ -22,7 +22,7 @@ from workbench.interventions.intervention import Intervention
 from workbench.interventions.ops import Add
 from workbench.interventions.scopes import Scope
 from workbench.models.model import Model
-from workbench.report.base import Headline, Report, Says, Section, Table
+from workbench.report.base import Headline, Metric, Report, Says, Section, Table
 from workbench.steering.directions.contrast import difference_of_means, mean_activations
 
 if TYPE_CHECKING:
@@ -90,14 +90,23 @@ class Direction(Report):
             f"{self.shuffled}, by random directions {self.random}.",
         )
 
+    def headline(self) -> Headline:
+        """The share of separated pairs beside that of shuffled labels."""
+        column = "share of pairs separated"
+        value, control = ((self._table(), row, column) for row in ("direction", "shuffled labels"))
+        return Headline.read(_SAYS, value=value, control=control)
+
     def section(self) -> Section:
         """The share of separated pairs beside those of the controls."""
-        arms = {"direction": self.separated, "shuffled labels": self.shuffled, "random direction": self.random}
-        table = Table(("arm", "share of pairs separated"), tuple(arms.items()), "Separation of held-out pairs")
-        column = "share of pairs separated"
-        headline = Headline.read(_SAYS, value=(table, "direction", column), control=(table, "shuffled labels", column))
+        metrics: dict[str, Metric] = {name.replace(" ", "_"): value for name, value in self._arms().items()}
         title = f"A direction at {self.site} of {self.model}"
-        return Section(title, (table,), self.findings(), {k.replace(" ", "_"): v for k, v in arms.items()}, headline)
+        return Section(title, (self._table(),), self.findings(), metrics, self.headline())
+
+    def _arms(self) -> dict[str, Estimate]:
+        return {"direction": self.separated, "shuffled labels": self.shuffled, "random direction": self.random}
+
+    def _table(self) -> Table:
+        return Table(("arm", "share of pairs separated"), tuple(self._arms().items()), "Separation of held-out pairs")
 
 
 @checked

@@ -85,13 +85,21 @@ class RefusalReport(Report):
         return Section("Refusal", (intro, *costs), self.findings(), self.metrics(), self.headline())
 
     def headline(self) -> Headline:
-        """Refusals of harmful prompts under the refusal direction at its own size, beside a random direction's."""
+        """Refusals of harmful prompts under the refusal direction nearest to its own size, beside a random one's."""
         arm = min(self.family("refusal direction"), key=lambda arm: abs(arm.strength - 1))
-        selective = arm.selective is not None and arm.selective.low > 0
-        whom = "harmful prompts more than harmless ones" if selective else "harmless prompts as much as harmful ones"
+        whom = (
+            ""
+            if arm.selective is None
+            else ", and moves "
+            + arm.selective.words(
+                "harmful prompts more than harmless ones",
+                "harmless prompts more than harmful ones",
+                "harmful prompts not clearly more than harmless ones",
+            )
+        )
         return Headline.read(
             Says(
-                f"Adding the refusal direction makes the model refuse, {whom}.",
+                f"Adding {setting(arm.strength)} times the refusal direction makes the model refuse{whom}.",
                 "Adding the refusal direction makes the model refuse no more often than a random direction does.",
                 "Adding the refusal direction makes the model refuse less often than a random direction does.",
             ),
