@@ -240,6 +240,23 @@ def test_the_form_outlives_a_reload(page: Browser, url: str) -> None:
     assert page.js("document.querySelectorAll('#chosen li').length") == 0
 
 
+def test_edits_are_taken_away_as_python_and_what_cannot_be_is_told(page: Browser) -> None:
+    said = "document.getElementById('taken').hidden ? '' : document.getElementById('taken-text').textContent"
+    _set(page, "prompt", "<b>A</b>")
+    page.click("#python")
+    code = page.until(said)
+    assert code.startswith("import workbench as wb\n")
+    assert "prompt = '<b>A</b>'" in code
+    assert page.js("document.querySelectorAll('#taken b').length") == 0
+    page.click("#taken-close")
+    assert page.js("document.getElementById('taken').hidden")
+    _choose(page, "#3")
+    page.click("#save")
+    page.until(ERROR)
+    assert "--out FOLDER" in page.js(ERROR)
+    assert page.problems.pop().startswith("Failed to load resource: the server responded with a status of 400")
+
+
 def test_a_server_that_is_gone_is_told(browser: Browser) -> None:
     playground = tiny_playground(with_sae=False)
     with serving(playground, None) as (url, server):

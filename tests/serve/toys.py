@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,10 +54,11 @@ class EndlessTokenizer:
         return self._inner(*args, **kwargs)
 
 
-def tiny_app(playground: Playground, with_index: bool = True) -> tuple[Any, Guard, Desk]:
+def tiny_app(playground: Playground, with_index: bool = True, out: Path | None = None) -> tuple[Any, Guard, Desk]:
     """The application, its guard and its desk."""
     guard, desk = Guard(TOKEN, 7777), Desk()
-    return playground_app(playground, guard, desk, feature_index(playground) if with_index else None), guard, desk
+    index = feature_index(playground) if with_index else None
+    return playground_app(playground, guard, desk, index, out), guard, desk
 
 
 def asked(**changes: Any) -> dict[str, Any]:

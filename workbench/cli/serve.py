@@ -38,6 +38,8 @@ class Serve(SAECommand):
     and log-probabilities only."""
     features: Path | None = None
     """Folder of feature cards or of a feature table, to search; by default what is in the SAE's folder."""
+    out: Path | None = None
+    """Folder for the interventions that the page saves, a folder each; without it the page saves none."""
     no_check: bool = False
     """Serve an SAE that does not fit the model's activations too."""
     host: str = "127.0.0.1"
@@ -54,7 +56,7 @@ class Serve(SAECommand):
         listener = listen(self.host, self.port, self.allow_network)
         with listener:
             model = self.load()
-            playground = Playground(model, self._sae(model))
+            playground = Playground(model, self._sae(model), self._sae_source())
             self._serve(playground, self._index(playground), listener)
 
     def sae_path(self) -> Path | None:
@@ -66,6 +68,10 @@ class Serve(SAECommand):
 
         path, check = self.sae_path(), not self.no_check
         return None if path is None else load_sae(path, device=model.device, model=model, check=check)
+
+    def _sae_source(self) -> str | None:
+        path = self.sae_path()
+        return str(path.resolve() if path is not None and path.exists() else path) if path is not None else None
 
     def _index(self, playground: Playground) -> Mapping[str, object] | None:
         from workbench.serve.index import feature_index
@@ -114,7 +120,7 @@ class Serve(SAECommand):
                 super().handle_exit(sig, frame)
 
         config = uvicorn.Config(
-            playground_app(playground, guard, desk, index), log_level="warning", access_log=False, ws="none",
+            playground_app(playground, guard, desk, index, self.out), log_level="warning", access_log=False, ws="none",
             server_header=False, timeout_graceful_shutdown=10,
         )  # fmt: skip
         # Raised after the runs have ended, and not at all where the process was started with SIGINT ignored.

@@ -4,12 +4,14 @@
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.core.errors import WorkbenchError
 from workbench.core.records import to_jsonable
 from workbench.serve.ask import Ask
 from workbench.serve.desk import Desk
+from workbench.serve.export import generate_command, python_block, save_edits
 from workbench.serve.guard import Guard, GuardedApp
 from workbench.serve.page import playground_page
 from workbench.serve.playground import Playground
@@ -22,12 +24,12 @@ MAX_NAME = 64
 
 
 def playground_app(
-    playground: Playground, guard: Guard, desk: Desk, index: Mapping[str, object] | None = None
+    playground: Playground, guard: Guard, desk: Desk, index: Mapping[str, object] | None = None, out: Path | None = None
 ) -> GuardedApp:
     """An ASGI application for one playground; only requests that the guard allows reach it.
 
     The desk makes the runs and is closed with the application. `index` holds the features that can be searched, as the
-    feature page packs them.
+    feature page packs them. Interventions are saved in folders of `out`; without it nothing is written.
     """
     from fastapi import FastAPI
 
@@ -39,6 +41,7 @@ def playground_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     _add_page(app, playground, guard, index)
     _add_runs(app, playground, desk)
+    _add_exports(app, playground, desk, out)
     return GuardedApp(app, guard)
 
 
@@ -106,6 +109,18 @@ def _add_runs(app: "FastAPI", playground: Playground, desk: Desk) -> None:
     @app.post("/api/stop")
     def stop(name: str) -> dict[str, bool]:
         return {"stopped": desk.stop(name[:MAX_NAME])}
+
+
+def _add_exports(app: "FastAPI", playground: Playground, desk: Desk, out: Path | None) -> None:
+    @app.post("/api/python")
+    def python(asked: dict[str, object]) -> dict[str, str]:
+        return {"code": python_block(playground, Ask.read(asked))}
+
+    @app.post("/api/save")
+    async def save(asked: dict[str, object]) -> dict[str, str]:
+        ask = Ask.read(asked)
+        folder = await desk.call(lambda: save_edits(playground, ask, out))
+        return {"folder": str(folder), "command": generate_command(playground, ask, folder)}
 
 
 def _json(value: object) -> str:

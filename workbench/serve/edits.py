@@ -30,17 +30,18 @@ def control(sae: AnySAE, site: Site, edits: Sequence[FeatureEdit], scope: Scope,
 
 def words(edits: Sequence[FeatureEdit]) -> tuple[str, ...]:
     """Each edit of `steered` in words."""
-    return tuple(", ".join(map(str, group)) for _, group in _groups(edits))
+    return tuple(", ".join(map(str, group)) for _, group in by_mode(edits))
 
 
-def _groups(edits: Sequence[FeatureEdit]) -> list[tuple[str, list[FeatureEdit]]]:
+def by_mode(edits: Sequence[FeatureEdit]) -> list[tuple[str, list[FeatureEdit]]]:
+    """The edits of each mode that occurs, in the order in which they are made."""
     groups = [(mode, [edit for edit in edits if edit.mode == mode]) for mode in ("steer", "scale", "clamp", "ablate")]
     return [(mode, group) for mode, group in groups if group]
 
 
 def _ops(sae: AnySAE, edits: Sequence[FeatureEdit]) -> list[Op]:
     ops: list[Op] = []
-    for mode, group in _groups(edits):
+    for mode, group in by_mode(edits):
         features = [edit.feature for edit in group]
         amounts = torch.tensor([edit.strength for edit in group])
         if mode == "steer":

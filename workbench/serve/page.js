@@ -20,6 +20,8 @@
     return answer;
   }
 
+  const post = (path, asked) => ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked) });
+
   const getJson = async (path) => (await ask(path)).json();
 
   async function load() {
@@ -189,9 +191,7 @@
     complain(null);
     drawProgress(asked);
     try {
-      const answer = await ask(`/api/run?name=${state.active}`, {
-        method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked),
-      });
+      const answer = await post(`/api/run?name=${state.active}`, asked);
       await follow(answer.body.getReader(), asked);
       if (state.run.phase === "error") complain(state.run.message);
     } catch (error) {
@@ -242,6 +242,43 @@
   function complain(message) {
     $("error").hidden = message === null;
     $("error").textContent = message || "";
+  }
+
+  /* ----------------------------------------------------- Python, intervention */
+
+  async function take(path, show) {
+    complain(null);
+    try {
+      await show(await (await post(path, form())).json());
+    } catch (error) {
+      $("taken").hidden = true;
+      complain(error.message);
+    }
+  }
+
+  async function showPython({ code }) {
+    const copied = await copy(code);
+    showTaken(copied ? "Copied. It loads the model and writes the edited text:" : "This browser does not let the page copy. The code is selected; copy it:", code);
+    if (!copied) getSelection().selectAllChildren($("taken-text"));
+  }
+
+  function showTaken(said, text) {
+    $("taken").hidden = false;
+    $("taken-said").textContent = said;
+    $("taken-text").textContent = text;
+    $("taken").scrollIntoView({ block: "nearest" });
+  }
+
+  /* Whether the text is in the clipboard; a page that came unencrypted from another machine has none. */
+  async function copy(text) {
+    if (!navigator.clipboard) return false;
+    try {
+      await navigator.clipboard.writeText(text);
+      return true;
+    } catch (error) {
+      if (!(error instanceof DOMException)) throw error;
+      return false;
+    }
   }
 
   /* --------------------------------------------------------------- texts */
@@ -419,6 +456,9 @@
     $("form").addEventListener("submit", (event) => { event.preventDefault(); run(); });
     $("form").addEventListener("input", keep);
     $("stop").addEventListener("click", stop);
+    $("python").addEventListener("click", () => take("/api/python", showPython));
+    $("save").addEventListener("click", () => take("/api/save", ({ folder, command }) => showTaken(`Saved in ${folder}. It is used by Intervention.load, or so:`, command)));
+    $("taken-close").addEventListener("click", () => { $("taken").hidden = true; });
     $("colour").addEventListener("change", () => { state.colour = $("colour").value; paint(); });
     for (const kind of ["mouseover", "focusin"]) $("texts").addEventListener(kind, tipFor);
     for (const kind of ["mouseleave", "focusout"]) $("texts").addEventListener(kind, hideTip);

@@ -64,14 +64,15 @@ class Playground:
         sae: an SAE of it, or None to write without edits only.
         basis: the SAE as a basis.
         site: where the SAE reads and the edits are made.
+        sae_source: what `load_sae` takes to load the SAE again; None if it was not loaded from anywhere.
 
     Raises:
         MismatchError: for an SAE of another model, or one whose features can't be steered with (`target_site`).
         InvalidInputError: for a model whose logits can't be computed for chosen positions alone.
     """
 
-    def __init__(self, model: Model, sae: AnySAE | None = None) -> None:
-        self.model, self.sae = model, sae
+    def __init__(self, model: Model, sae: AnySAE | None = None, sae_source: str | None = None) -> None:
+        self.model, self.sae, self.sae_source = model, sae, sae_source
         self.basis = None if sae is None else as_basis(sae)
         self.site: Site | None = None if sae is None else target_site(model, sae)
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)

@@ -1,0 +1,132 @@
+"""What the page hands over: the Python block runs as it stands, and a saved intervention is loaded by `generate`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serve.test_edits import EDITS
+from tests.serve.toys import BASE, TOKEN, asked, tiny_app, tiny_sae
+from tests.tiny import tiny_model
+from workbench.cli import main
+from workbench.core.errors import InvalidInputError
+from workbench.interventions.intervention import Intervention
+from workbench.models.loading import load_model
+from workbench.saes.formats.load import load_sae
+from workbench.serve.ask import Ask
+from workbench.serve.export import generate_command, python_block, save_edits
+from workbench.serve.playground import Playground
+
+QUOTES = "It's \"one\"\\ \n'''wb.x'''\u202e"
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory: pytest.TempPathFactory) -> Playground:
+    """A playground of a model and an SAE that lie in folders."""
+    place, tiny = tmp_path_factory.mktemp("playground"), tiny_model()
+    tiny.hf.save_pretrained(str(place / "model"))
+    tiny.tokenizer.save_pretrained(place / "model")
+    tiny_sae(tiny).save_model(place / "sae")
+    model = load_model(place / "model", dtype="float32", device="cpu", check=False)
+    return Playground(model, load_sae(place / "sae"), str(place / "sae"))
+
+
+def _tokens(playground: Playground, ask: Ask) -> dict[str, list[str]]:
+    rows: Any = playground.run(ask, lambda _: None, lambda: False)["rows"]
+    return {row["arm"]: row["tokens"] for row in rows}
+
+
+def _several(**changes: Any) -> Ask:
+    """A run with all modes; the additions are small enough that the text is no loop."""
+    return Ask(**asked(max_new_tokens=12, edits=EDITS, **changes))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        _several(),
+        _several(scope="all", temperature=0.0, prompt=QUOTES),
+        _several(chat=True, seed=7),
+        Ask(**asked(max_new_tokens=12, edits=EDITS[1:2])),
+        Ask(**asked(max_new_tokens=12, prompt=QUOTES)),
+    ],
+    ids=["all modes", "whole prompt", "chat", "one edit", "no edit"],
+)
+def test_the_copied_python_writes_the_same_text(
+    playground: Playground, ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = python_block(playground, ask)
+    names: dict[str, Any] = {}
+    exec(compile(code, "copied", "exec"), names)
+    ids = names["text"].ids[0].tolist()
+    written = _tokens(playground, ask)
+    assert [playground._shown(i) for i in ids] == written["steered" if ask.edits else "unsteered"]
+    assert not ask.edits or written["steered"] != written["unsteered"]
+    assert capsys.readouterr().out == names["text"].texts[0] + "\n"
+    assert ("import torch" in code) == ("torch." in code)
+    assert "\u202e" not in code
+
+
+def test_a_saved_intervention_is_used_by_the_command_that_is_shown(
+    playground: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = _several()
+    folder = save_edits(playground, ask, tmp_path)
+    assert main([*shlex.split(generate_command(playground, ask, folder))[1:], "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [playground._shown(i) for i in said["ids"]] == _tokens(playground, ask)["steered"]
+    assert Intervention.load(folder).made_for == playground.model.fingerprint
+
+
+def test_each_set_of_edits_has_one_folder_inside_the_given_one(playground: Playground, tmp_path: Path) -> None:
+    first = save_edits(playground, _several(), tmp_path)
+    written = (first / "intervention.json").stat().st_mtime_ns
+    assert save_edits(playground, _several(prompt="../../elsewhere", seed=9), tmp_path) == first
+    assert (first / "intervention.json").stat().st_mtime_ns == written
+    assert save_edits(playground, _several(scope="all"), tmp_path) != first
+    changed = Playground(playground.model, tiny_sae(playground.model), playground.sae_source)
+    changed.sae.W_dec.data.mul_(2)  # type: ignore[union-attr]
+    assert save_edits(changed, _several(), tmp_path) != first, "another SAE at the same place"
+    assert {path.parent for path in tmp_path.iterdir()} == {tmp_path}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_cannot_be_handed_over_is_refused_in_words(playground: Playground, tmp_path: Path) -> None:
+    in_memory = Playground(playground.model, playground.sae)
+    with pytest.raises(InvalidInputError, match="Save the edits as an intervention"):
+        python_block(in_memory, _several())
+    with pytest.raises(InvalidInputError, match="--out FOLDER"):
+        save_edits(playground, _several(), None)
+    with pytest.raises(InvalidInputError, match="no feature is edited"):
+        save_edits(playground, Ask(**asked()), tmp_path)
+    with pytest.raises(InvalidInputError, match="no SAE was given"):
+        python_block(Playground(playground.model), _several())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_is_answered_and_strangers_are_not(playground: Playground, tmp_path: Path) -> None:
+    from starlette.testclient import TestClient
+
+    app, guard, desk = tiny_app(playground, out=tmp_path)
+    body = asked(edits=[{"feature": 3, "mode": "clamp", "strength": 2}])
+    stranger = TestClient(app, BASE)
+    client = TestClient(app, BASE, cookies={guard.cookie: TOKEN})
+    foreign = {"Origin": "https" + "://evil.example"}
+    for path in ("/api/python", "/api/save"):
+        assert stranger.post(path, json=body).status_code == 401
+        assert client.post(path, json=body, headers=foreign).status_code == 403
+        assert client.post(path, json=body, headers={"Host": "evil.example"}).status_code == 421
+        assert client.get(path).status_code == 405
+        assert client.post(path, json=asked(edits=[{"feature": 99}])).status_code == 400
+    assert not list(tmp_path.iterdir())
+    assert client.post("/api/python", json=body).json() == {"code": python_block(playground, Ask.read(body))}
+    saved = client.post("/api/save", json=body).json()
+    op: Any = Intervention.load(saved["folder"]).edits[0].op
+    assert (op.name, op.features.tolist(), float(torch.as_tensor(op.value))) == ("SAEClamp", [3], 2.0)
+    assert saved["folder"] in saved["command"]
+    desk.close()
