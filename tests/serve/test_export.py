@@ -65,7 +65,7 @@ def test_the_copied_python_writes_the_same_text(
     exec(compile(code, "copied", "exec"), names)
     ids = names["text"].ids[0].tolist()
     written = _tokens(playground, ask)
-    assert [playground._shown(i) for i in ids] == written["steered" if ask.edits else "unsteered"]
+    assert [playground.shown(i) for i in ids] == written["steered" if ask.edits else "unsteered"]
     assert not ask.edits or written["steered"] != written["unsteered"]
     assert capsys.readouterr().out == names["text"].texts[0] + "\n"
     assert ("import torch" in code) == ("torch." in code)
@@ -79,7 +79,7 @@ def test_a_saved_intervention_is_used_by_the_command_that_is_shown(
     folder = save_edits(playground, ask, tmp_path)
     assert main([*shlex.split(generate_command(playground, ask, folder))[1:], "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert [playground._shown(i) for i in said["ids"]] == _tokens(playground, ask)["steered"]
+    assert [playground.shown(i) for i in said["ids"]] == _tokens(playground, ask)["steered"]
     assert Intervention.load(folder).made_for == playground.model.fingerprint
 
 

@@ -34,7 +34,7 @@ ERROR = "document.getElementById('error').hidden ? '' : document.getElementById(
 class Hostile(Playground):
     """A playground whose tokens are the worst that a vocabulary can hold."""
 
-    def _shown(self, token: int) -> str:
+    def shown(self, token: int) -> str:
         return clip(HOSTILE[token % len(HOSTILE)])
 
 
@@ -257,6 +257,20 @@ def test_edits_are_taken_away_as_python_and_what_cannot_be_is_told(page: Browser
     assert page.problems.pop().startswith("Failed to load resource: the server responded with a status of 400")
 
 
+def test_active_features_are_listed_by_token_and_chosen_by_a_press(page: Browser) -> None:
+    rows = "[...document.querySelectorAll('#active tbody tr')].map((e) => e.textContent)"
+    _set(page, "prompt", "Hello")
+    page.click("#read")
+    shown = page.until(f"document.getElementById('active').hidden ? null : {rows}")
+    assert [row[0] for row in shown] == list("Hello")
+    assert shown[0].endswith("left out: first token")
+    assert page.js("document.querySelectorAll('#active tbody tr:nth-child(2) button').length") == 5
+    first = page.js("document.querySelector('#active tr button .id').textContent")
+    page.click("#active tr button")
+    page.click("#active tr button")
+    assert page.js("[...document.querySelectorAll('#chosen .id')].map((e) => e.textContent)") == [first]
+
+
 def test_a_server_that_is_gone_is_told(browser: Browser) -> None:
     playground = tiny_playground(with_sae=False)
     with serving(playground, None) as (url, server):
@@ -293,6 +307,12 @@ def test_hostile_text_is_text_everywhere(browser: Browser) -> None:
         _choose(browser, "#1")
         _choose(browser, "#9")
         _set(browser, "prompt", "".join(HOSTILE[:6]))
+        browser.click("#read")
+        browser.until("document.querySelectorAll('#active button').length > 20")
+        browser.click("#python")
+        browser.until(ERROR)
+        assert "made in memory" in browser.js(ERROR)
+        assert browser.problems.pop().startswith("Failed to load resource")
         _write(browser, 30)
         shown = set(browser.js("[...document.querySelectorAll('.arm .tok')].map((e) => e.textContent)"))
         assert shown <= {clip(text) for text in HOSTILE}

@@ -40,7 +40,7 @@ def test_the_texts_are_those_of_generate(family: str, scope: str) -> None:
         ("control", control(sae, site, ask.edits, SCOPES[scope], ask.seed)),
     ):
         alone = model.generate(ask.prompt, 6, intervention=intervention, seed=3, temperature=0.8)
-        assert by_arm[arm]["tokens"] == [playground._shown(i) for i in alone.ids[0].tolist()], arm
+        assert by_arm[arm]["tokens"] == [playground.shown(i) for i in alone.ids[0].tolist()], arm
         assert by_arm[arm]["logprobs"][arm] == pytest.approx(alone.logprobs[0].tolist(), abs=1e-3), arm
         reports = [edit for edit in result["edits"] if edit["arm"] == arm]
         assert [(r["tokens"], r["norm"]) for r in reports] == [(r.tokens, r.mean_norm_applied) for r in alone.report]
@@ -99,7 +99,7 @@ def test_lens_tokens_are_those_that_the_features_promote() -> None:
     result, _ = _run(playground, edits=[{"feature": 3, "strength": 60.0}], max_new_tokens=20)
     rows = {row["arm"]: row for row in result["rows"]}
     top = playground.model.lens(playground.sae.W_dec[3]).topk(20).indices.tolist()
-    texts = [playground._shown(i) for i in top]
+    texts = [playground.shown(i) for i in top]
     for row in rows.values():
         assert row["lens"] == [token in texts for token in row["tokens"]]
     assert sum(rows["steered"]["lens"]) > max(sum(rows["unsteered"]["lens"]), sum(rows["control"]["lens"]))
@@ -205,5 +205,5 @@ def test_what_a_feature_writes_is_told() -> None:
     playground = tiny_playground()
     found = playground.lens(3)
     logits = playground.model.lens(playground.sae.W_dec[3])
-    assert found["promoted"] == [playground._shown(i) for i in logits.topk(10).indices.tolist()]
-    assert found["suppressed"][0] == playground._shown(int(logits.argmin()))
+    assert found["promoted"] == [playground.shown(i) for i in logits.topk(10).indices.tolist()]
+    assert found["suppressed"][0] == playground.shown(int(logits.argmin()))

@@ -15,6 +15,7 @@ from workbench.serve.export import generate_command, python_block, save_edits
 from workbench.serve.guard import Guard, GuardedApp
 from workbench.serve.page import playground_page
 from workbench.serve.playground import Playground
+from workbench.serve.reading import active_features
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -87,6 +88,12 @@ def _add_runs(app: "FastAPI", playground: Playground, desk: Desk) -> None:
     @app.get("/api/feature")
     async def feature(number: int) -> Response:
         return Response(_json(await desk.call(lambda: playground.lens(number))), media_type="application/json")
+
+    @app.post("/api/active")
+    async def active(asked: dict[str, object]) -> Response:
+        ask = Ask.read(asked)
+        found = await desk.call(lambda: active_features(playground, ask))
+        return Response(_json(found), media_type="application/json")
 
     @app.post("/api/run")
     async def run(asked: dict[str, object], name: str) -> StreamingResponse:

@@ -2,7 +2,7 @@
 (() => {
   const { num, real } = logic;
   const { $, el, svg, chip, missing, showTip, hideTip } = dom;
-  const KEPT = "workbench-playground", SHOWN = 60, FIELDS = ["prompt", "max_new_tokens", "temperature", "seed", "scope"];
+  const KEPT = "workbench-playground", SHOWN = 60, SHOWN_TOKENS = 300, FIELDS = ["prompt", "max_new_tokens", "temperature", "seed", "scope"];
   const state = { about: null, index: null, rowOf: new Map(), hits: [], at: -1, chosen: [], lens: new Map(), run: null, active: null, colour: "" };
 
   /* -------------------------------------------------------------- server */
@@ -96,6 +96,7 @@
   }
 
   function choose(feature) {
+    if (state.chosen.some((edit) => edit.feature === feature)) return;
     state.chosen.push({ feature, mode: "steer", strength: play.DEFAULTS.steer });
     $("query").value = "";
     search(true);
@@ -244,14 +245,41 @@
     $("error").textContent = message || "";
   }
 
+  /* ------------------------------------------------------ active features */
+
+  function drawActive({ tokens, note, strongest }) {
+    const shown = tokens.slice(-SHOWN_TOKENS);
+    const first = tokens.length > shown.length ? ` The last ${num(shown.length)} of ${num(tokens.length)} tokens are shown.` : "";
+    $("active-said").textContent = `Unedited model; at each token the ${strongest} strongest features with their activations. Press one to edit it. Prompt: ${note}.${first}`;
+    $("active-tokens").replaceChildren(table([["token", ""], ["active", "num"], ["strongest first", ""]], shown.map(activeRow)));
+    $("active").hidden = false;
+    $("active").scrollIntoView({ block: "nearest" });
+  }
+
+  function activeRow({ text, left_out, n_active, active }) {
+    const features = active.map(([feature, value]) => el("button", { type: "button", class: "active", title: saidOf(feature), on: { click: () => choose(feature) } },
+      el("span", { class: "id", text: `#${feature}` }), el("span", { class: "said", text: saidOf(feature) }), el("span", { class: "score", text: real(value) })));
+    const none = left_out === "" ? "no feature is active" : `left out: ${left_out}`;
+    return el("tr", {}, el("th", { scope: "row" }, chip(text)), el("td", { class: "num", text: left_out === "" ? num(n_active) : "–" }),
+      el("td", {}, ...(features.length ? features : [missing(none)])));
+  }
+
+  /* What a feature is, in words or by the tokens that it promotes; empty if nothing is known. */
+  function saidOf(feature) {
+    const row = state.rowOf.get(feature);
+    const said = row === undefined ? "" : state.index.explanation[row];
+    return said !== "" ? said : (tokensOf(feature) || []).slice(0, 5).join(" ");
+  }
+
   /* ----------------------------------------------------- Python, intervention */
 
-  async function take(path, show) {
+  /* Sends the form to one of the short questions and shows the answer. */
+  async function take(path, part, show) {
     complain(null);
     try {
       await show(await (await post(path, form())).json());
     } catch (error) {
-      $("taken").hidden = true;
+      $(part).hidden = true;
       complain(error.message);
     }
   }
@@ -456,8 +484,9 @@
     $("form").addEventListener("submit", (event) => { event.preventDefault(); run(); });
     $("form").addEventListener("input", keep);
     $("stop").addEventListener("click", stop);
-    $("python").addEventListener("click", () => take("/api/python", showPython));
-    $("save").addEventListener("click", () => take("/api/save", ({ folder, command }) => showTaken(`Saved in ${folder}. It is used by Intervention.load, or so:`, command)));
+    $("read").addEventListener("click", () => take("/api/active", "active", drawActive));
+    $("python").addEventListener("click", () => take("/api/python", "taken", showPython));
+    $("save").addEventListener("click", () => take("/api/save", "taken", ({ folder, command }) => showTaken(`Saved in ${folder}. It is used by Intervention.load, or so:`, command)));
     $("taken-close").addEventListener("click", () => { $("taken").hidden = true; });
     $("colour").addEventListener("change", () => { state.colour = $("colour").value; paint(); });
     for (const kind of ["mouseover", "focusin"]) $("texts").addEventListener(kind, tipFor);

@@ -122,7 +122,21 @@ class Playground:
         row = self.basis.rows(self.basis.features([feature]))
         ends = lens_ends(self.model, row, min(10, self.model.d_vocab))
         sides = {name: getattr(ends, name).ids[0].tolist() for name in ("promoted", "suppressed")}
-        return {"feature": feature} | {name: [self._shown(i) for i in ids] for name, ids in sides.items()}
+        return {"feature": feature} | {name: [self.shown(i) for i in ids] for name, ids in sides.items()}
+
+    def prompt(self, ask: Ask) -> TokenBatch:
+        """The tokens of a run's prompt.
+
+        Raises:
+            InvalidInputError: if there are too many, or for a chat without a template.
+        """
+        self.check(ask)
+        batch = self.model.tokens([{"role": "user", "content": ask.prompt}] if ask.chat else ask.prompt)
+        if batch.n_tokens > MAX_PROMPT_TOKENS:
+            raise InvalidInputError(
+                f"The prompt has {batch.n_tokens:,} tokens; the playground takes {MAX_PROMPT_TOKENS:,}. Shorten it."
+            )
+        return batch
 
     def run(self, ask: Ask, emit: Emit, stopped: Callable[[], bool]) -> Mapping[str, object]:
         """Writes and measures all texts of a run; they are those of `Model.generate`.
@@ -136,16 +150,11 @@ class Playground:
             Stopped: if `stopped` says so.
             EditError: if an edit did not happen.
         """
-        self.check(ask)
         with stoppable(self.model, stopped):
             return self._run(ask, emit, stopped)
 
     def _run(self, ask: Ask, emit: Emit, stopped: Callable[[], bool]) -> Mapping[str, object]:
-        batch = self.model.tokens([{"role": "user", "content": ask.prompt}] if ask.chat else ask.prompt)
-        if batch.n_tokens > MAX_PROMPT_TOKENS:
-            raise InvalidInputError(
-                f"The prompt has {batch.n_tokens:,} tokens; the playground takes {MAX_PROMPT_TOKENS:,}. Shorten it."
-            )
+        batch = self.prompt(ask)
         self.model.require_room(batch.n_tokens + ask.max_new_tokens)
         edits = self._interventions(ask)
         texts: dict[str, Generation] = {}
@@ -184,7 +193,7 @@ class Playground:
             if stopped():
                 raise Stopped
             if ids.shape[1] == 1 and written:
-                emit({"kind": "token", "arm": arm, "text": self._shown(int(ids[0, 0]))})
+                emit({"kind": "token", "arm": arm, "text": self.shown(int(ids[0, 0]))})
             written.append(True)
 
         written: list[bool] = []
@@ -243,12 +252,13 @@ class Playground:
         ids = text.ids[0].tolist()
         return {
             "arm": arm, "ended": text.ended[0].replace("_", " "),
-            "tokens": [self._shown(i) for i in ids], "lens": [i in lens for i in ids],
+            "tokens": [self.shown(i) for i in ids], "lens": [i in lens for i in ids],
             "logprobs": {name: _short(values) for name, values in measured.logprobs.items()},
             "kl": {name: _short(values) for name, values in measured.kl.items()},
         }  # fmt: skip
 
-    def _shown(self, token: int) -> str:
+    def shown(self, token: int) -> str:
+        """A token as the page shows it."""
         vocabulary = TokenTexts.of(self.model.tokenizer)
         return clip(vocabulary.text(token)) if token < len(vocabulary) else f"⟨{token}⟩"
 
