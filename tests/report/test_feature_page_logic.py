@@ -149,10 +149,10 @@ def test_addresses_come_back() -> None:
 
 
 def test_numbers_are_written_as_in_reports() -> None:
-    values = [0.12345, 1234567, 49152, 0.5, 12.3, 1234.6, -0.25, 0.0893, 123.456, -3, 5651.2, 0.9996, 1.5e9, -0.00001]
+    values = [0.12345, 1234567, 49152, 0.5, 12.3, 1234.6, -0.25, 0.0893, 123.456, -3, 5651.2, 0.9996, 1.5e9, -0.00001, 4.14e-10, -4e-8]
     assert node("values.map(logic.num)", values=values) == [number(value) for value in values]
     odd = "[null, undefined, 0.0000012, Infinity, {$float: '-inf'}, 0].map(logic.num)"
-    assert node(odd) == ["not measured", "not measured", "<0.0001", "∞", "−∞", "0"]
+    assert node(odd) == ["not measured", "not measured", "1.2e-6", "∞", "−∞", "0"]
     assert node("[3, -2, 0, 2.8, 250, null].map(logic.real)") == ["3.00", "−2.00", "0", "2.80", "250", "not measured"]
     assert node("[0.25, 2.5e-6, null, 0].map(logic.percent)") == ["25%", "2.50 in a million", "not measured", "0%"]
 

@@ -107,7 +107,7 @@ def test_numbers_are_shown_with_interval_and_n_and_holes_as_not_available() -> N
     assert "<b>0.941</b> <small>[0.930, 0.950]</small>" in page
     assert "<figcaption>n = 200 documents.</figcaption>" in page
     assert 'title="95% interval, bootstrap, n = 200 documents"' in page
-    assert ">&lt;0.0001<" in page and ">5,650<" in page
+    assert ">&lt;1e-7<" in page and ">5,650<" in page
     assert page.count('<span class="na">n/a</span>') == 4
     assert "1,234,567" in page
     assert "nan" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)

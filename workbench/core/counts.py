@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from workbench.core.numbers import Number, singular
+
 MIN_BAR, MAX_BAR = 12, 40
 """Width of a bar in characters."""
-
-Number = int | float
 
 
 @dataclass
@@ -128,17 +128,6 @@ def amount(n: int, unit: str) -> str:
     ('1 pass', '2,000 SAEs')
     """
     return f"{n:,} {singular(unit) if n == 1 else unit}"
-
-
-def singular(unit: str) -> str:
-    """One of some units.
-
-    >>> [singular(unit) for unit in ("tokens", "batches", "passes", "replies", "SAEs")]
-    ['token', 'batch', 'pass', 'reply', 'SAE']
-    """
-    if unit.endswith("ies"):
-        return unit[:-3] + "y"
-    return unit[:-2] if unit.endswith(("ches", "sses")) else unit.removesuffix("s")
 
 
 def clock(seconds: Number) -> str:

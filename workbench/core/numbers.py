@@ -11,8 +11,11 @@ Number = int | float
 NOT_AVAILABLE = "n/a"
 """Shown for what could not be measured: NaN, infinities, None."""
 
-SMALLEST = 1e-4
-"""Smaller sizes are shown as less than this: they are rounding, or nothing that a reader acts on."""
+SMALLEST = 1e-7
+"""Smaller sizes are shown as less than this: they are rounding errors of float32."""
+
+EXPONENT_BELOW = 1e-4
+"""Smaller sizes are shown with an exponent, as frequencies of features are."""
 
 SMALLEST_P = 1e-3
 """Smaller probabilities and p-values are shown as less than this."""
@@ -40,9 +43,9 @@ def number(value: Number | None, decimals: int | None = None) -> str:
     digits or more that is whole is a count too.
 
     >>> number(0.12345), number(5651.2), number(1234567), number(49152), number(49152.0), number(4.14e-10)
-    ('0.123', '5,650', '1,234,567', '49152', '49152', '<0.0001')
-    >>> number(1.5e9), number(-0.5)
-    ('1.5e9', '−0.500')
+    ('0.123', '5,650', '1,234,567', '49152', '49152', '<1e-7')
+    >>> number(1.5e9), number(-0.5), number(1.2e-6)
+    ('1.5e9', '−0.500', '1.2e-6')
     """
     if value is None or not math.isfinite(value):
         return NOT_AVAILABLE
@@ -50,8 +53,8 @@ def number(value: Number | None, decimals: int | None = None) -> str:
         value = int(value)
         return _minus(f"{value:,}" if abs(value) >= 100_000 else str(value))
     if value != 0 and decimals is None and abs(value) < SMALLEST:
-        return f"<{SMALLEST}" if value > 0 else f">−{SMALLEST}"
-    if decimals is None and abs(value) >= LARGEST:
+        return f"<{_short_exponent(str(SMALLEST))}" if value > 0 else f">−{_short_exponent(str(SMALLEST))}"
+    if decimals is None and value != 0 and not EXPONENT_BELOW <= abs(value) < LARGEST:
         return _minus(_short_exponent(f"{value:.3g}"))
     places = decimals_for(value) if decimals is None else decimals
     return _minus(f"{round(value, places):,.{max(0, places)}f}")
@@ -80,7 +83,7 @@ def with_interval(value: Number, low: Number, high: Number, *, sign: bool = Fals
     write = signed if sign else number
     sizes = [abs(end) for end in (value, low, high) if math.isfinite(end)]
     largest = max(sizes, default=0.0)
-    places = decimals_for(*sizes) if largest >= SMALLEST and not 0 < 10 * abs(value) < largest else None
+    places = decimals_for(*sizes) if largest >= EXPONENT_BELOW and not 0 < 10 * abs(value) < largest else None
     shown, first, last = (_unbounded(end) or write(float(end), places) for end in (value, low, high))
     return (shown if math.isfinite(value) else NOT_AVAILABLE), f"[{first}, {last}]"
 
@@ -125,7 +128,7 @@ def counted(n: int, noun: str) -> str:
     if n != 1:
         return f"{number(n)} {noun}"
     head, *rest = re.split(r"( (?:of|x|per|in|and|with|from) )", noun, maxsplit=1)
-    return f"1 {_singular(head)}{''.join(rest)}"
+    return f"1 {singular(head)}{''.join(rest)}"
 
 
 def sample_size(n: int, unit: str) -> str:
@@ -137,7 +140,14 @@ def sample_size(n: int, unit: str) -> str:
     return f"n = {counted(n, unit)}"
 
 
-def _singular(noun: str) -> str:
+def singular(noun: str) -> str:
+    """One of what a plural names.
+
+    >>> [singular(noun) for noun in ("tokens", "batches", "passes", "replies", "SAEs", "series", "boxes")]
+    ['token', 'batch', 'pass', 'reply', 'SAE', 'series', 'box']
+    """
+    if noun.endswith("series"):
+        return noun
     if re.search("[^aeiou]ies$", noun):
         return noun[:-3] + "y"
     if re.search("(ss|sh|ch|x)es$", noun):

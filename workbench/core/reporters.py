@@ -10,7 +10,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from workbench.core.counts import Count, Number, bar_parts
+from workbench.core.counts import Count, bar_parts
+from workbench.core.numbers import Number
 
 if TYPE_CHECKING:
     from rich.live import Live

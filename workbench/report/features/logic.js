@@ -138,11 +138,11 @@ const logic = (() => {
     if (x === null || x === undefined) return "not measured";
     if (typeof x === "object" || !Number.isFinite(x)) return x.$float === "-inf" || x === -Infinity ? "−∞" : "∞";
     const size = Math.abs(x);
-    if (0 < size && size < 1e-4) return x > 0 ? "<0.0001" : ">−0.0001";
+    if (0 < size && size < 1e-7) return x > 0 ? "<1e-7" : ">−1e-7";
     const rounded = Number(size.toPrecision(3));
     let shown;
     if (Number.isInteger(x) && size < 1e9) shown = size >= 1e5 ? group(String(size)) : String(size);
-    else if (size >= 1e9) shown = rounded.toExponential().replace("e+", "e");
+    else if (size >= 1e9 || (0 < size && size < 1e-4)) shown = rounded.toExponential().replace("e+", "e");
     else shown = group(rounded.toFixed(Math.max(0, 2 - Math.floor(Math.log10(rounded)))));
     return (x < 0 ? "−" : "") + shown;
   }
