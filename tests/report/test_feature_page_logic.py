@@ -149,7 +149,24 @@ def test_addresses_come_back() -> None:
 
 
 def test_numbers_are_written_as_in_reports() -> None:
-    values = [0.12345, 1234567, 49152, 0.5, 12.3, 1234.6, -0.25, 0.0893, 123.456, -3, 5651.2, 0.9996, 1.5e9, -0.00001, 4.14e-10, -4e-8]
+    values = [
+        0.12345,
+        1234567,
+        49152,
+        0.5,
+        12.3,
+        1234.6,
+        -0.25,
+        0.0893,
+        123.456,
+        -3,
+        5651.2,
+        0.9996,
+        1.5e9,
+        -0.00001,
+        4.14e-10,
+        -4e-8,
+    ]
     assert node("values.map(logic.num)", values=values) == [number(value) for value in values]
     odd = "[null, undefined, 0.0000012, Infinity, {$float: '-inf'}, 0].map(logic.num)"
     assert node(odd) == ["not measured", "not measured", "1.2e-6", "∞", "−∞", "0"]

@@ -12,6 +12,7 @@ import tyro
 from workbench.cli.base import BaseCommand, Command, model_words, typed
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
+from workbench.core.numbers import number
 from workbench.core.records import write_atomic
 from workbench.interventions.intervention import Intervention
 from workbench.models.generation import Generation
@@ -128,7 +129,7 @@ class Capture(Command):
     """Replace a file that is there."""
 
     def run(self) -> None:
-        """Writes `activations.safetensors` into `out` and prints shapes and norms."""
+        """Writes `activations.safetensors` into `out` and prints shapes and norms: medians, which no sink dominates."""
         from safetensors.torch import save
 
         file = self.out / "activations.safetensors"
@@ -140,11 +141,12 @@ class Capture(Command):
         header = {"model": model.name, "fingerprint": model.fingerprint, "text": self.text}
         write_atomic(file, save({site: acts[site].contiguous().cpu() for site in acts}, metadata=header))
         shapes = {
-            site: {"shape": list(acts[site].shape), "mean_norm": float(acts[site].float().norm(dim=-1).mean())}
+            site: {"shape": list(acts[site].shape), "median_norm": float(acts[site].float().norm(dim=-1).median())}
             for site in acts
         }
         lines = [
-            f"{site}: shape {tuple(row['shape'])}, mean norm {row['mean_norm']:.4g}" for site, row in shapes.items()
+            f"{site}: shape {tuple(row['shape'])}, median norm {number(row['median_norm'])}"
+            for site, row in shapes.items()
         ]
         following = typed("harvest", *model_words(self.model), "--sites", *self.sites)
         self.emit({"file": str(file), "sites": shapes}, [*lines, f"wrote {file}"], following)
