@@ -307,16 +307,21 @@ class _Everything(Report):
     def findings(self) -> tuple[str, ...]:
         return (EVIL,) * 500
 
+    def headline(self) -> Headline:
+        arms = self._arms()
+        return Headline.read(
+            Says("It works.", "It does nothing.", "It fails."), value=(arms, "last", "n"), control=(arms, "3", "n")
+        )
+
+    def _arms(self) -> Table:
+        return Table(("arm", "n"), (*((str(i), i) for i in range(200)), ("last", 7)), "Arms")
+
     def section(self) -> Section:
         series = Series("s", tuple(range(400)), tuple(range(400)))
         plots = tuple(Lines(f"{EVIL[:20]} {i}", (series,) * 6) for i in range(5))
         long = Table((EVIL, "b"), ((EVIL, 1),) * 5_000, EVIL)
-        arms = Table(("arm", "n"), (*((str(i), i) for i in range(200)), ("last", 7)), "Arms")
-        headline = Headline.read(
-            Says("It works.", "It does nothing.", "It fails."), value=(arms, "last", "n"), control=(arms, "3", "n")
-        )
-        blocks = (long, *plots, Histogram("h", (1.0, 2.0)), Text(EVIL), arms)
-        return Section(EVIL, blocks, self.findings(), {EVIL: 1.0}, headline)
+        blocks = (long, *plots, Histogram("h", (1.0, 2.0)), Text(EVIL), self._arms())
+        return Section(EVIL, blocks, self.findings(), {EVIL: 1.0}, self.headline())
 
 
 def require_shown(value: object) -> None:

@@ -254,6 +254,9 @@ class WithoutBackend:
     def get_vocab(self) -> dict[str, int]:
         return self.inner.get_vocab()
 
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self.inner.encode(text).ids}
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.inner.encode(text, add_special_tokens=add_special_tokens).ids
 

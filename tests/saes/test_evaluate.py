@@ -17,6 +17,7 @@ from workbench.bases.kinds.random import random_like
 from workbench.bases.sae import as_basis
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.core.records import to_jsonable
 from workbench.models.model import Model
 from workbench.saes.evaluation.evaluate import EvalOptions, evaluate_sae
 from workbench.saes.formats.load import load_sae, sae_lens_module
@@ -166,7 +167,7 @@ def test_the_report_names_its_controls_and_is_json(model: Model, tmp_path: Path)
         warnings.simplefilter("error")
         report = evaluate_sae(model, sae, _rows())
     section = report.section()
-    shown = json.dumps(report.to_json()) + str(section)
+    shown = json.dumps(report.to_json()) + json.dumps(to_jsonable(section))
     assert all(name in shown for name in ("random SAE", "identity", "mean predictor", "zero ablation, sinks kept"))
     assert {"fvu", "recovered_zero", "recovered_zero_all", "recovered_mean", "kept_share"} <= section.metrics.keys()
     assert len(report.findings()) == 4

@@ -97,7 +97,7 @@ def test_the_command_writes_a_run_folder(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "text.txt").write_text("\n".join(t.replace("\n", " ") for t in TEXTS), encoding="utf-8")
     SaeSuite(
         sae=tmp_path / "sae", texts=tmp_path / "text.txt", model=str(tmp_path / "model"), out=tmp_path / "runs",
-        rows=12, text_sets=False, words=0, synthetic_steps=0, json=True,
+        rows=12, no_text_sets=True, words=0, synthetic_steps=0, json=True,
     ).run()  # fmt: skip
     out = json.loads(capsys.readouterr().out)
     assert Path(out["report"]).is_file()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.core.arguments import checked, shown
 from workbench.core.chats import Chat
@@ -39,15 +39,15 @@ class Wrapped(Shown):
 
     def __init__(
         self,
-        hf: PreTrainedModel,
+        hf: PreTrainedModel | nn.Module,  # a wrapper is refused with the place of the model inside
         tokenizer: PreTrainedTokenizerBase | TokenizerLike | None,
         name: str = "model",
         source: str | None = None,
     ) -> None:
-        self.hf, self.name, self.source = hf, name, source
+        self.site_map = build_site_map(hf)
+        self.hf, self.name, self.source = cast("PreTrainedModel", hf), name, source
         # transformers makes attributes such as `bos_token_id` at run time, which its type does not declare
         self.tokenizer: TokenizerLike = NoTokenizer() if tokenizer is None else cast(TokenizerLike, tokenizer)
-        self.site_map = build_site_map(hf)
         self._unembedding: tuple[tuple[int, int], Tensor] | None = None
 
     @property

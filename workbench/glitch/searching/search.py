@@ -66,13 +66,16 @@ class SearchRuns:
 def _over_runs(shares: list[Estimate]) -> Estimate:
     """The mean over runs; its interval is that over runs or that of one run's tokens, whichever reaches further.
 
-    Runs that agree by chance, such as two without any find, say nothing of how sure their share is.
+    Runs that agree, such as two without any find, say nothing of how sure their share is: it is that of their tokens.
     """
     if len(shares) == 1:
         return shares[0]
-    mean = sample_mean([share.value for share in shares], unit="runs", within=SHARE)
+    values = [share.value for share in shares]
+    mean = sample_mean(values, unit="runs", within=SHARE)
     low, high = (float(np.mean([getattr(share, end) for share in shares])) for end in ("low", "high"))
-    return dataclasses.replace(mean, low=max(0.0, min(mean.low, low)), high=min(1.0, max(mean.high, high)))
+    if min(values) == max(values):
+        return dataclasses.replace(mean, low=low, high=high)
+    return dataclasses.replace(mean, low=min(mean.low, low), high=max(mean.high, high))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
