@@ -10,7 +10,7 @@ import pytest
 from workbench.core.errors import InvalidInputError
 from workbench.core.records import from_jsonable, to_jsonable
 from workbench.core.stats import Estimate
-from workbench.report.base import Headline, Says, Section, Table
+from workbench.report.base import Headline, Says, Section, Table, beside
 from workbench.report.headline import Better, Measured, Verdict, verdict
 from workbench.report.page import Page, page_html
 from workbench.runs.content import headline_rows
@@ -112,3 +112,16 @@ def test_the_summary_links_each_number_to_the_row_that_holds_it() -> None:
     for anchor, shown in links:
         row = re.search(rf'<tr id="{anchor}">(.*?)</tr>', rest)
         assert row is not None and shown in row[1].replace(" class=num", "")
+
+
+def test_the_difference_that_decides_is_shown_wherever_the_numbers_are() -> None:
+    close, apart = between(0.4, 0.7), Estimate(0.05, 0.01, 0.09, 40, "t")
+    table = beside("accuracy", ("SHIFT", between(0.5, 0.7)), ("random", close), apart)
+    section = Section("One", (table,), headline=Headline.of(SAYS, table))
+    assert section.headline is not None and section.headline.verdict == "works", "though the intervals overlap"
+    shown = "paired difference +0.0500 [+0.0100, +0.0900]"
+    assert shown in section.headline.line()
+    (row,) = headline_rows("a", section)
+    assert row["difference"] is not None and row["difference"]["low"] == 0.01
+    page = page_html(Page(title="t", sections={"a": section, "b": Section("Other")}))
+    assert shown in page.split("</section>", 1)[0]

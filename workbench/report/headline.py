@@ -207,7 +207,11 @@ class Headline(OneLine):
             return ""
         measure = self.measure[:1].upper() + self.measure[1:]
         shown = f"{measure} {shown_measured(self.value)}"
-        return shown if self.control is None else f"{shown}; {self.control_name} {shown_measured(self.control)}"
+        if self.control is not None:
+            shown += f"; {self.control_name} {shown_measured(self.control)}"
+        if self.difference is not None:
+            shown += f"; {self.difference_name} {' '.join(self.difference.shown(sign=True))}"
+        return shown
 
 
 def beside(

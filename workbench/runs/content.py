@@ -79,6 +79,7 @@ class HeadlineRow(TypedDict):
     value: MetricRow | None
     control: MetricRow | None
     control_name: str
+    difference: MetricRow | None
 
 
 def headline_rows(step: str, section: Section) -> list[HeadlineRow]:
@@ -86,11 +87,11 @@ def headline_rows(step: str, section: Section) -> list[HeadlineRow]:
     told = section.headline
     if told is None:
         return []
-    named = {"value": told.value, "control": told.control}
+    named = {"value": told.value, "control": told.control, "difference": told.difference}
     rows = flat_metrics({name: number for name, number in named.items() if number is not None})
     row = HeadlineRow(
         step=step, verdict=told.verdict, sentence=told.sentence, measure=told.measure, value=rows.get("value"),
-        control=rows.get("control"), control_name=told.control_name,
+        control=rows.get("control"), control_name=told.control_name, difference=rows.get("difference"),
     )  # fmt: skip
     return [row]
 
