@@ -303,8 +303,18 @@ def test_hostile_text_is_text_everywhere(browser: Browser) -> None:
         browser.open(url)
         browser.until("document.getElementById('about').textContent.includes('layers')")
         before = browser.js("document.querySelectorAll('script, img, iframe, svg, b, a').length")
+        assert browser.js("document.getElementById('suggested-why').textContent").startswith("Suggested: ")
+        assert browser.js("document.querySelector('#suggested button .id').textContent") == "#1"
+        browser.key("/")
+        browser.type("<")
+        assert browser.js("document.querySelectorAll('#hits mark').length") > 0
+        assert set(browser.js("[...document.querySelectorAll('#hits mark')].map((e) => e.textContent)")) == {"<"}
+        assert browser.js("document.querySelectorAll('#preview .chip').length") > 3
+        browser.key("Escape")
         _choose(browser, "#2")
-        _choose(browser, "#1")
+        assert browser.js("document.getElementById('preview').hidden")
+        assert browser.js("document.querySelectorAll('#suggested button').length") == 1
+        browser.click("#suggested button")
         _choose(browser, "#9")
         _set(browser, "prompt", "".join(HOSTILE[:6]))
         browser.click("#read")

@@ -149,6 +149,65 @@ def test_features_are_found_best_first(query: str, scores: list[Any] | None, fou
     }
 
 
+QUERIES = [
+    "dog", '" dog"', "promoted:dog", "token:DOG", "flag:dead", "flag=dead", "12", "zebra", "explanation:big",
+    "big", 'promoted=" dog"', "dog -flag:dead", "cat dog",
+]  # fmt: skip
+
+
+def test_every_hit_says_the_fields_that_hold_the_words_and_no_others_do() -> None:
+    index = INDEX | {"explanation": ["Big cats", "", ""]}
+    found = node(
+        "QUERIES.map((query) => ({ terms: logic.parseQuery(query), hits: logic.search(INDEX, query).rows, "
+        "why: INDEX.feature.map((_, row) => play.why(INDEX, row, query, logic)) }))",
+        INDEX=index, QUERIES=QUERIES,
+    )  # fmt: skip
+    for query, said in zip(QUERIES, found, strict=True):
+        for row, reasons in enumerate(said["why"]):
+            # With one term a row has a reason exactly if it is a hit; with more a hit has one of each word.
+            if len(said["terms"]) == 1:
+                assert (row in said["hits"]) == bool(reasons), (query, row)
+            if row in said["hits"]:
+                words = {term["value"] for term in said["terms"] if not term["negated"]}
+                assert {one["word"] for one in reasons} == words, (query, row)
+            for one in reasons:
+                names = ("promoted", "suppressed", "reads")
+                texts = {name: [index["strings"][i] for i in index[name][row]] for name in names}
+                texts |= {"explanation": [index["explanation"][row]], "flag": ["dead: x", "dead"]}
+                assert one["text"] in texts[one["field"]]
+                assert one["word"].lower() in one["text"].lower()
+
+
+def test_a_number_that_was_asked_for_is_said_and_the_word_is_found_in_its_text() -> None:
+    index = INDEX | {"values": INDEX["values"] | {"output_score": [0.1, 0.2, 0.3]}}
+    assert node("play.why(INDEX, 1, 'output_score>0.1', logic)", INDEX=index) == [
+        {"field": "output_score", "text": 0.2, "word": None}
+    ]
+    assert node("[play.pieces('The DOG', 'dog'), play.pieces('x', 'dog'), play.pieces('İ dog', 'dog')]") == [
+        ["The ", "DOG", ""], ["x", "", ""], ["İ dog", "", ""],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "taken", "found", "by"),
+    [
+        ({"output_score": [0.1, 0.2, 0.3], "frequency": [0.3, 0.2, 0.1]}, [], [7, 4], "output_score"),
+        ({"output_score": [0.1, None, 0.3], "frequency": [0.3, 0.2, 0.1]}, [], [4], "output_score"),
+        ({"output_score": [0.1, 0.2, 0.3], "frequency": [0.3, 0.0, 0.1]}, [], [4], "output_score"),
+        ({"output_score": [None] * 3, "frequency": [0.1, 0.2, 0.3]}, [7], [4], "frequency"),
+        ({"frequency": [None] * 3}, [], [], None),
+    ],
+)
+def test_features_to_begin_with_are_alive_and_the_best_measured(
+    values: dict[str, Any], taken: list[int], found: list[int], by: str | None
+) -> None:
+    index = INDEX | {"values": values}
+    assert node("play.suggested(INDEX, TAKEN, 5)", INDEX=index, TAKEN=taken) == {"features": found, "by": by}
+    assert node("play.suggested(INDEX, [], 1).features", INDEX=index) == node(
+        "play.suggested(INDEX, [], 5).features.slice(0, 1)", INDEX=index
+    )
+
+
 def test_what_cannot_be_searched_is_said() -> None:
     assert "no field" in node("play.hits(INDEX, 'score>1', 20, logic.search).error", INDEX=INDEX)
     assert node("play.hits(null, '#5', 20, logic.search)") == {"features": [5], "error": None}

@@ -142,8 +142,50 @@ const play = (() => {
     });
   }
 
+  /* Why a row is a hit: each field that a term of the search was found in, with the text and the word; values of numbers. */
+  function why(index, row, text, logic) {
+    const found = [];
+    for (const { negated, field, op, value, quoted } of logic.parseQuery(text)) {
+      if (negated) continue;
+      if (field in index.values) found.push({ field, text: index.values[field][row], word: null });
+      else found.push(...textsOf(index, row, field, value, quoted, op === "=" ? logic.flagName : (flag) => flag).filter((one) => fits(one.text, value, op)).map((one) => ({ ...one, word: value })));
+    }
+    return found.filter((one, i) => found.findIndex((other) => other.field === one.field && other.text === one.text) === i);
+  }
+
+  const LISTS = ["promoted", "suppressed", "reads"];
+  const fits = (text, value, op) => (op === "=" ? text.toLowerCase() === value.toLowerCase() : text.toLowerCase().includes(value.toLowerCase()));
+
+  /* The texts that a term looks at; those of a number alone, such as #12, are none. */
+  function textsOf(index, row, field, value, quoted, flagText) {
+    if (field === null && !quoted && /^#\d+$/.test(value)) return [];
+    const wanted = field === null ? ["explanation", "flag", ...LISTS] : field === "token" ? LISTS : [field];
+    return wanted.flatMap((name) => {
+      if (name === "explanation") return [{ field: name, text: index.explanation[row] }];
+      if (name === "flag") return index.flags[row].map((flag) => ({ field: name, text: flagText(flag) }));
+      return index[name][row].map((id) => ({ field: name, text: index.strings[id] }));
+    });
+  }
+
+  /* A text before, at and after the first place of a word; whole where its letters change length in lower case. */
+  function pieces(text, word) {
+    const low = text.toLowerCase();
+    const at = word === null || low.length !== text.length ? -1 : low.indexOf(word.toLowerCase());
+    return at < 0 ? [text, "", ""] : [text.slice(0, at), text.slice(at, at + word.length), text.slice(at + word.length)];
+  }
+
+  /* The features to begin with, and by what they were chosen: output score, or else how often they are active. */
+  function suggested(index, taken, n) {
+    const by = index === null ? undefined : ["output_score", "frequency"].find((name) => (index.values[name] || []).some((x) => x !== null));
+    if (by === undefined) return { features: [], by: null };
+    const values = index.values[by], isDead = (row) => index.flags[row].some((flag) => flag.startsWith("dead"));
+    const rows = index.feature.map((_, row) => row).filter((row) => values[row] !== null && !isDead(row) && index.values.frequency?.[row] !== 0 && !taken.includes(index.feature[row]));
+    rows.sort((a, b) => values[b] - values[a] || index.feature[a] - index.feature[b]);
+    return { features: rows.slice(0, n).map((row) => index.feature[row]), by };
+  }
+
   return {
-    TITLES, SHORT, UNITS, DEFAULTS, readLines, begin, after, isOver, progress, says, colours, legend, largestKl, shade, tip, means, klBars, hits,
+    why, pieces, suggested, TITLES, SHORT, UNITS, DEFAULTS, readLines, begin, after, isOver, progress, says, colours, legend, largestKl, shade, tip, means, klBars, hits,
   };
 })();
 if (typeof module !== "undefined") module.exports = play;

@@ -2,7 +2,7 @@
 (() => {
   const { num, real } = logic;
   const { $, el, svg, chip, missing, showTip, hideTip } = dom;
-  const KEPT = "workbench-playground", SHOWN = 60, SHOWN_TOKENS = 300, FIELDS = ["prompt", "max_new_tokens", "temperature", "seed", "scope"];
+  const KEPT = "workbench-playground", SHOWN = 60, SHOWN_TOKENS = 300, SHOWN_REASONS = 3, SHOWN_NUMBERS = 8, SUGGESTED = 5, FIELDS = ["prompt", "max_new_tokens", "temperature", "seed", "scope"];
   const state = { about: null, index: null, rowOf: new Map(), hits: [], at: -1, chosen: [], lens: new Map(), run: null, active: null, colour: "" };
 
   /* -------------------------------------------------------------- server */
@@ -74,15 +74,63 @@
     $("hits").hidden = quiet || state.hits.length === 0;
     $("hits").scrollTop = 0;
     drawHits();
+    drawSuggested();
+  }
+
+  function closeHits() {
+    $("hits").hidden = $("preview").hidden = true;
+    $("query").setAttribute("aria-expanded", "false");
+    drawSuggested();
+  }
+
+  /* Features to begin with, while nothing is searched. */
+  function drawSuggested() {
+    const { features, by } = play.suggested(state.index, state.chosen.map((edit) => edit.feature), SUGGESTED);
+    const why = { output_score: "the highest output scores", frequency: "active most often; output scores were not measured" }[by];
+    $("suggested").hidden = !$("hits").hidden || $("query").value.trim() !== "" || features.length === 0;
+    $("suggested-why").textContent = `Suggested: ${why}`;
+    $("suggested-features").replaceChildren(...features.map((feature) => el("button", { type: "button", class: "suggested", on: { click: () => choose(feature) } }, line(feature))));
   }
 
   function drawHits() {
     $("hits").replaceChildren(...state.hits.map((feature, place) => el("li", {
-      role: "option", id: `hit-${place}`, "aria-selected": String(place === state.at), on: { mousedown: (event) => { event.preventDefault(); choose(feature); } },
-    }, line(feature))));
+      role: "option", id: `hit-${place}`, "aria-selected": String(place === state.at), on: {
+        mousedown: (event) => { event.preventDefault(); choose(feature); }, mouseenter: () => drawPreview(feature), mouseleave: () => drawPreview(state.hits[state.at]),
+      },
+    }, line(feature), whyOf(feature))));
+    drawPreview(state.hits[state.at]);
     $("query").setAttribute("aria-expanded", String(!$("hits").hidden));
     if (state.at >= 0) $("query").setAttribute("aria-activedescendant", `hit-${state.at}`);
     else $("query").removeAttribute("aria-activedescendant");
+  }
+
+  /* The fields that a hit matched in, the word marked. */
+  function whyOf(feature) {
+    const row = state.rowOf.get(feature);
+    const found = row === undefined ? [] : play.why(state.index, row, $("query").value, logic);
+    if (found.length === 0) return null;
+    const shown = found.slice(0, SHOWN_REASONS).map(({ field, text, word }) => el("span", { class: "reason" }, `${field}: `, ...(word === null ? [num(text)] : marked(text, word))));
+    return el("div", { class: "why" }, ...shown, found.length > shown.length ? `and ${found.length - shown.length} more` : null);
+  }
+
+  function marked(text, word) {
+    const [before, at, after] = play.pieces(text, word);
+    return [before, at === "" ? "" : el("mark", { text: at }), after];
+  }
+
+  /* What the index holds of a feature; its contexts are in the feature page. */
+  function drawPreview(feature) {
+    const row = state.rowOf.get(feature), index = state.index;
+    $("preview").hidden = $("hits").hidden || row === undefined;
+    if ($("preview").hidden) return;
+    const chips = (name) => (index[name][row].length ? [el("dt", { text: name }), el("dd", {}, ...index[name][row].map((id) => chip(index.strings[id])))] : []);
+    const measured = index.columns.filter(({ name, kind }) => kind === "number" && name !== "feature" && index.values[name][row] !== null);
+    const numbers = measured.slice(0, SHOWN_NUMBERS).flatMap(({ name, label }) => [el("dt", { text: label }), el("dd", { text: real(index.values[name][row]) })]);
+    const weak = index.holds[row] ? "" : " (not above its controls in every test)";
+    $("preview").replaceChildren(el("h3", { text: `Feature ${feature}` }),
+      index.explanation[row] === "" ? "" : el("p", { text: index.explanation[row] + weak }),
+      ...index.flags[row].map((flag) => el("p", { class: "note", text: flag })),
+      el("dl", {}, ...["reads", "promoted", "suppressed"].flatMap(chips), ...numbers));
   }
 
   function moveHit(key) {
@@ -480,7 +528,7 @@
     recall();
     $("query").addEventListener("input", () => search());
     $("query").addEventListener("focus", () => search());
-    $("query").addEventListener("blur", () => { $("hits").hidden = true; $("query").setAttribute("aria-expanded", "false"); });
+    $("query").addEventListener("blur", closeHits);
     $("form").addEventListener("submit", (event) => { event.preventDefault(); run(); });
     $("form").addEventListener("input", keep);
     $("stop").addEventListener("click", stop);
