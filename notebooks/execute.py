@@ -21,6 +21,9 @@ def execute(path: Path, write: bool) -> None:
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
     print(f"{path.name}: {len(notebook.cells)} cells in {time.perf_counter() - start:.0f} s")
     if write:
+        for cell in notebook.cells:
+            if cell.cell_type == "code":  # warnings of other packages name files of this machine
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         nbformat.write(notebook, path)
 
 
