@@ -45,8 +45,8 @@ FOUNDATION = {
 
 CORE = {
     "errors": set(),
-    "counts": set(),
-    "reporters": {"counts"},
+    "counts": {"numbers"},
+    "reporters": {"counts", "numbers"},
     "progress": {"counts", "reporters"},
     "annotations": set(),
     "kinds": {"errors"},

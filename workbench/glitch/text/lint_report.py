@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from workbench.core.jsontext import Json
+from workbench.core.numbers import counted
 from workbench.core.records import to_jsonable
 from workbench.core.stats import clopper_pearson
 from workbench.glitch.reporting import TokenReport, measured, sentences, shown, write_csv
@@ -130,7 +131,8 @@ class LintReport(TokenReport):
         """What was found, in sentences."""
         parts = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in self.by_kind.items() if n)
         return sentences(
-            f"{self.documents:,} documents, {self.characters:,} characters, {self.tokens:,} tokens read with the "
+            f"{counted(self.documents, 'documents')}, {counted(self.characters, 'characters')}, "
+            f"{counted(self.tokens, 'tokens')} read with the "
             f"tokenizer of {self.model}; {self.looked_for:,} ids looked for ({self.origin}).",
             f"{self.n_findings:,} findings: {parts}." if parts else "Nothing was found.",
             f"{len(self.guard):,} hardly trained ids occur {self._n_untrained:,} times. Fine-tuning on this text moves "
