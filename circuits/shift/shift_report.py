@@ -276,7 +276,8 @@ class ShiftReport(Report):
         measured = {column: e for column, e in over.items() if e is not None}
         column = min(measured, key=lambda column: max(measured[column].low, -measured[column].high))
         ahead = self._ahead()
-        simpler = f"; {' and '.join(ahead)} had a higher accuracy" if ahead else ""
+        named = " and ".join(filter(None, (", ".join(ahead[:-1]), *ahead[-1:])))
+        simpler = f"; {named} had a higher accuracy" if ahead else ""
         idle = "" if self.n_spurious else ": the judge called none of the candidates spurious"
         return Headline.read(
             Says(

@@ -71,7 +71,7 @@ def test_the_sentence_is_that_of_the_verdict() -> None:
     assert read("random", "SHIFT").sentence == "It does harm."
     assert read("random", "random").sentence == "It does no more than chance."
     assert read("other").sentence == "Nobody looked."
-    assert read().line() == "works: It works. Accuracy 0.850 [0.800, 0.900]; random 0.500 [0.400, 0.600]."
+    assert read().line() == "works: It works. Accuracy: 0.850 [0.800, 0.900]; random: 0.500 [0.400, 0.600]."
 
 
 def test_a_headline_is_read_from_a_table_or_refused() -> None:
@@ -119,7 +119,7 @@ def test_the_difference_that_decides_is_shown_wherever_the_numbers_are() -> None
     table = beside("accuracy", ("SHIFT", between(0.5, 0.7)), ("random", close), apart)
     section = Section("One", (table,), headline=Headline.of(SAYS, table))
     assert section.headline is not None and section.headline.verdict == "works", "though the intervals overlap"
-    shown = "paired difference +0.0500 [+0.0100, +0.0900]"
+    shown = "paired difference: +0.0500 [+0.0100, +0.0900]"
     assert shown in section.headline.line()
     (row,) = headline_rows("a", section)
     assert row["difference"] is not None and row["difference"]["low"] == 0.01

@@ -197,7 +197,7 @@ class Headline(OneLine):
         """Verdict, sentence and numbers, for a terminal.
 
         >>> Headline(sentence="It works.", measure="right answers", value=90, control=50, control_name="random").line()
-        'works: It works. Right answers 90; random 50.'
+        'works: It works. Right answers: 90; random: 50.'
         """
         return f"{self.verdict}: {self.sentence}" + (f" {numbers}." if (numbers := self.numbers()) else "")
 
@@ -206,11 +206,11 @@ class Headline(OneLine):
         if self.value is None:
             return ""
         measure = self.measure[:1].upper() + self.measure[1:]
-        shown = f"{measure} {shown_measured(self.value)}"
+        shown = f"{measure}: {shown_measured(self.value)}"
         if self.control is not None:
-            shown += f"; {self.control_name} {shown_measured(self.control)}"
+            shown += f"; {self.control_name}: {shown_measured(self.control)}"
         if self.difference is not None:
-            shown += f"; {self.difference_name} {' '.join(self.difference.shown(sign=True))}"
+            shown += f"; {self.difference_name}: {' '.join(self.difference.shown(sign=True))}"
         return shown
 
 
