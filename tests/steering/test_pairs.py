@@ -11,7 +11,7 @@ from tests.tiny import tiny_model
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.models.model import Model
 from workbench.steering.directions.contrast import difference_of_means
-from workbench.steering.directions.pairs import _separated
+from workbench.steering.directions.pairs import SHUFFLES, _flips, _more, _separated
 
 WITH, WITHOUT = [f"{c}{c} yes" for c in "abcdefghij"], [f"{c}{c} non" for c in "abcdefghij"]
 
@@ -41,24 +41,51 @@ def test_the_vector_is_the_difference_of_means_without_the_first_token(model: Mo
 
 def test_held_out_pairs_are_separated_and_the_controls_are_at_chance(found: wb.Direction) -> None:
     assert found.separated.value == 1.0 and found.separated.n == 10
-    assert 0.3 < found.shuffled.value < 0.7 and found.shuffled.n == 20
+    assert 0.3 < found.shuffled.value < 0.7 and found.shuffled.n == SHUFFLES
     headline = found.section().headline
-    assert headline is not None and headline.control == found.shuffled
+    assert headline is not None and headline.control == found.shuffled and headline.difference == found.more
+    assert headline.verdict == "works"
     assert found.section().metrics["random_direction"] is found.random
 
 
 def test_a_pair_is_judged_by_a_direction_that_others_made() -> None:
     gaps, folds = torch.eye(4).double(), torch.arange(4)
-    assert _separated(gaps, folds, lambda others: others.mean(0)) == 0, "orthogonal gaps say nothing of each other"
-    assert _separated(gaps + 1, folds, lambda others: others.mean(0)) == 4
-    seen = []
-    _separated(gaps, folds, lambda others: seen.append(len(others)) or others[0])
-    assert seen == [3, 3, 3, 3]
+    as_given = torch.ones(1, 4).double()
+    assert _separated(gaps @ gaps.T, folds, as_given) == [0], "orthogonal gaps say nothing of each other"
+    assert _separated((gaps + 1) @ (gaps + 1).T, folds, as_given) == [4]
+    random = torch.Generator().manual_seed(0)
+    gaps, folds = torch.randn(7, 3, generator=random).double(), torch.arange(7) % 3
+    flips = torch.tensor([[1.0] * 7, [-1.0] * 7, [1.0, -1.0] * 3 + [1.0]]).double()
+    expected = [
+        sum(float(gap @ (gaps * flip[:, None])[folds != fold].mean(0) * sign) > 0
+            for gap, fold, sign in zip(gaps, folds, flip, strict=True))
+        for flip in flips
+    ]  # fmt: skip
+    assert _separated(gaps @ gaps.T, folds, flips) == expected and expected[0] == expected[1] != expected[2]
+
+
+@pytest.mark.parametrize(("n", "works"), [(2, False), (5, False), (6, True), (9, True), (12, True)])
+def test_six_pairs_that_agree_are_enough_and_five_are_not(n: int, works: bool) -> None:
+    alike, folds, flips = torch.ones(n, n).double(), torch.arange(n) % min(5, n), _flips(n, 0)
+    (own,), shuffled = _separated(alike, folds, flips.abs()[:1]), _separated(alike, folds, flips)
+    assert own == n and (_more(own, shuffled, n).low > 0) == works
+    assert len(flips.unique(dim=0)) == len(flips) == min(2**n, SHUFFLES) or n > 9
+
+
+def test_labels_that_say_nothing_seldom_work() -> None:
+    random, folds, works = torch.Generator().manual_seed(0), torch.arange(8) % 5, 0
+    for _ in range(400):
+        gaps = torch.randn(8, 16, generator=random).double()
+        flips = _flips(8, 0)
+        shuffled = _separated(gaps @ gaps.T, folds, flips)
+        works += _more(shuffled[0], shuffled, 8).low > 0  # the first leaves all pairs as they are
+    assert works / 400 < 0.085  # 3.2 standard errors above 5 %
 
 
 def test_sides_without_a_difference_in_kind_are_no_better_than_shuffled(model: Model) -> None:
-    same = wb.direction(model, ["ab c", "de f", "gh i", "jk l"], ["mn c", "op f", "qr i", "st l"], "resid_post.1")
-    headline = same.section().headline
+    ends, starts = ["c", "f", "i", "l", "o", "q", "s", "u"], ["ab", "de", "gh", "jk", "mn", "op", "qr", "st"]
+    sides = [[f"{start} {end}" for start, end in zip(some, ends, strict=True)] for some in (starts, starts[3:] + starts[:3])]
+    headline = wb.direction(model, *sides, "resid_post.1").section().headline
     assert headline is not None and headline.verdict == "no better than its control"
 
 

@@ -33,8 +33,9 @@ def verdict(
     1. Without the number or its control, nothing was measured: "not measured".
     2. `better` "at least" or "at most": the control is a limit. "works" if the number meets it with its whole interval,
        otherwise "fails".
-    3. With the interval of a paired difference (number minus control): "works" if the interval lies on the better side
-       of 0, "fails" if it lies on the worse side, "no better than its control" if it holds 0.
+    3. With the interval of a difference (number minus control), paired or over draws of the control: "works" if the
+       interval lies on the better side of 0, "fails" if it lies on the worse side, "no better than its control" if it
+       holds 0.
     4. Otherwise the two intervals are compared: "works" or "fails" if they don't overlap, "no better than its control"
        if they do. Beside an interval, a number counts as one of no width; two numbers without intervals are compared
        where both are counts, otherwise it is "not measured" how sure they are.
@@ -101,7 +102,7 @@ class Headline(OneLine):
         value: the number.
         control: the same number for the control, or the limit that it is held to.
         control_name: what the control is.
-        difference: paired difference, where it was measured; positive means more than the control.
+        difference: number minus control, where its interval was measured, paired or over draws of the control.
         difference_name: what was subtracted from what, if not the control from the number.
         better: which way is better, or what kind of limit the control is.
         place: the cell that the number was read from.
