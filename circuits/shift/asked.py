@@ -11,6 +11,7 @@ from circuits.shift.deciders import Decider, Decision, FeatureDossier, Verdict
 from circuits.shift.task import Pair, ShiftTask
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
+from workbench.core.numbers import number
 from workbench.core.stats import Estimate, paired_difference
 from workbench.judges.files import FileJudge
 from workbench.judges.gate import JudgeGate, Trial, trial
@@ -77,7 +78,8 @@ class AskedDecider(OneLine):
         decision: Decision = "unsure"
         if max(attribute, label) >= MIN_YES and score:
             decision = "spurious" if score > 0 else "intended"
-        why = f"its tokens tell {' or '.join(self.attribute)}: {attribute:.2f}; {' or '.join(self.label)}: {label:.2f}"
+        told = {" or ".join(self.attribute): attribute, " or ".join(self.label): label}
+        why = f"its tokens tell {'; '.join(f'{names}: {number(share)}' for names, share in told.items())}"
         return Verdict(dossier.node, decision, score, why)
 
 

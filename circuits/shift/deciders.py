@@ -12,6 +12,7 @@ from jaxtyping import Float
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, MismatchError
+from workbench.core.numbers import number
 
 Decision = Literal["spurious", "intended", "unsure"]
 Rows = Float[np.ndarray, " rows"]
@@ -155,9 +156,8 @@ class StatisticsDecider(OneLine):
         decision: Decision = "spurious" if score > self.z else "intended" if score < -self.z else "unsure"
         share = swapped / between if between else float("nan")
         why = (
-            f"swapping the attribute undoes {100 * share:.0f} % of its difference between labels (z = {score:.1f}); "
-            f"{100 * dossier.spurious_share:.0f} % of its activation is on spurious words, "
-            f"{100 * dossier.target_share:.0f} % on label words"
+            f"swapping the attribute undoes a share of {number(share)} of its difference between labels "
+            f"(z = {score:.1f}); {_on_words(dossier)}"
         )
         return Verdict(dossier.node, decision, score, why)
 
@@ -200,7 +200,7 @@ class LexiconDecider(OneLine):
         """The verdict on one feature."""
         ours, theirs = dossier.spurious_share, dossier.target_share
         spurious, intended = ours >= self.share and ours > theirs, theirs >= self.share and theirs > ours
-        why = f"{100 * ours:.0f} % of its activation is on spurious words, {100 * theirs:.0f} % on label words"
+        why = _on_words(dossier)
         return Verdict(
             dossier.node, "spurious" if spurious else "intended" if intended else "unsure", ours - theirs, why
         )
@@ -226,8 +226,18 @@ class OracleDecider(OneLine):
         seen = dossier.balanced
         by_label, by_spurious = (_standardised(seen.acts, part) for part in (seen.label, seen.spurious))
         score = abs(by_spurious) - abs(by_label)
-        why = f"on balanced rows differs by {by_spurious:.2f} sd with the attribute, {by_label:.2f} sd with the label"
+        why = (
+            f"on balanced rows differs by {number(by_spurious)} sd with the attribute, {number(by_label)} sd with the "
+            "label"
+        )
         return Verdict(dossier.node, "spurious" if score > 0 else "intended", score, why)
+
+
+def _on_words(dossier: FeatureDossier) -> str:
+    return (
+        f"a share of {number(dossier.spurious_share)} of its activation is on spurious words, "
+        f"{number(dossier.target_share)} on label words"
+    )
 
 
 def _standardised(acts: np.ndarray, part: np.ndarray) -> float:

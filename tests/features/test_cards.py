@@ -184,7 +184,7 @@ def test_flags_by_hand() -> None:
         ["outlier"],
         ["outlier"],
     ]
-    assert "11.0%" in flags[1][0]
+    assert "a share of 0.110 of 100" in flags[1][0]
     assert "decoder norm" in flags[5][0]
     assert flags_of(torch.zeros(1, dtype=torch.long), 5, torch.zeros(1), torch.ones(1)) == [
         ("dead: active on none of 5 tokens",)

@@ -84,7 +84,9 @@ def test_labels_that_say_nothing_seldom_work() -> None:
 
 def test_sides_without_a_difference_in_kind_are_no_better_than_shuffled(model: Model) -> None:
     ends, starts = ["c", "f", "i", "l", "o", "q", "s", "u"], ["ab", "de", "gh", "jk", "mn", "op", "qr", "st"]
-    sides = [[f"{start} {end}" for start, end in zip(some, ends, strict=True)] for some in (starts, starts[3:] + starts[:3])]
+    sides = [
+        [f"{start} {end}" for start, end in zip(some, ends, strict=True)] for some in (starts, starts[3:] + starts[:3])
+    ]
     headline = wb.direction(model, *sides, "resid_post.1").section().headline
     assert headline is not None and headline.verdict == "no better than its control"
 

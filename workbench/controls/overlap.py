@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from workbench.controls.directions import random_directions
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import number
 from workbench.core.similarity import max_cosines
 from workbench.core.stats import Estimate, sample_mean, wilson
 
@@ -73,7 +74,9 @@ class Overlap:
         return "better than null" if self.better else "no better than null"
 
     def __str__(self) -> str:
-        nulls = ", ".join(f"{name} {max(d.mean_max.value for d in draws):.3g}" for name, draws in self.nulls.items())
+        nulls = ", ".join(
+            f"{name} {number(max(d.mean_max.value for d in draws))}" for name, draws in self.nulls.items()
+        )
         return f"mean largest cosine {self.observed.mean_max}, {self.verdict} ({nulls}; d={self.d}, m={self.m})"
 
 

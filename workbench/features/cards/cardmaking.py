@@ -18,6 +18,7 @@ from workbench.bases.sae import AnySAE
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import counted, number
 from workbench.engine.keeper import Keeper
 from workbench.features.card import Explanation, FeatureCard, LensToken, Neighbour, Window
 from workbench.features.cards.cardset import CardSet
@@ -135,7 +136,7 @@ def flags_of(
 
     >>> ones = torch.ones(3)
     >>> flags_of(torch.tensor([0, 2, 1]), 10, torch.tensor([0.0, 1.0, 1.0]), ones)[:2]
-    [('dead: active on none of 10 tokens',), ('dense: active on 20.0% of 10 tokens',)]
+    [('dead: active on none of 10 tokens',), ('dense: active on a share of 0.200 of 10 tokens',)]
     """
     live = active > 0
     effect = max_act * decoder_norms
@@ -145,13 +146,13 @@ def flags_of(
     for n, strength, norm in zip(active.tolist(), effect.tolist(), decoder_norms.tolist(), strict=True):
         own = []
         if n == 0:
-            own.append(f"dead: active on none of {n_tokens} tokens")
+            own.append(f"dead: active on none of {counted(n_tokens, 'tokens')}")
         if n > DENSE_SHARE * n_tokens:
-            own.append(f"dense: active on {n / n_tokens:.1%} of {n_tokens} tokens")
+            own.append(f"dense: active on a share of {number(n / n_tokens)} of {counted(n_tokens, 'tokens')}")
         if n and strength > OUTLIER_FACTOR * usual_effect:
-            own.append(f"outlier: writes up to {strength:.3g}, the median live feature {usual_effect:.3g}")
+            own.append(f"outlier: writes up to {number(strength)}, the median live feature {number(usual_effect)}")
         if n and not usual_norm / OUTLIER_FACTOR <= norm <= OUTLIER_FACTOR * usual_norm:
-            own.append(f"outlier: decoder norm {norm:.3g}, the median {usual_norm:.3g}")
+            own.append(f"outlier: decoder norm {number(norm)}, the median {number(usual_norm)}")
         flags.append(tuple(own))
     return flags
 

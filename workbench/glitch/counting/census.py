@@ -12,7 +12,7 @@ import numpy as np
 
 from workbench.core.arguments import checked
 from workbench.core.jsontext import Json, Record
-from workbench.core.numbers import setting
+from workbench.core.numbers import number, sample_size, setting
 from workbench.core.records import save_json, to_jsonable
 from workbench.core.stats import Estimate, clopper_pearson
 from workbench.glitch.counting.plan import NO_TEST, CensusPlan, prober_of, ranking
@@ -213,7 +213,7 @@ class CensusReport(TokenReport):
         plan, n = self.plan, int(self.tested.sum())
         more = f", then {len(plan.confirm)} others for those that fail" if plan.confirm else ""
         return (
-            f"{n:,} tokens of {self.model} tested with one short prompt ({plan.n_own} positions each{more}). "
+            f"{number(n)} tokens of {self.model} tested with one short prompt ({plan.n_own} positions each{more}). "
             f"Computed in {plan.dtype.why}."
         )
 
@@ -247,14 +247,16 @@ class CensusReport(TokenReport):
 
     def _what_is_open(self) -> str:
         if n := int(self.unconfirmed.sum()):
-            return f"{n:,} tokens failed the short prompt and were not confirmed; nothing is estimated without them."
+            return (
+                f"{number(n)} tokens failed the short prompt and were not confirmed; nothing is estimated without them."
+            )
         if self.is_complete:
             return "Every token was tested: the counts are exact for this model, these prompts and this dtype."
         table, untested = self.plan.scan.table, ~self.tested
         left, plain = int((~np.isin(table.category, NO_TEST) & untested).sum()), table.ordinary & untested
         return (
-            f"{left:,} tokens were not tested, {int(plain.sum()):,} of them ordinary. Within each part of the ranking "
-            "those were left out at random, so totals and recall of ordinary tokens are estimates."
+            f"{number(left)} tokens were not tested, {number(int(plain.sum()))} of them ordinary. Within each part of "
+            "the ranking those were left out at random, so totals and recall of ordinary tokens are estimates."
         )
 
     def _blocks(self) -> Iterator[Block]:
@@ -266,8 +268,7 @@ class CensusReport(TokenReport):
         yield Histogram(
             "log10 p of the token in the short prompt", tuple(np.log10(np.maximum(p, 1e-12)).tolist()),
             x_label="log10 p", bins=60, caption=(
-                f"n = {len(p):,}; glitch tokens lie below "
-                f"{setting(np.log10(VERIFIED))}"
+                f"{sample_size(len(p), 'tokens')}; glitch tokens lie below {setting(np.log10(VERIFIED))}"
             ),
         )  # fmt: skip
         yield Text(f"Verdicts: {meanings(VERDICTS)}.")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.controls.area import chance_above
 from workbench.core.errors import UnknownNameError, did_you_mean
+from workbench.core.numbers import counted, number, setting
 from workbench.core.progress import track
 from workbench.core.registry import Registry
 from workbench.glitch.ranking.weights import Matrix, TokenMatrices
@@ -250,8 +251,8 @@ def pick(measured: Sequence[Separation], asked: str | None = None, insist: bool 
                 f"indicator={asked!r} is not available here (tied models have no I_in; the others need a reference). "
                 + did_you_mean(asked, known)
             )
-        return asked, f"{asked} as asked; held-out AUC {known[asked].auc:.4f}"
-    table = ", ".join(f"{s.indicator} {s.auc:.4f}" for s in measured)
+        return asked, f"{asked} as asked; held-out AUC {number(known[asked].auc, 4)}"
+    table = ", ".join(f"{s.indicator} {number(s.auc, 4)}" for s in measured)
     good = [known[name] for name in INDICATORS if name in known and known[name].auc >= MIN_AUC]
     if not good and insist and known:
         first = next(name for name in INDICATORS if name in known)
@@ -262,7 +263,7 @@ def pick(measured: Sequence[Separation], asked: str | None = None, insist: bool 
     chosen = next(s for s in good if s.auc >= best - MIN_AUC_GAIN)
     near = f"is within {MIN_AUC_GAIN} of the highest, and it is the simpler one"
     reason = "is the highest" if chosen.auc == best else near
-    return chosen.indicator, f"{chosen.indicator}: its held-out AUC {chosen.auc:.4f} {reason} (AUC: {table})"
+    return chosen.indicator, f"{chosen.indicator}: its held-out AUC {number(chosen.auc, 4)} {reason} (AUC: {table})"
 
 
 Method = Literal["false discovery rate", "percentile"]
@@ -326,8 +327,9 @@ def find_threshold(values: np.ndarray, percentile: float | None = None) -> Thres
     k = int(fits[-1])
     n = int(n_below[k])
     why = (
-        f"{n:,} ordinary tokens lie there and the bulk (median {middle:.3f}, lower spread {middle - flank:.3f}) "
-        f"explains {expected[k]:.1f}: a false discovery rate of {expected[k] / n:.1%}, if the bulk is normal{apart}"
+        f"{counted(n, 'ordinary tokens')} lie there and the bulk (median {number(middle)}, lower spread "
+        f"{number(middle - flank)}) explains {number(expected[k])}: a false discovery rate of "
+        f"{number(expected[k] / n)}, if the bulk is normal{apart}"
     )
     return Threshold(float(low[k]), 100 * n / len(low), "false discovery rate", why)
 
@@ -337,7 +339,7 @@ def _without_group(low: np.ndarray) -> tuple[np.ndarray, str]:
     if (valley := find_valley(low)) is None:
         return low, ""
     n = int(np.searchsorted(low, valley))
-    group = f". {n:,} tokens ({n / len(low):.1%}) form a group of their own below {valley:.3f}"
+    group = f". {number(n)} tokens, a share of {number(n / len(low))}, form a group of their own below {number(valley)}"
     return low[n:], f"{group}; the bulk is what lies above"
 
 
@@ -368,4 +370,6 @@ def find_valley(low: np.ndarray) -> float | None:
 
 def _by_percentile(low: np.ndarray, percentile: float, why: str) -> Threshold:
     value = float(np.percentile(low, percentile))
-    return Threshold(value, percentile, "percentile", f"the {percentile:g}% percentile of ordinary tokens, {why}")
+    return Threshold(
+        value, percentile, "percentile", f"the {setting(percentile)}% percentile of ordinary tokens, {why}"
+    )

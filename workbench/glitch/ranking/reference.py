@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import number
 from workbench.glitch.ranking.weights import Matrix
 from workbench.glitch.vocabulary.tokenizer import IMPOSSIBLE_BYTES, Vocabulary
 
@@ -117,10 +118,10 @@ def judge(
     if len(members) < MIN_MEMBERS:
         fault = f"not tight: only {len(members)} of {len(kept)} rows lie together"
     elif near > MAX_ORDINARY_SHARE:
-        fault = f"not distinct: {near:.0%} of ordinary tokens lie as close"
+        fault = f"not distinct: a share of {number(near)} of ordinary tokens lies as close"
     elif bool(torch.dist(E_out.rows(members).mean(0), mean) < MAX_RELATIVE_DISTANCE * mean.norm()):
         fault = f"not evidence: the {len(members)} rows are the mean of all rows, as rows added after training are"
-    verdict = fault or f"tight: {len(members)} of {len(kept)} rows at median cosine {cosine:.3f}"
+    verdict = fault or f"tight: {len(members)} of {len(kept)} rows at median cosine {number(cosine)}"
     return ReferenceGroup(
         name=name, why=why, found=len(kept), members=members, cosine=cosine, ordinary=near, trusted=fault is None,
         verdict=verdict,
@@ -143,7 +144,7 @@ def choose(groups: Sequence[ReferenceGroup], E_out: Matrix) -> Reference:
     camp = cosine[int(friends.argmax())] > MIN_AGREEMENT_COSINE
     rivals = [i for i in range(len(trusted)) if not camp[i]]
     if rivals and int(friends[rivals].max()) == int(friends.max()):
-        text = ", ".join(f"{a} and {b}: {c:.2f}" for a, b, c, _ in pairs)
+        text = ", ".join(f"{a} and {b}: {number(c)}" for a, b, c, _ in pairs)
         return Reference(None, (), f"the groups disagree (cosine of {text})", tuple(groups), pairs)
     allies = [trusted[i] for i in range(len(trusted)) if camp[i]]
     chosen = max(allies, key=lambda group: (round(group.cosine, 3), len(group.members)))

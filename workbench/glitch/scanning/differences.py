@@ -9,7 +9,7 @@ from pathlib import Path
 
 from workbench.core.errors import MissingFileError
 from workbench.core.jsontext import Json
-from workbench.core.numbers import number, p_value
+from workbench.core.numbers import counted, number, p_value
 from workbench.core.records import to_jsonable
 from workbench.core.stats import clopper_pearson
 from workbench.glitch.reporting import TokenReport, measured, sentences, shown, write_csv
@@ -75,8 +75,8 @@ class DiffReport(TokenReport):
 
     def counts(self) -> dict[str, int]:
         """Number of changes of each kind."""
-        counted = Counter(change.kind for change in self.changes)
-        return {kind: counted[kind] for kind in CHANGES}
+        by_kind = Counter(change.kind for change in self.changes)
+        return {kind: by_kind[kind] for kind in CHANGES}
 
     def headline(self) -> Headline:
         """How many tokens differ; there is nothing to compare the number with."""
@@ -94,14 +94,14 @@ class DiffReport(TokenReport):
         if self.matched_by != "id":
             why = "DIFFERENT TOKENIZERS" if self.evident else "NOT KNOWN whether both have the same tokenizer"
             matched = (
-                f"{why}: tokens are matched by their text; {self.shared:,} texts are in both "
+                f"{why}: tokens are matched by their text; {number(self.shared)} texts are in both "
                 f"(a share of {number(self.shared / max(1, self.n_a))} of A, "
                 f"{number(self.shared / max(1, self.n_b))} of B)."
             )
         return sentences(
-            f"A is {self.a}: {self.n_a:,} tokens. B is {self.b}: {self.n_b:,} tokens.",
+            f"A is {self.a}: {counted(self.n_a, 'tokens')}. B is {self.b}: {counted(self.n_b, 'tokens')}.",
             matched,
-            *(f"{n:,} x {CHANGES[kind]}." for kind, n in self.counts().items() if n),
+            *(f"{number(n)} x {CHANGES[kind]}." for kind, n in self.counts().items() if n),
             "" if self.changes else "No token differs.",
             *(f"Only {name} loses the bytes {' '.join(f'{byte:02X}' for byte in lost)} of valid text."
               for name, lost in (("A", self.lossy_a), ("B", self.lossy_b)) if lost),
@@ -127,7 +127,7 @@ class DiffReport(TokenReport):
             chosen = [change for change in self.changes if change.kind == kind][:_SHOWN]
             if chosen:
                 cells = tuple((c.text, c.id_a, c.id_b, c.before, c.after) for c in chosen)
-                caption = f"{CHANGES[kind]}: {len(chosen)} of {n:,}"
+                caption = f"{CHANGES[kind]}: {len(chosen)} of {number(n)}"
                 yield Table(("token", "id in A", "id in B", "A", "B"), cells, caption)
         if not self.changes:
             yield Text("No token differs.")

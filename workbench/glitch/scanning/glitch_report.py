@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from workbench.core.jsontext import Json
-from workbench.core.numbers import number
+from workbench.core.numbers import counted, number, sample_size
 from workbench.core.records import to_jsonable
 from workbench.core.stats import Estimate
 from workbench.glitch.reporting import TokenReport, finite, first_few, measured, rate, sentences, shown
@@ -123,11 +123,11 @@ def _picture(report: ScanResult) -> list[Block]:
 def _tokenizer(report: ScanResult) -> str:
     counts = report.tokenizer.counts
     kinds = [name for name in CATEGORIES if counts.get(name) and name != "no_token"]
-    parts = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in kinds)
-    bare = f"; {counts['no_token']:,} ids without a token" if counts.get("no_token") else ""
-    shape = f"{report.n_rows:,} rows x {report.d_model} ({report.stored})"
+    parts = ", ".join(f"{number(counts[name])} {name.replace('_', ' ')}" for name in kinds)
+    bare = f"; {counted(counts['no_token'], 'ids')} without a token" if counts.get("no_token") else ""
+    shape = f"{number(report.n_rows)} rows x {report.d_model} ({report.stored})"
     tied = f"{'tied' if report.tied else 'untied'} ({report.tied_why})"
-    return f"{report.tokenizer.n_tokens:,} tokens: {parts}{bare}. Output matrix: {shape}, {tied}."
+    return f"{counted(report.tokenizer.n_tokens, 'tokens')}: {parts}{bare}. Output matrix: {shape}, {tied}."
 
 
 def _lossy(report: ScanResult) -> str:
@@ -149,7 +149,7 @@ def _ranking(report: ScanResult) -> str:
         )
     n, plain = len(report.candidates()), int(report.table.ordinary.sum())
     return (
-        f"Ranked by {report.indicator_why}. Candidates: {n:,} of {plain:,} ordinary tokens lie at or below "
+        f"Ranked by {report.indicator_why}. Candidates: {number(n)} of {number(plain)} ordinary tokens lie at or below "
         f"{number(report.threshold)} ({report.threshold_why}). That is a list to test, not a count of glitch tokens."
     )
 
@@ -184,7 +184,9 @@ def _oddities(report: ScanResult) -> list[str]:
     if report.has_bias:
         said.append("The output layer has a bias; the indicators do not use it.")
     if beyond := report.tokenizer.counts.get("no_row", 0):
-        said.append(f"{beyond} token ids lie beyond the matrix's {report.n_rows:,} rows: the model cannot take them.")
+        said.append(
+            f"{beyond} token ids lie beyond the matrix's {number(report.n_rows)} rows: the model cannot take them."
+        )
     return said
 
 
@@ -192,8 +194,8 @@ def _recall(report: ScanResult) -> str:
     done = report.verification
     untested = int(report.table.ordinary.sum()) - (len(done.candidates) + len(done.controls) if done else 0)
     return (
-        f"Recall is not known: {untested:,} ordinary tokens were not run; under-trained tokens among them are missed. "
-        "Only a census that tests every token would measure it."
+        f"Recall is not known: {number(untested)} ordinary tokens were not run; under-trained tokens among them are "
+        "missed. Only a census that tests every token would measure it."
     )
 
 
@@ -226,7 +228,7 @@ def _same_text(report: ScanResult) -> Table:
         (shown(table.token[ids[0]]), ", ".join(map(str, ids)), ", ".join(table.category[i] for i in ids))
         for ids in first
     )
-    caption = f"Tokens with the same text: the first {len(first)} of {len(report.same_text):,} sets"
+    caption = f"Tokens with the same text: the first {len(first)} of {number(len(report.same_text))} sets"
     return Table(("text", "ids", "categories"), rows, caption=caption)
 
 
@@ -244,7 +246,7 @@ def _top(report: ScanResult) -> Table:
         return tests_table(report, report.verification.candidates, "The most suspicious tokens, tested")
     rows = [report.row(i) for i in report.candidates()[:TOP_ROWS]]
     listed = tuple((r["token_id"], shown(r["token"]), r["indicator"], r["copies"], r["group"]) for r in rows)
-    caption = f"The {len(rows)} most suspicious of {len(report.candidates()):,} candidates; none was run"
+    caption = f"The {len(rows)} most suspicious of {number(len(report.candidates()))} candidates; none was run"
     return Table(("id", "token", report.indicator or "", "identical rows", "group"), listed, caption=caption)
 
 
@@ -254,5 +256,5 @@ def _histogram(report: ScanResult) -> Histogram:
     below = int((values <= report.threshold).sum())
     return Histogram(
         f"{report.indicator} of ordinary tokens", tuple(values.tolist()), x_label=str(report.indicator), bins=60,
-        caption=f"n = {len(values):,}; threshold {number(report.threshold)}, {below:,} below",
+        caption=f"{sample_size(len(values), 'tokens')}; threshold {number(report.threshold)}, {number(below)} below",
     )  # fmt: skip

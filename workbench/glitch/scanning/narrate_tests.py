@@ -175,7 +175,7 @@ def kinds_table(report: ScanResult, limit: int) -> Table:
         token = shown(report.table.token[i])
         rows.append((i, token, nature.kind, nature.script, " + ".join(nature.words), holders))
     counts = Counter(nature.kind for _, nature in known)
-    listed = ", ".join(f"{counts[kind]:,} {kind.replace('_', '-')}" for kind in KINDS if kind in counts)
+    listed = ", ".join(f"{number(counts[kind])} {kind.replace('_', '-')}" for kind in KINDS if kind in counts)
     columns = ("id", "token", "kind", "script", "words", "part of the tokens")
     return Table(columns, tuple(rows), caption=f"Kinds of all candidates: {listed}; the first {len(rows)}")
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError, MissingFileError, ShapeError, require
+from workbench.core.numbers import counted
 from workbench.core.progress import task, track
 from workbench.glitch.searching.oracle import Asker, Found, Oracle
 
@@ -85,13 +86,16 @@ def hunt(
         member = communities(rows[torch.from_numpy(current)], options)
         kept = _kept(current, member, asker, rng, options)
         n_clusters = int(member.max()) + 1
-        notes.append(f"round {turn}: {len(current):,} tokens in {n_clusters:,} clusters; {len(kept):,} tokens kept")
+        notes.append(
+            f"round {turn}: {counted(len(current), 'tokens')} in {counted(n_clusters, 'clusters')}; "
+            f"{counted(len(kept), 'tokens')} kept"
+        )
         shrunk, current = len(kept) < len(current), kept
         if not shrunk or len(current) < 2:
             break
     more = int((~asker.knows(current)).sum())
     asker(current)
-    notes.append(f"the {len(current):,} members tested one by one: {more:,} more calls")
+    notes.append(f"the {counted(len(current), 'members')} tested one by one: {counted(more, 'calls')} more")
     return asker.found("hunter", notes=notes)
 
 

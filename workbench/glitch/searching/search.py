@@ -142,22 +142,22 @@ class SearchReport(TokenReport):
         share = self.base_rate()
         if self.n_glitch is not None:
             return (
-                f"{self.n_glitch} of {self.n_tokens:,} ordinary tokens of {self.model} are glitch tokens, by a census "
-                f"({self.dtype}); recall is measured against them."
+                f"{self.n_glitch} of {number(self.n_tokens)} ordinary tokens of {self.model} are glitch tokens, by a "
+                f"census ({self.dtype}); recall is measured against them."
             )
         if share is None:
             return "Recall is not known: there is no census, and no random search to estimate the total from."
         value, low, high = (self.n_tokens * part for part in (share.value, share.low, share.high))
         return (
             f"{len(self.token)} glitch tokens of {self.model} found by all searches together. Recall is not known; by "
-            f"the random search there are {' '.join(with_interval(value, low, high))} among {self.n_tokens:,}."
+            f"the random search there are {' '.join(with_interval(value, low, high))} among {number(self.n_tokens)}."
         )
 
     def _said(self, search: SearchRuns) -> str:
         recall, passes = self._recall(search), search.runs[0].gradient_passes
         tested = f"{counted(round(search.calls), 'tokens')} tested, precision {search.precision()}"
         tested += "" if recall is None else f", recall {recall}"
-        more = f"; {passes:,} gradient passes on top" if passes else ""
+        more = f"; {counted(passes, 'gradient passes')} on top" if passes else ""
         return f"{search.name} ({METHODS[search.name]}): {tested}{more}."
 
     def _at_equal_cost(self) -> Iterator[str]:
@@ -168,7 +168,7 @@ class SearchReport(TokenReport):
                 stopped = [SearchRuns(other.name, tuple(other._first(calls))) for other in others]
                 listed = "; ".join(f"{other.name} {number(other.n_found)}" for other in stopped)
                 finds = f"which finds {number(search.n_found)} glitch tokens"
-                yield f"With the {calls:,} calls of {search.name}, {finds}: {listed}."
+                yield f"With the {counted(calls, 'calls')} of {search.name}, {finds}: {listed}."
 
     def to_json(self) -> dict[str, Json]:
         """Every run with its tokens in the order asked; glitch tokens with their text."""
@@ -206,7 +206,7 @@ class SearchReport(TokenReport):
             for search in self.searches
         )  # fmt: skip
         columns = ("search", "runs", "tokens tested", "gradient passes", "found", "precision", "recall", "first run")
-        caption = f"{self.n_tokens:,} ordinary tokens; several runs differ in their seed, their mean is shown"
+        caption = f"{counted(self.n_tokens, 'ordinary tokens')}; several runs differ in their seed, their mean is shown"
         return Table(columns, rows, caption=caption)
 
     def _curves(self) -> Lines:

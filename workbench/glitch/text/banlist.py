@@ -12,6 +12,7 @@ from pathlib import Path
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require, require_known
 from workbench.core.html import Shown
+from workbench.core.numbers import number
 from workbench.core.records import save_json, write_atomic
 from workbench.glitch.reporting import sentences
 from workbench.glitch.scanning.saved import GRADES, SavedScan, TokenFact, check_grades
@@ -106,9 +107,9 @@ class BanList(Shown):
         untested = "Some were never tested: the model may be able to say them, and then the ban takes words away."
         bias = "A bias of -100 makes a token practically impossible; it is no proof, as -inf is."
         return sentences(
-            f"{len(self.ids):,} ids of {self.model} are banned "
-            f"({', '.join(f'{n:,} {grade}' for grade, n in grades.items())}); flags from {self.origin}.",
-            *(f"Left out: {len(ids):,} {reason}." for reason, ids in self.left_out.items() if ids),
+            f"{number(len(self.ids))} ids of {self.model} are banned "
+            f"({', '.join(f'{number(n)} {grade}' for grade, n in grades.items())}); flags from {self.origin}.",
+            *(f"Left out: {number(len(ids))} {reason}." for reason, ids in self.left_out.items() if ids),
             untested if "candidate" in grades or "reference" in grades else "",
             "" if FORMATS[form].exact else bias,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from workbench.core.jsontext import Json
-from workbench.core.numbers import counted
+from workbench.core.numbers import counted, number
 from workbench.core.records import to_jsonable
 from workbench.core.stats import clopper_pearson
 from workbench.glitch.reporting import TokenReport, measured, sentences, shown, write_csv
@@ -129,15 +129,17 @@ class LintReport(TokenReport):
 
     def findings(self) -> tuple[str, ...]:
         """What was found, in sentences."""
-        parts = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in self.by_kind.items() if n)
+        parts = ", ".join(f"{number(n)} {kind.replace('_', ' ')}" for kind, n in self.by_kind.items() if n)
         return sentences(
             f"{counted(self.documents, 'documents')}, {counted(self.characters, 'characters')}, "
             f"{counted(self.tokens, 'tokens')} read with the "
-            f"tokenizer of {self.model}; {self.looked_for:,} ids looked for ({self.origin}).",
-            f"{self.n_findings:,} findings: {parts}." if parts else "Nothing was found.",
-            f"{len(self.guard):,} hardly trained ids occur {self._n_untrained:,} times. Fine-tuning on this text moves "
-            "rows that training left alone: watch their gradients, or take the text out." if self.guard else "",
-            f"The places of the first {len(self.places):,} are listed." if len(self.places) < self.n_findings else "",
+            f"tokenizer of {self.model}; {counted(self.looked_for, 'ids')} looked for ({self.origin}).",
+            f"{counted(self.n_findings, 'findings')}: {parts}." if parts else "Nothing was found.",
+            f"{number(len(self.guard))} hardly trained ids occur {number(self._n_untrained)} times. Fine-tuning on "
+            "this text moves rows that training left alone: watch their gradients, or take the text out."
+            if self.guard else "",
+            f"The places of the first {number(len(self.places))} are listed."
+            if len(self.places) < self.n_findings else "",
         )  # fmt: skip
 
     def metrics(self) -> dict[str, Metric]:
@@ -156,7 +158,7 @@ class LintReport(TokenReport):
             ("Characters that are lost", ("character", "count"), lost), ("Places", columns, places),
         ]  # fmt: skip
         for what, names, rows in tables:
-            more = f": first {_SHOWN} of {len(rows):,}" if len(rows) > _SHOWN else ""
+            more = f": first {_SHOWN} of {number(len(rows))}" if len(rows) > _SHOWN else ""
             if rows:
                 yield Table(names, tuple(rows[:_SHOWN]), what + more)
         if not self.n_findings:

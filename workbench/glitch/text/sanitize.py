@@ -12,6 +12,7 @@ from pathlib import Path
 from workbench.activations.files import text_files
 from workbench.core.codec import Codec, bytes_of
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.numbers import counted, number
 from workbench.core.progress import track
 from workbench.core.records import load_json, save_json
 from workbench.core.stats import Estimate, clopper_pearson, paired_difference
@@ -274,15 +275,16 @@ class SanitizeReport(TokenReport):
         """What was done, in sentences."""
         (replaced, left), check = self._occurrences, self.check
         control = None if check is None else check.control_gain
+        n_cut = sum(cut.replaced > 0 for cut in self.cuts)
         return sentences(
-            f"{self.documents:,} documents, {self.tokens:,} tokens: {replaced:,} occurrences of "
-            f"{sum(cut.replaced > 0 for cut in self.cuts):,} flagged tokens were cut into others. "
-            f"{self.tokens_after:,} tokens after.",
+            f"{counted(self.documents, 'documents')}, {counted(self.tokens, 'tokens')}: {number(replaced)} "
+            f"occurrences of {counted(n_cut, 'flagged tokens')} were cut into others. "
+            f"{counted(self.tokens_after, 'tokens')} after.",
             "Checked: every document decodes to the text of its file." if not self.changed else
-            f"CHANGED: {self.changed:,} documents do not decode to the text of their file, first "
-            f"{self.first_changed}. {self.changed - self.by_cuts:,} of them do not without the cuts either: the "
+            f"CHANGED: {number(self.changed)} documents do not decode to the text of their file, first "
+            f"{self.first_changed}. {number(self.changed - self.by_cuts)} of them do not without the cuts either: the "
             "tokenizer changes case, spaces or characters, or the file is not UTF-8.",
-            f"IMPOSSIBLE: {left:,} occurrences stay, since no other tokens give their text." if left else "",
+            f"IMPOSSIBLE: {number(left)} occurrences stay, since no other tokens give their text." if left else "",
             f"Copying, log-probability gained by cutting flagged tokens: {check.gain} nats." if check else "",
             f"The same cut on ordinary tokens: {control} nats." if control else "",
         )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError
+from workbench.core.numbers import counted, number, rounding_error, setting
 from workbench.engine.log import Log
 from workbench.glitch.verification.prompts import Template, TokenPrompt, prompt_hash
 from workbench.glitch.verification.scoring import (
@@ -163,8 +164,8 @@ def choose_dtype(model: Model, template: Template, ids: Sequence[int], *, both: 
     faster = speed[1] > speed[0]
     chosen = "bfloat16" if faster and difference <= MAX_DIFFERENCE else "float32"
     why = (
-        f"{chosen}: bfloat16 runs at {speed[1] / speed[0]:.2f} times the speed, and its probabilities differ by up to "
-        f"{difference:.1e} on {len(tokens)} tokens (allowed: {MAX_DIFFERENCE:g})"
+        f"{chosen}: bfloat16 runs at {number(speed[1] / speed[0])} times the speed, and its probabilities differ by up "
+        f"to {rounding_error(difference)} on {counted(len(tokens), 'tokens')} (allowed: {setting(MAX_DIFFERENCE)})"
     )
     return DtypeChoice(chosen, {"float32": speed[0], "bfloat16": speed[1]}, difference, why)
 

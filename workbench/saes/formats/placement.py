@@ -284,7 +284,7 @@ def _clearly_less(mine: Sequence[float], theirs: Sequence[float]) -> bool:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "infinite"
+    return number(value) if math.isfinite(value) else "infinite"
 
 
 def _tokens(model: Model, batch: Batch | None) -> TokenBatch:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool
 
+from workbench.core.numbers import setting
 from workbench.core.stats import Estimate
 from workbench.steering.selection.groups import FILTERED, GROUPS, SECOND, UNFILTERED, Depth, StudyOptions
 from workbench.steering.selection.selection_report import Claim, Verdict
@@ -23,7 +24,9 @@ def depth_claim(depths: Sequence[Depth], options: StudyOptions) -> Claim:
     noise = [np.array(t.controls.get("random_output_score", ())) >= options.threshold for t in (last, first)]
     gap = difference_of_shares(*shares, seed=options.seed)
     claim = "Output features lie deep"
-    measured = f"share of features with an output score of {options.threshold:g} or more, deepest minus shallowest site"
+    measured = (
+        f"share of features with an output score of {setting(options.threshold)} or more, deepest minus shallowest site"
+    )
     if not all(len(part) for part in noise):
         return Claim(claim, measured, gap, None, "not clear", "no random directions were scored")
     control = difference_of_shares(*noise, seed=options.seed)
@@ -70,7 +73,7 @@ def cooccurrence_claim(depths: Sequence[Depth], options: StudyOptions) -> Claim:
     read, write = (np.concatenate([cell[i] for cell in cells]) for i in (0, 1))
     both = int((read & write).sum())
     claim = "High input and output scores rarely co-occur"
-    measured = f"features with both scores at {options.high:g} or more, divided by the number under independence"
+    measured = f"features with both scores at {setting(options.high)} or more, divided by the number under independence"
     pooled = observed_over_expected(both, float(read.mean() * write.sum()) if len(read) else 0.0)
     ratio = observed_over_expected(both, expected_within(cells))
     if ratio is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from workbench.core.jsontext import Record
+from workbench.core.numbers import counted
 from workbench.core.stats import Estimate
 from workbench.report.base import (
     Bars,
@@ -207,9 +208,9 @@ class SelectionReport(Report):
         return (
             f"SAEs after layers {s['layers']} of {s['model']}; {s['n_features']} features per group and layer, "
             f"strengths {s['strengths']}, {s['prompts']} prompts, {s['new_tokens']} tokens at temperature "
-            f"{s['temperature']}, seed {s['seed']}; {s['texts']:,} texts. Success is the number of the feature's "
-            f"{s['k']} lens tokens per text; each feature's strength was chosen on half of the prompts and success "
-            "measured on the other half. Beside it stand the same tokens in unsteered texts and under random "
+            f"{s['temperature']}, seed {s['seed']}; {counted(s['texts'], 'texts')}. Success is the number of the "
+            f"feature's {s['k']} lens tokens per text; each feature's strength was chosen on half of the prompts and "
+            "success measured on the other half. Beside it stand the same tokens in unsteered texts and under random "
             "directions of the features' norms. Ratios compare a group with as many unfiltered features of each layer. "
             "Intervals are over prompts and features, those of shares over features. 'Holds' and 'does not hold' need "
             "the whole interval on one side."

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from workbench.core.jsontext import Record
+from workbench.core.numbers import setting
 from workbench.core.stats import Estimate
 from workbench.steering.sweep.arms import ArmTexts, degenerate
 from workbench.steering.sweep.choose import HELD_OUT_RULE, PAPER_RULE, best_strength, paper_strength, pareto_front
@@ -185,4 +186,4 @@ def _examples(
     texts = steered.texts[best][chosen[best]]
     rows = tuple((prompts[p], base.texts[best][0][p], texts[p]) for p in range(1, len(prompts), 2)[:N_EXAMPLES])
     strength = steered.strengths[chosen[best]]
-    return rows, f"Feature {steered.features[best]} ({words[best]}) at strength {strength:g}, beside unsteered"
+    return rows, f"Feature {steered.features[best]} ({words[best]}) at strength {setting(strength)}, beside unsteered"
