@@ -179,7 +179,10 @@ def test_runs_are_listed_newest_first_and_found_by_part_of_the_name(tmp_path: Pa
 def test_unreadable_runs_are_listed_and_end_nothing(tmp_path: Path) -> None:
     good, bad = (RunDir.create(name, Config(), tmp_path) for name in ("good", "bad"))
     unlock_folder(bad.path)
-    for name, text in (("env.json", "[" * 5000), ("config.json", "{"), ("result.json", '{"metrics": 7}')):
+    for name, text in (
+        ("env.json", "[" * 5000), ("env.json", '{"models": ["gpt2"]}'), ("env.json", '{"arguments": [7]}'),
+        ("config.json", "{"), ("result.json", '{"metrics": 7}'), ("result.json", '{"headlines": null}'),
+    ):  # fmt: skip
         (bad.path / name).write_text(text)
         infos = list_runs(tmp_path)
         assert [(info.status, name in info.problem) for info in infos] == [("unfinished", False), ("unreadable", True)]

@@ -92,17 +92,19 @@ def _info(path: Path) -> RunInfo:
         env = load_json(path / "env.json", dict)
         load_json(path / "config.json")
         result = load_json(path / "result.json", dict) if (path / "result.json").is_file() else {}
-        headlines = tuple(cast("HeadlineRow", row) for row in result.get("headlines", ()))
         with content_of(path / "result.json"):
+            headlines = tuple(cast("HeadlineRow", dict(row)) for row in result.get("headlines", ()))
             metrics = {str(name): cast("MetricRow", dict(metric)) for name, metric in result.get("metrics", {}).items()}
+        with content_of(path / "env.json", "Remove the key from the file."):
+            model = str((env.get("models") or [{}])[0].get("name", ""))
+            arguments = dict(env.get("arguments") or {})
     except (CorruptFileError, MissingFileError) as error:
         return RunInfo(path, path.name, "", "unreadable", {}, str(error))
     status = _status(path)
-    name, started = str(env.get("name", path.name)), str(env.get("started", ""))
-    models, is_done = env.get("models") or [{}], status == "finished"
+    name, started, is_done = str(env.get("name", path.name)), str(env.get("started", "")), status == "finished"
     return RunInfo(
-        path, name, started, status, metrics if is_done else {}, model=str(models[0].get("name", "")),
-        arguments=dict(env.get("arguments") or {}), headlines=headlines if is_done else (),
+        path, name, started, status, metrics if is_done else {}, model=model, arguments=arguments,
+        headlines=headlines if is_done else (),
     )  # fmt: skip
 
 
