@@ -21,6 +21,7 @@ from experiments import (
 )
 from workbench.activations.store import open_store
 from workbench.bases.sae import SAELike
+from workbench.cli.base import typed
 from workbench.cli.study import Study
 from workbench.cli.training import TrainingOptions
 from workbench.core.errors import InvalidInputError, WorkbenchError
@@ -87,12 +88,12 @@ class Demo(TrainingOptions, Study[Report]):
         if (run.path / FEATURE_PAGE).is_file():
             yield f"All features: {(run.path / FEATURE_PAGE).resolve()}"
         yield "Next:"
-        yield f"  workbench report {run.path} --open     # the report in the browser"
-        yield f"  workbench features show {sae}     # the page of all features again, with other options"
-        yield f"  workbench serve --sae {sae}     # steer and ablate features while you write"
+        yield f"  {typed('report', run.path, '--open')}     # the report in the browser"
+        yield f"  {typed('features', 'show', sae)}     # the page of all features again, with other options"
+        yield f"  {typed('serve', '--sae', sae)}     # steer and ablate features while you write"
 
     def _finished(self) -> RunDir | None:
-        """The newest run of this configuration if it is finished; a newer one that was interrupted goes on instead."""
+        """The newest run of this configuration if it is finished; a newer one that was interrupted is continued."""
         for info in list_runs(self.out):
             if info.name != self.run_name or info.status == "unreadable":
                 continue
