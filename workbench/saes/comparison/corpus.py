@@ -118,8 +118,8 @@ class CorpusReport(Report):
         """Divergence of the first tokens beside the largest that draws from the model have."""
         return Headline.of(
             Says(
-                "The first tokens of the text are as drawn from the model.", "",
-                "The first tokens of the text are not as drawn from the model.",
+                "The first tokens of the text diverge from the model no more than draws from it do.", "",
+                "The first tokens of the text diverge from the model more than draws from it do.",
             ),
             self._beside(),
             "at most",
