@@ -148,7 +148,7 @@ def resolved(model: Model, sites: Sequence[str]) -> tuple[str, ...]:
         UnknownSiteError: for a site that the model does not have.
         InvalidInputError: if there are none, or one is named twice.
     """
-    if isinstance(sites, str) or not sites:
+    if not sites:
         raise InvalidInputError(f"harvest(sites={sites!r}): give a list of sites, such as ['resid_post.10'].")
     names = tuple(str(model.resolve(site)) for site in sites)
     if len(set(names)) < len(names):

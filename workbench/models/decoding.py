@@ -115,8 +115,6 @@ class Recorder:
         Raises:
             InvalidInputError: for a site whose shape depends on the length of the whole sequence.
         """
-        if isinstance(wanted, str):
-            raise InvalidInputError(f"generate(capture={wanted!r}): give a list of sites, such as [{wanted!r}].")
         for site in (named := sites.named(wanted)):
             if site.kind == "pattern":
                 raise InvalidInputError(

@@ -126,8 +126,6 @@ class Model(Wrapped):
             UnknownSiteError: for a site that this model does not have, before anything is read.
         """
         self._refuse_unknown("stream", sites)
-        if isinstance(texts, str):
-            raise InvalidInputError("stream(texts=...): give an iterable of texts, such as [text].")
         if batch_size < 1:
             raise InvalidInputError(f"stream(batch_size={batch_size}): it must be at least 1.")
         parts: Iterator[Any] = groups(texts, batch_size)
@@ -161,8 +159,6 @@ class Model(Wrapped):
 
     def _refuse_unknown(self, caller: str, sites: Sequence[str | Site]) -> None:
         """Raises for a site that does not exist, before anything is computed."""
-        if isinstance(sites, str):
-            raise InvalidInputError(f"{caller}(sites={sites!r}): give a list of sites, such as [{sites!r}].")
         if not sites:
             raise DegenerateInputError(f"{caller}(sites=[]): name at least one site, such as resid_post.0.")
         self.site_map.named(sites)
@@ -184,8 +180,6 @@ class Model(Wrapped):
             InvalidInputError: if a logit is NaN.
         """
         part = self._batch(batch)
-        if isinstance(keep, str) and keep not in ("last", "all"):
-            raise InvalidInputError(f"logits(keep={keep!r}): use 'last', 'all' or a scope such as Pos(0).")
         ids = None if tokens is None else vocabulary_ids(tokens, self.d_vocab, self.device)
         chosen = None if keep == "all" else chosen_tokens(part, Last() if keep == "last" else keep, self._wording)
         logits = self.head.logits(self._inputs(part), chosen, ids)
@@ -267,10 +261,6 @@ class Model(Wrapped):
             ShapeError: for an op of the wrong width.
             MismatchError: for an intervention that was made for another model.
         """
-        if not isinstance(intervention, Intervention):
-            raise InvalidInputError(
-                f"plan({type(intervention).__name__}): give an Intervention, as Intervention.at('resid_post.3', op)."
-            )
         if intervention.made_for not in (None, self.fingerprint) and not any_model:
             raise MismatchError(
                 f"The intervention was made for the model {intervention.made_for}; this is {self.name} "
@@ -369,7 +359,6 @@ class Model(Wrapped):
         self.require_room(prompt_ids.shape[-1] + new_tokens)
         rows = torch.arange(first_row, first_row + len(prompt_ids))
         options = Sampling(new_tokens, temperature, seed)
-        self.require_room(prompt_ids.shape[1] + new_tokens)
         with task(total=len(prompt_ids) * new_tokens, description="writing", unit="tokens") as running:
             return sample(self.hf, self._batch(prompt_ids), options, rows, running.advance)[0]
 
