@@ -48,6 +48,9 @@ def test_a_new_folder_has_config_and_environment(tmp_path: Path) -> None:
     assert run.path.parent == tmp_path
     assert run.path.name.split("-")[1] == "shift"
     assert run.config == {"seed": 3, "rate": 0.1}
+    assert run.env.get("arguments") == {} and RunDir.create("y", {"seed": 3}, tmp_path).env.get("arguments") == {}
+    given = RunDir.create("y", Config(rate=0.2, json=True), tmp_path / "given")
+    assert given.env.get("arguments") == {"rate": 0.2} == list_runs(tmp_path / "given")[0].arguments
     env = run.env
     assert env["seed"] == 3
     assert {"torch", "transformers", "transformer_lens", "sae_lens", "numpy"} <= env["packages"].keys()
@@ -179,10 +182,12 @@ def test_runs_are_listed_newest_first_and_found_by_part_of_the_name(tmp_path: Pa
 def test_unreadable_runs_are_listed_and_end_nothing(tmp_path: Path) -> None:
     good, bad = (RunDir.create(name, Config(), tmp_path) for name in ("good", "bad"))
     unlock_folder(bad.path)
-    for name, text in (
+    damaged = (
         ("env.json", "[" * 5000), ("env.json", '{"models": ["gpt2"]}'), ("env.json", '{"arguments": [7]}'),
         ("config.json", "{"), ("result.json", '{"metrics": 7}'), ("result.json", '{"headlines": null}'),
-    ):  # fmt: skip
+        ("result.json", '{"headlines": [7]}'),
+    )  # fmt: skip
+    for name, text in damaged:
         (bad.path / name).write_text(text)
         infos = list_runs(tmp_path)
         assert [(info.status, name in info.problem) for info in infos] == [("unfinished", False), ("unreadable", True)]
@@ -199,6 +204,7 @@ def test_unreadable_runs_are_listed_and_end_nothing(tmp_path: Path) -> None:
         ("models", [{"dtype": 32}], "32 is a int; expected str"),
         ("name", ["one"], "expected str"),
         ("resumed", "yesterday", "expected a list"),
+        ("arguments", ["--seed"], "expected an object"),
     ],
 )
 def test_an_environment_that_was_edited_by_hand_is_refused_in_words(
@@ -211,6 +217,8 @@ def test_an_environment_that_was_edited_by_hand_is_refused_in_words(
     for use in uses:
         with pytest.raises(CorruptFileError, match=rf"env\.json, '{key}': .*{problem}.* Or remove '{key}'"):
             use()
+    (info,) = list_runs(tmp_path)
+    assert info.status == "unreadable" and f"'{key}'" in info.problem
     save_json(run.path / "env.json", env)
     run.note_model(SimpleNamespace(name="m", dtype="torch.float32"))
     assert RunDir.open(run.path).env.get("models") == [{"name": "m", "dtype": "torch.float32"}]

@@ -8,11 +8,20 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
+from workbench.core.errors import CorruptFileError, InvalidInputError
+from workbench.core.records import from_jsonable, load_json
 from workbench.runs.content import Environment, GitState
 
 PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "numpy")
 """Distributions whose version can change a number."""
+
+_READ_AGAIN = {
+    "name": str, "title": str, "started": str, "models": list[dict[str, str]], "resumed": list[dict[str, object]],
+    "arguments": dict[str, object],
+}  # fmt: skip
+"""Of env.json, what a continued run, its report or a list of runs uses."""
 
 _GIT_SECONDS = 10
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -32,6 +41,25 @@ def environment(seed: int | None = None) -> Environment:
         "threads": _threads(),
         "memory_gib": _memory_gib(),
     }
+
+
+def read_environment(folder: Path) -> Environment:
+    """What env.json of a run folder says; of what is read again the types are checked, since people edit the file.
+
+    Raises:
+        CorruptFileError: if it is no JSON object, or a value is of another type.
+    """
+    env = load_json(folder / "env.json", dict)
+    for key, kind in _READ_AGAIN.items():
+        if key not in env:
+            continue
+        try:
+            from_jsonable(kind, env[key])
+        except InvalidInputError as error:
+            raise CorruptFileError(
+                f"{folder / 'env.json'}, {key!r}: {error} Or remove {key!r} from the file."
+            ) from None
+    return cast("Environment", env)
 
 
 def git_state(folder: Path = _CHECKOUT) -> GitState | None:

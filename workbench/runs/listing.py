@@ -13,6 +13,7 @@ from workbench.core.locks import locked_elsewhere
 from workbench.core.records import load_json
 from workbench.report.section import MetricRow
 from workbench.runs.content import HeadlineRow
+from workbench.runs.environment import read_environment
 
 Status = Literal["finished", "running", "unfinished", "unreadable"]
 
@@ -89,22 +90,19 @@ def _is_run(path: Path) -> bool:
 
 def _info(path: Path) -> RunInfo:
     try:
-        env = load_json(path / "env.json", dict)
+        env = read_environment(path)
         load_json(path / "config.json")
         result = load_json(path / "result.json", dict) if (path / "result.json").is_file() else {}
         with content_of(path / "result.json"):
             headlines = tuple(cast("HeadlineRow", dict(row)) for row in result.get("headlines", ()))
             metrics = {str(name): cast("MetricRow", dict(metric)) for name, metric in result.get("metrics", {}).items()}
-        with content_of(path / "env.json", "Remove the key from the file."):
-            model = str((env.get("models") or [{}])[0].get("name", ""))
-            arguments = dict(env.get("arguments") or {})
     except (CorruptFileError, MissingFileError) as error:
         return RunInfo(path, path.name, "", "unreadable", {}, str(error))
     status = _status(path)
-    name, started, is_done = str(env.get("name", path.name)), str(env.get("started", "")), status == "finished"
+    models, is_done = env.get("models") or [{}], status == "finished"
     return RunInfo(
-        path, name, started, status, metrics if is_done else {}, model=model, arguments=arguments,
-        headlines=headlines if is_done else (),
+        path, env.get("name", path.name), env.get("started", ""), status, metrics if is_done else {},
+        model=models[0].get("name", ""), arguments=env.get("arguments", {}), headlines=headlines if is_done else (),
     )  # fmt: skip
 
 

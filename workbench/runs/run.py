@@ -19,7 +19,7 @@ from workbench.core.arguments import checked
 from workbench.core.atomic import refuse_address
 from workbench.core.display import OneLine
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, WorkbenchError, did_you_mean
-from workbench.core.jsontext import Json, content_of
+from workbench.core.jsontext import content_of
 from workbench.core.locks import lock_folder, lock_moved, remove_dead, unlock_folder
 from workbench.core.records import (
     DataclassLike,
@@ -33,7 +33,7 @@ from workbench.core.records import (
 )
 from workbench.report.section import MetricRow, Section, flat_metrics, null_if_not_finite
 from workbench.runs.content import Environment, Finding, HeadlineRow, Point, Result, StepRecord, headline_rows
-from workbench.runs.environment import environment, git_state
+from workbench.runs.environment import environment, git_state, read_environment
 from workbench.runs.listing import RunInfo, find_run, list_runs
 
 __all__ = ["SCHEMA", "RunDir", "RunInfo", "find_run", "list_runs", "settings_of"]
@@ -47,10 +47,6 @@ Config = Mapping[str, object] | DataclassLike
 """What a run records of how it was started."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_READ_AGAIN = {
-    "name": str, "title": str, "started": str, "models": list[dict[str, str]], "resumed": list[dict[str, object]],
-}  # fmt: skip
-"""Of env.json, what a continued run or its report uses."""
 
 
 @checked
@@ -139,7 +135,7 @@ class RunDir(OneLine):
             raise MissingFileError(
                 f"{folder} is no run folder (no config.json and env.json). `workbench runs` lists those that exist."
             )
-        return cls(folder, _environment_in(folder).get("name", folder.name))
+        return cls(folder, read_environment(folder).get("name", folder.name))
 
     @property
     def artifacts(self) -> Path:
@@ -161,7 +157,7 @@ class RunDir(OneLine):
     @property
     def env(self) -> Environment:
         """The recorded environment."""
-        return _environment_in(self.path)
+        return read_environment(self.path)
 
     def steps(self) -> tuple[str, ...]:
         """Names of the saved steps, in the order in which they were first saved."""
@@ -242,9 +238,9 @@ class RunDir(OneLine):
         env = self.env
         mirrored = load_json(self.path / "mirror.json", dict) if (self.path / "mirror.json").exists() else {}
         page = Page(
-            title=str(env.get("title") or self.name),
+            title=env.get("title") or self.name,
             run=self.path.name,
-            started=str(env.get("started", "")),
+            started=env.get("started", ""),
             sections=sections,
             config=self.config,
             notice=notice,
@@ -340,21 +336,6 @@ class RunDir(OneLine):
         save_json(self.path / "env.json", env | {"resumed": [*env.get("resumed", []), again]})
 
 
-def _environment_in(folder: Path) -> Environment:
-    """What env.json says; of what is read again the types are checked, since people edit the file."""
-    env = load_json(folder / "env.json", dict)
-    for key, kind in _READ_AGAIN.items():
-        if key not in env:
-            continue
-        try:
-            from_jsonable(kind, env[key])
-        except InvalidInputError as error:
-            raise CorruptFileError(
-                f"{folder / 'env.json'}, {key!r}: {error} Or remove {key!r} from the file."
-            ) from None
-    return cast("Environment", env)
-
-
 def interrupted_runs(name: str, config: Config, root: str | os.PathLike[str] = "runs") -> Iterator[Path]:
     """Folders of the unfinished runs of this name with an equal configuration, newest first."""
     settings = settings_of(config)
@@ -373,17 +354,15 @@ def settings_of(config: Config) -> dict[str, object]:
     return json.loads(json.dumps(to_jsonable(config)))
 
 
-def arguments_of(config: object) -> dict[str, Json]:
+def arguments_of(config: Config) -> dict[str, object]:
     """The settings of a dataclass that are not its defaults, in JSON types; none for a mapping, which has none."""
-    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+    if not dataclasses.is_dataclass(config):
         return {}
-    settings = settings_of(config)
     defaults = {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(config)
     }
-    given = {name: value for name, value in settings.items() if getattr(config, name) != defaults[name]}
-    return json.loads(json.dumps(given))
+    return {name: value for name, value in settings_of(config).items() if getattr(config, name) != defaults[name]}
 
 
 def _check_name(what: str, name: str) -> None:
