@@ -140,7 +140,7 @@ def _card(feature: int) -> FeatureCard:
 
 
 def _edit_report() -> EditReport:
-    norms = dict.fromkeys(("mean_norm_intended", "mean_norm_applied", "mean_norm_before"), 1.0)
+    norms = dict.fromkeys(("mean_norm_intended", "mean_norm_applied", "mean_norm_before", "share"), 1.0)
     return EditReport(edit=EVIL, site="resid_post.1", fired=3, tokens=10**9, gate_open=1, gate_decided=2, **norms)
 
 
@@ -331,7 +331,7 @@ def require_shown(value: object) -> None:
     assert "\n" not in line and "object at 0x" not in line
     html = getattr(value, "_repr_html_", lambda: "")()
     assert len(html.encode()) <= MOST_HTML, len(html.encode())
-    assert "<script>alert" not in html and "&lt;script&gt;" in html + "&lt;script&gt;"
+    assert "<script>alert" not in html
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,22 @@ def test_the_norm_before_is_that_of_the_edited_tokens_only() -> None:
         model.logits(IDS)
     (done,) = plan.report
     assert done.mean_norm_before == pytest.approx(float(clean[:, 2].norm(dim=1).mean()), rel=1e-5)
-    assert done.share == pytest.approx(NORM / float(clean[:, 2].norm(dim=1).mean()), rel=1e-4)
+    assert done.share == pytest.approx(float((NORM / clean[:, 2].norm(dim=1)).mean()), rel=1e-4)
     assert "fired 1x on 3 tokens" in str(done)
+
+
+def test_an_attention_sink_counts_as_one_token_of_the_share() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.hf.model.embed_tokens.weight[IDS[0, 0]] *= 10_000
+    norms = model.capture(IDS, [SITE])[SITE].norm(dim=-1)
+    with model.plan(Intervention.at(SITE, Add(V)) + Intervention.at("resid_post.2", Map(lambda h: h / 2))) as plan:
+        model.logits(IDS)
+    added, scaled = plan.report
+    assert added.share == pytest.approx(float((NORM / norms).mean()), rel=1e-4)
+    assert added.share > 10 * added.mean_norm_applied / added.mean_norm_before
+    assert scaled.share == pytest.approx(0.5, rel=1e-4)
+    assert f"({100 * added.share:.3g} % of the activation norm)" in str(added)
 
 
 def test_a_bfloat16_model_reports_what_was_meant_and_what_was_left_of_it() -> None:
@@ -99,16 +113,17 @@ def test_a_gate_counts_its_decisions_and_only_the_tokens_that_were_edited() -> N
 
 def test_reports_of_several_batches_become_one_with_means_over_tokens() -> None:
     def made(*values: Any) -> EditReport:
-        counts = ("fired", "tokens", "mean_norm_intended", "mean_norm_applied", "mean_norm_before", "together")
+        means = ("mean_norm_intended", "mean_norm_applied", "mean_norm_before", "share")
+        counts = ("fired", "tokens", *means, "together")
         return EditReport(
             edit="e", site=SITE, **dict(zip((*counts, "gate_open", "gate_decided"), values, strict=False))
         )
 
-    a, b = made(1, 1, 4.0, 3.0, 10.0, 1, 1, 5), made(2, 3, 8.0, 7.0, 20.0, 1, 0, 7)
+    a, b = made(1, 1, 4.0, 3.0, 10.0, 0.3, 1, 1, 5), made(2, 3, 8.0, 7.0, 20.0, 0.5, 1, 0, 7)
     both = EditReport.merged([a, b])
-    # (1 * 4 + 3 * 8) / 4, (1 * 3 + 3 * 7) / 4, (1 * 10 + 3 * 20) / 4
-    assert both == made(3, 4, 7.0, 6.0, 17.5, 1, 1, 12)
-    assert EditReport.merged([made(1, 0, 0.0, 0.0, 0.0)]).share == 0.0
+    # (1 * 4 + 3 * 8) / 4, (1 * 3 + 3 * 7) / 4, (1 * 10 + 3 * 20) / 4, (1 * 0.3 + 3 * 0.5) / 4
+    assert both == made(3, 4, 7.0, 6.0, 17.5, 0.45, 1, 1, 12)
+    assert EditReport.merged([made(1, 0, 0.0, 0.0, 0.0, 0.0)]).share == 0.0
     assert EditReport.merged([a]) == a
 
 

@@ -34,6 +34,8 @@ class EditReport(Shown):
         mean_norm_applied: mean L2 norm of the change that reached the model, after rounding to its dtype. Several
             edits of one site are rounded once, together; it is then that of their sum, on this edit's tokens.
         mean_norm_before: mean L2 norm of the hidden states that were edited.
+        share: mean over the tokens of the norm of the change, divided by that of the hidden state; a zero state counts
+            0. An attention sink, whose norm is a hundred times that of the others, counts as one token.
         together: number of edits that were written at once at this site.
         gate_open: tokens in scope for which the edit's gate was open; None without a gate.
         gate_decided: tokens in scope for which it was asked; None without a gate.
@@ -46,27 +48,23 @@ class EditReport(Shown):
     mean_norm_intended: float
     mean_norm_applied: float
     mean_norm_before: float
+    share: float
     together: int = 1
     gate_open: int | None = None
     gate_decided: int | None = None
-
-    @property
-    def share(self) -> float:
-        """Mean applied norm divided by the mean norm of the edited hidden states."""
-        return self.mean_norm_applied / self.mean_norm_before if self.mean_norm_before else 0.0
 
     @classmethod
     @checked
     def merged(cls, parts: Sequence[EditReport]) -> EditReport:
         """One report of the same edit in several batches; means are over tokens."""
         tokens = sum(part.tokens for part in parts)
-        norms = {
+        means = {
             name: sum(part.tokens * getattr(part, name) for part in parts) / max(tokens, 1)
-            for name in ("mean_norm_intended", "mean_norm_applied", "mean_norm_before")
+            for name in ("mean_norm_intended", "mean_norm_applied", "mean_norm_before", "share")
         }
         gated = ("gate_open", "gate_decided") if parts[0].gate_decided is not None else ()
         counts = {name: sum(getattr(part, name) for part in parts) for name in ("fired", *gated)}
-        return replace(parts[0], tokens=tokens, **norms, **counts)
+        return replace(parts[0], tokens=tokens, **means, **counts)
 
     def _shown_line(self) -> str:
         return str(self)
@@ -103,6 +101,7 @@ class Tally:
         self.intended: Tensor | float = 0.0
         self.applied: Tensor | float = 0.0
         self.before: Tensor | float = 0.0
+        self.shares: Tensor | float = 0.0
         self.gate_open: Tensor | int = 0
 
     def measure(self, before: Float[Tensor, " n"], applied: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> None:
@@ -110,6 +109,7 @@ class Tally:
         self.tokens += len(before)
         self.before = self.before + before.sum()
         self.applied = self.applied + applied.sum()
+        self.shares = self.shares + (applied / before).masked_fill(before == 0, 0.0).sum()
         if self.n_rows is not None:
             if self.of_rows is None:
                 self.of_rows = torch.zeros(2, self.n_rows, device=applied.device)
@@ -155,7 +155,7 @@ class Tally:
         return EditReport(
             edit=str(self.edit), site=str(self.edit.site), fired=self.fired, tokens=self.tokens,
             mean_norm_intended=float(self.intended) / n, mean_norm_applied=float(self.applied) / n,
-            mean_norm_before=float(self.before) / n, together=self.together,
+            mean_norm_before=float(self.before) / n, share=float(self.shares) / n, together=self.together,
             gate_open=int(self.gate_open) if gated else None, gate_decided=self.gate_decided if gated else None,
         )  # fmt: skip
 

@@ -29,7 +29,7 @@ class EditSummary:
         strength: factor on a_max.
         tokens: tokens edited.
         mean_norm: mean L2 norm that reached the model.
-        share: that norm relative to the mean norm of the edited activations.
+        share: of the norm of an edited activation, mean over the tokens.
     """
 
     strength: float
@@ -41,9 +41,8 @@ class EditSummary:
     def of(cls, strength: float, reports: Sequence[EditReport]) -> EditSummary:
         """The reports of several batches as one, weighted by their tokens."""
         tokens = sum(r.tokens for r in reports)
-        norm = sum(r.mean_norm_applied * r.tokens for r in reports)
-        before = sum(r.mean_norm_applied / r.share * r.tokens for r in reports if r.share)
-        return cls(strength, tokens, norm / max(tokens, 1), norm / before if before else 0.0)
+        norm, share = (sum(getattr(r, name) * r.tokens for r in reports) for name in ("mean_norm_applied", "share"))
+        return cls(strength, tokens, norm / max(tokens, 1), share / max(tokens, 1))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
