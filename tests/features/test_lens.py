@@ -65,7 +65,9 @@ def test_the_heat_map_has_the_last_site_on_top(model: Model) -> None:
     read = wb.lens(model.capture("a<b", ["resid_post"]))
     html = read._repr_html_()
     assert html.index("resid_post.2") < html.index("resid_post.0") and "<th>&lt;</th>" in html
-    assert html.count("<td") == 9 and html.count("color-mix(in srgb,#e07b39") > 3
+    assert html.count("<td") == 9 and html.count("color-mix(in srgb,#e07b39") > 3 and "first" not in html
+    many = wb.lens(model.capture(["ab"] * 4, ["resid_post"]))._repr_html_()
+    assert many.count("<table") == 3 and "the first 3 of 4 rows" in many
 
 
 def test_what_the_lens_can_not_read_is_refused(model: Model) -> None:
@@ -93,7 +95,9 @@ def test_attention_maps_are_the_patterns_of_real_tokens() -> None:
     row = frame[(frame.site == "pattern.2.h1") & (frame["query"] == 2) & (frame["key"] == 1)].iloc[0]
     assert (row.query_token, row.key_token) == ("o", "w")
     assert row.weight == pytest.approx(float(acts["pattern.2.h1"][1, -1, -2]), rel=1e-5)
-    assert shown._repr_html_().count("<table") == 3
+    assert shown._repr_html_().count("<table") == 3 and "in all" not in shown._repr_html_()
+    long = wb.show_attention(model.capture("x" * 24, ["pattern.1"]))._repr_html_()
+    assert long.count("<table") == 1 and "2 heads and 24 tokens in all" in long
     with pytest.raises(MismatchError, match="pattern.3"):
         wb.show_attention(model.capture("ab", ["z.1"]))
     with pytest.raises(InvalidInputError, match="row=2"):
@@ -107,5 +111,7 @@ def test_tokens_with_numbers() -> None:
     shown = wb.show_tokens(batch, values, "score")
     assert shown.frame().score.tolist() == [*range(-3, 4), 8, 9, 10] and shown.frame().index[-1] == "b"
     assert "position 0: −3.00" in shown._repr_html_() and "#3b82d0" in shown._repr_html_()
+    more = wb.show_tokens(model.tokens(["ab"] * 7), torch.zeros(7, 2))._repr_html_()
+    assert "the first 6 of 7 rows" in more and "of 2 rows" not in shown._repr_html_()
     with pytest.raises(MismatchError, match=r"\(2, 6\)"):
         wb.show_tokens(batch, values[:, 1:])

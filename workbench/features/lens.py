@@ -14,7 +14,7 @@ from workbench.core.arguments import checked
 from workbench.core.display import clipped
 from workbench.core.errors import InvalidInputError, MismatchError
 from workbench.core.html import MOST_CELLS, Shown, grid, grids, preformatted, tokens_line
-from workbench.core.numbers import number
+from workbench.core.numbers import counted, number
 from workbench.core.tokenizer import decoded
 from workbench.core.tokens import TokenBatch, labelled
 from workbench.features.scores.logit_lens import IN_RESIDUAL, in_residual, slab_rows
@@ -88,8 +88,9 @@ class Lens(Shown):
     def _shown_parts(self) -> Iterable[Markup]:
         rows = self.rows.unique().tolist()
         fit = MOST_CELLS * len(rows) // max(len(self.rows) * len(self.sites), 1)
-        for row in rows[: max(1, min(ROWS_SHOWN, fit))]:
-            yield self._map(row)
+        shown = rows[: max(1, min(ROWS_SHOWN, fit))]
+        yield from map(self._map, shown)
+        yield from _left_out(len(shown), len(rows))
 
     def _map(self, row: int) -> Markup:
         """Sites by tokens of one row, the last site on top; coloured by the probability of the best token."""
@@ -145,8 +146,8 @@ def lens(acts: Activations, model: Model | None = None, *, k: int = 5) -> Lens:
     if not sites:
         raise MismatchError(f"lens: none of {', '.join(acts)} is in the residual stream. Capture {IN_RESIDUAL[3]}.")
     rows, positions, kept = _chosen(acts, sites)
-    ends = positions + 1 >= acts.tokens.lengths.to(positions.device)[rows]
     width, lengths = acts.tokens.ids.shape[1], acts.tokens.lengths.to(positions.device)[rows]
+    ends = positions + 1 >= lengths
     column = (positions + 1 + width - lengths).clamp_max(width - 1)
     following = acts.tokens.ids.to(rows.device)[rows, column]
     parts = [
@@ -216,12 +217,12 @@ class TokenMap(Shown):
         return f"{self.name} of {self.batch.n_tokens} tokens"
 
     def _shown_parts(self) -> Iterable[Markup]:
-        for row, mask in list(enumerate(self.batch.mask))[: 2 * ROWS_SHOWN]:
+        shown = self.batch.mask[: 2 * ROWS_SHOWN]
+        for row, mask in enumerate(shown):
             values = self.values[row][mask].float().tolist()
-            texts = (
-                self.batch.str_tokens[row] if self.batch.str_tokens else [f"⟨{i}⟩" for i in self.batch.ids[row][mask]]
-            )
-            yield tokens_line(texts, values, [f"position {i}: {number(v)}" for i, v in enumerate(values)])
+            titles = [f"position {i}: {number(v)}" for i, v in enumerate(values)]
+            yield tokens_line(_texts(self.batch, row), values, titles)
+        yield from _left_out(len(shown), len(self.batch))
 
 
 @checked
@@ -278,7 +279,8 @@ def _head_maps(attention: AttentionMap) -> Iterator[Markup]:
     """Heat maps of the first heads; attention to the first token, which is often a sink, is coloured like any."""
     heads = [(site, h) for site, pattern in attention.patterns.items() for h in range(len(pattern))]
     names = [clipped(text, 12) for text in attention.tokens[:TOKENS_SHOWN]]
-    for site, head in heads[: max(1, min(HEADS_SHOWN, MOST_CELLS // max(len(names) ** 2, 1)))]:
+    shown = heads[: max(1, min(HEADS_SHOWN, MOST_CELLS // max(len(names) ** 2, 1)))]
+    for site, head in shown:
         shares = attention.patterns[site][head, : len(names), : len(names)].float().tolist()
         titles = [
             [f"{query} to {key}: {number(shares[q][k])}" for k, key in enumerate(names)]
@@ -286,7 +288,7 @@ def _head_maps(attention: AttentionMap) -> Iterator[Markup]:
         ]
         caption = f"{site} head {head}: from row to column"
         yield grid(names, names, shares, titles=titles, caption=caption)
-    if len(attention.tokens) > len(names) or len(heads) > HEADS_SHOWN:
+    if len(attention.tokens) > len(names) or len(heads) > len(shown):
         yield preformatted(f"{len(heads)} heads and {len(attention.tokens)} tokens in all; frame() has every weight")
 
 
@@ -321,6 +323,12 @@ def show_attention(acts: Activations, row: int = 0) -> AttentionMap:
         pattern = pattern[None] if site.head is not None else pattern
         patterns[str(site)] = pattern[:, real][:, :, real]
     return AttentionMap(patterns=patterns, tokens=_texts(acts.tokens, row))
+
+
+def _left_out(shown: int, n: int) -> Iterator[Markup]:
+    """What is said where not every row of a batch is shown."""
+    if n > shown:
+        yield preformatted(f"the first {shown} of {counted(n, 'rows')}; frame() has all")
 
 
 def _texts(batch: TokenBatch, row: int) -> tuple[str, ...]:
