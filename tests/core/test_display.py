@@ -95,6 +95,7 @@ def test_html_is_escaped_left_aligned_and_says_what_it_leaves_out() -> None:
     assert html.count("<tr>") == MOST_ROWS + 1 and f"c; the first {MOST_ROWS} of {MOST_ROWS + 5} rows" in html
     assert '<td class="num">0.123</td>' in html and "<td>0.500 [0.250, 0.750]</td>" in html
     assert "text-align:left!important" in html, "notebooks align cells right"
+    assert "the first 48 of 50 columns" in table([str(i) for i in range(50)], [list(range(50))])
 
 
 def test_facts_without_a_value_are_left_out() -> None:
@@ -114,6 +115,8 @@ def test_colours_follow_sign_and_size() -> None:
     orange, blue, *plain = line.split("<span")[1:]
     assert "#e07b39 75%" in orange and 'title="the first"' in orange and "#3b82d0 38%" in blue
     assert not any("style" in part for part in plain) and "&lt;d&gt;" in plain[1]
+    few = tokens_line(["t"] * 11, [0.0] * 9 + [0.02, 0.01])
+    assert few.count("color-mix") == 2 and " 75%" in few and " 38%" in few, "where most are 0, the others set the scale"
     cells = grid(["r"], ["c", "d"], [[1.0, 0.0]], [["<x>", "y"]])
     assert cells.count("background:color-mix") == 1 and "&lt;x&gt;" in cells
 

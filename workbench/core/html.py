@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OUTLIER = 10
-"""Tokens whose size is so many times the median have the strongest colour, and do not set the scale."""
+"""Tokens whose size is so many times the median of those that are not 0 have the strongest colour, and do not set the
+scale."""
 MOST_ROWS = 20
 """Rows of a table that are shown; the caption counts the others."""
 MOST_CELLS = 700
@@ -91,6 +92,8 @@ def table(
     shown = [row[:_MOST_COLUMNS] for row in islice(rows, MOST_ROWS)]
     total = total if total is not None else len(rows) if isinstance(rows, Sequence) else len(shown)
     more = [f"the first {len(shown)} of {counted(total, 'rows')}"] if total > len(shown) else []
+    if len(columns) > _MOST_COLUMNS:
+        more.append(f"the first {_MOST_COLUMNS} of {len(columns)} columns")
     head = Markup("").join(
         Markup("<th{}>{}</th>").format(_right(all(_is_number(row[i]) for row in shown) and bool(shown)), _text(name))
         for i, name in enumerate(columns[:_MOST_COLUMNS])
@@ -114,10 +117,10 @@ def tokens_line(
     tokens: Sequence[str], values: Sequence[int | float] | None = None, titles: Sequence[str] = ()
 ) -> Markup:
     """Tokens of a text in a row, coloured by their values: orange above zero, blue below."""
-    sizes = sorted(abs(value) for value in values or () if math.isfinite(value))
+    sizes = sorted(abs(value) for value in values or () if math.isfinite(value) and value)
     # an attention sink would leave all others without a colour
     limit = OUTLIER * sizes[len(sizes) // 2] if sizes else 0.0
-    largest = max((size for size in sizes if size <= limit), default=0.0) or 1.0
+    largest = max((size for size in sizes if size <= limit), default=1.0)
     spans = [
         Markup("<span{}{}>{}</span>").format(
             _tinted(values[i] / largest if values is not None else 0.0),
