@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import false_discovery_control, mannwhitneyu, ttest_1samp
 
 from workbench.core import stats
 from workbench.core.errors import DegenerateInputError, InvalidInputError
@@ -13,6 +13,7 @@ from workbench.core.stats import (
     POSITIVE,
     SHARE,
     bootstrap_mean,
+    discovery_rates,
     paired_difference,
     sample_mean,
     sample_ratio,
@@ -109,3 +110,27 @@ def test_rows_at_an_end_leave_room_on_the_other_side_alone() -> None:
     assert sample_mean([0.25] * 3, within=SHARE).low == 0.25, "rows that agree leave no doubt, whatever the scale"
     with pytest.raises(InvalidInputError, match="outside"):
         sample_mean([1.5], within=SHARE)
+
+
+def test_rates_are_those_of_benjamini_and_hochberg() -> None:
+    rng = np.random.default_rng(0)
+    label = np.arange(40) < 10
+    acts = rng.random((40, 300)).clip(0.5, None)
+    acts[label, :5] += 1
+    (q,) = discovery_rates(acts, np.arange(acts.shape[1]), label[None])
+    assert (q[:5] < 1e-3).all() and (q[5:] <= 0.05).sum() <= 1
+    constant = np.zeros((40, 3))
+    assert discovery_rates(constant, np.arange(3), label[None]).tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_ranks_taken_once_give_the_tests_of_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.core.stats.COLUMNS_AT_ONCE", 5)
+    rng = np.random.default_rng(0)
+    acts = np.maximum(rng.normal(-0.5, 1, (60, 17)), 0)  # many ties at zero
+    acts[:, 3] = 1.0
+    labels = np.stack([rng.permutation(np.arange(60) < 12) for _ in range(4)])
+    columns = np.array([0, *range(2, 17)])
+    found = discovery_rates(acts, columns, labels)
+    for label, rates in zip(labels, found, strict=True):
+        p = mannwhitneyu(acts[label][:, columns], acts[~label][:, columns], axis=0, method="asymptotic").pvalue
+        assert rates == pytest.approx(false_discovery_control(np.nan_to_num(p, nan=1.0)))

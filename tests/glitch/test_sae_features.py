@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import false_discovery_control, mannwhitneyu
 from transformers import PreTrainedTokenizerFast
 
 from tests.glitch.tiny_vocab import SPECIAL, WORDS, byte_level
@@ -23,7 +22,6 @@ from workbench.glitch.scanning.sae_features import (
     FeatureOptions,
     GlitchFeatures,
     _drawn,
-    discovery_rates,
     glitch_features,
 )
 from workbench.glitch.vocabulary.tokenizer import analyse, matched_controls
@@ -153,30 +151,6 @@ def test_the_draw_is_of_all_of_them_and_depends_on_the_seed() -> None:
     drawn = [_drawn(tokens, FeatureOptions(most=20, seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and all(len(set(d)) == 20 and d == sorted(d) for d in drawn)
     assert all(min(d) < 120 and max(d) > 180 for d in drawn) and set(drawn[0]) <= set(tokens)
-
-
-def test_rates_are_those_of_benjamini_and_hochberg() -> None:
-    rng = np.random.default_rng(0)
-    label = np.arange(40) < 10
-    acts = rng.random((40, 300)).clip(0.5, None)
-    acts[label, :5] += 1
-    (q,) = discovery_rates(acts, np.arange(acts.shape[1]), label[None])
-    assert (q[:5] < 1e-3).all() and (q[5:] <= 0.05).sum() <= 1
-    constant = np.zeros((40, 3))
-    assert discovery_rates(constant, np.arange(3), label[None]).tolist() == [[1.0, 1.0, 1.0]]
-
-
-def test_ranks_taken_once_give_the_tests_of_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workbench.glitch.scanning.sae_features._COLUMNS", 5)
-    rng = np.random.default_rng(0)
-    acts = np.maximum(rng.normal(-0.5, 1, (60, 17)), 0)  # many ties at zero
-    acts[:, 3] = 1.0
-    labels = np.stack([rng.permutation(np.arange(60) < 12) for _ in range(4)])
-    columns = np.array([0, *range(2, 17)])
-    found = discovery_rates(acts, columns, labels)
-    for label, rates in zip(labels, found, strict=True):
-        p = mannwhitneyu(acts[label][:, columns], acts[~label][:, columns], axis=0, method="asymptotic").pvalue
-        assert rates == pytest.approx(false_discovery_control(np.nan_to_num(p, nan=1.0)))
 
 
 def test_too_few_tokens_are_refused() -> None:

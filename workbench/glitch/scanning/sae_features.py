@@ -17,7 +17,7 @@ from workbench.core.errors import DegenerateInputError, InvalidInputError, requi
 from workbench.core.metrics import squared_error
 from workbench.core.numbers import number, setting
 from workbench.core.progress import track
-from workbench.core.stats import Estimate, paired_difference, sample_mean, sample_ratio
+from workbench.core.stats import Estimate, discovery_rates, paired_difference, sample_mean, sample_ratio
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.ranking.weights import in_memory
 from workbench.glitch.reporting import TokenReport, sentences, shown
@@ -183,7 +183,6 @@ CONTEXTS = (
 )  # fmt: skip
 """Texts behind which each token is read: the same position and the same words for all."""
 MIN_TOKENS = 5
-_COLUMNS = 256
 
 Beside = Mapping[int, np.ndarray]
 """Rows of the controls that are left of each glitch token, by its row."""
@@ -366,34 +365,6 @@ def _compared(
         ))  # fmt: skip
     rows.sort(key=lambda row: (-abs(row.difference.value), row.feature))
     return tuple(rows), len(alive), (float(np.mean(by_chance)), max(by_chance))
-
-
-def discovery_rates(
-    acts: Float[np.ndarray, "tokens features"], columns: np.ndarray, labels: Bool[np.ndarray, "labellings tokens"]
-) -> Float[np.ndarray, "labellings columns"]:
-    """q-value of each of some features under each labelling: the false discovery rate at which it would just be named.
-
-    Two-sided Mann-Whitney tests with the corrections for ties and continuity, then Benjamini and Hochberg 1995. Ranks
-    do not depend on the labels, so they are taken once, some features at a time.
-    """
-    from scipy.stats import false_discovery_control
-
-    blocks = (columns[start : start + _COLUMNS] for start in range(0, len(columns), _COLUMNS))
-    p = np.concatenate([_rank_tests(acts[:, block], labels) for block in blocks], axis=1)
-    return false_discovery_control(p, method="bh", axis=1)
-
-
-def _rank_tests(acts: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """p-value by labelling and feature; 1 for a feature that is the same on every token and has no ranks to compare."""
-    from scipy.stats import norm, rankdata
-
-    n = len(acts)
-    ours = labels.sum(1, keepdims=True)
-    centred = rankdata(acts, axis=0) - (n + 1) / 2
-    # the ranks' own variance, without replacement, is the normal approximation's with its correction for ties
-    variance = ours * (n - ours) / (n * (n - 1)) * (centred * centred).sum(0)
-    distance = np.maximum(np.abs(labels.astype(np.float64) @ centred) - 0.5, 0.0)
-    return np.where(variance > 0, 2 * norm.sf(distance / np.sqrt(np.where(variance > 0, variance, 1.0))), 1.0)
 
 
 def _fvu(read: _Read, glitch: np.ndarray, control: np.ndarray, beside: Beside, seed: int) -> dict[str, Estimate]:
