@@ -47,6 +47,7 @@ def test_the_options_say_what_is_used(words: str, capsys: pytest.CaptureFixture[
     cls = command(words)
     assert parse(cls, ["--help"], f"workbench {words}") is None
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert not re.search(r"\{None\}|\(default: (None|False)?\)", shown), "says nothing"
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name, field in fields.items():
         assert field.default is not True, f"--no-{name}: an option says what it does, not what it stops"

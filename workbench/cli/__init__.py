@@ -136,16 +136,16 @@ def parse(cls: type[C], arguments: list[str], prog: str) -> C | None:
     """
     import tyro
 
-    # --json, not --json | --no-json
-    style = (tyro.conf.FlagCreatePairsOff,)
+    from workbench.cli.options import STYLE, quiet_defaults
+
     if {"-h", "--help"} & set(arguments):
         with contextlib.suppress(SystemExit):
-            tyro.cli(cls, args=arguments, prog=prog, config=style)
+            tyro.cli(cls, args=arguments, prog=prog, config=STYLE, registry=quiet_defaults())
         return None
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, args=arguments, prog=prog, config=style)
+            return tyro.cli(cls, args=arguments, prog=prog, config=STYLE, registry=quiet_defaults())
     except SystemExit as error:
         if error.code in (0, None):
             return None

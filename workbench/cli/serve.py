@@ -34,8 +34,7 @@ class Serve(SAECommand):
     """
 
     sae: str | None = None
-    """SAE: its folder, a run that holds one (folder, name or latest), or release/sae_id of sae_lens; without one texts
-    and log-probabilities only."""
+    """SAE: its folder, a run that holds one, or release/sae_id of sae_lens; none shows texts and log-probabilities."""
     features: Path | None = None
     """Folder of feature cards or of a feature table, to search; by default what is in the SAE's folder."""
     out: Path | None = None
@@ -71,7 +70,7 @@ class Serve(SAECommand):
 
     def _sae_source(self) -> str | None:
         path = self.sae_path()
-        return str(path.resolve() if path is not None and path.exists() else path) if path is not None else None
+        return None if path is None else str(path.resolve() if path.exists() else path)
 
     def _index(self, playground: Playground) -> Mapping[str, object] | None:
         from workbench.serve.index import feature_index
