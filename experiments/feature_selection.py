@@ -200,7 +200,7 @@ class SteeringStudy(TrainingOptions, Study[SelectionReport]):
             self.emit({"seconds": expected}, [f"{expected}."])
             return None
         if expected is not None and not self.json:
-            self.emit({}, [f"From nothing {expected}. It can be stopped at any time; the same command goes on."])
+            self.emit({}, [f"From nothing {expected}. It can be stopped at any time; the same command continues."])
         run = begin(model)
         if not self.saes:
             return selection(model, run.artifacts, sizes)

@@ -34,7 +34,7 @@ def study(
 
 
 def brief(folder: Path) -> ScanOptions:
-    """Options of a scan that is one part of a longer run: few tokens, each until it is said; goes on in `folder`."""
+    """Options of a scan that is one part of a longer run: few tokens, each until it is said; `folder` keeps it."""
     return ScanOptions(top=24, journal=folder / "glitch_tested.jsonl", verification=VerifyOptions(stop_at=VERIFIED))
 
 

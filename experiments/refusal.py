@@ -89,7 +89,7 @@ class Refusal(SAEOptionStudy[RefusalReport]):
         return study(model, sae, texts, site=site, options=options)
 
     def sae_path(self) -> Path | None:
-        return None if self.sae is None else sae_folder(self.sae)
+        return None if self.sae is None else sae_folder(self.sae, self.runs_folder())
 
     def title(self, report: RefusalReport) -> str:
         return f"Refusal steering of {report.model}"

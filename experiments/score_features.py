@@ -101,7 +101,7 @@ class FeaturesScore(SAEStudy[FeatureScoreReport]):
         return f"Table: {self.table_folder()}; report: {folder / 'report.html'}"
 
     def following(self, report: FeatureScoreReport, folder: Path) -> str:
-        return typed("steer", self.sae, *(["--table", self.table] if self.table else []))
+        return typed("steer", self.sae_path(), *(["--table", self.table] if self.table else []))
 
     def table_folder(self) -> Path:
         """Where the table goes.

@@ -101,10 +101,10 @@ class Shift(SAEOptionStudy[ShiftReport]):
         return study(model, sae, plain_text, task=task, judge=_DECIDERS[self.judge](), options=options)
 
     def sae_path(self) -> Path:
-        return sae_folder(self.sae)
+        return sae_folder(self.sae, self.runs_folder())
 
     def following(self, report: ShiftReport, folder: Path) -> str:
-        return typed("refusal", "--sae", self.sae)
+        return typed("refusal", "--sae", self.sae_path())
 
     def title(self, report: ShiftReport) -> str:
         return "SHIFT: " + report.task

@@ -88,7 +88,7 @@ class Steer(SAEStudy[SteeringReport]):
         if place is None and not self.features:
             raise InvalidInputError(
                 "steer: no features to steer with. Give --features 12 34, or score them first: "
-                f"{typed('features', 'score', self.sae)}"
+                f"{typed('features', 'score', self.sae_path())}"
             )
         sae, table = load_sae(self.sae_path()), None if place is None else FeatureTable.load(place)
         options = SteerOptions(
@@ -113,7 +113,7 @@ class Steer(SAEStudy[SteeringReport]):
         return report.to_json()
 
     def following(self, report: SteeringReport, folder: Path) -> str:
-        return typed("features", "cards", self.sae)
+        return typed("features", "cards", self.sae_path())
 
     def details(self, report: SteeringReport, folder: Path) -> Iterator[str]:
         yield report.example_title

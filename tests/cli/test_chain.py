@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from experiments.score_features import FeaturesScore
+from experiments.steering_features import Steer
 from tests.tiny import tiny_model
 from workbench.cli import main
 from workbench.cli.places import sae_folder
 from workbench.core.errors import MissingFileError
 from workbench.features.scores.table import FeatureTable
+from workbench.runs.run import RunDir
 from workbench.saes.home import SAEHome
 
 SMALL = {
@@ -92,17 +94,27 @@ def test_a_moved_sae_keeps_its_store_and_a_lost_store_is_said(tmp_path: Path) ->
 
 
 def test_an_sae_is_found_in_a_run_by_its_name_or_as_the_latest(tmp_path: Path, run_with_sae: Path) -> None:
-    root = run_with_sae.parent
-    for asked in (str(run_with_sae), run_with_sae.name, "demo", "latest"):
+    root, name = run_with_sae.parent, run_with_sae.name
+    for asked in (str(run_with_sae), name, name.rpartition("-")[2], "demo", "latest"):
         assert sae_folder(Path(asked), root) == run_with_sae / "artifacts" / "sae"
+    for asked in ("dem", name[:-1], "steer"):
+        with pytest.raises(MissingFileError, match=f"neither a folder {asked} nor .*(Did you mean|Known:) {name}"):
+            sae_folder(Path(asked), root)
+    with pytest.raises(MissingFileError, match="No run in .* holds an SAE"):
+        sae_folder(Path("latest"), tmp_path)
+    with RunDir.create("demo", {}, root) as another:
+        (another.artifacts / "sae").mkdir()
+    with pytest.raises(MissingFileError, match="name of 2 runs"):
+        sae_folder(Path("demo"), root)
+    assert Steer(sae=Path(name), out=root).sae_path() == run_with_sae / "artifacts" / "sae", (
+        "a study looks in its --out"
+    )
     assert sae_folder(Path("gpt2-small-res-jb/blocks.0"), root) == Path("gpt2-small-res-jb/blocks.0")
     assert sae_folder(tmp_path, root) == tmp_path
 
 
 @pytest.fixture
 def run_with_sae(tmp_path: Path) -> Path:
-    from workbench.runs.run import RunDir
-
     RunDir.create("steer", {}, tmp_path / "runs")
     with RunDir.create("demo", {}, tmp_path / "runs") as run:
         (run.artifacts / "sae").mkdir()

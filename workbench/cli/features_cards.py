@@ -80,7 +80,7 @@ class FeaturesCards(OneSAE):
         self.emit(
             {"cards": folder, "features": len(cards), "findings": lines},
             [*lines, f"Cards: {folder}"],
-            typed("features", "show", self.out or self.sae),
+            typed("features", "show", self.out or home.folder),
         )
 
     def _spare(self, folder: Path) -> None:

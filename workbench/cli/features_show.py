@@ -72,7 +72,7 @@ class FeaturesShow(BaseCommand):
             "card_bytes": page.card_bytes,
         }  # fmt: skip
         has_sae = (folder / CONFIG_FILE).is_file()
-        following = typed("serve", "--sae", self.folder) if has_sae else typed("runs")
+        following = typed("serve", "--sae", folder) if has_sae else typed("runs")
         self.emit(summary, [line, *hint, "Open it in a browser; it needs no network."], following)
 
 

@@ -62,7 +62,7 @@ class Harvest(Command):
         from workbench.activations.harvest import harvest
 
         source, out = self.source(), self.out
-        # a store that was begun goes on in its precision
+        # a store that was begun is continued in its precision
         model = self.load(dtype=self.dtype if self.dtype != "auto" else harvested_dtype(out), check=True)
         sites = self.sites or (f"resid_post.{model.n_layers // 2}",)
         options = HarvestOptions(dtype=self.stored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workbench.core.errors import MissingFileError
+from workbench.core.errors import MissingFileError, did_you_mean
 from workbench.runs.listing import find_run, list_runs
 
 RUNS = Path("runs")
@@ -41,15 +41,26 @@ def any_run(asked: Path, root: Path = RUNS) -> Path | None:
 
 
 def sae_folder(asked: Path, root: Path = RUNS) -> Path:
-    """The folder of an SAE that is at a path, or that a run holds, given by folder, name or "latest".
+    """The folder of an SAE that is at a path, or that a run holds: its whole name or id, what was run, or "latest".
 
-    What is neither, such as a release of sae_lens, is left as it is.
+    What may be a release of sae_lens, such as gpt2-small-res-jb/blocks.8.hook_resid_pre, is left as it is.
+
+    Raises:
+        MissingFileError: if it is none of these, or the name of several runs.
     """
-    if asked.is_dir():
+    if asked.exists():
         return asked / SAE_IN_RUN if (asked / SAE_IN_RUN).is_dir() else asked
-    holding = [info.path for info in list_runs(root) if (info.path / SAE_IN_RUN).is_dir()]
-    fitting = [path for path in holding if str(asked) == "latest" or str(asked) in path.name]
-    if str(asked) != "latest" and len(fitting) > 1:
+    text = str(asked)
+    holding = [info for info in list_runs(root) if (info.path / SAE_IN_RUN).is_dir()]
+    names = {info.path: (info.path.name, info.name, info.path.name.rpartition("-")[2]) for info in holding}
+    fitting = [path for path, known in names.items() if text in known] if text != "latest" else list(names)[:1]
+    if len(fitting) > 1:
         shown = ", ".join(path.name for path in fitting[:5])
-        raise MissingFileError(f"{str(asked)!r} fits {len(fitting)} runs with an SAE: {shown}. Give more of the name.")
+        raise MissingFileError(f"{text!r} is the name of {len(fitting)} runs with an SAE: {shown}. Give one of these.")
+    if not fitting and len(asked.parts) == 1:
+        hint = did_you_mean(text, [path.name for path in names]) if names else f"No run in {root} holds an SAE."
+        raise MissingFileError(
+            f"There is neither a folder {asked} nor a run in {root} with this name and an SAE. {hint} Give the folder "
+            "of the SAE, the whole name of a run, or latest."
+        )
     return fitting[0] / SAE_IN_RUN if fitting else asked

@@ -83,4 +83,4 @@ class SaeEval(SaeMeasurement["SAEReport"]):
         return {"metrics": report.section().metrics}
 
     def following(self, report: SAEReport, folder: Path) -> str:
-        return typed("features", "score", self.sae)
+        return typed("features", "score", self.sae_path())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from workbench.cli.base import LoadsModel
-from workbench.cli.places import sae_folder
+from workbench.cli.places import RUNS, sae_folder
 
 if TYPE_CHECKING:
     from workbench.saes.home import SAEHome
@@ -25,6 +25,10 @@ class SAECommand(LoadsModel):
     def sae_path(self) -> Path | None:
         """Folder of the SAE; None if none was given."""
         raise NotImplementedError(f"{type(self).__name__} has no sae_path(). Define it.")
+
+    def runs_folder(self) -> Path:
+        """Where runs are looked up by name."""
+        return RUNS
 
     def home(self) -> SAEHome:
         """What belongs to the SAE."""
@@ -46,4 +50,4 @@ class OneSAE(SAECommand):
 
     def sae_path(self) -> Path:
         """Folder of the SAE."""
-        return sae_folder(self.sae)
+        return sae_folder(self.sae, self.runs_folder())

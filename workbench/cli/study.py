@@ -81,6 +81,10 @@ class RunFolderStudy(BaseCommand, Generic[R]):
         """Of the command."""
         return 0
 
+    def runs_folder(self) -> Path:
+        """Where runs are looked up by name: where this one is made."""
+        return self.out
+
     def start(self, fresh: bool = False) -> RunDir:
         """The run folder of this configuration, continued if it was interrupted; inside `out`."""
         from workbench.engine.folder import require_local

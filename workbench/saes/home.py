@@ -59,7 +59,8 @@ class SAEHome:
         """
         store = self.store
         if store is None:
-            raise MissingFileError(f"{self.folder} does not say which store it was trained on. Give --store FOLDER.")
+            lack = "does not say which store it was trained on" if self.folder.is_dir() else "is no folder here"
+            raise MissingFileError(f"{self.folder} {lack}. Give --store FOLDER.")
         if isinstance(store, Path) and not store.is_dir():
             raise MissingFileError(
                 f"The store that {self.folder} was trained on is no longer at {store}. Give --store FOLDER."
