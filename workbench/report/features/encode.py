@@ -20,6 +20,9 @@ from workbench.report.text import visible
 MAX_TEXT = 400
 """Characters of one token or text that are kept; a longer one ends with the number of missing ones."""
 
+ABOVE = "above its controls"
+"""The verdict on a score whose interval lies above those of all of its controls."""
+
 Card = Mapping[str, Any]
 """A `FeatureCard`, or a part of one, as JSON: its fields have the types that `workbench.features.card` says."""
 Number = float | int | Mapping[str, str] | None
@@ -184,6 +187,18 @@ def _pack_window(window: Card, strings: StringTable) -> list[object]:
 
 
 def _pack_explanation(explanation: Card) -> dict[str, object]:
+    arms, tests = _tests(explanation)
+    said = badge([str(test["verdict"]) for test in tests])
+    return {
+        "text": clip(explanation["text"], 2000), "method": clip(explanation["method"]),
+        "windows": explanation["n_windows"], "tests": tests,
+        "arms": ["this explanation", *(clip(CONTROLS.get(arm, arm)) for arm in arms)],
+        "badge": said, "holds": said == ABOVE,
+    }  # fmt: skip
+
+
+def _tests(explanation: Card) -> tuple[list[str], list[dict[str, object]]]:
+    """The names of the controls, and each test: the score of the explanation, then those of the controls."""
     scores = explanation["scores"]
     controls = {split_control(key, scores): estimate for key, estimate in explanation["controls"].items()}
     arms = list(dict.fromkeys(control for control, _ in controls))
@@ -194,12 +209,7 @@ def _pack_explanation(explanation: Card) -> dict[str, object]:
             "label": clip(label(name)), "meaning": meaning(name), "arms": [own, *others],
             "verdict": verdict(own, others),
         })  # fmt: skip
-    return {
-        "text": clip(explanation["text"], 2000), "method": clip(explanation["method"]),
-        "windows": explanation["n_windows"], "tests": tests,
-        "arms": ["this explanation", *(clip(CONTROLS.get(arm, arm)) for arm in arms)],
-        "badge": badge([str(test["verdict"]) for test in tests]), "holds": holds(explanation),
-    }  # fmt: skip
+    return arms, tests
 
 
 def badge(verdicts: Sequence[str]) -> str:
@@ -215,13 +225,7 @@ def badge(verdicts: Sequence[str]) -> str:
 
 def holds(explanation: Card | None) -> bool:
     """Whether an explanation is above its controls in every test that has one, and in one at least."""
-    if explanation is None:
-        return False
-    scores, verdicts = explanation["scores"], []
-    controls = {split_control(key, scores): _pack_estimate(given) for key, given in explanation["controls"].items()}
-    for name, score in scores.items():
-        verdicts.append(verdict(_pack_estimate(score), [given for (_, of), given in controls.items() if of == name]))
-    return badge(verdicts) == "above its controls"
+    return explanation is not None and badge([str(test["verdict"]) for test in _tests(explanation)[1]]) == ABOVE
 
 
 def verdict(score: Card | None, controls: Sequence[Card | None]) -> str:
@@ -233,7 +237,7 @@ def verdict(score: Card | None, controls: Sequence[Card | None]) -> str:
     highs = [control["high"] for control in controls if control is not None]
     if score is None or not highs or any(high is None for high in (score["low"], *highs)):
         return ""
-    return "above its controls" if score["low"] > max(highs) else "not clearly above its controls"
+    return ABOVE if score["low"] > max(highs) else "not clearly above its controls"
 
 
 def _pack_estimate(estimate: Card | None) -> Card | None:
