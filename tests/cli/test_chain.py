@@ -13,9 +13,11 @@ from experiments.steering_features import Steer
 from tests.tiny import tiny_model
 from workbench.cli import main
 from workbench.cli.places import sae_folder
-from workbench.core.errors import MissingFileError
+from workbench.core.errors import CorruptFileError, MissingFileError
+from workbench.core.records import save_json
 from workbench.features.scores.table import FeatureTable
 from workbench.runs.run import RunDir
+from workbench.saes.formats.load import CONFIG_FILE
 from workbench.saes.home import SAEHome
 
 SMALL = {
@@ -91,6 +93,21 @@ def test_a_moved_sae_keeps_its_store_and_a_lost_store_is_said(tmp_path: Path) ->
         SAEHome(tmp_path).require_store()
     home.note(None, "s3://bucket/acts")
     assert (home.model, home.store) == (None, "s3://bucket/acts")
+
+
+@pytest.mark.parametrize(
+    ("named", "model"), [("org/name", "org/name"), ("gpt2-small", None), ("/data/org/name", None), (3, None)]
+)
+def test_an_sae_from_elsewhere_names_its_model_if_that_is_an_id_of_the_hub(
+    named: object, model: str | None, tmp_path: Path
+) -> None:
+    save_json(tmp_path / CONFIG_FILE, {"metadata": {"model_name": named}})
+    assert SAEHome(tmp_path).model == model
+    SAEHome(tmp_path).note("embedded", tmp_path)
+    assert SAEHome(tmp_path).model == "embedded", "what training wrote down comes first"
+    save_json(tmp_path / "home.json", {"store": 3})
+    with pytest.raises(CorruptFileError, match="store is no text"):
+        _ = SAEHome(tmp_path).model
 
 
 def test_an_sae_is_found_in_a_run_by_its_name_or_as_the_latest(tmp_path: Path, run_with_sae: Path) -> None:

@@ -57,9 +57,11 @@ KINDS = (
 
 
 def _public(package: ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Functions, constructors and methods of a stub, each with the name that its errors use."""
+    """Functions, constructors and methods of a stub, each with the name that its errors use; what wb has is its own."""
     for name in package.__all__:
         value = getattr(package, name)
+        if package is not wb and name in wb.__all__ and getattr(wb, name) is value:
+            continue
         if inspect.isfunction(value):
             yield name, value
         elif inspect.isclass(value) and not issubclass(value, Exception) and not getattr(value, "_is_protocol", False):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import workbench as wb
 from tests.serve.test_edits import EDITS
 from tests.serve.toys import BASE, TOKEN, asked, tiny_app, tiny_sae
 from tests.tiny import tiny_model
@@ -36,6 +39,12 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Playground:
     return Playground(model, load_sae(place / "sae"), str(place / "sae"))
 
 
+@pytest.fixture(scope="module")
+def load_once() -> Callable[..., Any]:
+    """`load_model`, but what is asked for again, in the same words, is the same model: its self-check takes a second."""
+    return functools.cache(load_model)
+
+
 def _tokens(playground: Playground, ask: Ask) -> dict[str, list[str]]:
     rows: Any = playground.run(ask, lambda _: None, lambda: False)["rows"]
     return {row["arm"]: row["tokens"] for row in rows}
@@ -58,8 +67,13 @@ def _several(**changes: Any) -> Ask:
     ids=["all modes", "whole prompt", "chat", "one edit", "no edit"],
 )
 def test_the_copied_python_writes_the_same_text(
-    playground: Playground, ask: Ask, capsys: pytest.CaptureFixture[str]
+    playground: Playground,
+    ask: Ask,
+    load_once: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(wb, "load_model", load_once)
     code = python_block(playground, ask)
     names: dict[str, Any] = {}
     exec(compile(code, "copied", "exec"), names)
@@ -72,10 +86,10 @@ def test_the_copied_python_writes_the_same_text(
     assert "\u202e" not in code
 
 
+@pytest.mark.parametrize("ask", [_several(), _several(chat=True, seed=7, temperature=1.3, scope="all")])
 def test_a_saved_intervention_is_used_by_the_command_that_is_shown(
-    playground: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    playground: Playground, ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ask = _several()
     folder = save_edits(playground, ask, tmp_path)
     assert main([*shlex.split(generate_command(playground, ask, folder))[1:], "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Annotated
 
 import tyro
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from tyro.constructors import MISSING_NONPROP, ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 """--json, not --json | --no-json; an option that may be left out takes no word "None"."""
+_NO_HINT = tyro.conf.arg(help_behavior_hint="")
 
 
 def quiet_defaults() -> ConstructorRegistry:
@@ -28,11 +29,14 @@ def quiet_defaults() -> ConstructorRegistry:
             entered.pop()
         if not isinstance(spec, StructConstructorSpec):
             return None
-        return replace(spec, fields=tuple(replace(f, type=_quiet(f.type, f.default)) for f in spec.fields))
+        fields = (
+            replace(field, type=Annotated[field.type, _NO_HINT]) if _says_nothing(field.default) else field
+            for field in spec.fields
+        )
+        return replace(spec, fields=tuple(fields))
 
     return registry
 
 
-def _quiet(kind: type, default: object) -> type:
-    is_empty = default is None or default is False or default == ()
-    return Annotated[kind, tyro.conf.arg(help_behavior_hint="")] if is_empty else kind  # type: ignore[return-value]
+def _says_nothing(default: object) -> bool:
+    return default is None or default is False or default is MISSING_NONPROP or default == ()
