@@ -288,7 +288,7 @@ def _head_maps(attention: AttentionMap) -> Iterator[Markup]:
         ]
         caption = f"{site} head {head}: from row to column"
         yield grid(names, names, shares, titles=titles, caption=caption)
-    if len(attention.tokens) > len(names) or len(heads) > HEADS_SHOWN:
+    if len(attention.tokens) > len(names) or len(heads) > len(shown):
         yield preformatted(f"{len(heads)} heads and {len(attention.tokens)} tokens in all; frame() has every weight")
 
 
