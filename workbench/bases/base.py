@@ -16,6 +16,7 @@ from workbench.bases.axes import of_numbers, over_tokens
 from workbench.core.arguments import shown
 from workbench.core.errors import InvalidInputError, MismatchError, ShapeError
 from workbench.core.html import Shown
+from workbench.core.precision import precise
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -37,7 +38,7 @@ _OVER_TOKENS = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Basis(Shown):
-    """Activations `x` of a site as a sum over features, in fp32 on the device of `x`.
+    """Activations `x` of a site as a sum over features, on the device of `x`, in fp32 (in fp64 where `x` is).
 
     `x = coefficients(x) @ rows() + constant(x) + error(x)`, where `coefficients(x) = encode(x) * scale(x)` and the
     first two terms are the reconstruction. `scale` is 1 unless the encoder normalises each token; it differs from token
@@ -111,11 +112,12 @@ class Basis(Shown):
 
     def scale(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"]:
         """By what activations are multiplied to be in the units of what is written; 1 unless the basis normalises."""
-        return torch.ones(len(x), 1, device=x.device)
+        return torch.ones(len(x), 1, device=x.device, dtype=precise(x[:0]).dtype)
 
     def constant(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
         """The reconstruction without any feature."""
-        return self.bias.to(x.device) * self.scale(x)
+        scale = self.scale(x)
+        return self.bias.to(scale) * scale
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -162,8 +164,10 @@ class Basis(Shown):
                 "how large their tokens were. Give what was encoded: decode(acts, x)."
             )
         if x is None:
-            return acts.float() @ self.rows().to(acts.device) + self.bias.to(acts.device)
-        return self.rescaled(acts.float(), x) @ self.rows().to(acts.device) + self.constant(x)
+            acts = precise(acts)
+            return acts @ self.rows().to(acts) + self.bias.to(acts)
+        acts = self.rescaled(precise(acts), x)
+        return acts @ self.rows().to(acts) + self.constant(x)
 
     def coefficients(self, x: Float[Tensor, "n d_in"], features: Features | None = None) -> Float[Tensor, "n f"]:
         """By how many of its rows each feature moves each token: activation times `scale`."""
@@ -176,12 +180,13 @@ class Basis(Shown):
 
     def contribution(self, x: Float[Tensor, "n d_in"], features: Features | None = None) -> Float[Tensor, "n d_out"]:
         """The sum of what some features write, in the units of the stream; of all features by default."""
-        return self.coefficients(x, features) @ self.rows(features).to(x.device)
+        parts = self.coefficients(x, features)
+        return parts @ self.rows(features).to(parts)
 
     def reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
         """`decode(encode(x), x)`, a few tokens at a time."""
-        parts = [self.decode(acts, x[rows].float()) for rows, acts in self.chunks(x)]
-        return torch.cat(parts) if parts else x.new_zeros(0, self.d_out, dtype=torch.float32)
+        parts = [self.decode(acts, precise(x[rows])) for rows, acts in self.chunks(x)]
+        return torch.cat(parts) if parts else precise(x.new_zeros(0, self.d_out))
 
     def error(
         self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"] | None = None
@@ -263,7 +268,7 @@ class Basis(Shown):
         step = max(1, CHUNK_ENTRIES // self.d_sae)
         for start in range(0, len(x), step):
             rows = slice(start, start + step)
-            yield rows, self.encode(x[rows].float())
+            yield rows, self.encode(precise(x[rows]))
 
     def sparse(self, x: Float[Tensor, "n d_in"]) -> csr_matrix:
         """Feature activations as a sparse matrix, without gradient."""
@@ -295,7 +300,7 @@ class Basis(Shown):
                 f"{call}: {self.name} reads {self.site} and writes {self.site_out}, so x is not what it reconstructs. "
                 "Give the activations of the site that it writes as target=."
             )
-        return (x if target is None else target).float()
+        return precise(x if target is None else target)
 
 
 for _name in _OVER_TOKENS:
@@ -335,7 +340,7 @@ class Dictionary(Basis):
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """What the function gives."""
-        return self.encoder(x.to(self.W_dec.device, torch.float32)).to(x.device)
+        return self.encoder(x.to(precise(self.W_dec))).to(precise(x))
 
     def rows(self, features: FeatureRows | None = None) -> Float[Tensor, "*f d_out"]:
         """The directions, where they are."""

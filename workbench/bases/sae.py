@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from workbench.bases.base import Basis, FeatureRows, Features
 from workbench.bases.sitenames import named_site
 from workbench.core.errors import InvalidInputError
+from workbench.core.precision import precise
 
 _THRESHOLDED = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _PER_FEATURE = ("standard", "gated", "transcoder", "skip_transcoder", *_THRESHOLDED)
@@ -106,7 +107,7 @@ class SAEBasis(Basis):
         Right after it, `decode` needs no `x`: the activations keep the sizes of their tokens until they are copied.
         """
         if self.architecture in (*_PER_FEATURE, *_COMPETING):
-            acts = self._activate(self._input(x), None).float().to(x.device)
+            acts = precise(self._activate(self._input(x), None)).to(x.device)
         else:
             acts = self._encode_by_itself(x)
         if self.normalises:
@@ -118,7 +119,7 @@ class SAEBasis(Basis):
         if self.architecture not in _PER_FEATURE:
             return self.encode(x)[:, torch.as_tensor(features, device=x.device)]
         some = torch.as_tensor(features, device=self.sae.W_dec.device)
-        return self._activate(self._input(x), some).float().to(x.device)
+        return precise(self._activate(self._input(x), some)).to(x.device)
 
     def decode(
         self, acts: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"] | None = None
@@ -150,7 +151,7 @@ class SAEBasis(Basis):
     def rows(self, features: FeatureRows | None = None) -> Float[Tensor, "*f d_out"]:
         """What one unit of each feature's coefficient adds; where the SAE is."""
         W_dec = self.sae.W_dec.detach()
-        rows = (W_dec if features is None else W_dec[torch.as_tensor(features, device=W_dec.device)]).float()
+        rows = precise(W_dec if features is None else W_dec[torch.as_tensor(features, device=W_dec.device)])
         return rows / _norms(rows)[..., None] if self._rescales else rows
 
     @property
@@ -166,7 +167,8 @@ class SAEBasis(Basis):
                 "its decoder adds none."
             )
         left_out = self.architecture == "matching_pursuit" and not self.sae.cfg.apply_b_dec_to_input
-        return torch.zeros_like(b_dec, dtype=torch.float32) if left_out else b_dec.detach().float()
+        bias = precise(b_dec.detach())
+        return torch.zeros_like(bias) if left_out else bias
 
     def encoder_directions(self) -> Float[Tensor, "d_sae d_in"]:
         """What each feature reads: the columns of the encoder, in fp32.
@@ -176,20 +178,21 @@ class SAEBasis(Basis):
         """
         if not isinstance(W_enc := getattr(self.sae, "W_enc", None), Tensor):
             raise InvalidInputError(f"{type(self.sae).__name__} has no W_enc (d_in, d_sae). Use its decoder rows.")
-        return W_enc.detach().T.float()
+        return precise(W_enc.detach().T)
 
     def scale(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n 1"]:
         """By what the decoder's output is multiplied to be in the units of `x`, in fp32."""
         if not self.normalises:
-            return torch.ones(len(x), 1, device=x.device)
-        x = x.float()
+            return super().scale(x)
+        x = precise(x)
         if self.normalisation == "constant_norm_rescale":
             return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
         return (x - x.mean(-1, keepdim=True)).std(-1, keepdim=True)
 
     def constant(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
         """The reconstruction without any feature: the bias in the scale of each token, its mean, a skip connection."""
-        out = self.bias.to(x.device) * self.scale(x)
+        scale = self.scale(x)
+        out = self.bias.to(scale) * scale
         out = out + self._mean(x) if self.normalises else out
         return out if self._skip is None else out + self._skipped(x)
 
@@ -232,17 +235,17 @@ class SAEBasis(Basis):
 
     def _skipped(self, x: Tensor) -> Tensor:
         skip = self.sae.W_skip.detach()
-        return (x.to(skip) @ skip.T).float().to(x.device)
+        return precise(x.to(skip) @ skip.T).to(x.device)
 
     def _mean(self, x: Tensor) -> Tensor:
         """The mean of each token, which `layer_norm` takes off and adds again."""
-        x = x.float()
+        x = precise(x)
         return x.mean(-1, keepdim=True) if self.normalisation == "layer_norm" else torch.zeros_like(x[:, :1])
 
     def _input(self, x: Tensor) -> Tensor:
         W_enc, x_in = self.sae.W_enc, x.to(self.sae.W_enc.device)
         if self.normalisation in ("constant_norm_rescale", "layer_norm"):
-            x_in = x_in.float()  # a norm or a mean that is taken in bf16 is off by up to 0.4 %
+            x_in = precise(x_in)  # a norm or a mean that is taken in bf16 is off by up to 0.4 %
         if self.normalisation == "constant_norm_rescale":
             x_in = x_in * (x_in.shape[-1] ** 0.5 / x_in.norm(dim=-1, keepdim=True))
         elif self.normalisation == "layer_norm":
@@ -263,7 +266,7 @@ class SAEBasis(Basis):
             pre = pre * sae.W_dec.detach().norm(dim=-1)
         acts = sae.activation_fn(pre)
         if self.architecture in _THRESHOLDED:
-            acts = acts * (pre.float() > sae.threshold.detach()[chosen].float())
+            acts = acts * (precise(pre) > precise(sae.threshold.detach()[chosen]))
         return acts.to_dense() if acts.is_sparse else acts
 
     def _encode_by_itself(self, x: Tensor) -> Tensor:
@@ -279,17 +282,17 @@ class SAEBasis(Basis):
             for name in _STATE:
                 vars(sae).pop(name, None)
             vars(sae).update(before)
-        return (acts.to_dense() if acts.is_sparse else acts).float().to(x.device)
+        return precise(acts.to_dense() if acts.is_sparse else acts).to(x.device)
 
     def _decoded(self, acts: Tensor) -> Tensor:
         """Rows and bias alone, in the dtype of the weights and then in fp32."""
         W_dec, device = self.sae.W_dec.detach(), acts.device
         acts = acts.to(W_dec)
         if self.architecture not in _LINEAR and not self.normalises and hasattr(self.sae, "decode"):
-            return _by_itself(self.sae, "decode", acts).float().to(device)
+            return precise(_by_itself(self.sae, "decode", acts)).to(device)
         if self._rescales:
             acts = acts / _norms(W_dec).to(acts)
-        return (acts @ W_dec + self.bias.to(W_dec)).float().to(device)
+        return precise(acts @ W_dec + self.bias.to(W_dec)).to(device)
 
 
 class _Call(nn.Module):
@@ -311,7 +314,7 @@ def _by_itself(sae: Any, method: str, x: Tensor) -> Tensor:
 
 def _norms(rows: Float[Tensor, "*f d"]) -> Float[Tensor, "*f"]:
     """Norms to divide by; a row of zeros stays one."""
-    return rows.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return precise(rows).norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _metadata(config: Any) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from workbench.bases.base import Basis, FeatureRows
 from workbench.bases.fits import ModelLike
 from workbench.core.errors import MismatchError
+from workbench.core.precision import precise
 from workbench.hooks.capture import capture
 from workbench.hooks.sites import Site
 
@@ -31,7 +32,7 @@ class Written(Basis):
         weight: of the projection, a row per input.
         b_out: its bias.
         gain: of the norm behind it; ones without a norm.
-        norm: the norm behind it, in fp32.
+        norm: the norm behind it, in the precision of the projection.
     """
 
     weight: Float[Tensor, "d_in d_out"]
@@ -41,7 +42,7 @@ class Written(Basis):
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """The activations themselves."""
-        return x.float()
+        return precise(x)
 
     def rows(self, features: FeatureRows | None = None) -> Float[Tensor, "*f d_out"]:
         """The rows of the projection times the gain, where the projection is."""
@@ -91,7 +92,7 @@ def written_by(model: ModelLike, site: Site, kinds: tuple[str, str], name: str) 
         )
     read, out = (model.site_map[replace(site, kind=kind)] for kind in kinds)
     weight, bias = _affine(read.module, name)
-    norm = None if read.path.startswith(f"{out.path}.") else copy.deepcopy(out.module).float()
+    norm = None if read.path.startswith(f"{out.path}.") else copy.deepcopy(out.module).to(weight.dtype)
     gain = torch.ones_like(weight[0])
     with torch.no_grad():
         gain = gain if norm is None else norm(_LARGE * gain)
@@ -113,10 +114,10 @@ def _affine(module: Any, name: str) -> tuple[Tensor, Tensor]:
             f"basis({name!r}): the projection is a {type(module).__name__} without a matrix of real numbers. Load the "
             "model without quantisation."
         )
-    weight = weight.detach().float()
+    weight = precise(weight.detach())
     weight = weight if hasattr(module, "nx") else weight.T
     bias = getattr(module, "bias", None)
-    return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().float()
+    return weight, weight.new_zeros(weight.shape[1]) if bias is None else precise(bias.detach())
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def _require_that_it_writes(model: ModelLike, basis: Written) -> None:
     ids = torch.randint(0, len(vocab), (1, 6), generator=torch.Generator().manual_seed(0)).to(vocab.device)
     sites = [str(basis.site), str(basis.site_out)]
     acts = capture(model.hf, model.site_map, {"input_ids": ids}, sites)
-    x, wanted = (acts.flat(site).flatten(0, 1).float() for site in sites)
+    x, wanted = (precise(acts.flat(site).flatten(0, 1)) for site in sites)
     off = float((basis.reconstruct(x) - wanted).norm() / wanted.norm())
     if not off <= min(0.1, 100 * torch.finfo(vocab.dtype).eps):
         raise MismatchError(

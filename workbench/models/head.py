@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.core.errors import InvalidInputError
+from workbench.core.precision import precise
 from workbench.hooks.ends import embedding, unembedding
 from workbench.hooks.handles import Hooks
 from workbench.interventions.plan import active_plans
@@ -27,7 +28,8 @@ _ROWS = 16_384
 class Head:
     """The unembedding of a model and what it does to its output: a scale or a soft cap.
 
-    All results are in fp32, on the device of what is given, and follow autograd's present mode.
+    All results are in fp32 (fp64 of a model in fp64), on the device of what is given, and follow autograd's present
+    mode.
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
@@ -44,8 +46,8 @@ class Head:
     def exact(self, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         """The logits of every token with products in fp32, whatever the model's dtype, as `some` and `shared` have."""
         head = unembedding(self._hf)
-        if head.weight.dtype == torch.float32:
-            return self.all(hidden.float())
+        if head.weight.dtype in (torch.float32, torch.float64):
+            return self.all(hidden.to(head.weight.dtype))
         # block by block: a copy of the whole matrix in fp32 is twice the size of that of the model
         near = hidden.to(head.weight.device, torch.float32)
         z = torch.cat([near @ rows.float().T for rows in head.weight.split(_ROWS)], dim=-1)
@@ -54,23 +56,23 @@ class Head:
     def some(self, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """The logits of a few tokens, other ones for each row."""
         head, near, ids = self._near(hidden, ids)
-        z = torch.einsum("nd,nkd->nk", near, head.weight.detach()[ids].float())
-        return self.finish(z if head.bias is None else z + head.bias.detach()[ids].float()).to(hidden.device)
+        z = torch.einsum("nd,nkd->nk", near, head.weight.detach()[ids].to(near.dtype))
+        return self.finish(z if head.bias is None else z + head.bias.detach()[ids].to(near.dtype)).to(hidden.device)
 
     def shared(self, hidden: Float[Tensor, "n d_model"], ids: Int[Tensor, " k"]) -> Float[Tensor, "n k"]:
         """The logits of a few tokens, the same ones for all rows."""
         head, near, ids = self._near(hidden, ids)
-        z = near @ head.weight.detach()[ids].float().T
-        return self.finish(z if head.bias is None else z + head.bias.detach()[ids].float()).to(hidden.device)
+        z = near @ head.weight.detach()[ids].to(near.dtype).T
+        return self.finish(z if head.bias is None else z + head.bias.detach()[ids].to(near.dtype)).to(hidden.device)
 
     def _near(self, hidden: Tensor, ids: Tensor) -> tuple[nn.Linear, Tensor, Tensor]:
         """The unembedding, and both tensors on its device, which differs in a model over several."""
         head = unembedding(self._hf)
-        return head, hidden.to(head.weight.device, torch.float32), ids.to(head.weight.device)
+        return head, precise(hidden.to(head.weight.device)), ids.to(head.weight.device)
 
     def finish(self, logits: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """What the model does to the output of its unembedding, in fp32; monotone, token by token."""
-        return self._finish(logits.float())
+        return self._finish(precise(logits))
 
     def require(self, hidden: Float[Tensor, "n d_model"], logits: Float[Tensor, "n d_vocab"]) -> None:
         """Checks on a real forward pass that `all` gives the logits of the model.
@@ -262,7 +264,7 @@ def forward(
     with Hooks() as on:
         on.add(unembedding(hf), choose, before=True)
         try:
-            logits = hf(**{"use_cache": False, **inputs}).logits.float()
+            logits = precise(hf(**{"use_cache": False, **inputs}).logits)
         except _Caught:
             return caught[0], None
     if edited and chosen is not None:

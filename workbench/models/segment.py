@@ -61,11 +61,18 @@ class Reached(OneLine):
         return self._hidden
 
     def logits(
-        self, tokens: Int[Tensor, " k"] | None = None, *, at: Bool[Tensor, "rows pos"] | None = None
+        self, tokens: Int[Tensor, "*n k"] | None = None, *, at: Bool[Tensor, "rows pos"] | None = None
     ) -> Float[Tensor, "n k"]:
-        """Logits in fp32, of all tokens or of a few, at the last token of each row or where `at` is True."""
+        """Logits in fp32 (fp64 of a model in fp64), at the last token of each row or where `at` is True.
+
+        Args:
+            tokens: of which tokens: `(k,)` for all rows, `(n, k)` for each its own; None takes all.
+            at: True at the tokens that predict.
+        """
         chosen = self.hidden[self._at_end if at is None else at]
-        return self._head.all(chosen) if tokens is None else self._head.shared(chosen, tokens)
+        if tokens is None:
+            return self._head.all(chosen)
+        return self._head.shared(chosen, tokens) if tokens.ndim == 1 else self._head.some(chosen, tokens)
 
 
 class _Finished(Exception):

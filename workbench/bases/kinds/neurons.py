@@ -11,6 +11,7 @@ from torch import Tensor
 from workbench.bases.base import Basis, FeatureRows, Features
 from workbench.bases.fits import ModelLike
 from workbench.bases.registry import BASES
+from workbench.core.precision import precise
 from workbench.hooks.sites import Site
 
 
@@ -20,7 +21,7 @@ class Neurons(Basis):
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """The activations themselves."""
-        return x.float()
+        return precise(x)
 
     def decode(
         self,
@@ -28,7 +29,7 @@ class Neurons(Basis):
         x: Float[Tensor, "n d_in"] | None = None,  # noqa: ARG002
     ) -> Float[Tensor, "n d_out"]:
         """The feature activations themselves."""
-        return acts.float()
+        return precise(acts)
 
     def rows(self, features: FeatureRows | None = None) -> Float[Tensor, "*f d_out"]:
         """Rows of the identity."""
@@ -43,8 +44,8 @@ class Neurons(Basis):
     def contribution(self, x: Float[Tensor, "n d_in"], features: Features | None = None) -> Float[Tensor, "n d_out"]:
         """The chosen coordinates, all others zero."""
         if features is None:
-            return x.float()
-        return torch.zeros_like(x, dtype=torch.float32).index_copy(
+            return precise(x)
+        return torch.zeros_like(precise(x)).index_copy(
             1, torch.as_tensor(features, device=x.device), self.encode_some(x, features)
         )
 
