@@ -56,8 +56,8 @@ class Pairs(Shown):
         n, k = len(self.clean), 1 if self.patch is None else 2
         if self.patch is not None and not torch.equal(self.clean.mask, self.patch.mask):
             raise ShapeError(
-                f"Pairs: clean {tuple(self.clean.ids.shape)} and patch {tuple(self.patch.ids.shape)} must have the same "
-                "number of tokens in every row. Leave out the pairs that differ in length."
+                f"Pairs: clean {tuple(self.clean.ids.shape)} and patch {tuple(self.patch.ids.shape)} must have "
+                "the same number of tokens in every row. Leave out the pairs that differ in length."
             )
         if tuple(self.answers.shape) != (n, k):
             raise ShapeError(f"Pairs: answers have shape {tuple(self.answers.shape)}; {n} pairs need ({n}, {k}).")
@@ -151,7 +151,7 @@ class Pairs(Shown):
     def _from_records(
         cls, where: str, records: Iterable[Mapping[str, object]], model: Model, limit: int | None, seed: int | None
     ) -> Pairs:
-        rows = [_Row(*(str(record[name]) for name in FIELDS), str(record.get("case", ""))) for record in records]
+        rows = [_row(record) for record in records]
         if seed is not None:
             random.Random(seed).shuffle(rows)
         answered, reasons = _usable(model, rows, limit)
@@ -242,6 +242,11 @@ class _Row:
     case: str = ""
 
 
+def _row(record: Mapping[str, object]) -> _Row:
+    clean, patch, clean_answer, patch_answer = (str(record[name]) for name in FIELDS)
+    return _Row(clean, patch, clean_answer, patch_answer, str(record.get("case", "")))
+
+
 def _rows(
     clean: Sequence[str], patch: Sequence[str] | None, answers: Sequence[tuple[str, str]] | Sequence[str],
     cases: Sequence[str],
@@ -258,7 +263,7 @@ def _rows(
     rows = []
     for i in range(n):
         answer, single = answers[i], patch is None
-        given = (answer,) if isinstance(answer, str) else tuple(answer)
+        given: tuple[str, ...] = (answer,) if isinstance(answer, str) else answer
         if len(given) != (1 if single else 2):
             raise ShapeError(
                 f"Pairs.of: pair {i} has {counted(len(given), 'answers')}; "
