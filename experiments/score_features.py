@@ -14,7 +14,9 @@ from workbench.bases.sae import SAELike
 from workbench.cli.base import typed
 from workbench.cli.study import Begin, SAEStudy
 from workbench.core.errors import MissingFileError
+from workbench.core.numbers import number
 from workbench.features import ContextOptions, FeatureScoreReport, FeatureTable, ScoreOptions, score_features
+from workbench.features.scores.table import IN_RUN
 from workbench.models.model import Model
 
 
@@ -82,8 +84,9 @@ class FeaturesScore(SAEStudy[FeatureScoreReport]):
         sae = load_sae(self.sae_path())
         store = None if self.output_only else open_store(self.store or self.home().require_store())
         model = self.load_model()
-        begin(model)
+        run = begin(model)
         table = study(model, sae, store, self.prompt, self.strength, self.options())
+        table.save(run.path / IN_RUN)  # what this run found, also after another run has replaced the SAE's table
         table.save(self.table_folder())
         return table.report(self.threshold)
 
@@ -91,14 +94,19 @@ class FeaturesScore(SAEStudy[FeatureScoreReport]):
         return f"Features of {self.sae.name}"
 
     def summary(self, report: FeatureScoreReport, folder: Path) -> Mapping[str, object]:
-        return {"table": self.table_folder(), "findings": report.findings(), "best": report.best}
+        return {
+            "table": self.table_folder(),
+            "run_table": folder / IN_RUN,
+            "findings": report.findings(),
+            "best": report.best,
+        }
 
     def details(self, report: FeatureScoreReport, folder: Path) -> Iterator[str]:
         for feature, output, read, _, tokens in report.best:
-            yield f"{feature:>6}  output {output:.3f}  input {read:.3f}  {tokens}"
+            yield f"{feature:>6}  output {number(output)}  input {number(read)}  {tokens}"
 
     def places(self, report: FeatureScoreReport, folder: Path) -> str:
-        return f"Table: {self.table_folder()}; report: {folder / 'report.html'}"
+        return f"Table: {self.table_folder()}, copied to {folder / IN_RUN}; report: {folder / 'report.html'}"
 
     def following(self, report: FeatureScoreReport, folder: Path) -> str:
         return typed("steer", self.sae_path(), *(["--table", self.table] if self.table else []))

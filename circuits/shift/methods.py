@@ -14,7 +14,7 @@ from circuits.shift.task import Prediction, ShiftMethod, ShiftStudy, ShiftTask
 from circuits.shift.words import delete_words
 from workbench.controls.methods import Method, Role
 from workbench.core.errors import DegenerateInputError
-from workbench.core.stats import SHARE, Estimate, paired_difference, sample_mean, wilson
+from workbench.core.stats import SHARE, SIGNED_SHARE, Estimate, paired_difference, sample_mean, wilson
 
 Sets = Sequence[Sequence[Node]]
 
@@ -154,13 +154,13 @@ class Scorer:
     def compare(self, better: str, other: str) -> Comparison:
         """Paired difference in label accuracy, over all rows, over those that break the correlation, and over draws."""
         conflict = self._label != self._ambiguous_label()
-        a, b = self._hits[better], self._hits[other]
+        a, b, draws = self._hits[better], self._hits[other], self._by_draw.get(other)
         return Comparison(
             better,
             other,
-            paired_difference(a, b, unit="texts"),
-            paired_difference(a[conflict], b[conflict], unit="texts"),
-            sample_mean(a.mean() - self._by_draw[other], unit="draws") if other in self._by_draw else None,
+            paired_difference(a, b, unit="texts", within=SIGNED_SHARE),
+            paired_difference(a[conflict], b[conflict], unit="texts", within=SIGNED_SHARE),
+            None if draws is None else sample_mean(a.mean() - draws, unit="draws", within=SIGNED_SHARE),
         )
 
     def _ambiguous_label(self) -> np.ndarray:

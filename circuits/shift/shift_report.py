@@ -295,9 +295,10 @@ class ShiftReport(Report):
         return f"accuracy: {self.label_name}"
 
     def _ahead(self) -> list[str]:
-        """Simpler or better-informed methods that do better."""
-        best = self.method(SUBJECT).label.value
-        return [row.name for row in self.methods if row.role == "rival" and row.label.value > best]
+        """Simpler or better-informed methods that do better, by the interval of the paired difference."""
+        rivals = {row.name for row in self.methods if row.role == "rival"}
+        compared = [c for c in self.comparisons if c.better == SUBJECT and c.other in rivals]
+        return [c.other for c in compared if c.excludes_zero and c.label.value < 0]
 
     def _method_table(self) -> Table:
         attribute = f"agreement with {self.spurious_name}"

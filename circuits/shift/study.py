@@ -269,20 +269,19 @@ def _methods(
     options: ShiftOptions,
 ) -> tuple[ShiftMethod, ...]:
     """Every method of the study, those of the task included."""
-    skyline = _skyline(study, len(chosen), options)
+    most_effective = _skyline(study, len(chosen), options)
     of_draws = f"activation frequencies and norms; mean of {len(draws)} draws"
-    against = (
-        ("random features", "original"), ("random features + retrain", "original", "swap direction removed"),
-    )  # fmt: skip
     of_skyline = "attribute labels of balanced training rows"
+    skyline = ablation("skyline", of_skyline, lambda _: [most_effective], ("variant", "rival"))
+    others = (*skyline, *study.task.methods, SWAP_DIRECTION_REMOVED)
+    rivals = (method.name for method in others if method.role == "rival")
+    against = ("random features", "original"), ("random features + retrain", "original", *rivals)
     return (
         ORIGINAL,
         *ablation("random features", of_draws, lambda _: draws, ("control", "control"), is_random=True),
         *ablation("SHIFT", decider.information, lambda _: [chosen], ("subject", "subject"), against),
         *ablation("SHIFT, oracle judge", OracleDecider.information, lambda _: [oracle_chosen], ("variant", "variant")),
-        *ablation("skyline", of_skyline, lambda _: [skyline], ("variant", "rival")),
-        *study.task.methods,
-        SWAP_DIRECTION_REMOVED,
+        *others,
         ORACLE_PROBE,
     )
 

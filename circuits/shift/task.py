@@ -13,7 +13,7 @@ from circuits.shift.deciders import Node
 from circuits.shift.evidence import PooledTexts, Reader
 from workbench.controls.methods import Method
 from workbench.core.arguments import checked
-from workbench.core.display import OneLine
+from workbench.core.display import OneLine, first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 
@@ -45,7 +45,7 @@ class LabelledTexts(OneLine):
             raise InvalidInputError(f"LabelledTexts: labels and attributes are 0 or 1; got {other}.")
         if set(self.label) != {0, 1}:
             raise DegenerateInputError(
-                f"LabelledTexts: {len(self.texts)} texts with labels {sorted(set(self.label))}; needs both."
+                f"LabelledTexts: {len(self.texts)} texts with labels {first_few(sorted(set(self.label)))}; needs both."
             )
 
     def __len__(self) -> int:

@@ -35,7 +35,7 @@ from workbench.bases.sae import as_basis
 from workbench.controls.methods import Method
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import DegenerateInputError, EditError, InvalidInputError, MismatchError, ShapeError
-from workbench.core.stats import sample_mean
+from workbench.core.stats import Estimate, sample_mean
 from workbench.core.tokens import TokenBatch
 from workbench.judges import Answer, Question
 from workbench.models.model import Model
@@ -236,6 +236,28 @@ def test_report_is_json_shows_itself_and_names_its_controls() -> None:
     assert any("SHIFT beats random features" in line for line in report.findings())
     assert report.collateral is not None and report.collateral.shift.n == 6
     assert all(m.label.n == 200 and m.worst.n == 50 for m in report.methods)
+
+
+def test_the_headline_names_a_rival_that_is_better_by_its_paired_difference_alone() -> None:
+    report = _report()
+    subject, rival = "SHIFT + retrain", "swap direction removed"
+    rivals = {row.name for row in report.methods if row.role == "rival"}
+    assert {c.other for c in report.comparisons if c.better == subject} >= rivals > {rival}
+    higher = replace(report.method(subject).label, value=1.0)
+    methods = tuple(replace(row, label=higher) if row.name == rival else row for row in report.methods)
+
+    def told(low: float, high: float) -> ShiftReport:
+        difference = Estimate((low + high) / 2, low, high, 40, "t", "texts")
+        comparisons = tuple(
+            replace(c, label=difference) if (c.better, c.other) == (subject, rival) else c for c in report.comparisons
+        )
+        return replace(report, methods=methods, comparisons=comparisons)
+
+    ahead, level, behind = told(-0.2, -0.1), told(-0.2, 0.1), told(0.1, 0.2)
+    assert f"; {rival} had a higher accuracy." in ahead.headline().sentence
+    assert f"ahead of SHIFT + retrain: {rival}." in "".join(ahead.findings())
+    for report in (level, behind):
+        assert rival not in report.headline().sentence and "ahead of" not in "".join(report.findings())
 
 
 def test_nothing_judged_spurious_is_said() -> None:

@@ -12,7 +12,9 @@ from experiments.score_features import FeaturesScore
 from experiments.steering_features import Steer
 from tests.tiny import tiny_model
 from workbench.cli import main
+from workbench.cli.commands import CommandEntry, commands
 from workbench.cli.places import sae_folder
+from workbench.cli.saes import OneSAE, SAECommand
 from workbench.core.errors import CorruptFileError, MissingFileError
 from workbench.core.records import save_json
 from workbench.features.scores.table import FeatureTable
@@ -69,7 +71,11 @@ def test_the_printed_commands_lead_from_the_model_to_the_page(
     home = SAEHome(Path("sae"))
     assert home.model == str((workplace / "model").resolve()), "the model is found without --model"
     assert home.store == Path("acts"), "so is the store"
-    assert len(FeatureTable.load(home.table)) == 8 * 16
+    assert len(table := FeatureTable.load(home.table)) == 8 * 16
+    (run,) = Path("runs").glob("*-features-score-*")
+    table.df["output_score"] = 0.0
+    table.save(home.table)  # as a later run does, with other options
+    assert FeatureTable.load(run).df["output_score"].any(), "the run keeps the table that its report is about"
     assert (home.cards / "cards.parquet").is_file()
     assert Path("features.html").is_file()
     assert main(["runs"]) == 0
@@ -128,6 +134,36 @@ def test_an_sae_is_found_in_a_run_by_its_name_or_as_the_latest(tmp_path: Path, r
     )
     assert sae_folder(Path("gpt2-small-res-jb/blocks.0"), root) == Path("gpt2-small-res-jb/blocks.0")
     assert sae_folder(tmp_path, root) == tmp_path
+
+
+def _takes_an_sae(entry: CommandEntry) -> list[str]:
+    """The words of a command for an SAE that does not exist; none if it takes no SAE."""
+    more = {"glitch features": ["--tokens", "1"]}.get(entry.words, [])
+    if not (issubclass(entry.load(), SAECommand) or entry.words == "features show"):
+        return []
+    has_option = entry.words != "features show" and not issubclass(entry.load(), OneSAE)
+    return [*entry.words.split(), *(["--sae", "sae1"] if has_option else ["sae1"]), *more]
+
+
+def test_every_command_says_that_an_sae_does_not_exist_and_which_do(
+    tmp_path: Path, run_with_sae: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("workbench.models.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    SAEHome(tmp_path / "sae").note("embedded", tmp_path / "acts")
+    calls = [words for entry in commands().values() if (words := _takes_an_sae(entry))]
+    assert len(calls) >= 10
+    for words in calls:
+        assert main(words) == 2, words
+        said = capsys.readouterr().err
+        assert "There is no SAE sae1: neither a folder sae1 nor a run in runs" in said, (words, said)
+        assert "Did you mean sae?" in said and "`workbench sae train STORE` makes one" in said
+    with pytest.raises(MissingFileError, match="There is no SAE none/such"):
+        sae_folder(Path("none/such"))
+    (run_with_sae / "artifacts" / "sae").rmdir()
+    (tmp_path / "sae" / "home.json").unlink()
+    with pytest.raises(MissingFileError, match="There is no SAE latest.*No run in runs holds an SAE"):
+        sae_folder(Path("latest"))
 
 
 @pytest.fixture

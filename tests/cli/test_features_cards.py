@@ -52,8 +52,17 @@ def test_cards_are_made_where_the_page_looks(folder: Path, capsys: pytest.Captur
 def test_without_rules_nothing_is_said_of_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = _words(folder, "--store", str(folder / "acts"), "--features", "3", "--no-explain")
     assert main([*words, "--out", str(folder / "plain")]) == 0
-    assert "rule" not in capsys.readouterr().out.lower()
+    out = capsys.readouterr().out
+    assert "rule" not in out.lower() and out.startswith("1 feature, ")
     assert [card.explanation for card in CardSet.load(folder / "plain")] == [None]
+
+
+def test_a_single_rule_has_the_interval_of_a_share(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = _words(folder, "--store", str(folder / "acts"), "--features", "3", "--json")
+    assert main([*words, "--out", str(folder / "single")]) == 0
+    line = json.loads(capsys.readouterr().out)["findings"][-1]
+    assert line.count("(n = 1 feature)") == 2 and "∞" not in line
+    assert line.count("[0.00, 1.00]") == 1 and line.count("[−1.00, 1.00]") == 1
 
 
 def test_text_that_is_one_document_is_said_to_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +71,7 @@ def test_text_that_is_one_document_is_said_to_be(folder: Path, capsys: pytest.Ca
     words = _words(folder, "--store", str(folder / "one"), "--features", "3", "17")
     assert main([*words, "--out", str(folder / "few")]) == 0
     out = capsys.readouterr().out
-    assert "2 without a rule" in out and "all text is one document" in out
+    assert "2 features without a rule" in out and "all text is one document" in out
 
 
 def test_wrong_input_makes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +108,7 @@ def test_cards_of_other_features_are_not_replaced(folder: Path, capsys: pytest.C
     words = [*_words(folder, "--store", str(folder / "acts"), "--no-explain"), "--out", str(folder / "spared")]
     assert main([*words, "--features", "3", "17"]) == 0
     assert main([*words, "--features", "17", "5"]) == 2
-    assert "cards of 1 features that are not among the 2 asked for" in capsys.readouterr().err
+    assert "1 card of features that are not among the 2 asked for" in capsys.readouterr().err
     assert CardSet.load(folder / "spared").features == (3, 17)
     assert main([*words, "--features", "3", "17", "5"]) == 0
     assert CardSet.load(folder / "spared").features == (3, 17, 5)

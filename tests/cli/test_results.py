@@ -50,8 +50,23 @@ def test_a_report_is_rendered_again(runs: Path, capsys: pytest.CaptureFixture[st
     before = report.read_text()
     report.unlink()
     assert cli.main(["report", "done", "--folder", str(runs)]) == 0
-    assert Path(capsys.readouterr().out.strip()) == report.resolve()
+    written, following = capsys.readouterr().out.splitlines()
+    assert Path(written) == report.resolve()
+    assert following == f"Next: workbench report {report.parent} --open"
     assert report.read_text() == before
+
+
+def test_an_open_report_is_followed_by_what_the_run_holds(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    run = next(runs.glob("*-done-*"))
+    for following in (f"workbench runs {runs}", f"workbench serve --sae {run}"):
+        assert cli.main(["report", "done", "--folder", str(runs), "--open"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"Next: {following}"
+        (run / "artifacts" / "sae").mkdir(parents=True, exist_ok=True)
+    assert opened == [(run / "report.html").resolve().as_uri()] * 2
 
 
 def test_the_report_of_an_unfinished_run_says_so(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

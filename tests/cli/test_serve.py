@@ -79,6 +79,15 @@ def test_an_open_server_warns(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == {"url": "the-url", "model": "tiny-llama", "site": None, "open": False}
 
 
+def test_it_names_the_command_that_shows_all_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sae").mkdir()
+    for made, command in (("sae", "cards"), ("sae/cards", "show")):
+        (tmp_path / made).mkdir(exist_ok=True)
+        Serve(sae=str(tmp_path / "sae"))._greet(tiny_playground(), "the-url", False)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-2:] == ["Ctrl-C stops it.", f"Next: workbench features {command} {tmp_path / 'sae'}"]
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::", "example.org"])
 def test_another_address_than_this_machine_needs_leave(host: str) -> None:
     with pytest.raises(InvalidInputError, match="--allow-network"):

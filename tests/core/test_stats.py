@@ -12,6 +12,7 @@ from workbench.core.stats import (
     MIN_BOOTSTRAP_ROWS,
     POSITIVE,
     SHARE,
+    SIGNED_SHARE,
     bootstrap_mean,
     discovery_rates,
     paired_difference,
@@ -134,3 +135,12 @@ def test_ranks_taken_once_give_the_tests_of_scipy(monkeypatch: pytest.MonkeyPatc
     for label, rates in zip(labels, found, strict=True):
         p = mannwhitneyu(acts[label][:, columns], acts[~label][:, columns], axis=0, method="asymptotic").pvalue
         assert rates == pytest.approx(false_discovery_control(np.nan_to_num(p, nan=1.0)))
+
+
+def test_a_difference_of_shares_stays_between_minus_one_and_one() -> None:
+    right, wrong = [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]
+    assert paired_difference(right, wrong).high > 1
+    bounded = paired_difference(right, wrong, within=SIGNED_SHARE)
+    assert bounded.value == 0.75 and -1 <= bounded.low < 0.75 < bounded.high <= 1
+    alone = paired_difference([0.9], [0.4], within=SIGNED_SHARE)
+    assert (alone.low, alone.high) == (-1.0, 1.0)

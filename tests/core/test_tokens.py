@@ -145,7 +145,7 @@ SYSTEM, SAID = (
         ("{{ 1 / 0 }}", [USER], "ZeroDivisionError"),
         ("{% for m in %}", [USER], "TemplateSyntaxError"),
         ("{% for i in range(10 ** 9) %}a{% endfor %}", [USER], "OverflowError: Range too big"),
-        (CHATML, [{"role": "user", "text": "Hi"}], r"message 0 \(user\) has no 'content', but \['role', 'text'\]"),
+        (CHATML, [{"role": "user", "text": "Hi"}], r"message 0 \(user\) has no 'content', but role, text\."),
         (CHATML, [{"role": "user", "content": 3}], "content of message 0.*is a int"),
     ],
 )

@@ -181,4 +181,5 @@ def test_a_passage_that_was_shown_is_not_tested(tmp_path: Path) -> None:
     windows = collect_windows(store, SITE, unit, WindowOptions(before=6, after=6))
     shared, own = (examples_of(windows, slot, slot, ExampleOptions()) for slot in (0, 1))
     assert len(shared.shown) == 1 and len(shared.tested) == 0 and "0 held-out windows" in shared.lacking(1)
+    assert "1 window to explain it from" in shared.lacking(2)
     assert len(own.shown) > 10 < len(own.tested)

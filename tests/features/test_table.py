@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from experiments.score_features import FeaturesScore
 from tests.features.toys import random_sae
 from tests.tiny import tiny_model
 from workbench.activations.store import ActivationStore
@@ -55,7 +56,10 @@ def test_output_scores_alone_need_no_store() -> None:
     table = score_features(tiny_model(), random_sae(), features=[3, 1], scores=("output",), options=OPTIONS)
     assert table.df["feature"].tolist() == [3, 1]
     assert table.df["input_score"].isna().all()
-    assert table.report().input_mean is None
+    report = table.report()
+    assert report.input_mean is None
+    lines = list(FeaturesScore(sae=Path("sae")).details(report, Path("run")))
+    assert lines and all("  input n/a  " in line and "nan" not in line for line in lines)
     with pytest.raises(InvalidInputError, match="need a store"):
         score_features(tiny_model(), random_sae(), scores=("input",))
     with pytest.raises(InvalidInputError, match="Did you mean output"):

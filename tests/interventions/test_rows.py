@@ -198,7 +198,7 @@ def test_an_op_per_row_passes_on_rows_strengths_and_parameters() -> None:
     with torch.no_grad():
         torch.testing.assert_close(op.scaled(3.0)(h)[0], h[0] + 3 * a)
         torch.testing.assert_close(op.scaled(3.0)(h)[2], NormPreserve(Add(b, 6.0))(h[2:])[0])
-    with pytest.raises(ShapeError, match=r"\[3, 4\] rows"):
+    with pytest.raises(ShapeError, match=r"for 3, 4 rows"):
         _ = PerRow((Add(torch.ones(4, D_MODEL)),), torch.tensor([0, 0, 0])).n_rows
 
 

@@ -10,8 +10,10 @@ import huggingface_hub
 import pytest
 
 from tests.tiny import tiny_hf, tiny_tokenizer
-from workbench.core.errors import ModelUnavailableError
+from workbench.activations.sources import HubDataset
+from workbench.core.errors import InvalidInputError, ModelUnavailableError
 from workbench.models.loading import load_model
+from workbench.saes.formats.load import load_sae, sae_lens_module
 
 
 class _Hub:
@@ -24,6 +26,8 @@ class _Hub:
         self.asked += 1
         if self.error:
             raise self.error
+
+    dataset_info = model_info
 
 
 @pytest.fixture
@@ -55,6 +59,31 @@ def test_a_hub_that_can_t_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPat
     assert hub.asked == 2
     cached = load_model("tiny")  # a name without an owner is looked for in the cache alone
     assert cached.name == cached.source == "tiny"
+    assert hub.asked == 2
+
+
+def test_saes_and_data_sets_of_a_hub_that_can_t_be_reached_are_answered_at_once(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = _Hub(huggingface_hub.errors.HTTPError("Name or service not known"))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    fetched: list[str] = []
+    monkeypatch.setattr(sae_lens_module().SAE, "from_pretrained", lambda *words, **_: fetched.append("/".join(words)))
+    monkeypatch.setattr("datasets.load_dataset", _no_download)
+    sae = "gpt2-small-res-jb/blocks.8.hook_resid_pre"
+    with pytest.raises(ModelUnavailableError, match=r"can't be fetched \(.*Name or service.*folder that holds"):
+        load_sae(sae)
+    assert hub.asked == 1
+    part = cached / "models--jbloom--GPT2-Small-SAEs-Reformatted" / "snapshots" / "abc" / "blocks.8.hook_resid_pre"
+    part.mkdir(parents=True)
+    with pytest.raises(AttributeError):  # what the cache holds is left to sae_lens
+        load_sae(sae)
+    assert (hub.asked, fetched) == (1, [sae])
+    with pytest.raises(InvalidInputError, match=r"HubDataset\('org/texts'\).*Name or service.*--repo-type dataset"):
+        next(HubDataset("org/texts")._texts())
+    with pytest.raises(InvalidInputError, match=r"no folder here.*Data set '/no/such/folder'.*no name"):
+        monkeypatch.undo()
+        next(HubDataset("/no/such/folder")._texts())
     assert hub.asked == 2
 
 

@@ -543,6 +543,7 @@ def test_releases_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
         raise LocalEntryNotFoundError("no connection")
 
+    monkeypatch.setattr("workbench.saes.formats.releases.unreachable", lambda _: None)
     monkeypatch.setattr(sae_lens_module().SAE, "from_pretrained", offline)
     with pytest.raises(ModelUnavailableError, match=r"can't be fetched.*match:.*gpt2-small"):
         load_sae("gpt2-small-res-jb/blocks.8.hook_resid_pre")
@@ -566,6 +567,7 @@ def test_a_release_is_folded_like_a_folder(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append((release, sae_id))
         return sae
 
+    monkeypatch.setattr("workbench.saes.formats.releases.unreachable", lambda _: None)
     monkeypatch.setattr(lens.SAE, "from_pretrained", there)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -18,7 +18,7 @@ from workbench.activations.manifest import MANIFEST, Dtype, Manifest, SiteStats,
 from workbench.activations.packing import PackedRows, Source, packing_of
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
-from workbench.core.display import OneLine
+from workbench.core.display import OneLine, first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError, told_apart
 from workbench.core.html import Shown
 from workbench.core.progress import clock
@@ -152,7 +152,7 @@ def resolved(model: Model, sites: Sequence[str]) -> tuple[str, ...]:
         raise InvalidInputError(f"harvest(sites={sites!r}): give a list of sites, such as ['resid_post.10'].")
     names = tuple(str(model.resolve(site)) for site in sites)
     if len(set(names)) < len(names):
-        raise InvalidInputError(f"harvest(sites={list(sites)}): these are {names}. Name each site once.")
+        raise InvalidInputError(f"harvest(sites={list(sites)}): these are {first_few(names)}. Name each site once.")
     return names
 
 
@@ -212,7 +212,7 @@ def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:
             )
     if tuple(found.sites) != tuple(plan.sites):
         raise MismatchError(
-            f"{folder.where} holds the sites {tuple(found.sites)}, asked for {tuple(plan.sites)}. Use another folder."
+            f"{folder.where} holds {first_few(found.sites)}, asked for {first_few(plan.sites)}. Use another folder."
         )
     if found.version != plan.version and not found.done:
         raise MismatchError(

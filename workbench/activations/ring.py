@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from workbench.core.display import first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 
 Rows = TypeVar("Rows", Tensor, dict[str, Tensor])
@@ -140,7 +141,7 @@ class RingBuffer(Generic[Rows]):
             self._buffers = {name: part.new_empty(self._capacity, *part.shape[1:]) for name, part in parts.items()}
         if parts.keys() != self._buffers.keys():
             raise InvalidInputError(
-                f"RingBuffer: a block of {sorted(parts)} after blocks of {sorted(self._buffers)}. Every block must "
-                "have the same streams."
+                f"RingBuffer: a block of {first_few(sorted(parts))} after blocks of "
+                f"{first_few(sorted(self._buffers))}. Every block must have the same streams."
             )
         return parts

@@ -19,10 +19,11 @@ from workbench.activations.packing import PackedRows, check_sizes, packed, packi
 from workbench.activations.packing import Source as Source
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
-from workbench.core.errors import DegenerateInputError, InvalidInputError, did_you_mean
+from workbench.core.errors import DegenerateInputError, InvalidInputError, ModelUnavailableError, did_you_mean
 from workbench.core.jsontext import Json, Record
 from workbench.core.progress import quiet_libraries, task
 from workbench.core.tokenizer import TokenizerLike, decoded, start_ids
+from workbench.models.hub import unreachable
 from workbench.models.model import Model
 
 OWN_TEXT_TOKENS = 81_920
@@ -236,6 +237,23 @@ class HubDataset(_Documents):
         """Number of rows, if the data set is long enough."""
         return -(-self.tokens // self.context)
 
+    def _require_reachable(self) -> None:
+        """Asks the hub once; the library would try again for half a minute, and its cache can't be streamed."""
+        if Path(self.name).exists():
+            return
+        try:
+            reason = unreachable(self.name, self.revision, "dataset")
+        except ModelUnavailableError as error:
+            raise InvalidInputError(
+                f"HubDataset({self.name!r}) can't be read: it is no folder here. {error}"
+            ) from error
+        if reason is not None:
+            raise InvalidInputError(
+                f"HubDataset({self.name!r}) can't be read: it is no folder here, and the Hugging Face hub can't be "
+                f"reached ({reason}). Where there is a network, run `hf download {self.name} --repo-type dataset "
+                "--local-dir FOLDER`, and give FOLDER here; TextFiles reads text files."
+            )
+
     def _texts(self) -> Iterator[str]:
         for number, record in enumerate(self._records()):
             if self.column not in record:
@@ -253,6 +271,7 @@ class HubDataset(_Documents):
         """The rows as the library streams them; a folder that its `save_to_disk` wrote is opened as such."""
         from datasets import DatasetDict, load_dataset, load_from_disk
 
+        self._require_reachable()
         folder = Path(self.name)
         try:
             if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from workbench.cli.base import typed
 from workbench.cli.saes import OneSAE
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import counted
 
 if TYPE_CHECKING:
     from workbench.features.cards.cardmaking import CardOptions
@@ -92,14 +93,14 @@ class FeaturesCards(OneSAE):
         lost = len(set(CardSet.load(folder).features) - set(self.features))
         if lost:
             raise InvalidInputError(
-                f"{folder} holds cards of {lost} features that are not among the {len(self.features)} asked for. Name "
-                "another folder with --out, or delete it."
+                f"{folder} holds {counted(lost, 'cards')} of features that are not among the {len(self.features)} "
+                "asked for. Name another folder with --out, or delete it."
             )
 
 
 def findings(cards: CardSet) -> Iterator[str]:
     """What a set of cards holds, in sentences."""
-    from workbench.core.stats import paired_difference, sample_mean
+    from workbench.core.stats import SHARE, SIGNED_SHARE, paired_difference, sample_mean
 
     flags = Counter({"dead": 0, "dense": 0, "outlier": 0})
     tested, lacking = [], Counter[str]()
@@ -111,18 +112,19 @@ def findings(cards: CardSet) -> Iterator[str]:
         elif card.explanation is not None:
             lacking[card.explanation.text] += 1
     counts = ", ".join(f"{n} {flag}" for flag, n in flags.items())
-    yield f"{len(cards)} features, {cards.meta['n_tokens']} tokens read: {counts}."
+    read = counted(int(cards.meta["n_tokens"]), "tokens")
+    yield f"{counted(len(cards), UNIT)}, {read} read: {counts}."
     for text, n in lacking.most_common(1):
-        yield f"{lacking.total()} without a rule, of which {n}: {text}."
+        yield f"{counted(lacking.total(), UNIT)} without a rule, of which {n}: {text}."
     if not tested:
         return
     found = [e.scores["detection"].value for e in tested]
-    line = (
-        f"Rules tell held-out windows with the feature from others: balanced accuracy {sample_mean(found, unit=UNIT)}"
-    )
+    accuracy = sample_mean(found, unit=UNIT, within=SHARE)
+    line = f"Rules tell held-out windows with the feature from others: balanced accuracy {accuracy}"
     for control, name in CONTROLS.items():
         others = [e.controls.get(f"{control}: detection") for e in tested]
         pairs = [(a, b.value) for a, b in zip(found, others, strict=True) if b is not None]
         if pairs:
-            line += f"; {name} is lower by {paired_difference(*zip(*pairs, strict=True), unit=UNIT)}"
+            less = paired_difference(*zip(*pairs, strict=True), unit=UNIT, within=SIGNED_SHARE)
+            line += f"; {name} is lower by {less}"
     yield line + "."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from workbench.core.errors import MissingFileError, did_you_mean
@@ -57,10 +58,29 @@ def sae_folder(asked: Path, root: Path = RUNS) -> Path:
     if len(fitting) > 1:
         shown = ", ".join(path.name for path in fitting[:5])
         raise MissingFileError(f"{text!r} is the name of {len(fitting)} runs with an SAE: {shown}. Give one of these.")
-    if not fitting and len(asked.parts) == 1:
-        hint = did_you_mean(text, [path.name for path in names]) if names else f"No run in {root} holds an SAE."
-        raise MissingFileError(
-            f"There is neither a folder {asked} nor a run in {root} with this name and an SAE. {hint} Give the folder "
-            "of the SAE, the whole name of a run, or latest."
-        )
-    return fitting[0] / SAE_IN_RUN if fitting else asked
+    if fitting:
+        return fitting[0] / SAE_IN_RUN
+    if _is_release(asked):
+        return asked
+    here = _saes_here(names)
+    hint = did_you_mean(text, here) if here else f"No run in {root} holds an SAE."
+    raise MissingFileError(
+        f"There is no SAE {asked}: neither a folder {asked} nor a run in {root} with this name and an SAE, and no "
+        f"release/sae_id of sae_lens. {hint} Give the folder of the SAE, the whole name of a run, or latest; `workbench "
+        "sae train STORE` makes one."
+    )
+
+
+def _is_release(asked: Path) -> bool:
+    if asked.is_absolute() or len(asked.parts) < 2 or Path(asked.parts[0]).is_dir():
+        return False  # known without an import of sae_lens, which takes seconds
+    from workbench.saes.formats import releases
+
+    return releases.split(str(asked)) is not None
+
+
+def _saes_here(runs: Iterable[Path]) -> list[str]:
+    """The SAEs that a newcomer may mean: folders here, and runs."""
+    from workbench.saes.home import HOME_FILE
+
+    return [*sorted(str(file.parent) for file in Path().glob(f"*/{HOME_FILE}")), *(path.name for path in runs)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from workbench.cli.base import BaseCommand, typed
+from workbench.cli.places import RUNS, SAE_IN_RUN
 from workbench.core.errors import MissingFileError
 from workbench.core.numbers import number
 from workbench.core.stats import Estimate
@@ -91,7 +92,16 @@ class Report(BaseCommand):
             import webbrowser
 
             webbrowser.open(report.as_uri())
-        self.emit({"report": report, "finished": run.finished, "steps": run.steps()}, [str(report)])
+        summary = {"report": report, "finished": run.finished, "steps": run.steps()}
+        self.emit(summary, [str(report)], self._following(run))
+
+    def _following(self, run: RunDir) -> str:
+        """The page, if it is not open yet; then what the run has made, or the other runs."""
+        if not self.open:
+            return typed("report", run.path, "--open")
+        if (run.path / SAE_IN_RUN).is_dir():
+            return typed("serve", "--sae", run.path)
+        return typed("runs", *([] if run.path.parent == RUNS else [run.path.parent]))
 
 
 def _main_numbers(info: RunInfo, most: int) -> list[str]:

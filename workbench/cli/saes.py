@@ -38,7 +38,8 @@ class SAECommand(LoadsModel):
 
     def model_name(self) -> str:
         """What `--model` says, or what the SAE was trained on."""
-        return self.model or (self.home().model if self.sae_path() else None) or "embedded"
+        path = self.sae_path()  # one that does not exist is met before a model is loaded
+        return self.model or (None if path is None else self.home().model) or "embedded"
 
 
 @dataclass(frozen=True, kw_only=True)

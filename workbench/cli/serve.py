@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workbench.cli.base import typed
 from workbench.cli.features_show import load_cards
 from workbench.cli.places import sae_folder
 from workbench.cli.saes import SAECommand
@@ -136,7 +137,16 @@ class Serve(SAECommand):
         ]
         lines = [f"Playground of {about['model']}" + (f", SAE at {about['site']}." if about["site"] else "."), url]
         said = {"url": url, "model": about["model"], "site": about["site"], "open": is_open}
-        self.emit(said, [*warning * is_open, *lines, "Ctrl-C stops it."])
+        self.emit(said, [*warning * is_open, *lines, "Ctrl-C stops it."], self._following())
+
+    def _following(self) -> str | None:
+        """What shows all features: cards if there are none to search yet, else their page."""
+        from workbench.saes.home import SAEHome
+
+        path = self.sae_path()
+        if path is None or not path.is_dir():
+            return None
+        return typed("features", "show" if SAEHome(path).cards.is_dir() else "cards", self.sae)
 
 
 def listen(host: str, port: int, allow_network: bool) -> socket.socket:

@@ -13,7 +13,7 @@ from workbench.controls.directions import random_directions
 from workbench.core.errors import InvalidInputError
 from workbench.core.numbers import number
 from workbench.core.similarity import max_cosines
-from workbench.core.stats import Estimate, sample_mean, wilson
+from workbench.core.stats import SIGNED_SHARE, Estimate, sample_mean, wilson
 
 RESAMPLES = 500
 NULL_SEED = 0x5EED_0000
@@ -93,9 +93,10 @@ def overlap(
         raise InvalidInputError(f"overlap(draws={draws}): a cosine says nothing without a null; use at least 1.")
 
     def nearest(other: Tensor) -> Nearest:
-        values = max_cosines(a.cpu(), other.cpu()).values.double().numpy()
+        values = max_cosines(a.cpu(), other.cpu()).values.double().clamp(-1, 1).numpy()
         above = wilson(int((values > threshold).sum()), len(values), unit="directions")
-        return Nearest(sample_mean(values, unit="directions", seed=seed, resamples=RESAMPLES), above)
+        mean = sample_mean(values, unit="directions", seed=seed, resamples=RESAMPLES, within=SIGNED_SHARE)
+        return Nearest(mean, above)
 
     nulls = {
         name: tuple(nearest(make(b, NULL_SEED + seed * 1000 + i)) for i in range(draws)) for name, make in NULLS.items()

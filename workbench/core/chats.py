@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from workbench.core.display import first_few
 from workbench.core.errors import InvalidInputError, did_you_mean
 from workbench.core.tokenizer import TokenizerLike
 
@@ -74,7 +75,7 @@ def _texts(chat: Chat, i: int) -> tuple[str, ...]:
         if len(set(message) - {"role", "content"}) and message.get("role") != "user":
             return ()
         raise InvalidInputError(
-            f"tokens(chat): message {i} ({message.get('role')}) has no 'content', but {sorted(message)}. "
+            f"tokens(chat): message {i} ({message.get('role')}) has no 'content', but {first_few(sorted(message))}. "
             f"{did_you_mean('content', message)} Write its text as 'content'."
         )
     if isinstance(content, str):

@@ -57,6 +57,16 @@ def clipped(text: str, room: int) -> str:
     return text if len(text) <= room else text[: room - 1] + "…"
 
 
+def first_few(items: Iterable[object], limit: int = 8, between: str = ", ") -> str:
+    """The first items as a sentence lists them, with an ellipsis if there are more.
+
+    >>> first_few(range(5), 3), first_few(("resid_post.1", "z.0"))
+    ('0, 1, 2, …', 'resid_post.1, z.0')
+    """
+    listed = list(items)
+    return between.join([*map(str, listed[:limit]), *(["…"] if len(listed) > limit else [])])
+
+
 def brief(value: object, room: int = _ROOM) -> str:
     """A value on one line: a tensor by its shape and dtype, a container by its first items and their number.
 

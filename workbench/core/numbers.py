@@ -118,16 +118,18 @@ def rounding_error(error: Number) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """How many of something; `noun` is a plural, and what follows "of", "x" or "per" is left as it is.
+    """How many of something; `noun` is a plural, and what follows "of", "x", "without" and the like is left as it is.
 
     >>> counted(1, "features"), counted(2, "batches"), counted(1, "rows of text"), counted(1, "prompts x 6 features")
     ('1 feature', '2 batches', '1 row of text', '1 prompt x 6 features')
+    >>> counted(1, "windows without it"), counted(1, "windows to explain it from")
+    ('1 window without it', '1 window to explain it from')
     >>> counted(49152, "tokens"), counted(1234567, "tokens"), counted(1, "dictionaries"), counted(1, "losses")
     ('49152 tokens', '1,234,567 tokens', '1 dictionary', '1 loss')
     """
     if n != 1:
         return f"{number(n)} {noun}"
-    head, *rest = re.split(r"( (?:of|x|per|in|and|with|from) )", noun, maxsplit=1)
+    head, *rest = re.split(r"( (?:of|x|per|in|and|with|without|from|to|that) )", noun, maxsplit=1)
     return f"1 {singular(head)}{''.join(rest)}"
 
 

@@ -27,6 +27,9 @@ MIN_BOOTSTRAP_ROWS = 20
 ANY, SHARE, POSITIVE = (-math.inf, math.inf), (0.0, 1.0), (0.0, math.inf)
 """Where a quantity can lie: anywhere, such as a difference; a share or an accuracy; a norm or a divergence."""
 
+SIGNED_SHARE = (-1.0, 1.0)
+"""Where a difference of two shares, a cosine or a correlation can lie."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -233,8 +236,12 @@ def sample_ratio(
     return _percentile(point, draws, a.size, unit, "percentile bootstrap of a ratio of sums", level)
 
 
-def paired_difference(a: Values, b: Values, *, unit: str = "rows", seed: int = 0, level: float = 0.95) -> Estimate:
+def paired_difference(
+    a: Values, b: Values, *, unit: str = "rows", seed: int = 0, level: float = 0.95, within: tuple[float, float] = ANY
+) -> Estimate:
     """Mean of `a - b` over paired rows, with the interval of `sample_mean`.
+
+    Of shares, probabilities or accuracies the difference lies `within=SIGNED_SHARE`.
 
     >>> paired_difference([2.0, 3.0], [1.0, 2.0]).value
     1.0
@@ -242,7 +249,7 @@ def paired_difference(a: Values, b: Values, *, unit: str = "rows", seed: int = 0
     x, y = _finite(a, "paired_difference"), _finite(b, "paired_difference")
     if x.shape != y.shape:
         raise InvalidInputError(f"paired_difference: {x.size} and {y.size} rows; they must pair up.")
-    return sample_mean(x - y, unit=unit, seed=seed, level=level)
+    return sample_mean(x - y, unit=unit, seed=seed, level=level, within=within)
 
 
 def wilson(successes: int, n: int, *, unit: str = "rows", level: float = 0.95) -> Estimate:

@@ -58,16 +58,6 @@ def rate(flags: Iterable[bool], unit: str) -> Estimate | None:
     return clopper_pearson(sum(counted), len(counted), unit=unit) if counted else None
 
 
-def first_few(items: Iterable[object], limit: int = 8, between: str = ", ") -> str:
-    """The first items, with an ellipsis if there are more.
-
-    >>> first_few(range(5), 3)
-    '0, 1, 2, …'
-    """
-    listed = list(items)
-    return between.join([*map(str, listed[:limit]), *(["…"] if len(listed) > limit else [])])
-
-
 def meanings(names: Mapping[str, str]) -> str:
     """Names with what they mean, on one line."""
     return "; ".join(f"{name}: {means}" for name, means in names.items())

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.core.arguments import checked
-from workbench.core.display import OneLine, brief
+from workbench.core.display import OneLine, brief, first_few
 from workbench.core.errors import CorruptFileError, InvalidInputError, MismatchError, ShapeError
 from workbench.core.html import Shown, table
 from workbench.core.numbers import counted
@@ -104,7 +104,7 @@ class Intervention(Shown):
         """Number of batch rows that per-row parameters and masks are for, or None."""
         sizes = {part.n_rows for edit in self.edits for part in (edit.op, edit.scope)} - {None}
         if len(sizes) > 1:
-            raise ShapeError(f"The edits have parameters for {sorted(map(str, sizes))} rows; they must agree.")
+            raise ShapeError(f"The edits have parameters for {first_few(sorted(sizes))} rows; they must agree.")
         return next(iter(sizes), None)
 
     def for_rows(self, batch: int) -> Intervention:

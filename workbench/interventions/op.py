@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.core.arguments import shown
-from workbench.core.display import OneLine
+from workbench.core.display import OneLine, first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.registry import Registry
 
@@ -95,7 +95,7 @@ class Op(OneLine):
         sizes = {len(value) for value in self._row_values().values()}
         sizes |= {inner.n_rows for inner in self._inner() if inner.n_rows is not None}
         if len(sizes) > 1:
-            raise ShapeError(f"{self.name}: parameters for {sorted(sizes)} rows; they must agree.")
+            raise ShapeError(f"{self.name}: parameters for {first_few(sorted(sizes))} rows; they must agree.")
         return next(iter(sizes), None)
 
     @property
@@ -281,7 +281,7 @@ def basis(value: Tensor, name: str, *, per_row: bool = False) -> Float[Tensor, "
     _, s, vh = torch.linalg.svd(value.double(), full_matrices=False)
     rank = (s > s[..., :1] * max(value.shape[-2:]) * torch.finfo(torch.float32).eps).sum(-1)
     if bool((rank != rank.flatten()[0]).any()):
-        raise DegenerateInputError(f"{name}: the rows' subspaces have ranks {sorted(set(rank.flatten().tolist()))}.")
+        raise DegenerateInputError(f"{name}: the rows' subspaces have ranks {first_few(rank.unique().tolist())}.")
     # Contiguous, as it is when it comes from a file: the memory layout decides the last bit of a product.
     return vh[..., : int(rank.flatten()[0]), :].float().contiguous()
 

@@ -1,10 +1,14 @@
-"""Models of the Hugging Face hub: whether it can be reached, and what of it is on this machine already."""
+"""The Hugging Face hub: whether it can be reached, and what of it is on this machine already."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from workbench.core.errors import ModelUnavailableError
+
+Kind = Literal["model", "dataset"]
+"""What the hub keeps; SAEs are kept as models."""
 
 TIMEOUT_S = 5
 """How long the hub may take to answer; a download would try again for half a minute before it said anything."""
@@ -20,6 +24,15 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
     except HFValidationError:
         return None
     return Path(config).parent if isinstance(config, str) else None
+
+
+def is_cached(name: str, part: str) -> bool:
+    """Whether a file or folder of a model's repository is in the local cache of the hub."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    return any((snapshot / part).exists() for snapshot in cached.glob("snapshots/*"))
 
 
 def hub_folder(name: str, revision: str | None = None) -> Path | None:
@@ -40,11 +53,13 @@ def hub_folder(name: str, revision: str | None = None) -> Path | None:
     )
 
 
-def unreachable(name: str, revision: str | None = None) -> str | None:
+def unreachable(name: str, revision: str | None = None, kind: Kind = "model") -> str | None:
     """Why the hub does not answer, in a few words; None if it does.
 
+    It is asked once, where a download would try again for half a minute.
+
     Raises:
-        ModelUnavailableError: if it answers that there is no such model, or none for this user.
+        ModelUnavailableError: if it answers that there is no such model or data set, or none for this user.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -52,11 +67,12 @@ def unreachable(name: str, revision: str | None = None) -> str | None:
     # That of the client that this version of the hub's library is written for.
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # isort: skip
 
+    hub, what = HfApi(), {"model": "Model", "dataset": "Data set"}[kind]
     try:
-        HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
+        (hub.model_info if kind == "model" else hub.dataset_info)(name, revision=revision, timeout=TIMEOUT_S)
     except HFValidationError as error:
         raise ModelUnavailableError(
-            f"Model {name!r} could not be loaded: it is no name that the hub allows."
+            f"{what} {name!r} could not be loaded: it is no name that the hub allows."
         ) from error
     except OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set"
@@ -64,8 +80,8 @@ def unreachable(name: str, revision: str | None = None) -> str | None:
         status = None if error.response is None else error.response.status_code
         if status == 404 or (status in (401, 403) and cached_folder(name, revision) is None):
             raise ModelUnavailableError(
-                f"Model {name!r} could not be loaded: {str(error).strip().splitlines()[-1]} Check the name and the "
-                "revision; for a private or gated model log in first (hf auth login)."
+                f"{what} {name!r} could not be loaded: {str(error).strip().splitlines()[-1]} Check the name and the "
+                f"revision; for a private or gated {what.lower()} log in first (hf auth login)."
             ) from error
         return f"it answered {status}"
     except (HTTPError, OSError) as error:

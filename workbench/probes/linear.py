@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.core.arguments import checked
-from workbench.core.display import OneLine
+from workbench.core.display import OneLine, first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.html import Shown
 from workbench.core.stats import Estimate, wilson
@@ -122,7 +122,7 @@ def fit_probe(
             f"fit_probe: {x.shape[0]} rows and {labels.shape[0]} labels must pair up, groups too if given."
         )
     if not set(labels.unique().tolist()) <= {0, 1}:
-        raise InvalidInputError(f"fit_probe: labels are {sorted(labels.unique().tolist())}; give 0 and 1.")
+        raise InvalidInputError(f"fit_probe: labels are {first_few(labels.unique().tolist())}; give 0 and 1.")
     rows, y = x.double().cpu().numpy(), labels.cpu().numpy()
     if len(np.unique(y)) < 2:
         raise DegenerateInputError(f"fit_probe: all {len(y)} labels are {int(y[0])}; a probe needs both classes.")

@@ -12,6 +12,7 @@ import torch
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import counted
 from workbench.features.explain.rulefit import RuleData
 from workbench.features.explain.rules import REACH, TokenView
 from workbench.features.passes.sampling import MISSING, uniform
@@ -121,7 +122,7 @@ class Examples(OneLine):
             "held-out windows with the feature": len(self.tested),
             "held-out windows without it": len(self.tested_silent),
         }
-        short = [f"{n} {what}" for what, n in counts.items() if n < fewest]
+        short = [counted(n, what) for what, n in counts.items() if n < fewest]
         if not short:
             return ""
         parts = (self.shown, self.shown_silent, self.tested, self.held_silent)

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.core.display import first_few
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, UnknownNameError
 from workbench.core.gguffile import GGUFFile, GGUFTensor, read_gguf
 from workbench.core.jsontext import Record
 from workbench.core.records import load_json
-from workbench.glitch.reporting import first_few
 
 INDEX = "model.safetensors.index.json"
 BLOCK_ROWS = 16_384

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from workbench.core.arguments import checked
 from workbench.core.codec import codec_of
+from workbench.core.display import first_few
 from workbench.core.errors import DegenerateInputError, require
 from workbench.core.numbers import number, setting
 from workbench.core.progress import task
-from workbench.core.stats import Estimate, paired_difference
+from workbench.core.stats import SIGNED_SHARE, Estimate, paired_difference
 from workbench.glitch.repairing.repair import Control, Repair, RepairOptions, control_of
-from workbench.glitch.reporting import TokenReport, finite, first_few, measured, sentences, shown
+from workbench.glitch.reporting import TokenReport, finite, measured, sentences, shown
 from workbench.glitch.verification.prompts import Forms, prompt_set
 from workbench.glitch.verification.scoring import VERIFIED, VerifyOptions
 from workbench.glitch.verification.sides import measure_sides
@@ -69,7 +70,9 @@ class RepairReport(TokenReport):
 
     def copying(self, against: str = "before") -> Estimate:
         """Copy probability with the repair minus that in another arm, token by token; positive means it helps."""
-        return paired_difference(self.copied["repaired"], self.copied[against], unit="tokens", seed=self.seed)
+        return paired_difference(
+            self.copied["repaired"], self.copied[against], unit="tokens", seed=self.seed, within=SIGNED_SHARE
+        )
 
     def reading(self, against: str = "before") -> Estimate | None:
         """The same for the gap to the spelled text, nats: negative means that it helps; None if nothing spells them."""
@@ -82,7 +85,9 @@ class RepairReport(TokenReport):
     @property
     def controls(self) -> Estimate:
         """Copy probability of the tokens that were not repaired, with the repair on minus before."""
-        return paired_difference(self.kept_after, self.kept_before, unit="control tokens", seed=self.seed)
+        return paired_difference(
+            self.kept_after, self.kept_before, unit="control tokens", seed=self.seed, within=SIGNED_SHARE
+        )
 
     @property
     def guard(self) -> bool:

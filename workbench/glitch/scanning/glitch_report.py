@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from workbench.core.display import first_few
 from workbench.core.jsontext import Json
 from workbench.core.numbers import counted, number, sample_size
 from workbench.core.records import to_jsonable
 from workbench.core.stats import Estimate
-from workbench.glitch.reporting import TokenReport, finite, first_few, measured, rate, sentences, shown
+from workbench.glitch.reporting import TokenReport, finite, measured, rate, sentences, shown
 from workbench.glitch.scanning.narrate_tests import kinds_table, say_tests, test_blocks, tests_table
 from workbench.glitch.scanning.result import ScanResult
 from workbench.glitch.vocabulary.tokenizer import CATEGORIES, IMPOSSIBLE_BYTES

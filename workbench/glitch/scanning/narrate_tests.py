@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from workbench.core.display import first_few
 from workbench.core.numbers import counted, number, setting
-from workbench.glitch.reporting import finite, first_few, meanings, shown
+from workbench.glitch.reporting import finite, meanings, shown
 from workbench.glitch.scanning.result import ScanResult
 from workbench.glitch.verification.contexts import Contexts
 from workbench.glitch.verification.scoring import VERIFIED

@@ -14,7 +14,7 @@ from workbench.core.errors import DegenerateInputError
 from workbench.core.numbers import number, p_value
 from workbench.core.progress import task
 from workbench.core.records import from_jsonable, json_lines, to_jsonable, write_atomic
-from workbench.core.stats import Estimate, clopper_pearson, mcnemar, paired_difference
+from workbench.core.stats import SIGNED_SHARE, Estimate, clopper_pearson, mcnemar, paired_difference
 from workbench.engine.log import Log
 from workbench.glitch.reporting import TokenReport, measured, rate, sentences, shown
 from workbench.glitch.text.adt import AdtItem
@@ -80,8 +80,9 @@ class AdtReport(TokenReport):
         """Accuracy in the control minus accuracy where the words are joined; positive if joining hurts."""
         answers = self.arm(name)
         return paired_difference(
-            [float(a.right_separated) for a in answers], [float(a.right_joined) for a in answers], unit="items"
-        )
+            [float(a.right_separated) for a in answers], [float(a.right_joined) for a in answers], unit="items",
+            within=SIGNED_SHARE,
+        )  # fmt: skip
 
     def p_value(self, name: str) -> float:
         """Exact McNemar test of the control against the joined form."""

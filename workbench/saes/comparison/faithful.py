@@ -19,7 +19,7 @@ from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.core.numbers import number
 from workbench.core.progress import track
-from workbench.core.stats import Estimate, sample_mean
+from workbench.core.stats import SHARE, Estimate, sample_mean
 from workbench.core.tokenizer import special_ids, start_ids
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
@@ -192,7 +192,7 @@ def _fake(
         if not hits.shape[1]:
             return Estimate(math.nan, math.nan, math.nan, 0, "no feature is alive", "features")
         values = hits.double().mean(0).numpy()
-        return sample_mean(values, unit="features", seed=options.seed, resamples=RESAMPLES)
+        return sample_mean(values, unit="features", seed=options.seed, resamples=RESAMPLES, within=SHARE)
 
     alive = on_text > 0
     fired = alive | (rates > 0).any(0)

@@ -24,7 +24,7 @@ from workbench.core.similarity import (
     assign_candidates,
     entries,
 )
-from workbench.core.stats import Estimate, sample_mean, wilson
+from workbench.core.stats import SIGNED_SHARE, Estimate, sample_mean, wilson
 from workbench.report.base import Headline, Metric, Report, Says, Section, Table
 from workbench.saes.comparison.shared import SHARED_COSINE
 
@@ -299,8 +299,8 @@ def _matched(same: Agreement, shuffled: Agreement, options: MatchOptions) -> Act
         )
 
     def mean(values: Tensor) -> Estimate:
-        x = values[alive].double().numpy()
-        return sample_mean(x, unit="features", seed=options.seed, resamples=RESAMPLES)
+        x = values[alive].double().clamp(-1, 1).numpy()
+        return sample_mean(x, unit="features", seed=options.seed, resamples=RESAMPLES, within=SIGNED_SHARE)
 
     def shared(agreement: Agreement) -> Estimate:
         often = _with_enough(agreement, options.min_fired)

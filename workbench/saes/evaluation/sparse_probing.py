@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from workbench.core.display import first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.numbers import counted
 from workbench.core.similarity import SparseMatrix
@@ -57,7 +58,9 @@ class Examples:
     def __post_init__(self) -> None:
         sizes = {len(self.x), len(self.labels), len(self.documents), *(a.shape[0] for a in self.acts.values())}
         if len(sizes) != 1:
-            raise ShapeError(f"Examples({self.name!r}): {sorted(sizes)} rows; x, acts, labels and documents must pair.")
+            raise ShapeError(
+                f"Examples({self.name!r}): {first_few(sorted(sizes))} rows; x, acts, labels and documents must pair."
+            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.metrics import fvu
 from workbench.core.similarity import assign_directions, max_cosines
-from workbench.core.stats import Estimate, sample_mean
+from workbench.core.stats import SHARE, SIGNED_SHARE, Estimate, sample_mean
 from workbench.report.base import Headline, Report, Says, Section, Table
 
 FIRST_SEED = 2**32
@@ -208,8 +208,8 @@ def _scores(
     norms = x.norm(dim=1)
     filled = norms > 0
     return SyntheticScores(
-        mmcs=_over_features(max_cosines(truth.directions, basis.rows().cpu()).values.numpy()),
-        mcc=_over_features(pairs.scores.numpy()),
+        mmcs=_over_features(max_cosines(truth.directions, basis.rows().cpu()).values.numpy(), SIGNED_SHARE),
+        mcc=_over_features(pairs.scores.numpy(), SIGNED_SHARE),
         precision=_over_features(hits / np.maximum(fires, 1)),
         recall=_over_features((hits / np.maximum(there, 1))[there > 0]),
         f1=_over_features((2 * hits / np.maximum(fires + there, 1))[there > 0]),
@@ -218,5 +218,5 @@ def _scores(
     )  # fmt: skip
 
 
-def _over_features(values: np.ndarray) -> Estimate:
-    return sample_mean(values, unit="true features")
+def _over_features(values: np.ndarray, within: tuple[float, float] = SHARE) -> Estimate:
+    return sample_mean(values.clip(*within), unit="true features", within=within)  # a cosine may be rounded beyond 1

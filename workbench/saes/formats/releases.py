@@ -8,6 +8,7 @@ from typing import Any
 
 from workbench.core.errors import CorruptFileError, ModelUnavailableError, UnknownNameError, did_you_mean
 from workbench.core.progress import quiet_libraries, task
+from workbench.models.hub import is_cached, unreachable
 from workbench.saes.formats.lensmodule import sae_lens_module
 
 
@@ -60,6 +61,10 @@ def fetch(release: str, sae_id: str) -> Any:
         raise UnknownNameError(
             f"Release {release} has {len(ids)} SAEs and none {sae_id!r}. {did_you_mean(sae_id, ids)}"
         )
+    known = releases.get(release)
+    repository, part = (release, sae_id) if known is None else (known.repo_id, known.saes_map[sae_id])
+    if not is_cached(repository, part) and (reason := unreachable(repository)) is not None:
+        raise _unreachable(release, sae_id, f"asked the hub for {repository}: {reason}")
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
@@ -68,7 +73,7 @@ def fetch(release: str, sae_id: str) -> Any:
             warnings.simplefilter("ignore")
             return sae_lens_module().SAE.from_pretrained(release, sae_id, device="cpu")
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise _unreachable(release, sae_id, error) from error
+        raise _unreachable(release, sae_id, f"{type(error).__name__}: {error}") from error
     except (RuntimeError, KeyError, ValueError) as error:
         raise CorruptFileError(
             f"sae_lens can't load {release}/{sae_id}: {type(error).__name__}: {str(error)[:200]}. Fetch its folder "
@@ -76,8 +81,8 @@ def fetch(release: str, sae_id: str) -> Any:
         ) from error
 
 
-def _unreachable(release: str, sae_id: str, error: Exception) -> ModelUnavailableError:
+def _unreachable(release: str, sae_id: str, reason: str) -> ModelUnavailableError:
     return ModelUnavailableError(
-        f"{release}/{sae_id} can't be fetched ({type(error).__name__}: {str(error)[:160]}). Connect to the Hugging "
-        f"Face hub once, or give a folder that holds the SAE. {matching(release)}"
+        f"{release}/{sae_id} can't be fetched ({reason[:160]}). Connect to the Hugging Face hub once, or give a folder "
+        f"that holds the SAE. {matching(release)}"
     )

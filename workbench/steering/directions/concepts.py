@@ -15,6 +15,7 @@ from workbench.controls.arms import Sweep
 from workbench.controls.directions import random_directions
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
+from workbench.core.display import first_few
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
 from workbench.core.numbers import number
@@ -147,7 +148,9 @@ def steer_concepts(
     check_prompts(prompts, strengths, "steer_concepts")
     names = tuple(concept.name for concept in concepts)
     if not names or len(set(names)) != len(names):
-        raise InvalidInputError(f"steer_concepts: concepts {list(names)}. Give at least one, each name once.")
+        raise InvalidInputError(
+            f"steer_concepts: concepts {first_few(names) or 'none'}. Give at least one, each name once."
+        )
     options, where = options or SteerOptions(), model.resolve(site)
     directions = directions or DirectionOptions()
     tokens = _tokens_of(model, concepts, options.k)

@@ -16,6 +16,7 @@ from workbench.controls.arms import UNEDITED, Arm, Sweep
 from workbench.controls.directions import random_directions
 from workbench.controls.matching import eligible_features, matched_features
 from workbench.core.arguments import checked
+from workbench.core.display import first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.progress import Task, task
 from workbench.core.tokens import TokenBatch
@@ -118,7 +119,7 @@ def _check(
     both = set(map(int, features)) & set(map(int, control_features))
     if both:
         raise DegenerateInputError(
-            f"steer: features {sorted(both)} are steered and controls at once. Remove them from one."
+            f"steer: features {first_few(sorted(both))} are steered and controls at once. Remove them from one."
         )
 
 
