@@ -104,7 +104,9 @@ class Intervention(Shown):
         """Number of batch rows that per-row parameters and masks are for, or None."""
         sizes = {part.n_rows for edit in self.edits for part in (edit.op, edit.scope)} - {None}
         if len(sizes) > 1:
-            raise ShapeError(f"The edits have parameters for {first_few(sorted(sizes))} rows; they must agree.")
+            raise ShapeError(
+                f"The edits have parameters for {first_few(sorted(map(str, sizes)))} rows; they must agree."
+            )
         return next(iter(sizes), None)
 
     def for_rows(self, batch: int) -> Intervention:

@@ -50,7 +50,7 @@ class Scope(OneLine):
         """Number of batch rows that this scope is for, or None for any."""
         sizes = {inner.n_rows for inner in self.inner_scopes()} - {None}
         if len(sizes) > 1:
-            raise ShapeError(f"{self}: its parts are for {first_few(sorted(sizes))} rows; they must agree.")
+            raise ShapeError(f"{self}: its parts are for {first_few(sorted(map(str, sizes)))} rows; they must agree.")
         return next(iter(sizes), None)
 
     def resolve(self, wording: Wording) -> Scope:
