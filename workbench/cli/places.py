@@ -66,8 +66,8 @@ def sae_folder(asked: Path, root: Path = RUNS) -> Path:
     hint = did_you_mean(text, here) if here else f"No run in {root} holds an SAE."
     raise MissingFileError(
         f"There is no SAE {asked}: neither a folder {asked} nor a run in {root} with this name and an SAE, and no "
-        f"release/sae_id of sae_lens. {hint} Give the folder of the SAE, the whole name of a run, or latest; `workbench "
-        "sae train STORE` makes one."
+        f"release/sae_id of sae_lens. {hint} Give the folder of the SAE, the whole name of a run, or latest; "
+        "`workbench sae train STORE` makes one."
     )
 
 
