@@ -45,7 +45,7 @@ from workbench.glitch import TokenTable
 from workbench.hooks.capture import Activations
 from workbench.hooks.sites import Site
 from workbench.interventions.op import Op
-from workbench.interventions.proof import EditReport
+from workbench.interventions.proof import EditReport, EditReports
 from workbench.interventions.scopes import Scope
 from workbench.judges import Answers, JudgeGate, Trial
 from workbench.models.compare import VariantLogits
@@ -159,7 +159,7 @@ def _batch(rows: int = 60) -> TokenBatch:
 def _variants() -> VariantLogits:
     logits = torch.randn(4, 60, 258)
     return VariantLogits(
-        logits=logits, clean=logits[0], report=(_edit_report(),) * 500, how=EVIL, batch=_batch(),
+        logits=logits, clean=logits[0], report=EditReports([_edit_report()] * 500), how=EVIL, batch=_batch(),
         interventions=(_many_edits(),) * 4,
     )  # fmt: skip
 
@@ -168,7 +168,7 @@ def _generation() -> wb.Generation:
     rows = 1_000
     return wb.Generation(
         texts=(EVIL,) * rows, ids=(torch.zeros(5).long(),) * rows, logprobs=(torch.zeros(5),) * rows,
-        report=(_edit_report(),) * 500, ended=("length",) * rows, prompt_lengths=(3,) * rows, note=EVIL,
+        report=EditReports([_edit_report()] * 500), ended=("length",) * rows, prompt_lengths=(3,) * rows, note=EVIL,
         prompts=(EVIL,) * rows,
     )  # fmt: skip
 
@@ -273,6 +273,7 @@ REAL: dict[type, Callable[[Path], object]] = {
     ),
     DepthScores: lambda _: DepthScores(tuple(range(200)), torch.ones(200, 9), torch.ones(200, 9)),
     EditReport: lambda _: _edit_report(),
+    EditReports: lambda _: EditReports([_edit_report()] * 500),
     AttentionMap: lambda _: AttentionMap(patterns={EVIL: torch.rand(99, 60, 60)}, tokens=(EVIL,) * 60),
     FeatureCard: lambda _: _card(3),
     Lens: lambda _: _lens(),

@@ -16,7 +16,7 @@ from workbench.interventions.gates import FnGate, ProbeGate, When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.op import Op
 from workbench.interventions.ops import Add, AddScaled, Map, PerRow, ProjectOut
-from workbench.interventions.proof import EditReport
+from workbench.interventions.proof import EditReport, EditReports
 from workbench.interventions.saes import SAEAdd, SAEAddMax
 from workbench.interventions.scopes import All, Generated, Last, Pos, Prompt
 from workbench.interventions.shapes import NormPreserve
@@ -226,3 +226,16 @@ def test_a_plan_and_its_edits_have_names_for_people() -> None:
     assert str(iv.edits[0]) == "NormPreserve(Add) at resid_post.1 on (~Last() & All())"
     assert str(tiny_model().plan(iv)) == f"Plan({iv.edits[0]})"
     assert str(tiny_model().plan(Intervention())) == "Plan(no edits)"
+
+
+def test_reports_are_a_tuple_that_shows_itself_as_a_table() -> None:
+    model = tiny_model()
+    both = Intervention.at("resid_post.0", Add(V)) + Intervention.at("resid_post.1", ProjectOut(V))
+    reports = model.generate(["one <b>day"], max_new_tokens=2, intervention=both).report
+    assert type(reports) is EditReports and reports == tuple(reports) and isinstance(reports, tuple)
+    assert repr(reports).startswith(f"EditReports(2 edits; {reports[0]}")
+    assert reports.frame()["tokens"].tolist() == [done.tokens for done in reports]
+    html = reports._repr_html_()
+    assert html.count("<tr>") == 3 and "mean_norm_applied" in html and "gate_open" not in html
+    assert repr(EditReports()) == "EditReports(0 edits)" and EditReports().frame().empty
+    assert model.generate(["one day"], max_new_tokens=2).report == ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 
 from workbench.core.arguments import checked
 from workbench.core.errors import EditError
-from workbench.core.html import Shown, ShownText, frame_table, preformatted
+from workbench.core.html import Shown, ShownText, preformatted
 from workbench.hooks.attach import Fn, attach
 from workbench.hooks.handles import Hooks, refuse_compiled, weakly
 from workbench.hooks.sites import Point, SiteMap
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.jobs import unwatch_generate, watch_generate
-from workbench.interventions.proof import EditReport, Tally, require_met
+from workbench.interventions.proof import EditReports, Tally, require_met
 from workbench.interventions.tracker import Tracker
 from workbench.interventions.writer import Writer
 
@@ -85,9 +84,9 @@ class Plan(Shown):
         self._hooks = Hooks()
 
     @property
-    def report(self) -> tuple[EditReport, ...]:
+    def report(self) -> EditReports:
         """One `EditReport` per edit: what it did up to now."""
-        return tuple(tally.report() for tally in self.tallies)
+        return EditReports(tally.report() for tally in self.tallies)
 
     def explain(self) -> ShownText:
         """Which edits are made where, which are merged, and from which layer on the model has to be run again."""
@@ -95,9 +94,7 @@ class Plan(Shown):
 
     def frame(self) -> pd.DataFrame:
         """One row per edit: what it is, and what it did up to now."""
-        import pandas as pd
-
-        return pd.DataFrame([dataclasses.asdict(done) for done in self.report])
+        return self.report.frame()
 
     def __str__(self) -> str:
         return f"Plan({'; '.join(map(str, self.intervention.edits)) or 'no edits'})"
@@ -109,8 +106,7 @@ class Plan(Shown):
         return f"{self._shown_note()}: {'; '.join(map(str, self.intervention.edits)) or 'no edits'}"
 
     def _shown_parts(self) -> Iterable[Markup]:
-        columns = ["edit", "fired", "tokens", "mean_norm_applied", "mean_norm_before"]
-        yield frame_table(self.frame().reindex(columns=columns), "what each edit did up to now")
+        yield self.report.shown_table("what each edit did up to now")
         yield preformatted(self.explain())
 
     # Entering and leaving.

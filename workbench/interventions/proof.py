@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,10 +13,15 @@ from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.errors import EditError
-from workbench.core.html import Shown
+from workbench.core.html import Shown, frame_table
+from workbench.core.numbers import counted
 from workbench.interventions.intervention import Edit
 from workbench.interventions.scopes import Scope
 from workbench.interventions.step import Step
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
 
 MAX_ROWS_NAMED = 10
 """Rows that an error names."""
@@ -79,6 +85,32 @@ class EditReport(Shown):
         if self.gate_decided is not None:
             text += f"; gate open for {self.gate_open} of {self.gate_decided} tokens"
         return text
+
+
+class EditReports(Shown, tuple[EditReport, ...]):
+    """What each edit of a run did, in the order of the edits: a tuple that shows itself as a table."""
+
+    def frame(self) -> pd.DataFrame:
+        """One row per edit, with the fields of `EditReport` as columns."""
+        import pandas as pd
+
+        names = [field.name for field in fields(EditReport)]
+        return pd.DataFrame([{name: getattr(done, name) for name in names} for done in self], columns=names)
+
+    def _shown_line(self) -> str:
+        return "; ".join([counted(len(self), "edits"), *map(str, self[:3])])
+
+    def _shown_note(self) -> str:
+        return counted(len(self), "edits")
+
+    def shown_table(self, caption: str = "") -> Markup:
+        """A table for a notebook: what a reader looks at first; `frame` has all."""
+        gate = ["gate_open"] if any(done.gate_decided is not None for done in self) else []
+        columns = ["edit", "fired", "tokens", "mean_norm_applied", "mean_norm_before", "share", *gate]
+        return frame_table(self.frame().reindex(columns=columns), caption)
+
+    def _shown_parts(self) -> Iterator[Markup]:
+        yield self.shown_table()
 
 
 class Tally:

@@ -18,7 +18,7 @@ from workbench.core.tokenizer import decoded
 from workbench.core.tokens import TokenBatch, labelled
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
-from workbench.interventions.proof import EditReport
+from workbench.interventions.proof import EditReports
 from workbench.interventions.scopes import Last
 from workbench.interventions.variants import variants
 from workbench.models.choice import chosen_tokens
@@ -46,7 +46,7 @@ class VariantLogits(Shown):
 
     logits: Float[Tensor, "variants batch k"]
     clean: Float[Tensor, "batch k"]
-    report: tuple[EditReport, ...]
+    report: EditReports
     how: str
     interventions: tuple[Intervention, ...]
     batch: TokenBatch
@@ -146,8 +146,8 @@ def compare(
         )
     how = "the whole model was run" if whole else segment.how
     return VariantLogits(
-        logits=logits, clean=clean, report=tuple(reports), how=how, interventions=tuple(interventions), batch=batch,
-        tokens=tokens,
+        logits=logits, clean=clean, report=EditReports(reports), how=how,
+        interventions=tuple(interventions), batch=batch, tokens=tokens,
     )  # fmt: skip
 
 

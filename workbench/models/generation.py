@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.core.display import brief
-from workbench.core.html import Shown, frame_table, table
+from workbench.core.html import Shown, frame_table
 from workbench.core.numbers import counted
 from workbench.core.progress import Task, task
 from workbench.core.tokenizer import TokenizerLike, continuation, decoded
@@ -23,7 +23,7 @@ from workbench.hooks.sites import Site, SiteMap
 from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
-from workbench.interventions.proof import EditReport, require_met
+from workbench.interventions.proof import EditReport, EditReports, require_met
 from workbench.models.decoding import ENDED, Decoder, Recorder, Rows
 from workbench.models.folderrules import left_aside
 from workbench.models.sampling import Sampling
@@ -64,7 +64,7 @@ class Generation(Shown):
     texts: tuple[str, ...]
     ids: tuple[Int[Tensor, " _"], ...]
     logprobs: tuple[Float[Tensor, " _"], ...]
-    report: tuple[EditReport, ...] = ()
+    report: EditReports = EditReports()
     ended: tuple[str, ...] = ()
     prompt_lengths: tuple[int, ...] = ()
     activations: Mapping[str, tuple[Float[Tensor, ...], ...]] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Generation(Shown):
     def _shown_parts(self) -> Iterable[Markup]:
         yield frame_table(self.frame())
         if self.report:
-            yield table(("what each edit did",), [(str(done),) for done in self.report])
+            yield self.report.shown_table("what each edit did")
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +245,7 @@ def collected(
         texts=tuple(continuation(tokenizer, p.tolist(), row.tolist()) for p, row in zip(prompts, ids, strict=True)),
         ids=tuple(ids),
         logprobs=tuple(logprobs),
-        report=tuple(EditReport.merged(same) for same in zip(*reports, strict=True)),
+        report=EditReports(EditReport.merged(same) for same in zip(*reports, strict=True)),
         ended=tuple(ended),
         prompt_lengths=tuple(lengths),
         activations={site: tuple(row for _, _, record in found for row in record[site]) for site in found[0][2]},

@@ -18,7 +18,7 @@ from workbench.core.html import Shown
 from workbench.core.numbers import counted
 from workbench.core.tokens import TokenBatch, encode
 from workbench.interventions.intervention import Intervention
-from workbench.interventions.proof import EditReport
+from workbench.interventions.proof import EditReports
 from workbench.models.decoding import Decoder, Prefilled
 from workbench.models.generation import Generation, Parts, collected
 from workbench.models.kvcache import crop, length, new_cache
@@ -93,9 +93,9 @@ class Session(Shown):
         return (len(self._messages) - self._start) // 2
 
     @property
-    def report(self) -> tuple[EditReport, ...]:
+    def report(self) -> EditReports:
         """What each edit did up to now; empty without an intervention."""
-        return () if self._plan is None else self._plan.report
+        return EditReports() if self._plan is None else self._plan.report
 
     def turn(self, text: str, **options: Any) -> str:
         """Says `text` and returns the model's reply; both become part of the conversation.
