@@ -101,7 +101,7 @@ def test_wrong_marks_are_as_many_and_below_the_threshold(examples: Examples) -> 
 
 def test_windows_that_give_no_wrong_marks_are_counted() -> None:
     values = np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    view = TokenView(np.full((2, 3), 2), np.full((2, 3, 8), -1), np.tile(np.arange(3), (2, 1)))
+    view = TokenView(np.full((2, 3), 2), np.full((2, 3, 8), -1), np.tile(np.arange(3), (2, 1)), np.full((2, 3), -1))
     windows = Windows(view, values, np.ones((2, 3), dtype=bool), np.arange(2), np.arange(2))
     items = fuzzing_items(examples_from(windows))
     assert (len(items), items.unusable) == (2, 1)

@@ -76,7 +76,7 @@ def rule_reader(store: ActivationStore) -> Stub:
 
         ids, marks = split(passage)
         before = [[ids[i - b] if i >= b else -1 for b in range(1, 9)] for i in range(len(ids))]
-        view = TokenView(np.array(ids), np.array(before), np.arange(len(ids)) + 100)
+        view = TokenView(np.array(ids), np.array(before), np.arange(len(ids)) + 100, np.array([*ids[1:], -1]))
         fires = rules[explanation].fires(view, VOCABULARY)
         wanted = fires[np.array(marks)] if any(marks) else fires
         return float(wanted.mean() >= 0.5) if any(marks) else float(wanted.any())

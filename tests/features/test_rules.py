@@ -15,6 +15,7 @@ from workbench.features.explain.rules import (
     REACH,
     After,
     At,
+    Before,
     BeginsWith,
     Both,
     InClass,
@@ -42,6 +43,10 @@ UNITS = {
     "token is ' tree', and directly after ' big', ' small'": lambda ids, p: float(
         ids[p] == word(" tree") and ids[p - 1] in (word(" big"), word(" small"))
     ),
+    "token is ' house', and following token is digits": lambda ids, p: float(
+        ids[p] == word(" house") and p + 1 < len(ids) and ids[p + 1] in DIGITS
+    ),
+    "directly before ' of'": lambda ids, p: float(p + 1 < len(ids) and ids[p + 1] == word(" of")),
 }
 
 
@@ -82,7 +87,7 @@ def test_a_list_of_tokens_cannot_say_after(
 
 def test_the_score_is_f1_less_the_length_of_the_rule() -> None:
     ids = np.tile([2, 3, 4, 4, 2, 5], 4)
-    view = TokenView(ids, np.full((24, 8), -1), np.zeros(24, dtype=int))
+    view = TokenView(ids, np.full((24, 8), -1), np.zeros(24, dtype=int), np.full(24, -1))
     data = RuleData(view, np.isin(ids, [2, 3]))
     fitted = fit_rule(data, VOCABULARY)
     assert fitted.rule == TokenIn((2, 3))
@@ -96,7 +101,7 @@ def test_a_common_stem_is_shorter_than_a_list() -> None:
     texts = [" rune", " runner", " running", " runs", " runt", " RUN", *WORDS[:10]]
     vocabulary = TokenTexts.of_texts(texts)
     ids = np.tile(np.arange(len(texts)), 4)
-    view = TokenView(ids, np.full((len(ids), 8), -1), np.tile(np.arange(4), len(texts)))
+    view = TokenView(ids, np.full((len(ids), 8), -1), np.tile(np.arange(4), len(texts)), np.full(len(ids), -1))
     runs = np.array([t.lower().startswith(" run") for t in texts])
     assert fit_rule(RuleData(view, runs[ids]), vocabulary).rule == BeginsWith(("run",))
 
@@ -104,7 +109,8 @@ def test_a_common_stem_is_shorter_than_a_list() -> None:
 def test_a_unit_without_pattern_gets_no_long_rule() -> None:
     random = np.random.default_rng(0)
     ids = random.integers(2, len(VOCABULARY), 3000)
-    view = TokenView(ids, random.integers(2, len(VOCABULARY), (3000, 8)), random.integers(0, 24, 3000))
+    before, positions = random.integers(2, len(VOCABULARY), (3000, 8)), random.integers(0, 24, 3000)
+    view = TokenView(ids, before, positions, random.integers(2, len(VOCABULARY), 3000))
     fitted = fit_rule(RuleData(view, random.random(3000) < 0.02), VOCABULARY)
     assert fitted.f1 < 0.2
 
@@ -122,23 +128,28 @@ def test_a_unit_without_pattern_gets_no_long_rule() -> None:
         (Ngram(((3, 3), (2, 4), (3, 2, 4))), [0, 0, 0]),
         (Both(TokenIn((3, 4)), After((3,), 1)), [0, 0, 1]),
         (InClass("a lower-case word", back=1), [0, 1, 1]),
+        (InClass("a lower-case word", back=-1), [1, 1, 0]),
+        (Before((4, len(VOCABULARY) - 1)), [0, 1, 0]),
+        (Both(TokenIn((2, 3)), Before((3,))), [1, 0, 0]),
         (Never(), [0, 0, 0]),
     ],
 )
 def test_rules_fire_where_they_say(rule: Rule, expected: list[int]) -> None:
     before = np.full((3, 8), -1)
     before[1, 0], before[2, :2] = 2, (3, 2)
-    view = TokenView(np.array([2, 3, 4]), before, np.arange(3))
+    view = TokenView(np.array([2, 3, 4]), before, np.arange(3), np.array([3, 4, -1]))
     assert rule.fires(view, VOCABULARY).tolist() == [bool(x) for x in expected]
     assert not rule.text(VOCABULARY) or rule.bits(VOCABULARY) > 0
 
 
 def test_what_precedes_a_document_is_in_no_set_and_no_class() -> None:
-    view = TokenView(np.array([2]), np.full((1, 8), -1), np.array([0]))
+    view = TokenView(np.array([2]), np.full((1, 8), -1), np.array([0]), np.array([-1]))
     last = len(VOCABULARY) - 1
     assert VOCABULARY.text(last) == " slow"
     assert not InClass("a lower-case word", back=1).fires(view, VOCABULARY).any(), "-1 is not the last token"
-    assert not BeginsWith(("slow",)).fires(TokenView(np.array([-1]), view.before, view.positions), VOCABULARY).any()
+    assert not InClass("a lower-case word", back=-1).fires(view, VOCABULARY).any()
+    nothing = TokenView(np.array([-1]), view.before, view.positions, view.after)
+    assert not BeginsWith(("slow",)).fires(nothing, VOCABULARY).any()
 
 
 def test_pieces_of_characters_are_shown_as_bytes() -> None:
@@ -149,7 +160,8 @@ def test_pieces_of_characters_are_shown_as_bytes() -> None:
 
 
 def test_beginnings_of_any_length_are_as_the_letters_say() -> None:
-    view = TokenView(np.arange(-1, len(VOCABULARY)), np.zeros((len(VOCABULARY) + 1, REACH), int), np.zeros(1, int))
+    ids = np.arange(-1, len(VOCABULARY))
+    view = TokenView(ids, np.zeros((len(ids), REACH), int), np.zeros(1, int), ids)
     for prefixes in (("run",), ("r", "runn", "walke"), ("zebra",), ("", "a"), ("slowly",)):
         found = BeginsWith(prefixes).fires(view, VOCABULARY)
         assert found.tolist() == [False] + [stem.startswith(prefixes) for stem in VOCABULARY.stems]
@@ -160,7 +172,7 @@ def test_triggers_are_those_of_adding_the_best_token_one_by_one() -> None:
     for planted in ([], [3], [3, 9, 4]):
         before = rng.integers(-1, len(VOCABULARY), (600, REACH))
         active = np.isin(before, planted).any(1) ^ (rng.random(600) < 0.1)
-        data = RuleData(TokenView(before[:, 0], before, np.arange(600)), active)
+        data = RuleData(TokenView(before[:, 0], before, np.arange(600), before[:, 0]), active)
         task = rulefit._Task(data, VOCABULARY, int(active.sum()))
         chosen: tuple[int, ...] = ()
         best = -np.inf

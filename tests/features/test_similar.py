@@ -27,8 +27,8 @@ def windows(rows: list[list[int]], active: int = -1) -> Windows:
     values = (ids == active).astype(float)
     before = np.full((*ids.shape, 8), -1)
     n = len(ids)
-    return Windows(TokenView(ids, before, np.tile(np.arange(ids.shape[1]), (n, 1))), values, ids >= 0,
-                   np.arange(n), np.arange(n))  # fmt: skip
+    view = TokenView(ids, before, np.tile(np.arange(ids.shape[1]), (n, 1)), np.full_like(ids, -1))
+    return Windows(view, values, ids >= 0, np.arange(n), np.arange(n))
 
 
 def test_weights_by_hand() -> None:

@@ -101,10 +101,10 @@ def test_background_windows_say_who_is_silent_in_them(store: ActivationStore, fo
         for where, active in zip(
             found.background.where.tolist(), found.background.active[:, unit].tolist(), strict=True
         ):
-            row, position, token, document, low, high, start = where
+            row, position, token, document, low, high, start, end = where
             inside = [v for p, v in values[row].items() if low <= p < high]
             assert active == (max(inside) > 0)
-            assert (low, high, start) == (max(position - 5, 0), min(position + 4, 24), 0)
+            assert (low, high, start, end) == (max(position - 5, 0), min(position + 4, 24), 0, 23)
             assert token == corpus(120)[row, position]
             assert document == row
 

@@ -153,6 +153,21 @@ def test_the_card_says_everything(page: Browser) -> None:
     assert "NaN" not in text
 
 
+def test_the_deciles_of_the_activation_fold_below_the_strongest_contexts(page: Browser) -> None:
+    _open(page, 3)
+    fold = "document.querySelector('#panel section details')"
+    assert page.js(f"{fold}.querySelector('summary').textContent") == "By decile of the activation: 10 more contexts"
+    assert page.js(f"[{fold}.open, {fold}.querySelectorAll('h4').length]") == [False, 10]
+    assert page.js(f"{fold}.previousElementSibling.children.length") == 5, "the strongest are there without a click"
+    last = "[...document.querySelectorAll('#panel mark')].filter((mark) => !mark.closest('details')).pop()"
+    page.js(f"{last}.focus()")
+    page.key("ArrowRight")
+    assert page.js(f"document.activeElement === {last}"), "the keyboard does not go into what is folded"
+    page.js(f"{fold}.open = true")
+    page.key("ArrowRight")
+    assert page.js(f"{fold}.contains(document.activeElement)")
+
+
 def test_hover_and_focus_show_the_value(page: Browser) -> None:
     _open(page, 3)
     largest = max(v for w in full_card(3, N)["windows"] for v in w["values"] if v is not None)
@@ -276,6 +291,9 @@ def test_a_phone_shows_one_thing_at_a_time(browser: Browser, url: str) -> None:
     browser.until(f"{HEADING} === 'Feature 2' && {READY}")
     assert browser.js("document.getElementById('panel').getBoundingClientRect().width") == 390
     assert browser.js("document.getElementById('panel').scrollWidth") <= 390
+    browser.js("document.querySelectorAll('#panel details').forEach((fold) => { fold.open = true; })")
+    widths = browser.js("[...document.querySelectorAll('#panel tbody th')].map((e) => e.getBoundingClientRect().width)")
+    assert min(widths) >= 90, "text is not squeezed into a few letters per line"
     browser.js("document.querySelector('#panel [aria-label=\"Close the card\"]').click()")
     browser.until("document.getElementById('panel').hidden")
     browser.js(

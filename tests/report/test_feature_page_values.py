@@ -191,6 +191,10 @@ def test_the_card_for_a_notebook_says_everything() -> None:
         assert part in text, part
     assert text.count("<mark") == sum(1 for w in card["windows"] for v in w["values"] if v)
     assert text.count("<rect") == 20
+    before, fold = text.split("<details><summary>By decile of the activation: 10 more contexts</summary>")
+    assert before.count("<h4>Strongest</h4>") == 1 and fold.partition("</details>")[0].count("<h4>Decile") == 10
+    widest = max(float(share) for share in re.findall(r"<mark[^>]*--v: (\d+)", fold.partition("</details>")[0]))
+    assert widest < 100, "one scale of colours for all contexts: the strongest one is above the fold"
     bare = card_html(bare_card(2))
     for part in ("No explanation was made", "not measured", "No context was collected", "Neighbours were not measured", "Not steered with",
                  "No tokens were read", "distribution of activations was not measured"):  # fmt: skip
@@ -228,7 +232,7 @@ def test_the_headline_is_the_explanation_only_where_it_is_above_all_its_controls
         assert said in card_html(weak).partition("<h3>Explanation</h3>")[2], "it is still there to read"
         index = feature_page([weak], "x").html.partition('"holds":[')[2]
         assert index.startswith("false")
-    folded = card_html(card).partition("<summary>")[2].partition("</summary>")[0]
+    folded = card_html(card).partition("<summary>Tests")[2].partition("</summary>")[0]
     assert ">above its controls<" in folded
     assert "<h3>What it reads</h3>" not in card_html(bare_card(2)), "nothing is known of it"
 

@@ -50,7 +50,7 @@ class Windows:
     """Some windows of one feature.
 
     Attributes:
-        view: token ids with what precedes them, `(n, width)`.
+        view: token ids with what precedes and follows them, `(n, width)`.
         values: activation at each token; nan where it was left out of the store.
         inside: False beyond the row or document.
         documents: document of each window.
@@ -83,7 +83,7 @@ class Windows:
 
 def joined(parts: Sequence[Windows]) -> Windows:
     """Windows one after the other."""
-    view = [np.concatenate([getattr(p.view, name) for p in parts]) for name in ("ids", "before", "positions")]
+    view = [np.concatenate([getattr(p.view, name) for p in parts]) for name in ("ids", "before", "positions", "after")]
     others = [np.concatenate([getattr(p, name) for p in parts]) for name in ("values", "inside", "documents", "rows")]
     return Windows(TokenView(*view), *others)
 
@@ -180,7 +180,7 @@ def _unseen(windows: Windows, seen: set[bytes]) -> Windows:
 
 def _of_table(windows: FeatureWindows, table: WindowTable, slot: int) -> Windows:
     n = int((table.row[slot] != MISSING).sum())
-    columns = (table.row, table.position, table.document, table.start)
+    columns = (table.row, table.position, table.document, table.start, table.end)
     where = (column[slot, :n].numpy().astype(np.int64) for column in columns)
     return _looked_up(windows, table.values[slot, :n].numpy().copy(), *where)
 
@@ -190,18 +190,18 @@ def _silent(windows: FeatureWindows, slot: int, feature: int, options: ExampleOp
     background = windows.background
     chosen = (~background.active[:, slot]).nonzero().squeeze(1)
     chosen = chosen[uniform(background.where[chosen, 0].long(), _SILENT + feature, options.seed).argsort()]
-    row, position, _, document, low, high, start = background.where[chosen].numpy().astype(np.int64).T
+    row, position, _, document, low, high, start, end = background.where[chosen].numpy().astype(np.int64).T
     at = position[:, None] + np.arange(-windows.options.before, windows.options.after + 1)
     inside = (at >= low[:, None]) & (at < high[:, None])
     values = np.where(background.kept[chosen].numpy(), 0.0, np.nan)
-    return _looked_up(windows, np.where(inside, values, OUTSIDE), row, position, document, start)
+    return _looked_up(windows, np.where(inside, values, OUTSIDE), row, position, document, start, end)
 
 
 def _looked_up(
     windows: FeatureWindows, values: np.ndarray, row: np.ndarray, position: np.ndarray, document: np.ndarray,
-    start: np.ndarray,
+    start: np.ndarray, end: np.ndarray,
 ) -> Windows:  # fmt: skip
-    """The windows with their token ids and what precedes them."""
+    """The windows with their token ids and what precedes and follows them in their documents."""
     ids = windows.row_ids.numpy()[np.searchsorted(windows.row_numbers.numpy(), row)].astype(np.int64)
     inside = values != OUTSIDE
     at = position[:, None] + np.arange(-windows.options.before, windows.options.after + 1)
@@ -213,5 +213,6 @@ def _looked_up(
 
     back = at[:, :, None] - np.arange(1, REACH + 1)
     before = np.where(back >= start[:, None, None], look(back), MISSING)
-    view = TokenView(np.where(inside, look(at), MISSING), before, at)
+    after = np.where(inside & (at < end[:, None]), look(at + 1), MISSING)
+    view = TokenView(np.where(inside, look(at), MISSING), before, at, after)
     return Windows(view, values, inside, document, row)

@@ -15,6 +15,7 @@ from workbench.features.explain.rules import (
     After,
     AnyRule,
     At,
+    Before,
     BeginsWith,
     Both,
     InClass,
@@ -82,7 +83,8 @@ def fit_rule(data: RuleData, vocabulary: TokenTexts) -> FittedRule:
     """The rule with the largest F1 over tokens less a penalty for its length (minimum description length).
 
     The grammar: sets of tokens, beginnings of words, classes of tokens, sets of preceding tokens (directly, or within
-    8), intervals of positions, sequences of two or three tokens, and each rule on the token combined with a context.
+    8) and of next tokens, classes of both, intervals of positions, sequences of two or three tokens, and each rule on
+    the token combined with a context.
 
     Raises:
         DegenerateInputError: if no token is active.
@@ -92,7 +94,7 @@ def fit_rule(data: RuleData, vocabulary: TokenTexts) -> FittedRule:
         raise DegenerateInputError(f"fit_rule: none of {len(data.active)} tokens is active. Give windows that are.")
     whole = _Task(data, vocabulary, n_active)
     alone = [whole.fitted(rule) for rule in (*_token_rules(whole), *_context_rules(whole))]
-    on_token = [fit for fit in alone if not isinstance(fit.rule, After | At | Ngram)]
+    on_token = [fit for fit in alone if not isinstance(fit.rule, After | At | Before | Ngram)]
     best = sorted(on_token, key=lambda fit: -fit.score)[:3]
     refined = [whole.fitted(rule) for fit in best for rule in _refined(whole, fit.rule)]
     return max(*alone, *refined, whole.fitted(Never()), key=lambda f: (round(f.score, 9), -f.rule.bits(vocabulary)))
@@ -127,6 +129,10 @@ def _context_rules(task: _Task) -> Iterator[AnyRule]:
         yield After(triggers, REACH)
     yield from (InClass(name, back=1) for name in TOKEN_CLASSES)
     yield from _best_interval(task)
+    following = _best_keys(task, task.data.view.after, task.vocabulary.bits, MOST_TOKENS)
+    if len(following := following[following >= 0]):
+        yield Before(tuple(following.tolist()))
+    yield from (InClass(name, back=-1) for name in TOKEN_CLASSES)
 
 
 def _best_keys(task: _Task, keys: np.ndarray, bits: float, most: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rules: explanations in terms of a token, what precedes it and its position, executed on text."""
+"""Rules: explanations in terms of a token, what precedes and follows it and its position, executed on text."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ REACH = 8
 
 @dataclass(frozen=True, eq=False)
 class TokenView:
-    """Tokens with what precedes them.
+    """Tokens with what precedes and follows them.
 
     Attributes:
         ids: token ids, any shape.
         before: the `REACH` preceding ids, nearest first, -1 beyond the start of the document; one axis more.
         positions: position in the packed row.
+        after: the next id, -1 behind the end of the document.
     """
 
     ids: np.ndarray
     before: np.ndarray
     positions: np.ndarray
+    after: np.ndarray
 
     def __getitem__(self, chosen: np.ndarray | slice) -> TokenView:
-        return TokenView(self.ids[chosen], self.before[chosen], self.positions[chosen])
+        return TokenView(self.ids[chosen], self.before[chosen], self.positions[chosen], self.after[chosen])
 
 
 @runtime_checkable
@@ -105,17 +107,19 @@ class BeginsWith:
 
 @dataclass(frozen=True)
 class InClass:
-    """The token, or the one before it, is of a class."""
+    """The token, the one before it (`back` 1) or the one after it (`back` -1) is of a class."""
 
     name: str
-    back: int = 0
+    back: Literal[-1, 0, 1] = 0
     kind: Literal["class"] = "class"
 
     def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
-        return vocabulary.mask(self.name)[view.before[..., self.back - 1] if self.back else view.ids]
+        ids = {0: view.ids, 1: view.before[..., 0], -1: view.after}[self.back]
+        return vocabulary.mask(self.name)[ids]
 
     def text(self, _: TokenTexts) -> str:
-        return f"preceding token is {self.name}" if self.back else f"token is {self.name}"
+        which = {0: "", 1: "preceding ", -1: "following "}[self.back]
+        return f"{which}token is {self.name}"
 
     def bits(self, _: TokenTexts) -> float:
         return 1 + float(np.log2(len(TOKEN_CLASSES)))
@@ -161,6 +165,23 @@ class After:
 
 
 @dataclass(frozen=True)
+class Before:
+    """The next token, which the model has not seen yet, is one of some."""
+
+    tokens: tuple[int, ...]
+    kind: Literal["before"] = "before"
+
+    def fires(self, view: TokenView, vocabulary: TokenTexts) -> np.ndarray:
+        return vocabulary.holds(self.tokens)[view.after]
+
+    def text(self, vocabulary: TokenTexts) -> str:
+        return f"directly before {vocabulary.quoted(self.tokens)}"
+
+    def bits(self, vocabulary: TokenTexts) -> float:
+        return 3 + len(self.tokens) * vocabulary.bits  # as of `After`
+
+
+@dataclass(frozen=True)
 class Ngram:
     """The token ends one of some sequences."""
 
@@ -201,5 +222,5 @@ class Both:
         return 1 + self.token.bits(vocabulary) + self.context.bits(vocabulary)
 
 
-AnyRule = Never | TokenIn | BeginsWith | InClass | At | After | Ngram | Both
+AnyRule = Never | TokenIn | BeginsWith | InClass | At | After | Before | Ngram | Both
 """The rules that there are; in files `kind` tells them apart."""

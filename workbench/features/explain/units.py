@@ -50,12 +50,13 @@ class KnownUnits:
 
 
 def view_of(chunk: Chunk) -> TokenView:
-    """The kept tokens of a chunk, with the tokens of their document that precede them."""
+    """The kept tokens of a chunk, with the tokens of their document that precede and follow them."""
     row, position = chunk.block.rows - chunk.first_row, chunk.block.positions
-    start, _ = chunk.documents()
+    start, end = chunk.documents()
     back = position[:, None] - torch.arange(1, REACH + 1)
     before = chunk.ids[row[:, None], back.clamp_min(0)].masked_fill(back < start[:, None], MISSING)
-    return TokenView(chunk.block.tokens.numpy(), before.numpy(), position.numpy())
+    after = chunk.ids[row, (position + 1).clamp_max(chunk.ids.shape[1] - 1)].masked_fill(position >= end, MISSING)
+    return TokenView(chunk.block.tokens.numpy(), before.numpy(), position.numpy(), after.numpy())
 
 
 def unit_bank(store: ActivationStore, *, per_family: int = 7, seed: int = 0) -> tuple[KnownUnit, ...]:

@@ -28,7 +28,7 @@ N_BINS = 2 * OCTAVES * BINS_PER_OCTAVE
 """Histogram bins: eight to a doubling, from 2**-16 to 2**16; what lies beyond counts in the outermost bin."""
 OUTSIDE = -1.0
 """Value of a place of the window that lies beyond its row or document."""
-_COLUMNS = ("row", "position", "token", "document", "low", "high", "start")
+_COLUMNS = ("row", "position", "token", "document", "low", "high", "start", "end")
 _BACKGROUND = 0x0BAC
 
 
@@ -89,6 +89,7 @@ class WindowTable:
         low: first position of the window.
         high: position behind its last.
         start: first position of the document in the row.
+        end: its last position there.
         peaks: activation at the peak; 0 where there is no window.
     """
 
@@ -100,6 +101,7 @@ class WindowTable:
     low: Int[Tensor, "features n"]
     high: Int[Tensor, "features n"]
     start: Int[Tensor, "features n"]
+    end: Int[Tensor, "features n"]
     peaks: Float[Tensor, "features n"]
 
     @functools.cached_property
@@ -113,8 +115,8 @@ class Background:
     """Windows drawn from all packed rows.
 
     Attributes:
-        where: row, position of the middle, its token, document, first position, position behind the last, first
-            position of the document.
+        where: row, position of the middle, its token, document, first position, position behind the last, first and
+            last position of the document.
         kept: False where a token was left out of the store.
         active: whether each feature is active anywhere in each window.
     """
@@ -326,7 +328,8 @@ class _Layout:
         block, position = self.block, self.block.positions[at]
         low = torch.maximum(position - self.options.before, self.low[at])
         high = torch.minimum(position + self.options.after, self.high[at]) + 1
-        columns = (block.rows[at], position, block.tokens[at], block.documents[at], low, high, self.low[at])
+        token, document = block.tokens[at], block.documents[at]
+        columns = (block.rows[at], position, token, document, low, high, self.low[at], self.high[at])
         return torch.stack(columns, 1).int()
 
     def slots(self, at: Int[Tensor, " n"]) -> tuple[Int[Tensor, "n width"], Bool[Tensor, "n width"]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from workbench.core.numbers import number
+from workbench.core.numbers import counted, number
 from workbench.report.features.encode import Card, Number, StringTable, clip, finite, pack_card, spread
 from workbench.report.features.words import KINDS, NOT_MEASURED, label, meaning
 
@@ -25,6 +25,10 @@ _WIDTH, _HEIGHT = 560, 130
 def card_body(card: Card) -> Markup:
     """Everything inside the card's frame."""
     packed = pack_card(card, StringTable(), 0)
+    windows = spread(card["windows"], _N_WINDOWS)
+    strongest = [window for window in windows if window["stratum"] == "top"]
+    others = [window for window in windows if window["stratum"] != "top"] if strongest else []
+    largest = max((_plain(value) for window in windows for value in window["values"]), default=0.0) or 1.0
     bins = [tuple(bin_) for bin_ in card["histogram"]]
     total = sum(n for _, _, n in bins)
     text = f"Histogram of {number(total)} positive activations" if bins else ""
@@ -41,10 +45,20 @@ def card_body(card: Card) -> Markup:
         ],
         peaks=list(dict.fromkeys(clip(w["tokens"][w["peak"]]) for w in card["windows"]))[:10],
         promoted=_lens(card["promoted"]), suppressed=_lens(card["suppressed"]),
-        windows=_windows(spread(card["windows"], _N_WINDOWS)), bars=bars(bins),
+        windows=_windows(strongest or windows, largest), deciles=_windows(others, largest),
+        deciles_text=deciles_text(len(others)), bars=bars(bins),
         histogram_text=text, is_wide=is_wide(bins),
         neighbours=[_neighbour(n) for n in card["neighbours"]],
     ))  # fmt: skip
+
+
+def deciles_text(n: int) -> str:
+    """What the fold below the strongest contexts says.
+
+    >>> deciles_text(1)
+    'By decile of the activation: 1 more context'
+    """
+    return f"By decile of the activation: {counted(n, 'more contexts')}"
 
 
 def bars(bins: Sequence[tuple[float, float, int]]) -> list[dict[str, object]]:
@@ -89,8 +103,7 @@ def _lens(tokens: Sequence[Card]) -> list[dict[str, object]]:
     ]
 
 
-def _windows(windows: Sequence[Card]) -> list[tuple[str, list[dict[str, object]]]]:
-    largest = max((_plain(value) for window in windows for value in window["values"]), default=0.0) or 1.0
+def _windows(windows: Sequence[Card], largest: float) -> list[tuple[str, list[dict[str, object]]]]:
     groups = itertools.groupby(windows, key=lambda window: window["stratum"])
     return [
         ("Strongest" if stratum == "top" else clip(stratum).capitalize(), [_line(window, largest) for window in group])

@@ -255,7 +255,7 @@
     const text = given.holds ? null : el("p", { text: given.text });
     if (!rows.length) return part("Explanation", text, el("p", { class: "muted", text: `Explained by: ${given.method}.` }), untested);
     return part("Explanation", text, el("details", {}, el("summary", {}, "Tests ", el("span", { class: "flag", text: given.badge })),
-      el("p", { class: "muted", text: source }), table(columns, rows, "tests")));
+      el("p", { class: "muted", text: source }), table(columns, rows, "stacks")));
   }
 
   function scorePart(row, tokens) {
@@ -287,20 +287,27 @@
   function contextPart(card) {
     if (card.windows.length === 0) return part("Contexts", lacking("No context was collected."));
     const lists = [];
+    const deciles = [];
     const largest = Math.max(...card.windows.map((given) => given[5].reduce((most, x, i) => (i % 2 ? Math.max(most, x) : most), 0))) || 1;
     let stratum = null;
+    let group = lists;
+    const others = card.windows.filter((given) => index.strings[given[0]] !== "top").length;
+    const folds = others < card.windows.length;
     for (const given of card.windows) {
       const window_ = logic.unpackWindow(given, index.strings);
       if (window_.stratum !== stratum) {
         stratum = window_.stratum;
-        lists.push(el("h4", { text: stratum === "top" ? "Strongest" : stratum[0].toUpperCase() + stratum.slice(1) }), el("ul", { class: "windows" }));
+        group = stratum === "top" || !folds ? lists : deciles;
+        group.push(el("h4", { text: stratum === "top" ? "Strongest" : stratum[0].toUpperCase() + stratum.slice(1) }), el("ul", { class: "windows" }));
       }
-      lists[lists.length - 1].append(contextLine(window_, largest));
+      group[group.length - 1].append(contextLine(window_, largest));
     }
     const first = lists.map((list) => list.querySelector("mark")).find((found) => found);
+    const more = `By decile of the activation: ${num(others)} more context${others === 1 ? "" : "s"}`;
+    const fold = deciles.length ? el("details", {}, el("summary", { text: more }), ...deciles) : null;
     if (first) first.tabIndex = 0;
     const rest = card.windows_left ? lacking(`${num(card.windows_left)} more contexts were left out of this page.`) : null;
-    return part("Contexts", el("p", { class: "muted", text: "Point at a token, or tap it, for its activation. Dotted: no activation was recorded." }), ...lists, rest);
+    return part("Contexts", el("p", { class: "muted", text: "Point at a token, or tap it, for its activation. Dotted: no activation was recorded." }), ...lists, fold, rest);
   }
 
   function contextLine(window_, largest) {
@@ -346,13 +353,13 @@
       const tokens = known === undefined || hint !== "" ? [] : index.promoted[known].slice(0, 3).map((id) => chip(index.strings[id]));
       const verdict = value === null || zero === null ? "" : value > zero ? ": above" : ": no more than random";
       return el("tr", {}, el("th", { scope: "row" }, link, el("small", {}, hint.slice(0, 80), ...tokens)),
-        el("td", { text: index.kinds[index.strings[kind]] || index.strings[kind] }),
-        el("td", {}, value === null ? missing() : el("b", { text: real(value) }), el("small", { text: `random ${real(zero)}${verdict}` })),
-        el("td", { class: "num" }, jaccard === null ? missing() : real(jaccard)));
+        el("td", { "data-label": "near because", text: index.kinds[index.strings[kind]] || index.strings[kind] }),
+        el("td", { "data-label": "value" }, value === null ? missing() : el("b", { text: real(value) }), el("small", { text: `random ${real(zero)}${verdict}` })),
+        el("td", { class: "num", "data-label": "Jaccard" }, jaccard === null ? missing() : real(jaccard)));
     });
     const columns = [["feature", ""], ["near because", ""], ["value", ""], ["Jaccard", "num"]];
     const note = "Random: what a random feature reaches (95th percentile); a neighbour that is not above it says nothing.";
-    return part("Neighbours", table(columns, rows), el("p", { class: "muted", text: note }));
+    return part("Neighbours", table(columns, rows, "stacks"), el("p", { class: "muted", text: note }));
   }
 
   function steeringPart(list) {
@@ -386,7 +393,7 @@
   }
 
   function moveToken(from, by) {
-    const marks = [...$("panel").querySelectorAll("mark")];
+    const marks = [...$("panel").querySelectorAll("mark")].filter((mark) => !mark.closest("details:not([open])"));
     const next = marks[marks.indexOf(from) + by];
     if (!next) return;
     from.tabIndex = -1;
