@@ -293,7 +293,7 @@ def test_a_phone_shows_one_thing_at_a_time(browser: Browser, url: str) -> None:
     assert browser.js("document.getElementById('panel').scrollWidth") <= 390
     browser.js("document.querySelectorAll('#panel details').forEach((fold) => { fold.open = true; })")
     widths = browser.js("[...document.querySelectorAll('#panel tbody th')].map((e) => e.getBoundingClientRect().width)")
-    assert min(widths) >= 90, "text is not squeezed into a few letters per line"
+    assert min(widths) >= 80, "text is not squeezed into a few letters per line"
     browser.js("document.querySelector('#panel [aria-label=\"Close the card\"]').click()")
     browser.until("document.getElementById('panel').hidden")
     browser.js(
