@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FIELDS = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
 """The keys of one line of a file of pairs."""
 _REASONS_SHOWN = 3
+_READ_AT_ONCE = 256
+"""Pairs that are tokenized together."""
 
 
 @checked
@@ -92,14 +94,14 @@ class Pairs(Shown):
             ShapeError: if the numbers of prompts and answers differ.
         """
         rows = _rows(clean, patch, answers, cases)
-        answered, reasons = _usable(model, rows)
+        answered, reasons = usable(model, rows)
         if reasons:
             row, why = next(iter(reasons.items()))
             raise InvalidInputError(
                 f"Pairs.of: {len(reasons)} of {counted(len(rows), 'pairs')} can't be used. Pair {row}: {why} "
                 "Change or remove it; from_jsonl and from_frame leave such pairs out and say so."
             )
-        return _assembled(model, rows, answered, "")
+        return assembled(model, rows, answered, "")
 
     @classmethod
     def from_jsonl(cls, path: str | Path, model: Model, *, limit: int | None = None, seed: int | None = None) -> Pairs:
@@ -154,14 +156,14 @@ class Pairs(Shown):
         rows = [_row(record) for record in records]
         if seed is not None:
             random.Random(seed).shuffle(rows)
-        answered, reasons = _usable(model, rows, limit)
+        answered, reasons = usable(model, rows, limit)
         n, every = len(answered), counted(len(rows), "pairs")
         if not n:
             some = "; ".join(list(reasons.values())[:_REASONS_SHOWN])
             raise DegenerateInputError(f"{where}: none of {every} can be used. {some}")
         short = "" if limit is None or n == limit else f"{counted(limit, 'pairs')} asked for, {n} found. "
         left_out = f"{len(reasons)} of {every} left out: {next(iter(reasons.values()))}" if reasons else ""
-        return _assembled(model, rows, answered, short + left_out)
+        return assembled(model, rows, answered, short + left_out)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -234,23 +236,46 @@ class Pairs(Shown):
 
 
 @dataclass(frozen=True)
-class _Row:
+class PromptPair:
+    """A pair as text, whatever the tokenizer makes of it.
+
+    Attributes:
+        clean: the prompt that is explained.
+        patch: its counterpart; None if there is none.
+        clean_answer: what continues `clean`, with the space in front where there is one.
+        patch_answer: what continues `patch`; None without a counterpart.
+        case: what kind of pair it is.
+    """
+
     clean: str
     patch: str | None
     clean_answer: str
     patch_answer: str | None
     case: str = ""
 
+    def texts(self) -> tuple[str, ...]:
+        """All that a tokenizer has to read: the prompts, and the clean one with each answer."""
+        prompts = (self.clean,) if self.patch is None else (self.clean, self.patch)
+        answers = (self.clean_answer,) if self.patch_answer is None else (self.clean_answer, self.patch_answer)
+        return (*prompts, *(self.clean + answer for answer in answers))
 
-def _row(record: Mapping[str, object]) -> _Row:
+
+class Answered(NamedTuple):
+    """The token ids of the answers of a usable pair, and the number of tokens of its prompts."""
+
+    ids: list[int]
+    length: int
+
+
+def _row(record: Mapping[str, object]) -> PromptPair:
     clean, patch, clean_answer, patch_answer = (str(record[name]) for name in FIELDS)
-    return _Row(clean, patch, clean_answer, patch_answer, str(record.get("case", "")))
+    return PromptPair(clean, patch, clean_answer, patch_answer, str(record.get("case", "")))
 
 
 def _rows(
     clean: Sequence[str], patch: Sequence[str] | None, answers: Sequence[tuple[str, str]] | Sequence[str],
     cases: Sequence[str],
-) -> list[_Row]:  # fmt: skip
+) -> list[PromptPair]:  # fmt: skip
     n = len(clean)
     if not n:
         raise DegenerateInputError("Pairs.of: there are no prompts. Give at least one pair.")
@@ -269,29 +294,74 @@ def _rows(
                 f"Pairs.of: pair {i} has {counted(len(given), 'answers')}; "
                 + ("prompts without patch= need one each." if single else "give (clean answer, patch answer).")
             )
-        rows.append(_Row(clean[i], others[i], given[0], None if single else given[1], cases[i] if cases else ""))
+        rows.append(PromptPair(clean[i], others[i], given[0], None if single else given[1], cases[i] if cases else ""))
     return rows
 
 
-def _usable(
-    model: Model, rows: Sequence[_Row], limit: int | None = None
-) -> tuple[dict[int, list[int]], dict[int, str]]:
-    """By the number of a pair the ids of its answers, or why it can't be used."""
-    answers: dict[int, list[int]] = {}
+def usable(
+    model: Model, rows: Sequence[PromptPair], limit: int | None = None
+) -> tuple[dict[int, Answered], dict[int, str]]:
+    """By the number of a pair its answers, or why it can't be used.
+
+    Args:
+        model: whose tokenizer reads them.
+        rows: the pairs.
+        limit: stop when so many can be used.
+    """
+    answered: dict[int, Answered] = {}
     reasons: dict[int, str] = {}
-    for i, row in enumerate(rows):
-        if limit is not None and len(answers) >= limit:
-            break
-        try:
-            answers[i] = _answers(model, row)
-        except InvalidInputError as error:
-            reasons[i] = str(error)
-    return answers, reasons
+    for start in range(0, len(rows), _READ_AT_ONCE):
+        part = rows[start : start + _READ_AT_ONCE]
+        known = _encoded(model, [text for row in part for text in row.texts()])
+        for i, row in enumerate(part, start):
+            if limit is not None and len(answered) >= limit:
+                return answered, reasons
+            try:
+                answered[i] = _answered(_Reader(model, known), row)
+            except InvalidInputError as error:
+                reasons[i] = str(error)
+    return answered, reasons
 
 
-def _answers(model: Model, row: _Row) -> list[int]:
-    clean = _ids(model, row.clean)
-    patch = None if row.patch is None else _ids(model, row.patch)
+def _encoded(model: Model, texts: Iterable[str]) -> dict[str, list[int]]:
+    """The ids of the texts, read together; none if one of them can't be read."""
+    asked = list(dict.fromkeys(text for text in texts if text.strip()))
+    try:
+        rows = model.tokens(asked).rows() if asked else []
+    except InvalidInputError:
+        return {}
+    return {text: row.tolist() for text, row in zip(asked, rows, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Ids of texts, of which most are known already."""
+
+    model: Model
+    known: Mapping[str, list[int]]
+
+    def ids(self, text: str) -> list[int]:
+        if not text.strip():
+            raise InvalidInputError("A prompt is empty.")
+        return self.known[text] if text in self.known else self.model.tokens(text).rows()[0].tolist()
+
+    def answer(self, prefix: str, ids: list[int], answer: str) -> int:
+        """The one token that an answer is behind its prompt."""
+        together = self.ids(prefix + answer)
+        if together[: len(ids)] != ids or len(together) != len(ids) + 1:
+            n = len(together) - len(ids)
+            is_longer = together[: len(ids)] == ids
+            what = f"is {counted(n, 'tokens')}" if is_longer else "changes how the prompt itself is split"
+            raise InvalidInputError(
+                f"The answer {answer!r} behind {prefix!r} {what}; it must be one token. Write it as the tokenizer has "
+                "it, often with a space in front."
+            )
+        return together[-1]
+
+
+def _answered(reader: _Reader, row: PromptPair) -> Answered:
+    clean = reader.ids(row.clean)
+    patch = None if row.patch is None else reader.ids(row.patch)
     if patch is not None and len(patch) != len(clean):
         raise InvalidInputError(
             f"{row.clean!r} has {counted(len(clean), 'tokens')} and {row.patch!r} {len(patch)}; they must "
@@ -300,35 +370,18 @@ def _answers(model: Model, row: _Row) -> list[int]:
     if patch == clean:
         raise InvalidInputError(f"{row.clean!r}: both prompts are the same.")
     behind = [row.clean_answer, *([] if row.patch_answer is None else [row.patch_answer])]
-    answers = [_answer(model, row.clean, clean, text) for text in behind]
+    answers = [reader.answer(row.clean, clean, text) for text in behind]
     if len(set(answers)) < len(answers):
         raise InvalidInputError(f"{row.clean!r}: both answers are the same token.")
-    return answers
+    return Answered(answers, len(clean))
 
 
-def _ids(model: Model, text: str) -> list[int]:
-    if not text.strip():
-        raise InvalidInputError("A prompt is empty.")
-    return model.tokens(text).rows()[0].tolist()
-
-
-def _answer(model: Model, prefix: str, ids: list[int], answer: str) -> int:
-    """The one token that an answer is behind its prompt."""
-    together = _ids(model, prefix + answer)
-    if together[: len(ids)] != ids or len(together) != len(ids) + 1:
-        n = len(together) - len(ids)
-        what = f"is {counted(n, 'tokens')}" if together[: len(ids)] == ids else "changes how the prompt itself is split"
-        raise InvalidInputError(
-            f"The answer {answer!r} behind {prefix!r} {what}; it must be one token. Write it as the tokenizer has it, "
-            "often with a space in front."
-        )
-    return together[-1]
-
-
-def _assembled(model: Model, rows: Sequence[_Row], answers: Mapping[int, list[int]], note: str) -> Pairs:
-    kept = [rows[i] for i in answers]
+def assembled(model: Model, rows: Sequence[PromptPair], answered: Mapping[int, Answered], note: str) -> Pairs:
+    """The pairs that `usable` found, in the order of `answered`."""
+    kept = [rows[i] for i in answered]
     patch = [row.patch for row in kept if row.patch is not None]
+    answers = torch.tensor([found.ids for found in answered.values()], device=model.device)
     return Pairs(
-        model.tokens([row.clean for row in kept]), model.tokens(patch) if patch else None,
-        torch.tensor(list(answers.values()), device=model.device), tuple(row.case for row in kept), note,
+        model.tokens([row.clean for row in kept]), model.tokens(patch) if patch else None, answers,
+        tuple(row.case for row in kept), note,
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""One file per behaviour; each registers itself when it is imported."""
