@@ -8,6 +8,7 @@ report = circuits.shift(model, {"resid_post.15": sae}, circuits.biographies())
 
 from __future__ import annotations
 
+from circuits import behaviours
 from circuits.attribution import (
     AttributionOptions,
     LossOfMargin,
@@ -18,6 +19,9 @@ from circuits.attribution import (
     node_effects,
 )
 from circuits.decomposition import bases, neurons
+from circuits.pairs import Pairs
+from circuits.saes.report import TrainedSAEs
+from circuits.saes.training import SAEsEstimate, SAETrainingOptions, estimate_saes, train_saes
 from circuits.shift.asked import AskedDecider
 from circuits.shift.biographies import BiographyOptions, biographies
 from circuits.shift.deciders import (
@@ -46,16 +50,23 @@ __all__ = [
     "Node",
     "NodeEffects",
     "OracleDecider",
+    "Pairs",
+    "SAETrainingOptions",
+    "SAEsEstimate",
     "ShiftOptions",
     "ShiftReport",
     "ShiftTask",
     "StatisticsDecider",
+    "TrainedSAEs",
     "Verdict",
     "bases",
+    "behaviours",
     "biographies",
+    "estimate_saes",
     "exact_effects",
     "linear_effects",
     "neurons",
     "node_effects",
     "shift",
+    "train_saes",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from circuits.saes.folder import saes_in
 from workbench.bases.base import Basis
 from workbench.bases.fits import placed_at
 from workbench.bases.sae import AnySAE, as_basis
@@ -15,19 +16,23 @@ from workbench.saes.basis import basis
 
 
 @checked
-def bases(model: Model, given: Mapping[str, AnySAE | str | Path]) -> dict[str, Basis]:
+def bases(model: Model, given: Mapping[str, AnySAE | str | Path] | str | Path) -> dict[str, Basis]:
     """A basis per site, by the site's own name, in the order of a forward pass.
 
     Args:
         model: the model.
-        given: per site an SAE, another basis, a path or the name of a basis, as for `workbench.basis`.
+        given: per site an SAE, another basis, a path or the name of a basis, as for `workbench.basis`; or a folder
+            of one SAE per site, as `train_saes` writes it.
 
     Raises:
         DegenerateInputError: if there is none.
         InvalidInputError: for what is not an SAE.
         MismatchError: if an SAE was made for another model or site, is a transcoder, or two are for one site.
         WidthError: if an SAE has another width than its site.
+        MissingFileError: if the folder has no index, or an SAE of it is gone.
     """
+    if isinstance(given, str | Path):
+        given = saes_in(given)
     if not given:
         raise DegenerateInputError("bases={}: no SAE was given. Give one per site, such as {'resid_post.15': sae}.")
     placed: dict[str, Basis] = {}

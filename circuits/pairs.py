@@ -294,7 +294,7 @@ def _rows(
                 f"Pairs.of: pair {i} has {counted(len(given), 'answers')}; "
                 + ("prompts without patch= need one each." if single else "give (clean answer, patch answer).")
             )
-        rows.append(PromptPair(clean[i], others[i], given[0], None if single else given[1], cases[i] if cases else ""))
+        rows.append(PromptPair(clean[i], others[i], given[0], None if single else given[-1], cases[i] if cases else ""))
     return rows
 
 

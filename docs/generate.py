@@ -56,7 +56,7 @@ def api_page() -> str:
     """All names of the public surface with their signature and what they are."""
     parts = [f"# The public surface\n\n{API_ABOUT}", _names(workbench, "wb")]
     parts += [_names(importlib.import_module(f"workbench.{room}"), f"wb.{room}") for room in ROOMS]
-    parts.append(_names(circuits, "circuits"))
+    parts += [_names(circuits, "circuits"), _names(circuits.behaviours, "circuits.behaviours")]
     return "\n".join(parts)
 
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from circuits.behaviours.accuracy import Accuracy, accuracy
 from circuits.behaviours.making import frame, names, pairs
-from circuits.behaviours.registry import BEHAVIOURS, Behaviour, Split
+from circuits.behaviours.registry import BEHAVIOURS, Behaviour
 
-__all__ = ["BEHAVIOURS", "Accuracy", "Behaviour", "Split", "accuracy", "frame", "names", "pairs"]
+__all__ = ["BEHAVIOURS", "Accuracy", "Behaviour", "accuracy", "frame", "names", "pairs"]

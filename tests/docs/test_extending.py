@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import workbench as wb
+from circuits.behaviours import BEHAVIOURS
 from tests.circuits.planted import SITE as PLANTED_SITE
 from tests.circuits.planted import planted_model, planted_sae, planted_task
 from tests.features.toys import random_sae
@@ -30,7 +31,7 @@ from workbench.steering import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 EXAMPLES = dict(re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S | re.M))
-REGISTRIES: tuple[Registry[Any], ...] = (Op.registry, ARCHITECTURES, INDICATORS, JUDGES, METHODS, BASES)
+REGISTRIES: tuple[Registry[Any], ...] = (Op.registry, ARCHITECTURES, INDICATORS, JUDGES, METHODS, BASES, BEHAVIOURS)
 
 
 def shrinks(names: dict[str, Any], model: Model, folder: Path) -> None:
@@ -90,6 +91,12 @@ def is_explained(names: dict[str, Any], model: Model, folder: Path) -> None:
     assert effects.gap < 0.5, "the effects add up to most of what patching the whole site does"
 
 
+def has_pairs(names: dict[str, Any], model: Model, folder: Path) -> None:
+    pairs = names["pairs"]
+    assert len(pairs) == 20 and pairs.length == 3
+    assert set("".join(pairs.frame()["clean_prefix"])) <= set("nopqrstuvwxyz")
+
+
 def is_compared(names: dict[str, Any], model: Model, folder: Path) -> None:
     row = names["report"].method("trained on swapped texts too")
     assert (
@@ -107,6 +114,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], Model, Path], None]] = {
     "A direction method": is_unit,
     "A basis": rebuilds,
     "A metric": is_explained,
+    "A behaviour": has_pairs,
     "A method of a study": is_compared,
 }
 BY_VALUE = ("A metric", "A method of a study")

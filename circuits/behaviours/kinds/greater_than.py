@@ -34,7 +34,7 @@ def _pairs(split: Split, years: Sequence[tuple[str, str, str, str, str]]) -> Ite
 
 def _two_digits() -> list[tuple[str, str, str, str, str]]:
     """The last two digits are one token: 17|32 to 17|35."""
-    steps = ((early, late) for early in range(11, 60, 6) for late in range(early + 15, 90, 10))
+    steps = ((early, late) for early in range(11, 60, 8) for late in range(early + 15, 90, 12))
     return [(str(early), str(late), "", str(early + 4), str(late + 4)) for early, late in steps]
 
 
@@ -43,7 +43,7 @@ def _tens() -> list[tuple[str, str, str, str, str]]:
     decades = ((early, late) for early in range(1, 6) for late in range(early + 2, 9))
     return [
         (f"{early}{unit}", f"{late}{unit}", "", str(early + 1), str(late + 1))
-        for early, late in decades for unit in range(1, 10, 2)
+        for early, late in decades for unit in (3, 7)
     ]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def _units() -> list[tuple[str, str, str, str, str]]:
     within = ((early, late) for early in range(1, 6) for late in range(early + 2, 9))
     return [
         (f"{ten}{early}", f"{ten}{late}", str(ten), str(early + 1), str(late + 1))
-        for early, late in within for ten in range(1, 10, 2)
+        for early, late in within for ten in (4, 8)
     ]  # fmt: skip
 
 
