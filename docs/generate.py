@@ -81,7 +81,10 @@ def _about(value: object) -> str:
         return f"A constant, {type(value).__name__}."
     if not inspect.isclass(value):
         return _first_line(value)
-    methods = [f"`{name}`" for name, member in vars(value).items() if not name.startswith("_") and _called(member)]
+    # `Model` is written in parts
+    parts = [base for base in value.__mro__ if base is value or base.__module__.startswith("workbench.models.")]
+    members = {name: member for base in reversed(parts) for name, member in vars(base).items()}
+    methods = [f"`{name}`" for name, member in members.items() if name[0] != "_" and _called(member)]
     return _first_line(value) + (f" Methods: {', '.join(methods)}." if methods else "")
 
 

@@ -13,7 +13,7 @@ import workbench as wb
 from workbench.report.base import Section
 from workbench.report.blocks import Lines, Series
 from workbench.report.plots import standalone_svgs
-from workbench.steering import Concept, DirectionOptions, steer_concepts
+from workbench.steering import Concept, ConceptReport, DirectionOptions, steer_concepts
 
 PICTURE = Path(__file__).parent / "pictures" / "space.svg"
 SPACE = (
@@ -47,19 +47,30 @@ def main() -> None:
     report = steer_concepts(model, [concept], "resid_post.15", STRENGTHS, directions=chosen)
     for finding in report.findings():
         sys.stdout.write(f"{finding}\n")
-    curves = next(block for block in report.section().blocks if isinstance(block, Lines))
+    PICTURE.parent.mkdir(exist_ok=True)
+    PICTURE.write_text(svg(curves(report)), encoding="utf-8")
+
+
+def curves(report: ConceptReport) -> Lines:
+    """The direction and its control, in percent of the tokens."""
+    made = next(block for block in report.section().blocks if isinstance(block, Lines))
     shown = tuple(
-        Series(NAMES[s.name], s.x, *(tuple(100 * value for value in part) for part in (s.y, s.low, s.high)))
-        for s in curves.series
+        Series(
+            NAMES[s.name], s.x, *(tuple(100 * value for value in part) for part in (s.y, s.low or s.y, s.high or s.y))
+        )
+        for s in made.series
         if s.name in NAMES
     )
     title = f"Words about space in what SmolLM2-135M writes ({report.n_evaluation} neutral prompts, 95 % intervals)"
-    lines = replace(
-        curves, series=shown, title=title, y_label="% of tokens about space", x_label="norm added, of the mean norm"
+    return replace(
+        made, series=shown, title=title, y_label="% of tokens about space", x_label="norm added, of the mean norm"
     )
+
+
+def svg(lines: Lines) -> str:
+    """The picture as a file."""
     (picture,) = standalone_svgs(Section("Space", (lines,))).values()
-    PICTURE.parent.mkdir(exist_ok=True)
-    PICTURE.write_text(picture + "\n", encoding="utf-8")
+    return picture + "\n"
 
 
 if __name__ == "__main__":

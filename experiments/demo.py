@@ -25,6 +25,7 @@ from workbench.cli.base import typed
 from workbench.cli.study import Study
 from workbench.cli.training import TrainingOptions
 from workbench.core.errors import InvalidInputError, WorkbenchError
+from workbench.core.progress import clock
 from workbench.core.records import to_jsonable, write_atomic
 from workbench.core.tokens import TokenBatch
 from workbench.features.cards.cardmaking import CardOptions, feature_cards
@@ -33,7 +34,8 @@ from workbench.models.model import Model
 from workbench.report.base import Headline, Metric, Report, Says, Section, Table
 from workbench.report.features import feature_page
 from workbench.runs.content import headline_rows
-from workbench.runs.run import FEATURE_PAGE, RunDir, list_runs, settings_of
+from workbench.runs.run import FEATURE_PAGE, RunDir, list_runs
+from workbench.runs.settings import settings_of
 from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import load_sae
 from workbench.saes.home import SAEHome
@@ -118,7 +120,7 @@ class Demo(TrainingOptions, Study[Report]):
                 section = step(study) if reason is None else left_out(title, reason)
                 seconds = time.perf_counter() - start
                 run.save_step(name, replace(section, metrics={**section.metrics, "seconds": round(seconds, 1)}))
-                _say(f"      {seconds:.0f} s" if reason is None else f"      left out: {reason}")
+                _say(f"      {clock(seconds)}" if reason is None else f"      left out: {reason}")
             run.finish(f"Workbench demo: {study.model.name}")
         return run
 

@@ -15,6 +15,7 @@ from workbench.activations.sources import SelfText
 from workbench.cli.study import Begin, Study
 from workbench.cli.training import TrainingOptions
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import counted
 from workbench.core.progress import clock
 from workbench.features import ContextOptions, FeatureTable, ScoreOptions, score_features
 from workbench.models.model import Model
@@ -79,10 +80,10 @@ class StudyTime:
         """One line.
 
         >>> str(StudyTime(60.0, 60.0, 60.0, 120.0, 1000))
-        'about 5 min 00 s: writing 1 min 00 s, training 1 min 00 s, scoring 1 min 00 s, 1,000 texts 2 min 00 s'
+        'about 5 min 0 s: writing 1 min 0 s, training 1 min 0 s, scoring 1 min 0 s, 1000 texts 2 min 0 s'
         """
         parts = {"writing": self.writing, "training": self.training, "scoring": self.scoring,
-                 f"{self.texts:,} texts": self.steering}  # fmt: skip
+                 f"{counted(self.texts, 'texts')}": self.steering}  # fmt: skip
         each = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items())
         return f"about {clock(sum(parts.values()))}: {each}"
 

@@ -13,6 +13,7 @@ import tyro
 from workbench.cli.base import typed
 from workbench.cli.study import Begin, Study
 from workbench.core.errors import WorkbenchError
+from workbench.core.numbers import number
 from workbench.glitch import GlitchReport, ScanOptions, VerifyOptions, examine, scan
 from workbench.glitch.verification.prompts import prompts_from
 from workbench.glitch.verification.scoring import VERIFIED
@@ -136,8 +137,8 @@ class GlitchScan(Study[GlitchReport]):
     def details(self, report: GlitchReport, folder: Path) -> Iterator[str]:
         for i in report.candidates()[:20]:
             row = report.row(i)
-            p = "" if row["max_prob"] is None else f"  p = {row['max_prob']:.4f}"
-            yield f"{i:>8}  {row['indicator']:.4f}{p}  {row['verdict']:<16}  {row['token']!r}"
+            p = "" if row["max_prob"] is None else f"  p = {number(row['max_prob'])}"
+            yield f"{i:>8}  {number(row['indicator']):>8}{p}  {row['verdict']:<16}  {row['token']!r}"
 
     def places(self, report: GlitchReport, folder: Path) -> str:
         files = folder / "artifacts"

@@ -59,8 +59,8 @@ CORE = {
     "surface": {"errors"},
     "tokenizer": {"errors"},
     "atomic": {"errors", "locks"},
-    "similarity": {"errors", "stats"},
-    "records": {"errors", "atomic", "jsontext"},
+    "similarity": {"errors", "numbers", "stats"},
+    "records": {"errors", "atomic", "jsontext", "numbers"},
 }
 """Modules of the foundation that know only these others of it."""
 
@@ -346,6 +346,57 @@ def test_packages_and_modules_say_what_they_are(package: str) -> None:
         if module.split(".")[0] == package and file.stat().st_size and ast.get_docstring(_tree(module)) is None
     ]
     assert not silent
+
+
+NUMBERS_OF_THEIR_OWN = {
+    "workbench.core.numbers": "writes them for everybody else",
+    "workbench.core.display": "a repr shows a value as Python writes it",
+    "workbench.controls.arms": "names of arms, by which results are looked up",
+    "workbench.runs.run": "the date in the name of a folder",
+}
+"""Modules in which a format code stands, with the reason."""
+
+
+def _formats_a_number(node: ast.AST) -> bool:
+    """Whether it writes a number with a precision or separators of its own; widths and clipped texts are no numbers."""
+    if isinstance(node, ast.FormattedValue) and node.conversion == -1 and node.format_spec is not None:
+        spec = "".join(part.value if isinstance(part, ast.Constant) else "0" for part in node.format_spec.values)
+        return bool(re.search(r"[.,_%eEfFgGn]", spec))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "format":
+        return len(node.args) > 1
+    text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+    return bool(re.search(r"%[.\d]+[eEfFgG]|\{[^{}]*:[^{}]*\.\d+[eEfFgG%]\}", text)) and "`" not in text
+
+
+def test_numbers_are_written_in_one_way() -> None:
+    wrong = [
+        f"{module}:{node.lineno}: {ast.unparse(node)[:80]}"
+        for module in _modules()
+        if module not in NUMBERS_OF_THEIR_OWN
+        for node in ast.walk(_tree(module))
+        if _formats_a_number(node)
+    ]
+    assert not wrong, "use workbench.core.numbers:\n" + "\n".join(wrong)
+    needless = [name for name in NUMBERS_OF_THEIR_OWN if not any(map(_formats_a_number, ast.walk(_tree(name))))]
+    assert not needless
+
+
+@pytest.mark.parametrize(
+    ("text", "formats"),
+    [
+        ('f"{x:.3f}"', True),
+        ('f"{x:>8.2g}"', True),
+        ('f"{x:.{n}e}"', True),
+        ('f"{x:,}"', True),
+        ('f"{x:.0%}"', True),
+        ('"{:.2f}".format(x)', True),
+        ('"%.2f" % x', True),
+        ('format(x, ".3g")', True),
+        ('f"{x:>8}{name:<{width}}{i:05d}{ord(c):04X}{text!r:.40}"', False),
+    ],
+)
+def test_the_check_of_numbers_sees_what_it_should(text: str, formats: bool) -> None:
+    assert any(map(_formats_a_number, ast.walk(ast.parse(text)))) == formats
 
 
 MAX_LINES = 400

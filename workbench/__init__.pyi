@@ -94,8 +94,8 @@ from .saes.evaluation.evaluate import evaluate_sae as evaluate_sae
 from .saes.evaluation.quality import SAEReport as SAEReport
 from .saes.evaluation.suite import run_suite as run_suite
 from .saes.evaluation.synthetic import evaluate_on_synthetic as evaluate_on_synthetic
+from .saes.formats.fit_report import FitReport as FitReport
 from .saes.formats.load import load_sae as load_sae
-from .saes.formats.placement import FitReport as FitReport
 from .saes.formats.placement import check_sae as check_sae
 from .saes.training.sae_lens_trainer import register_with_sae_lens as register_with_sae_lens
 from .saes.training.train import train_sae as train_sae

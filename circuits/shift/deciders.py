@@ -157,7 +157,7 @@ class StatisticsDecider(OneLine):
         share = swapped / between if between else float("nan")
         why = (
             f"swapping the attribute undoes a share of {number(share)} of its difference between labels "
-            f"(z = {score:.1f}); {_on_words(dossier)}"
+            f"(z = {number(score)}); {_on_words(dossier)}"
         )
         return Verdict(dossier.node, decision, score, why)
 

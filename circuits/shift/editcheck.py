@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.core.errors import EditError
 from workbench.core.jsontext import Record
+from workbench.core.numbers import number
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Point
 from workbench.models.model import Model
@@ -57,9 +58,9 @@ def require_same_edit(
     if not off <= allowed:
         raise EditError(
             "The ablation differs from the one made by plain hooks with the SAE's own encode and decode: by "
-            f"{off:.3g}, where the edit's norm is {size:.3g} and rounding explains {allowed:.3g}. Every number of the "
-            "study would be wrong, so it ends here. Does the SAE decode as acts @ W_dec + b_dec, in the units of the "
-            "activations or of its own input normalisation?"
+            f"{number(off)}, where the edit's norm is {number(size)} and rounding explains {number(allowed)}. Every "
+            "number of the study would be wrong, so it ends here. Does the SAE decode as acts @ W_dec + b_dec, in the "
+            "units of the activations or of its own input normalisation?"
         )
     return (off / size, allowed / size) if size else (0.0, 0.0)
 

@@ -266,7 +266,7 @@ def test_a_store_says_that_its_source_ended_early_and_repeats(model: Model, tmp_
         f"The source ended after {store.manifest.n_tokens} of the 1000 tokens that were asked for.)"
     )
     twice = harvest(model, TokenRows(_rows(6).repeat(2, 1), batch_rows=4), [SITE], tmp_path / "t", options=SMALL)
-    assert repr(twice).endswith("50% of rows repeat an earlier one)")
+    assert repr(twice).endswith(", 50.0% of rows repeat an earlier one)")
     assert "repeat" not in repr(harvest(model, _source(), [SITE], tmp_path / "u", options=SMALL))
 
 

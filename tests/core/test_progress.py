@@ -130,7 +130,7 @@ def test_a_log_gets_plain_lines(clock: Clock) -> None:
             running.advance(100)
     assert file.getvalue().splitlines() == [
         "400 tokens, 1 GB on disk.",
-        "[x] write: 200/400 tokens, 16.7 tokens/s, 12 s left, loss 0.25",
+        "[x] write: 200/400 tokens, 16.7 tokens/s, 12 s left, loss 0.250",
         "[x] write: 400/400 tokens, 16.7 tokens/s, 0 s left, loss 0.0625",
         "[x] write: 400 tokens in 24 s, loss 0.0625",
     ]
@@ -142,7 +142,7 @@ def test_what_was_done_before_says_nothing_about_the_pace(clock: Clock) -> None:
         running.skip(900)
         clock.now += 20.0
         running.advance(4)
-    assert file.getvalue().splitlines()[0] == "train: 904/1,000 steps, 5.0 s per step, 8 min 0 s left"
+    assert file.getvalue().splitlines()[0] == "train: 904/1000 steps, 5.0 s per step, 8 min 0 s left"
 
 
 def test_on_shows_lines_where_nobody_watches_and_off_shows_nothing(

@@ -69,7 +69,9 @@ def _public(package: ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def _of_class(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
-    for name, member in vars(cls).items():
+    # `Model` is written in parts
+    parts = [base for base in cls.__mro__ if base is cls or base.__module__.startswith("workbench.models.")]
+    for name, member in {name: member for part in reversed(parts) for name, member in vars(part).items()}.items():
         fn = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
         is_wanted = name == "__init__" and cls.__name__ not in RESULTS or not name.startswith("_")
         if inspect.isfunction(fn) and is_wanted:

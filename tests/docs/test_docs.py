@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,9 @@ import workbench as wb
 ROOT = Path(__file__).parents[2]
 
 
-def _generate():
-    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
+def script(name: str) -> Any:  # a module of no package
+    """A program of `docs/`, loaded."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -22,12 +24,14 @@ def _generate():
 
 @pytest.mark.parametrize("name", ["api.md", "errors.md", "commands.md", "sites.md"])
 def test_generated_pages_are_current(name: str) -> None:
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == _generate().PAGES[name](), "run `make docs`"
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == script("generate").PAGES[name](), "run `make docs`"
 
 
 @pytest.mark.slow
 def test_every_model_type_that_can_be_built_is_what_its_page_says() -> None:
-    assert (ROOT / "docs" / "families.md").read_text(encoding="utf-8") == _generate().families_page(), "run `make docs`"
+    assert (ROOT / "docs" / "families.md").read_text(encoding="utf-8") == script("generate").families_page(), (
+        "run `make docs`"
+    )
 
 
 def _python_in(path: Path) -> str:

@@ -16,13 +16,8 @@ from workbench.cli import main
 from workbench.core.codec import codec_of, token_bytes
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.tokens import TokenBatch
-from workbench.glitch.scanning.sae_features import (
-    CONTEXTS,
-    FeatureOptions,
-    GlitchFeatures,
-    _drawn,
-    glitch_features,
-)
+from workbench.glitch.scanning.sae_feature_report import GlitchFeatures
+from workbench.glitch.scanning.sae_features import CONTEXTS, FeatureOptions, _drawn, glitch_features
 from workbench.glitch.vocabulary.tokenizer import analyse, matched_controls
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model

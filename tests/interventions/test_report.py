@@ -75,7 +75,7 @@ def test_an_attention_sink_counts_as_one_token_of_the_share() -> None:
     assert added.share == pytest.approx(float((NORM / norms).mean()), rel=1e-4)
     assert added.share > 10 * added.mean_norm_applied / added.mean_norm_before
     assert scaled.share == pytest.approx(0.5, rel=1e-4)
-    assert f"({100 * added.share:.3g} % of the activation norm)" in str(added)
+    assert f"({100 * added.share:.3g}% of the activation norm)" in str(added)
 
 
 def test_a_bfloat16_model_reports_what_was_meant_and_what_was_left_of_it() -> None:

@@ -39,7 +39,7 @@ def test_a_tenth_of_the_cases_may_be_unreadable_and_they_are_left_out() -> None:
     unknown = Estimate(np.nan, np.nan, np.nan, 9, "one case each")
     assert not trial("taste", RIGHT, RIGHT, lambda _: unknown, needed_margin=0.5).passed
     two = _trial(np.where(np.arange(10) < 2, np.nan, 0.0))
-    assert two.margin is None and not two.passed and str(two) == "taste (20% of replies unreadable)"
+    assert two.margin is None and not two.passed and str(two) == "taste (20.0% of replies unreadable)"
     none = trial("taste", np.zeros(0), np.zeros(0), lambda _: None, needed_margin=0.5)
     assert none.failed.value == 1.0 and not none.passed
 

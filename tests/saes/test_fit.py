@@ -11,16 +11,9 @@ from tests.tiny import D_MODEL, n_hooks, tiny_model
 from workbench.core.errors import DegenerateInputError, MismatchError, UnknownSiteError
 from workbench.models.model import Model
 from workbench.saes.formats.build import build
+from workbench.saes.formats.fit_report import FVU_LIMIT, Fit, FitReport
 from workbench.saes.formats.load import load_sae
-from workbench.saes.formats.placement import (
-    FVU_LIMIT,
-    Fit,
-    FitReport,
-    _clearly_better,
-    _looks_like,
-    _right_site,
-    check_sae,
-)
+from workbench.saes.formats.placement import _clearly_better, _looks_like, _right_site, check_sae
 from workbench.saes.formats.raw import RawSAE
 
 RANK = 10

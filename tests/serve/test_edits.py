@@ -75,4 +75,4 @@ def test_the_control_follows_the_seed(h: torch.Tensor) -> None:
 
 
 def test_words_go_with_the_edits() -> None:
-    assert words(EDITS) == ("steer #5 1.5 × a_max, steer #9 -2 × a_max", "scale #4 × 3", "clamp #3 at 0.7", "ablate #2")
+    assert words(EDITS) == ("steer #5 1.5 × a_max, steer #9 −2 × a_max", "scale #4 × 3", "clamp #3 at 0.7", "ablate #2")

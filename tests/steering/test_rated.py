@@ -102,7 +102,7 @@ def test_the_gate_keeps_out_who_is_blind_to_one_kind(blind: str) -> None:
 
 def test_a_judge_that_says_nothing_readable_is_kept_out() -> None:
     gate = rating_gate(Careful(silent=[KNOWN[0][2][:20], KNOWN[1][2][:20]]))
-    assert "concept (17% of replies unreadable)" in gate.refusal() and gate.failed.value > 0.1
+    assert "concept (16.7% of replies unreadable)" in gate.refusal() and gate.failed.value > 0.1
 
 
 def test_strengths_are_chosen_on_one_half_and_measured_on_the_other() -> None:

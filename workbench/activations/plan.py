@@ -18,9 +18,11 @@ from workbench.activations.manifest import MANIFEST, Dtype, Manifest, SiteStats,
 from workbench.activations.packing import PackedRows, Source, packing_of
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
+from workbench.core.counts import pace
 from workbench.core.display import OneLine, first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ResourceError, told_apart
 from workbench.core.html import Shown
+from workbench.core.numbers import byte_size, counted
 from workbench.core.progress import clock
 from workbench.core.records import to_jsonable
 from workbench.core.tokenizer import NoTokenizer, TokenizerLike, special_ids
@@ -116,14 +118,14 @@ class HarvestEstimate(Shown):
         """One line.
 
         >>> str(HarvestEstimate(2_000_000, 3 * 10**9, None, 10**8, 10**10, 1000.0))
-        '2,000,000 tokens, 3.00 GB on disk, 0.10 GB of memory, about 33 min 20 s at 1,000 tokens/s'
+        '2,000,000 tokens, 3.00 GB on disk, 100 MB of memory, about 33 min 20 s at 1,000 tokens/s'
         """
-        parts = ["tokens unknown" if self.tokens is None else f"{self.tokens:,} tokens"]
+        parts = ["tokens unknown" if self.tokens is None else counted(self.tokens, "tokens")]
         if self.disk_bytes is not None:
-            parts.append(f"{self.disk_bytes / 1e9:.2f} GB on disk")
-        parts.append(f"{self.memory_bytes / 1e9:.2f} GB of memory")
-        if self.seconds is not None:
-            parts.append(f"about {clock(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s")
+            parts.append(f"{byte_size(self.disk_bytes)} on disk")
+        parts.append(f"{byte_size(self.memory_bytes)} of memory")
+        if self.seconds is not None and self.tokens_per_second is not None:
+            parts.append(f"about {clock(self.seconds)} at {pace(self.tokens_per_second, 'tokens')}")
         return ", ".join(parts)
 
 
@@ -309,13 +311,14 @@ def check_room(estimate: HarvestEstimate, plan: Manifest, folder: Folder) -> Non
     if need is not None and free is not None and need > free:
         smaller = ", dtype='int8'" if plan.dtype == "bfloat16" else ""
         raise ResourceError(
-            f"{asked} needs {need / 1e9:.2f} GB of disk; {free / 1e9:.2f} GB are free. Use fewer tokens or "
+            f"{asked} needs {byte_size(need)} of disk; {byte_size(free)} are free. Use fewer tokens or "
             f"sites{smaller}, or another disk."
         )
     if estimate.memory_bytes > estimate.free_memory_bytes:
         raise ResourceError(
-            f"{asked} needs {estimate.memory_bytes / 1e9:.2f} GB of memory; {estimate.free_memory_bytes / 1e9:.2f} GB "
-            "are free. Lower shard_tokens and batch_tokens, or read fewer sites at once."
+            f"{asked} needs {byte_size(estimate.memory_bytes)} of memory; "
+            f"{byte_size(estimate.free_memory_bytes)} are free. "
+            "Lower shard_tokens and batch_tokens, or read fewer sites at once."
         )
 
 

@@ -32,6 +32,7 @@ from workbench.core.errors import (
     told_apart,
 )
 from workbench.core.html import Shown
+from workbench.core.numbers import percent
 from workbench.engine.folder import open_folder
 from workbench.engine.local import Folder
 from workbench.hooks.sites import Site
@@ -279,7 +280,7 @@ class ActivationStore(Shown):
 
     def _shown_facts(self) -> dict[str, object]:
         m = self.manifest
-        tokens = f"{m.kept} kept of {m.n_tokens} ({m.kept_share:.1%}), rows of {m.context}"
+        tokens = f"{m.kept} kept of {m.n_tokens} ({percent(m.kept_share)}), rows of {m.context}"
         return {"folder": str(self.path), "model": m.model_name, "tokens": tokens, "stored as": m.dtype}
 
     def _shown_note(self) -> str:
@@ -287,9 +288,11 @@ class ActivationStore(Shown):
 
     def _shown_line(self) -> str:
         m, share = self.manifest, self.manifest.unique_share
-        repeats = "" if share is None or share > REPEATS_SHOWN else f", {1 - share:.0%} of rows repeat an earlier one"
+        repeats = ""
+        if share is not None and share <= REPEATS_SHOWN:
+            repeats = f", {percent(1 - share)} of rows repeat an earlier one"
         return (
-            f"{self.path}: {m.kept} kept of {m.n_tokens} tokens ({m.kept_share:.1%}), "
+            f"{self.path}: {m.kept} kept of {m.n_tokens} tokens ({percent(m.kept_share)}), "
             f"sites {', '.join(self.sites)}, {m.dtype}, {m.model_name}{repeats}"
             + (f"; {m.shortfall}" if m.shortfall else "")
         )

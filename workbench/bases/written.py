@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from workbench.bases.base import Basis, FeatureRows
 from workbench.bases.fits import ModelLike
 from workbench.core.errors import MismatchError
+from workbench.core.numbers import rounding_error
 from workbench.core.precision import precise
 from workbench.hooks.capture import capture
 from workbench.hooks.sites import Site
@@ -132,5 +133,5 @@ def _require_that_it_writes(model: ModelLike, basis: Written) -> None:
     if not off <= min(0.1, 100 * torch.finfo(vocab.dtype).eps):
         raise MismatchError(
             f"basis({basis.name!r}): in {model.name} {sites[1]} is not the projection of {sites[0]}, with or without a "
-            f"norm behind it; they differ by {off:.2g} (relative). Use 'neurons' at {sites[1]} instead."
+            f"norm behind it; they differ by {rounding_error(off)} (relative). Use 'neurons' at {sites[1]} instead."
         )

@@ -12,6 +12,7 @@ import tyro
 from workbench.cli.base import BaseCommand, typed
 from workbench.cli.places import sae_folder
 from workbench.core.errors import MissingFileError
+from workbench.core.numbers import byte_size, counted
 
 if TYPE_CHECKING:
     from workbench.features.card import FeatureCard
@@ -63,8 +64,8 @@ class FeaturesShow(BaseCommand):
         file = write_atomic(self.out, page.html)
         size = file.stat().st_size
         line = (
-            f"{page.n_features:,} features in {file}: {size / 1e6:.1f} MB, of which {page.index_bytes / 1e6:.1f} MB "
-            f"table and {page.card_bytes / 1e6:.1f} MB cards."
+            f"{counted(page.n_features, 'features')} in {file}: {byte_size(size)}, of which "
+            f"{byte_size(page.index_bytes)} table and {byte_size(page.card_bytes)} cards."
         )
         hint = [f"Large for some viewers; --windows {max(1, self.windows // 2)} makes it smaller."] * (size > _MUCH)
         summary = {
@@ -116,4 +117,5 @@ def _origin(meta: dict[str, object]) -> str:
 
 def _subtitle(meta: dict[str, object]) -> str:
     where = " of ".join(str(meta[key]) for key in ("site", "model") if meta.get(key))
-    return where + (f", {meta['n_tokens']:,} tokens read" if meta.get("n_tokens") else "")
+    n = meta.get("n_tokens")
+    return where + (f", {counted(n, 'tokens')} read" if isinstance(n, int) and n else "")

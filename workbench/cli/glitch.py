@@ -13,6 +13,7 @@ from workbench.cli.base import BaseCommand, model_words, typed
 from workbench.cli.places import SCANS, any_run, named_run
 from workbench.cli.study import Begin, R, RunFolderStudy, Study
 from workbench.core.errors import DegenerateInputError
+from workbench.core.numbers import number
 
 if TYPE_CHECKING:
     from workbench.glitch.scanning.differences import DiffReport
@@ -80,9 +81,9 @@ class GlitchLint(_KeepsAll["LintReport"]):
     def details(self, report: LintReport, folder: Path) -> Iterator[str]:
         yield from (str(place) for place in report.places[:_LINES])
         if report.n_findings > _LINES:
-            yield f"… {report.n_findings - _LINES:,} more: {folder / 'artifacts' / FINDINGS}"
+            yield f"… {number(report.n_findings - _LINES)} more: {folder / 'artifacts' / FINDINGS}"
         for row in report.counts[:20]:
-            yield f"{row.count:>9,} x {row.kind:<10} {row.token_id:>8}  '{row.text}'"
+            yield f"{number(row.count):>9} x {row.kind:<10} {row.token_id:>8}  '{row.text}'"
 
     def following(self, report: LintReport, folder: Path) -> str:
         scan = [] if self.scan is None else ["--scan", self.scan]
@@ -209,7 +210,7 @@ class GlitchSanitize(_KeepsAll["SanitizeReport"], Study["SanitizeReport"]):
 
     def details(self, report: SanitizeReport, folder: Path) -> Iterator[str]:
         for c in report.cuts[:20]:
-            yield f"{c.replaced:>9,} x {c.token_id:>8}  '{c.text}' -> {'|'.join(c.pieces) or 'IMPOSSIBLE'}"
+            yield f"{number(c.replaced):>9} x {c.token_id:>8}  '{c.text}' -> {'|'.join(c.pieces) or 'IMPOSSIBLE'}"
         yield f"Ids: {report.file}"
 
     def _checked(self, report: SanitizeReport, sanitizer: Sanitizer) -> SanitizeReport:

@@ -11,7 +11,7 @@ from workbench.cli.glitch_repair import named_tokens
 from workbench.cli.study import Begin, SAEStudy
 
 if TYPE_CHECKING:
-    from workbench.glitch.scanning.sae_features import GlitchFeatures
+    from workbench.glitch.scanning.sae_feature_report import GlitchFeatures
 
 
 @dataclass(frozen=True, kw_only=True)

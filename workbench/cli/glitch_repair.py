@@ -12,6 +12,7 @@ import tyro
 from workbench.cli.base import model_words, read_passages, typed
 from workbench.cli.places import SCANS, named_run
 from workbench.cli.study import Begin, Study
+from workbench.core.numbers import number
 
 if TYPE_CHECKING:
     from workbench.glitch.repairing.repair import Repair, RepairOptions
@@ -90,7 +91,7 @@ class GlitchRepair(Study["RepairReport"]):
         from workbench.runs.run import RunDir
 
         for k, (i, text, pieces) in enumerate(zip(report.ids, report.texts, report.sources, strict=True)):
-            p = f"p {report.copied['before'][k]:.4f} -> {report.copied['repaired'][k]:.4f}"
+            p = f"p {number(report.copied['before'][k])} -> {number(report.copied['repaired'][k])}"
             yield f"{i:>8}  {p}  {text!r} = {' + '.join(map(repr, pieces))}"
         run = RunDir.open(folder)
         if run.has(SAVED):

@@ -11,6 +11,7 @@ from workbench.activations.sources import OWN_TEXT_TOKENS, HubDataset, SelfText,
 from workbench.activations.store import ActivationStore
 from workbench.cli.base import Command, typed
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import byte_size, percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,9 @@ class Harvest(Command):
         self._show_store(harvest(model, source, sites, out, options=options, repair=self.repair))
 
     def _show_estimate(self, found: HarvestEstimate) -> None:
-        free = [f"{found.free_memory_bytes / 1e9:.1f} GB of memory"]
+        free = [f"{byte_size(found.free_memory_bytes)} of memory"]
         if found.free_disk_bytes is not None:
-            free.insert(0, f"{found.free_disk_bytes / 1e9:.1f} GB of disk")
+            free.insert(0, f"{byte_size(found.free_disk_bytes)} of disk")
         self.emit(
             {
                 "tokens": found.tokens,
@@ -99,10 +100,10 @@ class Harvest(Command):
             self.emit(summary, lines)
             return
         dropped = ", ".join(f"{n} {reason}" for reason, n in m.dropped.items())
-        lines = [f"Kept {m.kept} of {m.n_tokens} tokens ({m.kept_share:.1%}); dropped: {dropped}."]
+        lines = [f"Kept {m.kept} of {m.n_tokens} tokens ({percent(m.kept_share)}); dropped: {dropped}."]
         if m.shortfall:
             lines.insert(0, m.shortfall)
         if m.unique_share is not None:
-            lines.append(f"Rows that are no exact repetition: {m.unique_share:.1%}.")
+            lines.append(f"Rows that are no exact repetition: {percent(m.unique_share)}.")
         several = ["--site", store.sites[0]] if len(store.sites) > 1 else []
         self.emit(summary, [*lines, f"Store: {store.path}"], typed("sae", "train", store.path, *several))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from workbench.cli.base import BaseCommand
 from workbench.core.atomic import refuse_address
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import counted
 
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**63 - 1
@@ -75,5 +76,6 @@ def _check_integer(option: str, name: str, number: int, least: int) -> None:
     most = MAX_SEED if name == "seed" else MAX_COUNT
     least = -most if name in _ANY_SIGN else least
     if not least <= number <= most:
-        shown = str(number) if abs(number) < 10**20 else f"a number of about {math.log10(abs(number)):.0f} digits"
+        digits = counted(round(math.log10(abs(number or 1))), "digits")
+        shown = str(number) if abs(number) < 10**20 else f"a number of about {digits}"
         raise InvalidInputError(f"{option} {shown}: give {least} to {most}.")

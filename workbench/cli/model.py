@@ -196,7 +196,7 @@ class Generate(Command):
         out = continued(edits)
         note = "; ".join(filter(None, (prompt.note, out.note)))
         logprobs = [round(float(x), 4) for x in out.logprobs[0]]
-        mean = f"{sum(logprobs) / len(logprobs):.3f} nats" if logprobs else "no token was generated"
+        mean = f"{number(sum(logprobs) / len(logprobs))} nats" if logprobs else "no token was generated"
         summary = {
             "text": out.texts[0], "ids": out.ids[0].tolist(), "logprobs": logprobs, "ended": out.ended[0],
             "note": note,

@@ -13,6 +13,8 @@ import tyro
 from workbench.cli.base import BaseCommand, typed
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
+from workbench.core.numbers import counted, number, percent
+from workbench.core.progress import clock
 from workbench.saes.config import ARCHITECTURES, Kernel, SAEConfig, architecture_name
 
 if TYPE_CHECKING:
@@ -144,6 +146,7 @@ def _summary(run: SAERun, config: SAEConfig) -> list[str]:
     if config.tokens < config.dead_after:
         dead = f"too few tokens to call a feature dead (dead_after={config.dead_after})"
     else:
-        dead = f"{m['dead']:.1%} of the features silent for {config.dead_after} tokens"
-    line = f"Held-out FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}, {dead}; {m['steps']:.0f} steps in {m['seconds']:.0f} s."
+        dead = f"{percent(m['dead'])} of the features silent for {config.dead_after} tokens"
+    took = f"{counted(int(m['steps']), 'steps')} in {clock(m['seconds'])}"
+    line = f"Held-out FVU {number(m['fvu'])}, L0 {number(m['l0'])}, {dead}; {took}."
     return [line, f"{'SAE' if config.target_site is None else 'Transcoder'}: {run.path}"]

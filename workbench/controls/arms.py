@@ -16,6 +16,7 @@ from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
 from workbench.core.html import Shown
+from workbench.core.numbers import setting
 from workbench.interventions.op import Op
 from workbench.interventions.ops import PerRow
 
@@ -103,8 +104,8 @@ class Sweep(Shown):
                 self.arm(name)
             if arm.edits is not None and not arm.control_for and (arm.name, arm.strength) not in controlled:
                 raise DegenerateInputError(
-                    f"Sweep: arm {arm.name!r} of strength {arm.strength:g} has no control of this strength among "
-                    f"{[other.name for other in self.arms]}. Add one, such as a random direction of the same norm."
+                    f"Sweep: arm {arm.name!r} of strength {setting(arm.strength)} has no control of this strength "
+                    f"among {[other.name for other in self.arms]}. Add one, such as a random direction of its norm."
                 )
 
     @classmethod

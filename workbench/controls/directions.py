@@ -8,6 +8,7 @@ from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.numbers import number
 
 
 @checked
@@ -39,7 +40,7 @@ def random_directions(
     if not len(rows) or not bool((norms.isfinite() & (norms > 0)).all()) or (orthogonal and rows.shape[1] < 2):
         raise DegenerateInputError(
             f"random_directions: `like` has shape {tuple(like.shape)} and norms from "
-            f"{norms.min().item() if len(norms) else 0:.3g} to {norms.max().item() if len(norms) else 0:.3g}. Give "
+            f"{' to '.join(number(float(norm)) for norm in norms.sort().values[[0, -1]]) if len(norms) else 0}. Give "
             "finite, non-zero rows, of two components or more if the directions are to be orthogonal to them."
         )
     generator, count = torch.Generator().manual_seed(seed), len(rows) if n is None else n

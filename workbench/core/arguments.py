@@ -55,6 +55,9 @@ def checked(target: T) -> T:
             setattr(target, name, type(member)(_checked(member.__func__, f"{target.__name__}.{label}")))
         elif isinstance(member, types.FunctionType):
             setattr(target, name, _checked(member, label))
+    inherited = getattr(target.__init__, "__wrapped__", None)
+    if "__init__" not in vars(target) and inherited is not None:
+        setattr(target, "__init__", _checked(inherited, target.__name__))  # noqa: B010  # its errors name this class
     return target
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from workbench.core.numbers import Number, singular
+from workbench.core.numbers import Number, counted, number, singular
 
 MIN_BAR, MAX_BAR = 12, 40
 """Width of a bar in characters."""
@@ -49,7 +49,11 @@ class Count:
         """Such as `50/200 tokens`."""
         if not self.unit:
             return ""
-        return amount(self.done, self.unit) if self.total is None else f"{self.done:,}/{amount(self.total, self.unit)}"
+        return (
+            counted(self.done, self.unit)
+            if self.total is None
+            else f"{number(self.done)}/{counted(self.total, self.unit)}"
+        )
 
     def times(self) -> list[str]:
         """Pace and time left; the time since the start where one of them is not known."""
@@ -60,7 +64,7 @@ class Count:
 
     def values(self) -> list[str]:
         """Such as `loss 0.21`."""
-        return [f"{name} {value:.3g}" for name, value in self.numbers.items()]
+        return [f"{name} {number(value)}" for name, value in self.numbers.items()]
 
     def line(self) -> str:
         """All of it, for a log."""
@@ -68,7 +72,7 @@ class Count:
 
     def closing(self) -> str:
         """What is left when the task has ended."""
-        done = f"{amount(self.done, self.unit)} in " if self.unit else ""
+        done = f"{counted(self.done, self.unit)} in " if self.unit else ""
         return ", ".join((f"{self.description}: {done}{clock(self.seconds)}", *self.values()))
 
 
@@ -82,9 +86,9 @@ def bar_parts(count: Count, width: int) -> tuple[str, tuple[int, int], str]:
     """
     room = width - 1  # a full line would make some terminals begin another
     share = None if not count.total else min(1.0, count.done / count.total)
-    percent = [] if share is None else [f"{share:.0%}"]
-    times, values, counted = count.times(), count.values(), list(filter(None, [count.counted()]))
-    least, tails = (min(MIN_BAR, width // 4) if share is not None else 0), _tails(percent, times, values, counted)
+    percent = [] if share is None else [f"{number(100 * share, 0)}%"]
+    times, values, done = count.times(), count.values(), list(filter(None, [count.counted()]))
+    least, tails = (min(MIN_BAR, width // 4) if share is not None else 0), _tails(percent, times, values, done)
     head = count.description
     tail = next((tail for tail in tails if room - len(head) - 1 - len(tail) >= least), tails[-1])
     head = _shortened(head, max(1, room - least - 1 - len(tail)))
@@ -93,11 +97,11 @@ def bar_parts(count: Count, width: int) -> tuple[str, tuple[int, int], str]:
     return head, (full, bar - full), tail if bar else tail.lstrip()
 
 
-def _tails(percent: list[str], times: list[str], values: list[str], counted: list[str]) -> Sequence[str]:
+def _tails(percent: list[str], times: list[str], values: list[str], done: list[str]) -> Sequence[str]:
     """What may stand behind a bar, the longest first."""
     shorter = times[-1:]
     choices = (
-        [*percent, *counted, *times, *values], [*percent, *times, *values], [*percent, *shorter, *values],
+        [*percent, *done, *times, *values], [*percent, *times, *values], [*percent, *shorter, *values],
         [*percent, *times], [*percent, *shorter],
     )  # fmt: skip
     return [" " + ", ".join(parts) for parts in choices]
@@ -114,20 +118,11 @@ def pace(rate: float, unit: str) -> str:
     ('1,234 tokens/s', '2.5 batches/s', '10.0 s per batch', '1 min 40 s per reply')
     """
     if rate >= 100:
-        return f"{rate:,.0f} {unit}/s"
+        return f"{number(rate, 0)} {unit}/s"
     if rate >= 1:
-        return f"{rate:.1f} {unit}/s"
+        return f"{number(rate, 1)} {unit}/s"
     seconds = 1 / rate
-    return f"{f'{seconds:.1f} s' if seconds < 60 else clock(seconds)} per {singular(unit)}"
-
-
-def amount(n: int, unit: str) -> str:
-    """A number of units, in words.
-
-    >>> amount(1, "passes"), amount(2000, "SAEs")
-    ('1 pass', '2,000 SAEs')
-    """
-    return f"{n:,} {singular(unit) if n == 1 else unit}"
+    return f"{f'{number(seconds, 1)} s' if seconds < 60 else clock(seconds)} per {singular(unit)}"
 
 
 def clock(seconds: Number) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError
 from workbench.core.jsontext import Record
+from workbench.core.numbers import counted, number
 
 MAX_STRING_BYTES = 1 << 24
 MAX_ITEMS = 1 << 22
@@ -142,7 +143,7 @@ class _Reader:
     def count(self, n: int, least_bytes: int, what: str, most: int = MAX_ITEMS) -> int:
         """`n`, if so many items of at least `least_bytes` fit between here and the end of the file."""
         if n > most or n * least_bytes > len(self.data) - self.at:
-            raise ValueError(f"it claims {n:,} {what} at byte {self.at:,} of {len(self.data):,}")
+            raise ValueError(f"it claims {number(n)} {what} at byte {number(self.at)} of {number(len(self.data))}")
         return n
 
     def string(self) -> str:
@@ -155,7 +156,9 @@ class _Reader:
             start = at + 8
             at = start + unpack(data, at)[0]
             if at > end or at - start > MAX_STRING_BYTES:
-                raise ValueError(f"it claims a text of {at - start:,} bytes at byte {start:,} of {end:,}")
+                raise ValueError(
+                    f"it claims a text of {counted(at - start, 'bytes')} at byte {number(start)} of {number(end)}"
+                )
             found.append(data[start:at].decode())
         self.at = at
         return found
@@ -195,7 +198,7 @@ class _Reader:
             raise ValueError(f"{name} has rows of {shape[-1]} numbers, {stored.name} stores blocks of {block}")
         found = GGUFTensor(self.path, name, shape, stored.name, begin + offset, shape[-1] // block * size)
         if found.start + found.n_rows * found.row_bytes > len(self.data):
-            raise ValueError(f"{name} ends behind the end of the file, {len(self.data):,} bytes")
+            raise ValueError(f"{name} ends behind the end of the file, {counted(len(self.data), 'bytes')}")
         return found
 
 
@@ -245,7 +248,9 @@ def gguf_backend(file: GGUFFile) -> tuple[Any, Record]:
         i = file.fields.get(f"tokenizer.ggml.{key}_token_id")
         text = None if i is None else backend.id_to_token(i) if isinstance(i, int) and 0 <= i < n else ""
         if text == "":
-            raise CorruptFileError(f"{file.path}: its {role} has the id {i!r} among {n:,} tokens. Fetch it again.")
+            raise CorruptFileError(
+                f"{file.path}: its {role} has the id {i!r} among {counted(n, 'tokens')}. Fetch it again."
+            )
         if text is not None:
             backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
         settings[role] = text

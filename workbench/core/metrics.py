@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.core.errors import DegenerateInputError, ShapeError
+from workbench.core.numbers import number
 from workbench.core.similarity import assign, cosines, max_cosines
 
 _COLUMNS = 16_384
@@ -132,7 +133,7 @@ def ce_loss_recovered(ce_clean: float, ce_spliced: float, ce_ablated: float) -> 
     """
     if ce_ablated == ce_clean:
         raise DegenerateInputError(
-            f"ce_loss_recovered: ablation leaves the loss at {ce_clean:.4f}; nothing to recover."
+            f"ce_loss_recovered: ablation leaves the loss at {number(ce_clean)}; nothing to recover."
         )
     return (ce_ablated - ce_spliced) / (ce_ablated - ce_clean)
 

@@ -97,6 +97,28 @@ def setting(value: Number) -> str:
     return _minus(_short_exponent(f"{value:g}"))
 
 
+def percent(share: Number | None) -> str:
+    """A share as a percentage.
+
+    >>> percent(0.98765), percent(1.0), percent(0.0), percent(1 / 3000), percent(math.nan)
+    ('98.8%', '100%', '0%', '0.0333%', 'n/a')
+    """
+    shown = number(None if share is None else 100 * share)
+    return shown if shown == NOT_AVAILABLE else f"{shown}%"
+
+
+def byte_size(n: Number) -> str:
+    """The size of a file or of memory, in powers of a thousand.
+
+    >>> byte_size(3 * 10**9), byte_size(10**8), byte_size(2340), byte_size(12)
+    ('3.00 GB', '100 MB', '2.34 kB', '12 bytes')
+    """
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= size:
+            return f"{number(n / size)} {unit}"
+    return counted(int(n), "bytes")
+
+
 def p_value(p: Number | None) -> str:
     """A p-value or another probability with its sign of comparison.
 
@@ -115,6 +137,15 @@ def rounding_error(error: Number) -> str:
     ('3e-7', '0', '0.2')
     """
     return _short_exponent(f"{error:.1g}")
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """The nearest number of so many significant digits: short in a file that holds many.
+
+    >>> rounded(0.123456), rounded(98765.4, 2)
+    (0.1235, 99000.0)
+    """
+    return float(f"{value:.{digits}g}")
 
 
 def counted(n: int, noun: str) -> str:

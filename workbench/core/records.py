@@ -26,6 +26,7 @@ from workbench.core.errors import (
     did_you_mean,
 )
 from workbench.core.jsontext import Json, parse_json
+from workbench.core.numbers import counted, number
 
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -133,9 +134,9 @@ def json_lines(
         CorruptFileError: naming the first line that is not a JSON object.
     """
     lines = _read_bytes(path, MAX_JSON_BYTES).split(b"\n")
-    for number, line in enumerate(lines[:-1] if only_whole else lines, 1):
+    for n, line in enumerate(lines[:-1] if only_whole else lines, 1):
         if line.strip():
-            yield parse_json(line, f"{os.fspath(path)}, line {number},", dict, remedy="Correct or remove the line.")
+            yield parse_json(line, f"{os.fspath(path)}, line {n},", dict, remedy="Correct or remove the line.")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -166,7 +167,8 @@ def _read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes
             raise InvalidInputError(f"{os.fspath(path)} is {kind}, not a file. Name a file.")
         if limit is not None and status.st_size > limit:
             raise CorruptFileError(
-                f"{os.fspath(path)} has {status.st_size:,} bytes; at most {limit:,} are read. Name the right file."
+                f"{os.fspath(path)} has {counted(status.st_size, 'bytes')}; at most {number(limit)} are read. "
+                "Name the right file."
             )
         return Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -192,8 +194,8 @@ def _foreign_to_json(
         count = value.numel() if callable(size) else int(size)
         if count > MAX_INLINE_VALUES:
             raise InvalidInputError(
-                f"An array of {count:,} values does not belong in JSON (at most {MAX_INLINE_VALUES:,}). "
-                "Save it as safetensors or Parquet and keep its path."
+                f"An array of {counted(count, 'values')} does not belong in JSON "
+                f"(at most {number(MAX_INLINE_VALUES)}). Save it as safetensors or Parquet and keep its path."
             )
         return to_jsonable(value.tolist())
     if type(value).__module__.split(".")[0] in ("torch", "numpy") and type(value).__name__ in ("dtype", "device"):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.numbers import setting
 
 SparseMatrix: TypeAlias = Any  # of scipy, whose sparse arrays and matrices have no common type with `shape` and `data`
 
@@ -122,7 +123,7 @@ def assign_candidates(candidates: SparseMatrix, floor: float) -> Assignment:
     real = found < m
     columns[rows[real]] = torch.from_numpy(found[real]).long()
     values[rows[real]] = torch.from_numpy(entries(pairs, rows[real], found[real])).float()
-    return Assignment(columns, values, f"exact with scores below {floor:g} counted as {floor:g}")
+    return Assignment(columns, values, f"exact with scores below {setting(floor)} counted as {setting(floor)}")
 
 
 def entries(matrix: SparseMatrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 from torch import Tensor
 
 from workbench.core.errors import InvalidInputError, UnknownNameError, did_you_mean
+from workbench.core.numbers import counted, number
 from workbench.core.records import from_jsonable, to_jsonable
 from workbench.core.registry import Registry
 
@@ -37,8 +38,8 @@ class Shard:
         size = len(json.dumps(to_jsonable(self.spec)))
         if size > MAX_SPEC_BYTES:
             raise InvalidInputError(
-                f"Shard {self.name!r}: its spec has {size:,} bytes; at most {MAX_SPEC_BYTES:,} travel to a worker. Put "
-                "data into a kept part and name that."
+                f"Shard {self.name!r}: its spec has {counted(size, 'bytes')}; at most {number(MAX_SPEC_BYTES)} "
+                "travel to a worker. Put data into a kept part and name that."
             )
 
 

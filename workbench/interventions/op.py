@@ -16,6 +16,7 @@ from torch import Tensor
 from workbench.core.arguments import shown
 from workbench.core.display import OneLine, first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.numbers import setting
 from workbench.core.registry import Registry
 
 
@@ -127,7 +128,7 @@ class Op(OneLine):
             return changed(self, {self.strength_name: getattr(self, self.strength_name) * factor})
         if not any(True for _ in self._inner()):
             raise InvalidInputError(
-                f"{self.name} * {factor:g}: this edit has no strength to scale. "
+                f"{self.name} * {setting(factor)}: this edit has no strength to scale. "
                 "Scale the edits that have one: Add, AddScaled, Threshold, Rotate, SAEAdd, SAEAddMax."
             )
         return self.replaced(lambda op: op.scaled(factor), {})

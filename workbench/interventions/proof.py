@@ -14,7 +14,7 @@ from torch import Tensor
 from workbench.core.arguments import checked
 from workbench.core.errors import EditError
 from workbench.core.html import Shown, frame_table
-from workbench.core.numbers import counted
+from workbench.core.numbers import counted, number, percent
 from workbench.interventions.intervention import Edit
 from workbench.interventions.scopes import Scope
 from workbench.interventions.step import Step
@@ -77,11 +77,13 @@ class EditReport(Shown):
 
     def __str__(self) -> str:
         text = (
-            f"{self.edit}: fired {self.fired}x on {self.tokens} tokens, mean norm added {self.mean_norm_applied:.4g} "
-            f"({100 * self.share:.3g} % of the activation norm)"
+            f"{self.edit}: fired {self.fired}x on {self.tokens} tokens, mean norm added "
+            f"{number(self.mean_norm_applied)} ({percent(self.share)} of the activation norm)"
         )
         if self.together > 1:
-            text += f", together with {self.together - 1} more; its own intended norm is {self.mean_norm_intended:.4g}"
+            text += (
+                f", together with {self.together - 1} more; its own intended norm is {number(self.mean_norm_intended)}"
+            )
         if self.gate_decided is not None:
             text += f"; gate open for {self.gate_open} of {self.gate_decided} tokens"
         return text
@@ -211,7 +213,7 @@ class Tally:
             )
         if done.tokens and done.mean_norm_applied == 0 and must_change:
             why = (
-                f"the change of mean norm {done.mean_norm_intended:.3g} was lost in rounding to the model's dtype. "
+                f"the change of mean norm {number(done.mean_norm_intended)} was lost in rounding to the model's dtype. "
                 "Use a larger strength or load the model in float32."
             )
             if done.mean_norm_intended == 0:

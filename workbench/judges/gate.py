@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 
 from workbench.core.arguments import checked
 from workbench.core.html import Shown
+from workbench.core.numbers import percent, setting
 from workbench.core.stats import Estimate, wilson
 from workbench.judges.protocol import MAX_FAILED_SHARE, Cost
 
@@ -58,7 +59,7 @@ class Trial(Shown):
         return self.group or self.subject
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.margin or f'{self.failed.value:.0%} of replies unreadable'})"
+        return f"{self.name} ({self.margin or f'{percent(self.failed.value)} of replies unreadable'})"
 
 
 @checked
@@ -116,7 +117,7 @@ class JudgeGate(Shown):
             return f"judge not competent: it was not tried on {on}"
         if not failed:
             return ""
-        least = " or ".join(f"{m:g}" for m in sorted({t.needed_margin for t in failed}))
+        least = " or ".join(map(setting, sorted({t.needed_margin for t in failed})))
         return (
             f"judge not competent{f' at {subject}' if subject else ''}: fails on {', '.join(map(str, failed))}; right "
             f"cases must score above wrong ones by more than {least}"

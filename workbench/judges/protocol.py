@@ -16,6 +16,7 @@ from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.html import Shown
+from workbench.core.numbers import counted, number
 from workbench.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -93,8 +94,10 @@ class Cost(OneLine):
         )
 
     def __str__(self) -> str:
-        kept = f", {self.kept:,} of them kept from earlier" if self.kept else ""
-        return f"{self.answers:,} answers{kept}; {self.tokens:,} tokens, {self.seconds:.1f} s"
+        kept = f", {number(self.kept)} of them kept from earlier" if self.kept else ""
+        return (
+            f"{counted(self.answers, 'answers')}{kept}; {counted(self.tokens, 'tokens')}, {number(self.seconds, 1)} s"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.core.errors import EditError
+from workbench.core.numbers import rounding_error
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.capture import capture
 from workbench.hooks.sites import Site, SiteMap
@@ -81,13 +82,13 @@ def sublayer_checks(
             continue
         try:
             error = measure(hf, sites, inputs, layers)
-            why = f"{statement} fails by {error:.2g} (relative)" if error > tolerance else ""
+            why = f"{statement} fails by {rounding_error(error)} (relative)" if error > tolerance else ""
         except EditError as failure:
             error, why, blamed = float("inf"), str(failure), blamed[:1]
         if why:
             withdrawn |= {site: why for site in there if site.kind in blamed}
         else:
-            checks.append(Check(statement, True, f"largest relative error {error:.2g} on layers {layers}"))
+            checks.append(Check(statement, True, f"largest relative error {rounding_error(error)} on layers {layers}"))
     return checks, withdrawn
 
 

@@ -22,6 +22,7 @@ from workbench.core.errors import (
     ResourceError,
     WorkbenchError,
 )
+from workbench.core.numbers import byte_size, counted
 from workbench.core.progress import quiet_libraries, task
 from workbench.core.records import load_json
 from workbench.core.tokenizer import TokenizerLike
@@ -315,8 +316,8 @@ def _check_memory(folder: Path, dtype: torch.dtype, device: str) -> None:
     n_weights, quantised = _described(folder)
     if size and n_weights > _WEIGHTS_PER_BYTE * size:
         raise MismatchError(
-            f"{folder}: its config.json describes a model of {n_weights:,} weights; its files hold {size:,} bytes. "
-            "Fetch both again from the same revision."
+            f"{folder}: its config.json describes a model of {counted(n_weights, 'weights')}; its files hold "
+            f"{counted(size, 'bytes')}. Fetch both again from the same revision."
         )
     if device != "cpu":
         return
@@ -328,8 +329,7 @@ def _check_memory(folder: Path, dtype: torch.dtype, device: str) -> None:
     need = need if quantised else max(need, n_weights * dtype.itemsize)
     if need > have:
         raise ResourceError(
-            f"Loading {folder.name} as {dtype} needs about {need / 2**30:.1f} GiB of memory; "
-            f"{have / 2**30:.1f} GiB are free. "
+            f"Loading {folder.name} as {dtype} needs about {byte_size(need)} of memory; {byte_size(have)} are free. "
             "Close other programs, choose dtype='bfloat16', or a smaller model."
         )
 
@@ -345,8 +345,8 @@ def _described(folder: Path) -> tuple[int, bool]:
         # Before anything is built: a loop over a billion layers has no end.
         if stored and isinstance(layers, int) and layers > len(stored):
             raise MismatchError(
-                f"{folder}: its config.json describes {layers:,} layers; its files hold {len(stored)} tensors. "
-                "Fetch both again from the same revision."
+                f"{folder}: its config.json describes {counted(layers, 'layers')}; its files hold "
+                f"{counted(len(stored), 'tensors')}. Fetch both again from the same revision."
             )
         with torch.device("meta"):
             hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from workbench.core.errors import EditError, SelfCheckError
 from workbench.core.html import Shown
-from workbench.core.numbers import counted
+from workbench.core.numbers import counted, number, rounding_error
 from workbench.hooks.attach import Fn, attached
 from workbench.hooks.capture import Activations, capture
 from workbench.hooks.ends import embedding
@@ -133,7 +133,7 @@ def _causal(hf: PreTrainedModel, ids: Tensor) -> Check:
         before, after = hf(input_ids=pair, use_cache=False).logits[:, :-1]
     # experts are computed for the rows that they have, so equal rows of a batch are equal up to rounding
     same = agree(after, before, next(hf.parameters()).dtype)
-    return Check("no token sees a later one", same, f"relative error {relative_error(after, before):.2g}")
+    return Check("no token sees a later one", same, f"relative error {rounding_error(relative_error(after, before))}")
 
 
 def _misshapen(outer: list[Site], acts: Activations, ids: Tensor) -> dict[Site, str]:
@@ -173,12 +173,14 @@ def _identities(sites: SiteMap, acts: Activations, tolerance: float) -> tuple[li
             worst["stream"] = max(worst["stream"], stream)
     checks.append(
         Check(
-            "resid_post of each block is resid_pre of the next", worst["stream"] <= tolerance, f"{worst['stream']:.2g}"
+            "resid_post of each block is resid_pre of the next",
+            worst["stream"] <= tolerance,
+            rounding_error(worst["stream"]),
         )
     )
     checks.append(
         Check("resid_pre + attn_out + mlp_out == resid_post where those sites are offered", worst["block"] <= tolerance,
-              f"largest relative error {worst['block']:.2g}")
+              f"largest relative error {rounding_error(worst['block'])}")
     )  # fmt: skip
     last = f"resid_post.{sites.n_layers - 1}"
     if all(site in sites.points for site in (Site("final_norm"), Site("logits"), Site.parse(last))):
@@ -187,9 +189,9 @@ def _identities(sites: SiteMap, acts: Activations, tolerance: float) -> tuple[li
             again = unembed(norm(acts[last])).to(acts["logits"].device)
         error, statement = relative_error(again, acts["logits"]), "unembed(final_norm(last resid_post)) == logits"
         if error <= tolerance:
-            checks.append(Check(statement, True, f"relative error {error:.2g}"))
+            checks.append(Check(statement, True, f"relative error {rounding_error(error)}"))
         else:
-            withdrawn[Site("final_norm")] = f"{statement} fails by {error:.2g} (relative)"
+            withdrawn[Site("final_norm")] = f"{statement} fails by {rounding_error(error)} (relative)"
     return checks, withdrawn
 
 
@@ -204,13 +206,14 @@ def _block_identity(sites: SiteMap, acts: Activations, layer: int, tolerance: fl
     error = min(relative_error(total, post) for total in sums)
     broken: dict[Site, str] = {}
     if error > tolerance:
-        why = f"resid_pre + attn_out + mlp_out differs from resid_post by {error:.2g} (relative) at layer {layer}"
+        off = f"{rounding_error(error)} (relative) at layer {layer}"
+        why = f"resid_pre + attn_out + mlp_out differs from resid_post by {off}"
         broken = {site: why for site in names}
     mid = Site("resid_mid", layer)
     if mid in sites.points:
         error_mid = relative_error(pre + attn, acts[mid])
         if error_mid > tolerance:
-            broken[mid] = f"resid_pre + attn_out differs from it by {error_mid:.2g} (relative)"
+            broken[mid] = f"resid_pre + attn_out differs from it by {rounding_error(error_mid)} (relative)"
     return error, broken
 
 
@@ -225,7 +228,7 @@ def _mid_alone(sites: SiteMap, acts: Activations, layer: int, tolerance: float) 
         error = relative_error(acts[mid] + acts[mlp], acts[Site("resid_post", layer)])
     else:
         return {mid: "neither attn_out nor mlp_out can be read, so what it is can't be verified"}
-    return {} if error <= tolerance else {mid: f"it breaks the sum of the block by {error:.2g} (relative)"}
+    return {} if error <= tolerance else {mid: f"it breaks the sum of the block by {rounding_error(error)} (relative)"}
 
 
 def _stream_writes(
@@ -241,9 +244,8 @@ def _stream_writes(
     error = relative_error(acts[names[0]] + acts[names[1]], acts[names[2]])
     if error <= tolerance:
         return {}
-    why = (
-        f"an edit of it does not reach the residual stream: resid_mid + mlp_out differs from resid_post by {error:.2g}"
-    )
+    off = f"resid_mid + mlp_out differs from resid_post by {rounding_error(error)}"
+    why = f"an edit of it does not reach the residual stream: {off}"
     return {site: why for site in sites.points if site.kind == "resid_mid"}
 
 
@@ -286,7 +288,7 @@ def _perturbations(hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Ten
         moved = torch.where(changed == clean, 0, changed.float() - clean.float())
         shifts = moved.abs().amax(dim=(1, 2)).tolist()
     return [
-        Check(f"perturbing {point.site} changes the logits", shift > 0, f"largest change {shift:.3g}")
+        Check(f"perturbing {point.site} changes the logits", shift > 0, f"largest change {number(shift)}")
         for point, shift in zip(points, shifts, strict=True)
     ]
 

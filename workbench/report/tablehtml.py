@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-from workbench.core.numbers import NOT_AVAILABLE, number, sample_size
+from workbench.core.numbers import NOT_AVAILABLE, number, sample_size, setting
 from workbench.core.stats import Estimate
 from workbench.report.blocks import Cell, Table
 from workbench.report.section import Metric
@@ -60,7 +60,7 @@ def cell_html(cell: Cell | Metric, with_n: bool = True) -> Markup:
         value, interval = cell.shown()
         size = Markup(" {}").format(visible(sample_size(cell.n, cell.unit))) if with_n else ""
         return Markup('<span title="{}"><b>{}</b> <small>{}{}</small></span>').format(
-            f"{cell.level:.0%} interval, {visible(cell.method)}, {visible(sample_size(cell.n, cell.unit))}",
+            f"{setting(100 * cell.level)}% interval, {visible(cell.method)}, {visible(sample_size(cell.n, cell.unit))}",
             value, interval, size,
         )  # fmt: skip
     if isinstance(cell, str):

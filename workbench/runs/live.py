@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from workbench.core.numbers import setting
 from workbench.core.records import to_jsonable
 from workbench.runs.mirror import PROJECT, Mode, wandb_mode
 
@@ -67,11 +68,11 @@ class WandbLog:
         try:
             self._queue.put(None, timeout=SECONDS_TO_FINISH)
         except queue.Full:
-            self.problem = f"W&B took nothing for {SECONDS_TO_FINISH:.0f} s; the rest was left out."
+            self.problem = f"W&B took nothing for {setting(SECONDS_TO_FINISH)} s; the rest was left out."
             return
         self._thread.join(SECONDS_TO_FINISH)
         if self._thread.is_alive():
-            self.problem = f"W&B had not finished after {SECONDS_TO_FINISH:.0f} s."
+            self.problem = f"W&B had not finished after {setting(SECONDS_TO_FINISH)} s."
 
     def __enter__(self) -> WandbLog:
         return self

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -22,29 +21,26 @@ from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFi
 from workbench.core.jsontext import content_of
 from workbench.core.locks import lock_folder, lock_moved, remove_dead, unlock_folder
 from workbench.core.records import (
-    DataclassLike,
     from_jsonable,
     json_lines,
     load_json,
     save_json,
     sync_folder,
-    to_jsonable,
     write_atomic,
 )
 from workbench.report.section import MetricRow, Section, flat_metrics, null_if_not_finite
 from workbench.runs.content import Environment, Finding, HeadlineRow, Point, Result, StepRecord, headline_rows
 from workbench.runs.environment import environment, git_state, read_environment
 from workbench.runs.listing import RunInfo, find_run, list_runs
+from workbench.runs.settings import Config, arguments_of, settings_of
 
-__all__ = ["SCHEMA", "RunDir", "RunInfo", "find_run", "list_runs", "settings_of"]
+__all__ = ["SCHEMA", "RunDir", "RunInfo", "find_run", "list_runs"]
 
 SCHEMA = 1
 """Version of result.json and of the step files."""
 
 FEATURE_PAGE = "features.html"
 """Page of a run folder with the cards of its SAE's features, if there is one; its report links to it."""
-Config = Mapping[str, object] | DataclassLike
-"""What a run records of how it was started."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -342,27 +338,6 @@ def interrupted_runs(name: str, config: Config, root: str | os.PathLike[str] = "
     for info in list_runs(root):
         if info.name == name and info.status == "unfinished" and load_json(info.path / "config.json") == settings:
             yield info.path
-
-
-def settings_of(config: Config) -> dict[str, object]:
-    """The configuration in JSON types, without dataclass fields marked `metadata={"config": False}`."""
-    if dataclasses.is_dataclass(config):
-        fields = [field.name for field in dataclasses.fields(config) if field.metadata.get("config", True)]
-        config = {name: getattr(config, name) for name in fields}
-    elif not isinstance(config, Mapping):
-        raise InvalidInputError(f"A run's config is a {type(config).__name__}; give a dataclass or a dict.")
-    return json.loads(json.dumps(to_jsonable(config)))
-
-
-def arguments_of(config: Config) -> dict[str, object]:
-    """The settings of a dataclass that are not its defaults, in JSON types; none for a mapping, which has none."""
-    if not dataclasses.is_dataclass(config):
-        return {}
-    defaults = {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(config)
-    }
-    return {name: value for name, value in settings_of(config).items() if getattr(config, name) != defaults[name]}
 
 
 def _check_name(what: str, name: str) -> None:

@@ -8,8 +8,8 @@ from .evaluation.evaluate import evaluate_sae as evaluate_sae
 from .evaluation.quality import SAEReport as SAEReport
 from .evaluation.suite import run_suite as run_suite
 from .evaluation.synthetic import evaluate_on_synthetic as evaluate_on_synthetic
+from .formats.fit_report import FitReport as FitReport
 from .formats.load import load_sae as load_sae
-from .formats.placement import FitReport as FitReport
 from .formats.placement import check_sae as check_sae
 from .training.sae_lens_trainer import register_with_sae_lens as register_with_sae_lens
 from .training.train import train_sae as train_sae

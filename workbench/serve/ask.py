@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import counted, number, setting
 from workbench.core.records import from_jsonable
 from workbench.steering.sweep.options import ScopeName
 
@@ -48,13 +49,14 @@ class FeatureEdit:
         useless, why = _NOTHING.get(self.mode, (math.nan, ""))
         if self.strength == useless:
             raise InvalidInputError(
-                f"Feature {self.feature}: {self.mode} with strength {self.strength:g} {why}. Give another strength, or "
-                "remove the feature; the unsteered text is always shown."
+                f"Feature {self.feature}: {self.mode} with strength {setting(self.strength)} {why}. Give another "
+                "strength, or remove the feature; the unsteered text is always shown."
             )
 
     def __str__(self) -> str:
-        amount = {"steer": f" {self.strength:g} × a_max", "clamp": f" at {self.strength:g}"}
-        return f"{self.mode} #{self.feature}" + amount.get(self.mode, f" × {self.strength:g}" * (self.mode == "scale"))
+        amount = setting(self.strength)
+        amounts = {"steer": f" {amount} × a_max", "clamp": f" at {amount}", "scale": f" × {amount}"}
+        return f"{self.mode} #{self.feature}{amounts.get(self.mode, '')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,8 @@ class Ask:
             raise InvalidInputError("The prompt is empty. Write something to be continued.")
         if len(self.prompt) > MAX_PROMPT:
             raise InvalidInputError(
-                f"The prompt has {len(self.prompt):,} characters; the playground takes {MAX_PROMPT:,}. Shorten it."
+                f"The prompt has {counted(len(self.prompt), 'characters')}; the playground takes "
+                f"{number(MAX_PROMPT)}. Shorten it."
             )
         if not 0 <= self.seed < 2**63:
             raise InvalidInputError(f"Seed {self.seed}: give 0 to {2**63 - 1}.")

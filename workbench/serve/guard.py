@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from workbench.core.numbers import counted
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -158,7 +160,7 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > MAX_BODY:
-            raise HTTPException(413, f"The request has more than {MAX_BODY:,} bytes")
+            raise HTTPException(413, f"The request has more than {counted(MAX_BODY, 'bytes')}")
         return message
 
     return limited

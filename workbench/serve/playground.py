@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import InvalidInputError
 from workbench.core.metrics import token_log_probabilities
+from workbench.core.numbers import counted, number
 from workbench.core.tokens import TokenBatch
 from workbench.features.scores.logit_lens import lens_ends, lens_tokens, slab_rows, target_site
 from workbench.features.token_classes import TokenTexts
@@ -134,7 +135,8 @@ class Playground:
         batch = self.model.tokens([{"role": "user", "content": ask.prompt}] if ask.chat else ask.prompt)
         if batch.n_tokens > MAX_PROMPT_TOKENS:
             raise InvalidInputError(
-                f"The prompt has {batch.n_tokens:,} tokens; the playground takes {MAX_PROMPT_TOKENS:,}. Shorten it."
+                f"The prompt has {counted(batch.n_tokens, 'tokens')}; the playground takes "
+                f"{number(MAX_PROMPT_TOKENS)}. Shorten it."
             )
         return batch
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from workbench.bases.base import Basis
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import rounded
 from workbench.core.tokenizer import special_ids
 from workbench.core.tokens import TokenBatch
 from workbench.saes.formats.load import sae_keep_rule
@@ -65,5 +66,5 @@ def _strongest(basis: Basis, x: Float[Tensor, "pos d"]) -> list[tuple[int, list[
         top = acts.topk(min(N_STRONGEST, basis.d_sae), dim=1)
         for n, ids, values in zip((acts > 0).sum(1).tolist(), top.indices.tolist(), top.values.tolist(), strict=True):
             pairs = zip(ids, values, strict=True)
-            found.append((n, [(feature, float(f"{value:.4g}")) for feature, value in pairs if value > 0]))
+            found.append((n, [(feature, rounded(value)) for feature, value in pairs if value > 0]))
     return found

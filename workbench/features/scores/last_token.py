@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.core.errors import InvalidInputError
+from workbench.core.numbers import number
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
 from workbench.models.numbers import has_nan
@@ -46,7 +47,7 @@ class LastToken:
             edit = int(hidden.amax(-1).isnan().nonzero()[0])
             raise InvalidInputError(
                 f"{self._site}: what reaches the unembedding is NaN under edit {edit} of {len(change)}, whose norm is "
-                f"{float(change[edit].float().norm()):.3g}. Make it weaker, or load the model with dtype='float32'."
+                f"{number(float(change[edit].float().norm()))}. Make it weaker, or load the model with dtype='float32'."
             )
         return hidden
 

@@ -23,7 +23,7 @@ from workbench.core.errors import (
 )
 from workbench.core.html import MOST_ROWS, Shown, table
 from workbench.core.jsontext import Record
-from workbench.core.numbers import counted
+from workbench.core.numbers import counted, number
 from workbench.core.records import from_jsonable
 from workbench.features.parquet import reading, with_header
 from workbench.features.scores.origin import origin, require_same_origin
@@ -118,7 +118,7 @@ class FeatureTable(Shown):
             best = float(alive["output_score"].max()) if len(alive) else float("nan")
             raise DegenerateInputError(
                 f"select(min_output_score={min_output_score}): none of {len(alive)} alive features reaches it; the "
-                f"best has {best:.3g}. Lower the threshold, or score at a later layer."
+                f"best has {number(best)}. Lower the threshold, or score at a later layer."
             )
         return tuple(int(f) for f in good["feature"][:n])
 

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from workbench.core.arguments import checked
+from workbench.core.counts import pace
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require
+from workbench.core.numbers import counted
 from workbench.core.progress import clock
 from workbench.glitch.counting.sampling import by_rank, draw
 from workbench.glitch.scanning.glitch_report import GlitchReport
@@ -84,9 +86,10 @@ class CensusPlan:
 
     def __str__(self) -> str:
         n, dtype = len(self.ids), self.dtype
+        speed = pace(dtype.tokens_per_second[dtype.dtype], "tokens")
         return (
-            f"{n:,} tokens x {self.n_own} positions at {dtype.tokens_per_second[dtype.dtype]:.0f} tokens/s: about "
-            f"{clock(dtype.seconds(n))}, and more for tokens that fail ({dtype.why})"
+            f"{counted(n, 'tokens')} x {self.n_own} positions at {speed}: about {clock(dtype.seconds(n))}, and more "
+            f"for tokens that fail ({dtype.why})"
         )
 
 

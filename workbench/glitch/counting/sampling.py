@@ -9,6 +9,7 @@ import numpy as np
 
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, require
+from workbench.core.numbers import number
 from workbench.core.stats import Estimate, clopper_pearson
 
 _DRAWS = 4000
@@ -116,7 +117,7 @@ def recall(strata: Sequence[Stratum], first: int, *, level: float = 0.95, seed: 
     _require_tested(strata)
     if not sum(s.glitch for s in strata):
         raise DegenerateInputError(
-            f"Recall has no value: none of the {sum(s.tested for s in strata):,} tested tokens is a glitch token."
+            f"Recall has no value: none of the {number(sum(s.tested for s in strata))} tested tokens is a glitch token."
         )
     if all(s.is_complete for s in strata):
         among_first, everything = sum(s.glitch for s in strata[:first]), sum(s.glitch for s in strata)

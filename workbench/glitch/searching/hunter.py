@@ -127,7 +127,7 @@ def communities(rows: Float[Tensor, "n d_model"], options: HunterOptions) -> np.
         ) from error
     edges = nearest_pairs(principal_components(rows, options.components), options.neighbours)
     graph: Any = igraph.Graph(n=len(rows), edges=edges)  # igraph has no types
-    with task(total=None, description=f"communities of {len(rows):,} tokens", unit="steps"):
+    with task(total=None, description=f"communities of {counted(len(rows), 'tokens')}", unit="steps"):
         partition = leidenalg.find_partition(
             graph, leidenalg.RBConfigurationVertexPartition, resolution_parameter=options.resolution,
             seed=options.seed,
@@ -165,7 +165,7 @@ def nearest_pairs(x: Float[Tensor, "n k"], neighbours: int) -> Int[np.ndarray, "
     near = np.empty((n, k), dtype=np.int64)
     size = max(1, min(_BLOCK, _DISTANCES // n))
     distances = torch.empty(min(size, n), n, dtype=x.dtype)
-    for start in track(range(0, n, size), description=f"neighbours of {n:,} tokens", unit="blocks"):
+    for start in track(range(0, n, size), description=f"neighbours of {counted(n, 'tokens')}", unit="blocks"):
         block = x[start : start + size]
         distance = torch.addmm(square, block, x.T, alpha=-2, out=distances[: len(block)])
         here = torch.arange(len(block))

@@ -12,7 +12,7 @@ from pathlib import Path
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require, require_known
 from workbench.core.html import Shown
-from workbench.core.numbers import number
+from workbench.core.numbers import counted, number
 from workbench.core.records import save_json, write_atomic
 from workbench.glitch.reporting import sentences
 from workbench.glitch.scanning.saved import GRADES, SavedScan, TokenFact, check_grades
@@ -71,8 +71,8 @@ class BanList(Shown):
         limit = FORMATS[form].limit
         if limit is not None and len(self.ids) > limit:
             raise InvalidInputError(
-                f"{len(self.ids):,} ids are to be banned, and {form} takes at most {limit:,} in a request. Export "
-                f"fewer grades, or the first ones only (top={limit}); they are in the order of the evidence."
+                f"{counted(len(self.ids), 'ids')} are to be banned, and {form} takes at most {number(limit)} in a "
+                f"request. Export fewer grades, or the first ones only (top={limit}): they are in order of evidence."
             )
         if form == "transformers":
             return {"bad_words_ids": [[i] for i in self.ids]}

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.core.codec import Codec
+from workbench.core.numbers import setting
 from workbench.core.stats import Estimate
 from workbench.engine.log import Log
 from workbench.glitch.reporting import rate
@@ -268,7 +269,7 @@ def _graded(done: Verification) -> Verification:
     if done.options.stop_at is not None:
         return done
     best = np.array([t.max_prob for t in controls])
-    quantiles = {f"{q:.0%}": float(np.quantile(best, q)) for q in _QUANTILES}
+    quantiles = {f"{setting(100 * q)}%": float(np.quantile(best, q)) for q in _QUANTILES}
     in_form = {form: [p for t in controls if (p := t.best_in(form)) is not None] for form in done.forms}
     by_form = {form: share for form, ps in in_form.items() if (share := rate((p < VERIFIED for p in ps), unit))}
     tested = tuple(t if t.control else dataclasses.replace(t, p_value=_p_value(t, done)) for t in done.tested)

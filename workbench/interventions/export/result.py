@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.core.errors import NotExactlyExportable
 from workbench.core.html import Shown
+from workbench.core.numbers import counted, number
 from workbench.hooks.ends import embedding
 from workbench.hooks.sites import SiteMap
 from workbench.interventions.intervention import Intervention
@@ -52,9 +53,8 @@ class Exported(Shown):
         where = "in memory" if self.path is None else str(self.path)
         checked = "not run here"
         if self.max_difference is not None:
-            checked = (
-                f"logits within {self.max_difference:.1e} of the edited model (the edit moves them {self.effect:.1e})"
-            )
+            moved = f"(the edit moves them {number(self.effect)})"
+            checked = f"logits within {number(self.max_difference)} of the edited model {moved}"
         return f"{self.kind}: {where}; {checked}" + "".join(f"; {note}" for note in self.notes)
 
 
@@ -90,8 +90,9 @@ class EditedLogits:
         allowed = self.tolerance * max(1.0, self.effect)
         if not difference <= allowed:
             raise NotExactlyExportable(
-                f"{what}: its logits differ by {difference:.3g} from those of the edited model on {self.ids.numel()} "
-                f"probe tokens; {allowed:.3g} is allowed, and the intervention itself moves them by {self.effect:.3g}. "
+                f"{what}: its logits differ by {number(difference)} from those of the edited model on "
+                f"{counted(self.ids.numel(), 'probe tokens')}; {number(allowed)} is allowed, and the intervention "
+                f"itself moves them by {number(self.effect)}. "
                 "Either this architecture rescales what the weights write, or rounding adds up to more than that: "
                 "use the plan, or pass a larger tolerance."
             )

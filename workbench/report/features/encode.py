@@ -14,6 +14,7 @@ from typing import Any
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.jsontext import Record
+from workbench.core.numbers import counted, rounded
 from workbench.report.features.words import CONTROLS, DETAILS, field, label, last, meaning, split_control
 from workbench.report.text import visible
 
@@ -69,7 +70,7 @@ def clip(text: str, limit: int = MAX_TEXT) -> str:
     if rest <= 0:
         # printable text hides nothing, and most text is printable
         return text if text.isprintable() else visible(text)
-    return f"{visible(text[:limit])}… ({rest:,} characters more)"
+    return f"{visible(text[:limit])}… ({counted(rest, 'characters')} more)"
 
 
 def finite(value: Number, digits: int = 4) -> Number:
@@ -83,7 +84,7 @@ def finite(value: Number, digits: int = 4) -> Number:
     if isinstance(value, Mapping):
         return dict(value)
     if math.isfinite(value):
-        short = float(f"{value:.{digits}g}")
+        short = rounded(value, digits)
         return int(short) if short.is_integer() and abs(short) < 1e9 else short
     return None if math.isnan(value) else {"$float": "inf" if value > 0 else "-inf"}
 

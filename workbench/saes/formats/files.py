@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workbench.core.errors import CorruptFileError, MissingFileError, ResourceError, WorkbenchError
 from workbench.core.jsontext import Record
+from workbench.core.numbers import byte_size
 from workbench.core.records import load_json
 from workbench.models.weights import pickled_class
 
@@ -95,6 +96,6 @@ def _require_memory(path: Path, size: int) -> None:
     there = psutil.virtual_memory().available
     if size > _MEMORY_SHARE * there:
         raise ResourceError(
-            f"{path} needs {size / 2**30:.1f} GiB; {there / 2**30:.1f} GiB of memory are free. Free some, or use a "
-            "larger machine."
+            f"{path} needs {byte_size(size)}; {byte_size(there)} of memory are free. "
+            "Free some, or use a larger machine."
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workbench.activations.store import ActivationStore
 from workbench.core.metrics import squared_error
+from workbench.core.numbers import setting
 from workbench.core.records import to_jsonable
 from workbench.saes.architectures.base import Architecture, AuxTask, StepOptions, StepResult
 from workbench.saes.config import SAEConfig
@@ -140,7 +141,7 @@ class Member:
         loss = float(self._latest.loss)
         if not math.isfinite(loss):
             self.problem = (
-                f"{self.folder}: the loss is {loss} at step {self.step} with lr={self.config.peak_lr:.2g}. "
+                f"{self.folder}: the loss is {loss} at step {self.step} with lr={setting(self.config.peak_lr)}. "
                 f"{self._kept()} Lower lr."
             )
             return
