@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from workbench.core.errors import (
     WorkbenchError,
 )
 from workbench.hooks.sites import Site
-from workbench.interventions import gates, saes
+from workbench.interventions import files, gates, saes
 from workbench.interventions.bytoken import MixEntries, ReplaceTokens
 from workbench.interventions.chosen import Mask, Rows
 from workbench.interventions.gates import CASTGate, CosineGate, FnGate, Gate, ProbeGate, SAEGate, When
@@ -306,6 +307,21 @@ def test_an_sae_is_read_from_its_own_folder_only(saved: Path, name: str) -> None
 
     with pytest.raises(CorruptFileError, match="outside its folder"):
         Intervention.load(changed(saved, point_elsewhere))
+
+
+def test_an_archive_of_the_folder_is_read_as_the_folder_is(saved: Path, tmp_path: Path) -> None:
+    file = tmp_path / "edits.zip"
+    with file.open("wb") as opened:
+        files.pack(saved, opened)
+    assert str(Intervention.load(file)) == str(Intervention.load(saved))
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("../outside.json", "{}")
+    with pytest.raises(MissingFileError, match="holds no intervention"):
+        Intervention.load(tmp_path / "other.zip")
+    assert not (tmp_path.parent / "outside.json").exists()
+    file.write_bytes(b"PK no archive")
+    with pytest.raises(CorruptFileError, match=r"edits.zip.*can't be read.*Download or save it again"):
+        Intervention.load(file)
 
 
 def test_broken_files_are_refused(saved: Path) -> None:

@@ -22,7 +22,7 @@ from workbench.interventions.intervention import Intervention
 from workbench.models.loading import load_model
 from workbench.saes.formats.load import load_sae
 from workbench.serve.ask import Ask
-from workbench.serve.export import generate_command, python_block, save_edits
+from workbench.serve.export import generate_command, packed_edits, python_block, save_edits
 from workbench.serve.playground import Playground
 
 QUOTES = "It's \"one\"\\ \n'''wb.x'''\u202e"
@@ -91,6 +91,13 @@ def test_a_saved_intervention_is_used_by_the_command_that_is_shown(
     playground: Playground, ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_edits(playground, ask, tmp_path)
+    if ask.chat:  # the file that is downloaded does as well as the folder
+        name, file = packed_edits(playground, ask)
+        assert name == f"{folder.name}.zip"
+        folder = tmp_path / name
+        with file:
+            file.seek(0)
+            folder.write_bytes(file.read())
     assert main([*shlex.split(generate_command(playground, ask, folder))[1:], "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [playground.shown(i) for i in said["ids"]] == _tokens(playground, ask)["steered"]
@@ -123,24 +130,34 @@ def test_what_cannot_be_handed_over_is_refused_in_words(playground: Playground, 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_page_is_answered_and_strangers_are_not(playground: Playground, tmp_path: Path) -> None:
+def test_the_page_is_answered_and_strangers_are_not(
+    playground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     from starlette.testclient import TestClient
 
-    app, guard, desk = tiny_app(playground, out=tmp_path)
+    app, guard, desk = tiny_app(playground, out=tmp_path / "out")
     body = asked(edits=[{"feature": 3, "mode": "clamp", "strength": 2}])
     stranger = TestClient(app, BASE)
     client = TestClient(app, BASE, cookies={guard.cookie: TOKEN})
     foreign = {"Origin": "https" + "://evil.example"}
-    for path in ("/api/python", "/api/save"):
+    for path in ("/api/python", "/api/save", "/api/download"):
         assert stranger.post(path, json=body).status_code == 401
         assert client.post(path, json=body, headers=foreign).status_code == 403
         assert client.post(path, json=body, headers={"Host": "evil.example"}).status_code == 421
         assert client.get(path).status_code == 405
         assert client.post(path, json=asked(edits=[{"feature": 99}])).status_code == 400
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
     assert client.post("/api/python", json=body).json() == {"code": python_block(playground, Ask.read(body))}
     saved = client.post("/api/save", json=body).json()
-    op: Any = Intervention.load(saved["folder"]).edits[0].op
+    answer = client.post("/api/download", json=body)
+    assert answer.headers["Content-Disposition"] == f'attachment; filename="{Path(saved["folder"]).name}.zip"'
+    (tmp_path / "edits.zip").write_bytes(answer.content)
+    loaded = Intervention.load(tmp_path / "edits.zip")
+    assert str(loaded) == str(Intervention.load(saved["folder"])) and loaded.made_for == playground.model.fingerprint
+    assert not list((tmp_path / "temporary").iterdir()), "a download leaves nothing on the server"
+    op: Any = loaded.edits[0].op
     assert (op.name, op.features.tolist(), float(torch.as_tensor(op.value))) == ("SAEClamp", [3], 2.0)
     assert saved["folder"] in saved["command"]
     desk.close()

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.report.feature_cards import HOSTILE, hostile_card
 from tests.serve.toys import TOKEN, tiny_playground
 from workbench.core.records import to_jsonable
 from workbench.features.card import FeatureCard, LensToken
+from workbench.interventions.intervention import Intervention
 from workbench.report.features.encode import clip, pack_cards
 from workbench.serve.app import playground_app
 from workbench.serve.desk import Desk
@@ -255,6 +257,20 @@ def test_edits_are_taken_away_as_python_and_what_cannot_be_is_told(page: Browser
     page.until(ERROR)
     assert "--out FOLDER" in page.js(ERROR)
     assert page.problems.pop().startswith("Failed to load resource: the server responded with a status of 400")
+
+
+def test_edits_are_downloaded_as_a_file_that_is_loaded(page: Browser, tmp_path: Path) -> None:
+    page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    said = "document.getElementById('taken').hidden ? '' : document.getElementById('taken-text').textContent"
+    _choose(page, "#3")
+    page.click("#download")
+    code = page.until(said)
+    file = tmp_path / code.split('"')[1]
+    ends = time.monotonic() + 20
+    while not file.is_file() and time.monotonic() < ends:
+        time.sleep(0.05)
+    (edit,) = Intervention.load(file).edits
+    assert edit.op.name == "SAEAddMax" and code == f'edits = wb.Intervention.load("{file.name}")'
 
 
 def test_active_features_are_listed_by_token_and_chosen_by_a_press(page: Browser) -> None:

@@ -178,7 +178,7 @@ class Generate(Command):
     template_option: tuple[str, ...] = ()
     """Options of the chat template, such as enable_thinking=false."""
     intervention: Path | None = None
-    """Folder of a saved intervention; the unedited continuation is shown beside the edited one."""
+    """Folder of a saved intervention, or its ZIP archive; the unedited continuation is shown beside the edited one."""
 
     def run(self) -> None:
         """Prints the continuation and its mean log-probability."""

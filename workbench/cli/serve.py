@@ -39,7 +39,8 @@ class Serve(SAECommand):
     features: Path | None = None
     """Folder of feature cards or of a feature table, to search; by default what is in the SAE's folder."""
     out: Path | None = None
-    """Folder for the interventions that the page saves, a folder each; without it the page saves none."""
+    """Folder for the interventions that the page saves, a folder each; without it the page only lets
+    them be downloaded."""
     no_check: bool = False
     """Serve an SAE that does not fit the model's activations too."""
     host: str = "127.0.0.1"

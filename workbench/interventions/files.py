@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -57,15 +59,31 @@ def save(folder: str | Path, content: Mapping[str, object]) -> Path:
     return folder
 
 
-def load(folder: str | Path) -> Record:
-    """Reads what `save` wrote.
+def pack(folder: Path, file: IO[bytes]) -> None:
+    """Writes a ZIP archive of what `save` wrote, which `load` reads too; weights would not shrink by compression."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            archive.write(path, path.relative_to(folder))
+
+
+def load(place: str | Path) -> Record:
+    """Reads what `save` wrote: a folder, or a ZIP archive of it.
 
     Raises:
-        MissingFileError: if there is no intervention in the folder.
+        MissingFileError: if there is no intervention there.
         CorruptFileError: if a file can't be used.
         UnknownConfigKeyError: for an op, gate or scope that does not exist.
     """
-    folder = Path(folder)
+    if not Path(place).is_file():
+        return _load(Path(place))
+    with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
+        wrong = (zipfile.BadZipFile, OSError, RuntimeError)  # the last one of an encrypted archive
+        with content_of(Path(place), "Download or save it again.", *wrong), zipfile.ZipFile(place) as archive:
+            archive.extractall(folder)  # lets no member out of the folder
+        return _load(Path(folder))
+
+
+def _load(folder: Path) -> Record:
     if not (folder / _JSON).is_file():
         raise MissingFileError(f"{folder} holds no intervention: {_JSON} not found. Make one with Intervention.save.")
     record = load_json(folder / _JSON, dict)

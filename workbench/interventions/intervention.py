@@ -156,7 +156,7 @@ class Intervention(Shown):
 
     @classmethod
     def load(cls, folder: str | Path) -> Intervention:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, or the ZIP archive of it that the playground gives.
 
         Raises:
             MissingFileError: if there is none.

@@ -3,7 +3,8 @@
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from workbench.core.errors import WorkbenchError
 from workbench.core.records import to_jsonable
 from workbench.serve.ask import Ask
 from workbench.serve.desk import Desk
-from workbench.serve.export import generate_command, python_block, save_edits
+from workbench.serve.export import generate_command, packed_edits, python_block, save_edits
 from workbench.serve.guard import Guard, GuardedApp
 from workbench.serve.page import playground_page
 from workbench.serve.playground import Playground
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_NAME = 64
 """Characters of the name of a run that count."""
+PART_BYTES = 2**20
+"""Bytes of a file that are read at once."""
 
 
 def playground_app(
@@ -119,6 +122,8 @@ def _add_runs(app: "FastAPI", playground: Playground, desk: Desk) -> None:
 
 
 def _add_exports(app: "FastAPI", playground: Playground, desk: Desk, out: Path | None) -> None:
+    from fastapi.responses import StreamingResponse
+
     @app.post("/api/python")
     def python(asked: dict[str, object]) -> dict[str, str]:
         return {"code": python_block(playground, Ask.read(asked))}
@@ -128,6 +133,21 @@ def _add_exports(app: "FastAPI", playground: Playground, desk: Desk, out: Path |
         ask = Ask.read(asked)
         folder = await desk.call(lambda: save_edits(playground, ask, out))
         return {"folder": str(folder), "command": generate_command(playground, ask, folder)}
+
+    @app.post("/api/download")
+    async def download(asked: dict[str, object]) -> StreamingResponse:
+        ask = Ask.read(asked)
+        name, file = await desk.call(lambda: packed_edits(playground, ask))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        headers = {"Content-Disposition": f'attachment; filename="{name}"', "Content-Length": str(size)}
+
+        def parts() -> Iterator[bytes]:
+            with file:
+                while part := file.read(PART_BYTES):
+                    yield part
+
+        return StreamingResponse(parts(), media_type="application/zip", headers=headers)
 
 
 def _json(value: object) -> str:

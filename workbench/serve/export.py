@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from workbench.core.errors import InvalidInputError
 from workbench.core.records import to_jsonable
 from workbench.features.scores.origin import origin
+from workbench.interventions.files import pack
+from workbench.interventions.intervention import Intervention
 from workbench.serve.ask import Ask, FeatureEdit
 from workbench.serve.edits import by_mode, steered
 from workbench.serve.playground import Playground
@@ -59,19 +63,37 @@ def save_edits(playground: Playground, ask: Ask, out: Path | None) -> Path:
     """
     if out is None:
         raise InvalidInputError(
-            "Save as intervention: this server was started without a folder to write to. Start it with --out FOLDER, "
-            "or copy the edits as Python."
+            "Save as intervention: this server was started without a folder to write to. Download the edits, copy them "
+            "as Python, or start it with --out FOLDER."
         )
+    edits = _edits(playground, ask)
+    folder = out / _folder_name(playground, ask)
+    return folder if (folder / "intervention.json").is_file() else edits.save(folder)
+
+
+def packed_edits(playground: Playground, ask: Ask) -> tuple[str, IO[bytes]]:
+    """Name and contents of a file with the edits of a run: what `save_edits` writes, as a ZIP archive.
+
+    The contents are a temporary file without a name, which is gone when it is closed.
+
+    Raises:
+        InvalidInputError: without edits, or for edits that `Playground.check` refuses.
+    """
+    edits, name = _edits(playground, ask), _folder_name(playground, ask)
+    with tempfile.TemporaryDirectory(prefix="workbench-") as place:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - handed over open
+        pack(edits.save(Path(place) / name), file)
+    return f"{name}.zip", file
+
+
+def _edits(playground: Playground, ask: Ask) -> Intervention:
     if not ask.edits:
         raise InvalidInputError("Save as intervention: no feature is edited. Choose one first.")
     playground.check(ask)
     assert playground.sae is not None
     assert playground.site is not None
-    folder = out / _folder_name(playground, ask)
-    if (folder / "intervention.json").is_file():
-        return folder
     edits = steered(playground.sae, playground.site, ask.edits, SCOPES[ask.scope])
-    return replace(edits, made_for=playground.model.fingerprint).save(folder)
+    return replace(edits, made_for=playground.model.fingerprint)
 
 
 def generate_command(playground: Playground, ask: Ask, folder: Path) -> str:

@@ -322,14 +322,25 @@
   /* ----------------------------------------------------- Python, intervention */
 
   /* Sends the form to one of the short questions and shows the answer. */
-  async function take(path, part, show) {
+  async function take(path, part, show, read = (answer) => answer.json()) {
     complain(null);
     try {
-      await show(await (await post(path, form())).json());
+      await show(await read(await post(path, form())));
     } catch (error) {
       $(part).hidden = true;
       complain(error.message);
     }
+  }
+
+  async function fileOf(answer) {
+    return { name: answer.headers.get("Content-Disposition").split('"')[1], content: await answer.blob() };
+  }
+
+  function keepFile({ name, content }) {
+    const link = el("a", { href: URL.createObjectURL(content), download: name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+    showTaken(`Downloaded ${name}. It is read so, for this model:`, `edits = wb.Intervention.load(${JSON.stringify(name)})`);
   }
 
   async function showPython({ code }) {
@@ -535,6 +546,7 @@
     $("read").addEventListener("click", () => take("/api/active", "active", drawActive));
     $("python").addEventListener("click", () => take("/api/python", "taken", showPython));
     $("save").addEventListener("click", () => take("/api/save", "taken", ({ folder, command }) => showTaken(`Saved in ${folder}. It is used by Intervention.load, or so:`, command)));
+    $("download").addEventListener("click", () => take("/api/download", "taken", keepFile, fileOf));
     $("taken-close").addEventListener("click", () => { $("taken").hidden = true; });
     $("colour").addEventListener("change", () => { state.colour = $("colour").value; paint(); });
     for (const kind of ["mouseover", "focusin"]) $("texts").addEventListener(kind, tipFor);
