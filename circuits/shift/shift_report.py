@@ -8,7 +8,7 @@ from circuits.shift.deciders import Decision
 from workbench.controls.methods import Role
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
-from workbench.core.numbers import number, rounding_error
+from workbench.core.numbers import counted, number, rounding_error
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Headline, Metric, Report, Says, Section, Table, Text
 
@@ -362,8 +362,8 @@ class ShiftReport(Report):
             f"on the ambiguous set {self.probe}, with shuffled labels {self.shuffled}.\n\n"
             f"Judge: {self.judge}. It uses: {self.judge_information}. Features judged spurious are set to zero "
             "at every pooled "
-            f"token, the SAE's error is kept. Random features: {self.random_draws} draws, matched on activation "
-            "frequency and norm. "
+            f"token, the SAE's error is kept. Random features: {counted(self.random_draws, 'draws')}, matched on "
+            "activation frequency and norm. "
             f"Made by plain hooks with the SAE's own encode and decode, the edit differs on {check.n_rows} {checked}"
         )
 

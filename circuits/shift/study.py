@@ -40,6 +40,7 @@ from workbench.controls.methods import comparisons, methods_of
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.numbers import counted
 from workbench.core.tokens import TokenBatch
 from workbench.judges.protocol import Judge
 from workbench.models.model import Model
@@ -270,7 +271,7 @@ def _methods(
 ) -> tuple[ShiftMethod, ...]:
     """Every method of the study, those of the task included."""
     most_effective = _skyline(study, len(chosen), options)
-    of_draws = f"activation frequencies and norms; mean of {len(draws)} draws"
+    of_draws = f"activation frequencies and norms; mean of {counted(len(draws), 'draws')}"
     of_skyline = "attribute labels of balanced training rows"
     skyline = ablation("skyline", of_skyline, lambda _: [most_effective], ("variant", "rival"))
     others = (*skyline, *study.task.methods, SWAP_DIRECTION_REMOVED)

@@ -15,6 +15,7 @@ from workbench.controls.methods import Method
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine, first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
+from workbench.core.numbers import counted
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 
 Pair = tuple[str, str]
@@ -37,8 +38,8 @@ class LabelledTexts(OneLine):
     def __post_init__(self) -> None:
         if not len(self.texts) == len(self.label) == len(self.spurious):
             raise ShapeError(
-                f"LabelledTexts: {len(self.texts)} texts, {len(self.label)} labels, {len(self.spurious)} attributes; "
-                "these must pair up."
+                f"LabelledTexts: {counted(len(self.texts), 'texts')}, {counted(len(self.label), 'labels')}, "
+                f"{counted(len(self.spurious), 'attributes')}; these must pair up."
             )
         other = sorted((set(self.label) | set(self.spurious)) - {0, 1})
         if other:

@@ -140,7 +140,7 @@ def test_variants_keep_the_model_that_they_were_made_for() -> None:
 
 
 def test_variants_for_another_number_of_prompts_are_refused() -> None:
-    with pytest.raises(ShapeError, match="3 rows; there are 2 prompts"):
+    with pytest.raises(ShapeError, match="3 rows; asked for 2 prompts"):
         variants([Intervention.at("resid_post.1", Add(_random(3, D_MODEL)))], 2)
     with pytest.raises(DegenerateInputError, match="no intervention"):
         variants([], 2)

@@ -70,7 +70,7 @@ def test_a_transcoder_is_trained(store: ActivationStore, tmp_path: Path, capsys:
         (["--site", SITE, "--batch", "900", "--tokens", "900"], "one batch needs 900"),
         (["--site", SITE, "--l1", "2"], "l1 (2.0,) has no effect on topk"),
         (["--site", SITE, "--architecture", "tpok"], "Did you mean topk"),
-        (["--site", SITE, "--target-site", WRITTEN, SITE], "2 target sites for 1 sites"),
+        (["--site", SITE, "--target-site", WRITTEN, SITE], "2 target sites for 1 site"),
         (["--site", READ, "--target-site", WRITTEN], "Use 'batchtopk'"),
         (["--site", SITE, "--k", "4", "--lr", "1e30"], "Lower lr"),
         (["--site", SITE, "--device", "cuda:9"], "device='cuda:9'"),

@@ -14,6 +14,7 @@ from workbench.activations.manifest import Packing
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.jsontext import Json
+from workbench.core.numbers import counted
 from workbench.core.tokenizer import TokenizerLike, affixes, decoded, require_unicode, text_ids
 from workbench.models.model import Model
 
@@ -101,8 +102,8 @@ def packed(
     width = context - len(prefix)
     if width < 1:
         raise InvalidInputError(
-            f"context={context}: the tokenizer puts {len(prefix)} tokens in front of a row ({list(prefix)}), so no "
-            "text fits. Raise context."
+            f"context={context}: the tokenizer puts {counted(len(prefix), 'tokens')} in front of a row "
+            f"({list(prefix)}), so no text fits. Raise context."
         )
     limit = None if tokens is None else -(-tokens // context)
     rows = _Rows(width, prefix)

@@ -306,7 +306,7 @@ def check_room(estimate: HarvestEstimate, plan: Manifest, folder: Folder) -> Non
     Raises:
         ResourceError: if disk or memory do not suffice.
     """
-    asked = f"Harvesting {estimate} at {len(plan.sites)} sites in {folder.where}"
+    asked = f"Harvesting {estimate} at {counted(len(plan.sites), 'sites')} in {folder.where}"
     need, free = estimate.disk_bytes, estimate.free_disk_bytes
     if need is not None and free is not None and need > free:
         smaller = ", dtype='int8'" if plan.dtype == "bfloat16" else ""

@@ -21,6 +21,7 @@ from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ModelUnavailableError, did_you_mean
 from workbench.core.jsontext import Json, Record
+from workbench.core.numbers import counted
 from workbench.core.progress import quiet_libraries, task
 from workbench.core.tokenizer import TokenizerLike, decoded, start_ids
 from workbench.models.hub import unreachable
@@ -86,8 +87,8 @@ class SelfText(OneLine):
         start = torch.tensor(start_ids(model.tokenizer))
         if len(start) >= self.context:
             raise InvalidInputError(
-                f"SelfText(context={self.context}): the model's texts start from {len(start)} tokens, so rows of "
-                f"{self.context} hold no text. Raise context."
+                f"SelfText(context={self.context}): the model's texts start from {counted(len(start), 'tokens')}, so "
+                f"rows of {self.context} hold no text. Raise context."
             )
         for first in range(start_row, self.n_rows(), self.batch_size):
             n = min(self.batch_size, self.n_rows() - first)

@@ -12,7 +12,7 @@ import tyro
 from workbench.cli.base import BaseCommand, Command, model_words, typed
 from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
-from workbench.core.numbers import number
+from workbench.core.numbers import counted, number
 from workbench.core.records import write_atomic
 from workbench.interventions.intervention import Intervention
 from workbench.models.generation import Generation
@@ -202,7 +202,7 @@ class Generate(Command):
             "note": note,
         }  # fmt: skip
         ended = out.ended[0].replace("_", " ")
-        said = f"[{len(logprobs)} tokens, ended by {ended}, mean log-probability {mean}; {note}]"
+        said = f"[{counted(len(logprobs), 'tokens')}, ended by {ended}, mean log-probability {mean}; {note}]"
         lines = [out.texts[0], said]
         if edits is not None:
             summary["unedited"] = continued(None).texts[0]

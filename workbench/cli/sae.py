@@ -76,7 +76,8 @@ class SaeTrain(BaseCommand):
         sites = [store.site(site) for site in self.site] or [store.site()]
         if len(self.target_site) not in (0, len(sites)):
             raise InvalidInputError(
-                f"sae train: {len(self.target_site)} target sites for {len(sites)} sites. Give one for each, in order."
+                f"sae train: {counted(len(self.target_site), 'target sites')} for {counted(len(sites), 'sites')}. Give "
+                "one for each, in order."
             )
         targets = self.target_site or (None,) * len(sites)
         configs = []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.numbers import counted
 
 N_NEAREST = 20
 MAX_POOL_SHARE = 0.05
@@ -67,7 +68,8 @@ def matched_features(
     eligible = eligible_features(frequency, norm=norm, excluded=(*chosen, *excluded))
     if (there := int(eligible.sum())) < max(1, len(chosen)):
         raise DegenerateInputError(
-            f"matched_features: a random control for {len(chosen)} features needs as many others, and {there} of "
+            f"matched_features: a random control for {counted(len(chosen), 'features')} needs as many others, and "
+            f"{there} of "
             f"{len(eligible)} are active, write something and are not excluded, so there is no control. Use a larger "
             "SAE or more text, or choose fewer features."
         )

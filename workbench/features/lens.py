@@ -83,7 +83,7 @@ class Lens(Shown):
 
     def _shown_line(self) -> str:
         n, tokens, k = self.ids.shape
-        return f"{n} sites x {tokens} tokens, the {k} most probable tokens at each"
+        return f"{counted(n, 'sites')} x {counted(tokens, 'tokens')}, the {k} most probable tokens at each"
 
     def _shown_parts(self) -> Iterable[Markup]:
         rows = self.rows.unique().tolist()
@@ -269,7 +269,7 @@ class AttentionMap(Shown):
 
     def _shown_line(self) -> str:
         heads = sum(len(pattern) for pattern in self.patterns.values())
-        return f"{heads} heads of {', '.join(self.patterns)} on {len(self.tokens)} tokens"
+        return f"{counted(heads, 'heads')} of {', '.join(self.patterns)} on {counted(len(self.tokens), 'tokens')}"
 
     def _shown_parts(self) -> Iterable[Markup]:
         yield grids(_head_maps(self))
@@ -289,7 +289,10 @@ def _head_maps(attention: AttentionMap) -> Iterator[Markup]:
         caption = f"{site} head {head}: from row to column"
         yield grid(names, names, shares, titles=titles, caption=caption)
     if len(attention.tokens) > len(names) or len(heads) > len(shown):
-        yield preformatted(f"{len(heads)} heads and {len(attention.tokens)} tokens in all; frame() has every weight")
+        yield preformatted(
+            f"{counted(len(heads), 'heads')} and {counted(len(attention.tokens), 'tokens')} in all; frame() has every "
+            "weight"
+        )
 
 
 HEADS_SHOWN, TOKENS_SHOWN = 6, 24

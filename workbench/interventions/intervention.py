@@ -122,8 +122,8 @@ class Intervention(Shown):
             return self
         if n > 1 or any(edit.scope.n_rows is not None for edit in self.edits):
             raise ShapeError(
-                f"The intervention has parameters for {n} rows; there are {batch} prompts. Give parameters for "
-                f"{batch} rows, or without an axis of rows for all of them."
+                f"The intervention has parameters for {counted(n, 'rows')}; asked for {counted(batch, 'prompts')}. "
+                f"Give parameters for {batch} rows, or without an axis of rows for all of them."
             )
         return self.take(torch.zeros(batch, dtype=torch.long))
 

@@ -77,7 +77,7 @@ class EditReport(Shown):
 
     def __str__(self) -> str:
         text = (
-            f"{self.edit}: fired {self.fired}x on {self.tokens} tokens, mean norm added "
+            f"{self.edit}: fired {self.fired}x on {counted(self.tokens, 'tokens')}, mean norm added "
             f"{number(self.mean_norm_applied)} ({percent(self.share)} of the activation norm)"
         )
         if self.together > 1:

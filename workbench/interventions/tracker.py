@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from workbench.core.errors import EditError, ShapeError
+from workbench.core.numbers import counted
 from workbench.hooks.sites import Point
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.jobs import Job
@@ -161,13 +162,16 @@ class Tracker:
         if n is None:
             return torch.arange(batch, device=device)
         if batch % n:
-            raise ShapeError(f"The intervention has parameters for {n} rows; the batch has {batch} rows.")
+            raise ShapeError(
+                f"The intervention has parameters for {counted(n, 'rows')}; the batch has {counted(batch, 'rows')}."
+            )
         repeats = batch // n
         if repeats > 1 and (n > 1 or self._has_masks):
             groups = source.reshape(n, repeats, -1)
             if not bool((groups == groups[:, :1]).all()):
                 raise ShapeError(
-                    f"The intervention has parameters for {n} rows; the batch has {batch} rows, and they are not each "
+                    f"The intervention has parameters for {counted(n, 'rows')}; the batch has "
+                    f"{counted(batch, 'rows')}, and they are not each "
                     f"row repeated {repeats} times (as beams or returned sequences are). Give parameters for {batch}."
                 )
         return torch.arange(n, device=device).repeat_interleave(repeats)

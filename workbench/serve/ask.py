@@ -85,7 +85,9 @@ class Ask:
 
     def __post_init__(self) -> None:
         if len(self.edits) > MAX_EDITS:
-            raise InvalidInputError(f"{len(self.edits)} edits: at most {MAX_EDITS} are made at once. Remove some.")
+            raise InvalidInputError(
+                f"{counted(len(self.edits), 'edits')}: at most {MAX_EDITS} are made at once. Remove some."
+            )
         if not self.prompt:
             raise InvalidInputError("The prompt is empty. Write something to be continued.")
         if len(self.prompt) > MAX_PROMPT:

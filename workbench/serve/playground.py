@@ -106,7 +106,8 @@ class Playground:
         if ask.edits:
             if self.basis is None:
                 raise InvalidInputError(
-                    f"{len(ask.edits)} edits were asked for, but no SAE was given. Start again with --sae FOLDER."
+                    f"{counted(len(ask.edits), 'edits')} asked for, but no SAE was given. Start again with --sae "
+                    "FOLDER."
                 )
             self.basis.features([edit.feature for edit in ask.edits])
         if ask.chat and not self.about["chat"]:

@@ -144,7 +144,8 @@ class FeatureTable(Shown):
         pool = pool.sort_values(["output_score", "feature"])[: max(int(share * len(pool)), len(features))]
         if len(pool) < len(features):
             raise DegenerateInputError(
-                f"worst_matched: {len(features)} features asked for, {len(pool)} others are alive. Ask for fewer."
+                f"worst_matched: {counted(len(features), 'features')} asked for, {len(pool)} others are alive. Ask for "
+                "fewer."
             )
         ids = [*features, *pool["feature"]]
         frequency = [float(self.row(feature)["frequency"]) for feature in features] + [*pool["frequency"].astype(float)]

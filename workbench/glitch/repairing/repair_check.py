@@ -10,7 +10,7 @@ from workbench.core.arguments import checked
 from workbench.core.codec import codec_of
 from workbench.core.display import first_few
 from workbench.core.errors import DegenerateInputError, require
-from workbench.core.numbers import number, setting
+from workbench.core.numbers import counted, number, sample_size, setting
 from workbench.core.progress import task
 from workbench.core.stats import SIGNED_SHARE, Estimate, paired_difference
 from workbench.glitch.repairing.repair import Control, Repair, RepairOptions, control_of
@@ -159,7 +159,7 @@ class RepairReport(TokenReport):
 
     def _verdict(self) -> str:
         kind = "tied" if self.tied else "untied"
-        what = f"{len(self.ids)} tokens of {self.model} ({kind}), reading={self.options.reading}, "
+        what = f"{counted(len(self.ids), 'tokens')} of {self.model} ({kind}), reading={self.options.reading}, "
         what += f"writing={self.options.writing}, from {self.options.sources}"
         if not self.guard:
             return (
@@ -215,7 +215,7 @@ class RepairReport(TokenReport):
         arms = Table(
             ("arm", "mean copy probability", "mean gap to the spelled text (nats)"),
             tuple((ARMS[arm], _mean(self.copied[arm]), _mean(self.gap[arm])) for arm in self.copied),
-            f"{len(self.ids)} tokens; prompts {', '.join(self.prompts)}.",
+            f"{counted(len(self.ids), 'tokens')}; prompts {', '.join(self.prompts)}.",
         )
         rows = tuple(
             (i, shown(text), " + ".join(map(shown, pieces)), self.copied["before"][k], self.copied["repaired"][k],
@@ -224,7 +224,7 @@ class RepairReport(TokenReport):
         )  # fmt: skip
         columns = ("id", "token", "made of", "p before", "p repaired", "gap before", "gap repaired")
         edits = Table(("what the edits did",), tuple((line,) for line in self.edits))
-        return arms, Table(columns, rows, f"n = {len(rows)} tokens"), edits
+        return arms, Table(columns, rows, sample_size(len(rows), "tokens")), edits
 
     def metrics(self) -> dict[str, Metric]:
         """Flat numbers."""

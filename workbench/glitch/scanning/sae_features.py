@@ -16,7 +16,7 @@ from workbench.bases.sae import AnySAE, as_basis
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require
 from workbench.core.metrics import squared_error
 from workbench.core.progress import track
-from workbench.core.stats import Estimate, discovery_rates, paired_difference, sample_mean, sample_ratio
+from workbench.core.stats import POSITIVE, Estimate, discovery_rates, paired_difference, sample_mean, sample_ratio
 from workbench.core.tokens import TokenBatch
 from workbench.glitch.ranking.weights import in_memory
 from workbench.glitch.scanning.sae_feature_report import FeatureRow, GlitchFeatures
@@ -129,7 +129,10 @@ def glitch_features(
         texts=tuple(vocabulary.text[i] for i in np.asarray(ids)[glitch]), asked=len(asked), distinct=len(distinct),
         n_controls=int(control.sum()), dropped=(int((~kept & (owner < 0)).sum()), int((~kept & (owner >= 0)).sum())),
         contexts=options.contexts, rows=rows, tested=tested, fdr=options.fdr, shuffled=shuffled,
-        l0=(sample_mean(l0[glitch], unit="glitch tokens"), sample_mean(l0[control], unit="control tokens")),
+        l0=(
+            sample_mean(l0[glitch], unit="glitch tokens", within=POSITIVE),
+            sample_mean(l0[control], unit="control tokens", within=POSITIVE),
+        ),
         **_fvu(read, glitch, control, beside, options.seed),
     )  # fmt: skip
 

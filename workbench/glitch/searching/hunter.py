@@ -78,7 +78,7 @@ def hunt(
     options = options or HunterOptions()
     current = np.unique(np.asarray(ids, dtype=np.int64))
     if len(current) < 2:
-        raise DegenerateInputError(f"hunt: {len(current)} tokens can't be clustered. Give at least two.")
+        raise DegenerateInputError(f"hunt: {counted(len(current), 'tokens')} can't be clustered. Give at least two.")
     if current[0] < 0 or current[-1] >= len(rows):
         raise ShapeError(f"hunt: ids from {current[0]} to {current[-1]}, but the embedding has {len(rows)} rows.")
     asker, rng, notes = Asker(oracle), np.random.default_rng(options.seed), []

@@ -13,6 +13,7 @@ import numpy as np
 
 from workbench.core.codec import Codec
 from workbench.core.errors import DegenerateInputError, MissingFileError, require
+from workbench.core.numbers import counted
 from workbench.core.progress import track
 from workbench.glitch.text.spans import encode_spans
 from workbench.glitch.vocabulary.tokenizer import Vocabulary
@@ -114,7 +115,9 @@ def read_lexicon(path: Path) -> tuple[str, ...]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     words = tuple(dict.fromkeys(word for line in lines if (word := line.strip()).isalpha() and len(word) > 1))
     if len(words) < 2:
-        raise DegenerateInputError(f"{path} holds {len(words)} words of letters alone; a pair needs two. Add words.")
+        raise DegenerateInputError(
+            f"{path} holds {counted(len(words), 'words of letters alone')}; a pair needs two. Add words."
+        )
     return words
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
-from workbench.core.numbers import number, setting
+from workbench.core.numbers import counted, number, setting
 from workbench.core.stats import Estimate
 from workbench.core.tokenizer import special_ids, start_ids
 from workbench.models.model import Model
@@ -136,7 +136,7 @@ class CorpusReport(Report):
             tuple((label, self.found[key], self.null[key]) for key, label in LABELS.items()),
             f"First tokens. In nats; entropy of the model's next token {number(self.entropy)}. Pseudo-count "
             f"{setting(self.options.pseudo_count)} in all; null: median and central {setting(CENTRAL)} of "
-            f"{self.options.draws} draws of {self.n_sequences} tokens.",
+            f"{counted(self.options.draws, 'draws')} of {counted(self.n_sequences, 'tokens')}.",
         )
         first = Table(("first token", "share in the corpus", "probability under the model"), self.top)
         repetition = Table(

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.numbers import counted
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
@@ -99,7 +100,9 @@ def fit_reft(
     """
     options = options or ReftOptions()
     if len(texts) < 4:
-        raise DegenerateInputError(f"fit_reft: {len(texts)} texts. Give four or more; some of them say when to stop.")
+        raise DegenerateInputError(
+            f"fit_reft: {counted(len(texts), 'texts')}. Give four or more; some of them say when to stop."
+        )
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(texts), generator=generator)
     n_held = min(max(1, round(options.held_out * len(texts))), len(texts) - 2)

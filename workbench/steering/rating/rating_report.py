@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workbench.core.numbers import setting
+from workbench.core.numbers import counted, setting
 from workbench.core.stats import Estimate
 from workbench.judges.gate import JudgeGate
 from workbench.judges.protocol import MAX_FAILED_SHARE, Cost
@@ -113,7 +113,7 @@ class RatingReport(Report):
             for arm in self.arms
         )  # fmt: skip
         columns = ("arm", *KINDS, "mean of harmonics (AxBench)", "harmonic of means", "less unsteered")
-        caption = f"Ratings from 0 to 2 on {len(self.prompts)} prompts that chose no strength"
+        caption = f"Ratings from 0 to 2 on {counted(len(self.prompts), 'prompts')} that chose no strength"
         gate = Table(
             ("kind", "right less wrong"), tuple(self.gate.margins.items()), f"What {self.judge} can tell, of 2 points"
         )

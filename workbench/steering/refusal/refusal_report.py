@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from workbench.core.arguments import checked
-from workbench.core.numbers import number, sample_size, setting
+from workbench.core.numbers import counted, number, sample_size, setting
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Cell, Headline, Lines, Metric, Report, Says, Section, Series, Table, Text
 from workbench.steering.refusal.contrast_features import FeatureRow
@@ -76,7 +76,8 @@ class RefusalReport(Report):
         intro = Text(
             f"Steering {self.model} at {self.site}, every token but the first (an attention sink). The refusal "
             "direction is the difference of means between given refusals and given compliant replies, each after "
-            f"harmful and harmless prompts alike ({self.n_train} pairs, reply tokens only). Strength 1 adds it once. "
+            f"harmful and harmless prompts alike ({counted(self.n_train, 'pairs')}, reply tokens only). Strength 1 "
+            "adds it once. "
             f"Prompts: {self.note}; the template's default system prompt is in place. First-token log-odds count the "
             f"tokens {words}; replies are greedy, {self.new_tokens} tokens at most. Random arms use another random "
             "direction or other random features for each prompt. Intervals are 95 % over prompts."

@@ -280,9 +280,11 @@ class SteeringReport(TextsReport):
         return (
             f"{s['site']} of {s['model']}, steered at {s['scope']} with strength * {size} * W_dec[f]; "
             f"{s['new_tokens']} tokens at temperature {s['temperature']}, seed {s['seed']}, the same random numbers "
-            f"for a prompt in every arm. Strengths were chosen on {self.n_selection} prompts by (lens tokens per text) "
+            f"for a prompt in every arm. Strengths were chosen on {counted(self.n_selection, 'prompts')} by (lens "
+            "tokens per text) "
             f"/ perplexity, leaving out strengths with more than {setting(DEGENERATE_COUNT)} lens tokens per text; "
-            f"everything below is from the other {self.n_evaluation} prompts unless it says otherwise. Random and "
+            f"everything below is from the other {counted(self.n_evaluation, 'prompts')} unless it says otherwise. "
+            "Random and "
             f"negated directions run at the strength of their feature; random features are matched on {matched}. "
             "Perplexity is that of the unsteered model. Log-odds and KL are those of the next token right after the "
             "prompt, before anything is sampled. Loss on plain text is that of the edited model minus that of the "
