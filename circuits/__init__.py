@@ -19,6 +19,7 @@ from circuits.attribution import (
     node_effects,
 )
 from circuits.decomposition import bases, neurons
+from circuits.discovery.samples import SampleOptions, Samples, find_samples
 from circuits.pairs import Pairs
 from circuits.saes.report import TrainedSAEs
 from circuits.saes.training import SAEsEstimate, SAETrainingOptions, estimate_saes, train_saes
@@ -53,6 +54,8 @@ __all__ = [
     "Pairs",
     "SAETrainingOptions",
     "SAEsEstimate",
+    "SampleOptions",
+    "Samples",
     "ShiftOptions",
     "ShiftReport",
     "ShiftTask",
@@ -64,6 +67,7 @@ __all__ = [
     "biographies",
     "estimate_saes",
     "exact_effects",
+    "find_samples",
     "linear_effects",
     "neurons",
     "node_effects",
