@@ -18,7 +18,7 @@ from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, ResourceError
 from workbench.core.html import Shown
-from workbench.core.numbers import counted
+from workbench.core.numbers import byte_size, counted
 from workbench.core.progress import clock, say, track
 from workbench.engine.folder import open_folder
 from workbench.engine.keeper import Keeper
@@ -110,7 +110,7 @@ class SAEsEstimate(Shown):
             return f"{before}All SAEs are trained"
         return (
             f"{before}Training {counted(self.sites, 'SAEs')} in {counted(self.passes, 'passes')}: about "
-            f"{clock(self.seconds)}, {self.memory_bytes / 1e9:.2f} GB of memory, {self.disk_bytes / 1e9:.2f} GB on disk"
+            f"{clock(self.seconds)}, {byte_size(self.memory_bytes)} of memory, {byte_size(self.disk_bytes)} on disk"
         )
 
     def _shown_line(self) -> str:
@@ -242,13 +242,13 @@ class _Plan:
         if estimate.memory_bytes > free:
             raise ResourceError(
                 f"train_saes: an SAE of {max(c.d_sae for c in self.configs.values())} features needs "
-                f"{estimate.memory_bytes / 1e9:.2f} GB of memory; {free / 1e9:.2f} GB are free. Lower expansion or the "
+                f"{byte_size(estimate.memory_bytes)} of memory; {byte_size(free)} are free. Lower expansion or the "
                 "buffer of the SAEs."
             )
         if disk is not None and estimate.disk_bytes > disk:
             raise ResourceError(
-                f"train_saes: {counted(estimate.sites, 'SAEs')} need {estimate.disk_bytes / 1e9:.2f} GB in {self.out}; "
-                f"{disk / 1e9:.2f} GB are free. Train fewer sites, lower expansion, or use another disk."
+                f"train_saes: {counted(estimate.sites, 'SAEs')} need {byte_size(estimate.disk_bytes)} in {self.out}; "
+                f"{byte_size(disk)} are free. Train fewer sites, lower expansion, or use another disk."
             )
 
     def passes(self) -> list[list[str]]:
