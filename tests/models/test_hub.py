@@ -71,8 +71,9 @@ def test_saes_and_data_sets_of_a_hub_that_can_t_be_reached_are_answered_at_once(
     monkeypatch.setattr(sae_lens_module().SAE, "from_pretrained", lambda *words, **_: fetched.append("/".join(words)))
     monkeypatch.setattr("datasets.load_dataset", _no_download)
     sae = "gpt2-small-res-jb/blocks.8.hook_resid_pre"
-    with pytest.raises(ModelUnavailableError, match=r"can't be fetched \(.*Name or service.*folder that holds"):
+    with pytest.raises(ModelUnavailableError, match=r"can't be fetched \(.*Name or service.*folder that holds") as told:
         load_sae(sae)
+    assert "Did you mean" not in str(told.value), "the release was named rightly"
     assert hub.asked == 1
     part = cached / "models--jbloom--GPT2-Small-SAEs-Reformatted" / "snapshots" / "abc" / "blocks.8.hook_resid_pre"
     part.mkdir(parents=True)

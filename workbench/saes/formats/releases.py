@@ -41,7 +41,8 @@ def matching(where: str, limit: int = 8) -> str:
     words = [word for word in where.lower().replace("/", "-").replace("_", "-").split("-") if len(word) > 1]
     score = {name: sum(word in f"{name} {known.model}".lower() for word in words) for name, known in releases.items()}
     best = sorted((name for name in score if score[name]), key=lambda name: -score[name])[:limit]
-    close = did_you_mean(where.split("/")[0], releases)
+    name = where.split("/")[0]
+    close = "" if name in releases else did_you_mean(name, releases)
     meant = f"{close} " if close.startswith("Did") else ""
     return f"{meant}Releases of sae_lens that match: {', '.join(best) or 'none'}."
 
