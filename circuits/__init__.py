@@ -1,4 +1,4 @@
-"""Which features carry a behaviour, and what is left of it without them: attribution, judges, SHIFT.
+"""Which features carry a behaviour, and what is left of it without them: attribution, circuits, judges, SHIFT.
 
 ```
 import circuits
@@ -9,17 +9,29 @@ report = circuits.shift(model, {"resid_post.15": sae}, circuits.biographies())
 from __future__ import annotations
 
 from circuits import behaviours
-from circuits.attribution import (
-    AttributionOptions,
+from circuits.decomposition import bases, heads, mlp_hidden, neurons, pca, random
+from circuits.discovery.samples import SampleOptions, Samples, find_samples
+from circuits.edges.attribute import edge_effects
+from circuits.edges.tables import Edges, EdgeTable
+from circuits.faithful.measure import Faithfulness, faithfulness
+from circuits.graph.circuit import Circuit, SiteNodes, load_circuit
+from circuits.metrics import (
+    LogitMetric,
     LossOfMargin,
     Metric,
-    NodeEffects,
-    exact_effects,
-    linear_effects,
-    node_effects,
+    SiteMetric,
+    kl,
+    log_probability,
+    logit_difference,
+    negative_logit,
+    of_logits,
+    of_site,
+    probe_margin,
 )
-from circuits.decomposition import bases, neurons
-from circuits.discovery.samples import SampleOptions, Samples, find_samples
+from circuits.nodes.attribute import node_effects
+from circuits.nodes.effects import NodeEffects, SiteEffects
+from circuits.nodes.exact import exact_effects, linear_effects
+from circuits.nodes.runs import AttributionOptions
 from circuits.pairs import Pairs
 from circuits.saes.report import TrainedSAEs
 from circuits.saes.training import SAEsEstimate, SAETrainingOptions, estimate_saes, train_saes
@@ -42,10 +54,15 @@ __all__ = [
     "AskedDecider",
     "AttributionOptions",
     "BiographyOptions",
+    "Circuit",
     "Decider",
+    "EdgeTable",
+    "Edges",
+    "Faithfulness",
     "FeatureDossier",
     "LabelledTexts",
     "LexiconDecider",
+    "LogitMetric",
     "LossOfMargin",
     "Metric",
     "Node",
@@ -59,18 +76,35 @@ __all__ = [
     "ShiftOptions",
     "ShiftReport",
     "ShiftTask",
+    "SiteEffects",
+    "SiteMetric",
+    "SiteNodes",
     "StatisticsDecider",
     "TrainedSAEs",
     "Verdict",
     "bases",
     "behaviours",
     "biographies",
+    "edge_effects",
     "estimate_saes",
     "exact_effects",
+    "faithfulness",
     "find_samples",
+    "heads",
+    "kl",
     "linear_effects",
+    "load_circuit",
+    "log_probability",
+    "logit_difference",
+    "mlp_hidden",
+    "negative_logit",
     "neurons",
     "node_effects",
+    "of_logits",
+    "of_site",
+    "pca",
+    "probe_margin",
+    "random",
     "shift",
     "train_saes",
 ]

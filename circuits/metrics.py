@@ -123,21 +123,25 @@ class AnswerMetric(OneLine):
         return _KINDS[self.name](model, examples)
 
 
+@checked
 def logit_difference() -> AnswerMetric:
     """Logit of the patch answer minus that of the clean answer, which is also the difference of log probabilities."""
     return AnswerMetric("logit_difference")
 
 
+@checked
 def log_probability() -> AnswerMetric:
     """Minus the log probability of the clean answer, in nats."""
     return AnswerMetric("log_probability")
 
 
+@checked
 def negative_logit() -> AnswerMetric:
     """Minus the logit of the clean answer, without a softmax."""
     return AnswerMetric("negative_logit")
 
 
+@checked
 def kl() -> AnswerMetric:
     """KL divergence of the next token from the clean run's distribution, in nats; 0 in the clean run."""
     return AnswerMetric("kl")
@@ -149,11 +153,13 @@ def probe_margin(probe: Probe, labels: Int[Tensor, " rows"], keep: Bool[Tensor, 
     return LossOfMargin(probe, labels, keep)
 
 
+@checked
 def of_logits(fn: Callable[[Tensor, Tensor], Tensor], name: str = "a function of the logits") -> LogitMetric:
     """Any function of the logits of each row's last token, `(batch, d_vocab)`, and of the numbers of the rows."""
     return LogitMetric(name, fn)
 
 
+@checked
 def of_site(site: str, fn: Callable[[Tensor, Tensor], Tensor], name: str = "a function of a site") -> SiteMetric:
     """Any function of the activations at a site, `(batch, pos, d)`, and of the numbers of the rows."""
     return SiteMetric(site, fn, name)

@@ -262,15 +262,49 @@ def _run(folder: Path) -> RunDir:
     return run
 
 
+METRIC = circuits.logit_difference()
+
+
+@cache
+def _pairs() -> circuits.Pairs:
+    clean = [f"ab{EVIL[:9]}{chr(97 + i)}" for i in range(20)]
+    return circuits.Pairs.of(
+        tiny_model(), clean=clean, patch=[f"b{text[1:]}" for text in clean], answers=[("g", "h")] * 20
+    )
+
+
+def _bench() -> tuple[wb.Model, dict[str, Any]]:
+    model = tiny_model()
+    return model, circuits.neurons(model, [f"{kind}.{i}" for i in range(3) for kind in ("mlp_out", "resid_post")])
+
+
+@cache
+def _effects() -> circuits.NodeEffects:
+    return circuits.node_effects(*_bench(), _pairs(), METRIC, steps=2, aggregation="none")
+
+
+@cache
+def _edges() -> circuits.Edges:
+    return circuits.edge_effects(*_bench(), _pairs(), METRIC, _effects().circuit(n=200))
+
+
+@cache
+def _faithful() -> circuits.Faithfulness:
+    return circuits.faithfulness(*_bench(), _effects().circuit(n=9), _pairs(), METRIC)
+
+
 REAL: dict[type, Callable[[Path], object]] = {
     ActivationStore: _store,
     Activations: lambda _: tiny_model().capture("one", [*tiny_model().sites(), *(f"z.{i}.h{h}" for i in range(3) for h in range(2))]),
     Answers: lambda _: Answers(np.ones(5_000)),
     CardSet: lambda _: CardSet(tuple(range(500)), {"site": EVIL, "model": EVIL}, _Cards()),
     CheckReport: lambda _: CheckReport((Check(EVIL, False, EVIL),) * 500, {Site("z", i): EVIL for i in range(99)}),
-    circuits.NodeEffects: lambda _: circuits.NodeEffects(
-        site="z.1", effect=torch.randn(5_000), se=torch.ones(5_000), error=0.1, total=1.0, gap=0.1, n_rows=3, method=EVIL
-    ),
+    circuits.Circuit: lambda _: _effects().circuit(n=200).with_labels({}),
+    circuits.Edges: lambda _: _edges(),
+    circuits.Faithfulness: lambda _: _faithful(),
+    circuits.NodeEffects: lambda _: _effects(),
+    circuits.Pairs: lambda _: _pairs(),
+    circuits.SiteEffects: lambda _: _effects()["resid_post.1"],
     DepthScores: lambda _: DepthScores(tuple(range(200)), torch.ones(200, 9), torch.ones(200, 9)),
     EditReport: lambda _: _edit_report(),
     EditReports: lambda _: EditReports([_edit_report()] * 500),

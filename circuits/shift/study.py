@@ -14,9 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution import AttributionOptions, LossOfMargin, NodeEffects, linear_effects, node_effects
 from circuits.decomposition import bases as checked_bases
 from circuits.decomposition import refuse_unreached
+from circuits.metrics import LossOfMargin
+from circuits.nodes.attribute import node_effects
+from circuits.nodes.effects import SiteEffects
+from circuits.nodes.exact import linear_effects
+from circuits.nodes.runs import AttributionOptions
 from circuits.shift.asked import decider_of
 from circuits.shift.collateral import collateral
 from circuits.shift.deciders import (
@@ -110,7 +114,10 @@ def shift(
     """
     options = options or ShiftOptions()
     decider = decider_of(judge or StatisticsDecider(), task, options.seed)
-    study = _read(model, checked_bases(model, bases), task, options)
+    placed = checked_bases(model, bases)
+    for basis in placed.values():
+        basis.refuse_transcoder("SHIFT")
+    study = _read(model, placed, task, options)
     effects = _effects(study, study.train, task.train.label, options)
     candidates = _candidates(effects, options.top_k)
     dossiers = _dossiers(study, candidates)
@@ -164,7 +171,7 @@ def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: Sh
 
 def _effects(
     study: ShiftStudy, pooled: PooledTexts, labels: Sequence[int], options: ShiftOptions
-) -> dict[str, NodeEffects]:
+) -> Mapping[str, SiteEffects]:
     """Effects on the margin of some labels of these texts; exact where they can be."""
     reader = study.reader
     if reader.is_linear:
@@ -174,7 +181,7 @@ def _effects(
     batch = reader.model.tokens([pooled.texts[row] for row in rows])
     keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site]).flat(reader.probe_site))
     metric = LossOfMargin(study.probe, _ints([labels[row] for row in rows]), keep)
-    return node_effects(reader.model, reader.bases, batch, metric, keep=keep, options=options.attribution)
+    return node_effects(reader.model, reader.bases, batch, metric, keep=keep, **vars(options.attribution))
 
 
 def _rows_of_each(labels: Sequence[int], n: int) -> list[int]:
@@ -190,7 +197,7 @@ def _rows_of_each(labels: Sequence[int], n: int) -> list[int]:
     return sorted(row for _, row in ranked[:n])
 
 
-def _candidates(effects: Mapping[str, NodeEffects], top_k: int) -> list[tuple[Node, float]]:
+def _candidates(effects: Mapping[str, SiteEffects], top_k: int) -> list[tuple[Node, float]]:
     """The features that support the label most; those that oppose it are never candidates."""
     supporting = [
         (Node(site, f), effect)
@@ -322,9 +329,10 @@ def _judged(dossier: FeatureDossier, verdict: Verdict, oracle: Verdict) -> Judge
     )  # fmt: skip
 
 
-def _attribution_rows(effects: Mapping[str, NodeEffects]) -> tuple[AttributionRow, ...]:
+def _attribution_rows(effects: Mapping[str, SiteEffects]) -> tuple[AttributionRow, ...]:
     return tuple(
-        AttributionRow(e.site, e.method, e.total, e.gap, e.n_rows, int((e.effect > 0).sum())) for e in effects.values()
+        AttributionRow(e.site, e.method, float(e.total.mean()), e.gap, e.n, int((e.effect > 0).sum()))
+        for e in effects.values()
     )
 
 

@@ -67,6 +67,7 @@ class Model(Readable):
         to: str | Site | Sequence[str | Site] = "logits",
         *,
         last: bool = False,
+        hold: Sequence[str | Site] = (),
     ) -> Segment:
         """The batch, run once, to be continued from a site with other activations or under any number of plans.
 
@@ -75,12 +76,13 @@ class Model(Readable):
             site: where it starts: the site whose activations are replaced, or the earliest that the plans edit or read.
             to: where it leads: later sites, "logits", or both; the model stops behind the last of them.
             last: only the last token of each row changes; the others are kept as cached keys and values.
+            hold: sites between the two that stay as in the recorded run, without gradient.
 
         Raises:
             UnknownSiteError: for a site that this model does not have.
             InvalidInputError: if the one does not reach the other, or the logits of the batch are NaN.
         """
-        return Segment(self, self._batch(batch), site, to, last=last)
+        return Segment(self, self._batch(batch), site, to, last=last, hold=hold)
 
     def variants(
         self, batch: Batch, interventions: Sequence[Intervention], *, tokens: Sequence[int] | None = None

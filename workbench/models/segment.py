@@ -88,6 +88,8 @@ class Segment(OneLine):
     causality, for changes of no other token. That this reproduces the recorded run is checked; where it does not (an
     architecture that does more between its blocks), the whole model runs and the results are the same.
 
+    What is in `hold` stays as recorded in every run, and no gradient passes there: only paths around it are left.
+
     Attributes:
         x: activations of the recorded run at the site, heads side by side: `(batch, pos, width)`; one position with
             `last`.
@@ -103,6 +105,7 @@ class Segment(OneLine):
         to: str | Site | Sequence[str | Site] = "logits",
         *,
         last: bool = False,
+        hold: Sequence[str | Site] = (),
     ) -> None:
         if last and not bool(batch.mask[:, -1].all()):
             raise InvalidInputError("segment(last=True): pad the batch on the left, so that each row ends in a token.")
@@ -114,14 +117,16 @@ class Segment(OneLine):
         self._points = [point for point in dict.fromkeys(ends) if point.site.kind != "logits"]
         self._to_logits = len(self._points) < len(set(ends))
         self._norm = self._sites["final_norm"]
+        self._held: dict[Point, Tensor] = {}
+        self._holding = [self._sites[held] for held in hold]
         self._require_reached(ends)
-        refuse_compiled(self._hf, [self._point, *self._points, self._norm])
+        refuse_compiled(self._hf, [self._point, *self._points, *self._holding, self._norm])
         n_layers, layer = self._sites.n_layers, self._point.site.layer
         last_layer = max(n_layers - 1 if end.site.layer is None else end.site.layer for end in ends)
         start = (0 if self._point.site.kind == "embed" else n_layers) if layer is None else layer
         self.first_block = start + (self._point.site.kind == "resid_post")
         self._blocks = [self._sites[Site("resid_post", i)].module for i in range(self.first_block, last_layer + 1)]
-        self._is_eager = any(point.side == "inside" for point in (self._point, *self._points))
+        self._is_eager = any(point.side == "inside" for point in (self._point, *self._points, *self._holding))
         with torch.no_grad():
             self._calls = BlockCalls(batch, prefill(self._hf, batch) if last else None)
             self._last = self._calls.prefix is not None
@@ -143,6 +148,12 @@ class Segment(OneLine):
                     "earlier site, or end at a later one."
                 )
 
+        for held in (point.site for point in self._holding):
+            if not here.precedes(held) or not any(held.precedes(end.site) for end in ends):
+                raise InvalidInputError(
+                    f"segment({here}, hold={held}): what is held must lie between {here} and the end of the segment."
+                )
+
     # The recorded run.
 
     def _record(self) -> tuple[dict[Site, Tensor], Tensor | None]:
@@ -153,7 +164,8 @@ class Segment(OneLine):
             for block in self._blocks:
                 on.add(block, self._calls.note, before=True)
             on.add(self._norm.module, self._calls.note_start, before=True)
-            hooks = [(self._point, at_site.append), *self._readers(found)]
+            notes: list[tuple[Point, Fn]] = [(p, functools.partial(self._held.__setitem__, p)) for p in self._holding]
+            hooks = [(self._point, at_site.append), *notes, *self._readers(found)]
             rows = torch.arange(len(self._batch), device=self._batch.ids.device)
             hidden, self._logits = self._forward(rows, self._calls.prefix, hooks, self._at_end)
         if hidden is not None and self._logits is not None:
@@ -241,7 +253,7 @@ class Segment(OneLine):
         if self.skips_blocks and as_recorded:
             return self._skipping(index, values, plan)
         found: dict[Site, Tensor] = {}
-        hooks = [*self._writer(values), *self._readers(found)]
+        hooks = [*self._writer(values), *self._holders(index), *self._readers(found)]
         return self._reached(index, found, self._forward(index, self._calls.of_rows(index)[0], hooks)[0])
 
     def _values(self, x: Tensor, index: Tensor, keep: Tensor | None) -> Tensor:
@@ -270,7 +282,7 @@ class Segment(OneLine):
         """A run of the blocks behind the site alone."""
         cache, calls = self._calls.of_rows(index)
         found: dict[Site, Tensor] = {}
-        readers, hidden = self._readers(found), None
+        readers, hidden = [*self._holders(index), *self._readers(found)], None
         at_stream = self._point.site.kind in STREAM
         h = values if values is not None and at_stream else self._start[index.to(self._start.device)]
         with Hooks() as on, contextlib.ExitStack() as stack:
@@ -294,6 +306,10 @@ class Segment(OneLine):
     def _writer(self, values: Tensor | None) -> list[tuple[Point, Fn]]:
         """What puts the values in at the site."""
         return [] if values is None else [(self._point, lambda x: self._point.unflat(values.to(x.device), x))]
+
+    def _holders(self, index: Tensor) -> list[tuple[Point, Fn]]:
+        """What keeps the held sites as they were recorded, without gradient."""
+        return [(point, lambda x, kept=kept: kept[index.to(kept.device)].to(x)) for point, kept in self._held.items()]
 
     def _readers(self, found: dict[Site, Tensor]) -> list[tuple[Point, Fn]]:
         """What notes the activations at the sites that the segment leads to, and stops the model behind the last."""

@@ -1,0 +1,1 @@
+"""What one node does to a metric through another one."""

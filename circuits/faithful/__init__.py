@@ -1,0 +1,1 @@
+"""How much of a behaviour a circuit carries."""

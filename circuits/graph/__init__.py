@@ -1,0 +1,1 @@
+"""Circuits as graphs: their nodes, on disk, for other tools, as a page."""

@@ -1,0 +1,1 @@
+"""What single nodes do to a metric."""
