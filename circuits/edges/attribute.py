@@ -25,6 +25,7 @@ from workbench.bases.sae import AnySAE
 from workbench.core import progress
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, MismatchError
+from workbench.core.numbers import setting
 from workbench.models.model import Model
 
 Semantics = Literal["paper", "reference"]
@@ -174,7 +175,7 @@ class _Work:
                         task.advance(1)
         tables = {key: self._table(key, *found) for key, found in sums.items()}
         made = f"{self._o.words}; left {self._left}; " + (
-            "nodes of the circuit" if self._threshold is None else f"later nodes above {self._threshold:g} in each pair"
+            "nodes of the circuit" if self._threshold is None else f"later nodes above {setting(self._threshold)} in each pair"
         )
         return Edges(
             tables=tables, n=len(self._s.clean), metric=named(self._s.metric), has_positions=self._has_positions,

@@ -16,7 +16,7 @@ from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, require_known
 from workbench.core.html import Shown
-from workbench.core.numbers import counted, number
+from workbench.core.numbers import counted, number, setting
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -309,7 +309,7 @@ def selected(
         )
         for i, (name, site) in enumerate(effects.sites.items())
     }
-    how = f"|effect| > {threshold:g}" if threshold is not None else f"the {n} nodes of largest effect"
+    how = f"|effect| > {setting(threshold)}" if threshold is not None else f"the {n} nodes of largest effect"
     return _circuit(effects, sites, f"{how}; sign {sign}; errors {errors}")
 
 
