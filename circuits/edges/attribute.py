@@ -175,7 +175,9 @@ class _Work:
                         task.advance(1)
         tables = {key: self._table(key, *found) for key, found in sums.items()}
         made = f"{self._o.words}; left {self._left}; " + (
-            "nodes of the circuit" if self._threshold is None else f"later nodes above {setting(self._threshold)} in each pair"
+            "nodes of the circuit"
+            if self._threshold is None
+            else f"later nodes above {setting(self._threshold)} in each pair"
         )
         return Edges(
             tables=tables, n=len(self._s.clean), metric=named(self._s.metric), has_positions=self._has_positions,
