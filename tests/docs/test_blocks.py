@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.glitch.planted import planted, truth
+from tests.glitch.planted import planted, share, truth
 from workbench.judges import LogProbJudge
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,8 @@ PAGES = [
     if path.name not in ELSEWHERE and BLOCK.search(path.read_text(encoding="utf-8"))
 ]
 
+CENSUS = 'wb.glitch.CensusOptions(sample=40, shares=(0.1, 0.5), forms="raw")'
+
 SMALLER: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"wb\.load_model\([^)]*\)", "tiny"),
     (r'HTTPJudge\("https[^)]*\)', "LogProbJudge(tiny)"),
@@ -41,6 +43,12 @@ SMALLER: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"SAEConfig\((?!tokens)", "SAEConfig(tokens=6000, batch=256, "),
     (r"\bd_sae=\d+", "d_sae=64"),
     (r"\bk=(?:32|64)\b", "k=4"),
+    (r"\btop=40\b", "top=12"),
+    (r"\bselect\(6\)", "select(2)"),
+    (r'folder="census/"', f'folder="census/", options={CENSUS}'),
+    (r"\bstrengths=\([^)]*\)", "prompts=prompts, strengths=(1.0,)"),
+    (r"\bSteerOptions\(", "SteerOptions(new_tokens=3, plain_texts=texts[:1], "),
+    (r"\bdirections=Dir", "options=SteerOptions(new_tokens=3, plain_texts=texts[:1]), directions=Dir"),
 )
 """What is smaller in the test than on the page."""
 
@@ -64,6 +72,7 @@ def _smaller(code: str) -> str:
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A reader's folder with a model, texts and an SAE, and the values that the pages take as given."""
+    share(tmp_path_factory)
     folder = tmp_path_factory.mktemp("reader")
     words = itertools.cycle(
         ["the", "dog", "ran", "home", "and", "the", "sea", "was", "calm", "while", "a", "man", "read", "the", "news"]
@@ -72,7 +81,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "corpus").mkdir()
     (folder / "corpus" / "one.txt").write_text("\n".join(documents), encoding="utf-8")
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents), encoding="utf-8")
-    made = planted(False, 0.1).model
+    made = planted(False, 0.3, std=0.2).model  # trained for other tests too
     made.hf.save_pretrained(folder / "tiny-model")
     made.tokenizer.save_pretrained(folder / "tiny-model")
     model = wb.load_model(folder / "tiny-model", dtype="float32")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
@@ -133,6 +135,12 @@ class Planted:
 
 SHARED: list[Path] = []
 """A folder in which the workers of one run keep what they trained, so that each model is trained once."""
+
+
+def share(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps models where the other workers of this run find them."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not SHARED:
+        SHARED.append(tmp_path_factory.getbasetemp().parent)
 
 
 @functools.cache
