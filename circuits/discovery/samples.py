@@ -49,6 +49,8 @@ class SampleOptions(OneLine):
         drop_induction: leave out answers that the context has shown already: the bigram of its last token and the
             answer occurs in it before.
         one_per_document: keep one sample of each document, any with the same probability.
+        windows_per_document: windows of a document that are looked at, drawn at random; None takes all. With one sample
+            per document the others cost time and bring nothing.
         limit: stop at so many samples; None takes all.
         batch_size: windows per forward pass.
         seed: of the choice within documents.
@@ -59,6 +61,7 @@ class SampleOptions(OneLine):
     min_context: int = 8
     drop_induction: bool = True
     one_per_document: bool = True
+    windows_per_document: int | None = 2
     limit: int | None = 8192
     batch_size: int = 8
     seed: int = 0
@@ -71,10 +74,9 @@ class SampleOptions(OneLine):
                 f"SampleOptions(context={self.context}, min_context={self.min_context}): min_context is at least 1 and "
                 "at most context."
             )
-        if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
-            raise InvalidInputError(
-                f"SampleOptions(batch_size={self.batch_size}, limit={self.limit}): both must be at least 1."
-            )
+        for name in ("batch_size", "limit", "windows_per_document"):
+            if (n := getattr(self, name)) is not None and n < 1:
+                raise InvalidInputError(f"SampleOptions({name}={n}): it must be at least 1.")
 
 
 @checked
@@ -200,7 +202,7 @@ class _Sample:
 
 
 def _windows(model: Model, texts: Iterable[str], options: SampleOptions) -> Iterator[_Window]:
-    """The windows of the documents in order; every token of a document is in one of them, after the prefix."""
+    """The windows of the documents in order, or some of each; no token is in two of them, the prefix apart."""
     prefix = list(affixes(model.tokenizer).prefix)
     width = options.context + 1 - len(prefix)
     if width < 2:
@@ -211,7 +213,10 @@ def _windows(model: Model, texts: Iterable[str], options: SampleOptions) -> Iter
     for document, text in enumerate(texts):
         require_unicode(text, f"Document {document} (from 0)")
         ids = text_ids(model.tokenizer, text)
-        for start in range(0, len(ids), width):
+        starts, most = range(0, len(ids), width), options.windows_per_document
+        if most is not None and len(starts) > most:
+            starts = sorted(random.Random(f"{options.seed}/{document}/windows").sample(starts, most))
+        for start in starts:
             yield _Window(document, [*prefix, *ids[start : start + width]], len(prefix), start)
 
 

@@ -18,7 +18,14 @@ from workbench.models.model import Model
 from workbench.models.tiny import tiny_hf
 
 EVERY = circuits.SampleOptions(
-    loss_max=math.inf, context=16, min_context=1, drop_induction=False, one_per_document=False, limit=None, batch_size=4
+    loss_max=math.inf,
+    context=16,
+    min_context=1,
+    drop_induction=False,
+    one_per_document=False,
+    windows_per_document=None,
+    limit=None,
+    batch_size=4,
 )
 DOCUMENTS = ["the quick brown fox jumps over the lazy dog", "aaaa", "abcabcabc", "x", "", "one two three"]
 
@@ -73,6 +80,18 @@ def test_every_token_of_a_document_is_asked_for_once_and_contexts_fit(model: Mod
         start = position // 8 * 8
         assert model.tokenizer.decode([*row.tolist(), answer]) == DOCUMENTS[document][start : position + 1]
     assert int(found.contexts.lengths.max()) == 7
+
+
+def test_some_windows_of_a_document_are_looked_at(model: Model) -> None:
+    letters, seen = string.ascii_letters, set()
+    for seed in range(12):
+        found = circuits.find_samples(
+            model, [letters, "abc"], options=_with(context=7, windows_per_document=2, seed=seed)
+        )
+        windows = {position // 8 for position in found.positions[found.documents == 0].tolist()}
+        assert len(windows) == 2 and len(found) == len(windows) * 7 - (4 if 6 in windows else 0) + 2
+        seen |= windows
+    assert seen == set(range(7)), "any of them"
 
 
 def test_every_window_begins_with_what_the_tokenizer_puts_in_front() -> None:
@@ -156,6 +175,6 @@ def test_what_gives_no_sample_is_refused(model: Model) -> None:
         circuits.find_samples(model, [])
     with pytest.raises(InvalidInputError, match="Lower context"):
         circuits.find_samples(model, ["abc"], options=_with(context=100_000))
-    for wrong in ({"loss_max": 0.0}, {"min_context": 17}, {"limit": 0}, {"batch_size": 0}):
+    for wrong in ({"loss_max": 0.0}, {"min_context": 17}, {"limit": 0}, {"windows_per_document": 0}, {"batch_size": 0}):
         with pytest.raises(InvalidInputError, match=next(iter(wrong))):
             _with(**wrong)
