@@ -13,7 +13,7 @@ import circuits
 from circuits import behaviours
 from circuits.behaviours.kinds import agreement, greater_than
 from circuits.behaviours.registry import BEHAVIOURS, SPLITS, Split
-from circuits.pairs import Pairs, PromptPair
+from circuits.pairs import Pairs, PromptPair, usable
 from tests.circuits.tokenizers import model_with, pieces_tokenizer, words_tokenizer
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError
 from workbench.models.model import Model
@@ -225,3 +225,11 @@ def test_the_embedded_model_agrees(name: str, right: float, gap: float, embedded
     found = circuits.behaviours.accuracy(embedded, behaviours.pairs(name, embedded, "test", n=50))
     assert found.clean.value == pytest.approx(right, abs=0.03) and found.patch.value == pytest.approx(right, abs=0.03)
     assert found.clean_difference.value == pytest.approx(gap, rel=0.2) and found.is_above_chance
+
+
+def test_a_pair_that_can_not_be_read_leaves_the_others(agreeing: Model) -> None:
+    rows = [("The king", "The kings"), ("", "The kings"), ("The \ud800", "The kings"), ("The boys", "The boy")]
+    answered, reasons = usable(agreeing, [PromptPair(a, b, " is", " are") for a, b in rows])
+    assert list(answered) == [0, 3] and list(reasons) == [1, 2]
+    assert answered[3].length == 2 and agreeing.tokenizer.decode(answered[3].ids) == " is are"
+    assert "empty" in reasons[1] and "half a character" in reasons[2]
