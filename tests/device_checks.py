@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from circuits.attribution import LossOfMargin, exact_effects, node_effects
 from torch import Tensor
 
-from circuits.attribution import LossOfMargin, exact_effects, node_effects
 from circuits.shift.study import ShiftOptions, shift
 from experiments import geometry, glitch_tokens, refusal, score_features
 from tests import devices

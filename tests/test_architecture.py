@@ -35,12 +35,7 @@ LAYERS = (
 )
 """A part imports its own layer and those above it in this list."""
 
-FOUNDATION = {
-    "core": set(),
-    "engine": {"core"},
-    "report": {"core"},
-    "runs": {"core", "report"},
-}
+FOUNDATION = {"core": set(), "engine": {"core"}, "report": {"core"}, "runs": {"core", "report"}}
 """Parts that know only these others."""
 
 CORE = {

@@ -211,12 +211,7 @@ class NodeEffects(Shown, Mapping[str, SiteEffects]):
         return frame.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
 
     def circuit(
-        self,
-        *,
-        n: int | None = None,
-        threshold: float | None = None,
-        sign: Sign = "both",
-        errors: ErrorRule = "ranked",
+        self, *, n: int | None = None, threshold: float | None = None, sign: Sign = "both", errors: ErrorRule = "ranked"
     ) -> Circuit:
         """The nodes that matter most.
 

@@ -183,15 +183,9 @@ def test_zero_ends_at_the_decoder_bias_and_without_the_error_the_sum_is_wrong() 
 def test_integrated_gradients_are_complete_where_one_gradient_is_not() -> None:
     model, batch, keep, metric = _setup("resid_post.2")
     gaps = {
-        method: node_effects(
-            model,
-            {"resid_post.0": _sae()},
-            batch,
-            metric,
-            keep=keep,
-            method=method,
-            steps=20,
-        )["resid_post.0"].gap
+        method: node_effects(model, {"resid_post.0": _sae()}, batch, metric, keep=keep, method=method, steps=20)[
+            "resid_post.0"
+        ].gap
         for method in ("ig", "atp")
     }
     assert gaps["ig"] < 0.05 < gaps["atp"]

@@ -12,14 +12,7 @@ import torch
 from tests.glitch.tiny_copy import PADDING, PLANTED, N, slow_best, wordy_model
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.glitch.counting.census import CensusReport, run_census
-from workbench.glitch.counting.plan import (
-    CensusOptions,
-    CensusPlan,
-    in_dtype,
-    plan_census,
-    prober_of,
-    ranking,
-)
+from workbench.glitch.counting.plan import CensusOptions, CensusPlan, in_dtype, plan_census, prober_of, ranking
 from workbench.glitch.scanning.saved import load_scan
 from workbench.glitch.verification import probing
 from workbench.glitch.verification.probing import SHORT_FILE, DtypeChoice

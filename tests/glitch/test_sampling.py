@@ -59,8 +59,7 @@ FALLING = (0.9, 0.5, 0.2, 0.05, 0.01, 0.002, 0.0005, 0.0001, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("rates", "n"),
-    [(FALLING, 1000), (FALLING, 100), ((0.9, 0.5, 0.2, 0.05, *[0.0] * 5), 1000), ((0.01,) * 9, 500)],
+    ("rates", "n"), [(FALLING, 1000), (FALLING, 100), ((0.9, 0.5, 0.2, 0.05, *[0.0] * 5), 1000), ((0.01,) * 9, 500)]
 )
 def test_intervals_cover_the_truth_where_large_strata_hold_few_glitch_tokens(rates: tuple[float, ...], n: int) -> None:
     rng, n_draws, covered, recalled = np.random.default_rng(0), 100, 0, 0

@@ -266,8 +266,7 @@ class WithoutBackend:
 
 
 @pytest.mark.parametrize(
-    ("backend", "style"),
-    [(byte_level(), "byte_level"), (sentencepiece(), "byte_fallback"), (wordpiece(), "none")],
+    ("backend", "style"), [(byte_level(), "byte_level"), (sentencepiece(), "byte_fallback"), (wordpiece(), "none")]
 )
 def test_a_tokenizer_without_a_backend_has_the_same_bytes(backend: Tokenizer, style: str) -> None:
     slow, fast = codec_of(WithoutBackend(backend)), FastCodec.of(backend)

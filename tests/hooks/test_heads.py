@@ -225,8 +225,7 @@ def test_the_self_check_holds_in_both_dtypes(family: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize(
-    ("family", "layout", "gone"),
-    [("neox", "concatenated", {"pattern"}), ("gpt2", "interleaved", {"pattern"})],
+    ("family", "layout", "gone"), [("neox", "concatenated", {"pattern"}), ("gpt2", "interleaved", {"pattern"})]
 )
 def test_a_swapped_layout_is_withdrawn(
     family: str, layout: str, gone: set[str], monkeypatch: pytest.MonkeyPatch

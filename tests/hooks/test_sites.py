@@ -167,10 +167,7 @@ def test_what_was_captured_of_resid_mid_is_not_changed_by_a_later_edit() -> None
     seen = []
     point = model.site_map["resid_mid.1"]
     clean = model.capture("abc", ["resid_mid.1"])["resid_mid.1"]
-    with (
-        attached([(point, lambda x: seen.append(x))]),
-        model.plan(Intervention.at("resid_mid.1", Add(torch.ones(16)))),
-    ):
+    with attached([(point, lambda x: seen.append(x))]), model.plan(Intervention.at("resid_mid.1", Add(torch.ones(16)))):
         model.logits("abc")
     assert torch.equal(seen[0], clean)
 

@@ -176,11 +176,7 @@ def test_two_edits_that_cancel_are_an_error_in_words_of_their_own() -> None:
 def test_edits_that_may_change_nothing_do_not_raise() -> None:
     model = tiny_model()
     clean = model.logits(IDS)
-    for op in (
-        Map(lambda h: h),
-        Add(V, 0.0),
-        PerRow((Add(V, 1e-30),), torch.tensor([-1, -1, -1])),
-    ):
+    for op in (Map(lambda h: h), Add(V, 0.0), PerRow((Add(V, 1e-30),), torch.tensor([-1, -1, -1]))):
         with model.plan(Intervention.at(SITE, op)):
             assert torch.equal(model.logits(IDS), clean)
 

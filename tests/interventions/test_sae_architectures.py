@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.interventions.builders import (
-    ARCHITECTURES,
-    D_SAE,
-    NORMALISATIONS,
-    sae_lens_sae,
-)
+from tests.interventions.builders import ARCHITECTURES, D_SAE, NORMALISATIONS, sae_lens_sae
 from tests.tiny import D_MODEL
 from workbench.bases.sae import as_basis
 from workbench.core.errors import MismatchError, ShapeError

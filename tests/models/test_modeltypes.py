@@ -83,8 +83,7 @@ def test_any_activation_makes_mlp_post() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "says"),
-    [("bert", "no token sees a later one"), ("modernbert-decoder", None), ("deepseek_v4", None)],
+    ("model_type", "says"), [("bert", "no token sees a later one"), ("modernbert-decoder", None), ("deepseek_v4", None)]
 )
 def test_what_does_not_hold_is_refused_and_not_the_rest(model_type: str, says: str | None) -> None:
     model = Model(tiny_of(model_type), None)

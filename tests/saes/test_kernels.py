@@ -93,8 +93,7 @@ def ours(tensors: dict[str, Tensor]) -> SAEWeights:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["topk", "topk, norms ignored", "batchtopk", "matryoshka", "relu", "jumprelu", "jumprelu tanh", "gated"],
+    "name", ["topk", "topk, norms ignored", "batchtopk", "matryoshka", "relu", "jumprelu", "jumprelu tanh", "gated"]
 )
 def test_losses_and_gradients_are_those_of_sae_lens(name: str) -> None:
     kind, sae = lens_kinds()[name]
@@ -132,11 +131,7 @@ def lens_trainer(sae: Any, lr: float) -> Any:
 
 
 def train(
-    kind: Architecture,
-    weights: SAEWeights,
-    batches: list[Tensor],
-    dtype: torch.dtype = torch.float32,
-    lr: float = 3e-4,
+    kind: Architecture, weights: SAEWeights, batches: list[Tensor], dtype: torch.dtype = torch.float32, lr: float = 3e-4
 ) -> float:
     """Adam with clipping on these batches; the last loss."""
     optimiser = torch.optim.Adam(weights.tensors(), lr=lr, betas=(0.9, 0.999), fused=True)

@@ -11,14 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.saes.stores import (
-    SITE,
-    assert_same_tensors,
-    before_step,
-    ctrl_c,
-    small_store,
-    tensors,
-)
+from tests.saes.stores import SITE, assert_same_tensors, before_step, ctrl_c, small_store, tensors
 from tests.tiny import D_MODEL, tiny_model
 from workbench.activations.harvest import harvest
 from workbench.activations.sources import TokenRows
@@ -241,8 +234,7 @@ def test_clipping_bounds_the_step_that_adam_sees() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"k": 2.5}, {"betas": (0.9,)}, {"decoder_norm": "none"}, {"seed": 2**70}, {"data_seed": 2**70}],
+    "change", [{"k": 2.5}, {"betas": (0.9,)}, {"decoder_norm": "none"}, {"seed": 2**70}, {"data_seed": 2**70}]
 )
 def test_values_that_no_training_can_use_are_refused_at_once(change: dict[str, Any]) -> None:
     config = replace(CONFIG)

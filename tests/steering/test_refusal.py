@@ -24,17 +24,9 @@ from workbench.interventions.ops import Add, Map, PerRow
 from workbench.interventions.saes import SAEAblate, SAEClamp
 from workbench.models.model import Model
 from workbench.steering.directions.contrast import TwoByTwo, mean_activations
-from workbench.steering.refusal.contrast_features import (
-    EVERY_TOKEN_BUT_THE_FIRST,
-    find_refusal_features,
-)
+from workbench.steering.refusal.contrast_features import EVERY_TOKEN_BUT_THE_FIRST, find_refusal_features
 from workbench.steering.refusal.data import PromptPair, RefusalData, as_chats, exchanges, refusal_data
-from workbench.steering.refusal.measures import (
-    first_token_kl,
-    is_refusal,
-    refusal_log_odds,
-    refusal_token_ids,
-)
+from workbench.steering.refusal.measures import first_token_kl, is_refusal, refusal_log_odds, refusal_token_ids
 from workbench.steering.refusal.refusal_report import RefusalReport
 from workbench.steering.refusal.study import RefusalOptions, refusal_study
 from workbench.steering.sweep.arms import EditSummary

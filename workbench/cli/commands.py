@@ -138,9 +138,6 @@ def _source(module: str) -> Path | None:
     candidates = [
         path
         for root in roots
-        for path in (
-            root.joinpath(*rest).with_suffix(".py"),
-            root.joinpath(*rest, "__init__.py"),
-        )
+        for path in (root.joinpath(*rest).with_suffix(".py"), root.joinpath(*rest, "__init__.py"))
     ]
     return next((path for path in candidates if path.is_file()), None)

@@ -17,15 +17,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, TypeVar
 
 from workbench.core.counts import clock
-from workbench.core.reporters import (
-    BarReporter,
-    LineReporter,
-    NotebookReporter,
-    Reporter,
-    Silent,
-    Task,
-    is_terminal,
-)
+from workbench.core.reporters import BarReporter, LineReporter, NotebookReporter, Reporter, Silent, Task, is_terminal
 
 __all__ = ["Reporter", "Task", "clock", "hidden", "off", "on", "quiet_libraries", "say", "shown", "task", "track"]
 

@@ -20,14 +20,7 @@ from workbench.core.display import OneLine
 from workbench.core.errors import CorruptFileError, InvalidInputError, MissingFileError, WorkbenchError, did_you_mean
 from workbench.core.jsontext import content_of
 from workbench.core.locks import lock_folder, lock_moved, remove_dead, unlock_folder
-from workbench.core.records import (
-    from_jsonable,
-    json_lines,
-    load_json,
-    save_json,
-    sync_folder,
-    write_atomic,
-)
+from workbench.core.records import from_jsonable, json_lines, load_json, save_json, sync_folder, write_atomic
 from workbench.report.section import MetricRow, Section, flat_metrics, null_if_not_finite
 from workbench.runs.content import Environment, Finding, HeadlineRow, Point, Result, StepRecord, headline_rows
 from workbench.runs.environment import environment, git_state, read_environment

@@ -13,19 +13,7 @@ from workbench.core.errors import InvalidInputError
 from workbench.core.jsontext import Record
 from workbench.core.numbers import counted, number, setting
 from workbench.core.stats import SHARE, Estimate, sample_mean, wilson
-from workbench.report.base import (
-    Block,
-    Headline,
-    Histogram,
-    Lines,
-    Metric,
-    Report,
-    Says,
-    Section,
-    Series,
-    Table,
-    Text,
-)
+from workbench.report.base import Block, Headline, Histogram, Lines, Metric, Report, Says, Section, Series, Table, Text
 
 MIN_DRAWN_SCORE = 1e-12
 """Smaller scores are drawn at this value, on a logarithmic axis."""

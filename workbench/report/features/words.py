@@ -53,10 +53,7 @@ CONTROLS = {
 DETAILS = ("precision", "recall", "f1", "failed replies")
 """Scores that are shown on the card and can be searched, but have no column in the table."""
 
-KINDS = {
-    "activation": "same tokens (correlation)",
-    "decoder": "like direction (cosine)",
-}
+KINDS = {"activation": "same tokens (correlation)", "decoder": "like direction (cosine)"}
 
 
 def meaning(name: str) -> str:

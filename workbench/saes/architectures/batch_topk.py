@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.errors import InvalidInputError
-from workbench.saes.architectures.base import (
-    Architecture,
-    Batch,
-    DenseBatch,
-    DenseLosses,
-    StepOptions,
-    StepResult,
-)
+from workbench.saes.architectures.base import Architecture, Batch, DenseBatch, DenseLosses, StepOptions, StepResult
 from workbench.saes.architectures.jumprelu import threshold_tensors
 from workbench.saes.architectures.reconstruction import (
     check_k_of,

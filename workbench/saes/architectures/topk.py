@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.errors import InvalidInputError
-from workbench.saes.architectures.base import (
-    Architecture,
-    Batch,
-    DenseBatch,
-    DenseLosses,
-    StepOptions,
-    StepResult,
-)
+from workbench.saes.architectures.base import Architecture, Batch, DenseBatch, DenseLosses, StepOptions, StepResult
 from workbench.saes.architectures.reconstruction import check_k_of, dense_reconstruction, reconstruction_step
 from workbench.saes.config import ARCHITECTURES, ArchitectureSpec, LensSpec
 from workbench.saes.kernels.select import Ranking, select_topk

@@ -114,12 +114,7 @@ class FakeFeatures(Report):
         """The ratios, with every constant of their definition."""
         o = self.options
         rows = tuple(
-            (
-                f"> {tau}",
-                self.ratio[tau],
-                self.alive_ratio[tau],
-                ", ".join(number(seed[tau]) for seed in self.per_seed),
-            )
+            (f"> {tau}", self.ratio[tau], self.alive_ratio[tau], ", ".join(number(seed[tau]) for seed in self.per_seed))
             for tau in self.ratio
         )
         table = Table(

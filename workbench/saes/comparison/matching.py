@@ -18,12 +18,7 @@ from workbench.controls.overlap import RESAMPLES
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
 from workbench.core.numbers import number
-from workbench.core.similarity import (
-    Assignment,
-    SparseMatrix,
-    assign_candidates,
-    entries,
-)
+from workbench.core.similarity import Assignment, SparseMatrix, assign_candidates, entries
 from workbench.core.stats import SIGNED_SHARE, Estimate, sample_mean, wilson
 from workbench.report.base import Headline, Metric, Report, Says, Section, Table
 from workbench.saes.comparison.shared import SHARED_COSINE
@@ -237,11 +232,7 @@ class MatchOptions:
 @checked
 @torch.no_grad()
 def match_by_activations(
-    a: Encoder,
-    b: Encoder,
-    acts: ActivationStore | Iterable[Tensor],
-    *,
-    options: MatchOptions | None = None,
+    a: Encoder, b: Encoder, acts: ActivationStore | Iterable[Tensor], *, options: MatchOptions | None = None
 ) -> ActivationMatch:
     """Features of two SAEs of one site, matched by what they do on the same tokens.
 

@@ -14,9 +14,7 @@ from workbench.controls.overlap import Overlap, overlap
 from workbench.core.arguments import checked, shown
 from workbench.core.errors import InvalidInputError
 from workbench.core.numbers import number
-from workbench.core.similarity import (
-    assign_directions,
-)
+from workbench.core.similarity import assign_directions
 from workbench.core.stats import Estimate, wilson
 from workbench.interventions.op import floats
 from workbench.report.base import Headline, Metric, Report, Says, Section, Table, beside

@@ -63,11 +63,7 @@ def train_sae(
 
 @checked
 def train_saes(
-    store: ActivationStore | str | Path,
-    configs: Sequence[SAEConfig],
-    out: str | Path,
-    *,
-    log: Log | None = None,
+    store: ActivationStore | str | Path, configs: Sequence[SAEConfig], out: str | Path, *, log: Log | None = None
 ) -> list[SAERun]:
     """Trains many SAEs and transcoders, in one pass over the data where they take the same tokens in the same order.
 

@@ -81,11 +81,7 @@ def reft_edit(
 
 
 def fit_reft(
-    model: Model,
-    texts: TokenBatch,
-    site: str | Site,
-    start: Float[Tensor, " d"],
-    options: ReftOptions | None = None,
+    model: Model, texts: TokenBatch, site: str | Site, start: Float[Tensor, " d"], options: ReftOptions | None = None
 ) -> Reft:
     """The direction whose addition makes these texts most likely, by the loss on texts that are held out.
 
