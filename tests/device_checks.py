@@ -18,9 +18,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from circuits.attribution import LossOfMargin, exact_effects, node_effects
 from torch import Tensor
 
+from circuits.metrics import LossOfMargin
+from circuits.nodes.attribute import node_effects
+from circuits.nodes.exact import exact_effects
 from circuits.shift.study import ShiftOptions, shift
 from experiments import geometry, glitch_tokens, refusal, score_features
 from tests import devices
@@ -365,7 +367,8 @@ def _attributed(model: Model, sae: Any, store: ActivationStore) -> Any:
     keep = TokenPolicy.of_batch(batch).kept(batch)
     metric = LossOfMargin(Probe(V, 0.3, "resid_post.2"), torch.tensor([0, 1, 1, 0]), keep)
     effects = node_effects(model, {SITE: sae}, batch, metric, keep=keep)
-    return effects, exact_effects(model, SITE, sae, batch, metric, range(4), keep=keep)
+    exact = exact_effects(model, {SITE: sae}, batch, metric, {SITE: [0, 1, 2, 3]}, keep=keep)
+    return effects[SITE], exact[SITE]
 
 
 Study = Callable[[Model, Any, ActivationStore], Any]
