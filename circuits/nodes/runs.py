@@ -179,7 +179,8 @@ class Run:
             slope = torch.autograd.grad(found, leaf, allow_unused=True)[0] if found.requires_grad else None
             if slope is None:
                 raise MismatchError(_no_gradient(self._metric, self._site))
-            total += torch.einsum("ktd,k->td", precise(slope), slope.new_tensor([weights[k] for k in some.tolist()]))
+            part = torch.tensor([weights[k] for k in some.tolist()], dtype=slope.dtype, device=slope.device)
+            total += torch.einsum("ktd,k->td", precise(slope), part)
         return total
 
 
