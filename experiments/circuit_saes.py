@@ -24,6 +24,7 @@ from workbench.cli.study import Begin, Study
 from workbench.cli.training import TrainingOptions
 from workbench.core.errors import InvalidInputError
 from workbench.models.model import Model
+from workbench.saes.config import DEFAULT_K
 
 KINDS = ("attn_out", "mlp_out", "resid_post")
 """What a block writes, and the stream behind it."""
@@ -83,7 +84,9 @@ class CircuitSAEs(TrainingOptions, Study[TrainedSAEs]):
     def options(self) -> SAETrainingOptions:
         """What the library is called with."""
         defaults = SAETrainingOptions()
-        sae = dataclasses.replace(defaults.sae, k=self.k, tokens=self.training_tokens, seed=self.seed)
+        # written as the library writes it, so that both continue the same folder
+        k = None if self.k == DEFAULT_K else self.k
+        sae = dataclasses.replace(defaults.sae, k=k, tokens=self.training_tokens, seed=self.seed)
         return SAETrainingOptions(
             tokens=self.tokens, context=self.context, expansion=self.expansion, sae=sae, max_fvu=self.max_fvu,
             seed=self.seed,

@@ -60,7 +60,11 @@ class TrainedSAEs(Report):
 
     def _worst(self) -> Table:
         worst = max(self.saes, key=lambda sae: sae.fvu.high)
-        return beside("unexplained variance (FVU)", (f"worst SAE, {worst.site}", worst.fvu), ("limit", self.max_fvu))
+        return beside(
+            "unexplained variance (FVU) of the worst site",
+            (f"worst SAE, {worst.site}", worst.fvu),
+            ("limit", self.max_fvu),
+        )
 
     def findings(self) -> tuple[str, ...]:
         """The range over the sites, the sites above the limit by name, and those no better than PCA."""

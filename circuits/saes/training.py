@@ -27,6 +27,7 @@ from workbench.models.model import Model
 from workbench.saes.basis import basis
 from workbench.saes.config import SAEConfig
 from workbench.saes.formats.load import CONFIG_FILE
+from workbench.saes.training.batches import HELD_OUT_ROWS
 from workbench.saes.training.build import find_device
 from workbench.saes.training.checkpoint import store_id
 from workbench.saes.training.kernel_choice import PROBE_ROWS, measure_kernels
@@ -87,7 +88,7 @@ class SAEsEstimate(Shown):
         sites: how many SAEs are still to be trained.
         passes: over the store; the SAEs of one pass are in memory together.
         seconds: of training on this machine, alone.
-        memory_bytes: of one pass.
+        memory_bytes: of one pass, besides the model.
         disk_bytes: of the SAEs and their checkpoints.
         harvest: what the activations take before; None if they are stored already, or it was not measured.
     """
@@ -282,8 +283,9 @@ class _Plan:
 
     def _memory(self, site: str) -> int:
         config, width = self.configs[site], self.model.width(site)
-        rows = min(config.buffer, self.options.tokens) + SHARD_TOKENS
-        return COPIES * self._weight_bytes(site) + 2 * rows * width + 4 * config.batch * config.d_sae
+        stored = min(config.buffer, self.options.tokens) + SHARD_TOKENS  # in bfloat16
+        read = HELD_OUT_ROWS + config.batch  # in fp32
+        return COPIES * self._weight_bytes(site) + (2 * stored + 4 * read) * width + 4 * config.batch * config.d_sae
 
     def _seconds(self, site: str) -> float:
         config = self.configs[site]
