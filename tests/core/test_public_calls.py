@@ -29,9 +29,9 @@ RESULTS = (
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
     "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate",
     "IntruderScore", "JudgeGate", "Lens", "LensEnds", "LensToken", "LensTokens", "MergedLora", "Neighbour", "NodeEffects",
-    "OutputScores", "Plan", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport",
+    "OutputScores", "Plan", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport", "SAEsEstimate",
     "Section", "SelectionReport", "ShiftReport", "SteeringExample", "SteeringReport", "TokenTable",
-    "TokenizerFacts", "TopContexts", "Trial", "TwoByTwo", "Window",
+    "TokenizerFacts", "TopContexts", "TrainedSAEs", "Trial", "TwoByTwo", "Window",
 )  # fmt: skip
 """What functions give: it is not made by hand, and a number in it may be nan."""
 

@@ -113,7 +113,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(ShapeError, match="720 rows"):
         hunt(ROWS, np.array([0, 720]), Oracle(IDS), OPTIONS)
-    with pytest.raises(DegenerateInputError, match="1 tokens"):
+    with pytest.raises(DegenerateInputError, match="1 token "):
         hunt(ROWS, np.array([4]), Oracle(IDS), OPTIONS)
     with pytest.raises(InvalidInputError, match="resolution"):
         HunterOptions(resolution=0.0)
