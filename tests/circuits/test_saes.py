@@ -14,6 +14,7 @@ import circuits
 from circuits.saes import training
 from circuits.saes.folder import INDEX_FILE
 from circuits.saes.report import TrainedSAEs
+from experiments.circuit_saes import CircuitSAEs
 from tests.saes.stores import assert_same_tensors, before_step, ctrl_c
 from tests.tiny import tiny_model
 from workbench.activations.sources import TokenRows
@@ -202,4 +203,12 @@ def test_the_command_keeps_a_run_folder_and_says_what_is_bad(
     assert (Path(said["run"]) / "report.html").is_file()
     assert tuple(circuits.bases(model, said["saes"])) == ("attn_out.2", "resid_post.2")
     assert main([*command, "--layers", "7"]) == 2 and "layers 0 to 2" in capsys.readouterr().err
-    assert main([*command, "--sites", "embed"]) == 2 and "Leave out --layers" in capsys.readouterr().err
+
+
+def test_the_command_names_sites_by_layer_or_one_by_one() -> None:
+    model = tiny_model()
+    assert CircuitSAEs(kinds=("attn_out",)).named_sites(model) == ["attn_out.0", "attn_out.1", "attn_out.2"]
+    assert CircuitSAEs(layers=(-1, 0), kinds=("z",)).named_sites(model) == ["z.2", "z.0"]
+    assert CircuitSAEs(sites=("embed", "z.1")).named_sites(model) == ["embed", "z.1"]
+    with pytest.raises(InvalidInputError, match="Leave out --layers"):
+        CircuitSAEs(sites=("embed",), layers=(1,)).named_sites(model)
