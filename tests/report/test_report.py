@@ -11,7 +11,9 @@ from workbench.core.records import from_jsonable, to_jsonable
 from workbench.core.stats import Estimate, wilson
 from workbench.report.base import (
     Bars,
+    Grid,
     Headline,
+    Heat,
     Histogram,
     Lines,
     Report,
@@ -25,6 +27,7 @@ from workbench.report.base import (
     beside,
     flat_metrics,
 )
+from workbench.report.blockhtml import block_html
 
 ALL_BLOCKS = (
     Text("prose"),
@@ -34,6 +37,7 @@ ALL_BLOCKS = (
     Histogram("histogram", (1.0, 2.0), "x"),
     Scatter("scatter", (1.0,), (2.0,), ("label",)),
     Tokens(((("The", None), (" end", 0.5)),)),
+    Heat("heat", (Grid("effect", ("1", "0"), ("a", "b"), ((0.5, None), (-1.0, 2)), (("x", ""), ("", "y"))),)),
 )
 
 
@@ -53,6 +57,16 @@ class Finding(Report):
 
     def findings(self) -> tuple[str, ...]:
         return (f"The rate is {self.rate}.",)
+
+
+def test_a_heat_map_colours_by_one_scale_and_shows_the_last_columns() -> None:
+    html = block_html(Heat("h", (Grid("a", ("r",), ("x", "<"), ((0.5, None),)), Grid("b", ("r",), ("y",), ((-1.0,),)))))
+    assert '<td class=warm style="--v:50%"' in html and '<td class=cool style="--v:100%"' in html and "&lt;" in html
+    names = tuple(f"c{i}" for i in range(2_000))
+    wide = block_html(Heat("h", (Grid("a", ("r",), names, (tuple(range(2_000)),)),)))
+    assert ">c1999<" in wide and ">c499<" not in wide and ">c500<" in wide and "the last 1500 of 2000 columns" in wide
+    with pytest.raises(ShapeError, match="pair up"):
+        Grid("a", ("r",), ("x",), ((1.0, 2.0),))
 
 
 def test_every_block_survives_json() -> None:

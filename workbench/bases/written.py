@@ -130,7 +130,9 @@ def _require_that_it_writes(model: ModelLike, basis: Written) -> None:
     acts = capture(model.hf, model.site_map, {"input_ids": ids}, sites)
     x, wanted = (precise(acts.flat(site).flatten(0, 1)) for site in sites)
     off = float((basis.reconstruct(x) - wanted).norm() / wanted.norm())
-    if not off <= min(0.1, 100 * torch.finfo(vocab.dtype).eps):
+    # a norm computes in fp32 in a model in fp64 too
+    eps = max(torch.finfo(vocab.dtype).eps, torch.finfo(torch.float32).eps)
+    if not off <= min(0.1, 100 * eps):
         raise MismatchError(
             f"basis({basis.name!r}): in {model.name} {sites[1]} is not the projection of {sites[0]}, with or without a "
             f"norm behind it; they differ by {rounding_error(off)} (relative). Use 'neurons' at {sites[1]} instead."

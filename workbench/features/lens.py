@@ -40,8 +40,9 @@ class Lens(Shown):
         logprobs: their log-probabilities, in nats.
         entropy: of the distribution, in nats.
         kl: KL(last site || this one) in nats: how far the reading is from that of the last site, 0 there.
-        next_logprob: log-probability of the token that follows in the text; nan at the end of a row.
-        next_rank: number of tokens that are strictly more probable than it; -1 at the end of a row.
+        next_logprob: log-probability of the token that follows in the text; at the end of a row that of the answer, nan
+            without one.
+        next_rank: number of tokens that are strictly more probable than it; -1 at the end of a row without an answer.
         rows: row of the batch of each token.
         positions: position of each token in its row.
         batch: the tokens.
@@ -120,7 +121,9 @@ _PER_TOKEN = ("entropy", "kl", "next_logprob", "next_rank")
 
 @checked
 @torch.no_grad()
-def lens(acts: Activations, model: Model | None = None, *, k: int = 5) -> Lens:
+def lens(
+    acts: Activations, model: Model | None = None, *, k: int = 5, answers: Int[Tensor, " batch"] | None = None
+) -> Lens:
     """Logit lens of captured activations: the model's own final norm and unembedding, bias and soft cap included.
 
     Sites that are not in the coordinates of the residual stream, such as `z`, are left out. At the last `resid_post`
@@ -130,6 +133,7 @@ def lens(acts: Activations, model: Model | None = None, *, k: int = 5) -> Lens:
         acts: from `model.capture(text, ["resid_post"])`.
         model: that they were captured from; needed only where it is not known any more.
         k: how many tokens are kept at each site and token.
+        answers: token ids that are taken to follow the rows, one each.
 
     Raises:
         MismatchError: if no site of `acts` is in the residual stream.
@@ -150,6 +154,8 @@ def lens(acts: Activations, model: Model | None = None, *, k: int = 5) -> Lens:
     ends = positions + 1 >= lengths
     column = (positions + 1 + width - lengths).clamp_max(width - 1)
     following = acts.tokens.ids.to(rows.device)[rows, column]
+    if answers is not None:
+        following, ends = torch.where(ends, answers.to(rows.device)[rows], following), torch.zeros_like(ends)
     parts = [
         _read(model, [x[part] for x in kept], following[part], ends[part], k)
         for part in torch.arange(len(rows)).split(max(1, slab_rows(model.d_vocab) // 4))

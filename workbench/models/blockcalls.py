@@ -40,17 +40,18 @@ class BlockCall:
 
 
 class BlockCalls:
-    """The calls of some blocks in one run of a batch, and the cached keys and values of its tokens but the last.
+    """The calls of some blocks in one run of a batch, and the cached keys and values of its tokens but the last few.
 
     Attributes:
         start: the residual stream that the first block was given; without blocks, what the final norm was given.
         prefix: the cache; None where all tokens run.
     """
 
-    def __init__(self, batch: TokenBatch, prefix: Cache | None) -> None:
+    def __init__(self, batch: TokenBatch, prefix: Cache | None, last: int = 1) -> None:
         self.start: Tensor | None = None
         self.prefix = prefix
-        self._n_rows, self._width = batch.ids.shape
+        self._n_rows, width = batch.ids.shape
+        self._cached = width - last
         self._calls: list[BlockCall] = []
         self._selected: tuple[Tensor, Cache | None, list[BlockCall]] | None = None
 
@@ -67,6 +68,12 @@ class BlockCalls:
         """Records the first residual stream; a pre-hook."""
         stream = args[0] if args else kwargs.get("hidden_states")
         self.start = stream if self.start is None and isinstance(stream, Tensor) else self.start
+
+    def since(self, skipped: int) -> BlockCalls:
+        """The calls without the first few."""
+        rest = copy.copy(self)
+        rest._calls, rest._selected = self._calls[skipped:], None
+        return rest
 
     def of_rows(self, index: Int[Tensor, " rows"]) -> tuple[Cache | None, list[BlockCall]]:
         """The cache and the calls for a batch of these rows, repeats included."""
@@ -96,17 +103,17 @@ class BlockCalls:
     def crop(self, cache: Cache | None) -> None:
         """Takes the last tokens out of the cache again."""
         if cache is not None:
-            crop(cache, self._width - 1)
+            crop(cache, self._cached)
 
 
-def prefill(hf: PreTrainedModel, batch: TokenBatch) -> Cache | None:
-    """Keys and values of every token but the last of each row; None where they can't be kept, or there are none."""
+def prefill(hf: PreTrainedModel, batch: TokenBatch, last: int = 1) -> Cache | None:
+    """Keys and values of every token but the last few of each row; None where they can't be kept, or there are none."""
     width = batch.ids.shape[1]
-    if width == 1 or not takes_cache(hf):
+    if width <= last or not takes_cache(hf):
         return None
     cache = new_cache(hf.config, width)
     if not can_crop(cache, width):
         return None
-    inputs = {name: value[:, :-1] for name, value in batch.hf().items()}
+    inputs = {name: value[:, :-last] for name, value in batch.hf().items()}
     hf(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache if holds(cache, width - 1) else None
+    return cache if holds(cache, width - last) else None

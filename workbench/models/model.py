@@ -66,7 +66,7 @@ class Model(Readable):
         site: str | Site,
         to: str | Site | Sequence[str | Site] = "logits",
         *,
-        last: bool = False,
+        last: bool | int = False,
         hold: Sequence[str | Site] = (),
     ) -> Segment:
         """The batch, run once, to be continued from a site with other activations or under any number of plans.
@@ -75,7 +75,8 @@ class Model(Readable):
             batch: text, texts, tokens or ids.
             site: where it starts: the site whose activations are replaced, or the earliest that the plans edit or read.
             to: where it leads: later sites, "logits", or both; the model stops behind the last of them.
-            last: only the last token of each row changes; the others are kept as cached keys and values.
+            last: only the last token of each row (or so many last tokens) changes; the others are kept as cached keys
+                and values.
             hold: sites between the two that stay as in the recorded run, without gradient.
 
         Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,16 +84,16 @@ class Segment(OneLine):
     """A batch that ran once, to be continued from one site as often as wanted, with other activations or under edits.
 
     Everything that the site does not reach stays as in the recorded run. The blocks behind the site are called with the
-    arguments that the model gave them; at a site inside a block, that block runs too, on its recorded input. With
-    `last=True` only the last token of each row runs, over the cached keys and values of the others: exact, by
+    arguments that the model gave them; at a site inside a block, that block runs too, on its recorded input. With `last`
+    only so many last tokens of each row run (True: one), over the cached keys and values of the others: exact, by
     causality, for changes of no other token. That this reproduces the recorded run is checked; where it does not (an
     architecture that does more between its blocks), the whole model runs and the results are the same.
 
     What is in `hold` stays as recorded in every run, and no gradient passes there: only paths around it are left.
 
     Attributes:
-        x: activations of the recorded run at the site, heads side by side: `(batch, pos, width)`; one position with
-            `last`.
+        x: activations of the recorded run at the site, heads side by side: `(batch, pos, width)`; the last positions
+            alone with `last`, unless the model can't keep the others.
         skips_blocks: whether the blocks before the site are skipped.
         first_block: the first block that runs again.
     """
@@ -104,11 +105,11 @@ class Segment(OneLine):
         site: str | Site,
         to: str | Site | Sequence[str | Site] = "logits",
         *,
-        last: bool = False,
+        last: bool | int = False,
         hold: Sequence[str | Site] = (),
     ) -> None:
         if last and not bool(batch.mask[:, -1].all()):
-            raise InvalidInputError("segment(last=True): pad the batch on the left, so that each row ends in a token.")
+            raise InvalidInputError("segment(last=...): pad the batch on the left, so that each row ends in a token.")
         if edits_logits(model.hf):
             raise InvalidInputError("A plan that edits the logits is active; make a segment outside of its block.")
         self._model, self._hf, self._sites, self._batch = model, model.hf, model.site_map, batch
@@ -128,9 +129,9 @@ class Segment(OneLine):
         self._blocks = [self._sites[Site("resid_post", i)].module for i in range(self.first_block, last_layer + 1)]
         self._is_eager = any(point.side == "inside" for point in (self._point, *self._points, *self._holding))
         with torch.no_grad():
-            self._calls = BlockCalls(batch, prefill(self._hf, batch) if last else None)
-            self._last = self._calls.prefix is not None
-            self._mask = batch.mask[:, -1:] if self._last else batch.mask
+            self._calls = BlockCalls(batch, prefill(self._hf, batch, int(last)) if last else None, int(last))
+            self._last = int(last) if self._calls.prefix is not None else 0
+            self._mask = batch.mask[:, -self._last :]  # all of it where none is cached
             column = (self._mask.long() * torch.arange(self._mask.shape[1], device=self._mask.device)).argmax(1)
             self._at_end = nn.functional.one_hot(column, self._mask.shape[1]).bool()
             self.skips_blocks = self._reproduces(*self._record())
@@ -188,7 +189,7 @@ class Segment(OneLine):
         """A run of the whole model: the unembedding's input at `at` (None: everywhere), and with `at` the logits."""
         inputs = {name: value[index] for name, value in self._model._inputs(self._batch).items()}
         if self._last:
-            inputs |= {name: inputs[name][:, -1:] for name in ("input_ids", "position_ids")}
+            inputs |= {name: inputs[name][:, -self._last :] for name in ("input_ids", "position_ids")}
         cached = {"past_key_values": cache, "use_cache": True} if self._last else {"use_cache": False}
         with Hooks() as on, contextlib.suppress(_Finished):
             attach(on, hooks)
@@ -303,6 +304,32 @@ class Segment(OneLine):
             hidden = self._norm.module(h).to(self._batch.ids.device)
         return self._reached(index, found, hidden if self._to_logits else None)
 
+    @torch.no_grad()
+    def later(self, sites: Sequence[str | Site]) -> dict[Site, Segment]:
+        """Segments of the same recorded run from later sites to the same end; one run reads what all of them hold.
+
+        Raises:
+            UnknownSiteError: for a site that this model does not have, or outside its blocks.
+            InvalidInputError: if a site is not behind this one, or does not reach the end.
+        """
+        points = [self._sites[site] for site in sites]
+        starts = [self._sites[Site("resid_pre", p.site.layer)] for p in points if p.site.kind not in STREAM]
+        reader = copy.copy(self)
+        reader._points, reader._to_logits = list(dict.fromkeys([*points, *starts])), False
+        reader._require_reached(reader._points)
+        read = reader.run()
+        return {point.site: self._from(point, read.acts) for point in points}
+
+    def _from(self, point: Point, acts: Activations) -> Segment:
+        part, at_stream = copy.copy(self), point.site.kind in STREAM
+        part._point, part.x = point, acts.flat(point.site)
+        part._require_reached([*self._points, *([self._sites["logits"]] if self._to_logits else [])])
+        part.first_block = (point.site.layer or 0) + (point.site.kind == "resid_post")
+        skipped = part.first_block - self.first_block
+        part._blocks, part._calls = self._blocks[skipped:], self._calls.since(skipped)
+        part._start = part.x if at_stream else acts[Site("resid_pre", point.site.layer)]
+        return part
+
     def _writer(self, values: Tensor | None) -> list[tuple[Point, Fn]]:
         """What puts the values in at the site."""
         return [] if values is None else [(self._point, lambda x: self._point.unflat(values.to(x.device), x))]
@@ -341,14 +368,15 @@ class Segment(OneLine):
     @property
     def last(self) -> bool:
         """Whether the last tokens run alone; not where a cache can't take a token back."""
-        return self._last or self._batch.ids.shape[1] == 1
+        return self._last > 0 or self._batch.ids.shape[1] == 1
 
     @property
     def how(self) -> str:
         """What a run computes, in words."""
         if not self.skips_blocks:
             return f"the whole model{' on the last tokens, over the cached prompts' if self._last else ''}"
-        tokens = "the last token of each prompt, over cached keys and values" if self._last else "all tokens"
+        some = "the last token" if self._last == 1 else f"the last {self._last} tokens"
+        tokens = f"{some} of each prompt, over cached keys and values" if self._last else "all tokens"
         end = self.first_block + len(self._blocks)
         blocks = f"blocks {self.first_block} to {end - 1}" if self._blocks else "no block"
         return f"{blocks} of {self._sites.n_layers}, on {tokens}"
@@ -360,7 +388,7 @@ class Segment(OneLine):
         edits, start = plan.intervention.edits, self._point.site
         if self._last and not all(edit.scope.only_last and not edit.op.gated for edit in edits):
             raise InvalidInputError(
-                "segment(last=True) runs the last token of each row alone: every scope must be Last() or Pos(-1), "
+                "segment(last=...) runs the last tokens of each row alone: every scope must be Last() or Pos(-1), "
                 f"without gates; the plan has {'; '.join(map(str, edits))}."
             )
         if any(point.site.kind == "logits" for point in plan.points):

@@ -10,7 +10,20 @@ from workbench.core.display import OneLine
 from workbench.core.jsontext import Json
 from workbench.core.numbers import Number
 from workbench.core.records import to_jsonable
-from workbench.report.blocks import Bars, Block, Cell, Histogram, Lines, Scatter, Series, Table, Text, Tokens
+from workbench.report.blocks import (
+    Bars,
+    Block,
+    Cell,
+    Grid,
+    Heat,
+    Histogram,
+    Lines,
+    Scatter,
+    Series,
+    Table,
+    Text,
+    Tokens,
+)
 from workbench.report.headline import Headline, Says, beside
 from workbench.report.section import Metric, Section, flat_metrics
 
@@ -21,7 +34,9 @@ __all__ = [
     "Bars",
     "Block",
     "Cell",
+    "Grid",
     "Headline",
+    "Heat",
     "Histogram",
     "Lines",
     "Metric",

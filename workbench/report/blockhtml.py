@@ -11,10 +11,13 @@ from markupsafe import Markup, escape
 
 from workbench.core.numbers import Number, counted, number
 from workbench.core.stats import Estimate
-from workbench.report.blocks import Bars, Block, Histogram, Lines, Scatter, Table, Text, Tokens
+from workbench.report.blocks import Bars, Block, Grid, Heat, Histogram, Lines, Scatter, Table, Text, Tokens
 from workbench.report.plots import plot_svg
 from workbench.report.tablehtml import table_html
 from workbench.report.text import visible
+
+MOST_CELLS = 1_500
+"""Cells of all grids of a heat map that are drawn together; of more, the last columns are drawn."""
 
 
 @functools.singledispatch
@@ -65,6 +68,45 @@ def _(block: Tokens) -> Markup:
         for row in block.rows
     ]
     return _figure(Markup('<div class="tokens">{}</div>').format(Markup("").join(rows)), "", block.caption)
+
+
+@block_html.register
+def _(block: Heat) -> Markup:
+    values = [abs(v) for grid in block.grids for row in grid.values for v in row if v is not None and math.isfinite(v)]
+    largest = max(values, default=0.0) or 1.0
+    n_columns = max(1, MOST_CELLS // max(1, sum(len(grid.rows) for grid in block.grids)))
+    cut = [
+        f"the last {n_columns} of {len(grid.columns)} columns" for grid in block.grids if len(grid.columns) > n_columns
+    ]
+    grids = Markup("").join(_grid(grid, n_columns, largest) for grid in block.grids)
+    caption = " ".join([block.caption, *(f"Drawn: {text}." for text in dict.fromkeys(cut))]).strip()
+    return _figure(Markup('<div class="heats scroll" tabindex="0">{}</div>').format(grids), block.title, caption)
+
+
+def _grid(grid: Grid, n_columns: int, largest: Number) -> Markup:
+    first = max(0, len(grid.columns) - n_columns)
+    head = Markup("").join(Markup("<th scope=col>{}</th>").format(visible(name)) for name in grid.columns[first:])
+    rows = Markup("").join(
+        Markup("<tr><th scope=row>{}</th>{}</tr>").format(
+            visible(name),
+            Markup("").join(
+                _heat_cell(value, grid.texts[r][c] if grid.texts else "", largest)
+                for c, value in enumerate(grid.values[r])
+                if c >= first
+            ),
+        )
+        for r, name in enumerate(grid.rows)
+    )
+    return Markup(
+        '<table class="heat"><caption>{}</caption><thead><tr><th></th>{}</tr></thead><tbody>{}</tbody></table>'
+    ).format(visible(grid.name), head, rows)
+
+
+def _heat_cell(value: Number | None, text: str, largest: Number) -> Markup:
+    if value is None or not math.isfinite(value):
+        return Markup("<td>{}</td>").format(visible(text))
+    side, share = "warm" if value >= 0 else "cool", round(100 * abs(value) / largest)
+    return Markup('<td class={} style="--v:{}%" title="{}">{}</td>').format(side, share, number(value), visible(text))
 
 
 def _token(text: str, value: Number | None, largest: Number) -> Markup:

@@ -1,4 +1,4 @@
-"""What a report shows, as plain frozen values: prose, tables, plots, coloured tokens.
+"""What a report shows, as plain frozen values: prose, tables, plots, heat maps, coloured tokens.
 
 Nothing here knows HTML or plots: `workbench.report` draws these values, `workbench.runs.run` stores them.
 """
@@ -183,7 +183,44 @@ class Tokens:
     kind: Literal["tokens"] = field(default="tokens", init=False, repr=False)
 
 
-Block = Text | Table | Bars | Lines | Histogram | Scatter | Tokens
+@dataclass(frozen=True)
+class Grid:
+    """Cells of a heat map; a value that is None or not finite has no colour.
+
+    Attributes:
+        name: what its cells are.
+        rows: names of the rows, from the top.
+        columns: names of the columns.
+        values: a row of numbers per name of a row.
+        texts: what stands in the cells; "" leaves them empty.
+
+    Raises:
+        ShapeError: if there is not one value per cell.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[Number | None, ...], ...]
+    texts: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        _same_length(f"Grid {self.name!r}", rows=self.rows, values=self.values)
+        for row in (*self.values, *self.texts):
+            _same_length(f"Grid {self.name!r}", columns=self.columns, cells=row)
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Heat maps side by side on one scale: warm above zero, cool below."""
+
+    title: str
+    grids: tuple[Grid, ...]
+    caption: str = ""
+    kind: Literal["heat"] = field(default="heat", init=False, repr=False)
+
+
+Block = Text | Table | Bars | Lines | Histogram | Scatter | Tokens | Heat
 
 
 def _same_length(what: str, **parts: tuple[object, ...]) -> None:
