@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuits.classics.frozen import FrozenAt, FrozenNorm
 from circuits.classics.shared import comparable, estimate, segments_at, whole_difference
+from circuits.classics.tables import TableReport
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, MismatchError
@@ -24,7 +25,7 @@ from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.models.segment import Segment
-from workbench.report.base import Bars, Grid, Headline, Heat, Report, Says, Section, Table, beside
+from workbench.report.base import Bars, Grid, Headline, Heat, Says, Section, Table, beside
 from workbench.saes.basis import basis
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class DirectAttribution(Report):
+class DirectAttribution(TableReport):
     """Direct effects on the logit difference `clean answer - patch answer`, on clean prompts, at the last token.
 
     Attributes:
@@ -93,7 +94,8 @@ class DirectAttribution(Report):
                 {
                     "component": part.component, "layer": part.layer, "head": part.head, "pos": self.pos,
                     "logit_a": float(part.logit_a.mean()), "logit_b": float(part.logit_b.mean()), "diff": diff.value,
-                    "ci_low": diff.low, "ci_high": diff.high, "share": float("nan") if whole is None else diff.value / whole,
+                    "ci_low": diff.low, "ci_high": diff.high,
+                    "share": float("nan") if whole is None else diff.value / whole,
                     "ablation_effect": float("nan") if ablation is None else ablation.value,
                     "ablation_ci_low": float("nan") if ablation is None else ablation.low,
                     "ablation_ci_high": float("nan") if ablation is None else ablation.high, "n": diff.n,
@@ -138,7 +140,9 @@ class DirectAttribution(Report):
         ]
         if whole_difference(self.logits[:, 0] - self.logits[:, 1]) is None:
             found.append("It is within noise, so no shares of it are given. Use more pairs, or others.")
-        both = [(float(p.diff.mean()), float(p.ablation.mean())) for p in self.parts if not bool(p.ablation.isnan().any())]
+        both = [
+            (float(p.diff.mean()), float(p.ablation.mean())) for p in self.parts if not bool(p.ablation.isnan().any())
+        ]
         if len(both) > 2:
             r = float(torch.corrcoef(torch.tensor(both).T)[0, 1])
             found.append(
@@ -156,8 +160,8 @@ class DirectAttribution(Report):
         )
         table = Table(
             ("component", "logit of the clean answer", "of the patch answer", "difference", "ablation effect"), rows,
-            "Components. Direct effect on the logits through the final norm with its scale held fast; ablation effect: fall "
-            "of the logit difference when the component writes nothing at the last token.",
+            "Components. Direct effect on the logits through the final norm with its scale held fast; ablation effect: "
+            "fall of the logit difference when the component writes nothing at the last token.",
         )  # fmt: skip
         whole = _estimate(self.logits[:, 0] - self.logits[:, 1])
         blocks = (self._picture(), self._beside(), table)
@@ -165,8 +169,10 @@ class DirectAttribution(Report):
 
     def _picture(self) -> Heat | Bars:
         if self.by != "head":
-            parts = self.parts if len(self.parts) <= _SHOWN else tuple(
-                sorted(self.parts, key=lambda part: -abs(float(part.diff.mean())))[:_SHOWN]
+            parts = (
+                self.parts
+                if len(self.parts) <= _SHOWN
+                else tuple(sorted(self.parts, key=lambda part: -abs(float(part.diff.mean())))[:_SHOWN])
             )
             values = tuple(_estimate(part.diff) for part in parts)
             return Bars("Direct effects", tuple(p.name for p in parts), values, "logit difference", 0.0)
@@ -175,9 +181,7 @@ class DirectAttribution(Report):
             found = {(p.layer, p.head): float(value(p).mean()) for p in self.parts if p.head is not None}
             layers, heads = (sorted({key[i] for key in found}) for i in (0, 1))
             cells = tuple(tuple(found[layer, head] for head in heads) for layer in reversed(layers))
-            grids.append(
-                Grid(what, tuple(map(str, reversed(layers))), tuple(f"h{head}" for head in heads), cells)
-            )
+            grids.append(Grid(what, tuple(map(str, reversed(layers))), tuple(f"h{head}" for head in heads), cells))
         return Heat("Heads: logit difference", tuple(grids), "Layers by heads; the last layer is on top.")
 
 
@@ -194,10 +198,10 @@ def direct_logit_attribution(
 ) -> DirectAttribution:
     """What each component writes directly to the logit difference, on the clean prompts, at the last token.
 
-    `logit_t = sum over components c of scale * gain * centred(c) . W_U[:, t] + bias`: the final norm with the scale that
-    it has at this token, exact by construction. A norm behind attention or MLP is part of what they write; with
-    `by="head"` its scale at the token is held fast too. Beside each: the fall of the logit difference when the component
-    writes nothing at the last token and all later layers run.
+    `logit_t = sum over components c of scale * gain * centred(c) . W_U[:, t] + bias`: the final norm with the scale
+    that it has at this token, exact by construction. A norm behind attention or MLP is part of what they write; with
+    `by="head"` its scale at the token is held fast too. Beside each: the fall of the logit difference when the
+    component writes nothing at the last token and all later layers run.
 
     Args:
         model: the model.
@@ -209,7 +213,8 @@ def direct_logit_attribution(
 
     Raises:
         InvalidInputError: for pairs without a patch answer.
-        MismatchError: if the stream is not the sum of its components in this model, or its final norm is of another kind.
+        MismatchError: if the stream is not the sum of its components in this model, or its final norm is neither an
+            RMS norm nor a layer norm.
 
     Source: Elhage et al. 2021, "A mathematical framework for transformer circuits"; nostalgebraist 2020.
     """
@@ -228,7 +233,9 @@ def direct_logit_attribution(
                  ablation=nothing if site is None else ablations.get(site, nothing))
         )  # fmt: skip
     _require_sum(model, parts, reader.logits)
-    return DirectAttribution(parts=tuple(parts), logits=reader.logits, by=by, pos=None if pairs.length is None else pairs.length - 1)
+    return DirectAttribution(
+        parts=tuple(parts), logits=reader.logits, by=by, pos=None if pairs.length is None else pairs.length - 1
+    )
 
 
 _Job = tuple[str, int | None, int | None, Tensor, Site | None]
@@ -297,7 +304,10 @@ def _ablations(model: Model, pairs: Pairs, sites: Sequence[Site | None], size: i
     segments = segments_at(model, pairs.clean, wholes, "logits", last=True)
     found: dict[Site, Tensor] = {}
     for whole in track(wholes, description="ablating", unit="sites"):
-        segment, here = segments[whole], [site for site in wanted if (site.kind, site.layer) == (whole.kind, whole.layer)]
+        segment, here = (
+            segments[whole],
+            [site for site in wanted if (site.kind, site.layer) == (whole.kind, whole.layer)],
+        )
         states = []
         for site in here:
             x = segment.x.clone()
@@ -324,7 +334,9 @@ def _differences(segment: Segment, states: Sequence[Tensor], pairs: Pairs, size:
 
     step = max(1, size // n)
     groups = [[segment.x, *states][i : i + step] for i in range(0, len(states) + 1, step)]
-    values = torch.cat([difference(torch.cat(group), rows.repeat(len(group))) for group in groups]).unflatten(0, (-1, n))
+    values = torch.cat([difference(torch.cat(group), rows.repeat(len(group))) for group in groups]).unflatten(
+        0, (-1, n)
+    )
     return list(values[0] - values[1:])
 
 

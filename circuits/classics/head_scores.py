@@ -24,9 +24,10 @@ from circuits.classics.head_weights import (
     succeeded,
     turns,
 )
+from circuits.classics.tables import TableReport
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, UnknownSiteError
-from workbench.core.numbers import counted, setting
+from workbench.core.numbers import setting
 from workbench.core.precision import precise
 from workbench.core.progress import track
 from workbench.core.stats import ANY, POSITIVE, SHARE, Estimate, sample_mean, wilson
@@ -34,7 +35,7 @@ from workbench.core.tokenizer import special_ids, start_ids
 from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
-from workbench.report.base import Grid, Headline, Heat, Report, Says, Section, Table, beside
+from workbench.report.base import Grid, Headline, Heat, Says, Section, Table, beside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +69,7 @@ class HeadScore:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class HeadScores(Report):
+class HeadScores(TableReport):
     """Scores of all heads.
 
     Attributes:
@@ -233,10 +234,8 @@ def _ordinary(model: Model, least: int, seed: int) -> Int[Tensor, " tokens"]:
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
 
 
-def _texts(
-    model: Model, ordinary: Tensor, repeated: int, sequences: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """A prefix and a text with its repetition, and the same with a new second half; `(1, 1 + 2 * repeated)` ids each."""
+def _texts(model: Model, ordinary: Tensor, repeated: int, sequences: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A prefix and a text with its repetition, and the same with a new second half: `(1, 1 + 2 * repeated)` ids."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.tensor(list(start_ids(model.tokenizer))[-1:] if model.tokenizer else [0])
     for _ in range(sequences):
@@ -245,13 +244,13 @@ def _texts(
         yield again[None].to(model.device), torch.cat([first, drawn])[None].to(model.device)
 
 
-def _of_patterns(
-    model: Model, ordinary: Tensor, repeated: int, sequences: int, seed: int
-) -> Iterator[HeadScore]:
+def _of_patterns(model: Model, ordinary: Tensor, repeated: int, sequences: int, seed: int) -> Iterator[HeadScore]:
     layers = [site.layer for site in model.site_map.named(["pattern"])]
     real: dict[str, list[Tensor]] = {}
     null: dict[str, list[Tensor]] = {}
-    texts = track(_texts(model, ordinary, repeated, sequences, seed), total=sequences, description="texts", unit="texts")
+    texts = track(
+        _texts(model, ordinary, repeated, sequences, seed), total=sequences, description="texts", unit="texts"
+    )
     for pair in texts:
         for ids, kept in zip(pair, (real, null), strict=True):
             acts = model.capture(ids, ["pattern"])
@@ -314,6 +313,7 @@ def _of_layer(
                          null_kind="output rotated at random")  # fmt: skip
 
     for head in range(len(maps.writes)):
+
         def of(fn: Callable[..., float], *args: object, head: int = head) -> Callable[[Tensor | None], float]:
             return lambda turn: fn(maps, head, *args, turn)
 

@@ -24,13 +24,16 @@ TOP = 5
 """A token counts as copied if its own logit is among so many largest of the sampled tokens."""
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "digits": tuple("0123456789"),
-    "numbers": tuple("one two three four five six seven eight nine ten eleven twelve".split()),
-    "weekdays": tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()),
-    "months": tuple(
-        "January February March April May June July August September October November December".split()
+    "numbers": (
+        "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    ),
+    "weekdays": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    "months": (
+        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "December",
     ),
     "letters": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
-}
+}  # fmt: skip
 """Words in their order."""
 _SMALLEST_FAMILY = 4
 
@@ -129,13 +132,13 @@ def _norm_before(model: Model, layer: int) -> FrozenNorm:
         if torch.equal(after, given[0]) and torch.equal(before.flatten(0, 1), x):
             return FrozenNorm.of(module, x, f"the norm before attention of layer {layer}")
     raise MismatchError(
-        f"head_scores: in layer {layer} of {model.name} there is no norm between the stream and the value projection that "
+        f"head_scores: in layer {layer} of {model.name} there is no norm between stream and value projection that "
         "could be followed. Ask for the scores of patterns alone."
     )
 
 
 def middle(model: Model, final: FrozenNorm, step: int = 8192) -> Float[Tensor, "d_model d_model"]:
-    """`W_E^T (gain . W_U)^T` summed over the vocabulary, a part at a time: what the ends of the model make of each other."""
+    """Sum over the vocabulary of the outer products of folded unembedding and embedding, a part at a time."""
     total = torch.zeros_like(final.gain).expand(len(final.gain), -1).clone()
     for part in torch.arange(min(model.d_vocab, len(embedding(model.hf).weight))).split(step):
         both = ends(model, part, final)
@@ -157,8 +160,8 @@ def copying(
         turn: an orthogonal matrix by which its output is rotated, for the null.
     """
     writes = layer.writes[head] if turn is None else turn @ layer.writes[head]
-    found = torch.linalg.eigvals(writes @ between @ (layer.norm.centred(torch.eye(len(between)).to(between)) * layer.norm.gain)
-                                 @ layer.reads[layer.kv(head)])  # fmt: skip
+    normed = layer.norm.centred(torch.eye(len(between)).to(between)) * layer.norm.gain
+    found = torch.linalg.eigvals(writes @ between @ normed @ layer.reads[layer.kv(head)])
     return float(found.real.sum() / found.abs().sum().clamp_min(1e-30))
 
 

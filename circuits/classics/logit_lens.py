@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from circuits.classics.tables import TableReport, plain
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError
@@ -22,7 +23,7 @@ from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.models.wrapped import Batch
-from workbench.report.base import Grid, Headline, Heat, Report, Says, Section, Table, beside
+from workbench.report.base import Grid, Headline, Heat, Says, Section, Table, beside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ _TOKENS_DRAWN, _ROWS_IN_REPORT = 24, 60
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class LogitLens(Report):
+class LogitLens(TableReport):
     """What the model's own end reads at each site, token by token.
 
     The target is the token that follows in the text; at the end of a prompt with an answer, the answer.
@@ -103,11 +104,21 @@ class LogitLens(Report):
         """Sites by tokens, with what is read in each cell."""
         frame = self.frame()
         top = frame[frame["rank"] == 0]
-        columns = ("site", "pos", "token", "token_out", "logprob", "target_rank", "control_rank", "entropy", "kl_to_output")
-        rows = tuple(tuple(_plain(value) for value in row) for row in top[list(columns)].itertuples(index=False))
+        columns = (
+            "site",
+            "pos",
+            "token",
+            "token_out",
+            "logprob",
+            "target_rank",
+            "control_rank",
+            "entropy",
+            "kl_to_output",
+        )
+        rows = tuple(tuple(plain(value) for value in row) for row in top[list(columns)].itertuples(index=False))
         last = tuple(reversed(rows))[:_ROWS_IN_REPORT]
-        table = Table(columns, last, "Readings. The most probable token at each site and token, the last site first; ranks "
-                      "count the tokens that are strictly more probable; entropy and KL in nats.")  # fmt: skip
+        table = Table(columns, last, "Readings. The most probable token at each site and token, the last site first; "
+                      "ranks count the tokens that are strictly more probable; entropy and KL in nats.")  # fmt: skip
         return Section("Logit lens", (self._picture(), self._beside(), table), self.findings(), {}, self.headline())
 
     def _picture(self) -> Heat:
@@ -124,12 +135,6 @@ class LogitLens(Report):
             tuple(tuple(str(top[s, t])[:12] for t in here) for s in order),
         )  # fmt: skip
         return Heat("What each layer would say", (grid,), "The most probable token, coloured by its probability.")
-
-
-def _plain(value: object) -> str | int | float | None:
-    item = getattr(value, "item", None)
-    value = value if item is None else item()
-    return value if isinstance(value, str | int | float) else None
 
 
 def _mean(values: np.ndarray) -> Estimate:

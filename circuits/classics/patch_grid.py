@@ -23,18 +23,19 @@ from circuits.classics.shared import (
     whole_difference,
     whole_run,
 )
+from circuits.classics.tables import TableReport, plain
 from circuits.metrics import AnyMetric, Metric, bound, logit_difference, named, value
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, MismatchError
-from workbench.core.numbers import counted, number
+from workbench.core.numbers import counted
 from workbench.core.progress import track
 from workbench.core.stats import Estimate
 from workbench.hooks.capture import Activations
 from workbench.hooks.sites import HEAD_KINDS, Site
 from workbench.models.model import Model
 from workbench.models.segment import Segment
-from workbench.report.base import Grid, Headline, Heat, Report, Says, Section, Table, beside
+from workbench.report.base import Grid, Headline, Heat, Says, Section, Table, beside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +61,7 @@ class Cell:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class PatchGrid(Report):
+class PatchGrid(TableReport):
     """Effects of patching, `metric(patched) - metric(clean)`, one per cell and pair; 0 where nothing can differ.
 
     Attributes:
@@ -156,9 +157,10 @@ class PatchGrid(Report):
         frame = self.frame()
         top = frame.sort_values("effect", key=abs, ascending=False, kind="stable").head(_ROWS_IN_REPORT)
         columns = ("cell", "token", "effect", "se", "normalised", "control", "n")
-        rows = tuple((self._name(i), *(_plain(row[c]) for c in columns[1:])) for i, row in top.iterrows())
-        table = Table(columns, rows, f"Strongest cells. Effect: metric patched minus clean ({self.metric}); normalised: "
-                      "as a share of the whole run's difference; control: patched from a third prompt.")  # fmt: skip
+        rows = tuple((self._name(i), *(plain(row[c]) for c in columns[1:])) for i, row in top.iterrows())
+        table = Table(columns, rows, f"Strongest cells. Effect: metric patched minus clean ({self.metric}); "
+                      "normalised: as a share of the whole run's difference; control: patched from a third "
+                      "prompt.")  # fmt: skip
         total = self.total()
         metrics = {} if total is None else {"whole_difference": total}
         return Section(
@@ -173,9 +175,7 @@ class PatchGrid(Report):
         return Heat("Effect of patching", grids, f"Metric patched minus clean: {self.metric}.")
 
     def _grid(self, kind: str, heads: bool, effect: np.ndarray) -> Grid:
-        cells = [
-            (i, c) for i, c in enumerate(self.cells) if c.site.kind == kind and (c.site.head is not None) == heads
-        ]
+        cells = [(i, c) for i, c in enumerate(self.cells) if c.site.kind == kind and (c.site.head is not None) == heads]
         by_head = heads and all(cell.column is None for _, cell in cells)
         where = {(_row(cell.site, by_head), cell.site.head if by_head else cell.column): effect[i] for i, cell in cells}
         rows = sorted({row for row, _ in where}, reverse=True)
@@ -198,12 +198,6 @@ def _row_name(row: tuple[int, int]) -> str:
     return str(row[0]) if row[1] < 0 else f"{row[0]}.h{row[1]}"
 
 
-def _plain(value: object) -> str | int | float | None:
-    item = getattr(value, "item", None)
-    value = value if item is None else item()
-    return value if isinstance(value, str | int | float) else None
-
-
 @checked
 @torch.no_grad()
 def patch_grid(
@@ -217,7 +211,7 @@ def patch_grid(
     rows: int = 64,
     seed: int = 0,
 ) -> PatchGrid:
-    """Effect of giving one site, at one token, the activation of the patch prompt: each cell is a run, none is estimated.
+    """Effect of giving one site, at one token, the activation of the patch prompt: each cell is a run, no estimate.
 
     All cells of a site are rows of one segment, which runs the blocks behind the site alone. Tokens before the first
     difference of a pair are not run: nothing can differ there, and the effect is exactly 0.
@@ -332,8 +326,11 @@ class _Runs:
         return effects
 
     def _groups(self, cells: Sequence[Cell]) -> list[list[int | None]]:
-        """Columns that run together. A run computes no token before its first column, so few columns are cheaper, as
-        long as their rows are many enough for a forward pass to be efficient."""
+        """Columns that run together.
+
+        A run computes no token before its first column, so few columns are cheaper, as long as their rows are many
+        enough for a forward pass to be efficient.
+        """
         changed = self.pairs.changed().sum(0)
         columns = changed.nonzero()[:, 0].tolist()
         if cells[0].column is None:

@@ -20,6 +20,7 @@ from circuits.classics.shared import (
     whole_difference,
     whole_run,
 )
+from circuits.classics.tables import TableReport
 from circuits.metrics import AnyMetric, Metric, bound, logit_difference, named, value
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
@@ -31,7 +32,7 @@ from workbench.hooks.attach import Fn, attached
 from workbench.hooks.sites import Point, Site
 from workbench.models.model import Model
 from workbench.models.segment import Segment
-from workbench.report.base import Grid, Headline, Heat, Report, Says, Section, Table, beside
+from workbench.report.base import Grid, Headline, Heat, Says, Section, Table, beside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +67,7 @@ class Path:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class PathEffects(Report):
+class PathEffects(TableReport):
     """Effects of paths.
 
     Attributes:
@@ -125,9 +126,7 @@ class PathEffects(Report):
         if not bool(there.any()):
             return beside(measure, (name, estimate(sign * path.effect)), None)
         real, control = sign * path.effect[there], sign * path.control[there]
-        return beside(
-            measure, (name, estimate(real)), ("a third prompt", estimate(control)), estimate(real - control)
-        )
+        return beside(measure, (name, estimate(real)), ("a third prompt", estimate(control)), estimate(real - control))
 
     def findings(self) -> tuple[str, ...]:
         """The strongest path, what was frozen and what was left out."""
@@ -148,14 +147,16 @@ class PathEffects(Report):
         ]
         table = Table(
             ("path", "input", "effect", "linear estimate", "control"), tuple(rows),
-            f"Paths. Effect: metric patched minus clean ({self.metric}); linear estimate: gradient at the receiver times "
-            "its change; control: a third prompt's output of the sender.",
+            f"Paths. Effect: metric patched minus clean ({self.metric}); linear estimate: gradient at the receiver "
+            "times its change; control: a third prompt's output of the sender.",
         )  # fmt: skip
         blocks = (self._picture(), self._beside(), table)
         return Section("Path patching", blocks, self.findings(), {}, self.headline())
 
     def _picture(self) -> Heat:
-        senders, receivers = (list(dict.fromkeys(getattr(p, end) for p in self.paths)) for end in ("sender", "receiver"))
+        senders, receivers = (
+            list(dict.fromkeys(getattr(p, end) for p in self.paths)) for end in ("sender", "receiver")
+        )
         found = {(p.sender, p.receiver): float(p.effect.mean()) for p in self.paths}
         values = tuple(tuple(found.get((s, r)) for r in receivers) for s in senders)
         grid = Grid("from row to column", tuple(senders), tuple(receivers), values)
@@ -177,7 +178,7 @@ def path_patch(
     """Effect of each path from a sender to a receiver: exact, two runs each, without a gradient.
 
     First run: the clean prompt, in which the sender holds its output of the patch prompt and every head behind it is
-    frozen at the clean run (with `freeze_mlps` every MLP too); each receiver is noted as it is computed from that stream.
+    frozen at the clean run (with `freeze_mlps` every MLP too); each receiver is noted as that stream gives it.
     Second run: the clean prompt, in which the receiver alone holds what was noted. A path that goes forward through no
     block, such as one to an earlier layer, is left out.
 
@@ -186,8 +187,8 @@ def path_patch(
         pairs: all of one length, unless `align="end"`.
         metric: `circuits.logit_difference()` by default, so effects above 0 support the clean answer.
         senders: sites or patterns, such as "z.5.h3", "z.*.h*", "mlp_out.2", "resid_pre.0".
-        receivers: "logits" for the direct path; "q.9.h1", "k.9.h0" or "v.9.h0" for one input of a head, "z.9.h1" for all
-            three, "mlp_out.9" for the input of an MLP, "resid_pre.9" for the stream.
+        receivers: "logits" for the direct path; "q.9.h1", "k.9.h0" or "v.9.h0" for one input of a head, "z.9.h1" for
+            all three, "mlp_out.9" for the input of an MLP, "resid_pre.9" for the stream.
         freeze_mlps: count a path through an MLP as another path.
         align: "end" counts positions from the last token.
         seed: of the choice of third prompts.

@@ -84,9 +84,9 @@ class Segment(OneLine):
     """A batch that ran once, to be continued from one site as often as wanted, with other activations or under edits.
 
     Everything that the site does not reach stays as in the recorded run. The blocks behind the site are called with the
-    arguments that the model gave them; at a site inside a block, that block runs too, on its recorded input. With `last`
-    only so many last tokens of each row run (True: one), over the cached keys and values of the others: exact, by
-    causality, for changes of no other token. That this reproduces the recorded run is checked; where it does not (an
+    arguments that the model gave them; at a site inside a block, that block runs too, on its recorded input. With
+    `last` only so many last tokens of each row run (True: one), over the cached keys and values of the others: exact,
+    by causality, for changes of no other token. That this reproduces the recorded run is checked; where it does not (an
     architecture that does more between its blocks), the whole model runs and the results are the same.
 
     What is in `hold` stays as recorded in every run, and no gradient passes there: only paths around it are left.
