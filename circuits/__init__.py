@@ -9,6 +9,11 @@ report = circuits.shift(model, {"resid_post.15": sae}, circuits.biographies())
 from __future__ import annotations
 
 from circuits import behaviours
+from circuits.classics.direct import DirectAttribution, direct_logit_attribution
+from circuits.classics.head_scores import HeadScore, HeadScores, head_scores
+from circuits.classics.logit_lens import LogitLens, logit_lens
+from circuits.classics.patch_grid import PatchGrid, patch_grid
+from circuits.classics.path_patch import PathEffects, path_patch
 from circuits.decomposition import bases, heads, mlp_hidden, neurons, pca, random
 from circuits.discovery.samples import SampleOptions, Samples, find_samples
 from circuits.edges.attribute import edge_effects
@@ -56,12 +61,16 @@ __all__ = [
     "BiographyOptions",
     "Circuit",
     "Decider",
+    "DirectAttribution",
     "EdgeTable",
     "Edges",
     "Faithfulness",
     "FeatureDossier",
+    "HeadScore",
+    "HeadScores",
     "LabelledTexts",
     "LexiconDecider",
+    "LogitLens",
     "LogitMetric",
     "LossOfMargin",
     "Metric",
@@ -69,6 +78,8 @@ __all__ = [
     "NodeEffects",
     "OracleDecider",
     "Pairs",
+    "PatchGrid",
+    "PathEffects",
     "SAETrainingOptions",
     "SAEsEstimate",
     "SampleOptions",
@@ -85,23 +96,28 @@ __all__ = [
     "bases",
     "behaviours",
     "biographies",
+    "direct_logit_attribution",
     "edge_effects",
     "estimate_saes",
     "exact_effects",
     "faithfulness",
     "find_samples",
+    "head_scores",
     "heads",
     "kl",
     "linear_effects",
     "load_circuit",
     "log_probability",
     "logit_difference",
+    "logit_lens",
     "mlp_hidden",
     "negative_logit",
     "neurons",
     "node_effects",
     "of_logits",
     "of_site",
+    "patch_grid",
+    "path_patch",
     "pca",
     "probe_margin",
     "random",

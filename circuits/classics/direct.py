@@ -16,7 +16,7 @@ from circuits.classics.tables import TableReport
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, MismatchError
-from workbench.core.numbers import counted
+from workbench.core.numbers import counted, number
 from workbench.core.precision import precise
 from workbench.core.progress import track
 from workbench.core.stats import Estimate
@@ -135,7 +135,7 @@ class DirectAttribution(TableReport):
         total = sum(float(p.diff.mean()) for p in self.parts)
         found = [
             f"The logit difference before a soft cap is {whole}; {counted(len(self.parts), 'components')} add up to "
-            f"{total:.4g}.",
+            f"{number(total)}.",
             f"The largest direct effect is that of {part.name}: {_estimate(part.diff)}.",
         ]
         if whole_difference(self.logits[:, 0] - self.logits[:, 1]) is None:
@@ -146,8 +146,8 @@ class DirectAttribution(TableReport):
         if len(both) > 2:
             r = float(torch.corrcoef(torch.tensor(both).T)[0, 1])
             found.append(
-                f"Over {len(both)} components direct and ablation effects correlate by {r:.2f}: what later layers do "
-                "with a component is in its ablation alone."
+                f"Over {len(both)} components direct and ablation effects correlate by {number(r)}: what later layers "
+                "do with a component is in its ablation alone."
             )
         return tuple(found)
 
@@ -179,7 +179,7 @@ class DirectAttribution(TableReport):
         grids = []
         for what, value in (("direct", lambda p: p.diff), ("ablation", lambda p: p.ablation)):
             found = {(p.layer, p.head): float(value(p).mean()) for p in self.parts if p.head is not None}
-            layers, heads = (sorted({key[i] for key in found}) for i in (0, 1))
+            layers, heads = (sorted({key[i] or 0 for key in found}) for i in (0, 1))
             cells = tuple(tuple(found[layer, head] for head in heads) for layer in reversed(layers))
             grids.append(Grid(what, tuple(map(str, reversed(layers))), tuple(f"h{head}" for head in heads), cells))
         return Heat("Heads: logit difference", tuple(grids), "Layers by heads; the last layer is on top.")
@@ -341,12 +341,12 @@ def _differences(segment: Segment, states: Sequence[Tensor], pairs: Pairs, size:
 
 
 def _require_sum(model: Model, parts: Sequence[Part], logits: Float[Tensor, "pairs 2"]) -> None:
-    sums = torch.stack([sum(p.logit_a for p in parts), sum(p.logit_b for p in parts)], dim=1)
+    sums = torch.stack([torch.stack([p.logit_a, p.logit_b], 1) for p in parts]).sum(0)
     size = torch.stack([p.logit_a.abs() for p in parts]).amax()
     off = float((sums - logits).abs().max() / size.clamp_min(1e-6))
     tolerance = _OFF if model.dtype in (torch.float32, torch.float64) else 30 * _OFF
     if not off <= tolerance:
         raise MismatchError(
-            f"direct_logit_attribution: in {model.name} the components add up to the logits only up to {off:.2g} "
+            f"direct_logit_attribution: in {model.name} the components add up to the logits only up to {number(off)} "
             "(relative), so its stream is not their plain sum. Use patch_grid, which assumes nothing."
         )

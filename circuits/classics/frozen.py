@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.core.errors import MismatchError
+from workbench.core.numbers import number
 from workbench.core.precision import precise
 
 _LARGE = 1e4
@@ -63,7 +64,7 @@ class FrozenNorm:
         if not off <= _TOLERANCE:
             raise MismatchError(
                 f"{name} ({type(module).__name__}) is neither an RMS norm nor a layer norm: with a fixed scale it is "
-                f"off by {off:.2g} (relative), so what single components write can't be read through it."
+                f"off by {number(off)} (relative), so what single components write can't be read through it."
             )
         return frozen
 

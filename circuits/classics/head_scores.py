@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,7 @@ from circuits.classics.head_weights import (
 from circuits.classics.tables import TableReport
 from workbench.core.arguments import checked
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, UnknownSiteError
-from workbench.core.numbers import setting
+from workbench.core.numbers import number, setting
 from workbench.core.precision import precise
 from workbench.core.progress import track
 from workbench.core.stats import ANY, POSITIVE, SHARE, Estimate, sample_mean, wilson
@@ -35,7 +36,7 @@ from workbench.core.tokenizer import special_ids, start_ids
 from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
-from workbench.report.base import Grid, Headline, Heat, Says, Section, Table, beside
+from workbench.report.base import Grid, Headline, Heat, Metric, Says, Section, Table, beside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
 PATTERN_SCORES = ("previous", "duplicate", "induction", "bos", "self", "entropy")
 WEIGHT_SCORES = ("copying", "copied tokens", "successor")
 _FEWEST = 4
-_ROTATIONS = 8
+_ROTATIONS, _FEW_ROTATIONS = 8, 2
+"""For the null; few where each takes a product of all sampled tokens with all."""
 _ROWS_IN_REPORT = 60
 
 
@@ -128,7 +130,7 @@ class HeadScores(TableReport):
         found = []
         for score in dict.fromkeys(s.score for s in self.scores):
             best = self.strongest(score)
-            found.append(f"Largest {score}: {_name(best)} with {best.value}; {best.null_kind}: {best.null:.3g}.")
+            found.append(f"Largest {score}: {_name(best)} with {best.value}; {best.null_kind}: {number(best.null)}.")
         return (*found, *([self.note] if self.note else []))
 
     def section(self) -> Section:
@@ -144,7 +146,7 @@ class HeadScores(TableReport):
                       f"{self.repeated} tokens and its repetition; what weights copy; entropy in nats.")  # fmt: skip
         picture = Heat("Scores of heads", tuple(map(self._grid, names)), "Layers by heads, the last layer on top; each "
                        "map is scaled by its own largest value.")  # fmt: skip
-        metrics = {f"largest {score}": self.strongest(score).value for score in names}
+        metrics: dict[str, Metric] = {f"largest {score}": self.strongest(score).value for score in names}
         return Section("Attention heads", (picture, self._beside(), table), self.findings(), metrics, self.headline())
 
     def _grid(self, score: str) -> Grid:
@@ -313,14 +315,10 @@ def _of_layer(
                          null_kind="output rotated at random")  # fmt: skip
 
     for head in range(len(maps.writes)):
-
-        def of(fn: Callable[..., float], *args: object, head: int = head) -> Callable[[Tensor | None], float]:
-            return lambda turn: fn(maps, head, *args, turn)
-
-        value, null = beside_null(of(copying, between), rotations)
+        value, null = beside_null(partial(copying, maps, head, between), rotations)
         yield row(head, "copying", Estimate(value, value, value, 1, "eigenvalues", "heads"), null)
-        count, by_chance = beside_null(of(copied, both), rotations)
+        count, by_chance = beside_null(partial(copied, maps, head, both), rotations[:_FEW_ROTATIONS])
         yield row(head, "copied tokens", wilson(int(count), n, unit="tokens"), by_chance / n)
         if words:
-            count, by_chance = beside_null(of(succeeded, words), rotations)
+            count, by_chance = beside_null(partial(succeeded, maps, head, words), rotations)
             yield row(head, "successor", wilson(int(count), n_words, unit="words"), by_chance / n_words)

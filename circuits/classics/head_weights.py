@@ -217,4 +217,4 @@ Score = Callable[[Tensor | None], float]
 
 def beside_null(score: Score, rotations: Sequence[Tensor]) -> tuple[float, float]:
     """A score of a head, and its mean over rotations of what the head writes."""
-    return score(None), sum(score(turn) for turn in rotations) / len(rotations)
+    return float(score(None)), sum(score(turn) for turn in rotations) / len(rotations)

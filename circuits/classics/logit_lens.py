@@ -14,10 +14,11 @@ from torch import Tensor
 from circuits.classics.tables import TableReport, plain
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
-from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.core.stats import Estimate, sample_mean
 from workbench.core.tokens import TokenBatch
 from workbench.features.lens import Lens, lens
+from workbench.features.scores.logit_lens import IN_RESIDUAL, in_residual
 from workbench.hooks.capture import Activations
 from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
@@ -115,7 +116,7 @@ class LogitLens(TableReport):
             "entropy",
             "kl_to_output",
         )
-        rows = tuple(tuple(plain(value) for value in row) for row in top[list(columns)].itertuples(index=False))
+        rows = tuple(zip(*([plain(value) for value in top[name].tolist()] for name in columns), strict=True))
         last = tuple(reversed(rows))[:_ROWS_IN_REPORT]
         table = Table(columns, last, "Readings. The most probable token at each site and token, the last site first; "
                       "ranks count the tokens that are strictly more probable; entropy and KL in nats.")  # fmt: skip
@@ -125,8 +126,12 @@ class LogitLens(TableReport):
         reading, tokenizer = self.lens, self.lens.batch.tokenizer
         here = (reading.rows == reading.rows[0]).nonzero()[-_TOKENS_DRAWN:, 0].tolist()
         frame = self.frame()
-        top = frame[frame["rank"] == 0]["token_out"].to_numpy().reshape(len(reading.sites), -1)
-        names = frame["token"].to_numpy().reshape(len(reading.sites), len(reading.rows), -1)[0, :, 0]
+        top = np.array(frame["token_out"].tolist(), dtype=object)[:: reading.ids.shape[2]].reshape(
+            len(reading.sites), -1
+        )
+        names = np.array(frame["token"].tolist(), dtype=object).reshape(len(reading.sites), len(reading.rows), -1)[
+            0, :, 0
+        ]
         order = range(len(reading.sites) - 1, -1, -1)
         grid = Grid(
             "" if tokenizer is None else "first prompt", tuple(str(reading.sites[s]) for s in order),
@@ -166,12 +171,17 @@ def logit_lens(
 
     Raises:
         InvalidInputError: if `target` is not one token, or is given for pairs, which have answers.
-        MismatchError: if no site is in the residual stream.
+        MismatchError: for a site that is not in the residual stream.
         DegenerateInputError: for a single token, which no other can stand beside.
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
     answers: Int[Tensor, " batch"] | None = None
+    if other := [str(site) for site in model.site_map.named(sites) if not in_residual(site)]:
+        raise MismatchError(
+            f"logit_lens(sites={list(sites)}): {', '.join(other)} can't be read, since the end of the model reads the "
+            f"residual stream. Choose among {', '.join(IN_RESIDUAL)}."
+        )
     sites = [*sites, "resid_post.-1"]  # the output, which every reading is compared with
     if isinstance(text, Pairs):
         if target is not None:
@@ -185,8 +195,8 @@ def logit_lens(
     if n_tokens < 2:
         raise DegenerateInputError("logit_lens: there is one token, and none to read beside it. Give a longer text.")
     control = lens(_shuffled(acts, seed), model, k=1, answers=answers)
-    has_patch = isinstance(text, Pairs) and text.patch is not None
-    patch = lens(acts, model, k=1, answers=text.answers[:, 1]) if has_patch else None
+    others = text.answers[:, 1] if isinstance(text, Pairs) and text.patch is not None else None
+    patch = None if others is None else lens(acts, model, k=1, answers=others)
     return LogitLens(lens=lens(acts, model, k=k, answers=answers), control=control, patch=patch)
 
 

@@ -22,13 +22,13 @@ from circuits.classics.shared import (
     third_prompts,
     whole_difference,
     whole_run,
+    without_third,
 )
 from circuits.classics.tables import TableReport, plain
 from circuits.metrics import AnyMetric, Metric, bound, logit_difference, named, value
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, MismatchError
-from workbench.core.numbers import counted
 from workbench.core.progress import track
 from workbench.core.stats import Estimate
 from workbench.hooks.capture import Activations
@@ -36,6 +36,7 @@ from workbench.hooks.sites import HEAD_KINDS, Site
 from workbench.models.model import Model
 from workbench.models.segment import Segment
 from workbench.report.base import Grid, Headline, Heat, Says, Section, Table, beside
+from workbench.report.base import Metric as Kept
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,12 +158,12 @@ class PatchGrid(TableReport):
         frame = self.frame()
         top = frame.sort_values("effect", key=abs, ascending=False, kind="stable").head(_ROWS_IN_REPORT)
         columns = ("cell", "token", "effect", "se", "normalised", "control", "n")
-        rows = tuple((self._name(i), *(plain(row[c]) for c in columns[1:])) for i, row in top.iterrows())
+        rows = tuple((self._name(i), *(plain(top.at[i, c]) for c in columns[1:])) for i in top.index.tolist())
         table = Table(columns, rows, f"Strongest cells. Effect: metric patched minus clean ({self.metric}); "
                       "normalised: as a share of the whole run's difference; control: patched from a third "
                       "prompt.")  # fmt: skip
         total = self.total()
-        metrics = {} if total is None else {"whole_difference": total}
+        metrics: dict[str, Kept] = {} if total is None else {"whole_difference": total}
         return Section(
             "Activation patching", (self.picture(), self._beside(), table), self.findings(), metrics, self.headline()
         )
@@ -244,19 +245,13 @@ def patch_grid(
     cells = [Cell(replace(s, head=head), c) for s, heads in chosen.items() for head in heads for c in columns]
     runs = _Runs(model, pairs, measured, whole_run(model, pairs.clean, measured), rows)
     effects = runs.effects(cells, [model.capture(source, list(chosen)) for source in (patch, third)])
-    notes = [note, "" if bool(there.all()) else _without_third(there)]
+    notes = [note, without_third(there)]
     return PatchGrid(
         metric=named(measured), cells=tuple(cells), effects=effects[0],
         control=effects[1].masked_fill(~there, torch.nan), totals=whole_run(model, patch, measured) - runs.before,
         positions=tuple(range(-width, 0) if align == "end" else range(width)), tokens=position_names(pairs),
         note=" ".join(filter(None, notes)),
     )  # fmt: skip
-
-
-def _without_third(there: Tensor) -> str:
-    return (
-        f"{counted(int((~there).sum()), 'pairs')} of {len(there)} have no third prompt of their length, and no control."
-    )
 
 
 def _chosen(model: Model, wanted: Sequence[str], metric: Metric) -> tuple[dict[Site, list[int | None]], str]:

@@ -19,13 +19,14 @@ from circuits.classics.shared import (
     third_prompts,
     whole_difference,
     whole_run,
+    without_third,
 )
 from circuits.classics.tables import TableReport
 from circuits.metrics import AnyMetric, Metric, bound, logit_difference, named, value
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError
-from workbench.core.numbers import counted
+from workbench.core.numbers import counted, number
 from workbench.core.progress import track
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.attach import Fn, attached
@@ -133,7 +134,7 @@ class PathEffects(TableReport):
         path = self._strongest()
         return (
             f"The strongest of {counted(len(self.paths), 'paths')} is {path.sender} to {path.receiver}: "
-            f"{estimate(path.effect)}; the first-order estimate is {float(path.linear.mean()):.3g}.",
+            f"{estimate(path.effect)}; the first-order estimate is {number(float(path.linear.mean()))}.",
             f"The whole run's difference of the metric ({self.metric}) is {estimate(self.totals)}.",
             self.frozen,
             *([self.note] if self.note else []),
@@ -209,7 +210,7 @@ def path_patch(
     ends = {str(site): site for name in receivers for site in _receivers(model, name)}
     third, there = third_prompts(pairs, seed)
     run = _Paths(model, pairs, measured, freeze_mlps, {LOGITS: _last(model)} | ends)
-    notes = ["" if bool(there.all()) else f"{int((~there).sum())} of {len(there)} pairs have no third prompt."]
+    notes = [without_third(there)]
     wanted = [LOGITS] * (LOGITS in receivers) + list(ends)
     reached = {s: [name for name in wanted if run.leads(s, name)] for s in froms}
     if left_out := sum(len(wanted) - len(names) for names in reached.values()):

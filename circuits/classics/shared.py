@@ -14,6 +14,7 @@ from torch import Tensor
 from circuits.metrics import Metric, value
 from circuits.pairs import Pairs
 from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.numbers import counted
 from workbench.core.stats import Estimate, sample_mean
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
@@ -75,6 +76,14 @@ def third_prompts(pairs: Pairs, seed: int = 0) -> tuple[TokenBatch, Bool[Tensor,
                 ids[i], there[i] = batch.ids[j], True
                 break
     return replace(pairs.clean, ids=ids), there
+
+
+def without_third(there: Bool[Tensor, " pairs"]) -> str:
+    """How many pairs have no control, in words; "" if all have one."""
+    missing = int((~there).sum())
+    return (
+        f"{counted(missing, 'pairs')} without a third prompt of as many tokens, so without control." if missing else ""
+    )
 
 
 def whole_run(model: Model, batch: TokenBatch, metric: Metric) -> Float[Tensor, " pairs"]:

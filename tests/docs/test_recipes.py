@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+import circuits
 import workbench as wb
 from tests.tiny import tiny_hf, tiny_model, tiny_tokenizer
 
@@ -29,6 +30,11 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "Continuations of a column of prompts": lambda last: last.text.tolist() == DF.text.tolist(),
     "Several strengths on the same prompts": lambda last: sorted(set(last.strength)) == [0.5, 1.0, 2.0],
     "What does a head do without it?": lambda last: last.shape == (2,) and bool((last > 0).all()),
+    "At which layer and position is the answer decided?": lambda last: (
+        len(last) == 5 and last.effect.is_monotonic_decreasing
+    ),
+    "Which component writes the answer?": lambda last: last["head"].notna().sum() == 6 and len(last) == 14,
+    "Which heads are induction heads?": lambda last: len(last) == 3 and (last.value > 0).all(),
     "Activations for other libraries": lambda last: tuple(last) == (2, 7, 2, 8),
     "A Hugging Face model that is loaded already": lambda last: len(last) == 1,
 }
@@ -40,7 +46,7 @@ def test_a_recipe_runs_and_gives_what_it_says(title: str) -> None:
     code = RECIPES[title]
     assert len([line for line in code.splitlines() if line.strip()]) <= 6
     space = {
-        "wb": wb, "model": tiny_model(), "texts": DF["text"].tolist(), "df": DF, "vector": torch.ones(16),
+        "wb": wb, "circuits": circuits, "model": tiny_model(), "texts": DF["text"].tolist(), "df": DF, "vector": torch.ones(16),
         "hf": tiny_hf(), "tokenizer": tiny_tokenizer(),
     }  # fmt: skip
     *lines, last = ast.parse(code).body

@@ -129,6 +129,47 @@ def test_gradients_over_cached_keys_are_those_without_a_cache_also_after_another
     torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "neox", "gemma2"])
+@pytest.mark.parametrize("texts", [TEXTS, ["abcdef", "uvwxyz"]])
+def test_several_last_tokens_run_over_the_cache_of_the_others(family: str, texts: list[str]) -> None:
+    model = tiny_model(family)
+    batch = model.tokens(texts)
+    tail, whole = (model.segment(batch, "resid_pre.1", last=last) for last in (3, False))
+    assert tail.x.shape[1] == 3 and tail.how.endswith("the last 3 tokens of each prompt, over cached keys and values")
+    x = whole.x.clone()
+    x[:, -3] += 1
+    rows = torch.arange(len(texts)).flip(0)
+    torch.testing.assert_close(
+        tail.run(x[rows, -3:], rows=rows).logits(), whole.run(x[rows], rows=rows).logits(), atol=FP32_LOGITS, rtol=1e-3
+    )
+    assert not torch.allclose(tail.run(x[:, -3:].roll(1, 1)).logits(), whole.run(x).logits(), atol=1e-2)
+
+
+@pytest.mark.parametrize("last", [False, 2])
+def test_segments_from_later_sites_are_those_of_a_run_of_their_own(last: bool | int) -> None:
+    model = tiny_model("llama")
+    batch = model.tokens(TEXTS)
+    ran: list[int] = []
+    first = model.segment(batch, "resid_pre.0", ["logits", "resid_post.2"], last=last)
+    handle = model.hf.model.layers[0].register_forward_hook(lambda *_: ran.append(0))
+    later = first.later(["attn_out.1", "resid_post.1", "z.2", "resid_pre.1"])
+    assert len(ran) == 1, "one run reads what all of them hold"
+    for site, segment in later.items():
+        own = model.segment(batch, site, ["logits", "resid_post.2"], last=last)
+        torch.testing.assert_close(segment.x, own.x, atol=FP32_LOGITS, rtol=1e-4)
+        assert (segment.first_block, segment.how) == (own.first_block, own.how)
+        a, b = (s.run(own.x + 1, rows=1) for s in (segment, own))
+        torch.testing.assert_close(a.logits(), b.logits(), atol=FP32_LOGITS, rtol=1e-4)
+        torch.testing.assert_close(a.acts["resid_post.2"], b.acts["resid_post.2"], atol=FP32_LOGITS, rtol=1e-4)
+    handle.remove()
+    with pytest.raises(InvalidInputError, match="does not reach"):
+        model.segment(batch, "resid_pre.1").later(["resid_pre.0"])
+    with pytest.raises(InvalidInputError, match="does not reach"):
+        model.segment(batch, "resid_pre.0", "resid_post.1").later(["z.2"])
+    with pytest.raises(UnknownSiteError):
+        first.later(["final_norm"])
+
+
 def test_only_the_blocks_behind_the_site_run_again() -> None:
     model = tiny_model()
     segment = model.segment("abcdef", "resid_post.1")

@@ -13,7 +13,7 @@ GROUPS = (
     ("Sparse autoencoders (SAEs)", ("harvest", "sae train", "sae eval", "sae suite", "sae faithful", "geometry")),
     ("Features", ("features score", "features cards", "features show", "features study")),
     ("Interventions", ("steer", "serve", "shift", "refusal", "probe")),
-    ("Circuits", ("circuit saes",)),
+    ("Circuits", ("circuit lens", "circuit patch", "circuit heads", "circuit saes")),
     ("Glitch tokens", ("glitch scan", "glitch census", "glitch search", "glitch repair", "glitch features")),
     ("Use of a glitch scan", ("glitch lint", "glitch diff", "glitch export", "glitch sanitize", "glitch adt")),
     ("Results", ("runs", "report")),

@@ -314,21 +314,25 @@ class Segment(OneLine):
         """
         points = [self._sites[site] for site in sites]
         starts = [self._sites[Site("resid_pre", p.site.layer)] for p in points if p.site.kind not in STREAM]
-        reader = copy.copy(self)
+        ends = [*self._points, *([self._sites["logits"]] if self._to_logits else [])]
+        reader, parts = copy.copy(self), {point.site: copy.copy(self) for point in points}
+        for point in points:
+            parts[point.site]._point = point
+            parts[point.site]._require_reached(ends)
         reader._points, reader._to_logits = list(dict.fromkeys([*points, *starts])), False
         reader._require_reached(reader._points)
-        read = reader.run()
-        return {point.site: self._from(point, read.acts) for point in points}
+        acts = reader.run().acts
+        for site, part in parts.items():
+            part._begin(site, acts, self.first_block)
+        return parts
 
-    def _from(self, point: Point, acts: Activations) -> Segment:
-        part, at_stream = copy.copy(self), point.site.kind in STREAM
-        part._point, part.x = point, acts.flat(point.site)
-        part._require_reached([*self._points, *([self._sites["logits"]] if self._to_logits else [])])
-        part.first_block = (point.site.layer or 0) + (point.site.kind == "resid_post")
-        skipped = part.first_block - self.first_block
-        part._blocks, part._calls = self._blocks[skipped:], self._calls.since(skipped)
-        part._start = part.x if at_stream else acts[Site("resid_pre", point.site.layer)]
-        return part
+    def _begin(self, site: Site, acts: Activations, before: int) -> None:
+        """What runs from a later site on, for a copy of a segment whose first block was `before`."""
+        self.x = acts.flat(site)
+        self.first_block = (site.layer or 0) + (site.kind == "resid_post")
+        skipped = self.first_block - before
+        self._blocks, self._calls = self._blocks[skipped:], self._calls.since(skipped)
+        self._start = self.x if site.kind in STREAM else acts[Site("resid_pre", site.layer)]
 
     def _writer(self, values: Tensor | None) -> list[tuple[Point, Fn]]:
         """What puts the values in at the site."""
