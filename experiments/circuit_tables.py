@@ -147,9 +147,9 @@ class CircuitPatch(PairsStudy["PatchGrid"]):
 
 @dataclass(frozen=True, kw_only=True)
 class CircuitHeads(Study["HeadScores"]):
-    """Score every attention head: induction, previous token, copying.
+    """Score attention heads: induction, copying and others.
 
-    Also duplicate, first and own token, entropy and successor, each beside its null.
+    Also previous, duplicate, first and own token, entropy and successor, each beside its null.
 
     Example: workbench circuit heads
     """
