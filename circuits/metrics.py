@@ -20,7 +20,7 @@ from workbench.core.errors import InvalidInputError, ShapeError
 from workbench.core.precision import precise
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
-from workbench.models.segment import Reached
+from workbench.models.reached import Reached
 from workbench.probes.linear import Probe, mean_pool
 
 Examples = Pairs | TokenBatch

@@ -272,16 +272,16 @@ class _Paths:
         noted: dict[str, dict[str, Tensor]] = {}
         for site, senders in track(by_site.items(), description="senders", unit="sites"):
             ends = list(dict.fromkeys(self.ends[name] for sender in senders for name in reached[sender]))
-            segment = self.model.segment(self.pairs.clean, site, list({replace(end, head=None): None for end in ends}))
-            clean = self.model.capture(self.pairs.clean, frozen) if (frozen := self._frozen(site, ends)) else {}
+            to = list({replace(end, head=None): None for end in ends})
+            segment = self.model.segment(self.pairs.clean, site, to, hold=self._frozen(site, to))
             patched = torch.stack([acts.flat(site).to(segment.x) for acts in states])
             for sender in senders:
-                found = self._run(sender, segment, patched, ends, {site: clean[site] for site in frozen})
+                found = self._run(sender, segment, patched, ends)
                 noted[str(sender)] = {name: found[self.ends[name]] for name in reached[sender]}
         return noted
 
     def _run(
-        self, sender: Site, segment: Segment, patched: Tensor, ends: Sequence[Site], held: Mapping[Site, Tensor]
+        self, sender: Site, segment: Segment, patched: Tensor, ends: Sequence[Site]
     ) -> dict[Site, Float[Tensor, "sources pairs pos width"]]:
         """The first run of one sender, the sources below each other."""
         sites, n_sources = self.model.site_map, len(patched)
@@ -289,17 +289,15 @@ class _Paths:
         x = segment.x.expand_as(patched).clone()
         x[..., columns] = torch.where(self.pairs.changed()[..., None], patched[..., columns], x[..., columns])
         found: dict[Site, Tensor] = {}
-        # what is noted of a site is noted before the site is held
-        hooks = [(sites[replace(end, head=None)], _note(found, end)) for end in ends]
-        hooks += [(sites[site], _hold(torch.cat([clean] * n_sources))) for site, clean in held.items()]
-        with attached(hooks):
+        # these come before the hooks of the segment, so a receiver is noted before it is held
+        with attached([(sites[replace(end, head=None)], _note(found, end)) for end in ends]):
             segment.run(x.flatten(0, 1), rows=n_sources)
         return {end: x.unflatten(0, (n_sources, -1)) for end, x in found.items()}
 
     def _frozen(self, sender: Site, ends: Sequence[Site]) -> list[Site]:
         kinds, last = ("z", "mlp_out") if self.freeze_mlps else ("z",), max(end.order for end in ends)
         sites = [site for site in self.model.site_map.points if site.kind in kinds]
-        return [site for site in sites if sender.precedes(site) and site.order <= last]
+        return [site for site in sites if sender.precedes(site) and site.order < last]
 
     def second(
         self, noted: Mapping[str, Mapping[str, Tensor]], receivers: Sequence[str]
@@ -344,7 +342,3 @@ def _note(found: dict[Site, Tensor], end: Site) -> Fn:
         found[end] = (x.flatten(2) if end.head is None else x[..., end.head, :]).clone()
 
     return fn
-
-
-def _hold(clean: Tensor) -> Fn:
-    return lambda x: clean.to(x)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +24,9 @@ from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
 from workbench.models.blockcalls import BlockCalls, prefill
-from workbench.models.head import Head, agree, edits_logits, forward
+from workbench.models.head import agree, edits_logits, forward
 from workbench.models.numbers import has_nan
+from workbench.models.reached import NO_LOGITS, Reached
 from workbench.models.wrapped import Wrapped
 
 if TYPE_CHECKING:
@@ -34,46 +34,6 @@ if TYPE_CHECKING:
 
 
 STREAM = ("resid_pre", "resid_post")
-_NO_LOGITS = "This segment ends before the logits. Make it with to='logits', or add 'logits' to the list."
-
-
-@dataclass(frozen=True, eq=False)
-class Reached(OneLine):
-    """What one run of a segment reached.
-
-    Attributes:
-        acts: activations at the sites that the segment leads to, in their canonical shapes.
-    """
-
-    acts: Activations
-    _hidden: Tensor | None
-    _at_end: Tensor
-    _head: Head
-
-    @property
-    def hidden(self) -> Float[Tensor, "rows pos d_model"]:
-        """The unembedding's input.
-
-        Raises:
-            InvalidInputError: if the segment does not lead to the logits.
-        """
-        if self._hidden is None:
-            raise InvalidInputError(_NO_LOGITS)
-        return self._hidden
-
-    def logits(
-        self, tokens: Int[Tensor, "*n k"] | None = None, *, at: Bool[Tensor, "rows pos"] | None = None
-    ) -> Float[Tensor, "n k"]:
-        """Logits in fp32 (fp64 of a model in fp64), at the last token of each row or where `at` is True.
-
-        Args:
-            tokens: of which tokens: `(k,)` for all rows, `(n, k)` for each its own; None takes all.
-            at: True at the tokens that predict.
-        """
-        chosen = self.hidden[self._at_end if at is None else at]
-        if tokens is None:
-            return self._head.all(chosen)
-        return self._head.shared(chosen, tokens) if tokens.ndim == 1 else self._head.some(chosen, tokens)
 
 
 class _Finished(Exception):
@@ -315,7 +275,8 @@ class Segment(OneLine):
         points = [self._sites[site] for site in sites]
         starts = [self._sites[Site("resid_pre", p.site.layer)] for p in points if p.site.kind not in STREAM]
         ends = [*self._points, *([self._sites["logits"]] if self._to_logits else [])]
-        reader, parts = copy.copy(self), {point.site: copy.copy(self) for point in points}
+        reader = copy.copy(self)
+        parts: dict[Site, Segment] = {point.site: copy.copy(self) for point in points}
         for point in points:
             parts[point.site]._point = point
             parts[point.site]._require_reached(ends)
@@ -366,7 +327,7 @@ class Segment(OneLine):
     def logits(self) -> Float[Tensor, "batch d_vocab"]:
         """The model's own logits at the last token of each row in the recorded run, fp32."""
         if self._logits is None:
-            raise InvalidInputError(_NO_LOGITS)
+            raise InvalidInputError(NO_LOGITS)
         return self._logits
 
     @property
