@@ -27,6 +27,7 @@ from circuits.classics.head_weights import (
 )
 from circuits.classics.tables import TableReport
 from workbench.core.arguments import checked
+from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, UnknownSiteError
 from workbench.core.numbers import number, setting
 from workbench.core.precision import precise
@@ -50,7 +51,7 @@ _ROWS_IN_REPORT = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadScore:
+class HeadScore(OneLine):
     """One score of one head.
 
     Attributes:

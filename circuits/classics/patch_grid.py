@@ -165,10 +165,10 @@ class PatchGrid(TableReport):
         total = self.total()
         metrics: dict[str, Kept] = {} if total is None else {"whole_difference": total}
         return Section(
-            "Activation patching", (self.picture(), self._beside(), table), self.findings(), metrics, self.headline()
+            "Activation patching", (self._picture(), self._beside(), table), self.findings(), metrics, self.headline()
         )
 
-    def picture(self) -> Heat:
+    def _picture(self) -> Heat:
         """Layers by positions, a heat map per kind of site; by head where heads were patched."""
         effect, _, _ = mean_and_error(self.effects)
         kinds = dict.fromkeys((cell.site.kind, cell.site.head is not None) for cell in self.cells)
