@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.graph.names import ERROR, node_name
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, MismatchError
@@ -21,12 +22,18 @@ from workbench.core.numbers import counted
 from workbench.core.records import load_json, save_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import pandas as pd
+    from markupsafe import Markup
+
+    from circuits.graph.details import Cards
+    from circuits.graph.page import EffectSource, FaithSource
+    from circuits.graph.picture import EdgeSource
+    from circuits.pairs import Pairs
 
 Sign = Literal["both", "positive", "negative"]
 ErrorRule = Literal["ranked", "all", "resid", "none"]
-ERROR = -1
-"""The number of a site's error node."""
 CIRCUIT_FILE, NODES_FILE = "circuit.json", "nodes.safetensors"
 _FORMAT = 1
 ARRAYS = ("pos", "feature", "effect", "se")
@@ -206,6 +213,53 @@ class Circuit(Shown):
         save_json(folder / CIRCUIT_FILE, record)
         return folder
 
+    def to_html(
+        self,
+        path: str | Path,
+        edges: EdgeSource | None = None,
+        *,
+        pairs: Pairs | None = None,
+        effects: EffectSource | None = None,
+        cards: Cards | Mapping[str, Cards] | None = None,
+        faithfulness: FaithSource | None = None,
+        title: str = "Circuit",
+    ) -> Path:
+        """Writes the picture of the circuit: one file that needs no network.
+
+        Positions across, sites up; a circle is a feature, a triangle an error; colour is the sign of the effect and
+        size its absolute value. The page has sliders for both thresholds, lists the edges of a node, and keeps labels
+        and groups as a file that `annotated` reads.
+
+        Args:
+            path: the file.
+            edges: edges between these nodes, from `circuits.edge_effects`.
+            pairs: what the circuit was found on; the tokens of the first prompt name the columns.
+            effects: the effects that the nodes were chosen by, for their metric and gaps.
+            cards: feature cards of the one site, or per site; or the page that `feature_page` made of them, to link to.
+            faithfulness: what `circuits.faithfulness` measured, for the headline.
+            title: of the page.
+
+        Raises:
+            DegenerateInputError: if the circuit lists no nodes.
+            MismatchError: if none of the edges is between these nodes.
+            InvalidInputError: for cards of a site that has no node.
+        """
+        from circuits.graph.page import Source, write_page
+
+        source = Source(
+            frame=self.frame(), sites=tuple(self.sites), made=self.made, edges=edges, pairs=pairs, effects=effects,
+            cards=cards, faithfulness=faithfulness, title=title,
+        )  # fmt: skip
+        return write_page(source, Path(path))
+
+    def _shown_parts(self) -> Iterable[Markup]:
+        from circuits.graph.picture import picture_of, static_svg
+
+        if len(frame := self.frame()):
+            positions = None if self.n_tokens is None else [str(pos) for pos in range(self.n_tokens)]
+            yield static_svg(picture_of(frame, tuple(self.sites), positions), "output")
+        yield from super()._shown_parts()
+
     def _shown_line(self) -> str:
         return (
             f"{counted(self.n_features, 'features')} and {counted(self.n_errors, 'errors')} of {len(self.sites)} sites"
@@ -239,16 +293,6 @@ def load_circuit(folder: str | Path) -> Circuit:
             model_fingerprint=str(record["model_fingerprint"]), n_tokens=record["n_tokens"], made=str(record["made"]),
             labels={str(k): str(v) for k, v in record["labels"].items()},
         )  # fmt: skip
-
-
-def node_name(site: str, pos: int, feature: int) -> str:
-    """What a node is called: site and feature, with the position where it has one.
-
-    >>> node_name("resid_post.10", -1, 123), node_name("mlp_out.3", 4, ERROR)
-    ('resid_post.10/123', '4, mlp_out.3/error')
-    """
-    place = "" if pos < 0 else f"{pos}, "
-    return f"{place}{site}/{'error' if feature == ERROR else feature}"
 
 
 def _united(a: SiteNodes, b: SiteNodes) -> SiteNodes:
