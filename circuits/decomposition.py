@@ -91,14 +91,16 @@ def mlp_hidden(model: Model, layers: Sequence[int] | None = None) -> dict[str, B
 
 @checked
 def heads(model: Model, layers: Sequence[int] | None = None) -> dict[str, Basis]:
-    """The channels of the heads, by what they write at `attn_out`.
+    """The channels of the heads, by what they write at `attn_out`: `d_head` features per head, head by head.
+
+    A whole head is no feature, since it writes in another direction at each token.
 
     Args:
         model: the model.
         layers: which ones; None takes all.
     """
     layers = range(model.site_map.n_layers) if layers is None else layers
-    return bases(model, {f"attn_out.{layer}": "heads" for layer in layers})
+    return bases(model, {f"attn_out.{layer}": "head_channels" for layer in layers})
 
 
 @checked
@@ -142,7 +144,9 @@ class Place:
     read: str
     basis: Basis
 
-    def change(self, x: Float[Tensor, "n d"], features: Float[Tensor, "n d"], *, error: bool) -> Float[Tensor, "n d"]:
+    def change(
+        self, x: Float[Tensor, "n d"], features: Float[Tensor, "n d_in"], *, error: bool
+    ) -> Float[Tensor, "n d"]:
         """By what `x` changes when all features, and with `error` the error too, are set to zero.
 
         Args:

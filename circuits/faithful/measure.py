@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.decomposition import Place, places, reads_of
+from circuits.decomposition import Place, places, reads_of, refuse_unreached
 from circuits.decomposition import bases as checked_bases
 from circuits.faithful.ablation import Kept, Reference, ablated, nothing, of_rows
 from circuits.graph.circuit import Circuit, SiteNodes
@@ -119,7 +119,8 @@ def faithfulness(
         seed: which prompts "resample" takes.
 
     Raises:
-        MismatchError: if the circuit was made with other bases, another model or other positions.
+        MismatchError: if the circuit was made with other bases, another model or other positions, or the metric reads
+            below a basis or beside it.
         InvalidInputError: for an unknown option, or prompts of several lengths.
         DegenerateInputError: if nothing and everything give the same metric, so that there is nothing to explain.
     """
@@ -159,6 +160,7 @@ class _Bench:
         self.places = places(model, checked_bases(model, bases))
         self._edited = [p for p in self.places if _layer(model, p.site) >= options.free_layers]
         self.metric: Metric = bound(metric, model, self._pairs)
+        refuse_unreached(model, [place.site for place in self._edited], self.metric.site, "The metric")
         self._n_tokens = self._pairs.clean.ids.shape[1]
         if reference.length != self._pairs.length or reference.length is None:
             raise InvalidInputError(

@@ -17,7 +17,7 @@ from circuits.decomposition import Place
 from circuits.graph.circuit import ERROR
 from circuits.metrics import AnyMetric, named
 from circuits.nodes.effects import Aggregation, NodeEffects, SiteEffects, aggregated
-from circuits.nodes.runs import AttributionOptions, Method, Rule, Run, clean_slopes, dots
+from circuits.nodes.runs import AttributionOptions, Method, Rule, Run, clean_slopes, dots, last_columns
 from circuits.nodes.setting import Baseline, Setting, SiteState, States, setting_of
 from circuits.pairs import Pairs
 from workbench.bases.base import CHUNK_ENTRIES, Basis
@@ -121,6 +121,7 @@ class _Collected:
 
     def __init__(self, setting: Setting, options: AttributionOptions) -> None:
         self._setting, self._options = setting, options
+        self._last = last_columns(setting.clean)
         self._entries: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {p.site: [] for p in setting.places}
         self._added: dict[str, list[Tensor]] = {p.site: [] for p in setting.places}
         self._total: dict[str, list[Tensor]] = {p.site: [] for p in setting.places}
@@ -168,8 +169,8 @@ class _Collected:
         row, pos = (index.to(token.device) for index in self._setting.keep[rows].nonzero(as_tuple=True))
         example = rows.to(token.device)[row[token]]
         self._added[place.site].append(values.new_zeros(len(rows)).index_add_(0, row[token], values))
-        d_sae, columns = place.basis.d_sae, self._setting.keep.shape[1]
-        entries = aggregated(example, pos[token], feature, values, d_sae, self._options.aggregation, columns)
+        d_sae, last = place.basis.d_sae, self._last
+        entries = aggregated(example, pos[token], feature, values, d_sae, self._options.aggregation, last)
         self._entries[place.site].append(entries)
 
     def total(self, place: Place, rows: Tensor, total: Tensor | None) -> None:

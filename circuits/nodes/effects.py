@@ -291,9 +291,6 @@ def selected(
     else:
         order = torch.where(able, size, -1.0).argsort(descending=True, stable=True)[: int(n or 0)]
         kept = torch.zeros_like(able).index_fill_(0, order, value=True) & able
-    if errors in ("all", "resid"):
-        resid = torch.tensor([errors == "all" or name.startswith("resid") for name in tables])
-        kept |= is_error & resid.to(where.device)[where]
     sites = {
         name: SiteNodes(
             d_sae=site.d_sae,
@@ -304,8 +301,22 @@ def selected(
         )
         for i, (name, site) in enumerate(effects.sites.items())
     }
+    if errors in ("all", "resid"):
+        with_error = [name for name in sites if errors == "all" or name.startswith("resid")]
+        sites |= {name: _with_errors(sites[name], tables[name], effects.n_tokens) for name in with_error}
     how = f"|effect| > {setting(threshold)}" if threshold is not None else f"the {n} nodes of largest effect"
     return _circuit(effects, sites, f"{how}; sign {sign}; errors {errors}")
+
+
+def _with_errors(nodes: SiteNodes, table: NodeTable, n_tokens: int | None) -> SiteNodes:
+    """The nodes and every error node of the site; an effect that was not computed is NaN."""
+    is_error = table.feature == ERROR
+    known = {name: getattr(table, name)[is_error].detach().cpu() for name in ARRAYS}
+    every = [-1] if n_tokens is None else range(n_tokens)
+    missing = sorted(set(every) - set(known["pos"].tolist()))
+    rest = SiteNodes.of(nodes.d_sae, [ERROR] * len(missing), missing)
+    columns = {name: torch.cat([getattr(nodes, name), known[name], getattr(rest, name)]) for name in ARRAYS}
+    return dataclasses.replace(nodes, **columns)
 
 
 def _circuit(effects: NodeEffects, sites: Mapping[str, SiteNodes], how: str) -> Circuit:
@@ -332,9 +343,18 @@ def _unkey(key: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
 
 
 def aggregated(
-    example: Tensor, pos: Tensor, feature: Tensor, value: Tensor, d_sae: int, how: Aggregation, n_columns: int
+    example: Tensor, pos: Tensor, feature: Tensor, value: Tensor, d_sae: int, how: Aggregation, last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Entries with a position each, put together over positions: example, pos, feature, value.
+
+    Args:
+        example: of each entry.
+        pos: of each entry.
+        feature: of each entry.
+        value: of each entry.
+        d_sae: number of features.
+        how: how.
+        last: column of the last token of every example.
 
     Raises:
         InvalidInputError: for another aggregation.
@@ -342,8 +362,8 @@ def aggregated(
     if how == "none":
         return example, pos, feature, value
     if how == "last":
-        last = pos == n_columns - 1
-        return example[last], torch.full_like(pos[last], -1), feature[last], value[last]
+        at_end = pos == last.to(pos.device)[example]
+        return example[at_end], torch.full_like(pos[at_end], -1), feature[at_end], value[at_end]
     key, which = torch.unique(example * (d_sae + 1) + feature + 1, return_inverse=True)
     if how == "sum":
         out = value.new_zeros(len(key)).index_add_(0, which, value)

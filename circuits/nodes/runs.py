@@ -104,10 +104,10 @@ def clean_slopes(setting: Setting, rows: Int[Tensor, " rows"]) -> dict[str, Floa
     leaves = [acts[site] for site in sites]
     grads = torch.autograd.grad(found.sum(), leaves, allow_unused=True)
     slopes = {}
-    for site, leaf, grad in zip(sites, leaves, grads, strict=True):
+    for site, grad in zip(sites, grads, strict=True):
         if grad is None:
             raise MismatchError(_no_gradient(metric, site))
-        flat = model.site_map[site].flat(grad if grad is not None else torch.zeros_like(leaf))
+        flat = model.site_map[site].flat(grad)
         slopes[site] = precise(flat.to(setting.keep.device)[setting.keep[rows]])
     return slopes
 
@@ -118,11 +118,15 @@ def metric_of(
     """The metric from the activations that it reads; of logits, from the unembedding's input."""
     if metric.site != "logits":
         return metric(precise(x), rows.to(x.device))
-    end = batch.mask.shape[1] - 1 - batch.mask.flip(1).long().argmax(1)
-    hidden = x[torch.arange(len(x), device=x.device), end.to(x.device)]
+    hidden = x[torch.arange(len(x), device=x.device), last_columns(batch).to(x.device)]
     tokens: Tensor | None = getattr(metric, "tokens", None)
     logits = model.head.all(hidden) if tokens is None else model.head.some(hidden, tokens[rows.to(tokens.device)])
     return metric(logits, rows.to(logits.device))
+
+
+def last_columns(batch: TokenBatch) -> Int[Tensor, " rows"]:
+    """Column of the last token of each row."""
+    return batch.mask.shape[1] - 1 - batch.mask.flip(1).long().argmax(1)
 
 
 def _no_gradient(metric: Metric, site: str) -> str:

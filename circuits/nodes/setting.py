@@ -91,10 +91,11 @@ def setting_of(
     elif keep.shape != clean.ids.shape:
         raise ShapeError(f"{who}: keep {tuple(keep.shape)} and ids {tuple(clean.ids.shape)} must be alike.")
     keep = keep.to(model.device)
-    if not bool(keep.any()):
-        raise DegenerateInputError(f"{who}: the mask keeps no token, so there is nothing to patch. Keep one.")
-    if pairs is not None and baseline == "patch":
+    changed = "" if pairs is None or baseline != "patch" else " at or behind the first difference of its pair"
+    if pairs is not None and changed:
         keep = keep & pairs.changed()  # what comes before the first difference is the same in both runs
+    if not bool(keep.any()):
+        raise DegenerateInputError(f"{who}: the mask keeps no token{changed}, so there is nothing to patch. Keep one.")
     patch = pairs.patch if pairs is not None and baseline == "patch" else None
     return Setting(
         model=model, places=placed, clean=clean, patch=patch, keep=keep, metric=reads, baseline=baseline,

@@ -97,6 +97,7 @@ def test_neurons_and_heads_write_what_the_model_writes(family: str) -> None:
     model, ids = tiny_model(family), torch.tensor([[5, 9, 2, 40]])
     for name, read, out, features in (
         ("mlp_hidden", "mlp_post.1", "mlp_out.1", [3, 7]),
+        ("head_channels", "z.1", "attn_out.1", [0, 9]),
         ("heads", "z.1", "attn_out.1", [1]),
     ):
         own, some = basis(name, model, out), torch.tensor(features)
@@ -109,7 +110,7 @@ def test_neurons_and_heads_write_what_the_model_writes(family: str) -> None:
         assert float(own.error(x, y).norm()) < 1e-4 * float(y.norm())
         # By plain arithmetic: the projection of the activations without these neurons or this head, before any norm.
         module, without = model.site_map[read].module, x.clone()
-        columns = some if name == "mlp_hidden" else torch.arange(x.shape[1]).view(own.d_sae, -1)[some].flatten()
+        columns = some if name != "heads" else torch.arange(x.shape[1]).view(own.d_sae, -1)[some].flatten()
         without[:, columns] = 0.0
         scale = own.scale(x) * (own.gain if family.startswith(("gemma", "olmo")) else 1.0)  # type: ignore[attr-defined]
         wanted = (module(x) - module(without)) * scale

@@ -27,8 +27,8 @@ def basis(
 
     Args:
         sae_or_path_or_name: an SAE or transcoder in the sae_lens form; where `load_sae` finds one; or the name of a
-            basis: "neurons", "mlp_hidden", "heads", "pca", "random", or one that `BASES` registers. A basis is returned
-            as it is, after the checks.
+            basis: "neurons", "mlp_hidden", "heads", "head_channels", "pca", "random", or one that `BASES` registers. A
+            basis is returned as it is, after the checks.
         model: whose activations; needed by name, otherwise what it was made for is checked.
         site: where it reads; an SAE knows its own.
         **options: of a basis by name, such as `x=` and `k=` for "pca", `d_sae=`, `k=` and `seed=` for "random".
