@@ -104,30 +104,30 @@ class DirectAttribution(TableReport):
         return pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64", "pos": "Int64"})
 
     def headline(self) -> Headline:
-        """The component with the largest direct effect, beside its ablation."""
+        """What ablating the component with the largest direct effect takes away, beside the other components."""
         says = Says(
-            "The largest direct effect is more than ablating the component takes away: later layers make up for it.",
-            "The largest direct effect is about what ablating the component takes away.",
-            "The largest direct effect is less than ablating the component takes away: later layers build on it.",
-            "The largest direct effect belongs to what can't be ablated.",
+            "Ablating the component with the largest direct effect costs more than ablating another.",
+            "Ablating the component with the largest direct effect costs no more than ablating another.",
+            "Ablating the component with the largest direct effect costs less than ablating another.",
+            "No component was ablated.",
         )
         return Headline.of(says, self._beside())
 
+    def _ablated(self) -> list[Part]:
+        return [part for part in self.parts if not bool(part.ablation.isnan().any())]
+
     def _largest(self) -> Part:
-        ablated = [part for part in self.parts if not bool(part.ablation.isnan().any())]
-        return max(ablated or self.parts, key=lambda part: abs(float(part.diff.mean())))
+        return max(self._ablated() or self.parts, key=lambda part: abs(float(part.diff.mean())))
 
     def _beside(self) -> Table:
-        part = self._largest()
-        sign = 1.0 if float(part.diff.mean()) >= 0 else -1.0
-        measure = "logit difference" + ("" if sign > 0 else ", sign turned")
-        direct, ablation = _estimate(sign * part.diff), estimate(sign * part.ablation)
-        if ablation is None:
-            return beside(measure, (f"{part.name}, direct", direct), None)
-        return beside(
-            measure, (f"{part.name}, direct", direct), (f"{part.name}, ablated", ablation),
-            _estimate(sign * (part.diff - part.ablation)),
-        )  # fmt: skip
+        part, measure = self._largest(), "change of the logit difference by ablation"
+        others = [p.ablation.abs() for p in self._ablated() if p is not part]
+        if not others:
+            return beside(measure, (part.name, estimate(part.ablation)), None)
+        real = part.ablation if float(part.diff.mean()) >= 0 else -part.ablation
+        rest = torch.stack(others).mean(0)
+        control = ("mean size over the other components", _estimate(rest))
+        return beside(measure, (part.name, _estimate(real)), control, _estimate(real - rest))
 
     def findings(self) -> tuple[str, ...]:
         """The sum, the largest component, and how well direct effects predict ablations."""
@@ -140,9 +140,7 @@ class DirectAttribution(TableReport):
         ]
         if whole_difference(self.logits[:, 0] - self.logits[:, 1]) is None:
             found.append("It is within noise, so no shares of it are given. Use more pairs, or others.")
-        both = [
-            (float(p.diff.mean()), float(p.ablation.mean())) for p in self.parts if not bool(p.ablation.isnan().any())
-        ]
+        both = [(float(p.diff.mean()), float(p.ablation.mean())) for p in self._ablated()]
         if len(both) > 2:
             r = float(torch.corrcoef(torch.tensor(both).T)[0, 1])
             found.append(

@@ -29,7 +29,7 @@ from circuits.classics.tables import TableReport
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, UnknownSiteError
-from workbench.core.numbers import number, setting
+from workbench.core.numbers import number
 from workbench.core.precision import precise
 from workbench.core.progress import track
 from workbench.core.stats import ANY, POSITIVE, SHARE, Estimate, sample_mean, wilson
@@ -38,12 +38,14 @@ from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
 from workbench.report.base import Grid, Headline, Heat, Metric, Says, Section, Table, beside
+from workbench.report.blocks import MOST_CELLS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PATTERN_SCORES = ("previous", "duplicate", "induction", "bos", "self", "entropy")
 WEIGHT_SCORES = ("copying", "copied tokens", "successor")
+_DRAWN = ("induction", "previous", "duplicate", "copying", "successor", "copied tokens", "bos", "self", "entropy")
 _FEWEST = 4
 _ROTATIONS, _FEW_ROTATIONS = 8, 2
 """For the null; few where each takes a product of all sampled tokens with all."""
@@ -145,17 +147,24 @@ class HeadScores(TableReport):
         )
         table = Table(("head", "value", "null", "null is"), rows, "Strongest heads. Attention on a random text of "
                       f"{self.repeated} tokens and its repetition; what weights copy; entropy in nats.")  # fmt: skip
-        picture = Heat("Scores of heads", tuple(map(self._grid, names)), "Layers by heads, the last layer on top; each "
-                       "map is scaled by its own largest value.")  # fmt: skip
+        picture = self._picture(sorted(names, key=_DRAWN.index))
         metrics: dict[str, Metric] = {f"largest {score}": self.strongest(score).value for score in names}
         return Section("Attention heads", (picture, self._beside(), table), self.findings(), metrics, self.headline())
+
+    def _picture(self, names: Sequence[str]) -> Heat:
+        """As many heat maps as can be drawn whole."""
+        n_heads = len({(s.layer, s.head) for s in self.scores})
+        drawn = names[: max(1, MOST_CELLS // n_heads)]
+        caption = "Layers by heads, the last layer on top; each map is scaled by its own largest value."
+        left_out = f" Not drawn: {', '.join(names[len(drawn) :])}." if len(drawn) < len(names) else ""
+        return Heat("Scores of heads", tuple(map(self._grid, drawn)), caption + left_out)
 
     def _grid(self, score: str) -> Grid:
         found = {(s.layer, s.head): s.value.value for s in self.scores if s.score == score}
         layers, heads = (sorted({key[i] for key in found}) for i in (0, 1))
         largest = max(map(abs, found.values())) or 1.0
         values = tuple(tuple(found[layer, head] / largest for head in heads) for layer in reversed(layers))
-        name = f"{score} (full colour: {setting(largest)})"
+        name = f"{score} (full colour: {number(largest)})"
         return Grid(name, tuple(map(str, reversed(layers))), tuple(f"h{head}" for head in heads), values)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from circuits.classics.tables import TableReport, plain
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
+from workbench.core.display import clipped, visible
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.core.stats import Estimate, sample_mean
 from workbench.core.tokens import TokenBatch
@@ -135,9 +136,9 @@ class LogitLens(TableReport):
         order = range(len(reading.sites) - 1, -1, -1)
         grid = Grid(
             "" if tokenizer is None else "first prompt", tuple(str(reading.sites[s]) for s in order),
-            tuple(str(names[t]) for t in here),
+            tuple(clipped(visible(str(names[t])), 12) for t in here),
             tuple(tuple(float(reading.logprobs[s, t, 0].exp()) for t in here) for s in order),
-            tuple(tuple(str(top[s, t])[:12] for t in here) for s in order),
+            tuple(tuple(clipped(visible(str(top[s, t])), 12) for t in here) for s in order),
         )  # fmt: skip
         return Heat("What each layer would say", (grid,), "The most probable token, coloured by its probability.")
 

@@ -28,6 +28,7 @@ from circuits.classics.tables import TableReport, plain
 from circuits.metrics import AnyMetric, Metric, bound, logit_difference, named, value
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
+from workbench.core.display import clipped, visible
 from workbench.core.errors import InvalidInputError, MismatchError
 from workbench.core.progress import track
 from workbench.core.stats import Estimate
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 By = Literal["position", "all"]
 _RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "embed")
-_ROWS_IN_REPORT, _HEADS_DRAWN = 50, 24
+_ROWS_IN_REPORT, _HEADS_DRAWN, _NAME = 50, 24, 16
 _FEWEST_ROWS = 16
 """With fewer rows a forward pass spends its time on reading the weights."""
 
@@ -175,6 +176,9 @@ class PatchGrid(TableReport):
         grids = tuple(self._grid(kind, heads, effect) for kind, heads in kinds)
         return Heat("Effect of patching", grids, f"Metric patched minus clean: {self.metric}.")
 
+    def _column(self, column: int) -> str:
+        return clipped(visible(f"{self.positions[column]} {self.tokens[column]}"), _NAME)
+
     def _grid(self, kind: str, heads: bool, effect: np.ndarray) -> Grid:
         cells = [(i, c) for i, c in enumerate(self.cells) if c.site.kind == kind and (c.site.head is not None) == heads]
         by_head = heads and all(cell.column is None for _, cell in cells)
@@ -186,7 +190,9 @@ class PatchGrid(TableReport):
             left_out = f", the {_HEADS_DRAWN} strongest of {len(rows)}"
             rows = sorted(sorted(rows, key=lambda row: -largest[row])[:_HEADS_DRAWN], reverse=True)
         columns = sorted({column for _, column in where if column is not None})
-        names = [f"h{c}" if by_head else f"{self.positions[c]} {self.tokens[c]}" for c in columns] or ["all"]
+        names = [
+            f"h{c}" if by_head else clipped(visible(f"{self.positions[c]} {self.tokens[c]}"), _NAME) for c in columns
+        ] or ["all"]
         values = tuple(tuple(where.get((row, column)) for column in columns or [None]) for row in rows)
         return Grid(kind + left_out, tuple(_row_name(row) for row in rows), tuple(names), values)
 
@@ -309,12 +315,13 @@ class _Runs:
         for i, cell in enumerate(cells):
             if cell.column is not None:
                 effects[:, i].masked_fill_(~self.pairs.clean.mask[:, cell.column], torch.nan)
-        sites = list(dict.fromkeys(replace(cell.site, head=None) for cell in cells))
+        wholes = [replace(cell.site, head=None) for cell in cells]
+        sites = list(dict.fromkeys(wholes))
         groups = self._groups(cells)
         for columns in track(groups, description="patching", unit="groups of positions"):
             segments = segments_at(self.model, self.pairs.clean, sites, self.metric.site, last=self._tail(columns))
             for site, segment in segments.items():
-                here = [i for i, c in enumerate(cells) if replace(c.site, head=None) == site and c.column in columns]
+                here = [i for i, c in enumerate(cells) if wholes[i] == site and c.column in columns]
                 cut = self.pairs.clean.ids.shape[1] - segment.x.shape[1]
                 states = [acts.flat(site)[:, cut:].to(segment.x) for acts in sources]
                 self._fill(effects, segment, torch.stack([segment.x, *states]), {i: cells[i] for i in here})

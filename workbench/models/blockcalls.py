@@ -54,6 +54,7 @@ class BlockCalls:
         self._cached = width - last
         self._calls: list[BlockCall] = []
         self._selected: tuple[Tensor, Cache | None, list[BlockCall]] | None = None
+        self._caches: list[tuple[Tensor, Cache]] = []
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -79,9 +80,7 @@ class BlockCalls:
         """The cache and the calls for a batch of these rows, repeats included."""
         if self._selected is not None and torch.equal(self._selected[0], index):
             return self._selected[1:]
-        cache = copy.deepcopy(self.prefix)
-        if cache is not None:
-            select_rows(cache, index)
+        cache = self._cache_of(index)
         taken: dict[int, Tensor] = {}  # blocks share their masks and rotations
 
         def select(value: object) -> object:
@@ -99,6 +98,17 @@ class BlockCalls:
         # A graph may still need the keys and values that a later run would write over.
         self._selected = None if cache is not None and torch.is_grad_enabled() else (index, cache, calls)
         return cache, calls
+
+    def _cache_of(self, index: Int[Tensor, " rows"]) -> Cache | None:
+        """The cache for a batch of these rows; the calls of later blocks share it, since each run takes out its own."""
+        if self.prefix is None:
+            return None
+        if self._caches and not torch.is_grad_enabled() and torch.equal(self._caches[0][0], index):
+            return self._caches[0][1]
+        cache = copy.deepcopy(self.prefix)
+        select_rows(cache, index)
+        self._caches[:] = [] if torch.is_grad_enabled() else [(index, cache)]
+        return cache
 
     def crop(self, cache: Cache | None) -> None:
         """Takes the last tokens out of the cache again."""

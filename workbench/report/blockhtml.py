@@ -11,13 +11,10 @@ from markupsafe import Markup, escape
 
 from workbench.core.numbers import Number, counted, number
 from workbench.core.stats import Estimate
-from workbench.report.blocks import Bars, Block, Grid, Heat, Histogram, Lines, Scatter, Table, Text, Tokens
+from workbench.report.blocks import MOST_CELLS, Bars, Block, Grid, Heat, Histogram, Lines, Scatter, Table, Text, Tokens
 from workbench.report.plots import plot_svg
 from workbench.report.tablehtml import table_html
 from workbench.report.text import visible
-
-MOST_CELLS = 1_500
-"""Cells of all grids of a heat map that are drawn together; of more, the last columns are drawn."""
 
 
 @functools.singledispatch

@@ -183,6 +183,10 @@ class Tokens:
     kind: Literal["tokens"] = field(default="tokens", init=False, repr=False)
 
 
+MOST_CELLS = 1_500
+"""Cells of all grids of a heat map that are drawn together; of more, the last columns are drawn."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Cells of a heat map; a value that is None or not finite has no colour.
