@@ -18,6 +18,9 @@ from circuits.decomposition import bases, heads, mlp_hidden, neurons, pca, rando
 from circuits.discovery.samples import SampleOptions, Samples, find_samples
 from circuits.edges.attribute import edge_effects
 from circuits.edges.tables import Edges, EdgeTable
+from circuits.faithful.controls import random_circuit, top_activation_circuit
+from circuits.faithful.curves import FaithfulnessCurve, faithfulness_curve
+from circuits.faithful.edges import edge_faithfulness
 from circuits.faithful.measure import Faithfulness, faithfulness
 from circuits.graph.circuit import Circuit, SiteNodes, load_circuit
 from circuits.metrics import (
@@ -65,6 +68,7 @@ __all__ = [
     "EdgeTable",
     "Edges",
     "Faithfulness",
+    "FaithfulnessCurve",
     "FeatureDossier",
     "HeadScore",
     "HeadScores",
@@ -98,9 +102,11 @@ __all__ = [
     "biographies",
     "direct_logit_attribution",
     "edge_effects",
+    "edge_faithfulness",
     "estimate_saes",
     "exact_effects",
     "faithfulness",
+    "faithfulness_curve",
     "find_samples",
     "head_scores",
     "heads",
@@ -121,6 +127,8 @@ __all__ = [
     "pca",
     "probe_margin",
     "random",
+    "random_circuit",
     "shift",
+    "top_activation_circuit",
     "train_saes",
 ]

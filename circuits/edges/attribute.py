@@ -106,22 +106,25 @@ def _require_same(setting: Setting, circuit: Circuit) -> None:
 
 
 def direct_pairs(model: Model, places: Sequence[Place]) -> dict[str, dict[str, list[str]]]:
-    """Upstream sites of each site, each with the sites between them, which are held.
+    """Upstream sites of each site, each with the sites between them, which are held."""
+    return {
+        down.site: direct_to(model, [up.site for up in places[:i]], (down.read, down.site))
+        for i, down in enumerate(places)
+    }
+
+
+def direct_to(model: Model, earlier: Sequence[str], ends: Sequence[str]) -> dict[str, list[str]]:
+    """The earlier sites with a path to an end around all others, each with the sites between, in forward order.
 
     A site on the residual stream ends all paths from before it.
     """
-    reaches, found = model.site_map.reaches, {}
-    for i, down in enumerate(places):
-        above: dict[str, list[str]] = {}
-        between: list[str] = []
-        for up in reversed(places[:i]):
-            if reaches(up.site, down.read) or reaches(up.site, down.site):
-                above[up.site] = [site for site in between if reaches(up.site, site)]
-                between.append(up.site)
-                if model.resolve(up.site).kind in _CUTS:
-                    break
-        found[down.site] = dict(reversed(above.items()))
-    return found
+    reaches, above = model.site_map.reaches, {}
+    for up in reversed(earlier):
+        if any(reaches(up, end) for end in ends):
+            above[up] = [site for site in above if reaches(up, site)]
+            if model.resolve(up).kind in _CUTS:
+                break
+    return dict(reversed(above.items()))
 
 
 class _Work:

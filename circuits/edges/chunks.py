@@ -106,7 +106,8 @@ class Chunk:
         found = [Found(self, up, down, held[up.place.site]) for up in ups]
         for cotangents in self._cotangents(down):
             for some in found:
-                some.add(cotangents)
+                if len(cotangents.row):
+                    some.add(cotangents)
         return ((some.up.place.site, some.out) for some in found)
 
     def changes(self, nodes: EdgeNodes) -> tuple[Float[Tensor, "rows pos f"], Float[Tensor, "rows pos d"]]:

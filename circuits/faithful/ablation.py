@@ -50,13 +50,6 @@ def nothing(n_tokens: int) -> Kept:
     return Kept(none, torch.zeros(n_tokens, 0, dtype=torch.bool), torch.zeros(n_tokens, dtype=torch.bool))
 
 
-def of_rows(reference: Reference, rows: Tensor) -> Reference:
-    """The reference of some rows; one that is the same for all rows stays."""
-    if reference.x is None or reference.written is None or len(reference.x) == 1:
-        return reference
-    return Reference(reference.x[rows], reference.written[rows], None)
-
-
 def ablated(
     place: Place, kept: Kept, x: Tensor, read: Tensor, ours: Tensor | None, reference: Reference
 ) -> Float[Tensor, "rows pos d"]:
@@ -72,13 +65,13 @@ def ablated(
     if not kept.inverted:
         if not bool(error.any()):
             return empty + chosen
-        return empty + chosen + error * _error(basis, x, read, empty, reference)
+        return empty + chosen + error * error_moved(basis, x, read, empty, reference)
     # Everything but the chosen nodes: the activation as it is, with those at their reference.
     without = x - chosen
-    return without - error * _error(basis, x, read, empty, reference) if bool(error.any()) else without
+    return without - error * error_moved(basis, x, read, empty, reference) if bool(error.any()) else without
 
 
-def _error(basis: Basis, x: Tensor, read: Tensor, empty: Tensor, reference: Reference) -> Tensor:
+def error_moved(basis: Basis, x: Tensor, read: Tensor, empty: Tensor, reference: Reference) -> Tensor:
     """By how much the error node differs from its reference: what is no feature, the constant included."""
     written = basis.contribution(read)
     return (x - empty) - (written if reference.written is None else written - reference.written)

@@ -6,8 +6,10 @@ it does no better than nothing. The complement of a circuit should have 0.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from circuits.decomposition import Place, places, reads_of, refuse_unreached
 from circuits.decomposition import bases as checked_bases
-from circuits.faithful.ablation import Kept, Reference, ablated, nothing, of_rows
+from circuits.faithful.ablation import Kept, Reference, ablated, nothing
 from circuits.graph.circuit import Circuit, SiteNodes
 from circuits.metrics import AnyMetric, Metric, bound, named
 from circuits.nodes.runs import metric_of
@@ -51,12 +53,13 @@ class Faithfulness(Shown):
         full: metric of the model as it is, per pair.
         empty: metric with every node ablated, per pair.
         kept: metric with the circuit alone, or with `complement` without it, per pair.
-        n_features: features that were kept, each position counted.
+        n_features: features that were kept; each position counts where nodes have positions.
         n_errors: error nodes that were kept.
         ablation: what ablated nodes are.
         errors: which error nodes were kept.
         complement: whether the circuit was taken out instead.
         metric: what was read.
+        n_edges: edges through which the nodes saw each other; None where they saw each other as in the model.
     """
 
     value: Estimate
@@ -69,6 +72,7 @@ class Faithfulness(Shown):
     errors: Errors
     complement: bool
     metric: str
+    n_edges: int | None = None
 
     def frame(self) -> pd.DataFrame:
         """One row per pair: the metric of the model, of nothing and of the circuit."""
@@ -124,13 +128,15 @@ def faithfulness(
         InvalidInputError: for an unknown option, or prompts of several lengths.
         DegenerateInputError: if nothing and everything give the same metric, so that there is nothing to explain.
     """
-    options = _Options(ablation, errors, complement, free_layers, batch_size, seed)
-    bench = _Bench(model, bases, pairs, metric, reference or pairs, options)
+    options = BenchOptions(ablation, errors, complement, free_layers, batch_size, seed)
+    bench = Bench(model, bases, pairs, metric, reference or pairs, options)
     return bench.measure(circuit)
 
 
 @dataclass(frozen=True)
-class _Options:
+class BenchOptions:
+    """The options of `faithfulness`, checked."""
+
     ablation: Ablation
     errors: Errors
     complement: bool
@@ -148,28 +154,26 @@ class _Options:
         require(self.free_layers >= 0, f"free_layers={self.free_layers}", "it must not be negative")
 
 
-class _Bench:
+class Bench:
     """Everything that does not depend on the circuit: references, the model as it is, and nothing."""
 
     def __init__(
         self, model: Model, bases: Mapping[str, AnySAE], pairs: Pairs, metric: AnyMetric, reference: Pairs,
-        options: _Options,
+        options: BenchOptions,
     ) -> None:  # fmt: skip
-        self._model, self._options = model, options
-        self._pairs = pairs.to(model.device)
+        self.model, self._options = model, options
+        self.pairs = pairs.to(model.device)
         self.places = places(model, checked_bases(model, bases))
         self._edited = [p for p in self.places if _layer(model, p.site) >= options.free_layers]
-        self.metric: Metric = bound(metric, model, self._pairs)
+        self.metric: Metric = bound(metric, model, self.pairs)
         refuse_unreached(model, [place.site for place in self._edited], self.metric.site, "The metric")
-        self._n_tokens = self._pairs.clean.ids.shape[1]
-        if reference.length != self._pairs.length or reference.length is None:
+        self._n_tokens = self.pairs.clean.ids.shape[1]
+        if reference.length != self.pairs.length or reference.length is None:
             raise InvalidInputError(
                 f"faithfulness: the pairs have {_lengths(pairs)} tokens and the reference {_lengths(reference)}; means "
                 "are taken position by position, so all must have one length. Take pairs.of_one_length()."
             )
         self._references = self._made(reference.to(model.device))
-        self._full: Tensor | None = None
-        self._empty: Tensor | None = None
 
     # What ablated nodes are.
 
@@ -181,7 +185,7 @@ class _Bench:
         found = {}
         parts = torch.arange(len(batch), device=batch.ids.device).split(self._options.batch_size)
         sites = reads_of(self._edited)
-        acts = [self._model.capture(TokenBatch(batch.ids[p], batch.mask[p]), sites) for p in parts if sites]
+        acts = [self.model.capture(TokenBatch(batch.ids[p], batch.mask[p]), sites) for p in parts if sites]
         for place in self._edited:
             x, read = (torch.cat([precise(part.flat(site)) for part in acts]) for site in (place.site, place.read))
             written = torch.cat([place.basis.contribution(some) for some in read.split(self._options.batch_size)])
@@ -190,54 +194,81 @@ class _Bench:
             found[place.site] = Reference(x, written, read)
         return found
 
-    def _coefficients(self, place: Place, features: Tensor, rows: Tensor) -> Tensor:
-        """Coefficients of some features in the reference of some rows: (rows or 1, pos, f)."""
-        reference = self._references[place.site]
-        if reference.read is None:
-            return torch.zeros(1, 1, len(features), device=rows.device)
-        if self._options.ablation == "mean":
-            return place.basis.coefficients(reference.read, features).mean(0, keepdim=True)
-        return place.basis.coefficients(reference.read[rows], features)
+    def reference(self, site: str, rows: Int[Tensor, " rows"]) -> Reference:
+        """What ablated nodes of a site are in some pairs; one row where it is the same for all."""
+        whole = self._references[site]
+        if self._options.ablation != "resample" or whole.x is None or whole.written is None or whole.read is None:
+            return whole
+        others = self._others[rows]
+        return Reference(whole.x[others], whole.written[others], whole.read[others])
 
+    def coefficients(
+        self, place: Place, features: Int[Tensor, " f"], reference: Reference
+    ) -> Float[Tensor, "rows pos f"]:
+        """Coefficients of some features in a reference; one row where they are the same for all."""
+        if reference.read is None:
+            return torch.zeros(1, 1, len(features), device=self.pairs.clean.ids.device)
+        found = place.basis.coefficients(reference.read, features)
+        return found.mean(0, keepdim=True) if self._options.ablation == "mean" else found
+
+    @functools.cached_property
     def _others(self) -> Int[Tensor, " pairs"]:
         """Which row of the reference each pair takes: another one, by a random cycle through all."""
-        n = len(next(iter(self._references.values())).x) if self._references else 1  # type: ignore[arg-type]
+        n = next((len(r.read) for r in self._references.values() if r.read is not None), 1)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self._options.seed))
         step = torch.empty_like(order)
         step[order] = order.roll(1)
-        return step[torch.arange(len(self._pairs)) % n].to(self._pairs.clean.ids.device)
+        return step[torch.arange(len(self.pairs)) % n].to(self.pairs.clean.ids.device)
 
     # Running.
 
-    def measure(self, circuit: Circuit) -> Faithfulness:
-        """F of a circuit."""
-        self._require_same(circuit)
-        o = self._options
-        if self._full is None or self._empty is None:
-            self._full, self._empty = (
-                self._run(None),
-                self._run({p.site: nothing(self._n_tokens) for p in self._edited}),
-            )
-        keeps = {place.site: self._kept(place, circuit.sites[place.site]) for place in self._edited}
-        kept = self._run({site: keep for site, keep in keeps.items() if keep is not None})
-        gain, whole = kept - self._empty, self._full - self._empty
-        if float(whole.mean().abs()) <= 1e-9 * float(self._full.abs().mean() + self._empty.abs().mean()) or not len(
-            whole
-        ):
+    def measure(self, *circuits: Circuit) -> Faithfulness:
+        """F of a circuit; of several alike, such as random ones, that of their mean."""
+        keeps = [self._keeps(circuit) for circuit in circuits]
+        runs = [self._run({s: k for s, k in keep.items() if k is not None}) for keep in keeps]
+        return self.found(torch.stack(runs).mean(0), circuits[0])
+
+    def found(self, kept: Float[Tensor, " pairs"], circuit: Circuit) -> Faithfulness:
+        """F from the metric of every pair with a circuit."""
+        o, (full, empty) = self._options, self.ends
+        gain, whole = kept - empty, full - empty
+        value = sample_ratio(gain.double().cpu().numpy(), whole.double().cpu().numpy(), unit="pairs", seed=o.seed)
+        n_features, n_errors = self._counts(self._keeps(circuit), 1 if circuit.n_tokens is None else circuit.n_tokens)
+        return Faithfulness(
+            value=value, full=full, empty=empty, kept=kept, n_features=n_features, n_errors=n_errors,
+            ablation=o.ablation, errors=o.errors, complement=o.complement, metric=named(self.metric),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def ends(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """The metric of the model as it is, and with every node ablated.
+
+        Raises:
+            DegenerateInputError: if they are the same.
+        """
+        full, empty = self._run(None), self._run({place.site: nothing(self._n_tokens) for place in self._edited})
+        if float((full - empty).mean().abs()) <= 1e-9 * float(full.abs().mean() + empty.abs().mean()):
             raise DegenerateInputError(
                 "faithfulness: with every node ablated the metric is what it is without any edit, so there is nothing "
                 "to explain. Use another ablation, more sites, or pairs whose answers the model tells apart."
             )
-        value = sample_ratio(gain.double().cpu().numpy(), whole.double().cpu().numpy(), unit="pairs", seed=o.seed)
-        n_features, n_errors = self._counts(keeps)
-        return Faithfulness(
-            value=value, full=self._full, empty=self._empty, kept=kept, n_features=n_features, n_errors=n_errors,
-            ablation=o.ablation, errors=o.errors, complement=o.complement, metric=named(self.metric),
-        )  # fmt: skip
+        return full, empty
 
-    def _require_same(self, circuit: Circuit) -> None:
+    def _keeps(self, circuit: Circuit) -> dict[str, Kept | None]:
+        self.require_same(circuit)
+        return {place.site: self._kept(place, circuit.sites[place.site]) for place in self._edited}
+
+    def with_errors(self, errors: Errors) -> Bench:
+        """The same bench that keeps other error nodes; what does not depend on them is shared."""
+        other = copy.copy(self)
+        other._options = replace(self._options, errors=errors)
+        other.__dict__["ends"] = self.ends
+        return other
+
+    def require_same(self, circuit: Circuit) -> None:
+        """Refuses a circuit of another model, of other bases or of other positions."""
         own = {place.site: place.basis.fingerprint for place in self.places}
-        if circuit.model_fingerprint != self._model.fingerprint or dict(circuit.bases) != own:
+        if circuit.model_fingerprint != self.model.fingerprint or dict(circuit.bases) != own:
             raise MismatchError(
                 f"faithfulness: the circuit was made with bases at {', '.join(circuit.bases)} of another model or with "
                 f"other weights than those given, at {', '.join(own)}. Give the model and the bases that made it."
@@ -263,33 +294,33 @@ class _Bench:
             return nothing(n) if o.complement else None
         return None if o.complement and not bool(kept.mask.any()) and not bool(error.any()) else kept
 
-    def _counts(self, keeps: Mapping[str, Kept | None]) -> tuple[int, int]:
+    def _counts(self, keeps: Mapping[str, Kept | None], n: int) -> tuple[int, int]:
+        """How many features and errors are kept; a position counts by itself only where nodes have positions."""
         n_features = n_errors = 0
         for place in self._edited:
-            kept, n = keeps[place.site], self._n_tokens
+            kept = keeps[place.site]
             every = place.basis.d_sae * n
             if kept is None:
                 n_features, n_errors = n_features + every, n_errors + n
                 continue
-            count, errors = int(kept.mask.sum()), int(kept.error.sum())
+            count, errors = int(kept.mask[:n].sum()), int(kept.error[:n].sum())
             n_features += every - count if kept.inverted else count
             n_errors += n - errors if kept.inverted else errors
         return n_features, n_errors
 
     def _run(self, keeps: Mapping[str, Kept] | None) -> Float[Tensor, " pairs"]:
         """The metric of every pair, with everything but what is kept ablated; None runs the model as it is."""
-        clean, found = self._pairs.clean, []
+        clean, found = self.pairs.clean, []
         device = clean.ids.device
-        others = self._others() if self._options.ablation == "resample" else None
         for rows in torch.arange(len(clean), device=device).split(self._options.batch_size):
             batch = TokenBatch(clean.ids[rows], clean.mask[rows])
             reads = "final_norm" if self.metric.site == "logits" else self.metric.site
-            hooks, counts = self._hooks(keeps or {}, rows if others is None else others[rows])
+            hooks, counts = self._hooks(keeps or {}, rows)
             with torch.no_grad(), attached(hooks):
-                acts: Activations = self._model.capture(batch, [reads])
+                acts: Activations = self.model.capture(batch, [reads])
             if counts and set(counts.values()) != {1}:
                 raise EditError(f"faithfulness: the sites were edited {counts} times in a run; each must be once.")
-            found.append(metric_of(self._model, self.metric, acts.flat(reads), batch, rows).detach())
+            found.append(metric_of(self.model, self.metric, acts.flat(reads), batch, rows).detach())
         return torch.cat(found)
 
     def _hooks(self, keeps: Mapping[str, Kept], rows: Tensor) -> tuple[list[tuple[Point, Fn]], dict[str, int]]:
@@ -298,22 +329,22 @@ class _Bench:
         for place in self._edited:
             if place.site not in keeps:
                 continue
-            point, seen = self._model.site_map[place.site], {}
+            point, seen = self.model.site_map[place.site], {}
             if place.read != place.site:
-                read_point = self._model.site_map[place.read]
+                read_point = self.model.site_map[place.read]
                 hooks.append((read_point, _note(seen, read_point)))
             hooks.append((point, self._edit(place, keeps[place.site], rows, seen, counts)))
         return hooks, counts
 
     def _edit(self, place: Place, kept: Kept, rows: Tensor, seen: dict[str, Tensor], counts: dict[str, int]) -> Fn:
-        point, reference = self._model.site_map[place.site], self._references[place.site]
-        ours = self._coefficients(place, kept.features, rows) if len(kept.features) else None
+        point, reference = self.model.site_map[place.site], self.reference(place.site, rows)
+        ours = self.coefficients(place, kept.features, reference) if len(kept.features) else None
 
         def fn(raw: Tensor) -> Tensor:
             counts[place.site] += 1
             x = precise(point.flat(raw))
             read = seen.pop("x") if place.read != place.site else x
-            out = ablated(place, kept, x, read, ours, of_rows(reference, rows))
+            out = ablated(place, kept, x, read, ours, reference)
             return point.unflat(out.to(raw), raw)
 
         return fn

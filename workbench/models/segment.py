@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -168,7 +168,7 @@ class Segment(OneLine):
         n = len(self._batch)
         index = torch.tensor([n - 1, 0] if n in (1, 3) else [n - 1, 0, n - 1], device=self._batch.ids.device)
         try:
-            again = self._skipping(index, None, None)
+            again = self._skipping(index, None, None, self._holders(index, {}))
         except torch.OutOfMemoryError:  # a RuntimeError that says nothing about the blocks
             raise
         except (RuntimeError, ValueError, IndexError, TypeError):
@@ -188,6 +188,7 @@ class Segment(OneLine):
         rows: int | Int[Tensor, " rows"] = 1,
         keep: Bool[Tensor, "rows pos"] | None = None,
         plan: Plan | None = None,
+        held: Mapping[str, Float[Tensor, "rows pos width"]] | None = None,
     ) -> Reached:
         """What the segment leads to when the site holds `x`; gradients reach `x` where autograd is on.
 
@@ -197,6 +198,7 @@ class Segment(OneLine):
             rows: number of copies of the batch, copy by copy; or for each row the batch row that it continues.
             keep: True at the tokens that `x` replaces; the others stay as recorded.
             plan: an active plan that edits sites of the segment; with `x`, sites behind its start.
+            held: what some of the held sites hold in this run instead, heads side by side.
 
         Raises:
             ShapeError: if `x`, `rows` and `keep` do not fit each other.
@@ -209,12 +211,13 @@ class Segment(OneLine):
         if plan is not None:
             self._require_behind(plan, replaced=x is not None)
         values = None if x is None else self._values(x, index, keep)
+        holders = self._holders(index, held or {})
         # Recorded masks of another implementation do not fit eager attention, which an edit of a pattern needs.
         as_recorded = plan is None or self._is_eager or all(point.side != "inside" for point in plan.points)
         if self.skips_blocks and as_recorded:
-            return self._skipping(index, values, plan)
+            return self._skipping(index, values, plan, holders)
         found: dict[Site, Tensor] = {}
-        hooks = [*self._writer(values), *self._holders(index), *self._readers(found)]
+        hooks = [*self._writer(values), *holders, *self._readers(found)]
         return self._reached(index, found, self._forward(index, self._calls.of_rows(index)[0], hooks)[0])
 
     def _values(self, x: Tensor, index: Tensor, keep: Tensor | None) -> Tensor:
@@ -239,11 +242,13 @@ class Segment(OneLine):
         out[keep.to(out.device)] = x
         return out
 
-    def _skipping(self, index: Tensor, values: Tensor | None, plan: Plan | None) -> Reached:
+    def _skipping(
+        self, index: Tensor, values: Tensor | None, plan: Plan | None, holders: Sequence[tuple[Point, Fn]]
+    ) -> Reached:
         """A run of the blocks behind the site alone."""
         cache, calls = self._calls.of_rows(index)
         found: dict[Site, Tensor] = {}
-        readers, hidden = [*self._holders(index), *self._readers(found)], None
+        readers, hidden = [*holders, *self._readers(found)], None
         at_stream = self._point.site.kind in STREAM
         h = values if values is not None and at_stream else self._start[index.to(self._start.device)]
         with Hooks() as on, contextlib.ExitStack() as stack:
@@ -299,9 +304,20 @@ class Segment(OneLine):
         """What puts the values in at the site."""
         return [] if values is None else [(self._point, lambda x: self._point.unflat(values.to(x.device), x))]
 
-    def _holders(self, index: Tensor) -> list[tuple[Point, Fn]]:
-        """What keeps the held sites as they were recorded, without gradient."""
-        return [(point, lambda x, kept=kept: kept[index.to(kept.device)].to(x)) for point, kept in self._held.items()]
+    def _holders(self, index: Tensor, instead: Mapping[str, Tensor]) -> list[tuple[Point, Fn]]:
+        """What keeps the held sites as they were recorded, without gradient, or as they are given."""
+        given = {self._sites[site]: value for site, value in instead.items()}
+        if unknown := [str(point.site) for point in given if point not in self._held]:
+            raise InvalidInputError(
+                f"segment.run(held={{{unknown[0]!r}: ...}}): this segment holds "
+                f"{', '.join(str(p.site) for p in self._held) or 'nothing'}. Name the site in segment(hold=)."
+            )
+
+        def write(point: Point, kept: Tensor, x: Tensor) -> Tensor:
+            value = given.get(point)
+            return kept[index.to(kept.device)].to(x) if value is None else point.unflat(value.to(x), x)
+
+        return [(point, functools.partial(write, point, kept)) for point, kept in self._held.items()]
 
     def _readers(self, found: dict[Site, Tensor]) -> list[tuple[Point, Fn]]:
         """What notes the activations at the sites that the segment leads to, and stops the model behind the last."""
