@@ -19,6 +19,7 @@ import torch
 
 import circuits
 import workbench as wb
+from circuits.faithful.curves import CurvePoint
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.manifest import Manifest, SiteStats
 from workbench.activations.store import ActivationStore
@@ -265,6 +266,16 @@ def _run(folder: Path) -> RunDir:
 METRIC = circuits.logit_difference()
 
 
+def _samples() -> circuits.Samples:
+    batch = _batch()
+    n = len(batch)
+    where = torch.arange(n)
+    return circuits.Samples(
+        contexts=batch, answers=batch.ids[:, 0], losses=torch.rand(n), documents=where, positions=where, n_tokens=999,
+        n_documents=n, dropped={EVIL: 9},
+    )  # fmt: skip
+
+
 @cache
 def _pairs() -> circuits.Pairs:
     clean = [f"ab{EVIL[:9]}{chr(97 + i)}" for i in range(20)]
@@ -302,6 +313,11 @@ REAL: dict[type, Callable[[Path], object]] = {
     circuits.Circuit: lambda _: _effects().circuit(n=200).with_labels({}),
     circuits.Edges: lambda _: _edges(),
     circuits.Faithfulness: lambda _: _faithful(),
+    circuits.FaithfulnessCurve: lambda _: circuits.FaithfulnessCurve((CurvePoint(EVIL, 9, _faithful()),) * 500),
+    circuits.SAEsEstimate: lambda _: circuits.SAEsEstimate(
+        sites=90, passes=3, seconds=1e6, memory_bytes=10**9, disk_bytes=10**12
+    ),
+    circuits.Samples: lambda _: _samples(),
     circuits.NodeEffects: lambda _: _effects(),
     circuits.Pairs: lambda _: _pairs(),
     circuits.SiteEffects: lambda _: _effects()["resid_post.1"],

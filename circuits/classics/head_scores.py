@@ -73,6 +73,7 @@ class HeadScore(OneLine):
     null_kind: str
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class HeadScores(TableReport):
     """Scores of all heads.

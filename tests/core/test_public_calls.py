@@ -25,11 +25,11 @@ from workbench.core.errors import CallError, InvalidInputError
 ROOMS = ("controls", "features", "glitch", "judges", "probes", "saes", "steering", "core")
 PACKAGES = (wb, *(importlib.import_module(f"workbench.{room}") for room in ROOMS), circuits)
 RESULTS = (
-    "Answer", "Answers", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "Direction",
+    "Answer", "Answers", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
-    "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate",
-    "IntruderScore", "JudgeGate", "Lens", "LensEnds", "LensToken", "LensTokens", "MergedLora", "Neighbour", "NodeEffects",
-    "OutputScores", "Plan", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport", "SAEsEstimate",
+    "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate", "HeadScore", "HeadScores",
+    "IntruderScore", "JudgeGate", "Lens", "LensEnds", "LensToken", "LensTokens", "LogitLens", "MergedLora", "Neighbour", "NodeEffects",
+    "OutputScores", "PatchGrid", "PathEffects", "Plan", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport", "SAEsEstimate",
     "Section", "SelectionReport", "ShiftReport", "SteeringExample", "SteeringReport", "TokenTable",
     "TokenizerFacts", "TopContexts", "TrainedSAEs", "Trial", "TwoByTwo", "Window",
 )  # fmt: skip
