@@ -87,6 +87,15 @@ def test_tokens_before_the_first_change_are_not_computed_and_batches_do_not_matt
     assert sorted(set(widths))[-2:] == [width - CHANGED, width]
 
 
+def test_in_sixteen_bits_what_has_no_effect_is_exactly_zero() -> None:
+    model, pairs = tiny()
+    model.hf.bfloat16()
+    last = pairs.clean.ids.shape[1] - 1
+    grid = circuits.patch_grid(model, pairs, sites=["mlp_out.2"])
+    effects = {cell.column: grid.effects[i] for i, cell in enumerate(grid.cells)}
+    assert all(bool((effects[column] == 0).all()) for column in range(last)) and bool((effects[last] != 0).any())
+
+
 def test_the_table_says_position_token_share_and_control() -> None:
     model, pairs = tiny()
     grid = circuits.patch_grid(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import circuits
 from circuits.classics.direct import _Reader
-from circuits.classics.frozen import FrozenNorm
+from circuits.classics.frozen import FrozenAt, FrozenNorm
 from circuits.classics.head_scores import pattern_scores
-from circuits.classics.head_weights import circuit, copying, ends, final_norm, middle
+from circuits.classics.head_weights import circuit, copying, final_norm, middle
 from circuits.pairs import Pairs
 from tests.tiny import FAMILIES, n_hooks, tiny_model
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
@@ -234,8 +234,10 @@ def test_eigenvalues_of_the_small_map_are_those_of_tokens_to_tokens(family: str)
     model = tiny_model(family)
     model.hf.double()
     final = final_norm(model, model.capture("abc", ["resid_post.2"])["resid_post.2"][0])
-    maps, both = circuit(model, 1), ends(model, torch.arange(model.d_vocab), final)
-    large = torch.linalg.eigvals(maps.value(1, both.embedded) @ (maps.writes[1] @ both.unembedded.T))
+    maps = circuit(model, 1)
+    embedded, unembed = model.hf.get_input_embeddings().weight, model.hf.get_output_embeddings().weight
+    written = FrozenAt(final, torch.ones(len(embedded), 1)).part(maps.value(1, embedded) @ maps.writes[1])
+    large = torch.linalg.eigvals(written @ unembed.T)
     want = float(large.real.sum() / large.abs().sum())
     assert copying(maps, 1, middle(model, final)) == pytest.approx(want, abs=1e-6)
     assert copying(maps, 0, middle(model, final)) != pytest.approx(want, abs=1e-3)
