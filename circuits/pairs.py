@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.core.arguments import checked
@@ -168,10 +168,18 @@ class Pairs(Shown):
     def __len__(self) -> int:
         return len(self.clean)
 
-    def __getitem__(self, rows: slice | Sequence[int] | Int[Tensor, " chosen"]) -> Pairs:
-        """Some of the pairs, as long as they are together."""
-        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
-        index = index.to(self.clean.ids.device)
+    def __getitem__(self, rows: slice | Sequence[int] | Int[Tensor, " chosen"] | Bool[Tensor, " pairs"]) -> Pairs:
+        """Some of the pairs, as long as they are together: a slice, numbers of rows, or True where a row is taken.
+
+        Raises:
+            ShapeError: if a mask has another length than the pairs.
+        """
+        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows)
+        if index.dtype == torch.bool:
+            if len(index) != len(self):
+                raise ShapeError(f"pairs[mask]: a mask of {len(index)} for {len(self)} pairs. Give one value per pair.")
+            index = index.nonzero()[:, 0]
+        index = index.long().to(self.clean.ids.device)
         return replace(
             self, clean=self.clean[index], patch=None if self.patch is None else self.patch[index],
             answers=self.answers[index.to(self.answers.device)], cases=tuple(self.cases[i] for i in index.tolist()),
