@@ -89,6 +89,7 @@ class Oracle:
         self.model, self.parts, self.metric, self.keep = model, {p.site: p for p in parts}, metric, keep
         self.clean, self.patch = clean, patch
         self.seen: dict[str, Tensor] = {}
+        self.states: dict[str, dict[str, Nodes]] = {}
 
     def run(self, edits: Sequence[tuple[str, Fn]] = (), batch: Any = None) -> Tensor:
         """The metric of each row; activations at every site are left in `seen`."""
@@ -107,6 +108,8 @@ class Oracle:
 
     def state(self, baseline: str = "") -> dict[str, Nodes]:
         """Features and rest of every part, clean or patched, without gradient."""
+        if baseline in self.states:
+            return self.states[baseline]
         with torch.no_grad():
             self.run(batch=self.patch if baseline == "patch" else None)
             found = {}
@@ -116,7 +119,7 @@ class Oracle:
                 if baseline.startswith("zero"):
                     f, rest = torch.zeros_like(f), p.constant(read) if baseline == "zero" else rest
                 found[site] = f.detach(), rest.detach()
-            return found
+        return self.states.setdefault(baseline, found)
 
     def changes(self, baseline: str) -> dict[str, Nodes]:
         clean, there, keep = self.state(), self.state(baseline), self.keep[..., None]
