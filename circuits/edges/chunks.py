@@ -136,6 +136,8 @@ class Chunk:
         weights = weights * at.T
         row, node = (weights != 0).any(1).nonzero(as_tuple=True)
         for r, n in zip(row.split(self._o.batch_size), node.split(self._o.batch_size), strict=True):
+            if not len(r):  # a site of errors alone
+                continue
             into = self._coefficient_gradients(nodes, read, weights, r, n)
             yield Cotangents(r, n, into, None if own else slope.new_zeros(len(r), n_pos, place.basis.d_out))
         if not bool(real.all()):

@@ -1,0 +1,235 @@
+"""The nodes of a circuit as a command, and the run folder that further commands on circuits read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from circuits.graph.circuit import Circuit, ErrorRule, Sign, load_circuit
+from circuits.graph.report import FoundCircuit
+from circuits.nodes.runs import Method, Rule
+from experiments.circuit_tables import PairsStudy
+from workbench.cli.base import LoadsModel, typed
+from workbench.cli.places import named_run
+from workbench.cli.study import Begin, R, RunFolderStudy
+from workbench.core.errors import InvalidInputError, MissingFileError
+from workbench.core.numbers import counted
+
+if TYPE_CHECKING:
+    from circuits.metrics import AnswerMetric
+    from circuits.nodes.effects import NodeEffects
+    from circuits.pairs import Pairs
+    from workbench.bases.base import Basis
+    from workbench.engine.keeper import Keeper
+    from workbench.models.model import Model
+    from workbench.runs.run import RunDir
+
+FIND = "circuit-find"
+"""Name of the runs of `workbench circuit find`."""
+CIRCUIT, PARTS, PAGE = "circuit", "parts", "circuit.html"
+"""Among the artifacts of a run: folder of the circuit, folder of what a stopped run keeps, and the page."""
+KINDS = {"neurons": ("attn_out", "mlp_out", "resid_post"), "mlp_hidden": ("mlp_out",), "heads": ("attn_out",)}
+"""Bases that need no training, with the sites that they are at unless others are named."""
+LAYERS = 4
+"""Layers of these sites."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitFind(PairsStudy[FoundCircuit]):
+    """Find the features that carry a behaviour.
+
+    Saves the circuit and its page.
+
+    Example: workbench circuit find --task sva_nounpp --bases my-saes --n 100
+    """
+
+    run_name = FIND
+    step = "circuit"
+
+    split: Literal["train", "test"] = "train"
+    """Words that the pairs of a behaviour are made of."""
+    limit: int = 100
+    """Pairs at most."""
+    bases: str = "neurons"
+    """Folder of one SAE per site, or neurons, mlp_hidden, heads."""
+    sites: tuple[str, ...] = ()
+    """Sites or kinds; by default those of the folder, or of four layers."""
+    n: int = 100
+    """Nodes of the circuit."""
+    sign: Sign = "both"
+    """Keep nodes that support the clean answer (positive), oppose it, or both."""
+    errors: ErrorRule = "ranked"
+    """Errors as nodes: ranked with features, all, resid or none."""
+    positions: bool = False
+    """Keep positions apart; takes pairs of the commonest length."""
+    metric: Literal["logit_difference", "log_probability", "negative_logit", "kl"] = "logit_difference"
+    """What is explained."""
+    method: Method = "ig"
+    """How effects are estimated: ig, atp or exact."""
+    steps: int = 10
+    """Points of the integral."""
+    rule: Rule = "midpoint"
+    """Where they are."""
+    rows: int = field(default=16, metadata={"config": False})
+    """Pairs per part; a stopped run loses one part at most."""
+
+    def measured(self) -> AnswerMetric:
+        """The metric."""
+        from circuits.metrics import AnswerMetric
+
+        return AnswerMetric(self.metric)
+
+    def make_bases(self, model: Model) -> dict[str, Basis]:
+        """The bases by their sites.
+
+        Raises:
+            InvalidInputError: for a name that is no basis, or sites that the folder does not hold.
+            MissingFileError: if there is no such folder.
+        """
+        from circuits.decomposition import bases
+        from circuits.saes.folder import saes_in
+        from circuits.saes.training import spread_layers
+
+        if self.bases in KINDS:
+            kinds = KINDS[self.bases]
+            chosen = self.sites or [f"{k}.{layer}" for layer in spread_layers(model.n_layers, LAYERS) for k in kinds]
+            return bases(model, {str(site): self.bases for site in model.site_map.named(chosen)})
+        if not Path(self.bases).is_dir():
+            raise MissingFileError(
+                f"--bases {self.bases}: there is no such folder. Give one of `workbench circuit saes`, or one of "
+                f"{', '.join(KINDS)}."
+            )
+        held = saes_in(self.bases)
+        wanted = [str(site) for site in model.site_map.named(self.sites)] if self.sites else list(held)
+        if missing := [site for site in wanted if site not in held]:
+            raise InvalidInputError(
+                f"--sites {missing[0]}: {self.bases} has SAEs at {', '.join(held)}. Choose among these."
+            )
+        return bases(model, {site: held[site] for site in wanted})
+
+    def chosen_pairs(self, model: Model) -> Pairs:
+        """The pairs that the circuit is found on."""
+        pairs = self.read_pairs(model)
+        return pairs.of_one_length() if self.positions else pairs
+
+    def measure(self, begin: Begin) -> FoundCircuit:
+        if self.n < 1 or self.rows < 1 or self.steps < 1:
+            raise InvalidInputError(f"--n {self.n}, --rows {self.rows}, --steps {self.steps}: each is at least 1.")
+        model = self.load_model()
+        bases, pairs = self.make_bases(model), self.chosen_pairs(model)
+        run = begin(model)
+        effects = self._effects(run, model, bases, pairs)
+        circuit = effects.circuit(n=self.n, sign=self.sign, errors=self.errors)
+        circuit.save(run.artifacts / CIRCUIT)
+        circuit.to_html(run.artifacts / PAGE, pairs=pairs, effects=effects, title=_title(self))
+        return FoundCircuit(circuit=circuit, gaps=effects.gaps, n=effects.n, metric=effects.metric, note=pairs.note)
+
+    def _effects(self, run: RunDir, model: Model, bases: dict[str, Basis], pairs: Pairs) -> NodeEffects:
+        from circuits.nodes.attribute import node_effects
+        from circuits.nodes.parts import all_effects, keep_effects
+
+        with opened(run, pairs) as keep:
+            for name, part in slices(pairs, self.rows):
+                if not keep.has(name):
+                    effects = node_effects(
+                        model, bases, part, self.measured(), method=self.method, steps=self.steps, rule=self.rule,
+                        aggregation="none" if self.positions else "sum",
+                    )  # fmt: skip
+                    keep_effects(keep, name, effects)
+            return all_effects(keep)
+
+    def details(self, report: FoundCircuit, folder: Path) -> list[str]:
+        return [f"Picture: {folder / 'artifacts' / PAGE}"]
+
+    def summary(self, report: FoundCircuit, folder: Path) -> dict[str, object]:
+        return {
+            **super().summary(report, folder), "circuit": folder / "artifacts" / CIRCUIT,
+            "page": folder / "artifacts" / PAGE, "nodes": report.frame().to_dict("records"),
+        }  # fmt: skip
+
+    def following(self, report: FoundCircuit, folder: Path) -> str:
+        return typed("circuit", "edges", folder)
+
+
+def _title(study: CircuitFind) -> str:
+    return f"Circuit of {study.task or study.pairs}"
+
+
+def opened(run: RunDir, pairs: Pairs, of: Path | None = None) -> Keeper:
+    """What a stopped run of these pairs, and of a circuit that another run found, keeps."""
+    from workbench.engine.keeper import Keeper
+
+    rows = [pairs.clean.ids.tolist(), None if pairs.patch is None else pairs.patch.ids.tolist()]
+    key = {"pairs": rows, "answers": pairs.answers.tolist(), "circuit": None if of is None else of.name}
+    return Keeper.open(run.artifacts / PARTS, key)
+
+
+def slices(pairs: Pairs, rows: int) -> Iterator[tuple[str, Pairs]]:
+    """Some pairs at a time, each part with its name."""
+    for start in range(0, len(pairs), rows):
+        yield f"pairs-{start:06d}-{min(start + rows, len(pairs)):06d}", pairs[start : start + rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundRun:
+    """A finished run of `workbench circuit find`.
+
+    Attributes:
+        path: the run folder.
+        study: its configuration.
+        dtype: of the weights that it used.
+        circuit: what it found.
+    """
+
+    path: Path
+    study: CircuitFind
+    dtype: str
+    circuit: Circuit
+
+
+def found_run(asked: Path, root: Path) -> FoundRun:
+    """The run that a path or a name stands for.
+
+    Raises:
+        MissingFileError: if there is none.
+        InvalidInputError: if it is not finished, or of another command.
+    """
+    from workbench.core.records import from_jsonable
+    from workbench.runs.run import RunDir
+
+    run = RunDir.open(named_run(asked, FIND, root))
+    if run.env.get("name") != FIND:
+        raise InvalidInputError(f"{run.path} is a run of {run.env.get('name')}. Give one of `workbench circuit find`.")
+    if not run.finished:
+        raise InvalidInputError(
+            f"{run.path} is not finished. Give the same `workbench circuit find` again, which continues it."
+        )
+    models = run.env.get("models") or [{}]
+    dtype = str(models[0].get("dtype", "auto")).removeprefix("torch.")
+    return FoundRun(
+        path=run.path, study=from_jsonable(CircuitFind, run.config), dtype=dtype,
+        circuit=load_circuit(run.artifacts / CIRCUIT),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfCircuit(RunFolderStudy[R], LoadsModel):
+    """A study of a circuit that was found before; model, bases and metric are those of its run."""
+
+    def model_name(self) -> str:
+        """That of the run."""
+        raise InvalidInputError(f"{type(self).__name__}: the model is that of the run; call load_as(found).")
+
+    def load_as(self, found: FoundRun) -> Model:
+        """The model of the run, in its precision unless another one is asked for."""
+        from workbench.models.loading import load_model
+
+        dtype = found.dtype if self.dtype == "auto" else self.dtype
+        return load_model(found.study.model, dtype=dtype, device=self.device, check=True)
+
+
+def size_of(circuit: Circuit) -> str:
+    """How many nodes of each kind."""
+    return f"{counted(circuit.n_features, 'features')} and {counted(circuit.n_errors, 'errors')}"
