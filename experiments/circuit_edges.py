@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,11 +12,25 @@ import tyro
 
 from circuits.edges.parts import all_edges, keep_edges
 from circuits.edges.report import FoundEdges
+from circuits.faithful.controls import random_circuit, top_activation_circuit
+from circuits.faithful.curves import FaithfulnessCurve, faithfulness_curve
 from circuits.faithful.measure import Errors, Faithfulness, faithfulness
 from circuits.faithful.parts import once
-from circuits.faithful.report import ALL_ERRORS, CIRCUIT, COMPLEMENT, NO_ERRORS, EvaluatedCircuit, random_like
+from circuits.faithful.report import (
+    ALL_ERRORS,
+    CIRCUIT,
+    COMPLEMENT,
+    NO_ERRORS,
+    RANDOM,
+    TOP_ACTIVATION,
+    CurveRow,
+    EvaluatedCircuit,
+    curve_rows,
+)
 from circuits.graph.circuit import Circuit, load_circuit
-from experiments.circuit_find import FIND, PAGE, FoundRun, OfCircuit, found_run, opened, size_of, slices
+from circuits.nodes.effects import NodeEffects
+from circuits.nodes.parts import effects_in
+from experiments.circuit_find import FIND, PAGE, PARTS, FoundRun, OfCircuit, found_run, opened, size_of, slices
 from workbench.cli.base import BaseCommand, typed
 from workbench.cli.places import named_run
 from workbench.cli.study import Begin
@@ -114,7 +127,7 @@ class NodeSet:
 class CircuitEval(OfCircuit[EvaluatedCircuit]):
     """Measure how much a circuit carries on held-out pairs.
 
-    With and without errors, beside random nodes.
+    With and without errors, beside as many other features, and over numbers of nodes.
 
     Example: workbench circuit eval latest
     """
@@ -130,8 +143,10 @@ class CircuitEval(OfCircuit[EvaluatedCircuit]):
     """Pairs at most."""
     ablation: Literal["mean", "zero", "resample"] = "mean"
     """What nodes outside are put to."""
+    counts: tuple[int, ...] = (10, 25, 50, 100, 200)
+    """Numbers of nodes of further circuits from the same effects."""
     draws: int = 3
-    """Draws of random nodes."""
+    """Draws of random features."""
 
     def held_out(self, found: FoundRun, model: Model) -> Pairs:
         """The pairs, of one length: that of the circuit if it has positions.
@@ -150,40 +165,57 @@ class CircuitEval(OfCircuit[EvaluatedCircuit]):
         return own.read_pairs(model).of_one_length(found.circuit.n_tokens)
 
     def measure(self, begin: Begin) -> EvaluatedCircuit:
-        if self.draws < 1:
-            raise InvalidInputError(f"--draws {self.draws}: give at least 1.")
+        if self.draws < 1 or min(self.counts, default=1) < 1:
+            raise InvalidInputError(f"--draws {self.draws}, --counts {self.counts}: each is at least 1.")
         found = found_run(self.which, self.runs_folder())
-        sets = self._sets(found)
+        effects = effects_in(found.path / "artifacts" / PARTS)
         model = self.load_as(found)
         pairs = self.held_out(found, model)
         run = begin(model)
+        bases = found.study.make_bases(model)
+        sets = self._sets(found.circuit, effects, top_activation_circuit(model, bases, pairs, found.circuit))
+
+        def measure(chosen: NodeSet) -> Faithfulness:
+            return faithfulness(
+                model, bases, chosen.circuit, pairs, found.study.measured(), ablation=self.ablation,
+                errors=chosen.errors, complement=chosen.complement, seed=self.seed,
+            )  # fmt: skip
+
+        def curve(n: int) -> FaithfulnessCurve:
+            return faithfulness_curve(
+                model, bases, effects, pairs, found.study.measured(), counts=(n,), draws=self.draws,
+                ablation=self.ablation, seed=self.seed,
+            )  # fmt: skip
+
         with (
             opened(run, pairs, found.path) as keep,
-            progress.task(total=len(sets), description="faithfulness", unit="sets of nodes") as task,
+            progress.task(total=len(sets) + len(self.counts), description="circuits", unit="circuits") as task,
         ):
             arms: dict[str, Faithfulness] = {}
             for name, chosen in sets.items():
-                arms[name] = once(keep, name, partial(self._faithfulness, found, model, pairs, chosen))
+                arms[name] = once(keep, name, lambda chosen=chosen: measure(chosen))
                 task.advance(1)
-        drawn = tuple(arms.pop(name) for name in sets if name.startswith("random "))
-        return EvaluatedCircuit(arms=arms, random=drawn, n_nodes=found.circuit.n)
+            rows: list[CurveRow] = []
+            for n in self.counts:
+                rows += keep.once(f"curve-{n}", list[CurveRow], lambda n=n: curve_rows(curve(n)))
+                task.advance(1)
+        drawn = tuple(arms.pop(name) for name in sets if name.startswith(RANDOM))
+        return EvaluatedCircuit(arms=arms, random=drawn, n_nodes=found.circuit.n, curve=tuple(rows))
 
-    def _sets(self, found: FoundRun) -> dict[str, NodeSet]:
-        circuit = found.circuit
-        random = {f"random {i}": NodeSet(random_like(circuit, self.seed + i)) for i in range(self.draws)}
+    def _sets(self, circuit: Circuit, effects: NodeEffects, most: Circuit) -> dict[str, NodeSet]:
+        draws = range(self.draws)
+        random = {f"{RANDOM} {i}": NodeSet(random_circuit(effects, circuit, self.seed + i)) for i in draws}
         return {
             CIRCUIT: NodeSet(circuit), NO_ERRORS: NodeSet(circuit, "none"), ALL_ERRORS: NodeSet(circuit, "all"),
-            COMPLEMENT: NodeSet(circuit, complement=True), **random,
+            COMPLEMENT: NodeSet(circuit, complement=True), TOP_ACTIVATION: NodeSet(most), **random,
         }  # fmt: skip
 
-    def _faithfulness(self, found: FoundRun, model: Model, pairs: Pairs, chosen: NodeSet) -> Faithfulness:
-        return faithfulness(
-            model, found.study.make_bases(model), chosen.circuit, pairs, found.study.measured(),
-            ablation=self.ablation, errors=chosen.errors, complement=chosen.complement, seed=self.seed,
-        )  # fmt: skip
-
     def summary(self, report: EvaluatedCircuit, folder: Path) -> Mapping[str, object]:
-        return {**super().summary(report, folder), "faithfulness": report.frame().to_dict("records")}
+        return {
+            **super().summary(report, folder),
+            "faithfulness": report.frame().to_dict("records"),
+            "curve": report.curve,
+        }
 
     def following(self, report: EvaluatedCircuit, folder: Path) -> str:
         return typed("report", folder, "--open")

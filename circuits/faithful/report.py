@@ -1,4 +1,4 @@
-"""What a circuit carries on held-out pairs, beside random nodes of the same number, as a report."""
+"""What a circuit carries on held-out pairs, beside as many other features, as a report."""
 
 from __future__ import annotations
 
@@ -8,40 +8,74 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from circuits.faithful.curves import FaithfulnessCurve
 from circuits.faithful.measure import Faithfulness
-from circuits.graph.circuit import Circuit, SiteNodes
-from circuits.graph.names import ERROR
-from workbench.core.errors import DegenerateInputError
+from workbench.core.display import OneLine
 from workbench.core.numbers import counted
 from workbench.core.stats import Estimate, sample_ratio
-from workbench.report.base import Bars, Headline, Metric, Report, Says, Section, Table, beside
+from workbench.report.base import Bars, Headline, Lines, Metric, Report, Says, Section, Series, Table, beside
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CIRCUIT, RANDOM, COMPLEMENT = "circuit", "random nodes", "without the circuit"
+CIRCUIT, RANDOM, COMPLEMENT = "circuit", "random features", "without the circuit"
+TOP_ACTIVATION = "features that write most"
 NO_ERRORS, ALL_ERRORS = "circuit, errors removed", "circuit, all errors kept"
 _SAYS = Says(
-    "The circuit carries more of the behaviour than as many random nodes.",
-    "The circuit carries no more of the behaviour than as many random nodes.",
-    "Random nodes carry more of the behaviour than the circuit.",
+    "The circuit carries more of the behaviour than as many random features.",
+    "The circuit carries no more of the behaviour than as many random features.",
+    "Random features carry more of the behaviour than the circuit.",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurveRow(OneLine):
+    """One circuit of a curve over numbers of nodes.
+
+    Attributes:
+        nodes: how its features were chosen.
+        errors: which error nodes are kept.
+        n: how many nodes were asked for.
+        n_features: features that were kept.
+        n_errors: error nodes that were kept.
+        value: F.
+    """
+
+    nodes: str
+    errors: str
+    n: int
+    n_features: int
+    n_errors: int
+    value: Estimate
+
+
+def curve_rows(curve: FaithfulnessCurve) -> list[CurveRow]:
+    """The points of a curve, without their pairs."""
+    return [
+        CurveRow(
+            nodes=point.nodes, errors=point.found.errors, n=point.n, n_features=point.found.n_features,
+            n_errors=point.found.n_errors, value=point.found.value,
+        )
+        for point in curve.points
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluatedCircuit(Report):
-    """Faithfulness of a circuit, with and without errors, of what is left without it, and of random nodes.
+    """Faithfulness of a circuit, with and without errors, of what is left without it, and of other features.
 
     Attributes:
         arms: by name; `CIRCUIT` is the circuit itself.
-        random: circuits of as many random features at each site, with the same error nodes.
+        random: circuits of as many random features that are active, with the same error nodes.
         n_nodes: of the circuit.
+        curve: circuits of other sizes from the same effects.
     """
 
     how_to_make: ClassVar[str] = "EvaluatedCircuit(arms={'circuit': faithfulness(...)}, random=(...), n_nodes=...)."
     arms: dict[str, Faithfulness]
     random: tuple[Faithfulness, ...]
     n_nodes: int
+    curve: tuple[CurveRow, ...] = ()
 
     def _ratio(self, kept: Tensor) -> Estimate:
         whole = self.arms[CIRCUIT].full - self.arms[CIRCUIT].empty
@@ -88,12 +122,32 @@ class EvaluatedCircuit(Report):
             "Faithfulness", tuple(row[0] for row in rows), tuple(row[1] for row in rows), "F", reference=1.0,
             caption="1: as much of the metric as the whole model; 0: as much as with every node ablated.",
         )  # fmt: skip
+        curve = Table.of(
+            self.curve,
+            {
+                "features chosen by": "nodes", "error nodes": "errors", "n": "n", "F": "value",
+                "features": "n_features", "errors kept": "n_errors",
+            },
+            "Faithfulness by number of nodes.",
+        )  # fmt: skip
         table = Table(
             ("nodes kept", "F", "features", "errors"), tuple(rows),
             "Faithfulness of each set of nodes. Features and errors count each position.",
         )  # fmt: skip
         metrics: dict[str, Metric] = {name.replace(" ", "_").replace(",", ""): value for name, value, _, _ in rows}
-        return Section("Faithfulness", (bars, table, self._beside()), self.findings(), metrics, self.headline())
+        blocks = (self._lines(), bars, table, curve) if self.curve else (bars, table)
+        return Section("Faithfulness", (*blocks, self._beside()), self.findings(), metrics, self.headline())
+
+    def _lines(self) -> Lines:
+        series = []
+        for nodes in dict.fromkeys(row.nodes for row in self.curve):
+            own = sorted((r for r in self.curve if (r.nodes, r.errors) == (nodes, "circuit")), key=lambda row: row.n)
+            parts = ([getattr(row.value, end) for row in own] for end in ("value", "low", "high"))
+            series.append(Series(nodes, tuple(row.n for row in own), *(tuple(part) for part in parts)))
+        return Lines(
+            "Faithfulness by number of nodes", tuple(series), "nodes", "F",
+            caption="Error nodes are those of the circuit. Bands are 95 % intervals over pairs.",
+        )  # fmt: skip
 
     def frame(self) -> pd.DataFrame:
         """One row per arm: F with its interval, features, errors, pairs."""
@@ -102,33 +156,3 @@ class EvaluatedCircuit(Report):
         columns = ["nodes", "F", "low", "high", "n_features", "n_errors", "n_pairs"]
         rows = [(name, f.value, f.low, f.high, features, errors, f.n) for name, f, features, errors in self._rows()]
         return pd.DataFrame(rows, columns=columns)
-
-
-def random_like(circuit: Circuit, seed: int) -> Circuit:
-    """A circuit with as many random features at each site, at the same positions, and with the same error nodes.
-
-    Raises:
-        DegenerateInputError: if a site has too few features outside the circuit.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sites = {name: _random_nodes(name, nodes, generator) for name, nodes in circuit.sites.items()}
-    return Circuit(
-        sites=sites, bases=circuit.bases, model_fingerprint=circuit.model_fingerprint, n_tokens=circuit.n_tokens,
-        made=f"random features in place of: {circuit.made}",
-    )  # fmt: skip
-
-
-def _random_nodes(name: str, nodes: SiteNodes, generator: torch.Generator) -> SiteNodes:
-    feature, pos = nodes.feature.clone(), nodes.pos
-    for where in pos.unique().tolist():
-        here = (pos == where) & (feature != ERROR)
-        outside = torch.ones(nodes.d_sae, dtype=torch.bool)
-        outside[feature[here]] = False
-        free, n = outside.nonzero()[:, 0], int(here.sum())
-        if n > len(free):
-            raise DegenerateInputError(
-                f"Random nodes: {counted(n, 'features')} of {nodes.d_sae} at {name} are in the circuit, so there are "
-                f"not as many others. Choose a smaller circuit."
-            )
-        feature[here] = free[torch.randperm(len(free), generator=generator)[:n]]
-    return SiteNodes.of(nodes.d_sae, feature, pos)

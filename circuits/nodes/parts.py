@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 
 from circuits.nodes.effects import Aggregation, NodeEffects, SiteEffects
+from workbench.core.records import load_json
 from workbench.engine.job import Made
-from workbench.engine.keeper import Keeper
+from workbench.engine.keeper import KEY_FILE, Keeper
 
 _ARRAYS = ("example", "pos", "feature", "value", "added", "total")
 
@@ -65,3 +67,14 @@ def kept_effects(keep: Keeper, name: str) -> NodeEffects:
 def all_effects(keep: Keeper) -> NodeEffects:
     """The effects of all parts together, in the order of their names."""
     return reduce(NodeEffects.merged, (kept_effects(keep, name) for name in keep.done()))
+
+
+def effects_in(folder: Path) -> NodeEffects:
+    """The effects that a finished run keeps in this folder.
+
+    Raises:
+        MissingFileError: if there are none.
+    """
+    key = load_json(folder / KEY_FILE, dict)["key"]
+    with Keeper.open(folder, key, alone=False) as keep:
+        return all_effects(keep)

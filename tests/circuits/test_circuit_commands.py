@@ -10,17 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import circuits
 import circuits.nodes.attribute
 from circuits.edges.parts import merged
-from circuits.faithful.report import CIRCUIT, random_like
+from circuits.faithful.report import CIRCUIT
 from circuits.graph.names import ERROR
-from tests.circuits.drawn import drawn_circuit
 from tests.tiny import tiny_hf, tiny_tokenizer
 from workbench.cli import main
-from workbench.core.errors import DegenerateInputError
 from workbench.models.loading import load_model
 from workbench.models.model import Model
 
@@ -127,7 +124,18 @@ def test_edges_lead_into_a_site_that_holds_errors_alone(folder: Path, model: Mod
 def test_eval_measures_on_held_out_pairs_beside_random_nodes(
     folder: Path, found: Path, model: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["circuit", "eval", "latest", "--pairs", str(folder / "held-out.jsonl"), "--out", str(folder / "runs")]
+    given = [
+        "circuit",
+        "eval",
+        "latest",
+        "--pairs",
+        str(folder / "held-out.jsonl"),
+        "--counts",
+        "3",
+        "12",
+        "--out",
+        str(folder / "runs"),
+    ]
     result = _json(given, capsys)
     rows = {row["nodes"]: row for row in result["faithfulness"]}
     pairs = circuits.Pairs.from_jsonl(folder / "held-out.jsonl", model)
@@ -136,23 +144,13 @@ def test_eval_measures_on_held_out_pairs_beside_random_nodes(
     assert rows[CIRCUIT]["F"] == pytest.approx(own.value.value, rel=1e-4) and rows[CIRCUIT]["n_pairs"] == 6
     other = rows["without the circuit"]["F"]
     assert other != pytest.approx(own.value.value, rel=1e-2)
-    random = rows["random nodes, mean of 3 draws"]
+    random = rows["random features, mean of 3 draws"]
     assert random["n_features"] == rows[CIRCUIT]["n_features"] and random["F"] != rows[CIRCUIT]["F"]
-
-
-def test_random_nodes_are_as_many_others_at_the_same_sites_and_positions() -> None:
-    circuit = drawn_circuit(12, positions=True)
-    random = random_like(circuit, 0)
-    for name, nodes in circuit.sites.items():
-        assert random.sites[name].pos.tolist() == nodes.pos.tolist()
-        own, others = (set(zip(s.pos.tolist(), s.feature.tolist(), strict=True)) for s in (nodes, random.sites[name]))
-        assert len(others) == len(nodes) and {f for _, f in own & others} == {ERROR}
-    assert not torch.equal(random_like(circuit, 1).sites["mlp_out.0"].feature, random.sites["mlp_out.0"].feature)
-    full = circuits.Circuit(
-        sites={"embed": circuits.SiteNodes.of(3, [0, 1])}, bases={"embed": "b"}, model_fingerprint="m"
-    )
-    with pytest.raises(DegenerateInputError, match="not as many others"):
-        random_like(full, 0)
+    page = (Path(result["run"]) / "report.html").read_text(encoding="utf-8")
+    assert "Faithfulness by number of nodes" in page
+    curve = {(row["nodes"], row["errors"], row["n"]): row for row in result["curve"]}
+    assert len(curve) == 2 * 3 * 3
+    assert curve["largest effects", "circuit", 12]["value"]["value"] == pytest.approx(own.value.value, rel=1e-4)
 
 
 def test_a_stopped_find_continues(
