@@ -136,11 +136,16 @@ class LogitLens(TableReport):
         order = range(len(reading.sites) - 1, -1, -1)
         grid = Grid(
             "" if tokenizer is None else "first prompt", tuple(str(reading.sites[s]) for s in order),
-            tuple(clipped(visible(str(names[t])), 12) for t in here),
+            tuple(_cell(str(names[t])) for t in here),
             tuple(tuple(float(reading.logprobs[s, t, 0].exp()) for t in here) for s in order),
-            tuple(tuple(clipped(visible(str(top[s, t])), 12) for t in here) for s in order),
+            tuple(tuple(_cell(str(top[s, t])) for t in here) for s in order),
         )  # fmt: skip
         return Heat("What each layer would say", (grid,), "The most probable token, coloured by its probability.")
+
+
+def _cell(text: str) -> str:
+    """A token in a cell; one of spaces alone is shown by signs."""
+    return clipped(visible(text if text.strip(" ") else "␣" * len(text)), 12)
 
 
 def _mean(values: np.ndarray) -> Estimate:

@@ -54,6 +54,7 @@ def test_the_last_row_of_the_lens_is_the_model_bit_for_bit(family: str) -> None:
     ]
     assert set(columns) <= set(frame)
     assert last["rank"].tolist() == [0, 1, 2] * 5 and "warm" in read._repr_html_()
+    assert "<th scope=col>␣</th>" in read._repr_html_(), "the space of the text is seen"
 
 
 def test_of_pairs_the_target_is_the_answer_and_the_difference_that_of_the_logits() -> None:
