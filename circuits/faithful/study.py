@@ -141,7 +141,7 @@ class CircuitStudy(Report):
     def _picture(self) -> Lines:
         series = []
         for nodes, errors in dict.fromkeys((nodes, errors) for nodes, errors, _ in self.curves):
-            if errors == "all":
+            if errors == "all" or (errors == "none" and nodes != ATTRIBUTION):
                 continue
             points = sorted((n, f.value) for (a, b, n), f in self.curves.items() if (a, b) == (nodes, errors) and n)
             x = tuple(n for n, _ in points)

@@ -14,7 +14,7 @@ from circuits import behaviours
 from circuits.behaviours.kinds import agreement, greater_than
 from circuits.behaviours.registry import BEHAVIOURS, SPLITS, Split
 from circuits.pairs import Pairs, PromptPair, usable
-from tests.circuits.tokenizers import model_with, pieces_tokenizer, words_tokenizer
+from tests.circuits.tokenizers import agreeing_model, model_with, pieces_tokenizer, words_tokenizer
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError
 from workbench.models.model import Model
 
@@ -31,21 +31,9 @@ def _words(text: str) -> list[str]:
     return text.replace(",", "").split()
 
 
-def _agreeing(plurals: bool = True) -> Model:
-    """A model whose tokenizer has a piece for every word of agreement, or only singular ones."""
-    nouns = [noun for split in SPLITS for noun in (*agreement.NOUNS[split].people, *agreement.NOUNS[split].things)]
-    if plurals:
-        forms = [form for noun in nouns for form in (noun, agreement.plural(noun))]
-    else:
-        forms = [noun for noun in nouns if agreement.plural(noun) == noun + "s"]
-    verbs = [form for both in agreement.TRANSITIVES for form in both]
-    words = [*forms, *verbs, *VERBS, *agreement.PREPOSITIONS, "that", "the"]
-    return model_with(pieces_tokenizer(["The", "s", *(f"▁{word}" for word in words)]))
-
-
 @pytest.fixture(scope="module")
 def agreeing() -> Model:
-    return _agreeing()
+    return agreeing_model()
 
 
 @pytest.mark.parametrize("name", behaviours.names())
@@ -120,7 +108,7 @@ def test_pairs_follow_from_the_seed_alone(agreeing: Model) -> None:
 
 def test_pairs_of_which_one_prompt_is_longer_are_left_out() -> None:
     # without pieces for plurals each is its singular and an s, but man/men and woman/women are bytes of equal number
-    model = _agreeing(plurals=False)
+    model = agreeing_model(plurals=False)
     with pytest.raises(DegenerateInputError, match=r"16 pairs are possible.*same number.*at most n=16") as caught:
         behaviours.pairs("sva_simple", model, "test")
     assert "n=100" in str(caught.value) and "split='test'" in str(caught.value)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from circuits.behaviours.kinds import agreement
+from circuits.behaviours.registry import SPLITS
 from tests.tiny import tiny_tokenizer
 from workbench.models.model import Model
 from workbench.models.tiny import tiny_hf
@@ -43,3 +45,22 @@ def model_with(tokenizer: PreTrainedTokenizerFast | None = None) -> Model:
     """A tiny model with this tokenizer, or with one that reads bytes."""
     tokenizer = tokenizer or tiny_tokenizer()
     return Model(tiny_hf("llama", len(tokenizer), 0), tokenizer, name="tiny")
+
+
+def agreeing_model(plurals: bool = True) -> Model:
+    """A model whose tokenizer has a piece for every word of agreement, or only singular ones."""
+    nouns = [noun for split in SPLITS for noun in (*agreement.NOUNS[split].people, *agreement.NOUNS[split].things)]
+    if plurals:
+        forms = [form for noun in nouns for form in (noun, agreement.plural(noun))]
+    else:
+        forms = [noun for noun in nouns if agreement.plural(noun) == noun + "s"]
+    verbs = [form for both in agreement.TRANSITIVES for form in both]
+    words = [
+        *forms,
+        *verbs,
+        *(verb.strip() for both in agreement.VERBS for verb in both),
+        *agreement.PREPOSITIONS,
+        "that",
+        "the",
+    ]
+    return model_with(pieces_tokenizer(["The", "s", *(f"▁{word}" for word in words)]))

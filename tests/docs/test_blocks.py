@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+import circuits
 import workbench as wb
+from tests.circuits.tokenizers import agreeing_model
 from tests.glitch.planted import planted, share, truth
 from workbench.judges import LogProbJudge
 
@@ -48,6 +50,8 @@ SMALLER: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r'folder="census/"', f'folder="census/", options={CENSUS}'),
     (r"\bstrengths=\([^)]*\)", "prompts=prompts, strengths=(1.0,)"),
     (r"\bSteerOptions\(", "SteerOptions(new_tokens=3, plain_texts=texts[:1], "),
+    (r'"mlp_out", "resid_post"\], "my-saes"\)', '"mlp_out", "resid_post"], "my-saes", options=small)'),
+    (r"SampleOptions\(loss_max=0\.1, context=64, limit=8192\)", "SampleOptions(loss_max=99.0, context=8, limit=9)"),
     (r"\bdirections=Dir", "options=SteerOptions(new_tokens=3, plain_texts=texts[:1]), directions=Dir"),
 )
 """What is smaller in the test than on the page."""
@@ -100,6 +104,15 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _of_circuits() -> dict[str, Any]:
+    sae = wb.SAEConfig(tokens=600, batch=128, d_sae=32, k=4)
+    small = circuits.SAETrainingOptions(tokens=600, context=16, expansion=2, sae=sae)
+    return {"circuits": circuits, "model": agreeing_model(), "small": small, "cards": "features.html"}
+
+
+OF_PAGE: dict[str, Callable[[], dict[str, Any]]] = {"circuits": _of_circuits}
+"""What a page takes as given instead: the templates of behaviours need a tokenizer that has their words."""
+
 SITE = "resid_post.1"
 SAES = ((0, "l15"), (1, "other"))
 
@@ -113,7 +126,7 @@ def test_every_block_runs(path: Path, reader: dict[str, Any], tmp_path: Path, mo
         shutil.rmtree(tmp_path / made, ignore_errors=True)
     page = ModuleType(f"page_{path.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, page.__name__, page)  # dataclasses look their module up
-    page.__dict__.update(reader, wb=wb, torch=torch, tiny=reader["model"])
+    page.__dict__.update(reader, wb=wb, torch=torch, tiny=reader["model"], **OF_PAGE.get(path.stem, dict)())
     for number, source in enumerate(blocks, start=1):
         name = f"<{path.name}, block {number}>"
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
