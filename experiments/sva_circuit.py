@@ -13,7 +13,7 @@ from workbench.cli.study import Begin, Study
 
 @dataclass(frozen=True, kw_only=True)
 class SvaCircuit(Study[CircuitStudy]):
-    """Find a circuit of SAE features and measure how much it carries.
+    """Find a circuit of features and measure it.
 
     Held-out words, beside neurons, random features and random edges.
 

@@ -135,7 +135,9 @@ class CircuitStudy(Report):
                 "same position. Controls keep the same error nodes as the circuit that they are compared with."
             ),
         )  # fmt: skip
-        metrics: dict[str, Metric] = {f"F.{nodes}.{errors}.{n}": f.value for (nodes, errors, n), f in self.curves.items()}
+        metrics: dict[str, Metric] = {}
+        for (nodes, errors, n), found in self.curves.items():
+            metrics[f"F.{nodes}.{errors}.{n}"] = found.value
         return Section(f"Circuit: {self.behaviour}", blocks, self.findings(), metrics, self.headline())
 
     def _picture(self) -> Lines:
