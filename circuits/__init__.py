@@ -23,6 +23,7 @@ from circuits.faithful.curves import FaithfulnessCurve, faithfulness_curve
 from circuits.faithful.edges import edge_faithfulness
 from circuits.faithful.measure import Faithfulness, faithfulness
 from circuits.graph.circuit import Circuit, SiteNodes, load_circuit
+from circuits.graph.imports import LoadedGraph, load_graph_json
 from circuits.metrics import (
     LogitMetric,
     LossOfMargin,
@@ -75,6 +76,7 @@ __all__ = [
     "LabelledTexts",
     "LexiconDecider",
     "LogitLens",
+    "LoadedGraph",
     "LogitMetric",
     "LossOfMargin",
     "Metric",
@@ -113,6 +115,7 @@ __all__ = [
     "kl",
     "linear_effects",
     "load_circuit",
+    "load_graph_json",
     "log_probability",
     "logit_difference",
     "logit_lens",

@@ -38,5 +38,5 @@ def once(keep: Keeper, name: str, make: Callable[[], Faithfulness]) -> Faithfuln
     return Faithfulness(
         value=header.value, n_features=header.n_features, n_errors=header.n_errors, ablation=header.ablation,
         errors=header.errors, complement=header.complement, metric=header.metric,
-        **{array: tensors[array] for array in _ARRAYS},
+        full=tensors["full"], empty=tensors["empty"], kept=tensors["kept"],
     )  # fmt: skip

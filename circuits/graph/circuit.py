@@ -252,6 +252,64 @@ class Circuit(Shown):
         )  # fmt: skip
         return write_page(source, Path(path))
 
+    def to_graph_json(
+        self,
+        path: str | Path,
+        edges: EdgeSource | None = None,
+        *,
+        pairs: Pairs | None = None,
+        slug: str = "circuit",
+        scan: str = "",
+    ) -> Path:
+        """Writes the graph JSON that circuit-tracer and Neuronpedia read; `circuits.load_graph_json` reads it back.
+
+        A viewer has one row per layer: where a layer has several sites, each site has a row of its own. Nodes whose
+        positions were put together stand at the last token. The output has no links: a node's direct effect on it is
+        not known.
+
+        Args:
+            path: the file.
+            edges: edges between these nodes.
+            pairs: what the circuit was found on; the first prompt is that of the graph.
+            slug: name of the graph.
+            scan: model or set of dictionaries in which a viewer looks features up.
+
+        Raises:
+            DegenerateInputError: if the circuit lists no nodes.
+            MismatchError: if none of the edges is between these nodes.
+        """
+        from circuits.graph.graphjson import GraphNames, write_graph
+        from circuits.graph.page import Source
+
+        source = Source(frame=self.frame(), sites=tuple(self.sites), made=self.made, edges=edges, pairs=pairs)
+        identity = {
+            "model_fingerprint": self.model_fingerprint, "bases": dict(self.bases), "n_tokens": self.n_tokens,
+            "d_sae": {name: site.d_sae for name, site in self.sites.items()},
+        }  # fmt: skip
+        return write_graph(source, identity, GraphNames(slug=slug, scan=scan), Path(path))
+
+    def annotated(self, path: str | Path) -> Circuit:
+        """The same circuit with the labels of a file; what the file says of other nodes is left out.
+
+        Args:
+            path: JSON lines with "Name" (`resid_5/3036`, `3, resid_5/3036` at a position, `resid_5/ε` for an error) and
+                "Annotation"; or the JSON file that the page of a circuit saves.
+
+        Raises:
+            MissingFileError: if there is no such file.
+            CorruptFileError: if it is neither.
+            DegenerateInputError: if it names none of the nodes.
+        """
+        from circuits.graph.annotations import read_labels
+
+        return self.with_labels(read_labels(Path(path), self.nodes()))
+
+    def save_annotations(self, path: str | Path) -> Path:
+        """Writes the labels as JSON lines, which `annotated` reads."""
+        from circuits.graph.annotations import write_labels
+
+        return write_labels(Path(path), self.nodes(), self.labels)
+
     def _shown_parts(self) -> Iterable[Markup]:
         from circuits.graph.picture import picture_of, static_svg
 

@@ -103,8 +103,9 @@ class Picture(OneLine):
 
 
 def picture_of(
-    frame: pd.DataFrame, sites: Sequence[str], tokens: Sequence[str] | None = None, edges: EdgeSource | None = None
-) -> Picture:
+    frame: pd.DataFrame, sites: Sequence[str], tokens: Sequence[str] | None = None, edges: EdgeSource | None = None, *,
+    whole: bool = False,
+) -> Picture:  # fmt: skip
     """The picture of the nodes in a circuit's table.
 
     Args:
@@ -112,6 +113,7 @@ def picture_of(
         sites: the sites of the circuit, in the order of a forward pass.
         tokens: what stands at each position; None if positions were put together.
         edges: edges between the nodes.
+        whole: take all nodes and edges, not the strongest `MOST_NODES` and `MOST_EDGES`.
 
     Raises:
         DegenerateInputError: if there is no node.
@@ -121,7 +123,7 @@ def picture_of(
         raise DegenerateInputError(
             "This circuit lists no nodes, so there is nothing to draw. Choose some: effects.circuit(n=100)."
         )
-    shown = frame.head(MOST_NODES)
+    shown = frame if whole else frame.head(MOST_NODES)
     used = set(shown["site"])
     rows = {site: i for i, site in enumerate(site for site in sites if site in used)}
     where = shown["pos"].tolist() if "pos" in shown else [-1] * len(shown)
@@ -142,7 +144,7 @@ def picture_of(
         notes.append(f"the {len(shown)} strongest of {counted(len(frame), 'nodes')} are shown")
     if empty := len(sites) - len(rows):
         notes.append(f"{counted(empty, 'sites')} without nodes left out")
-    drawn, said = ((), ()) if edges is None else _edges_of(edges.frame(), nodes)
+    drawn, said = ((), ()) if edges is None else _edges_of(edges.frame(), nodes, None if whole else MOST_EDGES)
     return Picture(sites=tuple(rows), columns=tuple(names), nodes=nodes, edges=drawn, notes=(*notes, *said))
 
 
@@ -157,7 +159,9 @@ def _number_of(feature: object) -> int:
     return ERROR if feature == "error" else int(str(feature))
 
 
-def _edges_of(frame: pd.DataFrame, nodes: Sequence[DrawnNode]) -> tuple[tuple[DrawnEdge, ...], tuple[str, ...]]:
+def _edges_of(
+    frame: pd.DataFrame, nodes: Sequence[DrawnNode], most: int | None
+) -> tuple[tuple[DrawnEdge, ...], tuple[str, ...]]:
     place = {node.name: i for i, node in enumerate(nodes)}
     ends = []
     for side in ("upstream", "downstream"):
@@ -179,9 +183,9 @@ def _edges_of(frame: pd.DataFrame, nodes: Sequence[DrawnNode]) -> tuple[tuple[Dr
     notes = []
     if len(every) < len(frame):
         notes.append(f"{counted(len(frame) - len(every), 'edges')} to nodes that are not shown left out")
-    if len(every) > MOST_EDGES:
-        notes.append(f"the {MOST_EDGES} strongest of {counted(len(every), 'edges')} are shown")
-    return tuple(every[:MOST_EDGES]), tuple(notes)
+    if most is not None and len(every) > most:
+        notes.append(f"the {most} strongest of {counted(len(every), 'edges')} are shown")
+    return tuple(every[:most]), tuple(notes)
 
 
 def shown_effect(effect: float, se: float) -> tuple[str, str]:

@@ -117,8 +117,8 @@ def test_edges_lead_into_a_site_that_holds_errors_alone(folder: Path, model: Mod
     alone = circuits.SiteNodes.of(chosen.sites[SITES[2]].d_sae, [ERROR])
     circuit = dataclasses.replace(chosen, sites={**chosen.sites, SITES[2]: alone})
     whole, part = (circuits.edge_effects(model, bases, pairs, METRIC, c).frame() for c in (chosen, circuit))
-    into_errors = whole[(whole["downstream_site"] != SITES[2]) | (whole["downstream_feature"] == "error")]
-    pd.testing.assert_frame_equal(part, into_errors.reset_index(drop=True))
+    into_errors = whole.query("downstream_site != @SITES[2] or downstream_feature == 'error'")
+    pd.testing.assert_frame_equal(part, pd.DataFrame(into_errors.reset_index(drop=True)))
 
 
 def test_eval_measures_on_held_out_pairs_beside_random_nodes(
