@@ -30,7 +30,18 @@ from circuits.faithful.report import (
 from circuits.graph.circuit import Circuit, load_circuit
 from circuits.nodes.effects import NodeEffects
 from circuits.nodes.parts import effects_in
-from experiments.circuit_find import FIND, PAGE, PARTS, FoundRun, OfCircuit, found_run, opened, size_of, slices
+from experiments.circuit_find import (
+    FIND,
+    PAGE,
+    PARTS,
+    FoundRun,
+    OfCircuit,
+    found_run,
+    opened,
+    size_of,
+    slices,
+    title_of,
+)
 from workbench.cli.base import BaseCommand, typed
 from workbench.cli.places import named_run
 from workbench.cli.study import Begin
@@ -85,7 +96,8 @@ class CircuitEdges(OfCircuit[FoundEdges]):
             edges = all_edges(keep)
         save_json(run.artifacts / FOUND_FILE, {"run": found.path.name})
         edges.frame().to_csv(run.artifacts / EDGES_FILE, index=False)
-        found.circuit.to_html(run.artifacts / PAGE, edges, pairs=pairs, title=f"Circuit of {found.path.name}")
+        effects = effects_in(found.path / "artifacts" / PARTS)
+        found.circuit.to_html(run.artifacts / PAGE, edges, pairs=pairs, effects=effects, title=title_of(found.study))
         return FoundEdges(edges=edges)
 
     def _edges(self, found: FoundRun, model: Model, pairs: Pairs) -> Edges:

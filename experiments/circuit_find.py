@@ -123,7 +123,7 @@ class CircuitFind(PairsStudy[FoundCircuit]):
         effects = self._effects(run, model, bases, pairs)
         circuit = effects.circuit(n=self.n, sign=self.sign, errors=self.errors)
         circuit.save(run.artifacts / CIRCUIT)
-        circuit.to_html(run.artifacts / PAGE, pairs=pairs, effects=effects, title=_title(self))
+        circuit.to_html(run.artifacts / PAGE, pairs=pairs, effects=effects, title=title_of(self))
         return FoundCircuit(circuit=circuit, gaps=effects.gaps, n=effects.n, metric=effects.metric, note=pairs.note)
 
     def _effects(self, run: RunDir, model: Model, bases: dict[str, Basis], pairs: Pairs) -> NodeEffects:
@@ -153,7 +153,8 @@ class CircuitFind(PairsStudy[FoundCircuit]):
         return typed("circuit", "edges", folder)
 
 
-def _title(study: CircuitFind) -> str:
+def title_of(study: CircuitFind) -> str:
+    """Of the page of its circuit."""
     return f"Circuit of {study.task or study.pairs}"
 
 
