@@ -21,6 +21,7 @@ from tests.circuits.toys import (
     other_bases,
     pairs_of,
 )
+from tests.interventions.builders import padded
 from tests.tiny import FAMILIES, as_user, tiny_hf, tiny_tokenizer
 from workbench.core.errors import InvalidInputError, MismatchError
 from workbench.models.model import Model
@@ -101,21 +102,26 @@ def test_what_comes_into_a_feature_of_the_stream_is_its_own_effect(row: int) -> 
     edges = circuits.edge_effects(model, saes, pairs, DIFFERENCE, effects.circuit(threshold=0.0))
     slow = oracle_of("gpt2", saes, pairs)
     before, after = (slow.state(which)["resid_post.1"][0][0] for which in ("", "patch"))
-    own = {
-        (p, f): v
-        for p, f, v in zip(
-            *(getattr(effects["resid_post.1"], k).tolist() for k in ("pos", "feature", "value")), strict=True
-        )
-    }
-    both = {(p, f) for p, f in own if f != ERROR and before[p, f] > 0 and after[p, f] > 0}
-    incoming, without_errors = dict.fromkeys(both, 0.0), dict.fromkeys(both, 0.0)
-    for up in BLOCK[:3]:
-        for node in both:
-            found = _row(edges, up, "resid_post.1", node, (5, 40))
-            incoming[node] += float(found.sum())
-            without_errors[node] += float(found[:, :-1].sum())
-    assert len(both) > 3 and incoming == {node: pytest.approx(own[node], abs=1e-13) for node in both}
-    assert max(abs(without_errors[node] - own[node]) for node in both) > 1e-2
+    both = (before > 0) & (after > 0)
+    own, incoming, features = _incoming(effects, edges, BLOCK[:3], "resid_post.1", both)
+    assert len(own) > 3 and close(incoming, own, 1e-13)
+    assert float((features - own).abs().max()) > 1e-2, "without the errors"
+
+
+def _incoming(
+    effects: circuits.NodeEffects, edges: Edges, ups: list[str], down: str, nodes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the features of a site where `nodes`, (pos, f), is True: the effect, all that comes in, and from features."""
+    site, shape = effects[down], tuple(nodes.shape)
+    chosen = [
+        (p, f, v)
+        for p, f, v in zip(site.pos.tolist(), site.feature.tolist(), site.value.tolist(), strict=True)
+        if f != ERROR and nodes[p, f]
+    ]
+    rows = [sum(_row(edges, up, down, (p, f), shape) for up in ups) for p, f, _ in chosen]
+    found = torch.stack([torch.as_tensor(row) for row in rows])
+    own = torch.tensor([v for _, _, v in chosen], dtype=torch.float64)
+    return own, found.sum((1, 2)), found[..., :-1].sum((1, 2))
 
 
 def test_with_everything_at_zero_the_constants_are_what_is_missing() -> None:
@@ -133,10 +139,13 @@ def test_with_everything_at_zero_the_constants_are_what_is_missing() -> None:
             assert incoming == pytest.approx(own + float(missing), abs=1e-12)
 
 
-def _assert_conserved(model: Model, bases: Any, pairs: Pairs, last: str, rel: float, metric: Any = DIFFERENCE) -> None:
+def _assert_conserved(
+    model: Model, bases: Any, pairs: Pairs, last: str, rel: float, metric: Any = DIFFERENCE, baseline: Any = "patch"
+) -> None:
     """What leaves a node, into features and errors, is its effect by attribution patching."""
-    effects = circuits.node_effects(model, bases, pairs, metric, method="atp", measured=False)
-    edges = circuits.edge_effects(model, bases, pairs, metric, effects.circuit(threshold=0.0))
+    effects = circuits.node_effects(model, bases, pairs, metric, method="atp", measured=False, baseline=baseline)
+    whole = effects.circuit(threshold=0.0)
+    edges = circuits.edge_effects(model, bases, pairs, metric, whole, baseline=baseline)
     for name, site in effects.items():
         if name == last:
             continue
@@ -167,6 +176,17 @@ def test_sites_without_a_basis_in_between_pass_everything_on() -> None:
     # attn_out.1 has no basis: its part is in the edges of the stream before it.
     saes = mixed_saes(["resid_post.0", "mlp_out.1", "resid_post.2"])
     _assert_conserved(exact_model(), saes, pairs_of()[[0, 2]], "resid_post.2", 1e-12)
+
+
+def test_what_leaves_a_node_is_its_effect_for_prompts_of_any_length_and_other_baselines() -> None:
+    model, saes = exact_model(), mixed_saes(BLOCK, shift=6)
+    pairs = Pairs.of(model, clean=["ab", "ecXafgh"], patch=["aX", "ecWahgh"], answers=[("p", "q"), ("q", "t")])
+    assert pairs.patch is not None
+    sides = (padded([row.tolist() for row in batch.rows()], "right") for batch in (pairs.clean, pairs.patch))
+    alone = pairs_of(patched=False)[[0, 1]]
+    _assert_conserved(model, saes, Pairs(*sides, pairs.answers), "resid_post.1", 1e-12)
+    for baseline in ("mean", "zero_keep_error"):
+        _assert_conserved(model, saes, alone, "resid_post.1", 1e-12, circuits.log_probability(), baseline)
 
 
 def test_paper_and_reference_take_other_nodes_by_hand() -> None:
@@ -302,11 +322,21 @@ def test_wrong_input_is_answered_in_words() -> None:
 @pytest.mark.parametrize(
     "layer", [14, pytest.param(3, marks=pytest.mark.slow), pytest.param(28, marks=pytest.mark.slow)]
 )
-def test_what_leaves_a_node_of_the_embedded_model_is_its_effect(embedded: Model, layer: int) -> None:
+def test_both_laws_hold_on_the_embedded_model(embedded: Model, layer: int) -> None:
     pairs = circuits.behaviours.pairs("sva_nounpp", embedded, n=2)
     sites = [f"resid_post.{layer - 1}", f"attn_out.{layer}", f"mlp_out.{layer}", f"resid_post.{layer}"]
-    bases = circuits.random(embedded, sites, d_sae=256, k=16)
+    bases = circuits.random(embedded, sites, d_sae=96, k=8)
     _assert_conserved(embedded, bases, pairs, sites[-1], 1e-5)
+    # Into features that are active in both runs comes their own effect.
+    pair, down = pairs[[0]], sites[-1]
+    assert pair.patch is not None
+    effects = circuits.node_effects(embedded, bases, pair, DIFFERENCE, method="atp", aggregation="none", measured=False)
+    edges = circuits.edge_effects(embedded, bases, pair, DIFFERENCE, effects.circuit(threshold=0.0))
+    before, after = (
+        bases[down].coefficients(embedded.capture(batch, [down])[down][0]) > 0 for batch in (pair.clean, pair.patch)
+    )
+    own, incoming, features = _incoming(effects, edges, sites[:3], down, before & after)
+    assert len(own) > 3 and close(incoming, own, 2e-6) and not close(features, own, 0.1)
 
 
 @pytest.mark.embedded
