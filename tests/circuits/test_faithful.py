@@ -111,7 +111,7 @@ def test_transcoders_channels_and_neurons_are_ablated_as_spliced_ones(ablation: 
         assert close(found.kept, _ablated(slow, circuit, ablation, "circuit", complement, []), 1e-11)
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", ["mean", "zero"])
 def test_everything_is_one_nothing_is_zero_and_complements_are_the_other(ablation: Any) -> None:
     model, pairs, saes = exact_model(), pairs_of(), mixed_saes(SITES, shift=5)
     whole, nothing = _circuit("gpt2", saes), _circuit("gpt2", saes, 0)

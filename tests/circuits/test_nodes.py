@@ -57,7 +57,12 @@ def _products(nodes: tuple[Tensor, Tensor], changes: tuple[Tensor, Tensor]) -> t
 
 @pytest.mark.parametrize(
     ("baseline", "rule", "steps"),
-    [("patch", "left", 3), ("patch", "gauss", 3), ("zero", "trapezoid", 2), ("zero_keep_error", "right", 2)],
+    [
+        ("patch", "left", 3),
+        ("patch", "gauss", 3),
+        ("zero", "trapezoid", 2),
+        pytest.param("zero_keep_error", "right", 2, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("family", EXACT)
 def test_effects_of_every_node_are_those_of_spliced_saes(family: str, baseline: str, rule: str, steps: int) -> None:
@@ -259,7 +264,9 @@ def test_the_length_of_decoder_rows_does_not_matter() -> None:
 CASES = [("ab", "aX", "p", "q"), ("kbYdd", "kbZed", "r", "s"), ("ecXafgh", "ecWahgh", "q", "t")]
 
 
-@pytest.mark.parametrize(("family", "method"), [("gpt2", "ig"), ("neox", "atp"), ("neox", "exact")])
+@pytest.mark.parametrize(
+    ("family", "method"), [("gpt2", "ig"), ("neox", "atp"), pytest.param("neox", "exact", marks=pytest.mark.slow)]
+)
 def test_scores_depend_on_neither_batch_mates_nor_batch_size_nor_padding(family: str, method: str) -> None:
     model, saes = exact_model(family), mixed_saes(["attn_out.1", "mlp_out.2"], shift=3)
     clean, patch = ([case[i] for case in CASES] for i in (0, 1))
