@@ -513,11 +513,15 @@ def test_the_stream_of_the_embedded_model_is_a_sum(embedded: Model, agreement: P
 @pytest.mark.embedded
 @pytest.mark.slow
 def test_ten_midpoints_are_complete_at_every_depth_where_attribution_patching_fails(embedded: Model) -> None:
-    pairs = circuits.behaviours.pairs("sva_nounpp", embedded, n=8)
+    # Eight pairs say little of attribution patching, whose miss at layer 21 is 0.36 to 0.78 with the draw.
+    few, many = (circuits.behaviours.pairs("sva_nounpp", embedded, n=n) for n in (8, 64))
     bases = circuits.neurons(embedded, [f"resid_post.{i}" for i in (0, 7, 14, 21, 28)])
+    runs: dict[str, tuple[Pairs, dict[str, Any]]] = {
+        "midpoint": (few, {}), "left": (few, {"rule": "left"}), "atp": (many, {"method": "atp"}),
+    }  # fmt: skip
     gaps = {
-        name: list(circuits.node_effects(embedded, bases, pairs, DIFFERENCE, **options).gaps.values())  # type: ignore[arg-type]
-        for name, options in (("midpoint", {}), ("left", {"rule": "left"}), ("atp", {"method": "atp"}))
+        name: list(circuits.node_effects(embedded, bases, pairs, DIFFERENCE, **options).gaps.values())
+        for name, (pairs, options) in runs.items()
     }
     assert max(gaps["midpoint"]) < 0.02 and max(gaps["left"]) < 0.05, gaps
     assert min(gaps["atp"][:4]) > 0.4, gaps
