@@ -65,13 +65,27 @@ def ablated(
     if not kept.inverted:
         if not bool(error.any()):
             return empty + chosen
-        return empty + chosen + error * error_moved(basis, x, read, empty, reference)
+        return empty + chosen + error * error_moved(basis, x, read, empty, reference.written)
     # Everything but the chosen nodes: the activation as it is, with those at their reference.
     without = x - chosen
-    return without - error * error_moved(basis, x, read, empty, reference) if bool(error.any()) else without
+    return without - error * error_moved(basis, x, read, empty, reference.written) if bool(error.any()) else without
 
 
-def error_moved(basis: Basis, x: Tensor, read: Tensor, empty: Tensor, reference: Reference) -> Tensor:
-    """By how much the error node differs from its reference: what is no feature, the constant included."""
+def error_moved(
+    basis: Basis,
+    x: Float[Tensor, "*rows pos d"],
+    read: Float[Tensor, "*rows pos d_in"],
+    empty: Float[Tensor, "*some pos d"],
+    reference: Float[Tensor, "*others pos d"] | None,
+) -> Float[Tensor, "*rows pos d"]:
+    """By how much the error node differs from its reference: what is no feature, the constant included.
+
+    Args:
+        basis: the basis.
+        x: activations where it writes.
+        read: activations where it reads.
+        empty: what `x` is with every node at its reference.
+        reference: what all features write at their reference; None if nothing.
+    """
     written = basis.contribution(read)
-    return (x - empty) - (written if reference.written is None else written - reference.written)
+    return (x - empty) - (written if reference is None else written - reference)

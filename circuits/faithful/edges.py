@@ -17,7 +17,7 @@ from torch import Tensor
 from circuits.decomposition import Place, reads_of
 from circuits.edges.attribute import direct_pairs, direct_to
 from circuits.edges.tables import Edges
-from circuits.faithful.ablation import Reference, error_moved
+from circuits.faithful.ablation import error_moved
 from circuits.faithful.measure import Bench, BenchOptions, Faithfulness
 from circuits.graph.circuit import ERROR, Circuit
 from circuits.metrics import AnyMetric, value
@@ -78,8 +78,8 @@ def edge_faithfulness(
     options = BenchOptions(ablation, "circuit", False, 0, batch_size, seed)
     bench = Bench(model, bases, pairs, metric, reference or pairs, options)
     bench.require_same(circuit)
-    kept, count = _kept_edges(circuit, edges, n, threshold, random_seed)
     list(circuit.nodes())  # refuses a circuit of everything
+    kept, count = _kept_edges(circuit, edges, n, threshold, random_seed)
     parts = torch.arange(len(pairs), device=model.device).split(batch_size)
     with torch.no_grad():
         found = [
@@ -190,8 +190,9 @@ class _Walk:
         parts = parts * (at & ~is_error[:, None])
         empty = reference.x
         assert empty is not None and reference.written is not None
-        wide = Reference(empty[:, None], reference.written[:, None], None)
-        error = error_moved(place.basis, x, read, empty[:, None], wide) if bool(is_error.any()) else torch.zeros_like(x)
+        error = torch.zeros_like(x)
+        if bool(is_error.any()):
+            error = error_moved(place.basis, x, read, empty[:, None], reference.written[:, None])
         return _State(parts, error[:, kind[is_error]] * at[is_error][..., None])
 
     def _kinds(self, place: Place, above: Sequence[str]) -> tuple[dict[str, Tensor], Int[Tensor, " nodes"]]:
