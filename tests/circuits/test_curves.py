@@ -28,7 +28,7 @@ def _pairs(model: Model, texts: tuple[str, ...]) -> Pairs:
     return Pairs.of(model, clean=list(texts), patch=[f"{t[0]}zy{t[3:]}" for t in texts], answers=answers)
 
 
-def _saes(model: Model) -> dict[str, object]:
+def _saes(model: Model) -> dict[str, Any]:
     return {site: sae_lens_sae("standard", d_in=model.width(site)) for site in SITES}
 
 
