@@ -28,7 +28,7 @@ RESULTS = (
     "Answer", "Answers", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
     "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate", "HeadScore", "HeadScores",
-    "IntruderScore", "JudgeGate", "Lens", "LensEnds", "LensToken", "LensTokens", "LogitLens", "MergedLora", "Neighbour", "NodeEffects",
+    "IntruderScore", "JudgeGate", "Lens", "LensEnds", "LensToken", "LensTokens", "LoadedGraph", "LogitLens", "MergedLora", "Neighbour", "NodeEffects",
     "OutputScores", "PatchGrid", "PathEffects", "Plan", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport", "SAEsEstimate",
     "Section", "SelectionReport", "ShiftReport", "SteeringExample", "SteeringReport", "TokenTable",
     "TokenizerFacts", "TopContexts", "TrainedSAEs", "Trial", "TwoByTwo", "Window",

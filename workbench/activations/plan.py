@@ -214,7 +214,8 @@ def check_same(found: Manifest, plan: Manifest, folder: Folder) -> None:
             )
     if tuple(found.sites) != tuple(plan.sites):
         raise MismatchError(
-            f"{folder.where} holds {first_few(found.sites)}, asked for {first_few(plan.sites)}. Use another folder."
+            f"{folder.where} holds the sites {first_few(found.sites)}, asked for {first_few(plan.sites)}. Use another "
+            "folder."
         )
     if found.version != plan.version and not found.done:
         raise MismatchError(

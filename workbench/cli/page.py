@@ -13,7 +13,7 @@ GROUPS = (
     ("Sparse autoencoders (SAEs)", ("harvest", "sae train", "sae eval", "sae suite", "sae faithful", "geometry")),
     ("Features", ("features score", "features cards", "features show", "features study")),
     ("Interventions", ("steer", "serve", "shift", "refusal", "probe")),
-    ("Circuits", ("circuit saes", "circuit find", "circuit edges", "circuit eval", "circuit show")),
+    ("Circuits", ("circuit saes", "circuit find", "circuit edges", "circuit eval", "circuit show", "circuit study")),
     ("Circuits in one call", ("circuit lens", "circuit patch", "circuit heads")),
     ("Glitch tokens", ("glitch scan", "glitch census", "glitch search", "glitch repair", "glitch features")),
     ("Use of a glitch scan", ("glitch lint", "glitch diff", "glitch export", "glitch sanitize", "glitch adt")),
