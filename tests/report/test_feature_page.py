@@ -239,7 +239,7 @@ def test_hostile_text_is_text(page: Browser) -> None:
     chips = page.js("[...document.querySelectorAll('#panel .lens.up .chip')].map((e) => e.textContent)")
     assert chips[:9] == [visible(text) for text in HOSTILE[:9]]
     assert chips[9].startswith("longlong")
-    assert chips[9].endswith("… (19,600 characters more)")
+    assert chips[9].endswith("… (19600 characters more)")
     assert page.js("document.querySelectorAll('#panel script, #panel img, #rows script, #rows img').length") == 0
     assert page.js(
         "[...document.querySelectorAll('#panel .chip, #panel .text > *:not(wbr)')].every((e) => getComputedStyle(e).unicodeBidi === 'isolate')"
