@@ -15,7 +15,6 @@ from circuits.graph.circuit import ERROR
 from circuits.nodes.runs import AttributionOptions, Run, clean_slopes
 from circuits.nodes.setting import Setting, SiteState
 from workbench.core.precision import precise
-from workbench.hooks.sites import Site
 
 Left = Literal["clean", "ig"]
 _ADDS = 1e-4
@@ -65,6 +64,12 @@ class Cotangents:
     written: Float[Tensor, "k pos d"] | None
 
 
+def _summands(down: str) -> list[str]:
+    """What a site of the stream is the sum of: the stream before, and what attention and MLP of its layer write."""
+    layer = int(down.rpartition(".")[2])
+    return ["embed" if layer == 0 else f"resid_post.{layer - 1}", f"attn_out.{layer}", f"mlp_out.{layer}"]
+
+
 Pull = Callable[[Cotangents], Tensor]
 """From cotangents to the gradient at an earlier site, `(k, pos, d)`."""
 
@@ -79,8 +84,11 @@ class Chunk:
         self._s, self._states, self._rows, self._o = setting, states, rows, options
         self._keep, self._threshold = setting.keep[rows], threshold
         batch = setting.batch(rows)
-        self._clean = setting.model.capture(batch, setting.sites)
-        self._batch = batch
+        names = setting.model.sites().names
+        streams = [place.site for place in setting.places if place.site.startswith("resid_post.")]
+        parts = [part for site in streams for part in _summands(site) if part in names]
+        self._clean = setting.model.capture(batch, list(dict.fromkeys([*setting.sites, *parts])))
+        self._batch, self._sums = batch, dict[str, bool]()
         need_ig = left == "ig" or threshold is not None
         mean = {
             place.site: Run(setting, place, rows, options).slope(states[place.site].change)
@@ -209,30 +217,23 @@ class Chunk:
 
     def _only_adds(self, up: str, down: str, held: Sequence[str]) -> bool:
         """Whether the later site is the earlier one plus what is held: then a change passes as it is."""
-        model, b = self._s.model, self._s.model.resolve(down)
-        if b.kind != "resid_post":
+        if not down.startswith("resid_post."):
             return False
-        assert b.layer is not None
-        own = [str(Site(kind, b.layer)) for kind in ("attn_out", "mlp_out")]
-        before = "embed" if b.layer == 0 else str(Site("resid_post", b.layer - 1))
-        if up == before:
-            needed = own
-        elif up == own[0]:
-            needed = [own[1]] if model.site_map.reaches(own[0], own[1]) else []
-        elif up == own[1]:
-            needed = []
-        else:
-            return False
-        return all(site in held for site in needed) and self._is_sum(before, own, down)
+        before, attn, mlp = _summands(down)
+        passed = {before: [attn, mlp], attn: [mlp] if self._s.model.site_map.reaches(attn, mlp) else [], mlp: []}
+        return up in passed and all(site in held for site in passed[up]) and self._is_sum(down)
 
-    def _is_sum(self, before: str, own: Sequence[str], down: str) -> bool:
-        """Whether the stream really is the sum of the three, in this model."""
-        missing = [site for site in (before, *own, down) if site not in self._s.sites]
-        acts = self._s.model.capture(self._batch, missing) if missing else None
-        parts = [precise(acts.flat(s) if acts and s in missing else self._clean.flat(s)) for s in (before, *own, down)]
-        off = (parts[0] + parts[1] + parts[2] - parts[3])[self._batch.mask]
-        eps = max(_ADDS, 10 * torch.finfo(self._s.model.dtype).eps)
-        return float(off.norm() / parts[3][self._batch.mask].norm()) <= eps
+    def _is_sum(self, down: str) -> bool:
+        """Whether the stream really is the sum of what comes in and what its block writes, in this model."""
+        if down not in self._sums:
+            summands = _summands(down)
+            if any(site not in self._clean for site in summands):
+                return False
+            mask = self._batch.mask
+            after, *parts = (self.at(site)[mask] for site in (down, *summands))
+            eps = max(_ADDS, 10 * torch.finfo(self._s.model.dtype).eps)
+            self._sums[down] = float((torch.stack(parts).sum(0) - after).norm() / after.norm()) <= eps
+        return self._sums[down]
 
 
 class Found:
