@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from circuits.edges.tables import Edges
 from circuits.graph.names import ERROR, node_name
-from circuits.graph.picture import Z
+from circuits.graph.picture import Z, effect_estimate
 from workbench.core.numbers import counted
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Headline, Metric, Report, Says, Section, Table, beside
@@ -40,11 +40,7 @@ class FoundEdges(Report):
                 )
                 for side in ("upstream", "downstream")
             ]  # fmt: skip
-            effect, se = float(row["effect"]), float(row["se"])
-            half = Z * se if se == se else 0.0
-            estimate = Estimate(
-                effect, effect - half, effect + half, self.edges.n, "mean ± 1.96 standard errors", "pairs"
-            )
+            estimate = effect_estimate(float(row["effect"]), float(row["se"]), self.edges.n)
             found.append((" → ".join(names), estimate))
         return found
 
@@ -53,11 +49,15 @@ class FoundEdges(Report):
         return int((frame["effect"].abs() > Z * frame["se"]).to_numpy().sum())
 
     def _counts(self) -> Table:
-        """By chance, one edge in twenty is called different from zero."""
+        """By chance, so many edges are called different from zero: few pairs have wider tails than the normal law."""
+        from scipy.stats import t
+
+        n = self.edges.n
+        share = 2 * float(t.sf(Z, n - 1)) if n > 1 else 0.0
         return beside(
             "edges whose interval excludes zero",
             ("found", self._clear()),
-            ("expected by chance", len(self.edges) // 20),
+            ("expected by chance", round(share * len(self.edges))),
         )
 
     def headline(self) -> Headline:

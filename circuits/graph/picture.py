@@ -13,6 +13,7 @@ from circuits.graph.names import ERROR, node_name
 from workbench.core.display import OneLine, clipped, visible
 from workbench.core.errors import DegenerateInputError, MismatchError
 from workbench.core.numbers import counted, with_interval
+from workbench.core.stats import Estimate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,6 +187,16 @@ def _edges_of(
     if most is not None and len(every) > most:
         notes.append(f"the {most} strongest of {counted(len(every), 'edges')} are shown")
     return tuple(every[:most]), tuple(notes)
+
+
+def effect_estimate(effect: float, se: float, n: int) -> Estimate:
+    """An effect over so many pairs with its 95 % interval; without a standard error the interval has no width.
+
+    >>> effect_estimate(0.5, 0.1, 20).high
+    0.696
+    """
+    half = Z * se if math.isfinite(se) else 0.0
+    return Estimate(effect, effect - half, effect + half, n, "mean ± 1.96 standard errors", "pairs")
 
 
 def shown_effect(effect: float, se: float) -> tuple[str, str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from circuits.graph.circuit import Circuit, node_name
-from circuits.graph.picture import Z
+from circuits.graph.picture import effect_estimate
 from circuits.nodes.effects import GAP_WARNING
 from workbench.core.numbers import counted, number, percent
 from workbench.core.stats import Estimate
@@ -76,9 +75,7 @@ class FoundCircuit(Report):
             for pos, feature, effect, se in zip(
                 nodes.pos.tolist(), nodes.feature.tolist(), nodes.effect.tolist(), nodes.se.tolist(), strict=True
             ):
-                low, high = (effect - Z * se, effect + Z * se) if math.isfinite(se) else (effect, effect)
-                estimate = Estimate(effect, low, high, self.n, "mean ± 1.96 standard errors", "pairs")
-                found.append((node_name(site, pos, feature), estimate))
+                found.append((node_name(site, pos, feature), effect_estimate(effect, se, self.n)))
         return sorted(found, key=lambda node: -abs(node[1].value))
 
     def section(self) -> Section:
