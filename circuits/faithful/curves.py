@@ -108,7 +108,7 @@ def faithfulness_curve(
     """Faithfulness of the circuits of largest effects, and of as many random and most active features.
 
     Controls keep the same error nodes as the circuit that they are compared with, so what differs is which features
-    were chosen.
+    were chosen. The most active features are those of the held-out pairs, which favours this control.
 
     Args:
         model: the model.

@@ -50,6 +50,8 @@ class Faithfulness(Shown):
 
     Attributes:
         value: F, a ratio of means over pairs, with its interval; above 1 or below 0 where nodes outside it oppose it.
+            The interval is over pairs: the reference that nodes are ablated to is held fixed, and other reference
+            pairs can move F by more.
         full: metric of the model as it is, per pair.
         empty: metric with every node ablated, per pair.
         kept: metric with the circuit alone, or with `complement` without it, per pair.

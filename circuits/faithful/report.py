@@ -12,7 +12,7 @@ from circuits.faithful.curves import FaithfulnessCurve
 from circuits.faithful.measure import Faithfulness
 from workbench.core.display import OneLine
 from workbench.core.numbers import counted
-from workbench.core.stats import Estimate, sample_ratio
+from workbench.core.stats import Estimate, sample_mean, sample_ratio
 from workbench.report.base import Bars, Headline, Lines, Metric, Report, Says, Section, Series, Table, beside
 
 if TYPE_CHECKING:
@@ -106,8 +106,9 @@ class EvaluatedCircuit(Report):
             f"{name[0].upper()}{name[1:]}: F {' '.join(arm.value.shown())}."
             for name, arm in self.arms.items() if name != CIRCUIT
         ]  # fmt: skip
-        gap = float((own.full - own.empty).mean())
-        return (*said, f"The whole metric is {'above' if gap > 0 else 'below'} that of no node at all.")
+        ends = [sample_mean(x.double().cpu().numpy(), unit="pairs") for x in (own.full, own.empty)]
+        full, empty = (" ".join(end.shown(sign=True)) for end in ends)
+        return (*said, f"The metric is {full} in the model as it is, {empty} with every node ablated.")
 
     def _rows(self) -> list[tuple[str, Estimate, int, int]]:
         rows = [(name, arm.value, arm.n_features, arm.n_errors) for name, arm in self.arms.items()]

@@ -230,11 +230,11 @@ def circuit_study(
     found |= {(NEURONS, p.found.errors, p.n): p.found for p in others.points}
     circuit = effects.circuit(n=n)
     edges = edge_effects(model, placed, train, metric, circuit)
-    half = len(edges) // 10
+    tenth = len(edges) // 10
     checks = {
         name: edge_faithfulness(model, placed, circuit, edges, test, metric, n=count, random_seed=drawn)
         for name, count, drawn in (
-            (ALL_EDGES, None, None), (STRONG_EDGES, half, None), (RANDOM_EDGES, half, seed), (NO_EDGES, 0, None),
+            (ALL_EDGES, None, None), (STRONG_EDGES, tenth, None), (RANDOM_EDGES, tenth, seed), (NO_EDGES, 0, None),
         )
     }  # fmt: skip
     return CircuitStudy(
