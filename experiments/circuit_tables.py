@@ -39,7 +39,7 @@ class PairsStudy(Study[R]):
     pairs: Path | None = None
     """File with one JSON object per line: clean_prefix, patch_prefix, clean_answer, patch_answer."""
     task: str = ""
-    """Behaviour whose pairs are made, such as sva, instead of a file."""
+    """Behaviour whose pairs are made, such as sva_nounpp, instead of a file."""
     split: Literal["train", "test"] = "test"
     """Words that the pairs of a behaviour are made of."""
     limit: int = 40

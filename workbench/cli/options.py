@@ -39,4 +39,4 @@ def quiet_defaults() -> ConstructorRegistry:
 
 
 def _says_nothing(default: object) -> bool:
-    return default is None or default is False or default is MISSING_NONPROP or default == ()
+    return default is None or default is False or default is MISSING_NONPROP or default in ((), "")
