@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import circuits
+from circuits.edges.report import FoundEdges
 from circuits.faithful.curves import ATTRIBUTION, RANDOM, TOP_ACTIVATION
 from circuits.faithful.study import ALL_EDGES, NO_EDGES, circuit_study
 from circuits.graph.circuit import ERROR
@@ -139,3 +140,15 @@ def test_the_study_says_what_its_tables_hold() -> None:
     assert study.edge_checks[NO_EDGES].n_edges == 0 and len(study.findings()) >= 2
     with pytest.raises(InvalidInputError, match="n=7"):
         circuit_study(model, bases, train, test, METRIC, counts=(5, 20), n=7)
+
+
+def test_few_pairs_call_more_edges_different_by_chance() -> None:
+    def edges(n: int) -> circuits.Edges:
+        nodes = torch.tensor([[-1, i] for i in range(40)])
+        table = circuits.EdgeTable(upstream=nodes, downstream=nodes, effect=torch.ones(40, 40), se=torch.ones(40, 40))
+        return circuits.Edges(tables={("a", "b"): table}, n=n, metric="m", has_positions=False, made="")
+
+    # Student's t with 7 and with 999 degrees of freedom beyond 1.96: 0.0908 and 0.0503
+    for n, chance in ((8, 145), (1000, 80)):
+        rows = dict(FoundEdges(edges=edges(n))._counts().rows)
+        assert rows == {"found": 0, "expected by chance": chance}
