@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from circuits.edges.tables import Edges
 from circuits.graph.names import ERROR, node_name
-from circuits.graph.picture import Z, effect_estimate
+from circuits.graph.picture import effect_estimate, standard_errors
 from workbench.core.numbers import counted
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Headline, Metric, Report, Says, Section, Table, beside
@@ -46,14 +46,11 @@ class FoundEdges(Report):
 
     def _clear(self) -> int:
         frame = self.edges.frame()
-        return int((frame["effect"].abs() > Z * frame["se"]).to_numpy().sum())
+        return int((frame["effect"].abs() > standard_errors(self.edges.n) * frame["se"]).to_numpy().sum())
 
     def _counts(self) -> Table:
-        """By chance, so many edges are called different from zero: few pairs have wider tails than the normal law."""
-        from scipy.stats import t
-
-        n = self.edges.n
-        share = 2 * float(t.sf(Z, n - 1)) if n > 1 else 0.0
+        """By chance, one in twenty intervals of Student's t excludes zero; one pair has no interval."""
+        share = 0.05 if self.edges.n > 1 else 0.0
         return beside(
             "edges whose interval excludes zero",
             ("found", self._clear()),

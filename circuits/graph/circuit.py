@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 Sign = Literal["both", "positive", "negative"]
 ErrorRule = Literal["ranked", "all", "resid", "none"]
 CIRCUIT_FILE, NODES_FILE = "circuit.json", "nodes.safetensors"
-_FORMAT = 1
-ARRAYS = ("pos", "feature", "effect", "se")
+_FORMAT = 2
+ARRAYS = ("pos", "feature", "effect", "se", "n")
 
 
 @checked
@@ -50,6 +50,7 @@ class SiteNodes(OneLine):
         feature: number of the feature; `ERROR` for the error node.
         effect: mean effect; NaN where it is not known.
         se: its standard error.
+        n: number of examples that `effect` is a mean over; 0 where it is not known.
         every: all nodes are in the circuit, whatever the lists hold.
     """
 
@@ -58,6 +59,7 @@ class SiteNodes(OneLine):
     feature: Int[Tensor, " nodes"]
     effect: Float[Tensor, " nodes"]
     se: Float[Tensor, " nodes"]
+    n: Int[Tensor, " nodes"]
     every: bool = False
 
     @classmethod
@@ -68,7 +70,7 @@ class SiteNodes(OneLine):
         features = torch.as_tensor(feature, dtype=torch.long)
         where = torch.full_like(features, -1) if pos is None else torch.as_tensor(pos, dtype=torch.long)
         unknown = torch.full(features.shape, float("nan"))
-        return cls(d_sae=d_sae, pos=where, feature=features, effect=unknown, se=unknown)
+        return cls(d_sae=d_sae, pos=where, feature=features, effect=unknown, se=unknown, n=torch.zeros_like(features))
 
     def __len__(self) -> int:
         return len(self.feature)
@@ -151,16 +153,16 @@ class Circuit(Shown):
                 yield name, pos, feature
 
     def frame(self) -> pd.DataFrame:
-        """One row per node: site, pos (where kept), feature ("error" for an error), effect, se, label."""
+        """One row per node: site, pos (where kept), feature ("error" for an error), effect, se, n, label."""
         import pandas as pd
 
         rows = []
         for name, site in self.sites.items():
             arrays = (getattr(site, field).tolist() for field in ARRAYS)
-            for pos, feature, effect, se in zip(*arrays, strict=True):
+            for pos, feature, effect, se, n in zip(*arrays, strict=True):
                 label = self.labels.get(node_name(name, pos, feature), "")
-                rows.append((name, pos, "error" if feature == ERROR else feature, effect, se, label))
-        frame = pd.DataFrame(rows, columns=["site", "pos", "feature", "effect", "se", "label"])
+                rows.append((name, pos, "error" if feature == ERROR else feature, effect, se, n, label))
+        frame = pd.DataFrame(rows, columns=["site", "pos", "feature", "effect", "se", "n", "label"])
         frame = frame if self.n_tokens is not None else frame.drop(columns="pos")
         return frame.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
 
@@ -331,12 +333,18 @@ def load_circuit(folder: str | Path) -> Circuit:
     Raises:
         MissingFileError: if there is none.
         CorruptFileError: if a file is damaged.
+        MismatchError: if another version of the workbench wrote it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
     record = load_json(folder / CIRCUIT_FILE, dict)
+    if (found := record.get("format")) != _FORMAT:
+        raise MismatchError(
+            f"{folder / CIRCUIT_FILE} has format {found}, and this version reads {_FORMAT}, which keeps the number of "
+            "examples of every effect. Find the circuit again."
+        )
     with content_of(folder, "Save the circuit again.", SafetensorError, OSError):
         tensors = load_file(folder / NODES_FILE)
         sites = {

@@ -36,8 +36,8 @@ class GraphNames:
 def write_graph(source: Source, identity: Mapping[str, Json], names: GraphNames, path: Path) -> Path:
     """Writes a circuit and its edges.
 
-    Beyond the fields that viewers read, each node has `site`, `pos`, `effect` and `se`, each link `se`, and the
-    metadata `circuit`, so nothing is lost.
+    Beyond the fields that viewers read, each node has `site`, `pos`, `effect`, `se` and `n`, each link `se` and `n`,
+    and the metadata `circuit`, so nothing is lost.
 
     Args:
         source: nodes, edges and pairs.
@@ -114,7 +114,7 @@ def _node(node: DrawnNode, name: str, layer: int, picture: Picture, influence: f
         "feature_type": ERRORS if is_error else FEATURE, "token_prob": 0.0, "is_target_logit": False, "run_idx": 0,
         "reverse_ctx_idx": 0, "jsNodeId": f"{name}-0", "clerp": node.label, "influence": influence,
         "activation": None, "site": picture.sites[node.row], "pos": pos, "effect": _plain(node.effect),
-        "se": _plain(node.se),
+        "se": _plain(node.se), "n": node.n,
     }  # fmt: skip
 
 
@@ -129,7 +129,13 @@ def _output(source: Source, layer: int, n_tokens: int) -> dict[str, Json]:
 
 
 def _link(edge: DrawnEdge, ids: Sequence[str]) -> dict[str, Json]:
-    return {"source": ids[edge.source], "target": ids[edge.target], "weight": edge.effect, "se": _plain(edge.se)}
+    return {
+        "source": ids[edge.source],
+        "target": ids[edge.target],
+        "weight": edge.effect,
+        "se": _plain(edge.se),
+        "n": edge.n,
+    }
 
 
 def _plain(value: float) -> float | None:

@@ -40,13 +40,14 @@ class LoadedGraph(OneLine):
     left_out: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Read:
     site: str
     pos: int
     feature: int
     effect: float
     se: float
+    n: int
     label: str
 
 
@@ -108,7 +109,9 @@ def _read(node: Mapping[str, Json], kind: str) -> _Read:
     feature = ERROR if is_error else int(name[1])  # "feature" may have the layer added in
     effect, se = (_NAN if node.get(key) is None else float(str(node[key])) for key in ("effect", "se"))
     site = str(node.get("site") or f"{kind}.{node['layer']}")
-    return _Read(site, int(str(node.get("pos", node["ctx_idx"]))), feature, effect, se, str(node.get("clerp") or ""))
+    n, label = int(str(node.get("n") or 0)), str(node.get("clerp") or "")
+    pos = int(str(node.get("pos", node["ctx_idx"])))
+    return _Read(site=site, pos=pos, feature=feature, effect=effect, se=se, n=n, label=label)
 
 
 def _circuit(sites: Mapping[str, _Site], own: Mapping[str, Json], slug: str) -> Circuit:
@@ -124,6 +127,7 @@ def _circuit(sites: Mapping[str, _Site], own: Mapping[str, Json], slug: str) -> 
             feature=torch.tensor([n.feature for n in nodes], dtype=torch.long),
             effect=torch.tensor([n.effect for n in nodes], dtype=torch.float64),
             se=torch.tensor([n.se for n in nodes], dtype=torch.float64),
+            n=torch.tensor([n.n for n in nodes], dtype=torch.long),
         )  # fmt: skip
     positions = [node.pos for found in sites.values() for node in found.nodes]
     n_tokens = own["n_tokens"] if "n_tokens" in own else max(positions) + 1
@@ -157,7 +161,7 @@ def _edges(sites: Mapping[str, _Site], links: list[dict[str, Json]], circuit: Ci
         tables[key].effect[source[1], target[1]] = float(str(link["weight"]))
         tables[key].se[source[1], target[1]] = _NAN if link.get("se") is None else float(str(link["se"]))
     edges = Edges(
-        tables=tables, n=1, metric="that of the graph", has_positions=circuit.n_tokens is not None,
-        made=f"read from the graph {slug}",
+        tables=tables, n=max((int(str(link.get("n") or 1)) for link in links), default=1),
+        metric="that of the graph", has_positions=circuit.n_tokens is not None, made=f"read from the graph {slug}",
     )  # fmt: skip
     return edges, dropped

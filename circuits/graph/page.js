@@ -213,8 +213,8 @@ const circuitPage = (() => {
 
   const asJson = () => JSON.stringify({
     format: store.FORMAT, title: data.title, labels: kept.labels, groups: kept.groups,
-    nodes: nodes.name.map((name, i) => ({ name, effect: nodes.effect[i], se: nodes.se[i] })),
-    edges: edges.source.map((source, e) => ({ source: nodes.name[source], target: nodes.name[edges.target[e]], effect: edges.effect[e], se: edges.se[e] })),
+    nodes: nodes.name.map((name, i) => ({ name, effect: nodes.effect[i], se: nodes.se[i], n: nodes.n[i], interval: nodes.interval[i] })),
+    edges: edges.source.map((source, e) => ({ source: nodes.name[source], target: nodes.name[edges.target[e]], effect: edges.effect[e], se: edges.se[e], n: edges.n[e], interval: edges.interval[e] })),
   }, null, 1);
 
   /* The picture with its colours written out, since a file has no style of this page. */

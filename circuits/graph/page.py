@@ -165,14 +165,14 @@ def _rows(picture: Picture) -> Iterator[tuple[str, ...]]:
     for node in picture.nodes:
         feature = "error" if node.feature == ERROR else str(node.feature)
         place = picture.columns[node.column], picture.sites[node.row]
-        yield (*place, feature, *shown_effect(node.effect, node.se), node.label)
+        yield (*place, feature, *shown_effect(node.effect, node.se, node.n), node.label)
 
 
 def _data(source: Source, picture: Picture, details: Mapping[int, NodeDetails]) -> dict[str, object]:
     """What the script reads: nodes and edges as columns, numbers with the text that is shown."""
     nodes, edges = picture.nodes, picture.edges
-    texts = [shown_effect(node.effect, node.se) for node in nodes]
-    edge_texts = [shown_effect(edge.effect, edge.se) for edge in edges]
+    texts = [shown_effect(node.effect, node.se, node.n) for node in nodes]
+    edge_texts = [shown_effect(edge.effect, edge.se, edge.n) for edge in edges]
     output = "output" if source.effects is None else source.effects.metric
     return {
         "title": source.title, "output": visible(output), "sites": [visible(site) for site in picture.sites],
@@ -181,12 +181,14 @@ def _data(source: Source, picture: Picture, details: Mapping[int, NodeDetails]) 
             "name": [node.name for node in nodes], "row": [node.row for node in nodes],
             "column": [node.column for node in nodes], "isError": [node.feature == ERROR for node in nodes],
             "effect": [_plain(node.effect) for node in nodes], "se": [_plain(node.se) for node in nodes],
+            "n": [node.n for node in nodes],
             "text": [text for text, _ in texts], "interval": [interval for _, interval in texts],
             "size": [number(node.size) for node in nodes],
         },
         "edges": {
             "source": [edge.source for edge in edges], "target": [edge.target for edge in edges],
             "effect": [_plain(edge.effect) for edge in edges], "se": [_plain(edge.se) for edge in edges],
+            "n": [edge.n for edge in edges],
             "text": [text for text, _ in edge_texts], "interval": [interval for _, interval in edge_texts],
             "size": [number(abs(edge.effect)) for edge in edges],
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ from workbench.core.stats import Estimate
 if TYPE_CHECKING:
     import pandas as pd
 
-Z = 1.96
-"""Standard errors on each side of a mean in its 95 % interval."""
 MOST_NODES, MOST_EDGES = 2000, 20_000
 """Nodes and edges that a page holds, the strongest first."""
 MOST_COLUMNS = 24
@@ -57,6 +56,7 @@ class DrawnNode(OneLine):
         feature: number of the feature; `ERROR` for an error.
         effect: mean effect; NaN where it is not known.
         se: its standard error; NaN where it is not known.
+        n: number of examples of the mean; 0 where it is not known.
         label: what people call it.
     """
 
@@ -66,6 +66,7 @@ class DrawnNode(OneLine):
     feature: int
     effect: float
     se: float
+    n: int
     label: str = ""
 
     @property
@@ -76,12 +77,13 @@ class DrawnNode(OneLine):
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnEdge(OneLine):
-    """An edge between two nodes, by their places in the list of nodes."""
+    """An edge between two nodes, by their places in the list of nodes; its effect is a mean over `n` pairs."""
 
     source: int
     target: int
     effect: float
     se: float
+    n: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +135,11 @@ def picture_of(
     nodes = tuple(
         DrawnNode(
             name=node_name(site, pos, feature), row=rows[site], column=list(columns).index(pos), feature=feature,
-            effect=effect, se=se, label=label,
+            effect=effect, se=se, n=n, label=label,
         )
-        for pos, site, feature, effect, se, label in zip(
+        for pos, site, feature, effect, se, n, label in zip(
             where, shown["site"], map(_number_of, shown["feature"]), shown["effect"].tolist(), shown["se"].tolist(),
-            shown["label"], strict=True,
+            shown["n"].tolist(), shown["label"], strict=True,
         )
     )  # fmt: skip
     notes = []
@@ -145,7 +147,7 @@ def picture_of(
         notes.append(f"the {len(shown)} strongest of {counted(len(frame), 'nodes')} are shown")
     if empty := len(sites) - len(rows):
         notes.append(f"{counted(empty, 'sites')} without nodes left out")
-    drawn, said = ((), ()) if edges is None else _edges_of(edges.frame(), nodes, None if whole else MOST_EDGES)
+    drawn, said = ((), ()) if edges is None else _edges_of(edges, nodes, None if whole else MOST_EDGES)
     return Picture(sites=tuple(rows), columns=tuple(names), nodes=nodes, edges=drawn, notes=(*notes, *said))
 
 
@@ -161,8 +163,9 @@ def _number_of(feature: object) -> int:
 
 
 def _edges_of(
-    frame: pd.DataFrame, nodes: Sequence[DrawnNode], most: int | None
+    edges: EdgeSource, nodes: Sequence[DrawnNode], most: int | None
 ) -> tuple[tuple[DrawnEdge, ...], tuple[str, ...]]:
+    frame = edges.frame()
     place = {node.name: i for i, node in enumerate(nodes)}
     ends = []
     for side in ("upstream", "downstream"):
@@ -172,7 +175,7 @@ def _edges_of(
             place.get(node_name(*node)) for node in zip(frame[f"{side}_site"], where, features, strict=True)
         ])  # fmt: skip
     every = [
-        DrawnEdge(source=source, target=target, effect=effect, se=se)
+        DrawnEdge(source=source, target=target, effect=effect, se=se, n=edges.n)
         for source, target, effect, se in zip(*ends, frame["effect"].tolist(), frame["se"].tolist(), strict=True)
         if source is not None and target is not None
     ]
@@ -189,25 +192,38 @@ def _edges_of(
     return tuple(every[:most]), tuple(notes)
 
 
+@functools.cache
+def standard_errors(n: int) -> float:
+    """Standard errors on each side of a mean over n examples in its 95 % interval: Student's t, n - 1 degrees.
+
+    >>> round(standard_errors(3), 3), round(standard_errors(1000), 3)
+    (4.303, 1.962)
+    """
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, n - 1)) if n > 1 else math.inf
+
+
 def effect_estimate(effect: float, se: float, n: int) -> Estimate:
     """An effect over so many pairs with its 95 % interval; without a standard error the interval has no width.
 
-    >>> effect_estimate(0.5, 0.1, 20).high
-    0.696
+    >>> round(effect_estimate(0.5, 0.1, 3).high, 4)  # 0.5 + 4.303 * 0.1
+    0.9303
     """
-    half = Z * se if math.isfinite(se) else 0.0
-    return Estimate(effect, effect - half, effect + half, n, "mean ± 1.96 standard errors", "pairs")
+    half = standard_errors(n) * se if math.isfinite(se) and n > 1 else 0.0
+    return Estimate(effect, effect - half, effect + half, n, "Student's t", "pairs")
 
 
-def shown_effect(effect: float, se: float) -> tuple[str, str]:
-    """An effect and its 95 % interval as text; without a standard error there is no interval.
+def shown_effect(effect: float, se: float, n: int) -> tuple[str, str]:
+    """An effect and its 95 % interval as text; without a standard error or n there is no interval.
 
-    >>> shown_effect(0.5, 0.1), shown_effect(0.5, math.nan)
-    (('+0.500', '[+0.304, +0.696]'), ('+0.500', ''))
+    >>> shown_effect(0.5, 0.1, 3), shown_effect(0.5, 0.1, 0), shown_effect(0.5, math.nan, 3)
+    (('+0.500', '[+0.070, +0.930]'), ('+0.500', ''), ('+0.500', ''))
     """
-    if not math.isfinite(se):
+    if not math.isfinite(se) or n < 2:
         return with_interval(effect, effect, effect, sign=True)[0], ""
-    return with_interval(effect, effect - Z * se, effect + Z * se, sign=True)
+    half = standard_errors(n) * se
+    return with_interval(effect, effect - half, effect + half, sign=True)
 
 
 # The static picture.
@@ -299,7 +315,7 @@ def _frame(picture: Picture, bottoms: Sequence[float], height: float, output: st
 
 
 def _mark(node: DrawnNode, x: float, y: float, r: float) -> Markup:
-    effect, interval = shown_effect(node.effect, node.se)
+    effect, interval = shown_effect(node.effect, node.se, node.n)
     said = " ".join(filter(None, (clipped(node.label, 60), node.name, effect, interval)))
     title = Markup("<title>{}</title>").format(visible(said))
     colour = NEGATIVE if node.effect < 0 else POSITIVE

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from circuits.graph.circuit import Circuit, node_name
+from circuits.graph.circuit import ARRAYS, Circuit, node_name
 from circuits.graph.picture import effect_estimate
 from circuits.nodes.effects import GAP_WARNING
 from workbench.core.numbers import counted, number, percent
@@ -72,10 +72,8 @@ class FoundCircuit(Report):
     def _nodes(self) -> list[tuple[str, Estimate]]:
         found = []
         for site, nodes in self.circuit.sites.items():
-            for pos, feature, effect, se in zip(
-                nodes.pos.tolist(), nodes.feature.tolist(), nodes.effect.tolist(), nodes.se.tolist(), strict=True
-            ):
-                found.append((node_name(site, pos, feature), effect_estimate(effect, se, self.n)))
+            for pos, feature, effect, se, n in zip(*(getattr(nodes, field).tolist() for field in ARRAYS), strict=True):
+                found.append((node_name(site, pos, feature), effect_estimate(effect, se, n)))
         return sorted(found, key=lambda node: -abs(node[1].value))
 
     def section(self) -> Section:

@@ -35,6 +35,7 @@ class NodeTable(OneLine):
         feature: number of the feature; `ERROR` for the error node.
         effect: mean over examples.
         se: standard error of the mean; NaN for a single example.
+        n: number of examples.
         consistency: of the examples in which the node has an effect, the share with the sign of the mean.
     """
 
@@ -42,6 +43,7 @@ class NodeTable(OneLine):
     feature: Int[Tensor, " nodes"]
     effect: Float[Tensor, " nodes"]
     se: Float[Tensor, " nodes"]
+    n: Int[Tensor, " nodes"]
     consistency: Float[Tensor, " nodes"]
 
 
@@ -90,7 +92,7 @@ class SiteEffects(Shown):
         dtype = self.value.dtype
         return NodeTable(
             pos=pos, feature=feature, effect=mean.to(dtype), se=(var / n).sqrt().to(dtype),
-            consistency=agreeing.to(dtype),
+            n=torch.full_like(feature, n), consistency=agreeing.to(dtype),
         )  # fmt: skip
 
     def _dense(self, power: int) -> Float[Tensor, " d_sae"]:
@@ -270,12 +272,8 @@ def selected(
     if (n is not None and n < 0) or (threshold is not None and not threshold >= 0):
         raise InvalidInputError(f"circuit(n={n}, threshold={threshold}): give a number that is not negative.")
     if threshold == 0 and sign == "both" and errors in ("ranked", "all"):
-        nothing = torch.tensor([])
         sites = {
-            name: SiteNodes(
-                d_sae=site.d_sae, pos=nothing.long(), feature=nothing.long(), effect=nothing, se=nothing, every=True
-            )
-            for name, site in effects.sites.items()
+            name: dataclasses.replace(SiteNodes.of(site.d_sae), every=True) for name, site in effects.sites.items()
         }
         return _circuit(effects, sites, "everything")
     tables = {name: site.nodes() for name, site in effects.sites.items()}
@@ -298,6 +296,7 @@ def selected(
             feature=columns["feature"][kept & (where == i)].cpu(),
             effect=columns["effect"][kept & (where == i)].detach().cpu(),
             se=columns["se"][kept & (where == i)].detach().cpu(),
+            n=columns["n"][kept & (where == i)].cpu(),
         )
         for i, (name, site) in enumerate(effects.sites.items())
     }

@@ -18,8 +18,8 @@ from workbench.features import CardSet, FeatureCard, LensToken, Window
 
 pytestmark = pytest.mark.browser
 
-CIRCUIT = drawn_circuit(5, positions=True).with_labels({"1, mlp_out.0/4": HOSTILE, "0, resid_post.1/3": "plural"})
-EDGES = drawn_edges(CIRCUIT)
+CIRCUIT = drawn_circuit(5, positions=True, n=3).with_labels({"1, mlp_out.0/4": HOSTILE, "0, resid_post.1/3": "plural"})
+EDGES = drawn_edges(CIRCUIT, n=3)
 SHOWN = "[...document.querySelectorAll('#graph .node')].map((node) => circuitPage.data.nodes.name[node.dataset.i])"
 
 
@@ -96,7 +96,7 @@ def test_its_numbers_are_those_of_the_tables(page: Browser) -> None:
     frame, links = CIRCUIT.frame(), EDGES.frame()
     assert nodes["name"] == _rows(frame)
     assert nodes["effect"] == frame["effect"].tolist() and nodes["se"] == frame["se"].tolist()
-    texts = [shown_effect(effect, se) for effect, se in zip(frame["effect"], frame["se"], strict=True)]
+    texts = [shown_effect(effect, se, 3) for effect, se in zip(frame["effect"], frame["se"], strict=True)]
     assert list(zip(nodes["text"], nodes["interval"], strict=True)) == texts
     assert [nodes["name"][i] for i in edges["source"]] == _rows(links, "upstream_")
     assert [nodes["name"][i] for i in edges["target"]] == _rows(links, "downstream_")
@@ -145,7 +145,7 @@ def test_the_sliders_filter_nodes_and_edges(page: Browser) -> None:
 
 def test_a_click_lists_and_lights_the_right_edges(page: Browser) -> None:
     links, name = EDGES.frame(), "2, resid_post.0/8"
-    texts = [shown_effect(e, se) for e, se in zip(links["effect"].tolist(), links["se"].tolist(), strict=True)]
+    texts = [shown_effect(e, se, 3) for e, se in zip(links["effect"].tolist(), links["se"].tolist(), strict=True)]
     _click(page, name)
     for which, end, other in (("incoming", "downstream_", "upstream_"), ("outgoing", "upstream_", "downstream_")):
         own = [i for i, n in enumerate(_rows(links, end)) if n == name]

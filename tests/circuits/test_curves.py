@@ -142,13 +142,15 @@ def test_the_study_says_what_its_tables_hold() -> None:
         circuit_study(model, bases, train, test, METRIC, counts=(5, 20), n=7)
 
 
-def test_few_pairs_call_more_edges_different_by_chance() -> None:
+def test_few_pairs_call_fewer_edges_different_from_zero() -> None:
     def edges(n: int) -> circuits.Edges:
         nodes = torch.tensor([[-1, i] for i in range(40)])
-        table = circuits.EdgeTable(upstream=nodes, downstream=nodes, effect=torch.ones(40, 40), se=torch.ones(40, 40))
+        table = circuits.EdgeTable(
+            upstream=nodes, downstream=nodes, effect=torch.full((40, 40), 2.1), se=torch.ones(40, 40)
+        )
         return circuits.Edges(tables={("a", "b"): table}, n=n, metric="m", has_positions=False, made="")
 
-    # Student's t with 7 and with 999 degrees of freedom beyond 1.96: 0.0908 and 0.0503
-    for n, chance in ((8, 145), (1000, 80)):
+    # Student's t: 2.365 standard errors with 7 degrees of freedom, 1.962 with 999; each excludes zero by chance in 5 %
+    for n, clear, chance in ((1, 0, 0), (8, 0, 80), (1000, 1600, 80)):
         rows = dict(FoundEdges(edges=edges(n))._counts().rows)
-        assert rows == {"found": 0, "expected by chance": chance}
+        assert rows == {"found": clear, "expected by chance": chance}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 import circuits
+from circuits.edges.report import FoundEdges
 from circuits.graph import picture
 from circuits.graph.picture import picture_of, placed
+from circuits.graph.report import FoundCircuit
 from tests.circuits.drawn import HOSTILE, SITES, drawn_circuit, drawn_edges
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.core.numbers import with_interval
 
 
 @pytest.mark.parametrize("positions", [False, True])
@@ -27,6 +31,32 @@ def test_a_static_picture_holds_every_node_apart_from_the_others(positions: bool
     drawn = picture_of(circuit.frame(), SITES, [*"abcd"] if positions else None)
     bottoms = placed(drawn)[1]
     assert bottoms == sorted(bottoms, reverse=True), "later sites are higher up"
+
+
+def test_few_examples_have_the_wide_interval_of_students_t_everywhere(tmp_path: Path) -> None:
+    circuit = drawn_circuit(n=3)
+    edges = drawn_edges(circuit, n=3)
+    node = circuit.frame().iloc[0]
+    half = 4.3027 * node["se"]  # 0.975 quantile, two degrees of freedom
+    _, interval = with_interval(node["effect"], node["effect"] - half, node["effect"] + half, sign=True)
+    page = circuit.to_html(tmp_path / "a.html", edges).read_text(encoding="utf-8")
+    data = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)[0])
+    assert data["nodes"]["interval"][0] == interval and page.count(interval) == 2 and interval in circuit._repr_html_()
+    report = FoundCircuit(circuit=circuit, gaps={"resid_post.0": 0.0}, n=3, metric="m")
+    assert report._nodes()[0][1].shown(sign=True)[1] == interval
+    assert FoundEdges(edges=edges)._strongest()[0][1].shown(sign=True)[1] == data["edges"]["interval"][0]
+    circuit.save(tmp_path / "c")
+    assert set(circuits.load_circuit(tmp_path / "c").frame()["n"]) == {3}
+    read = circuits.load_graph_json(circuit.to_graph_json(tmp_path / "g.json", edges))
+    assert read.edges.n == 3 and read.circuit._repr_html_() == circuit._repr_html_()
+    assert "[" not in drawn_circuit(n=1)._repr_html_().split("<title>")[1].split("</title>")[0], "one has no interval"
+
+
+def test_a_folder_that_does_not_know_how_many_examples_it_is_of_is_refused(tmp_path: Path) -> None:
+    file = drawn_circuit().save(tmp_path) / "circuit.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"format": 2', '"format": 1'), encoding="utf-8")
+    with pytest.raises(MismatchError, match=r"format 1.*Find the circuit again"):
+        circuits.load_circuit(tmp_path)
 
 
 def test_labels_are_text() -> None:
