@@ -20,6 +20,7 @@ from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
 from workbench.models.segment import Segment
+from workbench.models.stretches import stretches
 
 Align = Literal["start", "end"]
 ROUNDING = 1e-3
@@ -97,12 +98,8 @@ def segments_at(
     model: Model, batch: TokenBatch, sites: Sequence[Site], to: str, *, last: bool | int = False
 ) -> dict[Site, Segment]:
     """A segment from each site to the same end, all of one recorded run; with `last` of so many last tokens alone."""
-    inside = [site for site in sites if site.layer is not None]
-    segments = {site: model.segment(batch, site, to, last=last) for site in sites if site.layer is None}
-    if not inside:
-        return segments
-    first = model.segment(batch, Site("resid_pre", min(site.layer or 0 for site in inside)), to, last=last)
-    return segments | first.later(inside)
+    wanted = [(site, (to,), ()) for site in sites]
+    return dict(zip(sites, stretches(model, batch, wanted, last=last), strict=True))
 
 
 def mean_and_error(values: Float[Tensor, "cells pairs"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

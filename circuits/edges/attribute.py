@@ -166,14 +166,18 @@ class _Work:
         sums: dict[tuple[str, str], list[Tensor]] = {}
         chunks = self._s.chunks(self._o.batch_size)
         n_pairs = sum(len(above) for above in self._direct.values())
+        wanted = {
+            site: {up: held for up, held in above.items() if len(self._nodes[up])}
+            for site, above in self._direct.items() if len(self._nodes[site])
+        }  # fmt: skip
         with progress.task(total=len(chunks) * n_pairs, description="effects of edges", unit="pairs of sites") as task:
             for rows in chunks:
-                chunk = Chunk(self._s, self._states.of(rows), rows, self._o, self._left, self._threshold)
+                chunk = Chunk(self._s, self._states.of(rows), rows, self._o, self._left, self._threshold, wanted)
                 for site, above in self._direct.items():
                     if not len(self._nodes[site]) or not above:
                         task.advance(len(above))
                         continue
-                    for earlier, values in chunk.edges([self._nodes[up] for up in above], self._nodes[site], above):
+                    for earlier, values in chunk.edges([self._nodes[up] for up in above], self._nodes[site]):
                         self._add(sums, (earlier, site), values)
                         task.advance(1)
         tables = {key: self._table(key, *found) for key, found in sums.items()}

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from circuits.decomposition import Place
 from circuits.graph.circuit import ERROR
-from circuits.nodes.runs import AttributionOptions, Run, clean_slopes
+from circuits.nodes.runs import AttributionOptions, clean_slopes, runs_of
 from circuits.nodes.setting import Setting, SiteState
 from workbench.core.precision import precise
+from workbench.models.segment import Segment, Stretch
+from workbench.models.stretches import stretches
 
 Left = Literal["clean", "ig"]
 _ADDS = 1e-4
@@ -80,6 +82,7 @@ class Chunk:
     def __init__(
         self, setting: Setting, states: Mapping[str, SiteState], rows: Int[Tensor, " rows"],
         options: AttributionOptions, left: Left, threshold: float | None,
+        links: Mapping[str, Mapping[str, Sequence[str]]],
     ) -> None:  # fmt: skip
         self._s, self._states, self._rows, self._o = setting, states, rows, options
         self._keep, self._threshold = setting.keep[rows], threshold
@@ -89,13 +92,15 @@ class Chunk:
         parts = [part for site in streams for part in _summands(site) if part in names]
         self._clean = setting.model.capture(batch, list(dict.fromkeys([*setting.sites, *parts])))
         self._batch, self._sums = batch, dict[str, bool]()
-        need_ig = left == "ig" or threshold is not None
+        self._changes = dict[str, tuple[Tensor, Tensor]]()
+        integrated = setting.places if left == "ig" or threshold is not None else []
         mean = {
-            place.site: Run(setting, place, rows, options).slope(states[place.site].change)
-            for place in setting.places if need_ig
-        }  # fmt: skip
+            place.site: run.slope(states[place.site].change)
+            for place, run in runs_of(setting, integrated, rows, options)
+        }
         self._slopes = mean if left == "ig" else clean_slopes(setting, rows)
         self._own = mean
+        self._segments = self._recorded(links)
 
     def _spread(self, x: Tensor) -> Tensor:
         """Values of the kept tokens, `(tokens, ...)`, at their places: `(rows, pos, ...)`."""
@@ -108,18 +113,23 @@ class Chunk:
         return precise(self._clean.flat(site))
 
     def edges(
-        self, ups: Sequence[EdgeNodes], down: EdgeNodes, held: Mapping[str, Sequence[str]]
+        self, ups: Sequence[EdgeNodes], down: EdgeNodes
     ) -> Iterator[tuple[str, Float[Tensor, "rows n_up n_down"]]]:
         """Edges of every row into one site, from each of some earlier sites."""
-        found = [Found(self, up, down, held[up.place.site]) for up in ups]
+        found = [Found(self, up, down) for up in ups]
         for cotangents in self._cotangents(down):
             for some in found:
-                if len(cotangents.row):
+                if len(cotangents.row) and len(some.up):
                     some.add(cotangents)
         return ((some.up.place.site, some.out) for some in found)
 
     def changes(self, nodes: EdgeNodes) -> tuple[Float[Tensor, "rows pos f"], Float[Tensor, "rows pos d"]]:
         """By how much the coefficients of some nodes' features change, and by how much the error."""
+        if nodes.place.site not in self._changes:
+            self._changes[nodes.place.site] = self._changes_of(nodes)
+        return self._changes[nodes.place.site]
+
+    def _changes_of(self, nodes: EdgeNodes) -> tuple[Tensor, Tensor]:
         state = self._states[nodes.place.site]
         moves = state.moves(nodes.place.basis, slice(None))
         error = self._spread(state.change - moves @ nodes.place.basis.rows().to(moves))
@@ -188,15 +198,26 @@ class Chunk:
                 back = torch.autograd.grad((written * weights.to(written)).sum(), leaf)[0]
             yield Cotangents(row, node, weights - back if own else -back, None if own else weights)
 
-    def puller(self, up: Place, down: Place, held: Sequence[str]) -> Pull:
+    def _recorded(self, links: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[tuple[str, str], Segment]:
+        """For every earlier and later site whose edges need a run of blocks, where that run starts; of one pass."""
+        model, places = self._s.model, {place.site: place for place in self._s.places}
+        reaches, wanted = model.site_map.reaches, dict[tuple[str, str], Stretch]()
+        for site, above in links.items():
+            down = places[site]
+            for up, held in above.items():
+                if down.read == site and self._only_adds(up, site, held):
+                    continue
+                ends = [end for end in dict.fromkeys((down.read, site)) if reaches(up, end)]
+                between = [h for h in held if any(model.resolve(h).precedes(model.resolve(end)) for end in ends)]
+                wanted[up, site] = (up, ends, between)
+        return dict(zip(wanted, stretches(model, self._batch, list(wanted.values())), strict=True))
+
+    def puller(self, up: Place, down: Place) -> Pull:
         """Takes cotangents to an earlier site: through the stream as they are, otherwise back through a block."""
-        own = down.read == down.site
-        if own and self._only_adds(up.site, down.site, held):
+        segment = self._segments.get((up.site, down.site))
+        if segment is None:
             return lambda cotangents: cotangents.read
-        reaches = self._s.model.site_map.reaches
-        ends = [end for end in dict.fromkeys((down.read, down.site)) if reaches(up.site, end)]
-        between = [site for site in held if any(self._precedes(site, end) for end in ends)]
-        segment = self._s.model.segment(self._batch, up.site, ends, hold=between)
+        ends = [end for end in dict.fromkeys((down.read, down.site)) if self._s.model.site_map.reaches(up.site, end)]
 
         def pull(cotangents: Cotangents) -> Tensor:
             leaf = segment.x[cotangents.row].clone().detach().requires_grad_(True)
@@ -210,10 +231,6 @@ class Chunk:
             return precise(torch.autograd.grad(torch.stack(parts).sum(), leaf)[0])
 
         return pull
-
-    def _precedes(self, site: str, end: str) -> bool:
-        resolve = self._s.model.resolve
-        return resolve(site).precedes(resolve(end))
 
     def _only_adds(self, up: str, down: str, held: Sequence[str]) -> bool:
         """Whether the later site is the earlier one plus what is held: then a change passes as it is."""
@@ -239,10 +256,10 @@ class Chunk:
 class Found:
     """Edges between two sites in some pairs, as they are found."""
 
-    def __init__(self, chunk: Chunk, up: EdgeNodes, down: EdgeNodes, held: Sequence[str]) -> None:
+    def __init__(self, chunk: Chunk, up: EdgeNodes, down: EdgeNodes) -> None:
         self.up = up
         self._change, self._error = chunk.changes(up)
-        self._pull = chunk.puller(up.place, down.place, held)
+        self._pull = chunk.puller(up.place, down.place)
         self.out: Float[Tensor, "rows n_up n_down"] = self._change.new_zeros(len(self._change), len(up), len(down))
 
     def add(self, cotangents: Cotangents) -> None:

@@ -17,7 +17,7 @@ from circuits.decomposition import Place
 from circuits.graph.circuit import ERROR
 from circuits.metrics import AnyMetric, named
 from circuits.nodes.effects import Aggregation, NodeEffects, SiteEffects, aggregated
-from circuits.nodes.runs import AttributionOptions, Method, Rule, Run, clean_slopes, dots, last_columns
+from circuits.nodes.runs import AttributionOptions, Method, Rule, Run, clean_slopes, dots, last_columns, runs_of
 from circuits.nodes.setting import Baseline, Setting, SiteState, States, setting_of
 from circuits.pairs import Pairs
 from workbench.bases.base import CHUNK_ENTRIES, Basis
@@ -96,21 +96,22 @@ def effects_of(setting: Setting, options: AttributionOptions) -> NodeEffects:
             at, slopes = states.of(rows), {}
             if options.method == "atp":
                 slopes = clean_slopes(setting, rows)
+            if options.method == "atp" and not options.measured:
+                for place in setting.places:
+                    found.linear(place, rows, at[place.site], slopes[place.site])
+                    found.total(place, rows, None)
+                    task.advance(1)
+                continue
             base: Tensor | None = None
-            for place in setting.places:
-                run = Run(setting, place, rows, options) if options.method != "atp" or options.measured else None
+            for place, run in runs_of(setting, setting.places, rows, options):
                 state = at[place.site]
-                if run is not None and base is None:
-                    base = run.values([run.clean])[0]
+                base = run.values([run.clean])[0] if base is None else base
                 if options.method == "exact":
-                    assert run is not None and base is not None
                     found.exact(place, rows, state, run, base)
                 else:
-                    slope = slopes[place.site] if run is None or options.method == "atp" else run.slope(state.change)
+                    slope = slopes[place.site] if options.method == "atp" else run.slope(state.change)
                     found.linear(place, rows, state, slope)
-                total = None
-                if options.measured and run is not None and base is not None:
-                    total = run.values([run.clean + state.change])[0] - base
+                total = run.values([run.clean + state.change])[0] - base if options.measured else None
                 found.total(place, rows, total)
                 task.advance(1)
     return found.effects()

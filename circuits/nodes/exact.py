@@ -11,7 +11,7 @@ from torch import Tensor
 from circuits.graph.circuit import ERROR, Circuit, SiteNodes
 from circuits.metrics import AnyMetric, named, sign_of
 from circuits.nodes.effects import NodeEffects, SiteEffects
-from circuits.nodes.runs import AttributionOptions, Run
+from circuits.nodes.runs import AttributionOptions, runs_of
 from circuits.nodes.setting import Baseline, Setting, SiteState, States, setting_of
 from circuits.pairs import Pairs
 from workbench.bases.sae import AnySAE, as_basis
@@ -67,8 +67,7 @@ def exact_effects(
     with progress.task(total=len(chunks) * n_nodes, description="exact effects", unit="nodes") as task:
         for rows in chunks:
             at = states.of(rows)
-            for place in setting.places:
-                run = Run(setting, place, rows, options)
+            for place, run in runs_of(setting, setting.places, rows, options):
                 base = run.values([run.clean])[0]
                 changes = _changes(setting, place.site, rows, at[place.site], nodes[place.site])
                 effects = [run.values([run.clean + change])[0] - base for change in changes]

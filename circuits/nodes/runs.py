@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,10 +24,12 @@ from workbench.core.precision import precise
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
 from workbench.models.segment import Segment
+from workbench.models.stretches import stretches
 
 Method = Literal["ig", "atp", "exact"]
 Rule = Literal["midpoint", "left", "right", "trapezoid", "gauss"]
 _METHODS, _RULES = ("ig", "atp", "exact"), ("midpoint", "left", "right", "trapezoid", "gauss")
+_SITES_AT_ONCE = 16
 _SPARSE = 0.25
 """Share of active entries below which rows are gathered instead of multiplied with all."""
 
@@ -143,10 +145,11 @@ class Run:
         clean: activations of the kept tokens, in row order.
     """
 
-    def __init__(self, setting: Setting, place: Place, rows: Int[Tensor, " rows"], options: AttributionOptions) -> None:
-        # Rows are taken by hand, so that the padding and with it `keep` stay as they are.
-        self._segment: Segment = setting.model.segment(setting.batch(rows), place.site, setting.metric.site)
-        self._metric, self._rows, self._keep, self._site = setting.metric, rows, setting.keep[rows], place.site
+    def __init__(
+        self, setting: Setting, segment: Segment, site: str, rows: Int[Tensor, " rows"], options: AttributionOptions
+    ) -> None:
+        self._metric, self._segment, self._rows, self._site = setting.metric, segment, rows, site
+        self._keep = setting.keep[rows][:, -segment.x.shape[1] :]  # of the last tokens, where those run alone
         self._points, self._at_once = options.points(), max(1, options.batch_size // len(rows))
         self.clean: Float[Tensor, "tokens d"] = precise(self._segment.x[self._keep])
 
@@ -186,6 +189,21 @@ class Run:
             part = torch.tensor([weights[k] for k in some.tolist()], dtype=slope.dtype, device=slope.device)
             total += torch.einsum("ktd,k->td", precise(slope), part)
         return total
+
+
+def runs_of(
+    setting: Setting, places: Sequence[Place], rows: Int[Tensor, " rows"], options: AttributionOptions
+) -> Iterator[tuple[Place, Run]]:
+    """A run per place, so many of one recorded run at a time. Tokens before the first that is patched do not run."""
+    # Rows are taken by hand, so that the padding and with it `keep` stay as they are.
+    batch, to = setting.batch(rows), setting.metric.site
+    first = int(setting.keep[rows].any(0).long().argmax())
+    tail = batch.ids.shape[1] - first if first and to == "logits" and bool(batch.mask[:, -1].all()) else False
+    for i in range(0, len(places), _SITES_AT_ONCE):
+        some = places[i : i + _SITES_AT_ONCE]
+        segments = stretches(setting.model, batch, [(place.site, (to,), ()) for place in some], last=tail)
+        for place, segment in zip(some, segments, strict=True):
+            yield place, Run(setting, segment, place.site, rows, options)
 
 
 def dots(

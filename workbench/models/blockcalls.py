@@ -70,11 +70,11 @@ class BlockCalls:
         stream = args[0] if args else kwargs.get("hidden_states")
         self.start = stream if self.start is None and isinstance(stream, Tensor) else self.start
 
-    def since(self, skipped: int) -> BlockCalls:
-        """The calls without the first few."""
-        rest = copy.copy(self)
-        rest._calls, rest._selected = self._calls[skipped:], None
-        return rest
+    def part(self, first: int, n: int) -> BlockCalls:
+        """Some of the calls, one after the other."""
+        some = copy.copy(self)
+        some._calls, some._selected = self._calls[first : first + n], None
+        return some
 
     def of_rows(self, index: Int[Tensor, " rows"]) -> tuple[Cache | None, list[BlockCall]]:
         """The cache and the calls for a batch of these rows, repeats included."""

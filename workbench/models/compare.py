@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ from workbench.core.numbers import counted
 from workbench.core.progress import track
 from workbench.core.tokenizer import decoded
 from workbench.core.tokens import TokenBatch, labelled
+from workbench.hooks.sites import Site, SiteMap
+from workbench.interventions.gates import When
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.plan import Plan
 from workbench.interventions.proof import EditReports
@@ -23,7 +25,7 @@ from workbench.interventions.scopes import Last
 from workbench.interventions.variants import variants
 from workbench.models.choice import chosen_tokens
 from workbench.models.numbers import has_nan
-from workbench.models.segment import Segment, earliest
+from workbench.models.segment import Segment
 from workbench.models.wrapped import Wrapped
 
 if TYPE_CHECKING:
@@ -116,7 +118,7 @@ def compare(
         raise DegenerateInputError("variants([]): there is no intervention to compare. Give at least one.")
     resolved = [make_plan(intervention).intervention for intervention in interventions]
     edits = [edit for intervention in resolved for edit in intervention.edits]
-    site = earliest(model.site_map, resolved) or "resid_post.-1"
+    site = _earliest(model.site_map, resolved) or "resid_post.-1"
     ends_in_token = bool(batch.mask[:, -1].all())
     last = ends_in_token and all(edit.scope.only_last for edit in edits) and not any(e.op.gated for e in edits)
     whole = any(edit.site.kind == "logits" for edit in edits)
@@ -155,3 +157,11 @@ def _whole(model: Wrapped, batch: TokenBatch, copies: int, tokens: Tensor | None
     """Logits at the last token of each row from a run of the whole model."""
     rows = TokenBatch(batch.ids.repeat(copies, 1), batch.mask.repeat(copies, 1))
     return model.head.logits(model._inputs(rows), chosen_tokens(rows, Last(), model._wording), tokens)
+
+
+def _earliest(sites: SiteMap, interventions: Iterable[Intervention]) -> Site | None:
+    """The first site that any of the interventions edits or reads; None if none edits anything."""
+    edits = [edit for intervention in interventions for edit in intervention.edits]
+    gates = [edit.op.gate for edit in edits if isinstance(edit.op, When)]
+    used = [edit.site for edit in edits] + [gate.site for gate in gates if gate.site is not None]
+    return min((sites[site].site for site in used), key=lambda site: site.order, default=None)

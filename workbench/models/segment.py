@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,9 +19,7 @@ from workbench.core.tokens import TokenBatch
 from workbench.hooks.attach import Fn, attach
 from workbench.hooks.capture import EAGER_NOTE, Activations
 from workbench.hooks.handles import Hooks, refuse_compiled
-from workbench.hooks.sites import Point, Site, SiteMap
-from workbench.interventions.gates import When
-from workbench.interventions.intervention import Intervention
+from workbench.hooks.sites import Point, Site
 from workbench.interventions.plan import Plan
 from workbench.models.blockcalls import BlockCalls, prefill
 from workbench.models.head import agree, edits_logits, forward
@@ -34,6 +32,8 @@ if TYPE_CHECKING:
 
 
 STREAM = ("resid_pre", "resid_post")
+Stretch = tuple[str | Site, Sequence[str | Site], Sequence[str | Site]]
+"""Where a segment starts, where it leads, and what it holds."""
 
 
 class _Finished(Exception):
@@ -73,21 +73,14 @@ class Segment(OneLine):
         if edits_logits(model.hf):
             raise InvalidInputError("A plan that edits the logits is active; make a segment outside of its block.")
         self._model, self._hf, self._sites, self._batch = model, model.hf, model.site_map, batch
-        self._point = self._sites[site]
-        ends = [self._sites[end] for end in ([to] if isinstance(to, str | Site) else to)]
-        self._points = [point for point in dict.fromkeys(ends) if point.site.kind != "logits"]
-        self._to_logits = len(self._points) < len(set(ends))
         self._norm = self._sites["final_norm"]
         self._held: dict[Point, Tensor] = {}
-        self._holding = [self._sites[held] for held in hold]
-        self._require_reached(ends)
-        refuse_compiled(self._hf, [self._point, *self._points, *self._holding, self._norm])
-        n_layers, layer = self._sites.n_layers, self._point.site.layer
-        last_layer = max(n_layers - 1 if end.site.layer is None else end.site.layer for end in ends)
-        start = (0 if self._point.site.kind == "embed" else n_layers) if layer is None else layer
-        self.first_block = start + (self._point.site.kind == "resid_post")
-        self._blocks = [self._sites[Site("resid_post", i)].module for i in range(self.first_block, last_layer + 1)]
-        self._is_eager = any(point.side == "inside" for point in (self._point, *self._points, *self._holding))
+        layers = self._lead(site, to, hold)
+        points = [self._point, *self._points, *self._holding]
+        refuse_compiled(self._hf, [*points, self._norm])
+        self.first_block = layers.start
+        self._blocks = [self._sites[Site("resid_post", i)].module for i in layers]
+        self._is_eager = any(point.side == "inside" for point in points)
         with torch.no_grad():
             self._calls = BlockCalls(batch, prefill(self._hf, batch, int(last)) if last else None, int(last))
             self._last = int(last) if self._calls.prefix is not None else 0
@@ -95,6 +88,19 @@ class Segment(OneLine):
             column = (self._mask.long() * torch.arange(self._mask.shape[1], device=self._mask.device)).argmax(1)
             self._at_end = nn.functional.one_hot(column, self._mask.shape[1]).bool()
             self.skips_blocks = self._reproduces(*self._record())
+
+    def _lead(self, site: str | Site, to: str | Site | Sequence[str | Site], hold: Sequence[str | Site]) -> range:
+        """Sets where it leads from and to, and what is held between; the blocks of that."""
+        self._point = self._sites[site]
+        ends = [self._sites[end] for end in ([to] if isinstance(to, str | Site) else to)]
+        self._points = [point for point in dict.fromkeys(ends) if point.site.kind != "logits"]
+        self._to_logits = len(self._points) < len(set(ends))
+        self._holding = [self._sites[held] for held in hold]
+        self._require_reached(ends)
+        n_layers, layer = self._sites.n_layers, self._point.site.layer
+        start = (0 if self._point.site.kind == "embed" else n_layers) if layer is None else layer
+        last = max(n_layers - 1 if end.site.layer is None else end.site.layer for end in ends)
+        return range(start + (self._point.site.kind == "resid_post"), last + 1)
 
     def _require_reached(self, ends: Sequence[Point]) -> None:
         here = self._point.site
@@ -269,7 +275,6 @@ class Segment(OneLine):
             hidden = self._norm.module(h).to(self._batch.ids.device)
         return self._reached(index, found, hidden if self._to_logits else None)
 
-    @torch.no_grad()
     def later(self, sites: Sequence[str | Site]) -> dict[Site, Segment]:
         """Segments of the same recorded run from later sites to the same end; one run reads what all of them hold.
 
@@ -277,28 +282,33 @@ class Segment(OneLine):
             UnknownSiteError: for a site that this model does not have, or outside its blocks.
             InvalidInputError: if a site is not behind this one, or does not reach the end.
         """
-        points = [self._sites[site] for site in sites]
-        starts = [self._sites[Site("resid_pre", p.site.layer)] for p in points if p.site.kind not in STREAM]
-        ends = [*self._points, *([self._sites["logits"]] if self._to_logits else [])]
-        reader = copy.copy(self)
-        parts: dict[Site, Segment] = {point.site: copy.copy(self) for point in points}
-        for point in points:
-            parts[point.site]._point = point
-            parts[point.site]._require_reached(ends)
-        reader._points, reader._to_logits = list(dict.fromkeys([*points, *starts])), False
-        reader._require_reached(reader._points)
-        acts = reader.run().acts
-        for site, part in parts.items():
-            part._begin(site, acts, self.first_block)
-        return parts
+        to = [*(point.site for point in self._points), *(["logits"] if self._to_logits else [])]
+        hold = [point.site for point in self._holding]
+        points = [self._sites[site].site for site in sites]
+        return dict(zip(points, self.stretches([(site, to, hold) for site in points]), strict=True))
 
-    def _begin(self, site: Site, acts: Activations, before: int) -> None:
-        """What runs from a later site on, for a copy of a segment whose first block was `before`."""
-        self.x = acts.flat(site)
-        self.first_block = (site.layer or 0) + (site.kind == "resid_post")
-        skipped = self.first_block - before
-        self._blocks, self._calls = self._blocks[skipped:], self._calls.since(skipped)
-        self._start = self.x if site.kind in STREAM else acts[Site("resid_pre", site.layer)]
+    @torch.no_grad()
+    def stretches(self, wanted: Sequence[Stretch]) -> list[Segment]:
+        """Segments of the same recorded run, each with where it starts, where it leads and what it holds.
+
+        Raises:
+            UnknownSiteError: for a site that this model does not have, or outside its blocks.
+            InvalidInputError: if a site is not behind this one, or does not reach its end.
+        """
+        points = [self._sites[site] for site, _, _ in wanted]
+        starts = [self._sites[Site("resid_pre", p.site.layer)] for p in points if p.site.kind not in STREAM]
+        parts, reader = [copy.copy(self) for _ in wanted], copy.copy(self)
+        blocks = [part._lead(*stretch) for part, stretch in zip(parts, wanted, strict=True)]
+        read = dict.fromkeys([*points, *starts, *(point for part in parts for point in part._holding)])
+        reader._lead(self._point.site, [point.site for point in read], ())
+        acts = reader.run().acts
+        for part, layers in zip(parts, blocks, strict=True):
+            site, first, n = part._point.site, layers.start - self.first_block, len(layers)
+            part.x, part.first_block = acts.flat(site), layers.start
+            part._blocks, part._calls = self._blocks[first : first + n], self._calls.part(first, n)
+            part._start = part.x if site.kind in STREAM else acts[Site("resid_pre", site.layer)]
+            part._held = {point: acts[point.site] for point in part._holding}
+        return parts
 
     def _writer(self, values: Tensor | None) -> list[tuple[Point, Fn]]:
         """What puts the values in at the site."""
@@ -382,11 +392,3 @@ class Segment(OneLine):
             )
         if replaced and any(not start.precedes(point.site) for point in plan.points):
             raise InvalidInputError(f"segment({start}): both x and the plan write there. Leave out one of them.")
-
-
-def earliest(sites: SiteMap, interventions: Iterable[Intervention]) -> Site | None:
-    """The first site that any of the interventions edits or reads; None if none edits anything."""
-    edits = [edit for intervention in interventions for edit in intervention.edits]
-    gates = [edit.op.gate for edit in edits if isinstance(edit.op, When)]
-    used = [edit.site for edit in edits] + [gate.site for gate in gates if gate.site is not None]
-    return min((sites[site].site for site in used), key=lambda site: site.order, default=None)
