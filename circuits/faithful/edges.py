@@ -29,6 +29,7 @@ from workbench.core.errors import InvalidInputError, MismatchError
 from workbench.core.precision import precise
 from workbench.core.tokens import TokenBatch
 from workbench.models.model import Model
+from workbench.models.stretches import stretches
 
 
 @checked
@@ -151,6 +152,11 @@ class _Walk:
         """The metric of every pair."""
         model, read = self._b.model, self._b.metric.site
         direct = direct_pairs(model, self._b.places)
+        wanted = {
+            place.site: self._stretch(place, list(direct[place.site]))
+            for place in self._b.places if direct[place.site] and self._n(place.site)
+        }  # fmt: skip
+        self._segments = dict(zip(wanted, stretches(model, self._batch, list(wanted.values())), strict=True))
         for place in self._b.places:
             self._states[place.site] = self._state(place, list(direct[place.site]))
         above = list(direct_to(model, list(self._places), [read]))
@@ -207,18 +213,21 @@ class _Walk:
         kinds = kinds[1:]
         return dict(zip(above, kinds.split([len(m) for m in masks]), strict=True)), kind.to(self._rows.device)
 
+    def _stretch(self, place: Place, above: Sequence[str]) -> tuple[str, list[str], list[str]]:
+        """From the first of the earlier sites to what the site and its basis hold; the other earlier ones are given."""
+        model, (start, *others) = self._b.model, above
+        reaches, resolve = model.site_map.reaches, model.resolve
+        ends = [end for end in dict.fromkeys((place.site, place.read)) if any(reaches(up, end) for up in above)]
+        last = resolve(max(ends, key=lambda end: resolve(end).order))
+        return start, ends, [up for up in others if resolve(up).precedes(last)]
+
     def _seen(self, place: Place, above: Sequence[str]) -> tuple[Tensor, Tensor]:
         """What the site and what its basis reads hold for every kind of node: `(rows, kinds, pos, width)`."""
         kinds, _ = self._kinds(place, above)
         if not kinds:
             return tuple(precise(self._clean.flat(site))[:, None] for site in (place.site, place.read))  # type: ignore[return-value]
-        model, n_rows = self._b.model, len(self._rows)
-        reaches = model.site_map.reaches
-        ends = [end for end in dict.fromkeys((place.site, place.read)) if any(reaches(up, end) for up in above)]
-        start, *others = above
-        last = max(ends, key=lambda end: model.resolve(end).order)
-        others = [up for up in others if model.resolve(up).precedes(model.resolve(last))]
-        segment = model.segment(self._batch, start, [end for end in ends if reaches(start, end)], hold=others)
+        n_rows, (start, ends, others) = len(self._rows), self._stretch(place, above)
+        segment = self._segments[place.site]
         found: dict[str, list[Tensor]] = {end: [] for end in ends}
         n_kinds = next(iter(kinds.values())).shape[1]
         rows = torch.arange(n_rows, device=self._rows.device)

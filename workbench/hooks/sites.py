@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -107,30 +108,36 @@ class Site:
         """
         if isinstance(text, Site):
             return text
-        for kind, pattern in (*_TL_PATTERNS.items(), *_TL_ALIASES.items()):
-            name = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"(?:\.h(\d+))?", text)
-            if name:
-                numbers = [None if part is None else int(part) for part in name.groups()]
-                return cls(kind, *(numbers if len(numbers) == 2 else [None, *numbers]))
-        if text.startswith("blocks."):
-            layer, hook = (text.split(".") + ["", ""])[1], text.rpartition(".")[2]
-            why = _TL_WITHOUT_SITE.get(hook, "").format(layer)
-            known = [pattern.format(layer) for pattern in _TL_PATTERNS.values() if "{}" in pattern]
-            raise UnknownSiteError(
-                f"There is no site {text!r}" + (f": {why}." if why else f". {did_you_mean(text, known)}")
-            )
-        if text == "ln_final.hook_normalized":
-            raise UnknownSiteError(f"There is no site {text!r}: final_norm is the norm's output, weight included.")
-        kind, _, place = text.partition(".")
-        if kind in MODEL_KINDS and not place:
-            return cls(kind)
-        numbered = re.fullmatch(r"(-?\d+)(?:\.h(\d+))?", place)
-        if kind in LAYER_KINDS and numbered:
-            return cls(kind, int(numbered[1]), None if numbered[2] is None else int(numbered[2]))
-        if kind in LAYER_KINDS:
-            form = f"{kind}.0" + (f" or {kind}.0.h0" if kind in HEAD_KINDS else "")
-            raise UnknownSiteError(f"Site {text!r} needs a layer number, such as {form}.")
-        raise UnknownSiteError(f"There is no site {text!r}. {did_you_mean(kind, KINDS)} Write it as resid_post.10.")
+        return _parsed(text)
+
+
+@functools.lru_cache(maxsize=2**12)
+def _parsed(text: str) -> Site:
+    """The site of a name."""
+    for kind, pattern in (*_TL_PATTERNS.items(), *_TL_ALIASES.items()):
+        name = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"(?:\.h(\d+))?", text)
+        if name:
+            numbers = [None if part is None else int(part) for part in name.groups()]
+            return Site(kind, *(numbers if len(numbers) == 2 else [None, *numbers]))
+    if text.startswith("blocks."):
+        layer, hook = (text.split(".") + ["", ""])[1], text.rpartition(".")[2]
+        why = _TL_WITHOUT_SITE.get(hook, "").format(layer)
+        known = [pattern.format(layer) for pattern in _TL_PATTERNS.values() if "{}" in pattern]
+        raise UnknownSiteError(
+            f"There is no site {text!r}" + (f": {why}." if why else f". {did_you_mean(text, known)}")
+        )
+    if text == "ln_final.hook_normalized":
+        raise UnknownSiteError(f"There is no site {text!r}: final_norm is the norm's output, weight included.")
+    kind, _, place = text.partition(".")
+    if kind in MODEL_KINDS and not place:
+        return Site(kind)
+    numbered = re.fullmatch(r"(-?\d+)(?:\.h(\d+))?", place)
+    if kind in LAYER_KINDS and numbered:
+        return Site(kind, int(numbered[1]), None if numbered[2] is None else int(numbered[2]))
+    if kind in LAYER_KINDS:
+        form = f"{kind}.0" + (f" or {kind}.0.h0" if kind in HEAD_KINDS else "")
+        raise UnknownSiteError(f"Site {text!r} needs a layer number, such as {form}.")
+    raise UnknownSiteError(f"There is no site {text!r}. {did_you_mean(kind, KINDS)} Write it as resid_post.10.")
 
 
 @dataclass(frozen=True)
@@ -257,7 +264,7 @@ class SiteMap:
             UnknownSiteError: if this model has no such site, with the reason.
         """
         site = self.resolve(site)
-        whole = replace(site, head=None)
+        whole = site if site.head is None else replace(site, head=None)
         if whole in self.points:
             point = self.points[whole]
             return point if site.head is None else point.at_head(site.head)
@@ -315,7 +322,7 @@ class SiteMap:
                 f"Site {site}: layer {site.layer} does not exist; this model has layers 0 to {self.n_layers - 1} "
                 f"(or {-self.n_layers} to -1, from the end)."
             )
-        return replace(site, layer=site.layer % self.n_layers)
+        return site if site.layer >= 0 else replace(site, layer=site.layer % self.n_layers)
 
     def without(self, reasons: Mapping[Site, str]) -> SiteMap:
         """The same map with some sites withdrawn, each with the reason."""
