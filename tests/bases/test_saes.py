@@ -216,6 +216,19 @@ def test_provenance_and_identity() -> None:
     before = basis.fingerprint
     sae.W_enc[0, 0] += 1.0
     assert basis.fingerprint != before and len(before) == 12
+    jump = made("jumprelu")
+    seen = {as_basis(jump).fingerprint, as_basis(jump.to(torch.bfloat16).float()).fingerprint}
+    assert len(seen) == 1, "rounding to bfloat16 is none of another SAE"
+    for change in (
+        lambda: jump.threshold.data.add_(0.5),
+        lambda: jump.b_enc.data.add_(0.5),
+        lambda: jump.b_dec.data.add_(0.5),
+        lambda: setattr(jump.cfg, "normalize_activations", "layer_norm"),
+        lambda: setattr(jump.cfg, "apply_b_dec_to_input", not jump.cfg.apply_b_dec_to_input),
+    ):
+        change()
+        seen.add(as_basis(jump).fingerprint)
+    assert len(seen) == 6, "what the encoder does is part of the SAE"
     with pytest.raises(AttributeError):
         basis.site = "resid_post.2"  # type: ignore[misc]
     assert isinstance(replace(basis, site="resid_post.2"), Basis)

@@ -26,6 +26,7 @@ _LINEAR = (*_PER_FEATURE, *_COMPETING, "matching_pursuit", "batchtopk", "matryos
 _STATE = ("ln_mu", "ln_std", "x_norm_coeff", "d_head", "reshape_fn_in")
 """What sae_lens keeps on the SAE from `encode` to `decode`."""
 _SIZES = "_sizes_of_tokens"
+_WEIGHTS = ("W_dec", "W_enc", "W_skip", "b_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold")
 
 
 @runtime_checkable
@@ -218,11 +219,14 @@ class SAEBasis(Basis):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any entry of the decoder or the encoder, bfloat16 rounding apart; 12 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for name in ("W_dec", "W_enc"):
-            if (matrix := getattr(self.sae, name, None)) is not None:
-                digest.update(matrix.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+        """Changes with any weight, bfloat16 rounding apart, and with how they are used; 12 hexadecimal digits."""
+        config = getattr(self.sae, "cfg", None)
+        used = {name: getattr(config, name, None) for name in ("k", "apply_b_dec_to_input")}
+        digest = hashlib.sha256(f"{self.architecture} {self.normalisation} {self._rescales} {used}".encode())
+        for name in _WEIGHTS:
+            if isinstance(weight := getattr(self.sae, name, None), Tensor):
+                digest.update(name.encode())
+                digest.update(weight.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:12]
 
     @functools.cached_property
