@@ -297,7 +297,8 @@ class Segment(OneLine):
         """
         points = [self._sites[site] for site, _, _ in wanted]
         starts = [self._sites[Site("resid_pre", p.site.layer)] for p in points if p.site.kind not in STREAM]
-        parts, reader = [copy.copy(self) for _ in wanted], copy.copy(self)
+        reader = copy.copy(self)
+        parts: list[Segment] = [copy.copy(self) for _ in wanted]
         blocks = [part._lead(*stretch) for part, stretch in zip(parts, wanted, strict=True)]
         read = dict.fromkeys([*points, *starts, *(point for part in parts for point in part._holding)])
         reader._lead(self._point.site, [point.site for point in read], ())
