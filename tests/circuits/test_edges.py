@@ -172,6 +172,20 @@ def test_what_leaves_a_node_is_its_effect_for_transcoders_channels_and_neurons()
     _assert_conserved(exact_model(), bases, pairs_of()[[0, 1]], "resid_post.1", 1e-11)
 
 
+def test_the_stream_passes_each_coordinate_to_itself_alone() -> None:
+    # With attention and MLP held, `resid_post.1 = resid_post.0 + what is held`: no coordinate reaches another one.
+    model, pairs = exact_model(), pairs_of()[[0, 1]]
+    bases = circuits.neurons(model, BLOCK)
+    edges = circuits.edge_effects(model, bases, pairs, DIFFERENCE, _whole(model, bases, pairs))
+    crossing = {}
+    for (up, down), table in edges.tables.items():
+        same = (table.upstream[:, None] == table.downstream[None]).all(-1)
+        crossing[up, down] = float((table.effect * ~same).abs().max()) / float(table.effect.abs().max())
+    into = {pair: crossing.pop(pair) for pair in [(up, "resid_post.1") for up in BLOCK[:3]]}
+    assert max(into.values()) == 0.0, into
+    assert min(crossing.values()) > 0.01, "attention and MLP mix coordinates"
+
+
 def test_sites_without_a_basis_in_between_pass_everything_on() -> None:
     # attn_out.1 has no basis: its part is in the edges of the stream before it.
     saes = mixed_saes(["resid_post.0", "mlp_out.1", "resid_post.1", "resid_post.2"])

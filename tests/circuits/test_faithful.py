@@ -14,6 +14,7 @@ from tests.circuits.oracle import Oracle, part_of
 from tests.circuits.toys import (
     ANSWERS,
     CLEAN,
+    EXACT,
     close,
     difference,
     exact_model,
@@ -142,6 +143,7 @@ def test_nothing_and_everything_are_the_same_in_every_basis_and_architecture(fam
     for name, bases in (
         ("sae", mixed_saes(sites, shift=FAMILIES.index(family))), ("neurons", circuits.neurons(model, sites)),
         ("random", circuits.random(model, sites, d_sae=24, k=5)),
+        *([("pca", circuits.pca(model, sites, ["abXde", "ecXaf", "kbYdd"], k=6))] if family in EXACT else []),
     ):  # fmt: skip
         whole = _circuit(family, bases)
         for ablation in ("mean", "resample"):
@@ -150,9 +152,9 @@ def test_nothing_and_everything_are_the_same_in_every_basis_and_architecture(fam
                 model, bases, _listed(whole), pairs, DIFFERENCE, ablation=ablation, complement=True
             )  # type: ignore[arg-type]
             found[name, ablation] = out
-            assert out.value.value == pytest.approx(0.0, abs=1e-5 if name == "random" else 1e-6)
+            assert out.value.value == pytest.approx(0.0, abs=1e-5 if name in ("random", "pca") else 1e-6)
     for ablation in ("mean", "resample"):
-        for name in ("sae", "random"):
+        for name in dict.fromkeys(name for name, _ in found if name != "neurons"):
             assert torch.equal(found[name, ablation].full, found["neurons", ablation].full)
             assert close(found[name, ablation].empty, found["neurons", ablation].empty, 1e-12)
 

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 import circuits
+import workbench as wb
 from circuits.graph.circuit import ERROR
 from circuits.nodes.effects import NodeEffects, aggregated
 from circuits.pairs import Pairs
 from tests.circuits.oracle import Oracle, points_of
 from tests.circuits.toys import (
+    ANSWERS,
+    CLEAN,
     EXACT,
+    PATCH,
     all_sites,
     close,
     dense,
@@ -27,7 +31,7 @@ from tests.circuits.toys import (
     pairs_of,
 )
 from tests.interventions.builders import padded
-from tests.tiny import D_MODEL, as_user
+from tests.tiny import D_MODEL, as_user, tiny_hf, tiny_tokenizer
 from workbench.core.errors import (
     CorruptFileError,
     DegenerateInputError,
@@ -492,6 +496,17 @@ def test_wrong_input_is_answered_in_words() -> None:
             call()
 
 
+def test_scores_in_single_precision_are_those_in_double() -> None:
+    exact, single = exact_model(), Model(tiny_hf("gpt2"), tiny_tokenizer(), name="tiny-gpt2")
+    found = []
+    for model in (exact, single):
+        pairs = Pairs.of(model, clean=CLEAN, patch=PATCH, answers=ANSWERS)
+        bases = circuits.neurons(model, ["embed", "mlp_out.0", "resid_post.1"])
+        effects = circuits.node_effects(model, bases, pairs, DIFFERENCE, aggregation="none", measured=False)
+        found.append(torch.cat([dense(site, (4, 5))[0].flatten().double() for site in effects.values()]))
+    assert float(torch.corrcoef(torch.stack(found))[0, 1]) > 1 - 1e-9 and not torch.equal(*found)
+
+
 # The embedded model.
 
 
@@ -525,3 +540,17 @@ def test_ten_midpoints_are_complete_at_every_depth_where_attribution_patching_fa
     }
     assert max(gaps["midpoint"]) < 0.02 and max(gaps["left"]) < 0.05, gaps
     assert min(gaps["atp"][:4]) > 0.4, gaps
+
+
+@pytest.mark.embedded
+@pytest.mark.slow
+def test_half_precision_finds_the_same_nodes(embedded: Model) -> None:
+    half = wb.load_model("embedded", dtype="bfloat16", check=False)
+    top = []
+    for model in (embedded, half):
+        bases = circuits.neurons(model, ["mlp_out.8", "resid_post.14", "attn_out.20"])
+        pairs = circuits.behaviours.pairs("sva_nounpp", model, n=16)
+        effects = circuits.node_effects(model, bases, pairs, DIFFERENCE, measured=False)
+        frame = effects.frame().sort_values("effect", key=abs, ascending=False).head(50)
+        top.append(set(zip(frame["site"], frame["feature"], strict=True)))
+    assert len(top[0] & top[1]) >= 45, len(top[0] & top[1])
