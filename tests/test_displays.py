@@ -34,9 +34,11 @@ from workbench.features import (
     FeatureCard,
     FeatureTable,
     LensEnds,
+    LensEstimate,
     LensToken,
     LensTokens,
     OutputScores,
+    TokenVectors,
     TopContexts,
     Window,
 )
@@ -204,6 +206,26 @@ def _lens() -> Lens:
     )  # fmt: skip
 
 
+def _linear_lens() -> wb.LinearLens:
+    sites = tuple(f"resid_post.{i}" for i in range(60))
+    eye = torch.eye(16)
+    return wb.LinearLens(
+        kind="jacobian", target="resid_post.60", sites=sites, weights=dict.fromkeys(sites, eye), n_fit=10**9,
+        model_name=EVIL[:60], fingerprint="0",
+    )  # fmt: skip
+
+
+def _jacobian_lens() -> wb.JacobianLens:
+    model = _named(tiny_model())
+    model.name = EVIL[:60]
+    return wb.jacobian_lens(model, _batch(2))
+
+
+def _token_vectors() -> TokenVectors:
+    sites = [f"resid_post.{i}" for i in range(60)]
+    return TokenVectors(tokens={i: EVIL for i in range(9)}, vectors=dict.fromkeys(sites, torch.ones(9, 16)))
+
+
 def _gate() -> JudgeGate:
     trial = Trial(
         subject=EVIL, group=EVIL, margin=wb.Estimate(1.0, 0.0, 2.0, 9, "t"), needed_margin=0.1, cases=9, unread=0
@@ -327,6 +349,10 @@ REAL: dict[type, Callable[[Path], object]] = {
     AttentionMap: lambda _: AttentionMap(patterns={EVIL: torch.rand(99, 60, 60)}, tokens=(EVIL,) * 60),
     FeatureCard: lambda _: _card(3),
     Lens: lambda _: _lens(),
+    LensEstimate: lambda _: LensEstimate(seconds=1e6, memory_bytes=10**12, disk_bytes=10**12, what=EVIL[:60]),
+    TokenVectors: lambda _: _token_vectors(),
+    wb.JacobianLens: lambda _: _jacobian_lens(),
+    wb.LinearLens: lambda _: _linear_lens(),
     TokenMap: lambda _: TokenMap(batch=_batch(9), values=torch.rand(9, 300), name=EVIL),
     FeatureTable: lambda _: _table(),
     JudgeGate: lambda _: _gate(),

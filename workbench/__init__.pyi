@@ -28,6 +28,11 @@ from .features.lens import Lens as Lens
 from .features.lens import lens as lens
 from .features.lens import show_attention as show_attention
 from .features.lens import show_tokens as show_tokens
+from .features.lenses.fitting import fit_lens as fit_lens
+from .features.lenses.jacobian import JacobianLens as JacobianLens
+from .features.lenses.jacobian import jacobian_lens as jacobian_lens
+from .features.lenses.linear import LinearLens as LinearLens
+from .features.lenses.loading import load_lens as load_lens
 from .features.scores.score_features import score_features as score_features
 from .features.scores.table import FeatureTable as FeatureTable
 from .hooks.sites import Site as Site

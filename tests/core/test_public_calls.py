@@ -28,10 +28,11 @@ RESULTS = (
     "Answer", "Answers", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
     "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate", "HeadScore", "HeadScores",
-    "IntruderScore", "JudgeGate", "Lens", "LensEnds", "LensToken", "LensTokens", "LoadedGraph", "LogitLens", "MergedLora", "Neighbour", "NodeEffects",
+    "IntruderScore", "JacobianLens", "JudgeGate", "Lens", "LensEnds", "LensEstimate", "LensReading", "LensToken",
+    "LensTokens", "LinearLens", "LoadedGraph", "LogitLens", "MergedLora", "Neighbour", "NodeEffects",
     "OutputScores", "PatchGrid", "PathEffects", "Plan", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport", "SAEsEstimate",
     "Section", "SelectionReport", "ShiftReport", "SteeringExample", "SteeringReport", "TokenTable",
-    "TokenizerFacts", "TopContexts", "TrainedSAEs", "Trial", "TwoByTwo", "Window",
+    "TokenVectors", "TokenizerFacts", "TopContexts", "TrainedSAEs", "Trial", "TwoByTwo", "Window",
 )  # fmt: skip
 """What functions give: it is not made by hand, and a number in it may be nan."""
 

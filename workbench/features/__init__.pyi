@@ -19,6 +19,11 @@ from .explain.rule_explanations import explain_by_rules as explain_by_rules
 from .explain.rule_explanations import score_rules as score_rules
 from .explain.testing import IntruderScore as IntruderScore
 from .explain.testing import intruder_score as intruder_score
+from .lenses.jacobian import LensEstimate as LensEstimate
+from .lenses.published import export_lens as export_lens
+from .lenses.reading import LensReading as LensReading
+from .lenses.tuned import TunedOptions as TunedOptions
+from .lenses.vectors import TokenVectors as TokenVectors
 from .passes.contexts import ContextOptions as ContextOptions
 from .passes.contexts import TopContexts as TopContexts
 from .passes.contexts import top_contexts as top_contexts

@@ -177,10 +177,10 @@ def _read(
     model: Model, kept: list[Float[Tensor, "n d"]], following: Int[Tensor, " n"], ends: Tensor, k: int
 ) -> dict[str, Tensor]:
     """The readings of some tokens at every site."""
-    last = _logprobs(model, kept[-1])
+    last = log_probabilities(model, kept[-1])
     found: dict[str, list[Tensor]] = {}
     for x in kept:
-        logprobs = _logprobs(model, x)
+        logprobs = log_probabilities(model, x)
         top = logprobs.topk(k)
         target = logprobs.gather(1, following[:, None])
         values = {
@@ -194,7 +194,8 @@ def _read(
     return {name: torch.stack(values) for name, values in found.items()}
 
 
-def _logprobs(model: Model, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+def log_probabilities(model: Model, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+    """What the end of the model makes of vectors of the stream; its own norm, unembedding, bias and soft cap."""
     norm = model.site_map["final_norm"].module
     weight = next(norm.parameters(), x)
     # by its forward alone: hooks on it belong to runs of the model

@@ -1,0 +1,1 @@
+"""Lenses with a map per layer: fitted by regression, tuned, or the mean Jacobian; their controls, files and edits."""
