@@ -15,7 +15,10 @@ from circuits.classics.logit_lens import LogitLens, logit_lens
 from circuits.classics.patch_grid import PatchGrid, patch_grid
 from circuits.classics.path_patch import PathEffects, path_patch
 from circuits.decomposition import bases, heads, mlp_hidden, neurons, pca, random
+from circuits.discovery.agreement import Stability
+from circuits.discovery.clusters import Behaviours, DiscoveryOptions, find_behaviours
 from circuits.discovery.samples import SampleOptions, Samples, find_samples
+from circuits.discovery.vectors import SampleVectors, VectorOptions, sample_vectors
 from circuits.edges.attribute import edge_effects
 from circuits.edges.tables import Edges, EdgeTable
 from circuits.faithful.controls import random_circuit, top_activation_circuit
@@ -62,10 +65,12 @@ from circuits.shift.task import LabelledTexts, ShiftTask
 __all__ = [
     "AskedDecider",
     "AttributionOptions",
+    "Behaviours",
     "BiographyOptions",
     "Circuit",
     "Decider",
     "DirectAttribution",
+    "DiscoveryOptions",
     "EdgeTable",
     "Edges",
     "Faithfulness",
@@ -75,8 +80,8 @@ __all__ = [
     "HeadScores",
     "LabelledTexts",
     "LexiconDecider",
-    "LogitLens",
     "LoadedGraph",
+    "LogitLens",
     "LogitMetric",
     "LossOfMargin",
     "Metric",
@@ -89,6 +94,7 @@ __all__ = [
     "SAETrainingOptions",
     "SAEsEstimate",
     "SampleOptions",
+    "SampleVectors",
     "Samples",
     "ShiftOptions",
     "ShiftReport",
@@ -96,8 +102,10 @@ __all__ = [
     "SiteEffects",
     "SiteMetric",
     "SiteNodes",
+    "Stability",
     "StatisticsDecider",
     "TrainedSAEs",
+    "VectorOptions",
     "Verdict",
     "bases",
     "behaviours",
@@ -109,6 +117,7 @@ __all__ = [
     "exact_effects",
     "faithfulness",
     "faithfulness_curve",
+    "find_behaviours",
     "find_samples",
     "head_scores",
     "heads",
@@ -131,6 +140,7 @@ __all__ = [
     "probe_margin",
     "random",
     "random_circuit",
+    "sample_vectors",
     "shift",
     "top_activation_circuit",
     "train_saes",

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 
 import circuits
 import workbench as wb
@@ -306,6 +307,27 @@ def _pairs() -> circuits.Pairs:
     )
 
 
+def _behaviours() -> circuits.Behaviours:
+    samples = _samples()
+    n = len(samples)
+    flat = wb.Estimate(0.5, 0.2, 0.8, 5, "t", EVIL)
+    labels = np.arange(n) // 2
+    return circuits.Behaviours(
+        samples=samples,
+        vectors=_vectors(n),
+        labels=labels,
+        method="kmeans",
+        min_size=1,
+        stability=circuits.Stability(ari=flat, null=flat, jaccard=np.ones(n), jaccard_null=np.ones(n), share=0.8),
+        before=labels,
+        splits=None,
+    )
+
+
+def _vectors(n: int) -> circuits.SampleVectors:
+    return circuits.SampleVectors(kind="effects", matrix=csr_matrix(np.ones((n, 9))), sites={EVIL: 9}, kept=0.5)
+
+
 def _bench() -> tuple[wb.Model, dict[str, Any]]:
     model = tiny_model()
     return model, circuits.neurons(model, [f"{kind}.{i}" for i in range(3) for kind in ("mlp_out", "resid_post")])
@@ -332,6 +354,9 @@ REAL: dict[type, Callable[[Path], object]] = {
     Answers: lambda _: Answers(np.ones(5_000)),
     CardSet: lambda _: CardSet(tuple(range(500)), {"site": EVIL, "model": EVIL}, _Cards()),
     CheckReport: lambda _: CheckReport((Check(EVIL, False, EVIL),) * 500, {Site("z", i): EVIL for i in range(99)}),
+    circuits.Behaviours: lambda _: _behaviours(),
+    circuits.SampleVectors: lambda _: _vectors(9),
+    circuits.Stability: lambda _: _behaviours().stability,
     circuits.Circuit: lambda _: _effects().circuit(n=200).with_labels({}),
     circuits.Edges: lambda _: _edges(),
     circuits.Faithfulness: lambda _: _faithful(),

@@ -113,6 +113,13 @@ class Samples(Shown):
         every = Pairs(self.contexts, None, self.answers[:, None], note="confident next-token predictions")
         return every[rows]
 
+    def chosen(self, rows: Sequence[int]) -> Samples:
+        """Some of the samples; what was left out stays counted for all."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        own = {name: getattr(self, name)[index] for name in ("losses", "documents", "positions")}
+        there = index.to(self.answers.device)
+        return replace(self, contexts=self.contexts[there], answers=self.answers[there], **own)
+
     def frame(self) -> pd.DataFrame:
         """One row per sample: document, place, context and answer as text, loss, tokens of context."""
         import pandas as pd
@@ -155,7 +162,11 @@ def find_samples(model: Model, texts: Iterable[str], *, options: SampleOptions |
         DegenerateInputError: if there is no sample.
         InvalidInputError: for a text with half a character, or a context that the model can't hold.
     """
-    options = options or SampleOptions()
+    return found_from(model, texts, options or SampleOptions())
+
+
+def found_from(model: Model, texts: Iterable[str], options: SampleOptions, first_document: int = 0) -> Samples:
+    """The samples of texts whose documents are numbered from another number than 0."""
     if model.max_tokens is not None and options.context >= model.max_tokens:
         raise InvalidInputError(
             f"find_samples(context={options.context}): {model.name} reads at most {model.max_tokens} tokens, answer "
@@ -163,7 +174,7 @@ def find_samples(model: Model, texts: Iterable[str], *, options: SampleOptions |
         )
     found = _Found(options, special_ids(model.tokenizer))
     with task(total=options.limit, description="Looking for confident predictions", unit="samples") as bar:
-        for batch in _batches(_windows(model, texts, options), options.batch_size):
+        for batch in _batches(_windows(model, texts, options, first_document), options.batch_size):
             before = len(found.samples)
             for window, losses in zip(batch, _losses(model, batch), strict=True):
                 if not found.is_full:
@@ -201,7 +212,7 @@ class _Sample:
     position: int
 
 
-def _windows(model: Model, texts: Iterable[str], options: SampleOptions) -> Iterator[_Window]:
+def _windows(model: Model, texts: Iterable[str], options: SampleOptions, first: int) -> Iterator[_Window]:
     """The windows of the documents in order, or some of each; no token is in two of them, the prefix apart."""
     prefix = list(affixes(model.tokenizer).prefix)
     width = options.context + 1 - len(prefix)
@@ -210,7 +221,7 @@ def _windows(model: Model, texts: Iterable[str], options: SampleOptions) -> Iter
             f"find_samples(context={options.context}): the tokenizer puts {len(prefix)} tokens in front of a text, so "
             "no context is left. Raise context."
         )
-    for document, text in enumerate(texts):
+    for document, text in enumerate(texts, first):
         require_unicode(text, f"Document {document} (from 0)")
         ids = text_ids(model.tokenizer, text)
         starts, most = range(0, len(ids), width), options.windows_per_document

@@ -22,6 +22,7 @@ from workbench.core.errors import InvalidInputError, MismatchError
 from workbench.core.numbers import counted
 from workbench.core.precision import precise
 from workbench.core.tokens import TokenBatch
+from workbench.hooks.capture import Activations
 from workbench.models.model import Model
 from workbench.models.segment import Segment
 from workbench.models.stretches import stretches
@@ -96,11 +97,18 @@ class AttributionOptions(OneLine):
 
 def clean_slopes(setting: Setting, rows: Int[Tensor, " rows"]) -> dict[str, Float[Tensor, "tokens d"]]:
     """Gradient of the metric at the clean state of every site, at the kept tokens, from one pass."""
+    return clean_pass(setting, rows)[1]
+
+
+def clean_pass(
+    setting: Setting, rows: Int[Tensor, " rows"], more: Sequence[str] = ()
+) -> tuple[Activations, dict[str, Float[Tensor, "tokens d"]]]:
+    """One pass: activations at every site and at `more`, and the metric's gradient at every site, at kept tokens."""
     model, metric = setting.model, setting.metric
     reads = "final_norm" if metric.site == "logits" else metric.site
     sites = [place.site for place in setting.places]
     batch = setting.batch(rows)
-    acts = model.capture(batch, list(dict.fromkeys([*sites, reads])), grad=True)
+    acts = model.capture(batch, list(dict.fromkeys([*sites, *more, reads])), grad=True)
     with torch.enable_grad():
         found = metric_of(model, metric, acts.flat(reads) if reads != "logits" else acts[reads], batch, rows)
     leaves = [acts[site] for site in sites]
@@ -111,7 +119,7 @@ def clean_slopes(setting: Setting, rows: Int[Tensor, " rows"]) -> dict[str, Floa
             raise MismatchError(_no_gradient(metric, site))
         flat = model.site_map[site].flat(grad)
         slopes[site] = precise(flat.to(setting.keep.device)[setting.keep[rows]])
-    return slopes
+    return acts, slopes
 
 
 def metric_of(

@@ -25,13 +25,13 @@ from workbench.core.errors import CallError, InvalidInputError
 ROOMS = ("controls", "features", "glitch", "judges", "probes", "saes", "steering", "core")
 PACKAGES = (wb, *(importlib.import_module(f"workbench.{room}") for room in ROOMS), circuits)
 RESULTS = (
-    "Answer", "Answers", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
+    "Answer", "Answers", "Behaviours", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
     "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate", "HeadScore", "HeadScores",
     "IntruderScore", "JacobianLens", "JudgeGate", "Lens", "LensEnds", "LensEstimate", "LensReading", "LensToken",
     "LensTokens", "LinearLens", "LoadedGraph", "LogitLens", "MergedLora", "Neighbour", "NodeEffects",
-    "OutputScores", "PatchGrid", "PathEffects", "Plan", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport", "SAEsEstimate",
-    "Section", "SelectionReport", "ShiftReport", "SteeringExample", "SteeringReport", "TokenTable",
+    "OutputScores", "PatchGrid", "PathEffects", "Plan", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport", "SAEsEstimate", "SampleVectors",
+    "Section", "SelectionReport", "ShiftReport", "SteeringExample", "SteeringReport", "Stability", "TokenTable",
     "TokenVectors", "TokenizerFacts", "TopContexts", "TrainedSAEs", "Trial", "TwoByTwo", "Window",
 )  # fmt: skip
 """What functions give: it is not made by hand, and a number in it may be nan."""

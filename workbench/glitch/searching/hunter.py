@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.core.errors import DegenerateInputError, MissingFileError, ShapeError, require
+from workbench.core.errors import DegenerateInputError, ShapeError, require
+from workbench.core.leiden import leiden
 from workbench.core.numbers import counted
 from workbench.core.progress import task, track
 from workbench.glitch.searching.oracle import Asker, Found, Oracle
@@ -117,22 +117,12 @@ def communities(rows: Float[Tensor, "n d_model"], options: HunterOptions) -> np.
         DegenerateInputError: if a row is not finite.
         MissingFileError: if leidenalg is not installed.
     """
-    try:
-        import igraph
-        import leidenalg
-    except ImportError as error:
-        raise MissingFileError(
-            f"The hunter needs the libraries leidenalg and igraph ({error}). Install them with "
-            "`pip install interp-workbench[search]`, or use another search."
-        ) from error
     edges = nearest_pairs(principal_components(rows, options.components), options.neighbours)
-    graph: Any = igraph.Graph(n=len(rows), edges=edges)  # igraph has no types
     with task(total=None, description=f"communities of {counted(len(rows), 'tokens')}", unit="steps"):
-        partition = leidenalg.find_partition(
-            graph, leidenalg.RBConfigurationVertexPartition, resolution_parameter=options.resolution,
+        return leiden(
+            len(rows), edges, who="The hunter", instead="another search", resolution=options.resolution,
             seed=options.seed,
         )  # fmt: skip
-    return np.asarray(partition.membership, dtype=np.int64)
 
 
 def principal_components(rows: Float[Tensor, "n d_model"], k: int) -> Float[Tensor, "n k"]:
