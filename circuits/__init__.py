@@ -60,7 +60,8 @@ from circuits.shift.deciders import (
 )
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.study import ShiftOptions, shift
-from circuits.shift.task import LabelledTexts, ShiftTask
+from circuits.shift.task import ShiftTask
+from circuits.shift.texts import LabelledTexts
 
 __all__ = [
     "AskedDecider",

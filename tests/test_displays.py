@@ -299,6 +299,15 @@ def _samples() -> circuits.Samples:
     )  # fmt: skip
 
 
+def _task() -> circuits.ShiftTask:
+    n = 500
+    label, spurious = tuple(i % n for i in range(2 * n)), tuple(i // n for i in range(2 * n))
+    rows = circuits.LabelledTexts((EVIL,) * 2 * n, label, spurious)
+    return circuits.ShiftTask(
+        name=EVIL, label_names=(EVIL,) * n, spurious_names=(EVIL,) * 2, train=rows, test=rows, notes=(EVIL,) * n
+    )
+
+
 @cache
 def _pairs() -> circuits.Pairs:
     clean = [f"ab{EVIL[:9]}{chr(97 + i)}" for i in range(20)]
@@ -361,6 +370,7 @@ REAL: dict[type, Callable[[Path], object]] = {
     circuits.Edges: lambda _: _edges(),
     circuits.Faithfulness: lambda _: _faithful(),
     circuits.FaithfulnessCurve: lambda _: circuits.FaithfulnessCurve((CurvePoint(EVIL, 9, _faithful()),) * 500),
+    circuits.ShiftTask: lambda _: _task(),
     circuits.SAEsEstimate: lambda _: circuits.SAEsEstimate(
         sites=90, passes=3, seconds=1e6, memory_bytes=10**9, disk_bytes=10**12
     ),

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from circuits.shift.deciders import Decider, Decision, FeatureDossier, Verdict
-from circuits.shift.task import Pair, ShiftTask
+from circuits.shift.deciders import (
+    Decider,
+    Decision,
+    FeatureDossier,
+    LexiconDecider,
+    OracleDecider,
+    StatisticsDecider,
+    Verdict,
+)
+from circuits.shift.task import NEEDS, Need, ShiftTask
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
+from workbench.core.errors import MismatchError
 from workbench.core.numbers import number
 from workbench.core.stats import Estimate, paired_difference
 from workbench.judges.files import FileJudge
@@ -40,8 +49,8 @@ class AskedDecider(OneLine):
     """
 
     judge: Judge
-    attribute: Pair
-    label: Pair
+    attribute: tuple[str, ...]
+    label: tuple[str, ...]
     gate: JudgeGate
 
     is_oracle = False
@@ -83,22 +92,50 @@ class AskedDecider(OneLine):
         return Verdict(dossier.node, decision, score, why)
 
 
-def decider_of(judge: Decider | Judge, task: ShiftTask, seed: int = 0) -> Decider:
-    """The decider itself, or a judge as one."""
+_NEEDED: tuple[tuple[type[Decider] | type[AskedDecider], Need], ...] = (
+    (StatisticsDecider, "twins"), (LexiconDecider, "words"), (OracleDecider, "balanced"),
+)  # fmt: skip
+
+
+def decider_of(judge: Decider | Judge | None, task: ShiftTask, seed: int = 0) -> Decider:
+    """The decider itself, a judge as one, or by default one that needs no more than the task has.
+
+    Raises:
+        MismatchError: if the decider needs what the task does not have.
+    """
+    missing = task.missing()
+    if judge is None:
+        return _default(missing)
+    for kind, need in _NEEDED:
+        if isinstance(judge, kind) and need in missing:
+            raise MismatchError(f"shift: the {judge.name} judge can't decide, since {missing[need]}. Give another.")
     return AskedDecider.of(judge, task, seed) if isinstance(judge, Judge) else judge
 
 
-def words_question(words: Iterable[str], names: Pair) -> Question:
-    """Asks whether words tell one of two names from the other."""
+def _default(missing: Mapping[Need, str]) -> Decider:
+    if "twins" not in missing:
+        return StatisticsDecider()
+    if "words" not in missing:
+        return LexiconDecider()
+    raise MismatchError(
+        f"shift: {missing['twins']}, and {missing['words']}. Give the task one of these, or give a judge of your own."
+    )
+
+
+def words_question(words: Iterable[str], names: Sequence[str]) -> Question:
+    """Asks whether words tell one of two or more names from the others."""
+    which = "the two" if len(names) == 2 else "them"
     return Question(
-        f"Somebody is either {names[0]} or {names[1]}. Which of the two is not known, but a text about them contains "
-        f"these words:\n{', '.join(word.strip() for word in words)}\n\nDo the words as such tell which of the two it "
+        f"Somebody is either {' or '.join(names)}. Which of {which} is not known, but a text about them contains "
+        f"these words:\n{', '.join(word.strip() for word in words)}\n\nDo the words as such tell which of {which} it "
         "is? Reply with the single digit 1 for yes or 0 for no.\nReply:"
     )
 
 
 def words_gate(judge: Judge, task: ShiftTask, seed: int = 0) -> JudgeGate:
     """Tries a judge on words of the task's two lists, each with the question that fits and with the other one."""
+    if not (task.spurious_words and task.target_words):
+        raise MismatchError(f"words_gate: {NEEDS['words']}, so a judge can't be tried. Give both lists.")
     random, pairs = np.random.default_rng(seed), (task.spurious_names, task.label_names)
     lists = [sorted(task.spurious_words), sorted(task.target_words)]
     cases = [random.choice(words, min(WORDS_PER_CASE, len(words)), replace=False).tolist()

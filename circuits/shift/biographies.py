@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from circuits.shift.methods import words_deleted
-from circuits.shift.task import LabelledTexts, ShiftTask
+from circuits.shift.task import ShiftTask
+from circuits.shift.texts import LabelledTexts
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
@@ -293,4 +294,5 @@ def biographies(options: BiographyOptions | None = None) -> ShiftTask:
         test=rows("test", "test", every_group, options.n_test // 4),
         spurious_words=gender_words(), target_words=pair[0].words | pair[1].words,
         methods=(words_deleted("gendered words deleted", gender_words()),),
+        notes=("Test texts have wording and names that training texts do not have.",),
     )  # fmt: skip

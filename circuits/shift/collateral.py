@@ -10,7 +10,7 @@ from torch import Tensor
 
 from circuits.shift.deciders import Node
 from circuits.shift.evidence import Reader
-from circuits.shift.shift_report import Collateral
+from circuits.shift.rows import Collateral
 from workbench.core.stats import paired_difference, sample_mean
 from workbench.core.tokens import TokenBatch
 

@@ -37,7 +37,7 @@ class BalancedEvidence:
     Attributes:
         acts: pooled activation per row.
         label: 0 or 1 per row.
-        spurious: 0 or 1 per row.
+        spurious: the label that the row's attribute goes with in training.
     """
 
     acts: Rows
@@ -53,11 +53,11 @@ class FeatureDossier(OneLine):
         node: the feature.
         effect: how much it supports the label on the ambiguous set, in logits.
         acts: pooled activation on each ambiguous training text.
-        swapped: the same after the spurious attribute of the text was swapped, all else equal.
+        swapped: the same after the spurious attribute of the text was swapped, all else equal; None without twins.
         label: ambiguous label, 0 or 1 per row.
         top_tokens: tokens with the largest activation, with it.
-        spurious_share: share of its activation that falls on words of the spurious lexicon.
-        target_share: share that falls on words of the label.
+        spurious_share: share of its activation that falls on words of the spurious lexicon; None without one.
+        target_share: share that falls on words of the label; None without a list of them.
         n_tokens: tokens on which it is active.
         balanced: given to oracles only.
     """
@@ -65,11 +65,11 @@ class FeatureDossier(OneLine):
     node: Node
     effect: float
     acts: Rows
-    swapped: Rows
+    swapped: Rows | None
     label: Rows
     top_tokens: tuple[tuple[str, float], ...]
-    spurious_share: float
-    target_share: float
+    spurious_share: float | None
+    target_share: float | None
     n_tokens: int
     balanced: BalancedEvidence | None = None
 
@@ -150,6 +150,8 @@ class StatisticsDecider(OneLine):
 
     def __call__(self, dossier: FeatureDossier) -> Verdict:
         """The verdict on one feature."""
+        if dossier.swapped is None:
+            raise MismatchError("StatisticsDecider: the dossier holds no swapped texts. Give the task twins.")
         if dossier.n_tokens < self.min_tokens:
             return Verdict(dossier.node, "unsure", 0.0, f"active on {dossier.n_tokens} tokens only")
         between, swapped, score = swap_statistics(dossier.acts, dossier.swapped, dossier.label)
@@ -157,7 +159,7 @@ class StatisticsDecider(OneLine):
         share = swapped / between if between else float("nan")
         why = (
             f"swapping the attribute undoes a share of {number(share)} of its difference between labels "
-            f"(z = {number(score)}); {_on_words(dossier)}"
+            f"(z = {number(score)}){_on_words(dossier, '; ')}"
         )
         return Verdict(dossier.node, decision, score, why)
 
@@ -199,6 +201,8 @@ class LexiconDecider(OneLine):
     def __call__(self, dossier: FeatureDossier) -> Verdict:
         """The verdict on one feature."""
         ours, theirs = dossier.spurious_share, dossier.target_share
+        if ours is None or theirs is None:
+            raise MismatchError("LexiconDecider: the dossier holds no shares of words. Give the task both word lists.")
         spurious, intended = ours >= self.share and ours > theirs, theirs >= self.share and theirs > ours
         why = _on_words(dossier)
         return Verdict(
@@ -233,9 +237,12 @@ class OracleDecider(OneLine):
         return Verdict(dossier.node, "spurious" if score > 0 else "intended", score, why)
 
 
-def _on_words(dossier: FeatureDossier) -> str:
+def _on_words(dossier: FeatureDossier, before: str = "") -> str:
+    """The shares of words in a sentence, nothing without word lists."""
+    if dossier.spurious_share is None or dossier.target_share is None:
+        return ""
     return (
-        f"a share of {number(dossier.spurious_share)} of its activation is on spurious words, "
+        f"{before}a share of {number(dossier.spurious_share)} of its activation is on spurious words, "
         f"{number(dossier.target_share)} on label words"
     )
 

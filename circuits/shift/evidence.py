@@ -159,14 +159,14 @@ class TokenEvidence:
 
     Attributes:
         top_tokens: tokens with the largest activation, with it.
-        spurious_share: share of its activation on the first word list.
+        spurious_share: share of its activation on the first word list, None if that is empty.
         target_share: share on the second.
         n_tokens: tokens on which it is active.
     """
 
     top_tokens: tuple[tuple[str, float], ...]
-    spurious_share: float
-    target_share: float
+    spurious_share: float | None
+    target_share: float | None
     n_tokens: int
 
 
@@ -196,7 +196,7 @@ def token_evidence(
     flat = [token for row in strings for token in row]
     marks = torch.cat(on_words).float()
     return {
-        Node(site, f): _evidence(torch.cat(acts[site])[:, i], flat, marks, top)
+        Node(site, f): _evidence(torch.cat(acts[site])[:, i], flat, marks, [bool(list_) for list_ in words], top)
         for site in reader.bases for i, f in enumerate(features[site])
     }  # fmt: skip
 
@@ -207,19 +207,22 @@ def _strings(row: tuple[str, ...], keep: Tensor) -> list[str]:
     return [token for token, wanted in zip(row, kept.tolist(), strict=True) if wanted]
 
 
-def _evidence(acts: Tensor, strings: Sequence[str], marks: Tensor, top: int) -> TokenEvidence:
+def _evidence(acts: Tensor, strings: Sequence[str], marks: Tensor, listed: Sequence[bool], top: int) -> TokenEvidence:
     total = float(acts.sum())
     shares = (acts @ marks / total).tolist() if total else [0.0, 0.0]
+    of_spurious, of_target = (share if there else None for share, there in zip(shares, listed, strict=True))
     best: dict[str, float] = {}
     for i in acts.argsort(descending=True)[: 20 * top].tolist():
         if acts[i] > 0 and len(best) < top:
             best.setdefault(strings[int(i)], float(acts[i]))
-    return TokenEvidence(tuple(best.items()), shares[0], shares[1], int((acts > 0).sum()))
+    return TokenEvidence(tuple(best.items()), of_spurious, of_target, int((acts > 0).sum()))
 
 
 def _marked(model: Model, batch: TokenBatch, texts: Sequence[str], words: frozenset[str], start: int) -> Tensor:
     """True at tokens that overlap one of the words."""
     marks = torch.zeros_like(batch.mask)
+    if not words:
+        return marks
     pattern = word_pattern(words)
     for row in range(len(batch)):
         text = texts[start + row]

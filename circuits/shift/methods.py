@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from circuits.shift.deciders import Node
-from circuits.shift.shift_report import Comparison, MethodRow, OverDraws
-from circuits.shift.task import Prediction, ShiftMethod, ShiftStudy, ShiftTask
+from circuits.shift.rows import Comparison, MethodRow, OverDraws
+from circuits.shift.task import Need, Prediction, ShiftMethod, ShiftStudy, ShiftTask
 from circuits.shift.words import delete_words
 from workbench.controls.methods import Method, Role
 from workbench.core.errors import DegenerateInputError
@@ -27,6 +27,7 @@ def ablation(
     compared_with: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
     *,
     is_random: bool = False,
+    needs: tuple[Need, ...] = (),
 ) -> tuple[ShiftMethod, ShiftMethod]:
     """Two methods: sets of features ablated with the probe as it is, and with the probe retrained.
 
@@ -37,6 +38,7 @@ def ablation(
         roles: of both.
         compared_with: methods that each is compared with.
         is_random: whether the sets were drawn.
+        needs: what the task must have.
     """
 
     def kept(study: ShiftStudy) -> Prediction:
@@ -52,10 +54,12 @@ def ablation(
         return Prediction(draws, len(chosen[0]), is_random)
 
     return (
-        Method(name=name, information=information, run=kept, role=roles[0], compared_with=compared_with[0]),
+        Method(
+            name=name, information=information, run=kept, role=roles[0], compared_with=compared_with[0], needs=needs
+        ),
         Method(
             name=f"{name} + retrain", information=information, run=retrained, role=roles[1],
-            compared_with=compared_with[1],
+            compared_with=compared_with[1], needs=needs,
         ),
     )  # fmt: skip
 
@@ -85,8 +89,11 @@ def _original(study: ShiftStudy) -> Prediction:
 
 
 def _swap_direction_removed(study: ShiftStudy) -> Prediction:
-    """The mean difference from attribute 0 to 1 over training texts and their swapped versions, projected out."""
-    sign = 2.0 * torch.tensor(study.task.train.spurious).to(study.train.x) - 1.0
+    """The mean difference between values of the attribute that go with label 0 and 1, projected out.
+
+    Over training texts and their swapped versions.
+    """
+    sign = 2.0 * torch.tensor(study.task.expected(study.task.train)).to(study.train.x) - 1.0
     direction = (sign[:, None] * (study.train.x - study.swapped.x)).mean(0)
     if not bool(direction.norm() > 0):
         raise DegenerateInputError(
@@ -98,17 +105,19 @@ def _swap_direction_removed(study: ShiftStudy) -> Prediction:
 
 
 def _oracle_probe(study: ShiftStudy) -> Prediction:
+    assert study.task.balanced is not None
     return Prediction((study.refit(study.balanced.x, study.task.balanced.label).predict(study.test.x),))
 
 
 ORIGINAL: ShiftMethod = Method(name="original", information="nothing else", run=_original, role="start")
 SWAP_DIRECTION_REMOVED: ShiftMethod = Method(
     name="swap direction removed", run=_swap_direction_removed, role="rival",
-    information="the swapped texts: their mean difference, projected out; probe retrained",
+    information="the swapped texts: their mean difference, projected out; probe retrained", needs=("twins",),
 )  # fmt: skip
 ORACLE_PROBE: ShiftMethod = Method(
-    name="oracle probe", information="label of balanced training rows", run=_oracle_probe, role="bound"
-)
+    name="oracle probe", information="label of balanced training rows", run=_oracle_probe, role="bound",
+    needs=("balanced",),
+)  # fmt: skip
 
 
 class Scorer:
@@ -119,8 +128,10 @@ class Scorer:
     """
 
     def __init__(self, task: ShiftTask) -> None:
-        self._task = task
-        self._label, self._spurious = np.array(task.test.label), np.array(task.test.spurious)
+        self._label = np.array(task.test.label)
+        self._shortcut = np.array(task.expected(task.test)) if task.spurious_names else None
+        groups = np.array([task.groups().index(group) for group in task.test.groups])
+        self._groups = {task.group_name(*group): groups == i for i, group in enumerate(task.groups())}
         self._hits: dict[str, np.ndarray] = {}
         self._by_draw: dict[str, np.ndarray] = {}
         self.rows: list[MethodRow] = []
@@ -128,50 +139,47 @@ class Scorer:
     def add(self, method: ShiftMethod, prediction: Prediction) -> None:
         """One method. Draws of a random one are averaged per row, and per draw for another interval."""
         drawn = np.stack([np.asarray(p.cpu()) for p in prediction.draws])
-        every_hit, every_agreement = drawn == self._label, drawn == self._spurious
-        hits, agrees = every_hit.mean(axis=0), every_agreement.mean(axis=0)
+        every_hit, every_agreement = drawn == self._label, self._agreement(drawn)
+        hits = every_hit.mean(axis=0)
         self._hits[method.name] = hits
-        groups = {
-            self._task.group_name(a, b): (self._label == a) & (self._spurious == b) for a in (0, 1) for b in (0, 1)
-        }
+        groups = self._groups
         worst = min(groups, key=lambda group: float(hits[groups[group]].mean()))
         over_draws = None
         if prediction.is_random:
             self._by_draw[method.name] = every_hit.mean(axis=1)
             over_draws = OverDraws(
-                label=sample_mean(self._by_draw[method.name], unit="draws", within=SHARE),
-                spurious=sample_mean(every_agreement.mean(axis=1), unit="draws", within=SHARE),
-                worst=sample_mean(every_hit[:, groups[worst]].mean(axis=1), unit="draws", within=SHARE),
-            )
+                label=_over_draws(every_hit), worst=_over_draws(every_hit[:, groups[worst]]),
+                spurious=None if every_agreement is None else _over_draws(every_agreement),
+            )  # fmt: skip
         self.rows.append(
             MethodRow(
                 name=method.name, information=method.information, role=method.role, n_features=prediction.n_features,
-                label=accuracy(hits), spurious=accuracy(agrees), worst=accuracy(hits[groups[worst]]),
-                worst_group=worst, over_draws=over_draws,
+                label=accuracy(hits), worst=accuracy(hits[groups[worst]]), worst_group=worst, over_draws=over_draws,
+                spurious=None if every_agreement is None else accuracy(every_agreement.mean(axis=0)),
             )
         )  # fmt: skip
 
     def compare(self, better: str, other: str) -> Comparison:
         """Paired difference in label accuracy, over all rows, over those that break the correlation, and over draws."""
-        conflict = self._label != self._ambiguous_label()
+        conflict = None if self._shortcut is None else self._label != self._shortcut
         a, b, draws = self._hits[better], self._hits[other], self._by_draw.get(other)
+        has_conflict = conflict is not None and conflict.any()
         return Comparison(
             better,
             other,
             paired_difference(a, b, unit="texts", within=SIGNED_SHARE),
-            paired_difference(a[conflict], b[conflict], unit="texts", within=SIGNED_SHARE),
+            paired_difference(a[conflict], b[conflict], unit="texts", within=SIGNED_SHARE) if has_conflict else None,
             None if draws is None else sample_mean(a.mean() - draws, unit="draws", within=SIGNED_SHARE),
         )
 
-    def _ambiguous_label(self) -> np.ndarray:
-        """The label that went with each test row's attribute in training."""
-        train = self._task.train
-        label, spurious = np.array(train.label), np.array(train.spurious)
-        goes_with = [
-            int(round(float(label[spurious == value].mean()))) if (spurious == value).any() else value
-            for value in (0, 1)
-        ]
-        return np.array(goes_with)[self._spurious]
+    def _agreement(self, drawn: np.ndarray) -> np.ndarray | None:
+        """Whether each prediction is the label that goes with the row's attribute in training."""
+        return None if self._shortcut is None else drawn == self._shortcut
+
+
+def _over_draws(drawn: np.ndarray) -> Estimate:
+    """The share of rows, over draws."""
+    return sample_mean(drawn.mean(axis=1), unit="draws", within=SHARE)
 
 
 def accuracy(hits: np.ndarray) -> Estimate:

@@ -1,13 +1,19 @@
-"""What a SHIFT study found: rows of methods, verdicts, comparisons, and the sentences that follow from them."""
+"""What a SHIFT study found: its tables, and the sentences that follow from them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from circuits.shift.deciders import Decision
-from workbench.controls.methods import Role
+from circuits.shift.rows import (
+    AttributionRow,
+    Collateral,
+    Comparison,
+    EditCheck,
+    JudgedFeature,
+    MethodRow,
+    OverDraws,
+)
 from workbench.core.arguments import checked
-from workbench.core.display import OneLine
 from workbench.core.numbers import counted, number, rounding_error
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Headline, Metric, Report, Says, Section, Table, Text
@@ -17,144 +23,14 @@ SUBJECT, RANDOM = "SHIFT + retrain", "random features + retrain"
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverDraws:
-    """A method of several random draws, with intervals over the draws: how much depends on which set was drawn.
-
-    Attributes:
-        label: label accuracy over all test rows.
-        spurious: agreement with the spurious attribute.
-        worst: label accuracy in the worst group.
-    """
-
-    label: Estimate
-    spurious: Estimate
-    worst: Estimate
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodRow(OneLine):
-    """One method on the balanced test set.
-
-    Attributes:
-        name: the method.
-        information: what it was allowed to use, beyond the ambiguous training rows.
-        role: what it is in the study.
-        n_features: how many features were ablated.
-        label: share of test rows whose label is predicted; higher is better.
-        spurious: share of test rows where the prediction equals the spurious attribute; 0.5 is best.
-        worst: label accuracy in the worst of the four groups, over its own rows.
-        worst_group: which one that is.
-        over_draws: the same three with intervals over random draws, where the method is an average of them.
-    """
-
-    name: str
-    information: str
-    role: Role
-    n_features: int
-    label: Estimate
-    spurious: Estimate
-    worst: Estimate
-    worst_group: str
-    over_draws: OverDraws | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Paired difference between two methods over the same test rows.
-
-    Attributes:
-        better: the method in front.
-        other: the method that is subtracted.
-        label: difference in label accuracy; positive means that `better` is better.
-        conflict: the same over the rows in which label and attribute disagree with training.
-        over_draws: `label` with an interval over the random draws of `other`, where it is an average of them.
-    """
-
-    better: str
-    other: str
-    label: Estimate
-    conflict: Estimate
-    over_draws: Estimate | None = None
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether neither other test rows nor other draws of the control are likely to turn the difference round."""
-        return self.label.excludes(0.0) and (self.over_draws is None or self.over_draws.excludes(0.0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgedFeature:
-    """A candidate feature with its verdict and the evidence behind it."""
-
-    feature: str
-    effect: float
-    decision: Decision
-    oracle_decision: Decision
-    why: str
-    top_tokens: tuple[tuple[str, float], ...]
-    spurious_share: float
-    target_share: float
-
-
-@dataclass(frozen=True)
-class AttributionRow:
-    """How the effects at one site were made.
-
-    Attributes:
-        site: the site.
-        method: the estimator and its baseline.
-        total: measured change of the metric when all features are patched, in logits.
-        gap: `|sum - total| / |total|`.
-        n_rows: rows that were averaged.
-        n_positive: features that support the label.
-    """
-
-    site: str
-    method: str
-    total: float
-    gap: float
-    n_rows: int
-    n_positive: int
-
-
-@dataclass(frozen=True)
-class Collateral:
-    """Change of next-token loss on plain text under ablation, in nats per token.
-
-    Attributes:
-        shift: of the features that were judged spurious, over rows of text.
-        random: of as many random features, mean over all draws, over rows of text.
-        random_over_draws: the same mean with its interval over draws.
-    """
-
-    shift: Estimate
-    random: Estimate
-    random_over_draws: Estimate
-
-
-@dataclass(frozen=True)
-class EditCheck:
-    """The ablation against one made by plain hooks with the SAE's own encode and decode.
-
-    Attributes:
-        difference: between the two, relative to the size of the edit.
-        allowed: difference that rounding explains, relative to the size of the edit; a study beyond it raises.
-        n_rows: texts on which both were made.
-    """
-
-    difference: float
-    allowed: float
-    n_rows: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class ShiftReport(Report):
     """Result of `circuits.shift`.
 
     Attributes:
         task: name of the task.
         label_name: what the label is, such as "professor or nurse".
-        spurious_name: what the attribute is.
+        spurious_name: what the attribute is, None if it is not known.
+        test_texts: what the test texts are, such as "balanced test texts".
         probe_site: where the probe reads.
         probe: cross-validated accuracy of the probe on the ambiguous set, and of one with shuffled labels.
         shuffled: the latter.
@@ -168,11 +44,14 @@ class ShiftReport(Report):
         random_draws: how many sets of random features were averaged.
         edit_check: the ablation against one by another path.
         collateral: loss on plain text, or None if no text was given.
+        notes: how the task was made, in sentences.
+        left_out: methods that need what the task does not have, each in a sentence.
     """
 
     task: str
     label_name: str
-    spurious_name: str
+    spurious_name: str | None
+    test_texts: str
     probe_site: str
     probe: Estimate
     shuffled: Estimate
@@ -186,6 +65,8 @@ class ShiftReport(Report):
     random_draws: int
     edit_check: EditCheck
     collateral: Collateral | None
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @checked
     def method(self, name: str) -> MethodRow:
@@ -199,16 +80,22 @@ class ShiftReport(Report):
 
     def findings(self) -> tuple[str, ...]:
         """Plain sentences: the problem, what SHIFT did to it, what the controls did."""
-        return (*self._problem(), *self._outcome(), *self._controls(), *self._cost())
+        return (*self._problem(), *self._outcome(), *self._controls(), *self.left_out, *self._cost())
 
     def _problem(self) -> tuple[str, ...]:
         plain = self.method("original")
+        worst = f"Worst group {plain.worst_group}: {plain.worst}."
+        if self.spurious_name is None or plain.spurious is None:
+            return (
+                f"A probe of {self.label_name} predicts on {self.test_texts} the label with accuracy {plain.label}; "
+                f"the attribute of the texts is not known. {worst}",
+            )
         is_fooled = plain.spurious.value > plain.label.value
         verdict = "it follows the shortcut" if is_fooled else "it mostly reads the label, so there is little to remove"
         return (
-            f"A probe trained where {self.label_name} and {self.spurious_name} go together predicts on balanced "
-            f"test texts the label with accuracy {plain.label} and the attribute with {plain.spurious}: {verdict}. "
-            f"Worst group {plain.worst_group}: {plain.worst}.",
+            f"A probe trained where {self.label_name} and {self.spurious_name} go together predicts on "
+            f"{self.test_texts} the label with accuracy {plain.label} and the attribute with {plain.spurious}: "
+            f"{verdict}. {worst}",
         )
 
     def _outcome(self) -> tuple[str, ...]:
@@ -223,19 +110,16 @@ class ShiftReport(Report):
                 verb = "beats" if difference.value > 0 else "is worse than"
             else:
                 verb = "can't be told from"
-            draws = comparison.over_draws
+            conflict, draws = comparison.conflict, comparison.over_draws
             lines.append(
-                f"{comparison.better} {verb} {comparison.other}: label accuracy {difference.change()}, "
-                f"on the rows that break the correlation {comparison.conflict.change()}"
+                f"{comparison.better} {verb} {comparison.other}: label accuracy {difference.change()}"
+                + ("" if conflict is None else f", on the rows that break the correlation {conflict.change()}")
                 + ("." if draws is None else f"; over random sets {draws.change()}.")
             )
         row, again = self.method("SHIFT"), self.method(SUBJECT)
         lines.append(
-            f"SHIFT ablated {self.n_spurious} of {len(self.verdicts)} candidates: label {row.label}, attribute "
-            f"{row.spurious}, worst group {row.worst_group} {row.worst}; with the probe "
-            "retrained label "
-            f"{again.label}, attribute {again.spurious}, worst group {again.worst_group} "
-            f"{again.worst}."
+            f"SHIFT ablated {self.n_spurious} of {len(self.verdicts)} candidates: {_accuracies(row)}; with the probe "
+            f"retrained {_accuracies(again)}."
         )
         return tuple(lines)
 
@@ -244,11 +128,13 @@ class ShiftReport(Report):
         parts = "; ".join(f"{row.name} {row.label}" for row in rows)
         ahead = self._ahead()
         note = f" Simpler or better-informed methods ahead of SHIFT + retrain: {', '.join(ahead)}." if ahead else ""
-        agree = sum(row.decision == row.oracle_decision for row in self.verdicts)
-        return (
-            f"Controls, label accuracy: {parts}.{note}",
-            f"The {self.judge} judge and the oracle judge agree on {agree} of {len(self.verdicts)} candidates.",
-        )
+        lines = [f"Controls, label accuracy: {parts}.{note}"] if rows else []
+        if all(row.oracle_decision for row in self.verdicts):
+            agree = sum(row.decision == row.oracle_decision for row in self.verdicts)
+            lines.append(
+                f"The {self.judge} judge and the oracle judge agree on {agree} of {len(self.verdicts)} candidates."
+            )
+        return tuple(lines)
 
     def _cost(self) -> tuple[str, ...]:
         lines = [
@@ -301,23 +187,33 @@ class ShiftReport(Report):
         return [c.other for c in compared if c.excludes_zero and c.label.value < 0]
 
     def _method_table(self) -> Table:
-        attribute = f"agreement with {self.spurious_name}"
+        header = *_METHODS_HEADER[:2], self._label, *self._attribute, *_METHODS_HEADER[2:]
         rows = tuple(
-            (m.name, m.n_features, m.label, m.spurious, m.worst, m.worst_group, m.information) for m in self.methods
+            (m.name, m.n_features, m.label, *self._attributes(m), m.worst, m.worst_group, m.information)
+            for m in self.methods
         )
-        return Table(_METHODS_HEADER[:2] + (self._label, attribute) + _METHODS_HEADER[2:], rows, _METHODS_CAPTION)
+        about = f"{self.test_texts.capitalize()}. "
+        return Table(header, rows, about + (_AGREEMENT_CAPTION if self._attribute else "") + _METHODS_CAPTION)
+
+    @property
+    def _attribute(self) -> tuple[str, ...]:
+        """The column of the attribute, if there is one."""
+        return () if self.spurious_name is None else (f"agreement with {self.spurious_name}",)
+
+    def _attributes(self, row: MethodRow | OverDraws) -> tuple[Estimate, ...]:
+        return () if row.spurious is None else (row.spurious,)
 
     def _comparison_table(self) -> Table:
         return Table(
             ("difference", "label accuracy", "rows that break the correlation", "label accuracy over draws"),
             tuple((_against(c), c.label, c.conflict, c.over_draws) for c in self.comparisons),
-            "Differences over the same test texts, and over the draws of a random control. Only the templates and "
-            "words used here are covered.",
+            "Differences over the same test texts, and over the draws of a random control. Only texts of this kind are "
+            "covered.",
         )
 
     def _blocks(self) -> tuple[Text | Table | Bars, ...]:
         names = tuple(m.name for m in self.methods)
-        label, attribute = self._label, f"agreement with {self.spurious_name}"
+        label = self._label
         verdicts = tuple(
             (v.feature, v.effect, v.decision, v.oracle_decision, v.spurious_share, v.target_share,
              " ".join(repr(token.strip()) for token, _ in v.top_tokens), v.why) for v in self.verdicts
@@ -328,8 +224,8 @@ class ShiftReport(Report):
             Bars("worst group", names, tuple(m.worst for m in self.methods), "label accuracy", 0.5),
             self._method_table(),
             Table(
-                ("control", label, attribute, "worst group"),
-                tuple((m.name, d.label, d.spurious, d.worst) for m in self.methods if (d := m.over_draws)),
+                ("control", label, *self._attribute, "worst group"),
+                tuple((m.name, d.label, *self._attributes(d), d.worst) for m in self.methods if (d := m.over_draws)),
                 "Random controls, with intervals over their draws instead of over texts.",
             ),
             self._comparison_table(),
@@ -356,8 +252,9 @@ class ShiftReport(Report):
                 else "."
             )
         )
+        made = "".join(f" {note}" for note in self.notes)
         return (
-            f"{self.task}. Probe: L2 logistic regression on the mean of {self.probe_site} over {self.tokens}; "
+            f"{self.task}.{made} Probe: L2 logistic regression on the mean of {self.probe_site} over {self.tokens}; "
             "cross-validated "
             f"on the ambiguous set {self.probe}, with shuffled labels {self.shuffled}.\n\n"
             f"Judge: {self.judge}. It uses: {self.judge_information}. Features judged spurious are set to zero "
@@ -371,7 +268,9 @@ class ShiftReport(Report):
         metrics: dict[str, Metric] = {"n_candidates": len(self.verdicts), "n_spurious": self.n_spurious}
         for row in self.methods:
             key = row.name.replace(" + ", "_").replace(" ", "_").lower()
-            metrics |= {f"{key}.label": row.label, f"{key}.spurious": row.spurious, f"{key}.worst": row.worst}
+            metrics |= {f"{key}.label": row.label, f"{key}.worst": row.worst}
+            if row.spurious is not None:
+                metrics[f"{key}.spurious"] = row.spurious
             if row.over_draws is not None:
                 metrics[f"{key}.label.over_draws"] = row.over_draws.label
         for c in self.comparisons:
@@ -385,11 +284,16 @@ class ShiftReport(Report):
 
 
 _METHODS_HEADER = ("method", "features", "worst group", "which", "what it uses")
+_AGREEMENT_CAPTION = "Attribute agreement of 0.5 means that the attribute does not matter. "
 _METHODS_CAPTION = (
-    "Balanced test texts of wording and names that training never saw. Attribute agreement of 0.5 means that "
-    "the attribute does not matter. The interval of the worst group is over its own texts and not corrected for "
-    "picking the worst of four."
+    "The interval of the worst group is over its own texts and not corrected for picking the worst of several."
 )
+
+
+def _accuracies(row: MethodRow) -> str:
+    """The accuracies of a method in a sentence."""
+    attribute = "" if row.spurious is None else f"attribute {row.spurious}, "
+    return f"label {row.label}, {attribute}worst group {row.worst_group} {row.worst}"
 
 
 def _against(comparison: Comparison) -> str:

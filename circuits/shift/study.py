@@ -29,20 +29,20 @@ from circuits.shift.deciders import (
     FeatureDossier,
     Node,
     OracleDecider,
-    StatisticsDecider,
     Verdict,
 )
 from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
 from circuits.shift.evidence import PooledTexts, Reader, TokenEvidence, token_evidence
 from circuits.shift.methods import ORACLE_PROBE, ORIGINAL, SWAP_DIRECTION_REMOVED, Scorer, ablation
-from circuits.shift.shift_report import AttributionRow, EditCheck, JudgedFeature, ShiftReport
-from circuits.shift.task import ShiftMethod, ShiftStudy, ShiftTask
+from circuits.shift.rows import AttributionRow, EditCheck, JudgedFeature
+from circuits.shift.shift_report import ShiftReport
+from circuits.shift.task import NEEDS, Need, ShiftMethod, ShiftStudy, ShiftTask
 from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE
 from workbench.controls.matching import matched_features
-from workbench.controls.methods import comparisons, methods_of
+from workbench.controls.methods import comparisons, methods_of, possible
 from workbench.core.arguments import checked
-from workbench.core.display import OneLine
+from workbench.core.display import OneLine, first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.numbers import counted
 from workbench.core.tokens import TokenBatch
@@ -58,6 +58,7 @@ class ShiftOptions(OneLine):
 
     Attributes:
         probe_site: where the probe reads; by default at the last SAE's own site, where effects are exact.
+        positive: name of the label that the probe tells from all others; needed where the task has more than two.
         top_k: how many features, strongest effect first, are put before the judge.
         random_draws: sets of random features in the control.
         probe: how probes are fitted.
@@ -68,6 +69,7 @@ class ShiftOptions(OneLine):
     """
 
     probe_site: str | None = None
+    positive: str | None = None
     top_k: int = 64
     random_draws: int = 10
     probe: ProbeOptions = field(default_factory=ProbeOptions)
@@ -100,20 +102,24 @@ def shift(
     Args:
         model: the model.
         bases: an SAE per site.
-        task: labelled texts; see `circuits.shift.biographies`.
-        judge: decides on each candidate; by default `StatisticsDecider`. Only one that says `is_oracle` is given
-            balanced labels, and none sees a test row. A `workbench.judges.Judge` is asked about each one's tokens.
+        task: labelled texts; see `ShiftTask.from_frame` and `circuits.biographies`. Methods that need twins, word
+            lists or balanced rows which it does not have are left out, and the report says so.
+        judge: decides on each candidate; by default `StatisticsDecider`, or `LexiconDecider` without twins. Only one
+            that says `is_oracle` is given balanced labels, and none sees a test row. A `workbench.judges.Judge` is
+            asked about each one's tokens.
         options: probe site, number of candidates, controls.
         plain_text: other text, on which the loss is measured with and without the ablation.
 
     Raises:
+        InvalidInputError: if the task has more than two labels and `options.positive` is not given.
         MismatchError: if an SAE was made for another model or site or is a transcoder, or the probe reads where no
-            feature of an SAE can reach it.
+            feature of an SAE can reach it, or the judge needs what the task does not have.
         ShapeError: if an SAE has another width than its site.
         EditError: if the ablation differs from the one made by plain hooks with the SAE's own encode and decode.
     """
     options = options or ShiftOptions()
-    decider = decider_of(judge or StatisticsDecider(), task, options.seed)
+    task = _of_two_labels(task, options)
+    decider = decider_of(judge, task, options.seed)
     placed = checked_bases(model, bases)
     for basis in placed.values():
         basis.refuse_transcoder("SHIFT")
@@ -122,25 +128,44 @@ def shift(
     candidates = _candidates(effects, options.top_k)
     dossiers = _dossiers(study, candidates)
     verdicts = [decider(d if decider.is_oracle else replace(d, balanced=None)) for d in dossiers]
-    oracle = [OracleDecider()(dossier) for dossier in dossiers]
-    chosen, oracle_chosen = _spurious(verdicts), _spurious(oracle)
+    oracle = [OracleDecider()(dossier) for dossier in dossiers] if task.balanced is not None else None
+    chosen, oracle_chosen = _spurious(verdicts), _spurious(oracle or ())
     edit_check = _edit_check(study, chosen or _nodes(candidates))
     draws = _random_features(study, chosen, options)
-    methods = methods_of(_methods(study, decider, chosen, oracle_chosen, draws, options))
+    every_method = _methods(study, decider, chosen, oracle_chosen, draws, options)
+    usable, left_out = possible(every_method, NEEDS, task.missing())
+    methods = methods_of(usable)
     scorer = Scorer(task)
     for method in methods.values():
         scorer.add(method, method.run(study))
     probe = study.probe
     assert probe.accuracy is not None and probe.shuffled is not None
     return ShiftReport(
-        task=task.name, label_name=" or ".join(task.label_names), spurious_name=" or ".join(task.spurious_names),
+        task=task.name, label_name=" or ".join(task.label_names),
+        spurious_name=" or ".join(task.spurious_names) or None, test_texts=_test_texts(task),
         probe_site=study.reader.probe_site, probe=probe.accuracy, shuffled=probe.shuffled, tokens=_tokens_text(study),
         judge=decider.name, judge_information=decider.information, attribution=_attribution_rows(effects),
-        verdicts=tuple(_judged(d, v, o) for d, v, o in zip(dossiers, verdicts, oracle, strict=True)),
+        verdicts=tuple(map(_judged, dossiers, verdicts, oracle or [None] * len(verdicts))),
         methods=tuple(scorer.rows), comparisons=tuple(scorer.compare(*pair) for pair in comparisons(methods)),
         random_draws=len(draws), edit_check=edit_check,
         collateral=None if plain_text is None else collateral(study.reader, plain_text, chosen, draws),
+        notes=task.notes, left_out=left_out,
     )  # fmt: skip
+
+
+def _of_two_labels(task: ShiftTask, options: ShiftOptions) -> ShiftTask:
+    if options.positive is not None:
+        return task.one_against_rest(options.positive)
+    if len(task.label_names) > 2:
+        raise InvalidInputError(
+            f"shift: the task has {len(task.label_names)} labels ({first_few(task.label_names, 4)}), and the probe "
+            "tells two apart. Give ShiftOptions(positive=...) the one that is told from all others."
+        )
+    return task
+
+
+def _test_texts(task: ShiftTask) -> str:
+    return "balanced test texts" if len(set(task.test.counts().values())) == 1 else "test texts"
 
 
 def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: ShiftOptions) -> ShiftStudy:
@@ -148,24 +173,20 @@ def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: Sh
     refuse_unreached(model, bases, probe_site, "The probe")
     reader = Reader.fitted(model, bases, probe_site, task.train.texts, options.batch_size)
     train = reader.read(task.train.texts, "reading ambiguous texts")
-    groups = tuple(task.group_name(a, b) for a, b in zip(task.train.label, task.train.spurious, strict=True))
+    groups = tuple(task.group_name(*group) for group in task.train.groups)
     probe = fit_probe(train.x, _ints(task.train.label), probe_site, groups=groups, options=options.probe)
     if probe.accuracy is None:
         raise InvalidInputError(
             "ShiftOptions(probe=ProbeOptions(folds=0)): the study reports cross-validation; use 2 or more."
         )
-    swapped = reader.read(task.swapped, "reading swapped texts")
-    balanced = reader.read(task.balanced.texts, "reading balanced texts")
+    others: dict[Need, PooledTexts] = {}
+    if task.swapped is not None:
+        others["twins"] = reader.read(task.swapped, "reading swapped texts")
+    if task.balanced is not None:
+        others["balanced"] = reader.read(task.balanced.texts, "reading balanced texts")
     test = reader.read(task.test.texts, "reading test texts")
     return ShiftStudy(
-        task=task,
-        reader=reader,
-        train=train,
-        swapped=swapped,
-        balanced=balanced,
-        test=test,
-        probe=probe,
-        probe_options=options.probe,
+        task=task, reader=reader, train=train, test=test, others=others, probe=probe, probe_options=options.probe
     )
 
 
@@ -226,13 +247,14 @@ def _dossier(study: ShiftStudy, node: Node, effect: float, tokens: TokenEvidence
     def column(pooled: PooledTexts) -> np.ndarray:
         return pooled.acts[node.site][:, node.feature].double().cpu().numpy()
 
-    balanced = study.task.balanced
-    evidence = BalancedEvidence(
-        column(study.balanced), np.array(balanced.label, float), np.array(balanced.spurious, float)
-    )
+    task, balanced = study.task, study.task.balanced
+    evidence = None
+    if balanced is not None:
+        shortcut = np.array(task.expected(balanced), float)
+        evidence = BalancedEvidence(column(study.balanced), np.array(balanced.label, float), shortcut)
     return FeatureDossier(
-        node=node, effect=effect, acts=column(study.train), swapped=column(study.swapped),
-        label=np.array(study.task.train.label, float),
+        node=node, effect=effect, acts=column(study.train),
+        swapped=None if task.swapped is None else column(study.swapped), label=np.array(task.train.label, float),
         top_tokens=tokens.top_tokens, spurious_share=tokens.spurious_share, target_share=tokens.target_share,
         n_tokens=tokens.n_tokens, balanced=evidence,
     )  # fmt: skip
@@ -259,13 +281,17 @@ def _random_features(study: ShiftStudy, chosen: Sequence[Node], options: ShiftOp
 
 def _skyline(study: ShiftStudy, n: int, options: ShiftOptions) -> list[Node]:
     """As many features as SHIFT ablated, by their effect on the attribute's margin over balanced training rows."""
-    if n == 0:
+    balanced = study.task.balanced
+    if n == 0 or balanced is None:
         return []
-    effects = _effects(study, study.balanced, study.task.balanced.spurious, options)
+    effects = _effects(study, study.balanced, study.task.expected(balanced), options)
     scores = [
         (effect, Node(site, f)) for site, part in effects.items() for f, effect in enumerate(part.effect.tolist())
     ]
     return [node for _, node in sorted(scores, key=lambda pair: -pair[0])[:n]]
+
+
+_LABELS: tuple[Need, ...] = ("balanced",)
 
 
 def _methods(
@@ -280,7 +306,7 @@ def _methods(
     most_effective = _skyline(study, len(chosen), options)
     of_draws = f"activation frequencies and norms; mean of {counted(len(draws), 'draws')}"
     of_skyline = "attribute labels of balanced training rows"
-    skyline = ablation("skyline", of_skyline, lambda _: [most_effective], ("variant", "rival"))
+    skyline = ablation("skyline", of_skyline, lambda _: [most_effective], ("variant", "rival"), needs=_LABELS)
     others = (*skyline, *study.task.methods, SWAP_DIRECTION_REMOVED)
     rivals = (method.name for method in others if method.role == "rival")
     against = ("random features", "original"), ("random features + retrain", "original", *rivals)
@@ -288,10 +314,13 @@ def _methods(
         ORIGINAL,
         *ablation("random features", of_draws, lambda _: draws, ("control", "control"), is_random=True),
         *ablation("SHIFT", decider.information, lambda _: [chosen], ("subject", "subject"), against),
-        *ablation("SHIFT, oracle judge", OracleDecider.information, lambda _: [oracle_chosen], ("variant", "variant")),
+        *ablation(
+            "SHIFT, oracle judge", OracleDecider.information, lambda _: [oracle_chosen], ("variant", "variant"),
+            needs=_LABELS,
+        ),
         *others,
         ORACLE_PROBE,
-    )
+    )  # fmt: skip
 
 
 CHECKED_ROWS = 8
@@ -321,9 +350,10 @@ def _edit_check(study: ShiftStudy, nodes: Sequence[Node]) -> EditCheck:
     return EditCheck(difference, allowed, len(rows))
 
 
-def _judged(dossier: FeatureDossier, verdict: Verdict, oracle: Verdict) -> JudgedFeature:
+def _judged(dossier: FeatureDossier, verdict: Verdict, oracle: Verdict | None) -> JudgedFeature:
     return JudgedFeature(
-        feature=str(dossier.node), effect=dossier.effect, decision=verdict.decision, oracle_decision=oracle.decision,
+        feature=str(dossier.node), effect=dossier.effect, decision=verdict.decision,
+        oracle_decision=None if oracle is None else oracle.decision,
         why=verdict.why, top_tokens=dossier.top_tokens,
         spurious_share=dossier.spurious_share, target_share=dossier.target_share,
     )  # fmt: skip

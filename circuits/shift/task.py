@@ -2,106 +2,201 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from markupsafe import Markup
 from torch import Tensor
 
 from circuits.shift.deciders import Node
 from circuits.shift.evidence import PooledTexts, Reader
+from circuits.shift.texts import Group, LabelledTexts
 from workbench.controls.methods import Method
 from workbench.core.arguments import checked
-from workbench.core.display import OneLine, first_few
-from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError
-from workbench.core.numbers import counted
+from workbench.core.display import clipped, first_few
+from workbench.core.errors import DegenerateInputError, MismatchError, ShapeError, require_known
+from workbench.core.html import Shown, frame_table
+from workbench.core.numbers import counted, number
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 
-Pair = tuple[str, str]
+if TYPE_CHECKING:
+    import pandas as pd
 
-
-@checked
-@dataclass(frozen=True)
-class LabelledTexts(OneLine):
-    """Texts with the wanted label and the spurious attribute, both 0 or 1.
-
-    Raises:
-        ShapeError: if texts, labels and attributes do not pair up.
-        InvalidInputError: for other values than 0 and 1.
-    """
-
-    texts: tuple[str, ...]
-    label: tuple[int, ...]
-    spurious: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not len(self.texts) == len(self.label) == len(self.spurious):
-            raise ShapeError(
-                f"LabelledTexts: {counted(len(self.texts), 'texts')}, {counted(len(self.label), 'labels')}, "
-                f"{counted(len(self.spurious), 'attributes')}; these must pair up."
-            )
-        other = sorted((set(self.label) | set(self.spurious)) - {0, 1})
-        if other:
-            raise InvalidInputError(f"LabelledTexts: labels and attributes are 0 or 1; got {other}.")
-        if set(self.label) != {0, 1}:
-            raise DegenerateInputError(
-                f"LabelledTexts: {len(self.texts)} texts with labels {first_few(sorted(set(self.label)))}; needs both."
-            )
-
-    def __len__(self) -> int:
-        return len(self.texts)
+Need = Literal["twins", "words", "attribute", "balanced"]
+NEEDS: Mapping[Need, str] = {
+    "twins": "the task has no twins (training texts with the attribute swapped)",
+    "words": "the task has no lists of words for both attribute and label",
+    "attribute": "the attribute of the texts is not known",
+    "balanced": "the task has no training rows in which label and attribute are balanced",
+}
+"""What a method or a judge may need of a task, and what is said where the task does not have it."""
 
 
 @checked
 @dataclass(frozen=True, kw_only=True)
-class ShiftTask(OneLine):
+class ShiftTask(Shown):
     """Everything that a SHIFT study reads.
 
     Attributes:
         name: for people.
-        label_names: names of label 0 and 1.
-        spurious_names: names of the spurious attribute's values 0 and 1.
-        train: the ambiguous set, in which attribute and label go together; the only labels that the method sees.
+        label_names: names of label 0, 1, ...
+        spurious_names: names of the spurious attribute's values 0, 1, ...; () if the attribute is not known.
+        train: the training texts, in which attribute and label go together; the only labels that the method sees.
         swapped: each training text with the other value of the attribute and all else equal, in the same order.
         balanced: training rows in which the two are independent; only for oracles and skylines.
-        test: held-out rows of all four groups; only for evaluation.
+        test: held-out rows of all groups; only for evaluation.
         spurious_words: words that give the attribute away.
         target_words: words that belong to the label.
         methods: other ways to the same end that this task allows, such as `words_deleted`.
+        notes: how the task was made, in sentences; a report repeats them.
 
     Raises:
         ShapeError: if `swapped` does not pair up with `train`.
-        DegenerateInputError: if one of the four groups is missing from `balanced` or `test`.
+        MismatchError: if labels or attributes have no name, or only some of the sets have the attribute.
+        DegenerateInputError: if one of the groups is missing from `balanced` or `test`.
     """
 
     name: str
-    label_names: Pair
-    spurious_names: Pair
+    label_names: tuple[str, ...]
+    spurious_names: tuple[str, ...] = ()
     train: LabelledTexts
-    swapped: tuple[str, ...]
-    balanced: LabelledTexts
+    swapped: tuple[str, ...] | None = None
+    balanced: LabelledTexts | None = None
     test: LabelledTexts
-    spurious_words: frozenset[str]
-    target_words: frozenset[str]
+    spurious_words: frozenset[str] = frozenset()
+    target_words: frozenset[str] = frozenset()
     methods: tuple[ShiftMethod, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.swapped) != len(self.train):
+        if self.swapped is not None and len(self.swapped) != len(self.train):
             raise ShapeError(
                 f"ShiftTask: {len(self.swapped)} swapped texts for {len(self.train)} training texts; must pair up."
             )
-        for name, rows in (("balanced", self.balanced), ("test", self.test)):
-            groups = set(zip(rows.label, rows.spurious, strict=True))
-            if len(groups) < 4:
-                missing = sorted({(a, b) for a in (0, 1) for b in (0, 1)} - groups)
+        for name, rows in self.sets().items():
+            self._require_names(name, rows)
+            missing = sorted(set(self.groups()) - set(rows.groups)) if name != "train" else []
+            if missing:
                 raise DegenerateInputError(
-                    f"ShiftTask: {name} has no row with (label, attribute) in {missing}; needs all four."
+                    f"ShiftTask: {name} has no row with (label, attribute) in {missing}; needs all "
+                    f"{len(self.groups())}: give rows of {first_few(self.group_name(*group) for group in missing)}."
                 )
 
-    def group_name(self, label: int, spurious: int) -> str:
+    def _require_names(self, name: str, rows: LabelledTexts) -> None:
+        if (rows.spurious is None) != (not self.spurious_names):
+            raise MismatchError(
+                f"ShiftTask: {name} has {'no ' if rows.spurious is None else ''}attributes, and there are "
+                f"{counted(len(self.spurious_names), 'names')} of them. Give the attribute in every set, or in none."
+            )
+        for kind, values, names in (
+            ("labels", set(rows.label), self.label_names),
+            ("attributes", set(rows.spurious or ()), self.spurious_names),
+        ):
+            if values and max(values) >= len(names):
+                raise MismatchError(
+                    f"ShiftTask: {name} has {kind} {first_few(sorted(values))}, but only {len(names)} have names: "
+                    f"{first_few(names)}. Name all."
+                )
+        if len(set(rows.label)) < len(self.label_names):
+            raise DegenerateInputError(
+                f"ShiftTask: {name} has no row of the label {self.label_names[len(set(rows.label))]!r}. Leave the "
+                "label out, or give rows of it."
+            )
+
+    def sets(self) -> dict[str, LabelledTexts]:
+        """The sets of texts by name; without `balanced` if there is none."""
+        sets = {"train": self.train, "balanced": self.balanced, "test": self.test}
+        return {name: rows for name, rows in sets.items() if rows is not None}
+
+    def groups(self) -> tuple[Group, ...]:
+        """Every label with every value of the attribute."""
+        values = range(len(self.spurious_names)) if self.spurious_names else (None,)
+        return tuple((label, value) for label in range(len(self.label_names)) for value in values)
+
+    def group_name(self, label: int, spurious: int | None = None) -> str:
         """Name of a group, such as "female professor"."""
-        return f"{self.spurious_names[spurious]} {self.label_names[label]}"
+        attribute = "" if spurious is None else f"{self.spurious_names[spurious]} "
+        return f"{attribute}{self.label_names[label]}"
+
+    def missing(self) -> dict[Need, str]:
+        """What methods may need and the task does not have, with the reason in words."""
+        has: dict[Need, bool] = {
+            "twins": self.swapped is not None and bool(self.spurious_names),
+            "words": bool(self.spurious_words) and bool(self.target_words),
+            "attribute": bool(self.spurious_names),
+            "balanced": self.balanced is not None and bool(self.spurious_names),
+        }
+        return {need: NEEDS[need] for need, there in has.items() if not there}
+
+    def shortcut(self) -> tuple[int, ...]:
+        """The label that each value of the attribute goes with in training: the one that it makes most likelier.
+
+        Where attribute and label are independent, value 0 goes with label 0, value 1 with label 1, and so on.
+        """
+        labels = np.eye(len(self.label_names))[list(self.train.label)]
+        spurious = np.array(self.train.spurious or (), dtype=int)
+        by_value = []
+        for value in range(len(self.spurious_names)):
+            rows = labels[spurious == value]
+            excess = rows.mean(0) - labels.mean(0) if len(rows) else np.zeros(len(self.label_names))
+            by_value.append(int(excess.argmax()) if excess.max() > 1e-9 else min(value, len(self.label_names) - 1))
+        return tuple(by_value)
+
+    def expected(self, rows: LabelledTexts) -> tuple[int, ...]:
+        """For each text the label that its attribute goes with in training.
+
+        Raises:
+            MismatchError: if the attribute is not known.
+        """
+        if rows.spurious is None:
+            raise MismatchError(f"expected: {NEEDS['attribute']}. Give a task that has it.")
+        shortcut = self.shortcut()
+        return tuple(shortcut[value] for value in rows.spurious)
+
+    def one_against_rest(self, positive: str) -> ShiftTask:
+        """The task of two labels: this one is label 1, all others are label 0.
+
+        Raises:
+            UnknownNameError: if there is no such label.
+        """
+        require_known("label", positive, self.label_names)
+        chosen = self.label_names.index(positive)
+
+        def against(rows: LabelledTexts) -> LabelledTexts:
+            return replace(rows, label=tuple(int(label == chosen) for label in rows.label))
+
+        return replace(
+            self, label_names=(f"not {positive}", positive), train=against(self.train), test=against(self.test),
+            balanced=None if self.balanced is None else against(self.balanced),
+        )  # fmt: skip
+
+    def frame(self) -> pd.DataFrame:
+        """The sizes: one row per set and group."""
+        import pandas as pd
+
+        rows = [
+            {"set": name, "label": self.label_names[label],
+             "attribute": None if value is None else self.spurious_names[value], "n": n}
+            for name, texts in self.sets().items() for (label, value), n in texts.counts().items()
+        ]  # fmt: skip
+        return pd.DataFrame(rows) if self.spurious_names else pd.DataFrame(rows).drop(columns="attribute")
+
+    def _shown_line(self) -> str:
+        attribute = f", attribute {first_few(self.spurious_names, 3)}" if self.spurious_names else ""
+        sizes = ", ".join(f"{name} {number(len(rows))}" for name, rows in self.sets().items())
+        extras = [name for name, there in (("twins", self.swapped), ("words", self.spurious_words)) if there]
+        return clipped(
+            f"{clipped(self.name, 80)}: labels {first_few(self.label_names, 3)}{attribute}; {sizes}"
+            + "".join(f", {name}" for name in extras),
+            220,
+        )
+
+    def _shown_parts(self) -> Iterable[Markup]:
+        yield frame_table(self.frame(), caption=clipped(" ".join(self.notes), 1_000))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -112,9 +207,8 @@ class ShiftStudy:
         task: labels and words.
         reader: model, bases, and the tokens that are pooled and edited.
         train: the ambiguous training texts.
-        swapped: the same with the other value of the attribute.
-        balanced: balanced training texts, for methods that say so.
-        test: the balanced test texts.
+        test: the test texts.
+        others: the twins of the training texts, and balanced training texts, where the task has them.
         probe: fitted on `train`.
         probe_options: how probes are fitted.
     """
@@ -122,12 +216,26 @@ class ShiftStudy:
     task: ShiftTask
     reader: Reader
     train: PooledTexts
-    swapped: PooledTexts
-    balanced: PooledTexts
     test: PooledTexts
+    others: Mapping[Need, PooledTexts]
     probe: Probe
     probe_options: ProbeOptions
     _ablated: dict[tuple[str, tuple[Node, ...]], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def swapped(self) -> PooledTexts:
+        """The training texts with the other value of the attribute, for methods that need "twins"."""
+        return self._other("twins")
+
+    @property
+    def balanced(self) -> PooledTexts:
+        """Balanced training texts, for methods that need "balanced"."""
+        return self._other("balanced")
+
+    def _other(self, need: Need) -> PooledTexts:
+        if need not in self.others:
+            raise MismatchError(f"ShiftStudy: {NEEDS[need]}. Give a method that reads it needs=({need!r},).")
+        return self.others[need]
 
     def refit(self, x: Float[Tensor, "rows d"], labels: Sequence[int] | None = None) -> Probe:
         """A probe on other activations; with the labels of the ambiguous set by default."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.shift.task import LabelledTexts, ShiftTask
+from circuits.shift.task import ShiftTask
+from circuits.shift.texts import LabelledTexts
 from tests.tiny import D_MODEL, tiny_model
 from workbench.models.model import Model
 

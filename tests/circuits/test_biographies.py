@@ -14,7 +14,8 @@ from circuits.shift.biographies import (
     biographies,
     gender_words,
 )
-from circuits.shift.task import LabelledTexts, ShiftTask
+from circuits.shift.task import ShiftTask
+from circuits.shift.texts import LabelledTexts
 from circuits.shift.words import delete_words, word_pattern
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError, UnknownNameError
 
