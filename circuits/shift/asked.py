@@ -112,7 +112,7 @@ def decider_of(judge: Decider | Judge | None, task: ShiftTask, seed: int = 0) ->
     return AskedDecider.of(judge, task, seed) if isinstance(judge, Judge) else judge
 
 
-def _default(missing: Mapping[Need, str]) -> Decider:
+def _default(missing: Mapping[str, str]) -> Decider:
     if "twins" not in missing:
         return StatisticsDecider()
     if "words" not in missing:

@@ -283,9 +283,10 @@ def biographies(options: BiographyOptions | None = None) -> ShiftTask:
 
     every_group = ((0, 0), (0, 1), (1, 0), (1, 1))
     train = rows("train", "ambiguous", ((0, 0), (1, 1)), half)
+    made = zip(train.label, train.spurious or (), strict=True)
     swapped = tuple(
         biography("train", pair[label], 1 - gender, f"{seed}/ambiguous/{label}{gender}/{i // 2}", options.evidence)
-        for i, (label, gender) in enumerate(zip(train.label, train.spurious, strict=True))
+        for i, (label, gender) in enumerate(made)
     )
     return ShiftTask(
         name="biographies: " + " against ".join(options.professions),

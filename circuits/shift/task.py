@@ -122,7 +122,7 @@ class ShiftTask(Shown):
         attribute = "" if spurious is None else f"{self.spurious_names[spurious]} "
         return f"{attribute}{self.label_names[label]}"
 
-    def missing(self) -> dict[Need, str]:
+    def missing(self) -> dict[str, str]:
         """What methods may need and the task does not have, with the reason in words."""
         has: dict[Need, bool] = {
             "twins": self.swapped is not None and bool(self.spurious_names),

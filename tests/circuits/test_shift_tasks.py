@@ -180,7 +180,7 @@ def test_sets_that_do_not_fit_together_are_refused() -> None:
 
 
 def test_a_task_shows_its_sizes() -> None:
-    assert len(TASK.frame()) == 2 + 4 + 4 and TASK.frame()["n"].sum() == 40 + 40 + 16
+    assert len(TASK.frame()) == 2 + 4 + 4 and sum(TASK.frame()["n"]) == 40 + 40 + 16
     assert list(TASK.frame().iloc[0]) == ["train", "T", "M", 20]
     assert list(_bare().frame().columns) == ["set", "label", "n"]
     assert "labels T, N, attribute M, F; train 40, balanced 40, test 16, twins, words" in repr(TASK)
