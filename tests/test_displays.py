@@ -58,6 +58,7 @@ from workbench.models.segment import Segment
 from workbench.models.selfcheck import CheckReport
 from workbench.models.session import Session
 from workbench.models.sitetable import SiteTable
+from workbench.probes import ClassMoments, Eraser, Transport, fit_leace, fit_mimic
 from workbench.report.base import Headline, Histogram, Lines, Report, Says, Section, Series, Table, Text
 from workbench.runs.run import RunDir
 
@@ -253,6 +254,11 @@ def _sweep() -> Sweep:
     return Sweep(tuple(Arm(name=f"{i} {EVIL}", kind=EVIL) for i in range(500)))
 
 
+def _moments() -> ClassMoments:
+    random = torch.Generator().manual_seed(0)
+    return ClassMoments.of(torch.randn(400, 200, generator=random), torch.arange(400) % 2, 2)
+
+
 def _session() -> Session:
     session = tiny_model().session(EVIL)
     session._messages = [{"role": "user", "content": EVIL}] * 500
@@ -382,6 +388,8 @@ REAL: dict[type, Callable[[Path], object]] = {
     EditReport: lambda _: _edit_report(),
     EditReports: lambda _: EditReports([_edit_report()] * 500),
     AttentionMap: lambda _: AttentionMap(patterns={EVIL: torch.rand(99, 60, 60)}, tokens=(EVIL,) * 60),
+    Eraser: lambda _: fit_leace(_moments()),
+    Transport: lambda _: fit_mimic(_moments(), 0, 1, ridge=1.0),
     FeatureCard: lambda _: _card(3),
     Lens: lambda _: _lens(),
     LensEstimate: lambda _: LensEstimate(seconds=1e6, memory_bytes=10**12, disk_bytes=10**12, what=EVIL[:60]),

@@ -27,6 +27,7 @@ PACKAGES = (wb, *(importlib.import_module(f"workbench.{room}") for room in ROOMS
 RESULTS = (
     "Answer", "Answers", "Behaviours", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
+    "Eraser", "Transport",
     "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate", "HeadScore", "HeadScores",
     "IntruderScore", "JacobianLens", "JudgeGate", "Lens", "LensEnds", "LensEstimate", "LensReading", "LensToken",
     "LensTokens", "LinearLens", "LoadedGraph", "LogitLens", "MergedLora", "Neighbour", "NodeEffects",

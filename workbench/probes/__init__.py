@@ -1,4 +1,4 @@
-"""Linear probes on pooled activations."""
+"""Linear probes on pooled activations, and erasers and transports of what they read."""
 
 from workbench.core.surface import attach
 

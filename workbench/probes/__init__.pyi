@@ -1,3 +1,10 @@
+from .erase.eraser import Eraser as Eraser
+from .erase.eraser import Transport as Transport
+from .erase.inlp import INLPOptions as INLPOptions
+from .erase.inlp import fit_inlp as fit_inlp
+from .erase.leace import fit_leace as fit_leace
+from .erase.mimic import fit_mimic as fit_mimic
+from .erase.moments import ClassMoments as ClassMoments
 from .linear import Probe as Probe
 from .linear import ProbeOptions as ProbeOptions
 from .linear import fit_probe as fit_probe

@@ -18,6 +18,7 @@ from workbench.core.registry import Registry
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
 from workbench.models.model import Model
+from workbench.probes.erase.moments import ClassMoments
 from workbench.probes.linear import ProbeOptions, fit_probe
 from workbench.steering.directions.contrast import difference_of_means, mean_activations
 from workbench.steering.directions.reft import ReftOptions, fit_reft
@@ -241,17 +242,11 @@ def leace_direction(
     """
     if positives.shape[1] != negatives.shape[1]:
         raise ShapeError(f"leace_direction: widths {positives.shape[1]} and {negatives.shape[1]} must agree.")
-    a, b = positives.double(), negatives.double()
-    gap = a.mean(0) - b.mean(0)
-    rows = torch.cat([a, b])
-    rows = rows - rows.mean(0)
-    # In the span of the rows S is u diag(s^2 / n) u^T; outside of it only the ridge is left.
-    _, s, vt = torch.linalg.svd(rows, full_matrices=False)
-    variance = s.square() / len(rows)
-    ridge = shrinkage * variance.sum() / rows.shape[1] + WHITENING_FLOOR * variance.max()
-    inside = vt @ gap
-    read = vt.T @ (inside / ((1 - shrinkage) * variance + ridge)) + (gap - vt.T @ inside) / ridge
-    return read.float()
+    labels = torch.tensor([1] * len(positives) + [0] * len(negatives), device=positives.device)
+    moments = ClassMoments.of(torch.cat([positives, negatives]), labels, 2)
+    floor = WHITENING_FLOOR * torch.linalg.eigvalsh(moments.covariance)[-1]
+    whole = moments.shrunk(shrinkage) + floor * torch.eye(moments.width).to(floor)
+    return torch.linalg.solve(whole, moments.means[1] - moments.means[0]).float()
 
 
 def concept_tokens(
