@@ -33,15 +33,14 @@ from circuits.nodes.parts import effects_in
 from experiments.circuit_find import (
     FIND,
     PAGE,
-    PARTS,
     FoundRun,
     OfCircuit,
     found_run,
-    opened,
     size_of,
     slices,
     title_of,
 )
+from experiments.circuit_tables import PARTS, opened
 from workbench.cli.base import BaseCommand, typed
 from workbench.cli.places import named_run
 from workbench.cli.study import Begin

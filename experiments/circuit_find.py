@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from circuits.graph.circuit import Circuit, ErrorRule, Sign, load_circuit
 from circuits.graph.report import FoundCircuit
 from circuits.nodes.runs import Method, Rule
-from experiments.circuit_tables import PairsStudy
+from experiments.circuit_tables import PairsStudy, opened
 from workbench.cli.base import LoadsModel, typed
 from workbench.cli.places import named_run
 from workbench.cli.study import Begin, R, RunFolderStudy
@@ -22,14 +22,13 @@ if TYPE_CHECKING:
     from circuits.nodes.effects import NodeEffects
     from circuits.pairs import Pairs
     from workbench.bases.base import Basis
-    from workbench.engine.keeper import Keeper
     from workbench.models.model import Model
     from workbench.runs.run import RunDir
 
 FIND = "circuit-find"
 """Name of the runs of `workbench circuit find`."""
-CIRCUIT, PARTS, PAGE = "circuit", "parts", "circuit.html"
-"""Among the artifacts of a run: folder of the circuit, folder of what a stopped run keeps, and the page."""
+CIRCUIT, PAGE = "circuit", "circuit.html"
+"""Among the artifacts of a run: folder of the circuit, and its page."""
 KINDS = {"neurons": ("attn_out", "mlp_out", "resid_post"), "mlp_hidden": ("mlp_out",), "heads": ("attn_out",)}
 """Bases that need no training, with the sites that they are at unless others are named."""
 LAYERS = 4
@@ -156,15 +155,6 @@ class CircuitFind(PairsStudy[FoundCircuit]):
 def title_of(study: CircuitFind) -> str:
     """Of the page of its circuit."""
     return f"Circuit of {study.task or study.pairs}"
-
-
-def opened(run: RunDir, pairs: Pairs, of: Path | None = None) -> Keeper:
-    """What a stopped run of these pairs, and of a circuit that another run found, keeps."""
-    from workbench.engine.keeper import Keeper
-
-    rows = [pairs.clean.ids.tolist(), None if pairs.patch is None else pairs.patch.ids.tolist()]
-    key = {"pairs": rows, "answers": pairs.answers.tolist(), "circuit": None if of is None else of.name}
-    return Keeper.open(run.artifacts / PARTS, key)
 
 
 def slices(pairs: Pairs, rows: int) -> Iterator[tuple[str, Pairs]]:

@@ -1,4 +1,4 @@
-"""The one-call tables of circuits as commands: logit lens, activation patching, attention heads."""
+"""The one-call tables of circuits as commands: patching, paths, direct attribution, attention heads."""
 
 from __future__ import annotations
 
@@ -7,29 +7,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import tyro
-
 from workbench.cli.base import model_words, typed
 from workbench.cli.study import Begin, R, Study
 from workbench.core.errors import InvalidInputError
 from workbench.core.numbers import counted
 
 if TYPE_CHECKING:
+    from circuits.classics.direct import DirectAttribution
     from circuits.classics.head_scores import HeadScores
-    from circuits.classics.logit_lens import LogitLens
     from circuits.classics.patch_grid import PatchGrid
-    from circuits.classics.tables import TableReport
+    from circuits.classics.path_patch import PathEffects
     from circuits.pairs import Pairs
+    from workbench.engine.keeper import Keeper
     from workbench.models.model import Model
+    from workbench.report.base import Report
     from workbench.runs.run import RunDir
 
-TABLE = "table.csv"
-"""File of the whole table among the artifacts of a run."""
+TABLE, PARTS = "table.csv", "parts"
+"""Among the artifacts of a run: file of the whole table, and folder of what a stopped run keeps."""
 
 
-def keep(run: RunDir, report: TableReport) -> None:
+def keep(run: RunDir, report: Report) -> None:
     """Writes the whole table into the run folder."""
     report.frame().to_csv(run.artifacts / TABLE)
+
+
+def opened(run: RunDir, pairs: Pairs, of: Path | None = None) -> Keeper:
+    """What a stopped run of these pairs, and of a circuit that another run found, keeps."""
+    from workbench.engine.keeper import Keeper
+
+    rows = [pairs.clean.ids.tolist(), None if pairs.patch is None else pairs.patch.ids.tolist()]
+    key = {"pairs": rows, "answers": pairs.answers.tolist(), "circuit": None if of is None else of.name}
+    return Keeper.open(run.artifacts / PARTS, key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,41 +70,6 @@ class PairsStudy(Study[R]):
         from circuits.behaviours.making import pairs
 
         return pairs(self.task, model, self.split, self.limit, self.seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CircuitLens(PairsStudy["LogitLens"]):
-    """Read what each layer would say if the model ended there.
-
-    The logit lens, beside the reading of another token.
-
-    Example: workbench circuit lens "The capital of France is" --target " Paris"
-    """
-
-    run_name = "circuit-lens"
-    step = "lens"
-
-    text: tyro.conf.Positional[str] = ""
-    """Text to read; or give --pairs or --task."""
-    target: str = ""
-    """Token that is looked for behind the text."""
-    sites: tuple[str, ...] = ("resid_post",)
-    """Where to read, in the residual stream."""
-    k: int = 5
-    """Tokens per site and token."""
-
-    def measure(self, begin: Begin) -> LogitLens:
-        from circuits.classics.logit_lens import logit_lens
-
-        model = self.load_model(check=False)
-        if self.text and (self.task or self.pairs):
-            raise InvalidInputError("A text and pairs were given. Give one of them.")
-        if not (self.text or self.task or self.pairs):
-            raise InvalidInputError("There is nothing to read. Give a text, --pairs FILE.jsonl or --task NAME.")
-        what = self.text or self.read_pairs(model)
-        report = logit_lens(model, what, self.sites, k=self.k, target=self.target or None, seed=self.seed)
-        keep(begin(model), report)
-        return report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +105,11 @@ class CircuitPatch(PairsStudy["PatchGrid"]):
             pairs = pairs.of_one_length()
         model.site_map.named(self.sites)
         run = begin(model)
-        report = patch_grid(
-            model, pairs, AnswerMetric(self.metric), self.sites, by=self.by, align=self.align, rows=self.rows,
-            seed=self.seed,
-        )  # fmt: skip
+        with opened(run, pairs) as parts:
+            report = patch_grid(
+                model, pairs, AnswerMetric(self.metric), self.sites, by=self.by, align=self.align, rows=self.rows,
+                seed=self.seed, keep=parts,
+            )  # fmt: skip
         keep(run, report)
         return report
 
@@ -143,6 +118,87 @@ class CircuitPatch(PairsStudy["PatchGrid"]):
 
     def following(self, report: PatchGrid, folder: Path) -> str:
         return typed("circuit", "heads", *model_words(self.model))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitPaths(PairsStudy["PathEffects"]):
+    """Patch single paths: which component tells which other.
+
+    Exact, two runs per path. Beside each, a third prompt through the same path.
+
+    Example: workbench circuit paths --task ioi --senders "z.*.h*" --receivers logits
+    """
+
+    run_name = "circuit-paths"
+    step = "paths"
+
+    senders: tuple[str, ...] = ("z.*.h*",)
+    """Sites whose output is patched, or patterns."""
+    receivers: tuple[str, ...] = ("logits",)
+    """What hears of it: logits, q.9.h1, k.9.h0, v.9.h0, z.9.h1, mlp_out.9, resid_pre.9."""
+    freeze_mlps: bool = False
+    """Hold every MLP in between too, so that paths do not overlap."""
+    metric: Literal["logit_difference", "log_probability", "negative_logit", "kl"] = "logit_difference"
+    """What the effect is measured by."""
+    align: Literal["start", "end"] = "start"
+    """Where positions count from; from the start, pairs of the commonest length are taken."""
+
+    def measure(self, begin: Begin) -> PathEffects:
+        from circuits.classics.path_patch import path_patch
+        from circuits.metrics import AnswerMetric
+
+        model = self.load_model()
+        pairs = self.read_pairs(model)
+        if self.align == "start":
+            pairs = pairs.of_one_length()
+        model.site_map.named(self.senders)
+        model.site_map.named([name for name in self.receivers if name != "logits"])
+        run = begin(model)
+        report = path_patch(
+            model, pairs, AnswerMetric(self.metric), self.senders, self.receivers, freeze_mlps=self.freeze_mlps,
+            align=self.align, seed=self.seed,
+        )  # fmt: skip
+        keep(run, report)
+        return report
+
+    def following(self, report: PathEffects, folder: Path) -> str:
+        return typed("circuit", "heads", *model_words(self.model))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitAttribution(PairsStudy["DirectAttribution"]):
+    """Say which component writes the answer directly.
+
+    Components add up to the logit difference exactly. Beside each, its ablation.
+
+    Example: workbench circuit attribution --task ioi --by head
+    """
+
+    run_name = "circuit-attribution"
+    step = "attribution"
+
+    by: Literal["head", "layer", "component"] = "component"
+    """What a part is: attn_out and mlp_out, both together, or heads and mlp_out."""
+    no_ablation: bool = False
+    """Leave out the ablations, which are most of the work."""
+    rows: int = 256
+    """Prompts per forward pass; less memory, same numbers."""
+
+    def measure(self, begin: Begin) -> DirectAttribution:
+        from circuits.classics.direct import direct_logit_attribution
+
+        if self.rows < 1:
+            raise InvalidInputError(f"--rows {self.rows}: at least 1.")
+        model = self.load_model()
+        pairs = self.read_pairs(model)
+        run = begin(model)
+        report = direct_logit_attribution(model, pairs, self.by, ablate=not self.no_ablation, rows=self.rows)
+        keep(run, report)
+        return report
+
+    def following(self, report: DirectAttribution, folder: Path) -> str:
+        own = ["--pairs", self.pairs] if self.pairs else ["--task", self.task, "--split", self.split]
+        return typed("circuit", "paths", *own, *model_words(self.model))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +224,14 @@ class CircuitHeads(Study["HeadScores"]):
 
     def measure(self, begin: Begin) -> HeadScores:
         from circuits.classics.head_scores import head_scores
+        from workbench.engine.keeper import Keeper
 
         model = self.load_model()
         run = begin(model)
-        report = head_scores(
-            model, repeated=self.repeated, sequences=self.sequences, weights=not self.no_weights, tokens=self.tokens,
-            seed=self.seed,
-        )  # fmt: skip
+        with Keeper.open(run.artifacts / PARTS, {"model": model.fingerprint, "dtype": str(model.dtype)}) as parts:
+            report = head_scores(
+                model, repeated=self.repeated, sequences=self.sequences, weights=not self.no_weights,
+                tokens=self.tokens, seed=self.seed, keep=parts,
+            )  # fmt: skip
         keep(run, report)
         return report

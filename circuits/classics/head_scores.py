@@ -34,6 +34,7 @@ from workbench.core.precision import precise
 from workbench.core.progress import track
 from workbench.core.stats import ANY, POSITIVE, SHARE, Estimate, sample_mean, wilson
 from workbench.core.tokenizer import special_ids, start_ids
+from workbench.engine.keeper import Keeper
 from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
@@ -193,7 +194,14 @@ def pattern_scores(pattern: Float[Tensor, "heads q_pos k_pos"], repeated: int) -
 @checked
 @torch.no_grad()
 def head_scores(
-    model: Model, *, repeated: int = 50, sequences: int = 8, weights: bool = True, tokens: int = 2000, seed: int = 0
+    model: Model,
+    *,
+    repeated: int = 50,
+    sequences: int = 8,
+    weights: bool = True,
+    tokens: int = 2000,
+    seed: int = 0,
+    keep: Keeper | None = None,
 ) -> HeadScores:
     """What each head attends to on repeated random text, and what its value-output map copies.
 
@@ -210,6 +218,7 @@ def head_scores(
         weights: whether to read the weights too.
         tokens: how many tokens are sampled for "copied tokens".
         seed: of texts, samples and rotations.
+        keep: of finished layers, which a stopped call continues; its key must hold all arguments.
 
     Raises:
         DegenerateInputError: if the model takes rows of fewer than 9 tokens.
@@ -229,7 +238,8 @@ def head_scores(
     scores, note = list(_of_patterns(model, ordinary, repeated, sequences, seed)), ""
     if weights:
         try:
-            scores += _of_weights(model, ordinary[torch.randperm(len(ordinary))[:tokens]], seed)
+            drawn = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))[:tokens]
+            scores += _of_weights(model, ordinary[drawn], seed, keep)
         except (MismatchError, UnknownSiteError) as error:
             note = f"Scores from weights are left out. {error}"
     order = {name: i for i, name in enumerate((*PATTERN_SCORES, *WEIGHT_SCORES))}
@@ -304,7 +314,7 @@ def _estimate(values: Tensor, within: tuple[float, float]) -> Estimate:
     return sample_mean(kept.numpy(), unit="sequences", within=within if float(kept.min()) >= 0 else ANY)
 
 
-def _of_weights(model: Model, sampled: Tensor, seed: int) -> Iterator[HeadScore]:
+def _of_weights(model: Model, sampled: Tensor, seed: int, keep: Keeper | None) -> Iterator[HeadScore]:
     final = final_norm(model, model.capture(sampled[None, :6].to(model.device), ["resid_post.-1"], positions=Last())
                        [f"resid_post.{model.n_layers - 1}"])  # fmt: skip
     between, both = middle(model, final), ends(model, sampled, final)
@@ -312,7 +322,11 @@ def _of_weights(model: Model, sampled: Tensor, seed: int) -> Iterator[HeadScore]
     layers = [site.layer for site in model.site_map.named(["z"])]
     for layer in track(layers, description="weights", unit="layers"):
         assert layer is not None
-        yield from _of_layer(layer, circuit(model, layer), between, both, words, seed)
+
+        def measure(layer: int = layer) -> list[HeadScore]:
+            return list(_of_layer(layer, circuit(model, layer), between, both, words, seed))
+
+        yield from measure() if keep is None else keep.once(f"layer-{layer}", list[HeadScore], measure)
 
 
 def _of_layer(

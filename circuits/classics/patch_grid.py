@@ -32,6 +32,8 @@ from workbench.core.display import clipped, visible
 from workbench.core.errors import InvalidInputError, MismatchError
 from workbench.core.progress import track
 from workbench.core.stats import Estimate
+from workbench.engine.job import Made
+from workbench.engine.keeper import Keeper
 from workbench.hooks.capture import Activations
 from workbench.hooks.sites import HEAD_KINDS, Site
 from workbench.models.model import Model
@@ -217,6 +219,7 @@ def patch_grid(
     align: Align = "start",
     rows: int = 64,
     seed: int = 0,
+    keep: Keeper | None = None,
 ) -> PatchGrid:
     """Effect of giving one site, at one token, the activation of the patch prompt: each cell is a run, no estimate.
 
@@ -232,6 +235,7 @@ def patch_grid(
         align: "end" counts positions from the last token.
         rows: prompts in one forward pass.
         seed: of the choice of third prompts.
+        keep: of finished parts, which a stopped call continues; its key must hold all arguments.
 
     Raises:
         InvalidInputError: for pairs without counterparts, or of several lengths and not aligned.
@@ -250,7 +254,7 @@ def patch_grid(
     columns = [None] if by == "all" else list(range(width))
     cells = [Cell(replace(s, head=head), c) for s, heads in chosen.items() for head in heads for c in columns]
     runs = _Runs(model, pairs, measured, whole_run(model, pairs.clean, measured), rows)
-    effects = runs.effects(cells, [model.capture(source, list(chosen)) for source in (patch, third)])
+    effects = runs.effects(cells, [model.capture(source, list(chosen)) for source in (patch, third)], keep)
     notes = [note, without_third(there)]
     return PatchGrid(
         metric=named(measured), cells=tuple(cells), effects=effects[0],
@@ -290,6 +294,12 @@ def _heads(site: Site, n: int | None) -> list[int | None]:
     return list(range(n or 0)) if site.kind in HEAD_KINDS else [None]
 
 
+def _part(site: Site, columns: Sequence[int | None]) -> str:
+    """Of what is kept: one site at some positions."""
+    first, last = columns[0], columns[-1]
+    return f"{site}-all" if first is None else f"{site}-{first}-to-{last}"
+
+
 _Job = tuple[int, int, int]
 """Source of the patch (0 is the clean run itself), cell and pair of one row."""
 
@@ -309,7 +319,9 @@ class _Runs:
     before: Float[Tensor, " pairs"]
     size: int
 
-    def effects(self, cells: Sequence[Cell], sources: Sequence[Activations]) -> Float[Tensor, "sources cells pairs"]:
+    def effects(
+        self, cells: Sequence[Cell], sources: Sequence[Activations], keep: Keeper | None = None
+    ) -> Float[Tensor, "sources cells pairs"]:
         """Zero where nothing differs, nan at padding."""
         effects = self.before.new_zeros(len(sources), len(cells), len(self.pairs))
         for i, cell in enumerate(cells):
@@ -319,12 +331,20 @@ class _Runs:
         sites = list(dict.fromkeys(wholes))
         groups = self._groups(cells)
         for columns in track(groups, description="patching", unit="groups of positions"):
-            segments = segments_at(self.model, self.pairs.clean, sites, self.metric.site, last=self._tail(columns))
-            for site, segment in segments.items():
+            left = [site for site in sites if keep is None or not keep.has(_part(site, columns))]
+            segments = segments_at(self.model, self.pairs.clean, left, self.metric.site, last=self._tail(columns))
+            for site in sites:
                 here = [i for i, c in enumerate(cells) if wholes[i] == site and c.column in columns]
+                if site not in segments:
+                    assert keep is not None
+                    effects[:, here] = keep.tensors(_part(site, columns))["effects"].to(effects)
+                    continue
+                segment = segments[site]
                 cut = self.pairs.clean.ids.shape[1] - segment.x.shape[1]
                 states = [acts.flat(site)[:, cut:].to(segment.x) for acts in sources]
                 self._fill(effects, segment, torch.stack([segment.x, *states]), {i: cells[i] for i in here})
+                if keep is not None:
+                    keep.put(_part(site, columns), Made(tensors={"effects": effects[:, here]}))
         return effects
 
     def _groups(self, cells: Sequence[Cell]) -> list[list[int | None]]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path as FilePath
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import circuits
+from circuits.classics import head_scores, patch_grid
 from circuits.classics.path_patch import Path
 from circuits.classics.shared import third_prompts
 from circuits.metrics import of_logits, of_site
 from circuits.pairs import Pairs
 from tests.tiny import n_hooks, tiny_hf, tiny_model, tiny_tokenizer
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
+from workbench.engine.keeper import Keeper
 from workbench.hooks.attach import attached
 from workbench.models.model import Model
 
@@ -249,3 +253,59 @@ def test_paths_that_go_nowhere_are_left_out_and_said() -> None:
         circuits.path_patch(model, pairs, senders=["z.1.h0"], receivers=["q.0.h0"])
     with pytest.raises(InvalidInputError, match="not at the logits"):
         circuits.path_patch(model, pairs, of_site("resid_post.1", lambda x, _: x.sum((1, 2))), senders=["z.0.h0"])
+
+
+# A stopped call.
+
+
+def test_a_grid_that_was_stopped_continues_at_the_site_that_is_missing(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pairs = tiny("gpt2")
+    sites = ["resid_pre.1", "z.1", "mlp_out.2"]
+    wanted = circuits.patch_grid(model, pairs, sites=sites, align="end")
+    calls, real = [0], patch_grid._Runs._fill
+
+    def stops(self: patch_grid._Runs, *args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(patch_grid._Runs, "_fill", stops)
+    with Keeper.open(tmp_path, {}) as keep:
+        with pytest.raises(KeyboardInterrupt):
+            circuits.patch_grid(model, pairs, sites=sites, align="end", keep=keep)
+        n_kept = len(keep.done())
+        found = circuits.patch_grid(model, pairs, sites=sites, align="end", keep=keep)
+        n_all = len(keep.done())
+        again = circuits.patch_grid(model, pairs, sites=sites, align="end", keep=keep)
+    assert n_kept == 1 and calls[0] == 1 + n_all, "no part was made twice, but for the one that was stopped"
+    for grid in (found, again):
+        assert torch.equal(grid.effects, wanted.effects) and torch.equal(
+            grid.control.nan_to_num(), wanted.control.nan_to_num()
+        )
+
+
+def test_scores_of_heads_that_were_stopped_continue_at_the_layer_that_is_missing(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    options: dict[str, Any] = {"repeated": 9, "sequences": 1, "tokens": 20}
+    wanted = circuits.head_scores(model, **options)
+    torch.manual_seed(1)
+    assert circuits.head_scores(model, **options).scores == wanted.scores, "its seed alone decides"
+    layers, real = list[int](), head_scores._of_layer
+
+    def stops(layer: int, *args: Any) -> Any:
+        layers.append(layer)
+        if len(layers) == 2:
+            raise KeyboardInterrupt
+        return real(layer, *args)
+
+    monkeypatch.setattr(head_scores, "_of_layer", stops)
+    with Keeper.open(tmp_path, {}) as keep:
+        with pytest.raises(KeyboardInterrupt):
+            circuits.head_scores(model, **options, keep=keep)
+        found = circuits.head_scores(model, **options, keep=keep)
+    assert layers == [0, 1, 1, 2] and found.scores == wanted.scores

@@ -14,12 +14,18 @@ GROUPS = (
     ("Features", ("features score", "features cards", "features show", "features study")),
     ("Interventions", ("steer", "serve", "shift", "refusal", "probe")),
     ("Circuits", ("circuit saes", "circuit find", "circuit edges", "circuit eval", "circuit show", "circuit study")),
-    ("Circuits in one call", ("circuit lens", "circuit patch", "circuit heads")),
+    (
+        "Circuits in one call",
+        ("circuit lens", "circuit lenses", "circuit patch", "circuit paths", "circuit attribution", "circuit heads"),
+    ),
     ("Glitch tokens", ("glitch scan", "glitch census", "glitch search", "glitch repair", "glitch features")),
     ("Use of a glitch scan", ("glitch lint", "glitch diff", "glitch export", "glitch sanitize", "glitch adt")),
     ("Results", ("runs", "report")),
 )
 """What a newcomer wants, in this order; commands that are not named here come last."""
+
+_NAME = 16
+"""Characters of a name that the column of summaries makes room for; a longer name moves its own."""
 
 _ABOUT = """\
 Look inside a language model and change what it does: collect activations, train
@@ -45,7 +51,7 @@ def help_page(width: int | None = None) -> str:
     """The page: what this is, how to call it, every command in one line."""
     width = width or min(100, shutil.get_terminal_size((100, 24)).columns)
     summaries = {words: entry.summary() for words, entry in commands().items()}
-    column = max(map(len, summaries), default=0) + 4
+    column = max((len(words) for words in summaries if len(words) <= _NAME), default=0) + 4
     listed = {words for _, group in GROUPS for words in group}
     rest = ("More", tuple(words for words in summaries if words not in listed))
     parts = [_ABOUT, _USAGE]
@@ -65,4 +71,5 @@ def group_page(group: str) -> str:
 
 
 def _line(words: str, summary: str, column: int, width: int) -> str:
-    return f"  {words:<{column - 2}}" + textwrap.shorten(summary, max(20, width - column), placeholder=" …")
+    name = f"  {words:<{column - 2}}" if len(words) + 4 <= column else f"  {words}  "
+    return name + textwrap.shorten(summary, max(20, width - len(name)), placeholder=" …")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.activations.store import ActivationStore
@@ -160,7 +160,7 @@ class JacobianLens(Shown):
         positions: Sequence[int] | None = (-1,),
         sites: Sequence[str] | None = None,
         k: int = 10,
-        target: str | None = None,
+        target: str | Int[Tensor, " rows"] | None = None,
         beside: Mapping[str, LinearLens] | None = None,
         how: How | None = None,
         seed: int = 0,
@@ -175,7 +175,8 @@ class JacobianLens(Shown):
             positions: which tokens, from the end if negative; None for all.
             sites: some of those of the lens; None for all.
             k: tokens that are kept for each reading.
-            target: a single token that is looked for behind the text; else the token that follows there.
+            target: a single token that is looked for behind the texts, or the id of one for each; else the token that
+                follows there.
             beside: further lenses, by name; without, a regression lens of the same prompts if they have enough tokens.
             how: see `apply`.
             seed: of the permutation and of the random directions.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.core.arguments import checked
@@ -151,7 +151,7 @@ class LinearLens(Shown):
         positions: Sequence[int] | None = (-1,),
         sites: Sequence[str] | None = None,
         k: int = 10,
-        target: str | None = None,
+        target: str | Int[Tensor, " rows"] | None = None,
         beside: Mapping[str, LinearLens] | None = None,
         seed: int = 0,
     ) -> LensReading:
@@ -163,7 +163,8 @@ class LinearLens(Shown):
             positions: which tokens, from the end if negative; None for all.
             sites: some of those of the lens; None for all.
             k: tokens that are kept for each reading.
-            target: a single token that is looked for behind the text; else the token that follows there.
+            target: a single token that is looked for behind the texts, or the id of one for each; else the token that
+                follows there.
             beside: further lenses to read with, by name, such as a regression lens.
             seed: of the permutation and of the random map.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from workbench.core.arguments import checked
@@ -97,11 +98,13 @@ class LensReading(Report):
         """Mean of KL(output || reading) in nats, at one site or over all."""
         return self._estimate(self._by_unit(self.readings[name].kl[:-1], site), POSITIVE)
 
-    def difference(self, name: str, what: What = "kl", site: int | None = None) -> Estimate | None:
-        """The lens minus another, paired: below 0 the lens is closer to the output, or to the target (`log_rank`)."""
+    def difference(
+        self, name: str, what: What = "kl", site: int | None = None, of: str | None = None
+    ) -> Estimate | None:
+        """The lens, or `of`, minus another, paired: below 0 it is closer to the output or the target (`log_rank`)."""
         values = [
             self._log_ranks(n, site) if what == "log_rank" else self._by_unit(self.readings[n].kl[:-1], site)
-            for n in (self.lens, name)
+            for n in (of or self.lens, name)
         ]
         return self._estimate(values[0] - values[1])
 
@@ -168,9 +171,9 @@ class LensReading(Report):
         """Where the lens is better than the logit lens, what its controls read, and how far its halves agree."""
         found = []
         if self.lens != LOGIT and LOGIT in self.readings:
-            found.append(self._against_logit("kl", "closer to the output"))
+            found.append(self.compared("kl", "closer to the output"))
             if self.log_rank(self.lens) is not None:
-                found.append(self._against_logit("log_rank", "better at the target"))
+                found.append(self.compared("log_rank", "better at the target"))
         names = [name for name in self.readings if name not in (self.lens, LOGIT, HALF_A, HALF_B)]
         worse = [f"{name} {self.kl(name)}" for name in names]
         if worse:
@@ -180,17 +183,22 @@ class LensReading(Report):
             found.append(f"Lenses of either half of the prompts share {overlap} of their {_TOP} most probable tokens.")
         return (*found, "A lens says what the end of the model would read, not what later layers use.")
 
-    def _against_logit(self, what: What, words: str) -> str:
-        counts = {"better": 0, "worse": 0}
+    def against(self, name: str, what: What = "kl", of: str | None = None) -> tuple[int, int]:
+        """At how many sites the lens, or `of`, is better than another, and at how many worse, by their intervals."""
+        better = worse = 0
         for i in range(len(self.sites)):
-            change = self.difference(LOGIT, what, i)
+            change = self.difference(name, what, i, of)
             if change is not None and change.n > 1 and change.excludes(0.0):
-                counts["better" if change.high < 0 else "worse"] += 1
+                better, worse = better + (change.high < 0), worse + (change.low > 0)
+        return better, worse
+
+    def compared(self, what: What, words: str, of: str | None = None) -> str:
+        """How the lens, or `of`, compares with the logit lens, in words."""
+        better, worse = self.against(LOGIT, what, of)
         n = len(self.sites)
-        rest = n - sum(counts.values())
         return (
-            f"Against the logit lens the {self.lens} lens is {words} at {counts['better']} of {n} sites, worse at "
-            f"{counts['worse']}, and no better at {rest}: there the interval of the difference holds 0."
+            f"Against the logit lens the {of or self.lens} lens is {words} at {better} of {n} sites, worse at {worse}, "
+            f"and no better at {n - better - worse}: there the interval of the difference holds 0."
         )
 
     def section(self) -> Section:
@@ -199,14 +207,17 @@ class LensReading(Report):
         for name in self.readings:
             for what, value in (("kl", self.kl(name)), ("log rank", self.log_rank(name))):
                 metrics |= {} if value is None else {f"{name}: {what}": value}
-        caption = "Sites. KL to the output in nats, and log10 of 1 + rank of the target."
-        by_site = Table(self._site_columns(), tuple(self._by_site()), caption)
-        blocks = (self._picture(), self._curves(), self._beside(), by_site)
+        blocks = (self.picture(), self.curves(), self._beside(), self.by_site())
         return Section(f"Reading by the {self.lens} lens", blocks, self.findings(), metrics, self.headline())
 
     def _site_columns(self) -> tuple[str, ...]:
         lenses = [name for name in self.readings if name not in (HALF_A, HALF_B)]
         return ("site", *(f"{name}: {what}" for name in lenses for what in ("KL", "log rank")))
+
+    def by_site(self) -> Table:
+        """KL and rank of each lens at each site."""
+        caption = "Sites. KL to the output in nats, and log10 of 1 + rank of the target."
+        return Table(self._site_columns(), tuple(self._by_site()), caption)
 
     def _by_site(self) -> list[tuple[str | Estimate | None, ...]]:
         lenses = [name for name in self.readings if name not in (HALF_A, HALF_B)]
@@ -218,7 +229,8 @@ class LensReading(Report):
     def _plain(self) -> list[tuple[str | float | None, ...]]:
         return [tuple(v.value if isinstance(v, Estimate) else v for v in row) for row in self._by_site()]
 
-    def _curves(self) -> Lines:
+    def curves(self) -> Lines:
+        """KL of each lens over the sites."""
         x = tuple(range(len(self.sites)))
         series = []
         for name in self.readings:
@@ -228,7 +240,8 @@ class LensReading(Report):
             series.append(Series(name, x, tuple(float("nan") if v is None else v.value for v in values)))
         return Lines("KL to the output", tuple(series), "site, in the order of a forward pass", "nats")
 
-    def _picture(self) -> Heat:
+    def picture(self) -> Heat:
+        """What is read at each site and token of the first text."""
         reading = self.readings[self.lens]
         here = (reading.rows == reading.rows[0]).nonzero()[-_TOKENS_DRAWN:, 0].tolist()
         frame = reading.frame()
@@ -262,7 +275,7 @@ def read_with(
     *,
     positions: Sequence[int] | None = (-1,),
     k: int = 10,
-    target: str | None = None,
+    target: str | Int[Tensor, " rows"] | None = None,
     n_fit: Mapping[str, int] | None = None,
 ) -> LensReading:
     """Readings of the same activations by several lenses, the first of which the others are compared with.
@@ -274,8 +287,8 @@ def read_with(
     scope = None if positions is None else Pos(*positions)
     acts = model.capture(text, [*sites, output], positions=scope)
     assert acts.tokens is not None
-    answers = None
-    if target is not None:
+    answers = target if isinstance(target, Tensor) else None
+    if isinstance(target, str):
         (answer,) = named_ids(model, [target], "read")
         answers = torch.full((len(acts.tokens),), answer)
     readings = {name: lens(_mapped(acts, fn, output), model, k=k, answers=answers) for name, fn in maps.items()}
