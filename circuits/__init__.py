@@ -9,6 +9,9 @@ report = circuits.shift(model, {"resid_post.15": sae}, circuits.biographies())
 from __future__ import annotations
 
 from circuits import behaviours
+from circuits.attribution_graphs.attribute import attribution_graph
+from circuits.attribution_graphs.coders import CrossLayerTranscoder
+from circuits.attribution_graphs.graph import AttributionGraph
 from circuits.classics.direct import DirectAttribution, direct_logit_attribution
 from circuits.classics.head_scores import HeadScore, HeadScores, head_scores
 from circuits.classics.logit_lens import LogitLens, logit_lens
@@ -65,10 +68,12 @@ from circuits.shift.texts import LabelledTexts
 
 __all__ = [
     "AskedDecider",
+    "AttributionGraph",
     "AttributionOptions",
     "Behaviours",
     "BiographyOptions",
     "Circuit",
+    "CrossLayerTranscoder",
     "Decider",
     "DirectAttribution",
     "DiscoveryOptions",
@@ -108,6 +113,7 @@ __all__ = [
     "TrainedSAEs",
     "VectorOptions",
     "Verdict",
+    "attribution_graph",
     "bases",
     "behaviours",
     "biographies",

@@ -20,6 +20,7 @@ from scipy.sparse import csr_matrix
 
 import circuits
 import workbench as wb
+from circuits.attribution_graphs.validation import Validation
 from circuits.faithful.curves import CurvePoint
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.manifest import Manifest, SiteStats
@@ -354,6 +355,14 @@ def _effects() -> circuits.NodeEffects:
 
 
 @cache
+def _graph() -> circuits.AttributionGraph:
+    model = _bench()[0]
+    return circuits.attribution_graph(
+        model, circuits.mlp_hidden(model, [0, 2]), EVIL[:40], targets={EVIL: torch.ones(16)}
+    )
+
+
+@cache
 def _edges() -> circuits.Edges:
     return circuits.edge_effects(*_bench(), _pairs(), METRIC, _effects().circuit(n=200))
 
@@ -372,6 +381,8 @@ REAL: dict[type, Callable[[Path], object]] = {
     circuits.Behaviours: lambda _: _behaviours(),
     circuits.SampleVectors: lambda _: _vectors(9),
     circuits.Stability: lambda _: _behaviours().stability,
+    circuits.AttributionGraph: lambda _: _graph(),
+    Validation: lambda _: _graph().validate(4),
     circuits.Circuit: lambda _: _effects().circuit(n=200).with_labels({}),
     circuits.Edges: lambda _: _edges(),
     circuits.Faithfulness: lambda _: _faithful(),

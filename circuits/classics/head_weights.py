@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from circuits.classics.frozen import FrozenNorm
+from circuits.classics.frozen import FrozenNorm, columns_of, norm_before
 from workbench.bases.kinds.heads import heads
 from workbench.core.arguments import checked
-from workbench.core.errors import MismatchError
 from workbench.core.precision import precise
 from workbench.hooks.ends import embedding, unembedding
-from workbench.hooks.handles import Hooks
 from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
 from workbench.models.model import Model
@@ -95,46 +93,10 @@ def circuit(model: Model, layer: int) -> Circuit:
         MismatchError: if the layer has no plain value projection, or a norm of another kind before it.
     """
     written, point = heads(model, Site("z", layer)), model.site_map[Site("v", layer)]
-    weight = getattr(point.module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
-        raise MismatchError(
-            f"head_scores: {point.site} is made by a {type(point.module).__name__} without a matrix of real numbers. "
-            "Load the model without quantisation, or ask for the scores of patterns alone."
-        )
-    weight = precise(weight.detach())
-    weight = weight if hasattr(point.module, "nx") else weight.T
-    weight = weight if point.columns is None else weight[:, point.columns]
+    weight, _ = columns_of(point, "head_scores")
     reads = weight.unflatten(1, (point.heads or 1, -1)).transpose(0, 1)
     writes = (written.weight * written.gain).unflatten(0, (written.d_sae, -1))
-    return Circuit(reads, writes.to(reads), _norm_before(model, layer))
-
-
-def _norm_before(model: Model, layer: int) -> FrozenNorm:
-    """The norm whose output the value projection reads, found among the parts of the block by what it computes."""
-    point, stream = model.site_map[Site("v", layer)], model.site_map[Site("resid_pre", layer)]
-    ids = torch.randint(0, model.d_vocab, (1, 6), generator=torch.Generator().manual_seed(0)).to(model.device)
-    given: list[Tensor] = []
-    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
-
-    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if args and isinstance(output, Tensor) and output.shape == args[0].shape:
-            seen.append((module, args[0], output))
-
-    with Hooks() as on:
-        on.add(point.module, lambda _module, args, _kwargs: given.append(args[0]), before=True)
-        for part in stream.module.modules():
-            if not list(part.children()) and part is not point.module:
-                on.add(part, note)
-        x = model.capture(ids, [stream.site, Site("z", layer)])[stream.site].flatten(0, 1)
-    if torch.equal(given[0].flatten(0, 1), x):
-        return FrozenNorm.of(None, x)
-    for module, before, after in seen:
-        if torch.equal(after, given[0]) and torch.equal(before.flatten(0, 1), x):
-            return FrozenNorm.of(module, x, f"the norm before attention of layer {layer}")
-    raise MismatchError(
-        f"head_scores: in layer {layer} of {model.name} there is no norm between stream and value projection that "
-        "could be followed. Ask for the scores of patterns alone."
-    )
+    return Circuit(reads, writes.to(reads), norm_before(model, point, Site("resid_pre", layer), "head_scores"))
 
 
 def middle(model: Model, final: FrozenNorm, step: int = 8192) -> Float[Tensor, "d_model d_model"]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from circuits.classics.shared import single_token
 from circuits.classics.tables import TableReport, plain
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
@@ -196,7 +197,7 @@ def logit_lens(
     else:
         acts = model.capture(text, sites)
         if target is not None:
-            answers = torch.full((len(_tokens(acts)),), _single(model, target))
+            answers = torch.full((len(_tokens(acts)),), single_token(f"logit_lens(target={target!r})", model, target))
     n_tokens = _tokens(acts).n_tokens if acts.rows is None else len(acts.rows)
     if n_tokens < 2:
         raise DegenerateInputError("logit_lens: there is one token, and none to read beside it. Give a longer text.")
@@ -209,15 +210,6 @@ def logit_lens(
 def _tokens(acts: Activations) -> TokenBatch:
     assert acts.tokens is not None
     return acts.tokens
-
-
-def _single(model: Model, target: str) -> int:
-    ids = model.tokens(target, bos=False).rows()[0].tolist()
-    if len(ids) != 1:
-        raise InvalidInputError(
-            f"logit_lens(target={target!r}): it is {len(ids)} tokens; give one, often with a space in front."
-        )
-    return ids[0]
 
 
 def _shuffled(acts: Activations, seed: int) -> Activations:

@@ -158,3 +158,15 @@ def require_rows(who: str, rows: Sequence[object], why: str) -> None:
     """
     if not rows:
         raise DegenerateInputError(f"{who}: {why}")
+
+
+def single_token(who: str, model: Model, text: str) -> int:
+    """The id of a text that is one token.
+
+    Raises:
+        InvalidInputError: if it is none or several.
+    """
+    ids = model.tokens(text, bos=False).rows()[0].tolist()
+    if len(ids) != 1:
+        raise InvalidInputError(f"{who}: it is {len(ids)} tokens; give one, often with a space in front.")
+    return int(ids[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from circuits.graph.names import ERROR
 from circuits.graph.page import Source, tokens_of
 from circuits.graph.picture import DrawnEdge, DrawnNode, Picture, picture_of
+from workbench.core.errors import InvalidInputError
 from workbench.core.records import save_json
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 FEATURE, ERRORS, LOGIT = "cross layer transcoder", "mlp reconstruction error", "logit"
 """Kinds of nodes in such a file; what is no error and no output counts as the first."""
+EMBEDDING, BIAS = "embedding", "bias"
+"""Tokens; and what has no place of its own."""
+_NAME = re.compile(r"[A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,23 @@ class GraphNames:
 
     slug: str = "circuit"
     scan: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value in (("slug", self.slug), ("scan", self.scan)):
+            if not _NAME.fullmatch(value) or name == "slug" and not value:
+                raise InvalidInputError(
+                    f"{name}={value!r}: viewers take letters, digits, '.', '_' and '-' alone. Rename it, such as "
+                    f"{re.sub('[^A-Za-z0-9_.-]+', '-', value).strip('-') or 'graph'!r}."
+                )
+
+
+def cantor(layer: int, feature: int) -> int:
+    """One number for a layer and a feature, as circuit-tracer pairs them.
+
+    >>> cantor(0, 0), cantor(1, 0), cantor(0, 1)
+    (0, 1, 2)
+    """
+    return (layer + feature) * (layer + feature + 1) // 2 + feature
 
 
 def write_graph(source: Source, identity: Mapping[str, Json], names: GraphNames, path: Path) -> Path:

@@ -149,7 +149,7 @@ const circuitPage = (() => {
       el("label", { for: "label", text: "Label" }), input, el("button", { text: "Set" }));
     const parts = [
       el("h2", { tabindex: "-1", text: called(i) }),
-      el("p", { class: "numbers", text: `${nodes.isError[i] ? "error" : "feature"}, effect ${nodes.text[i]} ${nodes.interval[i] || "(no interval)"}` }), form,
+      el("p", { class: "numbers", text: `${nodes.kind[i]}, effect ${nodes.text[i]} ${nodes.interval[i] || "(no interval)"}` }), form,
     ];
     if (more.link) parts.push(el("p", {}, el("a", { href: more.link, target: "_blank", rel: "noopener", text: "Feature card" })));
     for (const [before, peak, after] of more.contexts || []) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FOLDER = Path(__file__).parent
+_LEGEND = "raises the metric when patched (supports the clean answer)", "lowers it"
 
 
 @runtime_checkable
@@ -81,6 +82,11 @@ class Source:
         cards: feature cards, or pages of them.
         faithfulness: what the circuit carries.
         title: of the page.
+        tokens: what stands at each position, where there are no pairs.
+        lead: the headline in words, in place of that of a circuit.
+        kinds: what nodes of some sites are called; others are features and errors.
+        legend: what the two colours of a node mean.
+        output: what stands at the top, where there are no effects.
     """
 
     frame: pd.DataFrame
@@ -92,6 +98,11 @@ class Source:
     cards: Cards | Mapping[str, Cards] | None = None
     faithfulness: FaithSource | None = None
     title: str = "Circuit"
+    tokens: Sequence[str] | None = None
+    lead: Sequence[str] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    legend: tuple[str, str] = _LEGEND
+    output: str = "output"
 
 
 def write_page(source: Source, path: Path) -> Path:
@@ -119,7 +130,7 @@ def page_html(source: Source, picture: Picture, details: Mapping[int, NodeDetail
     )
     return page_template(_read("page.html.jinja")).render(
         title=source.title, policy=policy, style=Markup(style), script=Markup(script),
-        lead=list(_lead(source, picture)), made=source.made, notes=picture.notes,
+        lead=list(source.lead or _lead(source, picture)), legend=source.legend, made=source.made, notes=picture.notes,
         data=Markup(safe_json(_data(source, picture, details))), rows=list(_rows(picture)), gaps=_gaps(source, picture),
     )  # fmt: skip
 
@@ -128,6 +139,8 @@ def tokens_of(source: Source) -> list[str] | None:
     """What stands at each position: tokens of the first prompt, or their numbers; None without positions."""
     if "pos" not in source.frame:
         return None
+    if source.tokens is not None:
+        return list(source.tokens)
     if source.pairs is None:
         return [str(pos) for pos in range(max(source.frame["pos"].tolist(), default=-1) + 1)]
     return [str(token) for token in source.pairs.clean.str_tokens[0]]
@@ -173,13 +186,17 @@ def _data(source: Source, picture: Picture, details: Mapping[int, NodeDetails]) 
     nodes, edges = picture.nodes, picture.edges
     texts = [shown_effect(node.effect, node.se, node.n) for node in nodes]
     edge_texts = [shown_effect(edge.effect, edge.se, edge.n) for edge in edges]
-    output = "output" if source.effects is None else source.effects.metric
+    output = source.output if source.effects is None else source.effects.metric
+    kinds = [
+        "error" if node.feature == ERROR else source.kinds.get(picture.sites[node.row], "feature") for node in nodes
+    ]
     return {
         "title": source.title, "output": visible(output), "sites": [visible(site) for site in picture.sites],
         "columns": [visible(column) for column in picture.columns],
         "nodes": {
             "name": [node.name for node in nodes], "row": [node.row for node in nodes],
             "column": [node.column for node in nodes], "isError": [node.feature == ERROR for node in nodes],
+            "kind": kinds,
             "effect": [_plain(node.effect) for node in nodes], "se": [_plain(node.se) for node in nodes],
             "n": [node.n for node in nodes],
             "text": [text for text, _ in texts], "interval": [interval for _, interval in texts],

@@ -25,7 +25,7 @@ from workbench.core.errors import CallError, InvalidInputError
 ROOMS = ("controls", "features", "glitch", "judges", "probes", "saes", "steering", "core")
 PACKAGES = (wb, *(importlib.import_module(f"workbench.{room}") for room in ROOMS), circuits)
 RESULTS = (
-    "Answer", "Answers", "Behaviours", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
+    "Answer", "Answers", "AttributionGraph", "Behaviours", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
     "Eraser", "Transport",
     "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate", "HeadScore", "HeadScores",

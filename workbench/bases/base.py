@@ -120,6 +120,33 @@ class Basis(Shown):
         return self.bias.to(scale) * scale
 
     @property
+    def skip(self) -> Float[Tensor, "d_out d_in"] | None:
+        """The linear path around the features that `constant` holds too; None where there is none."""
+        return None
+
+    def reading(self, x: Float[Tensor, "n d_in"], features: Int[Tensor, " n"]) -> Float[Tensor, "n d_in"]:
+        """What each token's feature reads there: the slope of its activation, normalisation held fast.
+
+        Zero where the feature is not active.
+
+        Args:
+            x: a row per token.
+            features: one feature per token.
+
+        Raises:
+            InvalidInputError: if the encoder normalises in a way of its own.
+        """
+        if self.normalises and not self.transcodes:
+            raise InvalidInputError(
+                f"{self.name} normalises each token ({self.normalisation}) in its own code, which can't be held fast. "
+                "Give a basis of another architecture."
+            )
+        leaf = precise(x).detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            acts = self.encode(leaf).gather(1, features.to(x.device)[:, None])
+            return torch.autograd.grad(acts.sum(), leaf)[0]
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         """What else is known about how it was made; of an SAE its metadata in sae_lens."""
         return {}

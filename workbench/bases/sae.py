@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.bases.base import Basis, FeatureRows, Features
@@ -196,6 +196,35 @@ class SAEBasis(Basis):
         out = self.bias.to(scale) * scale
         out = out + self._mean(x) if self.normalises else out
         return out if self._skip is None else out + self._skipped(x)
+
+    @property
+    def skip(self) -> Float[Tensor, "d_out d_in"] | None:
+        """The linear path of a skip transcoder."""
+        return None if self._skip is None else precise(self._skip.detach())
+
+    def reading(self, x: Float[Tensor, "n d_in"], features: Int[Tensor, " n"]) -> Float[Tensor, "n d_in"]:
+        """The column of the encoder of each token's feature, in the units of `x`; zero where it is not active.
+
+        Raises:
+            InvalidInputError: if the SAE normalises and its encoder is only known as code.
+        """
+        if self.architecture not in (*_PER_FEATURE, *_COMPETING):
+            return super().reading(x, features)
+        leaf, ids = self._input(x).detach().clone().requires_grad_(True), features.to(self.sae.W_dec.device)
+        with torch.enable_grad():
+            if self.architecture in _PER_FEATURE:
+                some, column = torch.unique(ids, return_inverse=True)
+                acts = self._activate(leaf, some).gather(1, column[:, None])
+            else:
+                acts = self._activate(leaf, None).gather(1, ids[:, None])
+            slope = precise(torch.autograd.grad(acts.sum(), leaf)[0]).to(x.device)
+        x = precise(x)
+        if self.normalisation == "constant_norm_rescale":
+            return slope * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True))
+        if self.normalisation == "layer_norm":
+            slope = slope - slope.mean(-1, keepdim=True)
+            return slope / ((x - self._mean(x)).std(-1, keepdim=True) + 1e-5)
+        return slope
 
     @property
     def normalises(self) -> bool:

@@ -252,6 +252,36 @@ def paired_difference(
     return sample_mean(x - y, unit=unit, seed=seed, level=level, within=within)
 
 
+def rank_correlation(a: Values, b: Values, *, unit: str = "rows", level: float = 0.95) -> Estimate:
+    """Spearman's correlation of the ranks of `a` and `b`, with an interval on Fisher's scale.
+
+    Raises:
+        InvalidInputError: if the numbers of rows differ.
+        DegenerateInputError: below 4 rows, or where one of both is constant.
+
+    Source: Bonett and Wright 2000: the variance is `(1 + r^2 / 2) / (n - 3)`.
+
+    >>> rank_correlation([1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 4.0, 9.0, 16.0, 25.0]).value
+    1.0
+    """
+    from scipy.stats import norm, rankdata
+
+    x, y = _finite(a, "rank_correlation"), _finite(b, "rank_correlation")
+    if x.shape != y.shape:
+        raise InvalidInputError(f"rank_correlation: {x.size} and {y.size} rows; they must pair up.")
+    if x.size < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        raise DegenerateInputError(
+            f"rank_correlation: {x.size} rows of {len(np.unique(x))} and {len(np.unique(y))} different values have no "
+            "correlation. Give at least 4 rows that differ."
+        )
+    r = float(np.clip(np.corrcoef(rankdata(x), rankdata(y))[0, 1], -1, 1))
+    r = round(r, 15)
+    half = float(norm.ppf((1 + level) / 2)) * math.sqrt((1 + r * r / 2) / (x.size - 3))
+    middle = math.atanh(min(max(r, -1 + 1e-15), 1 - 1e-15))
+    low, high = math.tanh(middle - half), math.tanh(middle + half)
+    return Estimate(r, min(low, r), max(high, r), x.size, "Fisher's scale, Bonett and Wright", unit, level)
+
+
 def wilson(successes: int, n: int, *, unit: str = "rows", level: float = 0.95) -> Estimate:
     """Proportion with the Wilson score interval.
 
