@@ -145,7 +145,7 @@ class LensStudy(Study[LensComparison]):
     sites: tuple[str, ...] = ()
     """Where to read; by default the output of every block but the last."""
     lenses: Path | None = field(default=None, metadata={"config": False})
-    """Folder that fitted lenses are kept in, to be used again; by default in the run folder."""
+    """Folder of lenses: those that are in it are used as they are, others are fitted and kept there."""
 
     def measure(self, begin: Begin) -> LensComparison:
         if not self.kinds or self.held_out < 2 or self.per_text < 1:
@@ -188,9 +188,13 @@ class LensStudy(Study[LensComparison]):
         return texts
 
     def _lens(self, model: Model, kind: Fitted, texts: list[str], folder: Path) -> LinearLens:
+        from workbench.features.lenses.files import JSON
         from workbench.features.lenses.fitting import fit_lens
+        from workbench.features.lenses.loading import load_lens
         from workbench.features.lenses.tuned import TunedOptions
 
+        if (folder / kind / JSON).exists():
+            return load_lens(folder / kind, model)
         options = TunedOptions(steps=self.steps, tokens=self.tokens, rate=self.rate, seed=self.seed)
         return fit_lens(
             model, kind, texts, sites=self.sites or None, prompts=self.prompts, context=self.context, options=options,

@@ -23,6 +23,10 @@ DF = pd.DataFrame({"text": ["one day", "two men"]}, index=["a", "b"])
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "Which sites does the model have?": lambda last: last.site.tolist() == ["z.0", "z.1", "z.2"],
     "What would the model say if it ended here?": lambda last: len(last) == 3 * len("The capital of France is"),
+    "And through a map that is fitted to the last layer?": lambda last: (
+        len(last) == 3 * len("The capital of France is")
+    ),
+    "Which direction stands for a token, and what does it do?": lambda last: len(last) == 4 and (last.norm > 0).all(),
     "What does each head attend to?": lambda last: last.weight.is_monotonic_decreasing and last.weight.iloc[0] > 0.9,
     "A direction from contrast pairs, beside its control": lambda last: len(last.report) == 1,
     "Which tokens lie along a direction?": lambda last: "projection" in last.frame(),

@@ -71,7 +71,9 @@ def fit_lens(
         return lens.fit(out, resume=resume)
     rows = rows_of(model, source, context)
     if kind == "tuned":
-        return fit_tuned(model, rows, lambda train: fit_regression(model, train, chosen), options, out, resume=resume)
+        return fit_tuned(
+            model, rows, chosen, lambda train: fit_regression(model, train, chosen), options, out, resume=resume
+        )
     if isinstance(source, ActivationStore) and {*chosen, target_of(model)} <= {*source.sites}:
         lens = fit_regression(model, source, chosen)
     else:

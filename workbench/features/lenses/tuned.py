@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +25,9 @@ from workbench.core.records import to_jsonable
 from workbench.core.tokens import TokenBatch
 from workbench.engine.keeper import Keeper
 from workbench.features.lens import log_probabilities
-from workbench.features.lenses.files import BEGIN_AGAIN, load_with_metadata
+from workbench.features.lenses.files import BEGIN_AGAIN, JSON, load_with_metadata
 from workbench.features.lenses.linear import LinearLens
+from workbench.features.lenses.loading import load_lens
 from workbench.features.lenses.source import kept_tokens, middle, policy_of
 from workbench.models.model import Model
 
@@ -103,6 +105,7 @@ class _State:
 def fit_tuned(
     model: Model,
     rows: TokenBatch,
+    sites: tuple[str, ...],
     start: Callable[[TokenBatch], LinearLens],
     options: TunedOptions | None = None,
     out: str | Path | None = None,
@@ -116,6 +119,7 @@ def fit_tuned(
     Args:
         model: the model.
         rows: that it is refined on; they are used again where there are not enough for all steps.
+        sites: where it reads.
         start: the lens of the rows that are not held out, with a map and a bias at each site.
         options: of the refinement.
         out: folder in which the state is kept while it runs, and the lens afterwards; None keeps nothing.
@@ -131,18 +135,23 @@ def fit_tuned(
     every = min(HELD_OUT_EVERY, len(rows))
     is_held_out = torch.arange(len(rows), device=rows.ids.device) % every == every - 1
     train, held_out = (rows[chosen.nonzero()[:, 0]] for chosen in (~is_held_out, is_held_out))
-    first = start(train)
-    refine = _Refinement(model, train, options, policy_of(model, train, middle(first.sites)))
+    refine = _Refinement(model, train, options, policy_of(model, train, middle(sites)))
     test = replace(refine, rows=held_out)
     if out is None:
+        first = start(train)
         return _finished(first, refine.run(_State.start(first), None), test)
-    key = {"model": model.fingerprint, "sites": first.sites, "options": to_jsonable(options), "dtype": str(model.dtype),
+    key = {"model": model.fingerprint, "sites": sites, "options": to_jsonable(options), "dtype": str(model.dtype),
            "rows": hashlib.sha256(repr([row.tolist() for row in rows.rows()]).encode()).hexdigest()}  # fmt: skip
     with Keeper.open(Path(out) / "fit", key) as keep:
-        file = keep.scratch("state") / _STATE
+        folder = keep.scratch("state")
         if not resume:
-            file.unlink(missing_ok=True)
-        state = _State.read(file, first.sites, model.device) if file.exists() else _State.start(first)
+            shutil.rmtree(folder)
+            folder = keep.scratch("state")
+        file, kept = folder / _STATE, folder / "start"
+        first = load_lens(kept, model) if (kept / JSON).exists() else start(train)
+        if not file.exists():
+            first.save(kept)
+        state = _State.read(file, sites, model.device) if file.exists() else _State.start(first)
         lens = _finished(first, refine.run(state, file), test)
         lens.save(out)
     return lens
