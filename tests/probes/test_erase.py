@@ -164,6 +164,15 @@ def test_inlp_stops_at_the_majority_and_says_how_many_dimensions_it_took(classes
     assert wider.rank < eraser.rank, "it stops as soon as it may"
 
 
+def test_inlp_knows_how_frequent_the_classes_are() -> None:
+    g = torch.Generator().manual_seed(0)
+    y = (torch.rand(2000, generator=g) < 0.15).long()
+    x = torch.randn(2000, D, generator=g).double()
+    x[:, 0] += 2 * y
+    eraser = fit_inlp(ClassMoments.of(x, y, 2), x, y)
+    assert eraser.rank == 1 and abs(float(eraser.read[0, 0])) > 0.9, "beside the bias, a rare class is read"
+
+
 def test_inlp_says_when_there_is_nothing_to_remove_and_when_it_does_not_get_there() -> None:
     x, y = rows(2)
     shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
