@@ -29,7 +29,7 @@ def updated_weights(
 
 @HEADS.register("GroupDRO")
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupDRO(HeadMethod):
     """Minimises the largest mean loss of a group.
 

@@ -19,7 +19,7 @@ from workbench.core.stats import Estimate, wilson
 
 @HEADS.register("JTT")
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JTT(HeadMethod):
     """Just train twice: rows of the error set of an ERM head weigh `1 + lambda`.
 

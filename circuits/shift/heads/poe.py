@@ -20,7 +20,7 @@ from workbench.core.stats import wilson
 
 @HEADS.register("PoE")
 @checked
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PoE(HeadMethod):
     """Product of experts: minimises `CE(softmax(log p_weak + log p))` and predicts with p alone.
 
