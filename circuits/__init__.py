@@ -62,6 +62,7 @@ from circuits.shift.deciders import (
     Verdict,
 )
 from circuits.shift.shift_report import ShiftReport
+from circuits.shift.strength import SplitOptions
 from circuits.shift.study import ShiftOptions, shift
 from circuits.shift.task import ShiftTask
 from circuits.shift.texts import LabelledTexts
@@ -109,6 +110,7 @@ __all__ = [
     "SiteMetric",
     "SiteNodes",
     "Stability",
+    "SplitOptions",
     "StatisticsDecider",
     "TrainedSAEs",
     "VectorOptions",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import numpy as np
 import torch
@@ -12,15 +14,20 @@ from jaxtyping import Float, Int
 from markupsafe import Markup
 from torch import Tensor
 
+from circuits.shift.columns import HUB_COLUMNS, SPLIT_COLUMN, Choice, Columns, csv_frame, read_table, records_frame
 from circuits.shift.deciders import Node
 from circuits.shift.evidence import PooledTexts, Reader
+from circuits.shift.splits import split_table
+from circuits.shift.strength import SplitOptions
 from circuits.shift.texts import Group, LabelledTexts
+from workbench.activations.sources import HubDataset
 from workbench.controls.methods import Method
 from workbench.core.arguments import checked
 from workbench.core.display import clipped, first_few
 from workbench.core.errors import DegenerateInputError, MismatchError, ShapeError, require_known
 from workbench.core.html import Shown, frame_table
 from workbench.core.numbers import counted, number
+from workbench.core.records import json_lines
 from workbench.probes.linear import Probe, ProbeOptions, fit_probe
 
 if TYPE_CHECKING:
@@ -106,6 +113,112 @@ class ShiftTask(Shown):
                 f"ShiftTask: {name} has no row of the label {self.label_names[len(set(rows.label))]!r}. Leave the "
                 "label out, or give rows of it."
             )
+
+    @classmethod
+    def from_frame(
+        cls,
+        df: pd.DataFrame,
+        *,
+        text: str,
+        label: str,
+        attribute: str | None = None,
+        split: str | None = None,
+        twin: str | None = None,
+        classes: Choice = None,
+        attributes: Choice = None,
+        spurious_words: Iterable[str] = (),
+        target_words: Iterable[str] = (),
+        name: str = "table",
+        options: SplitOptions | None = None,
+    ) -> ShiftTask:
+        """A task from a table with one row per text.
+
+        Texts that are equal but for case and white space, and texts with their twins, are never in two splits.
+
+        Args:
+            df: the table.
+            text: column of the texts.
+            label: column of the labels, two or more.
+            attribute: column of the spurious attribute, if it is known.
+            split: column that says "train", "test" or "dev"; rows of "dev" are for oracles. By default rows are split
+                here, stratified by group.
+            twin: column with each text after the attribute was swapped, all else equal; "" outside of training.
+            classes: labels that are used, in their order; with names if it is a mapping. Other rows are left out.
+            attributes: the same for the attribute.
+            spurious_words: words that give the attribute away.
+            target_words: words that belong to the label.
+            name: for people.
+            options: how rows are split, and which are used.
+
+        Raises:
+            UnknownNameError: if a column, a class or a split does not exist.
+            InvalidInputError: if a value is missing, a text is empty, or a text is in two splits.
+            DegenerateInputError: if there is one class, or a group is empty.
+        """
+        table = read_table(
+            df, text=text, label=label, attribute=attribute, split=split, twin=twin, classes=classes,
+            attributes=attributes,
+        )  # fmt: skip
+        parts = split_table(table, options or SplitOptions())
+        return cls(
+            name=name, label_names=table.label.names,
+            spurious_names=() if table.attribute is None else table.attribute.names,
+            train=parts.train, swapped=parts.swapped, balanced=parts.balanced, test=parts.test, notes=parts.notes,
+            spurious_words=frozenset(spurious_words), target_words=frozenset(target_words),
+        )  # fmt: skip
+
+    @classmethod
+    def from_csv(cls, path: str | Path, **columns: Unpack[Columns]) -> ShiftTask:
+        """A task from a file with a header, separated by commas (by tabs if its name ends in .tsv); see `from_frame`.
+
+        Raises:
+            MissingFileError: if there is no such file.
+            CorruptFileError: if a quote is not closed, or a row has more values than the header.
+        """
+        return _named(cls, csv_frame(path), Path(path).name, columns)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, **columns: Unpack[Columns]) -> ShiftTask:
+        """A task from a file with one JSON object per line; see `from_frame`.
+
+        Raises:
+            MissingFileError: if there is no such file.
+            CorruptFileError: naming the first line that is not a JSON object.
+        """
+        return _named(cls, records_frame(json_lines(path)), Path(path).name, columns)
+
+    @classmethod
+    def from_hub(
+        cls,
+        dataset: str,
+        *,
+        splits: Sequence[str] = ("train", "test"),
+        limit: int | None = None,
+        revision: str | None = None,
+        **columns: Unpack[Columns],
+    ) -> ShiftTask:
+        """A task from a data set of the Hugging Face hub, or from a folder of one; see `from_frame`.
+
+        Only data is read, never code of the data set. What `HUB_COLUMNS` holds for a data set need not be given:
+        `ShiftTask.from_hub("LabHC/bias_in_bios", options=SplitOptions(rho=1.0))` is professor or nurse with gender.
+
+        Args:
+            dataset: id on the hub, or a folder.
+            splits: splits that are read, each with a name that `from_frame` knows.
+            limit: only the first rows of each split.
+            revision: version of the data set; name one for a result that can be made again.
+            columns: columns and options as in `from_frame`, but `split`.
+
+        Raises:
+            InvalidInputError: if the data set can't be read, or the hub can't be reached.
+        """
+        rows = [
+            {**record, SPLIT_COLUMN: split}
+            for split in splits
+            for record in islice(HubDataset(dataset, split, revision=revision).records(), limit)
+        ]
+        known = HUB_COLUMNS.get("/".join(Path(dataset).parts[-2:]), {})
+        return _named(cls, records_frame(rows), dataset, {**known, **columns, "split": SPLIT_COLUMN})
 
     def sets(self) -> dict[str, LabelledTexts]:
         """The sets of texts by name; without `balanced` if there is none."""
@@ -197,6 +310,10 @@ class ShiftTask(Shown):
 
     def _shown_parts(self) -> Iterable[Markup]:
         yield frame_table(self.frame(), caption=clipped(" ".join(self.notes), 1_000))
+
+
+def _named(cls: type[ShiftTask], df: pd.DataFrame, name: str, columns: Columns) -> ShiftTask:
+    return cls.from_frame(df, **{"name": name, **columns})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

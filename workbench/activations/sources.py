@@ -256,7 +256,7 @@ class HubDataset(_Documents):
             )
 
     def _texts(self) -> Iterator[str]:
-        for number, record in enumerate(self._records()):
+        for number, record in enumerate(self.records()):
             if self.column not in record:
                 raise InvalidInputError(
                     f"{self.name} has no column {self.column!r}. {did_you_mean(self.column, list(record))} Set column=."
@@ -268,7 +268,7 @@ class HubDataset(_Documents):
                 )
             yield record[self.column]
 
-    def _records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[Record]:
         """The rows as the library streams them; a folder that its `save_to_disk` wrote is opened as such."""
         from datasets import DatasetDict, load_dataset, load_from_disk
 
