@@ -70,7 +70,7 @@ def test_classes_are_chosen_named_and_ordered_and_the_attribute_may_be_absent() 
     assert task.label_names == ("writer", "carer") and task.spurious_names == () and task.balanced is None
     assert all(("poet" in text) == (label == 0) for text, label in zip(task.train.texts, task.train.label, strict=True))
     assert len(task.train) + len(task.test) == 100
-    numbers = FRAME.assign(job=FRAME["job"].map({"nurse": 13.0, "poet": 2.0, "chef": 101.0}))
+    numbers = FRAME.assign(job=[{"nurse": 13.0, "poet": 2.0, "chef": 101.0}[job] for job in FRAME["job"]])
     assert ShiftTask.from_frame(numbers, **COLUMNS).label_names == ("2", "13", "101"), "in the order of the numbers"
     assert ShiftTask.from_frame(numbers, **COLUMNS, classes=[13, 2]).label_names == ("13", "2")
 
@@ -81,6 +81,8 @@ def test_rho_is_reached_exactly_on_the_side_that_the_table_leans_to() -> None:
     # for training there are 90, 9, 8 and 63 of the groups: 63 are nine tenths of 70
     assert _counts(task, "train") == {"f nurse": 63, "m nurse": 7, "f poet": 7, "m poet": 63}
     assert "Of 170 training rows 140 are used, so that attribute and label agree in a share of 0.9." in task.notes
+    turned = ShiftTask.from_frame(big, **COLUMNS, attributes=["m", "f"], options=SplitOptions(rho=0.9, test_share=0.1))
+    assert _counts(turned, "train") == _counts(task, "train") and turned.shortcut() == (1, 0)
     ambiguous = ShiftTask.from_frame(big, **COLUMNS, options=SplitOptions(rho=1.0, test_share=0.1))
     assert _counts(ambiguous, "train") == {"f nurse": 63, "m poet": 63}
     with pytest.raises(DegenerateInputError, match="rho=0.99 needs at least 99 training rows of m poet; there are 49"):
@@ -96,6 +98,7 @@ def test_duplicates_and_twins_are_never_in_two_splits_that_are_made_here() -> No
     )
     again = frame.iloc[:9].assign(bio=frame["bio"].iloc[:9].str.upper() + "  ")
     frame = pd.concat([frame, again], ignore_index=True)
+    notes = ()
     for seed in range(5):
         options = SplitOptions(seed=seed, balance_test=False)
         task = ShiftTask.from_frame(frame, **COLUMNS, twin="twin", options=options)
@@ -104,7 +107,8 @@ def test_duplicates_and_twins_are_never_in_two_splits_that_are_made_here() -> No
         assert not training & {text.lower().strip() for text in task.test.texts}
         pairs = dict(zip(frame["bio"], frame["twin"], strict=True))
         assert list(task.swapped) == [pairs[text] for text in task.train.texts]
-    assert "33 duplicates or twins of other rows are in the split of these." in task.notes[0]
+        notes = task.notes
+    assert "33 duplicates or twins of other rows are in the split of these." in notes[0]
 
 
 def test_a_leak_of_the_table_s_own_splits_is_refused_or_left_out() -> None:
