@@ -263,3 +263,20 @@ def test_a_step_is_that_of_torch() -> None:
         state, _ = refine._step(state)
     assert worst(state.values[site][0], values[0].detach()) < 1e-9 > worst(state.values[site][1], values[1].detach())
     assert worst(state.values[site][0], start.weights[site] - EYE) > 1e-4
+
+
+def test_a_store_of_activations_is_read_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2")
+    rows, sites = token_rows(*[16] * 20), [*SITES, "resid_post.2"]
+    store = wb.harvest(model, wb.TokenRows(rows.ids), sites=sites, out=tmp_path)
+    from_rows = wb.fit_lens(model, "regression", rows)
+    with pytest.raises(MismatchError, match="was harvested from"):
+        wb.fit_lens(exact("neox"), "regression", store)
+    monkeypatch.setattr(Model, "capture", None)
+    lens = wb.fit_lens(model, "regression", store)
+    assert lens.n_fit == store.rows == from_rows.n_fit
+    for site in SITES:
+        x = torch.randn(50, D_MODEL, generator=torch.Generator().manual_seed(0))
+        near, far = lens.apply(site, x), x
+        torch.testing.assert_close(from_rows.apply(site, x), near, atol=0.05, rtol=0.05)  # stored in bfloat16
+        assert worst(near, far) > 0.3

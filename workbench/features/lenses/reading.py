@@ -15,6 +15,7 @@ from torch import Tensor
 from workbench.core.arguments import checked
 from workbench.core.display import clipped, visible
 from workbench.core.jsontext import Json
+from workbench.core.progress import track
 from workbench.core.stats import POSITIVE, SHARE, Estimate, sample_mean
 from workbench.features.lens import Lens, lens
 from workbench.features.lenses.places import target_of
@@ -231,14 +232,16 @@ class LensReading(Report):
 
     def curves(self) -> Lines:
         """KL of each lens over the sites."""
-        x = tuple(range(len(self.sites)))
+        kinds = {site.kind for site in self.sites}
+        x = tuple(i if len(kinds) > 1 else site.layer or 0 for i, site in enumerate(self.sites))
+        label = "site, in the order of a forward pass" if len(kinds) > 1 else f"layer of {kinds.pop()}"
         series = []
         for name in self.readings:
             if name in (HALF_A, HALF_B):
                 continue
-            values = [self.kl(name, i) for i in x]
+            values = [self.kl(name, i) for i in range(len(x))]
             series.append(Series(name, x, tuple(float("nan") if v is None else v.value for v in values)))
-        return Lines("KL to the output", tuple(series), "site, in the order of a forward pass", "nats")
+        return Lines("KL to the output", tuple(series), label, "nats")
 
     def picture(self) -> Heat:
         """What is read at each site and token of the first text."""
@@ -291,7 +294,10 @@ def read_with(
     if isinstance(target, str):
         (answer,) = named_ids(model, [target], "read")
         answers = torch.full((len(acts.tokens),), answer)
-    readings = {name: lens(_mapped(acts, fn, output), model, k=k, answers=answers) for name, fn in maps.items()}
+    readings = {
+        name: lens(_mapped(acts, fn, output), model, k=k, answers=answers)
+        for name, fn in track(maps.items(), description="Reading", unit="lenses")
+    }
     return LensReading(lens=next(iter(maps)), readings=readings, n_fit=dict(n_fit or {}))
 
 
