@@ -12,6 +12,7 @@ import torch
 
 import workbench as wb
 from circuits.behaviours import BEHAVIOURS
+from circuits.shift.heads.base import HEADS
 from tests.circuits.planted import SITE as PLANTED_SITE
 from tests.circuits.planted import planted_model, planted_sae, planted_task
 from tests.features.toys import random_sae
@@ -31,7 +32,16 @@ from workbench.steering import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 EXAMPLES = dict(re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S | re.M))
-REGISTRIES: tuple[Registry[Any], ...] = (Op.registry, ARCHITECTURES, INDICATORS, JUDGES, METHODS, BASES, BEHAVIOURS)
+REGISTRIES: tuple[Registry[Any], ...] = (
+    Op.registry,
+    ARCHITECTURES,
+    INDICATORS,
+    JUDGES,
+    METHODS,
+    BASES,
+    BEHAVIOURS,
+    HEADS,
+)
 
 
 def shrinks(names: dict[str, Any], model: Model, folder: Path) -> None:
@@ -106,6 +116,12 @@ def is_compared(names: dict[str, Any], model: Model, folder: Path) -> None:
     assert any((c.better, c.other) == (row.name, "original") for c in names["report"].comparisons)
 
 
+def is_fitted(names: dict[str, Any], model: Model, folder: Path) -> None:
+    head, scores = names["head"], names["scores"]
+    assert (head.method, head.regime, head.n_attribute_labels) == ("minority only", "R2", 160)
+    assert scores.mcc.value < 0 and len(scores.groups) == 4, "in the minority the other attribute goes with a label"
+
+
 CHECKS: dict[str, Callable[[dict[str, Any], Model, Path], None]] = {
     "An op": shrinks,
     "An SAE architecture": steps_equal_autograd_and_training_saves,
@@ -116,6 +132,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], Model, Path], None]] = {
     "A metric": is_explained,
     "A behaviour": has_pairs,
     "A method of a study": is_compared,
+    "A robust head": is_fitted,
 }
 BY_VALUE = ("A metric", "A method of a study")
 
