@@ -22,6 +22,9 @@ from circuits.discovery.agreement import Stability
 from circuits.discovery.clusters import Behaviours, DiscoveryOptions, find_behaviours
 from circuits.discovery.samples import SampleOptions, Samples, find_samples
 from circuits.discovery.vectors import SampleVectors, VectorOptions, sample_vectors
+from circuits.doctor.attribution import Attribution
+from circuits.doctor.doctor import DoctorOptions, attribution_doctor, edits_needed
+from circuits.doctor.report import Check, DoctorReport
 from circuits.edges.attribute import edge_effects
 from circuits.edges.tables import Edges, EdgeTable
 from circuits.faithful.controls import random_circuit, top_activation_circuit
@@ -69,15 +72,19 @@ from circuits.shift.texts import LabelledTexts
 
 __all__ = [
     "AskedDecider",
+    "Attribution",
     "AttributionGraph",
     "AttributionOptions",
     "Behaviours",
     "BiographyOptions",
+    "Check",
     "Circuit",
     "CrossLayerTranscoder",
     "Decider",
     "DirectAttribution",
     "DiscoveryOptions",
+    "DoctorOptions",
+    "DoctorReport",
     "EdgeTable",
     "Edges",
     "Faithfulness",
@@ -115,6 +122,7 @@ __all__ = [
     "TrainedSAEs",
     "VectorOptions",
     "Verdict",
+    "attribution_doctor",
     "attribution_graph",
     "bases",
     "behaviours",
@@ -122,6 +130,7 @@ __all__ = [
     "direct_logit_attribution",
     "edge_effects",
     "edge_faithfulness",
+    "edits_needed",
     "estimate_saes",
     "exact_effects",
     "faithfulness",

@@ -31,11 +31,15 @@ from circuits.graph.circuit import Circuit, load_circuit
 from circuits.nodes.effects import NodeEffects
 from circuits.nodes.parts import effects_in
 from experiments.circuit_find import (
+    DOCTOR,
+    EDGES,
     FIND,
+    FOUND_FILE,
     PAGE,
     FoundRun,
     OfCircuit,
     found_run,
+    newest_of,
     size_of,
     slices,
     title_of,
@@ -46,15 +50,15 @@ from workbench.cli.places import named_run
 from workbench.cli.study import Begin
 from workbench.core import progress
 from workbench.core.errors import InvalidInputError, MissingFileError
-from workbench.core.records import load_json, save_json
+from workbench.core.records import save_json
 
 if TYPE_CHECKING:
     from circuits.edges.tables import Edges
     from circuits.pairs import Pairs
     from workbench.models.model import Model
 
-EDGES, EDGES_FILE, FOUND_FILE = "circuit-edges", "edges.csv", "found.json"
-"""Name of the runs of `workbench circuit edges`; among their artifacts, all edges, and which run found the circuit."""
+EDGES_FILE = "edges.csv"
+"""All edges, among the artifacts of a run of `workbench circuit edges`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +240,7 @@ class CircuitEval(OfCircuit[EvaluatedCircuit]):
 class CircuitShow(BaseCommand):
     """Say where the page of a circuit is, and open it.
 
-    That with edges, if they were found.
+    That with edges or the doctor's verdict, whichever is newest.
 
     Example: workbench circuit show latest --open
     """
@@ -251,7 +255,7 @@ class CircuitShow(BaseCommand):
     def run(self) -> None:
         """Finds the page."""
         run = self._run_folder()
-        page = self._with_edges(run) / "artifacts" / PAGE
+        page = (newest_of(run, EDGES, DOCTOR) or run) / "artifacts" / PAGE
         if not page.is_file():
             raise MissingFileError(
                 f"{run} has no {PAGE}: it is not finished, or of another command. Give a finished run of `workbench "
@@ -274,14 +278,3 @@ class CircuitShow(BaseCommand):
                 return named_run(self.which, EDGES, self.folder)
             except MissingFileError:
                 raise error from None
-
-    def _with_edges(self, run: Path) -> Path:
-        """The newest run that found edges of the circuit of this one; this one if there is none."""
-        from workbench.runs.run import list_runs
-
-        for info in list_runs(run.parent):
-            if info.name == EDGES and info.status == "finished":
-                found = load_json(info.path / "artifacts" / FOUND_FILE, dict)
-                if found.get("run") == run.name:
-                    return info.path
-        return run

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from workbench.models.model import Model
     from workbench.runs.run import RunDir
 
-FIND = "circuit-find"
-"""Name of the runs of `workbench circuit find`."""
+FIND, EDGES, DOCTOR = "circuit-find", "circuit-edges", "circuit-doctor"
+"""Names of the runs of `workbench circuit find`, `circuit edges` and `circuit doctor`."""
+FOUND_FILE = "found.json"
+"""Among the artifacts of the latter two: which run found the circuit."""
 CIRCUIT, PAGE = "circuit", "circuit.html"
 """Among the artifacts of a run: folder of the circuit, and its page."""
 KINDS = {"neurons": ("attn_out", "mlp_out", "resid_post"), "mlp_hidden": ("mlp_out",), "heads": ("attn_out",)}
@@ -149,7 +151,7 @@ class CircuitFind(PairsStudy[FoundCircuit]):
         }  # fmt: skip
 
     def following(self, report: FoundCircuit, folder: Path) -> str:
-        return typed("circuit", "edges", folder)
+        return typed("circuit", "doctor", folder)
 
 
 def title_of(study: CircuitFind) -> str:
@@ -171,7 +173,7 @@ class FoundRun:
         path: the run folder.
         study: its configuration.
         dtype: of the weights that it used.
-        circuit: what it found.
+        circuit: what it found, with the verdict of the newest `workbench circuit doctor` on it.
     """
 
     path: Path
@@ -201,8 +203,22 @@ def found_run(asked: Path, root: Path) -> FoundRun:
     dtype = str(models[0].get("dtype", "auto")).removeprefix("torch.")
     return FoundRun(
         path=run.path, study=from_jsonable(CircuitFind, run.config), dtype=dtype,
-        circuit=load_circuit(run.artifacts / CIRCUIT),
+        circuit=load_circuit(run.artifacts / CIRCUIT) if (doctor := newest_of(run.path, DOCTOR)) is None
+        else load_circuit(doctor / "artifacts" / CIRCUIT),
     )  # fmt: skip
+
+
+def newest_of(found: Path, *names: str) -> Path | None:
+    """The newest finished run of these names that is about the circuit of this run; None if there is none."""
+    from workbench.core.records import load_json
+    from workbench.runs.run import list_runs
+
+    for info in list_runs(found.parent):
+        if info.name in names and info.status == "finished":
+            about = load_json(info.path / "artifacts" / FOUND_FILE, dict)
+            if about.get("run") == found.name:
+                return info.path
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

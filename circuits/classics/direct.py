@@ -12,7 +12,8 @@ from torch import Tensor
 
 from circuits.classics.frozen import FrozenAt, FrozenNorm
 from circuits.classics.shared import comparable, estimate, segments_at, whole_difference
-from circuits.classics.tables import TableReport
+from circuits.classics.tables import AttributionTable
+from circuits.doctor.report import attrs_of, marked
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
 from workbench.core.errors import InvalidInputError, MismatchError
@@ -67,7 +68,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class DirectAttribution(TableReport):
+class DirectAttribution(AttributionTable):
     """Direct effects on the logit difference `clean answer - patch answer`, on clean prompts, at the last token.
 
     Attributes:
@@ -101,7 +102,9 @@ class DirectAttribution(TableReport):
                     "ablation_ci_high": float("nan") if ablation is None else ablation.high, "n": diff.n,
                 }
             )  # fmt: skip
-        return pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64", "pos": "Int64"})
+        frame = pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64", "pos": "Int64"})
+        frame.attrs.update(attrs_of(self.doctor))
+        return frame
 
     def headline(self) -> Headline:
         """What ablating the component with the largest direct effect takes away, beside the other components."""
@@ -147,7 +150,7 @@ class DirectAttribution(TableReport):
                 f"Over {len(both)} components direct and ablation effects correlate by {number(r)}: what later layers "
                 "do with a component is in its ablation alone."
             )
-        return tuple(found)
+        return (*found, f"Attribution doctor: {self.verdict}.")
 
     def section(self) -> Section:
         """A picture of the components, and the table."""
@@ -173,14 +176,16 @@ class DirectAttribution(TableReport):
                 else tuple(sorted(self.parts, key=lambda part: -abs(float(part.diff.mean())))[:_SHOWN])
             )
             values = tuple(_estimate(part.diff) for part in parts)
-            return Bars("Direct effects", tuple(p.name for p in parts), values, "logit difference", 0.0)
+            title = marked("Direct effects", self.doctor)
+            return Bars(title, tuple(p.name for p in parts), values, "logit difference", 0.0)
         grids = []
         for what, value in (("direct", lambda p: p.diff), ("ablation", lambda p: p.ablation)):
             found = {(p.layer, p.head): float(value(p).mean()) for p in self.parts if p.head is not None}
             layers, heads = (sorted({key[i] or 0 for key in found}) for i in (0, 1))
             cells = tuple(tuple(found[layer, head] for head in heads) for layer in reversed(layers))
             grids.append(Grid(what, tuple(map(str, reversed(layers))), tuple(f"h{head}" for head in heads), cells))
-        return Heat("Heads: logit difference", tuple(grids), "Layers by heads; the last layer is on top.")
+        title = marked("Heads: logit difference", self.doctor)
+        return Heat(title, tuple(grids), "Layers by heads; the last layer is on top.")
 
 
 def _estimate(values: Tensor) -> Estimate:

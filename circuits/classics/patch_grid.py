@@ -24,7 +24,8 @@ from circuits.classics.shared import (
     whole_run,
     without_third,
 )
-from circuits.classics.tables import TableReport, plain
+from circuits.classics.tables import AttributionTable, plain
+from circuits.doctor.report import attrs_of, marked
 from circuits.metrics import AnyMetric, Metric, bound, logit_difference, named, value
 from circuits.pairs import Pairs
 from workbench.core.arguments import checked
@@ -65,7 +66,7 @@ class Cell:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class PatchGrid(TableReport):
+class PatchGrid(AttributionTable):
     """Effects of patching, `metric(patched) - metric(clean)`, one per cell and pair; 0 where nothing can differ.
 
     Attributes:
@@ -96,7 +97,7 @@ class PatchGrid(TableReport):
         control, control_se, _ = mean_and_error(self.control)
         whole = whole_difference(self.totals)
         columns = [cell.column for cell in self.cells]
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "site": [str(replace(cell.site, head=None)) for cell in self.cells],
                 "layer": [cell.site.layer for cell in self.cells],
@@ -107,6 +108,8 @@ class PatchGrid(TableReport):
                 "n": n, "control": control, "control_se": control_se,
             }
         )  # fmt: skip
+        frame.attrs.update(attrs_of(self.doctor))
+        return frame
 
     def total(self) -> Estimate | None:
         """The whole run's difference."""
@@ -154,7 +157,7 @@ class PatchGrid(TableReport):
             found.append("It is within noise, so effects are not given as shares of it. Use more pairs, or others.")
         i = self._strongest()
         found.append(f"The strongest cell is {self._name(i)}: {estimate(self.effects[i])}; it was chosen for its size.")
-        return (*found, *([self.note] if self.note else []))
+        return (*found, f"Attribution doctor: {self.verdict}.", *([self.note] if self.note else []))
 
     def section(self) -> Section:
         """Heat maps, the strongest cells, and the whole run's difference."""
@@ -176,7 +179,7 @@ class PatchGrid(TableReport):
         effect, _, _ = mean_and_error(self.effects)
         kinds = dict.fromkeys((cell.site.kind, cell.site.head is not None) for cell in self.cells)
         grids = tuple(self._grid(kind, heads, effect) for kind, heads in kinds)
-        return Heat("Effect of patching", grids, f"Metric patched minus clean: {self.metric}.")
+        return Heat(marked("Effect of patching", self.doctor), grids, f"Metric patched minus clean: {self.metric}.")
 
     def _column(self, column: int) -> str:
         return clipped(visible(f"{self.positions[column]} {self.tokens[column]}"), _NAME)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from circuits.doctor.report import Examinable
 from workbench.core.jsontext import Json
 from workbench.report.base import Cell, Report
 
@@ -26,6 +27,15 @@ class TableReport(Report):
         """The rows of the table; what is not a number is null."""
         rows = self.frame().to_dict("records")
         return {"rows": [{str(name): _json(value) for name, value in row.items()} for row in rows]}
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class AttributionTable(Examinable, TableReport):
+    """A table of attributions, which carries the verdict of the attribution doctor."""
+
+    def to_json(self) -> dict[str, Json]:
+        """The rows of the table, and what the doctor found."""
+        return {**super().to_json(), "doctor": None if self.doctor is None else self.doctor.to_json()}
 
 
 def plain(value: object) -> Cell:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from circuits.edges.tables import Edges, EdgeTable
 from workbench.core.errors import MismatchError
+from workbench.core.records import load_json
 from workbench.engine.job import Made
-from workbench.engine.keeper import Keeper
+from workbench.engine.keeper import KEY_FILE, Keeper
 
 _ARRAYS = ("upstream", "downstream", "effect", "se")
 
@@ -53,6 +55,16 @@ def kept_edges(keep: Keeper, name: str) -> Edges:
 def all_edges(keep: Keeper) -> Edges:
     """The edges of all parts together: means over all pairs, and their standard errors."""
     return reduce(merged, (kept_edges(keep, name) for name in keep.done()))
+
+
+def edges_in(folder: Path) -> Edges:
+    """The edges that a finished run keeps in this folder.
+
+    Raises:
+        MissingFileError: if there are none.
+    """
+    with Keeper.open(folder, load_json(folder / KEY_FILE, dict)["key"], alone=False) as keep:
+        return all_edges(keep)
 
 
 def merged(a: Edges, b: Edges) -> Edges:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from circuits.doctor.report import marked
 from circuits.edges.tables import Edges
 from circuits.graph.names import ERROR, node_name
 from circuits.graph.picture import effect_estimate, standard_errors
@@ -64,6 +65,7 @@ class FoundEdges(Report):
     def findings(self) -> tuple[str, ...]:
         """How many edges, and the strongest one."""
         said = [f"{counted(len(self.edges), 'edges')} over {counted(self.edges.n, 'pairs')}; {self.edges.made}."]
+        said.append(f"Attribution doctor: {self.edges.verdict}.")
         strongest = self._strongest()
         if strongest:
             name, effect = strongest[0]
@@ -74,7 +76,8 @@ class FoundEdges(Report):
         """Bars and a table of the strongest edges."""
         rows = self._strongest()
         bars = Bars(
-            "Strongest edges", tuple(name for name, _ in rows[:_BARS]), tuple(e for _, e in rows[:_BARS]), "effect",
+            marked("Strongest edges", self.edges.doctor), tuple(name for name, _ in rows[:_BARS]),
+            tuple(e for _, e in rows[:_BARS]), "effect",
             reference=0.0, caption="What the earlier node does to the metric through the later one alone.",
         )  # fmt: skip
         table = Table(("edge", "effect"), tuple(rows), "The strongest edges. artifacts/edges.csv has all.")

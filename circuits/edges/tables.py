@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.doctor.report import DoctorReport, Examinable, attrs_of
 from circuits.graph.circuit import ERROR
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
@@ -40,7 +41,7 @@ class EdgeTable(OneLine):
 
 @checked
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Edges(Shown):
+class Edges(Examinable, Shown):
     """Edges between the nodes of a circuit.
 
     Attributes:
@@ -49,6 +50,7 @@ class Edges(Shown):
         metric: what the edges are on.
         has_positions: whether nodes have positions.
         made: how, in words.
+        doctor: what the attribution doctor found, where it was attached.
     """
 
     tables: Mapping[tuple[str, str], EdgeTable]
@@ -56,6 +58,7 @@ class Edges(Shown):
     metric: str
     has_positions: bool
     made: str
+    doctor: DoctorReport | None = None
 
     def frame(self, *, threshold: float = 0.0) -> pd.DataFrame:
         """One row per edge whose effect is larger than `threshold`, the strongest first.
@@ -85,10 +88,13 @@ class Edges(Shown):
         frame = pd.concat(frames, ignore_index=True)
         if not self.has_positions:
             frame = frame.drop(columns=["upstream_pos", "downstream_pos"])
-        return frame.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+        frame = frame.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+        frame.attrs.update(attrs_of(self.doctor))
+        return frame
 
     def __len__(self) -> int:
         return sum(int((table.effect != 0).sum()) for table in self.tables.values())
 
     def _shown_line(self) -> str:
-        return f"{counted(len(self), 'edges')} between {counted(len(self.tables), 'pairs')} of sites, {self.metric}"
+        between = f"{counted(len(self), 'edges')} between {counted(len(self.tables), 'pairs')} of sites"
+        return f"{between}, {self.metric}; attribution doctor: {self.verdict}"

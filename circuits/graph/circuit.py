@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.doctor.report import DoctorReport, Examinable, attrs_of, watermark, worse
 from circuits.graph.names import ERROR, node_name
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
@@ -19,7 +20,7 @@ from workbench.core.errors import InvalidInputError, MismatchError
 from workbench.core.html import Shown
 from workbench.core.jsontext import content_of
 from workbench.core.numbers import counted
-from workbench.core.records import load_json, save_json
+from workbench.core.records import from_jsonable, load_json, save_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -99,7 +100,7 @@ class SiteNodes(OneLine):
 
 @checked
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Circuit(Shown):
+class Circuit(Examinable, Shown):
     """Nodes of some sites: features, and errors of their bases.
 
     Attributes:
@@ -109,6 +110,7 @@ class Circuit(Shown):
         n_tokens: number of columns of the batch, where nodes have positions; None otherwise.
         made: how the nodes were chosen, in words.
         labels: what people call nodes, by `node_name`.
+        doctor: what `circuits.attribution_doctor` found of the effects that the nodes were chosen by.
     """
 
     sites: Mapping[str, SiteNodes]
@@ -117,6 +119,7 @@ class Circuit(Shown):
     n_tokens: int | None = None
     made: str = ""
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    doctor: DoctorReport | None = None
 
     @property
     def n_features(self) -> int:
@@ -153,7 +156,10 @@ class Circuit(Shown):
                 yield name, pos, feature
 
     def frame(self) -> pd.DataFrame:
-        """One row per node: site, pos (where kept), feature ("error" for an error), effect, se, n, label."""
+        """One row per node: site, pos (where kept), feature ("error" for an error), effect, se, n, label.
+
+        `attrs` has the doctor's verdict.
+        """
         import pandas as pd
 
         rows = []
@@ -164,7 +170,9 @@ class Circuit(Shown):
                 rows.append((name, pos, "error" if feature == ERROR else feature, effect, se, n, label))
         frame = pd.DataFrame(rows, columns=["site", "pos", "feature", "effect", "se", "n", "label"])
         frame = frame if self.n_tokens is not None else frame.drop(columns="pos")
-        return frame.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+        frame = frame.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+        frame.attrs.update(attrs_of(self.doctor))
+        return frame
 
     def with_labels(self, labels: Mapping[str, str]) -> Circuit:
         """The same circuit with names for nodes, by `node_name`, such as {"resid_post.10/123": "plural"}.
@@ -191,7 +199,8 @@ class Circuit(Shown):
                 raise MismatchError(f"united: the two circuits differ in {name}. Unite circuits of the same bases.")
         sites = {name: _united(site, other.sites[name]) for name, site in self.sites.items()}
         made = f"{self.made}; united with: {other.made}"
-        return dataclasses.replace(self, sites=sites, made=made, labels={**other.labels, **self.labels})
+        labels, doctor = {**other.labels, **self.labels}, worse(self.doctor, other.doctor)
+        return dataclasses.replace(self, sites=sites, made=made, labels=labels, doctor=doctor)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the circuit as `circuit.json` and `nodes.safetensors` into a folder, which is made if missing."""
@@ -211,6 +220,7 @@ class Circuit(Shown):
         record = {
             "format": _FORMAT, "sites": sites, "bases": dict(self.bases), "model_fingerprint": self.model_fingerprint,
             "n_tokens": self.n_tokens, "made": self.made, "labels": dict(self.labels),
+            "doctor": None if self.doctor is None else self.doctor.to_json(),
         }  # fmt: skip
         save_json(folder / CIRCUIT_FILE, record)
         return folder
@@ -248,9 +258,11 @@ class Circuit(Shown):
         """
         from circuits.graph.page import Source, write_page
 
+        of_edges = edges.doctor if isinstance(edges, Examinable) else None
         source = Source(
             frame=self.frame(), sites=tuple(self.sites), made=self.made, edges=edges, pairs=pairs, effects=effects,
             cards=cards, faithfulness=faithfulness, title=title,
+            doctor=self.doctor if of_edges is None else worse(self.doctor, of_edges),
         )  # fmt: skip
         return write_page(source, Path(path))
 
@@ -287,6 +299,7 @@ class Circuit(Shown):
         identity = {
             "model_fingerprint": self.model_fingerprint, "bases": dict(self.bases), "n_tokens": self.n_tokens,
             "d_sae": {name: site.d_sae for name, site in self.sites.items()},
+            "doctor": None if self.doctor is None else self.doctor.to_json(),
         }  # fmt: skip
         return write_graph(source, identity, GraphNames(slug=slug, scan=scan), Path(path))
 
@@ -317,13 +330,12 @@ class Circuit(Shown):
 
         if len(frame := self.frame()):
             positions = None if self.n_tokens is None else [str(pos) for pos in range(self.n_tokens)]
-            yield static_svg(picture_of(frame, tuple(self.sites), positions), "output")
+            yield static_svg(picture_of(frame, tuple(self.sites), positions), "output", watermark(self.doctor))
         yield from super()._shown_parts()
 
     def _shown_line(self) -> str:
-        return (
-            f"{counted(self.n_features, 'features')} and {counted(self.n_errors, 'errors')} of {len(self.sites)} sites"
-        )
+        parts = f"{counted(self.n_features, 'features')} and {counted(self.n_errors, 'errors')}"
+        return f"{parts} of {len(self.sites)} sites; attribution doctor: {self.verdict}"
 
 
 @checked
@@ -358,6 +370,7 @@ def load_circuit(folder: str | Path) -> Circuit:
             sites=sites, bases={str(k): str(v) for k, v in record["bases"].items()},
             model_fingerprint=str(record["model_fingerprint"]), n_tokens=record["n_tokens"], made=str(record["made"]),
             labels={str(k): str(v) for k, v in record["labels"].items()},
+            doctor=from_jsonable(DoctorReport | None, record["doctor"]),
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from circuits.doctor.report import DoctorReport
 from circuits.edges.tables import Edges, EdgeTable
 from circuits.graph.circuit import Circuit, SiteNodes
 from circuits.graph.graphjson import ERRORS, FEATURE
@@ -17,7 +18,7 @@ from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError
 from workbench.core.jsontext import Json, content_of
 from workbench.core.numbers import counted
-from workbench.core.records import load_json
+from workbench.core.records import from_jsonable, load_json
 
 _AGAIN = "Export the graph again."
 _NAN = float("nan")
@@ -137,6 +138,7 @@ def _circuit(sites: Mapping[str, _Site], own: Mapping[str, Json], slug: str) -> 
         model_fingerprint=str(own.get("model_fingerprint", "")),
         n_tokens=None if n_tokens is None else int(str(n_tokens)),
         made=str(own.get("made", f"read from the graph {slug}")), labels=labels,
+        doctor=from_jsonable(DoctorReport | None, own.get("doctor")),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ const circuitPage = (() => {
     drawRows(below, p);
     drawn.length = 0;
     for (const i of state.shown) above.append((drawn[i] = drawNode(i, p.where[i])));
-    graph.replaceChildren(below, links, lit, above);
+    graph.replaceChildren(below, links, lit, above, drawWatermark(p));
     drawLinks();
     mark();
   }
@@ -51,6 +51,20 @@ const circuitPage = (() => {
       text.append(svg("title", {}, column));
       group.append(text);
     });
+  }
+
+  /* What failed, across the whole picture, so that no part of it and no saved file is without it. */
+  function drawWatermark(p) {
+    const group = svg("g", { class: "watermark" }), text = data.watermark || "";
+    if (!text) return group;
+    const size = Math.max(12, Math.min(44, (1.7 * p.width) / text.length)), gap = Math.max(120, 4 * size);
+    for (let y = Math.min(p.height, gap) * 0.6; y < p.height; y += gap) {
+      const at = `${p.width / 2} ${y}`;
+      const line = svg("text", { x: p.width / 2, y, "text-anchor": "middle", transform: `rotate(-8 ${at})` }, text);
+      line.style.fontSize = `${size}px`;  // a style attribute is against the policy of the page
+      group.append(line);
+    }
+    return group;
   }
 
   function drawNode(i, { x, y, text }) {

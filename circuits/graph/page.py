@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from markupsafe import Markup
 
+from circuits.doctor.report import DoctorReport, verdict_of, watermark
 from circuits.graph.details import Cards, NodeDetails, details_of
 from circuits.graph.names import ERROR
 from circuits.graph.picture import EdgeSource, Picture, picture_of, shown_effect
@@ -87,6 +88,7 @@ class Source:
         kinds: what nodes of some sites are called; others are features and errors.
         legend: what the two colours of a node mean.
         output: what stands at the top, where there are no effects.
+        doctor: what the attribution doctor found.
     """
 
     frame: pd.DataFrame
@@ -103,6 +105,7 @@ class Source:
     kinds: Mapping[str, str] = field(default_factory=dict)
     legend: tuple[str, str] = _LEGEND
     output: str = "output"
+    doctor: DoctorReport | None = None
 
 
 def write_page(source: Source, path: Path) -> Path:
@@ -131,6 +134,7 @@ def page_html(source: Source, picture: Picture, details: Mapping[int, NodeDetail
     return page_template(_read("page.html.jinja")).render(
         title=source.title, policy=policy, style=Markup(style), script=Markup(script),
         lead=list(source.lead or _lead(source, picture)), legend=source.legend, made=source.made, notes=picture.notes,
+        verdict=verdict_of(source.doctor), failed=watermark(source.doctor) != "", checks=_checks(source),
         data=Markup(safe_json(_data(source, picture, details))), rows=list(_rows(picture)), gaps=_gaps(source, picture),
     )  # fmt: skip
 
@@ -173,6 +177,13 @@ def _gaps(source: Source, picture: Picture) -> list[tuple[str, str]]:
     return [(site, percent(gap)) for site, gap in source.effects.gaps.items() if site in picture.sites]
 
 
+def _checks(source: Source) -> list[tuple[str, ...]]:
+    """What the doctor measured, one row each."""
+    if source.doctor is None:
+        return []
+    return [(str(c.number), c.name, c.part, c.shown, c.threshold, c.outcome, c.why) for c in source.doctor.checks]
+
+
 def _rows(picture: Picture) -> Iterator[tuple[str, ...]]:
     """The table below the picture."""
     for node in picture.nodes:
@@ -191,7 +202,8 @@ def _data(source: Source, picture: Picture, details: Mapping[int, NodeDetails]) 
         "error" if node.feature == ERROR else source.kinds.get(picture.sites[node.row], "feature") for node in nodes
     ]
     return {
-        "title": source.title, "output": visible(output), "sites": [visible(site) for site in picture.sites],
+        "title": source.title, "verdict": verdict_of(source.doctor), "watermark": watermark(source.doctor),
+        "output": visible(output), "sites": [visible(site) for site in picture.sites],
         "columns": [visible(column) for column in picture.columns],
         "nodes": {
             "name": [node.name for node in nodes], "row": [node.row for node in nodes],

@@ -268,12 +268,13 @@ def placed(picture: Picture) -> tuple[list[tuple[float, float]], list[float], fl
     return where, bottoms, total
 
 
-def static_svg(picture: Picture, output: str) -> Markup:
+def static_svg(picture: Picture, output: str, mark: str = "") -> Markup:
     """The picture without a script, for a notebook: colours of the text around it, orange above zero, blue below.
 
     Args:
         picture: what is drawn; its strongest nodes.
         output: what stands at the top.
+        mark: what is written across it; "" for nothing.
     """
     nodes = picture.nodes[:MOST_STATIC]
     whole = Picture(sites=picture.sites, columns=picture.columns, nodes=nodes)
@@ -281,7 +282,7 @@ def static_svg(picture: Picture, output: str) -> Markup:
     largest = max((node.size for node in nodes), default=0.0) or 1.0
     parts = [*_frame(whole, bottoms, height, output), *(
         _mark(node, *where[i], radius(node.size, largest, 2.5, 6.0)) for i, node in enumerate(nodes)
-    )]  # fmt: skip
+    ), *_across(mark, height)]  # fmt: skip
     return Markup(
         '<svg viewBox="0 0 {} {}" width="{}" height="{}" font-size="11" font-family="system-ui, sans-serif" '
         'fill="currentColor" role="img" aria-label="{}">{}</svg>'
@@ -324,6 +325,21 @@ def _mark(node: DrawnNode, x: float, y: float, r: float) -> Markup:
         points = f"{_px(x)},{_px(y - r)} {_px(x - r)},{low} {_px(x + r)},{low}"
         return Markup('<polygon points="{}" fill="{}">{}</polygon>').format(points, colour, title)
     return Markup('<circle cx="{}" cy="{}" r="{}" fill="{}">{}</circle>').format(_px(x), _px(y), _px(r), colour, title)
+
+
+def _across(mark: str, height: float) -> Iterator[Markup]:
+    """The mark across the whole picture, so that no part of it is without it."""
+    if not mark:
+        return
+    size = max(11.0, min(40.0, 1.7 * _WIDTH / len(mark)))
+    gap = max(110.0, 4 * size)
+    y = 0.6 * min(height, gap)
+    while y < height:
+        yield Markup(
+            '<text x="{}" y="{}" text-anchor="middle" transform="rotate(-8 {} {})" font-size="{}" font-weight="800" '
+            'fill="#c0392b" opacity=".3" pointer-events="none" class="watermark">{}</text>'
+        ).format(_px(_WIDTH / 2), _px(y), _px(_WIDTH / 2), _px(y), _px(size), visible(mark))
+        y += gap
 
 
 def _px(length: float) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from circuits.doctor.report import marked
 from circuits.graph.circuit import ARRAYS, Circuit, node_name
 from circuits.graph.picture import effect_estimate
 from circuits.nodes.effects import GAP_WARNING
@@ -67,6 +68,7 @@ class FoundCircuit(Report):
             )
         if c.n_errors:
             said.append("Errors are nodes here: measure the circuit with and without them.")
+        said.append(f"Attribution doctor: {c.verdict}.")
         return (*said, self.note.strip()) if self.note.strip() else tuple(said)
 
     def _nodes(self) -> list[tuple[str, Estimate]]:
@@ -80,7 +82,8 @@ class FoundCircuit(Report):
         """Bars of the strongest nodes, a table of all, a table of gaps."""
         nodes = self._nodes()
         bars = Bars(
-            "Strongest nodes", tuple(name for name, _ in nodes[:_BARS]), tuple(e for _, e in nodes[:_BARS]), "effect",
+            marked("Strongest nodes", self.circuit.doctor), tuple(name for name, _ in nodes[:_BARS]),
+            tuple(e for _, e in nodes[:_BARS]), "effect",
             reference=0.0, caption="Above 0: patching the node raises the metric, so it supports the clean answer.",
         )  # fmt: skip
         table = Table(("node", "effect"), tuple(nodes), "Nodes of the circuit. The strongest first.")

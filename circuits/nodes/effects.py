@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.doctor.report import DoctorReport, Examinable, attrs_of
 from circuits.graph.circuit import ARRAYS, ERROR, Circuit, ErrorRule, Sign, SiteNodes
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
@@ -146,7 +147,7 @@ class SiteEffects(Shown):
 
 @checked
 @dataclass(frozen=True, eq=False, kw_only=True)
-class NodeEffects(Shown, Mapping[str, SiteEffects]):
+class NodeEffects(Examinable, Shown, Mapping[str, SiteEffects]):
     """Effects of the nodes of several sites; `effects["resid_post.10"]` are those of one.
 
     Above zero, patching the node raises the metric, so with the metrics of `circuits.metrics` the node supports the
@@ -161,6 +162,7 @@ class NodeEffects(Shown, Mapping[str, SiteEffects]):
         model_fingerprint: of the model.
         bases: fingerprint of each basis, by site.
         note: what was left out, in words.
+        doctor: what `circuits.attribution_doctor` found, where it was attached.
     """
 
     sites: Mapping[str, SiteEffects]
@@ -171,6 +173,7 @@ class NodeEffects(Shown, Mapping[str, SiteEffects]):
     model_fingerprint: str
     bases: Mapping[str, str]
     note: str = ""
+    doctor: DoctorReport | None = None
 
     def __getitem__(self, site: str) -> SiteEffects:
         require_known("site with effects", site, self.sites)
@@ -205,12 +208,15 @@ class NodeEffects(Shown, Mapping[str, SiteEffects]):
     def frame(self) -> pd.DataFrame:
         """One row per node, the strongest first: site, pos (where kept), feature, effect, se, n, sign_consistency.
 
-        `pos` counts the columns of the batch; `feature` is "error" for what a basis leaves unexplained.
+        `pos` counts the columns of the batch; `feature` is "error" for what a basis leaves unexplained. `attrs` has the
+        doctor's verdict.
         """
         import pandas as pd
 
         frame = pd.concat([site.frame() for site in self.sites.values()], ignore_index=True)
-        return frame.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+        frame = frame.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+        frame.attrs.update(attrs_of(self.doctor))
+        return frame
 
     def circuit(
         self, *, n: int | None = None, threshold: float | None = None, sign: Sign = "both", errors: ErrorRule = "ranked"
@@ -233,7 +239,7 @@ class NodeEffects(Shown, Mapping[str, SiteEffects]):
         return selected(self, n=n, threshold=threshold, sign=sign, errors=errors)
 
     def merged(self, other: NodeEffects) -> NodeEffects:
-        """These effects and those of further examples.
+        """These effects and those of further examples; the doctor's verdict is not that of both.
 
         Raises:
             MismatchError: if the two were not made in the same way.
@@ -246,14 +252,15 @@ class NodeEffects(Shown, Mapping[str, SiteEffects]):
                 )
         return dataclasses.replace(
             self, sites={name: _joined(site, other.sites[name]) for name, site in self.sites.items()},
-            note=" ".join(filter(None, dict.fromkeys((self.note, other.note)))),
+            note=" ".join(filter(None, dict.fromkeys((self.note, other.note)))), doctor=None,
         )  # fmt: skip
 
     def _shown_line(self) -> str:
-        return f"{len(self.sites)} sites, {self.n} examples, {self.metric}, {self.baseline}"
+        made = f"{len(self.sites)} sites, {self.n} examples, {self.metric}, {self.baseline}"
+        return f"{made}; attribution doctor: {self.verdict}"
 
     def _shown_note(self) -> str:
-        return "; ".join(self.warnings)
+        return "; ".join((*self.warnings, f"attribution doctor: {self.verdict}"))
 
 
 def selected(
@@ -322,7 +329,7 @@ def _circuit(effects: NodeEffects, sites: Mapping[str, SiteNodes], how: str) -> 
     made = f"{how}; {effects.metric}; {next(iter(effects.sites.values())).method}; {counted(effects.n, 'examples')}"
     return Circuit(
         sites=sites, bases=dict(effects.bases), model_fingerprint=effects.model_fingerprint,
-        n_tokens=effects.n_tokens, made=made,
+        n_tokens=effects.n_tokens, made=made, doctor=effects.doctor,
     )  # fmt: skip
 
 

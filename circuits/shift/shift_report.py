@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from circuits.doctor.report import Examinable, marked
 from circuits.shift.rows import (
     AttributionRow,
     Collateral,
@@ -23,7 +24,7 @@ SUBJECT, RANDOM = "SHIFT + retrain", "random features + retrain"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftReport(Report):
+class ShiftReport(Examinable, Report):
     """Result of `circuits.shift`.
 
     Attributes:
@@ -46,6 +47,7 @@ class ShiftReport(Report):
         collateral: loss on plain text, or None if no text was given.
         notes: how the task was made, in sentences.
         left_out: methods that need what the task does not have, each in a sentence.
+        doctor: what the attribution doctor found of the effects that the candidates were ranked by.
     """
 
     task: str
@@ -80,7 +82,8 @@ class ShiftReport(Report):
 
     def findings(self) -> tuple[str, ...]:
         """Plain sentences: the problem, what SHIFT did to it, what the controls did."""
-        return (*self._problem(), *self._outcome(), *self._controls(), *self.left_out, *self._cost())
+        said = (*self._problem(), *self._outcome(), *self._controls(), *self.left_out, *self._cost())
+        return (*said, f"Attribution doctor: {self.verdict}.")
 
     def _problem(self) -> tuple[str, ...]:
         plain = self.method("original")
@@ -212,7 +215,7 @@ class ShiftReport(Report):
         )
 
     def _blocks(self) -> tuple[Text | Table | Bars, ...]:
-        names = tuple(m.name for m in self.methods)
+        names, worst = tuple(m.name for m in self.methods), tuple(m.worst for m in self.methods)
         label = self._label
         verdicts = tuple(
             (v.feature, v.effect, v.decision, v.oracle_decision, v.spurious_share, v.target_share,
@@ -220,8 +223,8 @@ class ShiftReport(Report):
         )  # fmt: skip
         return (
             Text(self._method_text()),
-            Bars(label, names, tuple(m.label for m in self.methods), "label accuracy", 0.5),
-            Bars("worst group", names, tuple(m.worst for m in self.methods), "label accuracy", 0.5),
+            Bars(marked(label, self.doctor), names, tuple(m.label for m in self.methods), "label accuracy", 0.5),
+            Bars(marked("worst group", self.doctor), names, worst, "label accuracy", 0.5),
             self._method_table(),
             Table(
                 ("control", label, *self._attribute, "worst group"),

@@ -12,14 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from circuits.decomposition import bases as checked_bases
 from circuits.decomposition import refuse_unreached
-from circuits.metrics import LossOfMargin
-from circuits.nodes.attribute import node_effects
+from circuits.doctor.doctor import DoctorOptions
 from circuits.nodes.effects import SiteEffects
-from circuits.nodes.exact import linear_effects
 from circuits.nodes.runs import AttributionOptions
 from circuits.shift.asked import decider_of
 from circuits.shift.collateral import collateral
@@ -32,6 +29,7 @@ from circuits.shift.deciders import (
     Verdict,
 )
 from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
+from circuits.shift.effects import effects_on, examined_effects, ints
 from circuits.shift.evidence import PooledTexts, Reader, TokenEvidence, token_evidence
 from circuits.shift.methods import ORACLE_PROBE, ORIGINAL, SWAP_DIRECTION_REMOVED, Scorer, ablation
 from circuits.shift.rows import AttributionRow, EditCheck, JudgedFeature
@@ -66,6 +64,7 @@ class ShiftOptions(OneLine):
         attribution_rows: ambiguous training rows that the estimate uses.
         batch_size: texts per forward pass.
         seed: decides the random features.
+        doctor: how much the attribution doctor measures of the effects; None does not ask it.
     """
 
     probe_site: str | None = None
@@ -77,6 +76,7 @@ class ShiftOptions(OneLine):
     attribution_rows: int = 64
     batch_size: int = 32
     seed: int = 0
+    doctor: DoctorOptions | None = None
 
     def __post_init__(self) -> None:
         for name in ("top_k", "random_draws", "attribution_rows", "batch_size"):
@@ -124,7 +124,7 @@ def shift(
     for basis in placed.values():
         basis.refuse_transcoder("SHIFT")
     study = _read(model, placed, task, options)
-    effects = _effects(study, study.train, task.train.label, options)
+    effects = effects_on(study, study.train, task.train.label, options.attribution, options.attribution_rows)
     candidates = _candidates(effects, options.top_k)
     dossiers = _dossiers(study, candidates)
     verdicts = [decider(d if decider.is_oracle else replace(d, balanced=None)) for d in dossiers]
@@ -150,6 +150,7 @@ def shift(
         random_draws=len(draws), edit_check=edit_check,
         collateral=None if plain_text is None else collateral(study.reader, plain_text, chosen, draws),
         notes=task.notes, left_out=left_out,
+        doctor=examined_effects(study, effects, options.attribution, options.attribution_rows, options.doctor),
     )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: Sh
     reader = Reader.fitted(model, bases, probe_site, task.train.texts, options.batch_size)
     train = reader.read(task.train.texts, "reading ambiguous texts")
     groups = tuple(task.group_name(*group) for group in task.train.groups)
-    probe = fit_probe(train.x, _ints(task.train.label), probe_site, groups=groups, options=options.probe)
+    probe = fit_probe(train.x, ints(task.train.label), probe_site, groups=groups, options=options.probe)
     if probe.accuracy is None:
         raise InvalidInputError(
             "ShiftOptions(probe=ProbeOptions(folds=0)): the study reports cross-validation; use 2 or more."
@@ -188,34 +189,6 @@ def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: Sh
     return ShiftStudy(
         task=task, reader=reader, train=train, test=test, others=others, probe=probe, probe_options=options.probe
     )
-
-
-def _effects(
-    study: ShiftStudy, pooled: PooledTexts, labels: Sequence[int], options: ShiftOptions
-) -> Mapping[str, SiteEffects]:
-    """Effects on the margin of some labels of these texts; exact where they can be."""
-    reader = study.reader
-    if reader.is_linear:
-        site = reader.probe_site
-        return {site: linear_effects(pooled.acts[site], reader.bases[site], study.probe, _ints(labels))}
-    rows = _rows_of_each(labels, options.attribution_rows)
-    batch = reader.model.tokens([pooled.texts[row] for row in rows])
-    keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site]).flat(reader.probe_site))
-    metric = LossOfMargin(study.probe, _ints([labels[row] for row in rows]), keep)
-    return node_effects(reader.model, reader.bases, batch, metric, keep=keep, **vars(options.attribution))
-
-
-def _rows_of_each(labels: Sequence[int], n: int) -> list[int]:
-    """The first rows of each label in turn, `n` in all, in their order.
-
-    >>> _rows_of_each([0, 0, 0, 0, 1, 1], 4)
-    [0, 1, 4, 5]
-    """
-    of_label: dict[int, list[int]] = {}
-    for row, label in enumerate(labels):
-        of_label.setdefault(label, []).append(row)
-    ranked = sorted((i, row) for rows in of_label.values() for i, row in enumerate(rows))
-    return sorted(row for _, row in ranked[:n])
 
 
 def _candidates(effects: Mapping[str, SiteEffects], top_k: int) -> list[tuple[Node, float]]:
@@ -284,7 +257,9 @@ def _skyline(study: ShiftStudy, n: int, options: ShiftOptions) -> list[Node]:
     balanced = study.task.balanced
     if n == 0 or balanced is None:
         return []
-    effects = _effects(study, study.balanced, study.task.expected(balanced), options)
+    effects = effects_on(
+        study, study.balanced, study.task.expected(balanced), options.attribution, options.attribution_rows
+    )
     scores = [
         (effect, Node(site, f)) for site, part in effects.items() for f, effect in enumerate(part.effect.tolist())
     ]
@@ -370,7 +345,3 @@ def _tokens_text(study: ShiftStudy) -> str:
     read, left_out = study.train.n_tokens, study.train.n_left_out
     share = f"{left_out} of {read + left_out} left out"
     return f"all tokens but padding, special tokens, the first one and attention sinks ({share})"
-
-
-def _ints(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.long)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pandas as pd
 import pytest
 
 import circuits
+import circuits.doctor.doctor
 import circuits.nodes.attribute
 from circuits.edges.parts import merged
 from circuits.faithful.report import CIRCUIT
 from circuits.graph.names import ERROR
+from circuits.nodes.parts import effects_in
 from tests.tiny import tiny_hf, tiny_tokenizer
 from workbench.cli import main
 from workbench.models.loading import load_model
@@ -172,6 +175,42 @@ def test_a_stopped_find_continues(
     assert len(list(tmp_path.glob("*circuit-find*"))) == 1 and len(result["nodes"]) == 11
 
 
+def test_the_doctors_verdict_stays_with_the_circuit(
+    folder: Path, found: Path, model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = str(folder / "doctored")
+    shutil.copytree(found, Path(runs) / found.name)
+    words = ["circuit", "doctor", "latest", "--inputs", "6", "--items", "6", "--sites", "1", "--checks", "1", "3", "11",
+             "--steps", "4", "8", "--out", runs]  # fmt: skip
+    calls, honest = [], circuits.doctor.doctor.examined
+
+    def stopping(*args: Any, checks: tuple[int, ...], **options: Any) -> circuits.DoctorReport:
+        calls.append(checks)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return honest(*args, checks=checks, **options)
+
+    monkeypatch.setattr(circuits.doctor.doctor, "examined", stopping)
+    assert main(words) == 130
+    result = _json(words, capsys)
+    assert calls == [(1,), (3,), (3,), (11,)], "what was kept is not measured again"
+    assert len(list(Path(runs).glob("*circuit-doctor*"))) == 1
+    effects = effects_in(found / "artifacts" / "parts")
+    pairs = circuits.Pairs.from_jsonl(folder / "pairs.jsonl", model)
+    options = circuits.DoctorOptions(inputs=6, items=6, sites=1, checks=(1, 3, 11), steps=(4, 8))
+    report = circuits.attribution_doctor(effects, model, circuits.neurons(model, SITES), pairs, METRIC, options=options)
+    assert result["verdict"] == report.verdict and 11 in report.ran and 11 not in report.numbers
+    gap = next(check["value"] for check in result["checks"] if check["part"] == "gap as given")
+    assert gap["value"] == pytest.approx(next(c.value.value for c in report.checks if c.part == "gap as given"))  # type: ignore[union-attr]
+    assert circuits.load_circuit(result["circuit"]).verdict == report.verdict
+    page = Path(result["page"]).read_text(encoding="utf-8")
+    assert report.verdict in page and "gap as given" in page
+    assert _json(["circuit", "show", found.name, "--folder", runs], capsys)["page"] == result["page"]
+    edges = _json(["circuit", "edges", "latest", "--out", runs], capsys)
+    assert report.verdict in Path(edges["page"]).read_text(encoding="utf-8"), "later pages of the circuit carry it"
+    assert circuits.load_circuit(found / "artifacts" / "circuit").doctor is None, "a finished run is not changed"
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -186,6 +225,9 @@ def test_a_stopped_find_continues(
         ("eval RUN", "--pairs HELD-OUT.jsonl"),
         ("eval RUN --draws 0", "--draws 0"),
         ("edges EMPTY", "run folder"),
+        ("doctor RUN --checks 12", "--checks 12"),
+        ("doctor RUN --inputs 1", "inputs=1"),
+        ("doctor no-such-run", "no-such-run"),
         ("show no-such-run", "no-such-run"),
     ],
 )

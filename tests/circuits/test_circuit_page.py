@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from circuits.doctor.report import DoctorReport, judged
 from circuits.graph.names import node_name
 from circuits.graph.picture import shown_effect
 from tests.circuits.drawn import HOSTILE, drawn_circuit, drawn_edges
@@ -232,6 +233,44 @@ def test_the_picture_is_saved_as_svg_and_png(page: Browser) -> None:
     svg = page.js("circuitPage.asSvg()")
     assert svg.startswith("<svg") and svg.count("<circle") == 16 + 20 and "class=" not in svg and "plural" in svg
     assert page.js("circuitPage.asPng().then((blob) => [blob.type, blob.size > 5000])") == ["image/png", True]
+
+
+def test_a_failed_check_is_written_across_the_picture_and_its_files(browser: Browser, tmp_path: Path) -> None:
+    checks = (judged(1, "gap as given", 0.4, 0.05, "at most", f"Do not add up {HOSTILE}."), judged(6, "seed", 1.0, 0.8))
+    report = DoctorReport(what="effects", checks=checks)
+    browser.size(1200, 900)
+    browser.open(CIRCUIT.stamped(report).to_html(tmp_path / "failed.html", EDGES).as_uri())
+    mark = "FAILED: completeness"
+    assert mark in browser.js("document.querySelector('#graph .watermark').textContent")
+    assert browser.js("document.querySelector('#graph').lastChild.getAttribute('class')") == "watermark", "on top"
+    assert browser.js("getComputedStyle(document.querySelector('.watermark text')).fill") == "rgb(192, 57, 43)"
+    x, y, width = browser.js(
+        "(() => { const box = document.querySelector('.watermark text').getBoundingClientRect(); return [box.x, box.y, box.width]; })()"
+    )
+    assert x >= 0 and y >= 0 and width > 300, "large, and inside the picture"
+    svg = browser.js("circuitPage.asSvg()")
+    assert mark in svg and "rgb(192, 57, 43)" in svg and "rotate(-8" in svg
+    reds = """(async () => {
+      const image = await createImageBitmap(await circuitPage.asPng()), canvas = document.createElement('canvas');
+      canvas.width = image.width; canvas.height = image.height;
+      const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
+      const d = context.getImageData(0, 0, image.width, image.height).data; let n = 0;
+      for (let i = 0; i < d.length; i += 4) if (d[i] > d[i + 1] + 40 && Math.abs(d[i + 1] - d[i + 2]) < 20) n++;
+      return n; })()"""
+    assert browser.js(reds) > 2000
+    _slide(browser, "node-limit", 0)
+    assert mark in browser.js("document.querySelector('#graph .watermark').textContent"), "no slider hides it"
+    assert "failed 1 of 2 checks: completeness" in browser.js("document.getElementById('verdict').textContent")
+    row = browser.js("[...document.querySelectorAll('#checks tr.failed td')].map((cell) => cell.textContent)")
+    assert row[1:6] == ["completeness", "gap as given", "0.400", "at most 0.05", "fail"]
+    assert browser.problems == [] and browser.js("document.title") != "owned"
+
+
+def test_what_was_not_checked_says_so_in_small(page: Browser) -> None:
+    assert "Attribution doctor: not checked." in page.js("document.getElementById('verdict').textContent")
+    assert page.js("document.querySelectorAll('.watermark text').length") == 0
+    assert page.js("parseFloat(getComputedStyle(document.getElementById('verdict')).fontSize)") < 16
+    assert page.js("circuitPage.asSvg().includes('FAILED')") is False
 
 
 def test_500_nodes_and_5000_edges_take_little_work(browser: Browser, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from circuits.doctor.doctor import DoctorOptions
+from circuits.doctor.report import DoctorReport, judged
 from circuits.shift.collateral import collateral
 from circuits.shift.deciders import FeatureDossier, LexiconDecider, Node, OracleDecider, StatisticsDecider, Verdict
 from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
@@ -60,8 +62,22 @@ class Contrary:
 @functools.cache
 def _report(probe_site: str = SITE) -> ShiftReport:
     text = TokenBatch.of_rows(torch.randint(2, 250, (6, 12), generator=torch.Generator().manual_seed(0)))
-    options = replace(OPTIONS, probe_site=probe_site)
+    doctor = DoctorOptions(inputs=8, items=6, sites=1, steps=(4, 8), checks=(1, 3, 7, 8, 11))
+    options = replace(OPTIONS, probe_site=probe_site, doctor=doctor)
     return shift(planted_model(), {SITE: planted_sae()}, planted_task(), options=options, plain_text=text)
+
+
+def test_the_effects_that_candidates_are_ranked_by_are_examined() -> None:
+    exact, estimated = _report(), _report("resid_post.2")
+    for report in (exact, estimated):
+        assert report.doctor is not None and {1, 7, 8} <= set(report.doctor.ran)
+        assert f"Attribution doctor: {report.verdict}." in report.findings()
+    assert exact.doctor is not None and estimated.doctor is not None
+    assert not {1, 7, 8} & set(exact.doctor.numbers), exact.doctor.failed
+    reasons = {check.number: check.why for check in exact.doctor.checks if check.outcome == "not applicable"}
+    assert "measured effects" in reasons[3] and {3, 11} <= set(estimated.doctor.ran)
+    marked = exact.stamped(DoctorReport(what="", checks=(judged(9, "mass", 0.1, 0.8),)))
+    assert any("FAILED: planted truth" in getattr(block, "title", "") for block in marked.section().blocks)
 
 
 def _ablated(report: ShiftReport) -> set[int]:

@@ -52,6 +52,7 @@ SMALLER: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\bSteerOptions\(", "SteerOptions(new_tokens=3, plain_texts=texts[:1], "),
     (r'"mlp_out", "resid_post"\], "my-saes"\)', '"mlp_out", "resid_post"], "my-saes", options=small)'),
     (r"SampleOptions\(loss_max=0\.1, context=64, limit=8192\)", "SampleOptions(loss_max=99.0, context=8, limit=9)"),
+    (r"DoctorOptions\(inputs=30", "DoctorOptions(checks=(1, 4), steps=(2, 4), inputs=3"),
     (r"\bdirections=Dir", "options=SteerOptions(new_tokens=3, plain_texts=texts[:1]), directions=Dir"),
 )
 """What is smaller in the test than on the page."""

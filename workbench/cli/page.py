@@ -13,7 +13,18 @@ GROUPS = (
     ("Sparse autoencoders (SAEs)", ("harvest", "sae train", "sae eval", "sae suite", "sae faithful", "geometry")),
     ("Features", ("features score", "features cards", "features show", "features study")),
     ("Interventions", ("steer", "serve", "shift", "refusal", "probe")),
-    ("Circuits", ("circuit saes", "circuit find", "circuit edges", "circuit eval", "circuit show", "circuit study")),
+    (
+        "Circuits",
+        (
+            "circuit saes",
+            "circuit find",
+            "circuit doctor",
+            "circuit edges",
+            "circuit eval",
+            "circuit show",
+            "circuit study",
+        ),
+    ),
     (
         "Circuits in one call",
         ("circuit lens", "circuit lenses", "circuit patch", "circuit paths", "circuit attribution", "circuit heads"),
