@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Outcome = Literal["pass", "fail", "not applicable", "reported"]
+E = TypeVar("E", bound="Examinable")
 Better = Literal["at least", "at most", "above"]
 NOT_CHECKED = "not checked"
 """What is said of an attribution without a report."""
@@ -202,7 +203,7 @@ class Examinable:
         return verdict_of(self.doctor)
 
     @checked
-    def stamped(self, report: DoctorReport | None) -> Self:
+    def stamped(self: E, report: DoctorReport | None) -> E:
         """The same with what the doctor found; everything made of it carries the verdict too."""
         return dataclasses.replace(self, doctor=report)
 
