@@ -17,6 +17,7 @@ from circuits.shift.heads.dfr import DFR
 from circuits.shift.heads.erm import ERM
 from circuits.shift.heads.group_dro import GroupDRO, updated_weights
 from circuits.shift.heads.jtt import JTT
+from circuits.shift.heads.leace import ErasedERM
 from circuits.shift.heads.pde import PDE
 from circuits.shift.heads.poe import PoE
 from circuits.shift.heads.reweighting import Reweighting
@@ -25,7 +26,6 @@ from circuits.shift.heads.solve import Descent, DescentRun, Linear, Scale, cross
 from circuits.shift.heads.subsampling import Subsampling
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError, UnknownNameError
 from workbench.core.stats import wilson
-from workbench.probes import ClassMoments, fit_leace
 
 TABLE = {
     0.90: {
@@ -96,14 +96,8 @@ test_rows.__test__ = False  # type: ignore[attr-defined]
 
 @pytest.mark.parametrize("rho", TABLE)
 def test_the_table_of_worst_group_accuracies(rho: float) -> None:
-    def erased(seed: int, fitted_on: HeadRows) -> float:
-        assert fitted_on.attribute is not None
-        eraser = fit_leace(ClassMoments.of(fitted_on.x, fitted_on.attribute, 2))
-        train, test = (dataclasses.replace(part, x=eraser(part.x)) for part in (toy(4000, rho, seed), test_rows(seed)))
-        return worst(ERM().fit(train), test)
-
-    def of(method: HeadMethod, seed: int, share: float = rho) -> float:
-        return worst(method.fit(toy(4000, share, seed), seed=seed), test_rows(seed))
+    def of(method: HeadMethod, seed: int, share: float = rho, on: HeadRows | None = None) -> float:
+        return worst(method.fit(toy(4000, share, seed), validation=on, seed=seed), test_rows(seed))
 
     quick = GroupDRO(eta=2.0, tolerance=5e-3)
     found = {
@@ -111,11 +105,11 @@ def test_the_table_of_worst_group_accuracies(rho: float) -> None:
         "reweighting": np.mean([of(Reweighting(), seed) for seed in range(6)]),
         "subsampling": np.mean([of(Subsampling(), seed) for seed in range(6)]),
         "GroupDRO": np.mean([of(quick, seed) for seed in range(3)]),
-        "LEACE": np.mean([erased(seed, toy(1000, 0.5, 100 + seed)) for seed in range(2)]),
+        "LEACE": np.mean([of(ErasedERM(), seed, on=toy(1000, 0.5, 100 + seed)) for seed in range(3)]),
         "oracle": np.mean([of(ERM(), seed, 0.5) for seed in range(2)]),
     }
     assert found == {name: pytest.approx(value, abs=0.04) for name, value in TABLE[rho].items()}
-    assert np.mean([erased(seed, toy(4000, rho, seed)) for seed in range(2)]) < found["LEACE"] - 0.2, (
+    assert np.mean([of(ErasedERM(), seed) for seed in range(3)]) < found["LEACE"] - 0.2, (
         "where label and attribute go together, erasing the attribute erases the label"
     )
     if rho == 0.90:
@@ -305,9 +299,11 @@ def test_a_head_of_several_labels_repeats_itself_and_says_what_it_saw(name: str)
     method = made(name)
     head, again = (method.fit(rows, validation=validation, seed=3) for _ in range(2))
     assert torch.equal(head.weight, again.weight) and head.weight.shape[0] == 3
-    assert float((head.predict(validation.x) == validation.label).double().mean()) > 0.6
+    # LEACE takes some of the label along, as the attribute goes with it in these validation rows
+    least = 0.45 if name == "LEACE" else 0.6
+    assert float((head.predict(validation.x) == validation.label).double().mean()) > least
     assert method.name == name == head.method and method.information and head.regime in REGIMES
-    needs = {"reweighting": 400, "subsampling": 400, "GroupDRO": 400, "PDE": 700, "DFR": 300, "JTT": 300}
+    needs = {"reweighting": 400, "subsampling": 400, "GroupDRO": 400, "PDE": 700, "DFR": 300, "JTT": 300, "LEACE": 300}
     assert head.n_attribute_labels == needs.get(name, 0), "JTT uses those of the validation rows to choose lambda"
     if head.regime in ("R1", "R2"):
         with pytest.raises(InvalidInputError, match="needs attribute labels"):
@@ -323,12 +319,21 @@ def test_a_head_of_several_labels_repeats_itself_and_says_what_it_saw(name: str)
     assert f"{head.n_attribute_labels} attribute labels used" in repr(head)
 
 
-@pytest.mark.parametrize("name", ["reweighting", "subsampling", "GroupDRO", "DFR", "PDE"])
+@pytest.mark.parametrize("name", ["reweighting", "subsampling", "GroupDRO", "DFR", "LEACE", "PDE"])
 def test_labels_that_determine_the_attribute_are_said_to(name: str) -> None:
     rows = several(200)
     coincide = with_attribute(rows, 2 - rows.label.numpy())
     assert "(rho = 1): the groups are the classes" in made(name).fit(coincide).notes[0]
     assert "rho = 1" not in " ".join(made(name).fit(rows).notes)
+
+
+def test_where_the_attribute_is_the_label_erasing_it_leaves_chance() -> None:
+    rows = toy(1000, 1.0, 9)
+    head = ErasedERM().fit(rows)
+    assert head.notes[1] == "erasing the attribute erases the label" and "at chance" in head.notes[-1]
+    elsewhere = ErasedERM().fit(rows, validation=toy(1000, 0.5, 109))
+    assert worst(elsewhere, test_rows(9)) > 0.75 > 0.6 > worst(ERM().fit(rows), test_rows(9))
+    assert elsewhere.notes == ("the eraser takes 1 dimension",)
 
 
 def test_a_head_at_chance_says_so() -> None:
