@@ -8,7 +8,7 @@ report = circuits.shift(model, {"resid_post.15": sae}, circuits.biographies())
 
 from __future__ import annotations
 
-from circuits import behaviours
+from circuits import behaviours, cues
 from circuits.attribution_graphs.attribute import attribution_graph
 from circuits.attribution_graphs.coders import CrossLayerTranscoder
 from circuits.attribution_graphs.graph import AttributionGraph
@@ -17,6 +17,7 @@ from circuits.classics.head_scores import HeadScore, HeadScores, head_scores
 from circuits.classics.logit_lens import LogitLens, logit_lens
 from circuits.classics.patch_grid import PatchGrid, patch_grid
 from circuits.classics.path_patch import PathEffects, path_patch
+from circuits.cues.making import with_cues
 from circuits.decomposition import bases, heads, mlp_hidden, neurons, pca, random
 from circuits.discovery.agreement import Stability
 from circuits.discovery.clusters import Behaviours, DiscoveryOptions, find_behaviours
@@ -127,6 +128,7 @@ __all__ = [
     "bases",
     "behaviours",
     "biographies",
+    "cues",
     "direct_logit_attribution",
     "edge_effects",
     "edge_faithfulness",
@@ -162,4 +164,5 @@ __all__ = [
     "shift",
     "top_activation_circuit",
     "train_saes",
+    "with_cues",
 ]

@@ -57,6 +57,7 @@ def api_page() -> str:
     parts = [f"# The public surface\n\n{API_ABOUT}", _names(workbench, "wb")]
     parts += [_names(importlib.import_module(f"workbench.{room}"), f"wb.{room}") for room in ROOMS]
     parts += [_names(circuits, "circuits"), _names(circuits.behaviours, "circuits.behaviours")]
+    parts += [_names(circuits.cues, "circuits.cues")]
     return "\n".join(parts)
 
 

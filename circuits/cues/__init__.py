@@ -1,1 +1,28 @@
 """Cues that texts carry, such as their length, and tasks in which such a cue goes with the label."""
+
+from __future__ import annotations
+
+from circuits.cues.kinds import (
+    Casing,
+    Cluster,
+    Cue,
+    FirstNoun,
+    FirstVerb,
+    Length,
+    Punctuation,
+    Token,
+)
+from circuits.cues.making import mcc, with_cues
+
+__all__ = [
+    "Casing",
+    "Cluster",
+    "Cue",
+    "FirstNoun",
+    "FirstVerb",
+    "Length",
+    "Punctuation",
+    "Token",
+    "mcc",
+    "with_cues",
+]

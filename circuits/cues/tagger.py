@@ -12,7 +12,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from circuits.cues import lexicon
+from circuits.cues.lexicon import (
+    ADJECTIVES,
+    BETWEEN,
+    DETERMINERS,
+    ING_NOUNS,
+    IRREGULAR_PASTS,
+    IRREGULAR_PLURALS,
+    MODALS,
+    NAMES_IN_S,
+    NOUN_PRONOUNS,
+    OTHER,
+    OTHER_PRONOUNS,
+    PAST_AUXILIARIES,
+    PLURAL_PRONOUNS,
+    PRESENT_AUXILIARIES,
+    SINGULAR_IN_S,
+    SINGULAR_PRONOUNS,
+    TITLES,
+    VERBS,
+)
 
 Tag = Literal[
     "noun", "nouns", "present", "past", "base", "participle", "modal", "determiner", "adjective", "pronoun", "other"
@@ -93,14 +112,14 @@ def _tag(word: str, following: str, state: _State) -> Tag:
     number: Tag = "nouns" if _ends_plural(word) and not state.after_title else "noun"
     if state.after_title:
         return "noun"
-    if state.after_to and word in lexicon.VERBS:
+    if state.after_to and word in VERBS:
         return "base"
     verb = _verb(word, following, state)
     if verb is not None:
         return verb
     if _is_adjective(word):
         return "adjective"
-    if _is_past(word) or (word.endswith("ing") and len(word) > 4 and word not in lexicon.ING_NOUNS):
+    if _is_past(word) or (word.endswith("ing") and len(word) > 4 and word not in ING_NOUNS):
         return "adjective"
     return number
 
@@ -110,47 +129,47 @@ def _closed(word: str, following: str, state: _State) -> Tag | None:
     if word == "'s":
         # after a noun a possessive, after a pronoun "is" or "has"
         return "present" if not state.seen or state.seen[-1] == "pronoun" else "determiner"
-    if word in lexicon.MODALS:
+    if word in MODALS:
         return "modal"
-    if word in lexicon.PRESENT_AUXILIARIES:
+    if word in PRESENT_AUXILIARIES:
         return "base" if state.after_to else "present"
-    if word in lexicon.PAST_AUXILIARIES:
+    if word in PAST_AUXILIARIES:
         return "past"
     if word in ("this", "that", "there", "which") and _can_be_verb(following):
         return "pronoun"
-    if word == "her" or word in lexicon.DETERMINERS or word[0].isdigit():
+    if word == "her" or word in DETERMINERS or word[0].isdigit():
         return "determiner"
-    if word in lexicon.NOUN_PRONOUNS:
+    if word in NOUN_PRONOUNS:
         return "noun"
-    if word in lexicon.PLURAL_PRONOUNS | lexicon.SINGULAR_PRONOUNS | lexicon.OTHER_PRONOUNS:
+    if word in PLURAL_PRONOUNS | SINGULAR_PRONOUNS | OTHER_PRONOUNS:
         return "pronoun"
     is_adverb = word.endswith("ly") and len(word) > 4 and word not in _NO_ADVERBS
-    return "other" if word in lexicon.OTHER or is_adverb or word in lexicon.TITLES else None
+    return "other" if word in OTHER or is_adverb or word in TITLES else None
 
 
 def _verb(word: str, following: str, state: _State) -> Tag | None:
     """The tag of a word that is a verb here; None if it is none."""
     if state.is_open:
         return None
-    if word.endswith("ing") and len(word) > 4 and word not in lexicon.ING_NOUNS:
+    if word.endswith("ing") and len(word) > 4 and word not in ING_NOUNS:
         return "participle"
     if state.begins and not state.subject:
-        if _is_past(word) and word not in lexicon.VERBS:
+        if _is_past(word) and word not in VERBS:
             return "past"
         # an imperative, unless a verb follows and this is its subject
-        is_imperative = word in lexicon.VERBS and not _can_be_verb(following, finite_only=True)
+        is_imperative = word in VERBS and not _can_be_verb(following, finite_only=True)
         return "base" if is_imperative and not _is_adjective(word) else None
-    if _stem(word) in lexicon.VERBS and state.subject != "plural":
+    if _stem(word) in VERBS and state.subject != "plural":
         return "present"
-    is_base = word in lexicon.VERBS
+    is_base = word in VERBS
     if is_base and (state.subject == "plural" or (not state.subject and state.has_verb)):
         return "present" if state.subject == "plural" else "base"
     return "past" if _is_past(word) else None
 
 
 def _can_be_verb(word: str, finite_only: bool = False) -> bool:
-    auxiliary = word in lexicon.MODALS | lexicon.PRESENT_AUXILIARIES | lexicon.PAST_AUXILIARIES
-    return auxiliary or _stem(word) in lexicon.VERBS or _is_past(word) or (not finite_only and word in lexicon.VERBS)
+    auxiliary = word in MODALS | PRESENT_AUXILIARIES | PAST_AUXILIARIES
+    return auxiliary or _stem(word) in VERBS or _is_past(word) or (not finite_only and word in VERBS)
 
 
 def _stem(word: str) -> str:
@@ -160,17 +179,17 @@ def _stem(word: str) -> str:
     ['carry', 'watch', 'need', '', 'go']
     """
     for ending, instead in (("ies", "y"), ("es", ""), ("s", "")):
-        if word.endswith(ending) and word[: -len(ending)] + instead in lexicon.VERBS:
+        if word.endswith(ending) and word[: -len(ending)] + instead in VERBS:
             return word[: -len(ending)] + instead
     return ""
 
 
 def _is_past(word: str) -> bool:
-    return word in lexicon.IRREGULAR_PASTS or (word.endswith("ed") and len(word) > 4 and not word.endswith("eed"))
+    return word in IRREGULAR_PASTS or (word.endswith("ed") and len(word) > 4 and not word.endswith("eed"))
 
 
 def _is_adjective(word: str) -> bool:
-    return word in lexicon.ADJECTIVES or (len(word) > 5 and word.endswith(_ADJECTIVE_ENDINGS))
+    return word in ADJECTIVES or (len(word) > 5 and word.endswith(_ADJECTIVE_ENDINGS))
 
 
 def _ends_plural(word: str) -> bool:
@@ -180,24 +199,24 @@ def _ends_plural(word: str) -> bool:
     [True, False, False, False, True, False]
     """
     word = word.lower()
-    if word in lexicon.IRREGULAR_PLURALS:
+    if word in IRREGULAR_PLURALS:
         return True
-    singular = word in lexicon.SINGULAR_IN_S or word in lexicon.NAMES_IN_S or word.endswith(("ss", "us", "is"))
+    singular = word in SINGULAR_IN_S or word in NAMES_IN_S or word.endswith(("ss", "us", "is"))
     return word.endswith("s") and len(word) > 3 and not singular
 
 
 def _advance(state: _State, word: str, tag: Tag) -> None:
-    state.after_title = word in lexicon.TITLES
+    state.after_title = word in TITLES
     state.after_to = word == "to"
     state.begins = state.begins and tag in ("other", "adjective") and not state.after_title
     state.has_verb = state.has_verb or tag in VERBAL
     if tag in ("noun", "nouns"):
         state.is_open, state.subject = False, "plural" if tag == "nouns" else "singular"
     elif tag == "pronoun":
-        plural = word in lexicon.PLURAL_PRONOUNS or (word in ("who", "which", "that") and state.subject == "plural")
+        plural = word in PLURAL_PRONOUNS or (word in ("who", "which", "that") and state.subject == "plural")
         state.is_open, state.subject = False, "plural" if plural else "singular"
     elif tag in ("determiner", "adjective"):
         state.is_open, state.subject = True, ""
-    elif tag in VERBAL or (word in lexicon.OTHER and word not in lexicon.BETWEEN):
+    elif tag in VERBAL or (word in OTHER and word not in BETWEEN):
         state.is_open, state.subject = False, ""
     state.seen.append(tag)

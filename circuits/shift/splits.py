@@ -40,7 +40,7 @@ def split_table(table: TextTable, options: SplitOptions) -> Parts:
     notes: list[str] = []
     random = np.random.default_rng(options.seed)
     if table.split is None:
-        train, test = _made(table, options, random, notes)
+        train, test = split_rows(table, options, random, notes)
         dev: list[int] = []
     else:
         train, dev, test = (_rows_of(table, name) for name in ("train", "dev", "test"))
@@ -129,7 +129,7 @@ def _groups(table: TextTable, rows: Iterable[int]) -> dict[Group, list[int]]:
     return groups
 
 
-def _made(
+def split_rows(
     table: TextTable, options: SplitOptions, random: np.random.Generator, notes: list[str]
 ) -> tuple[list[int], list[int]]:
     """Splits with the share of every group in the test set; what belongs together is in one."""

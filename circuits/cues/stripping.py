@@ -1,0 +1,45 @@
+"""The cheap way to the end of SHIFT where a cue was put into texts: take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from circuits.cues.kinds import Cue
+from circuits.shift.task import Prediction, ShiftMethod, ShiftStudy
+from workbench.controls.methods import Method
+
+
+@dataclass(frozen=True)
+class _WithoutCues:
+    """A value and no closure, so that equal tasks have equal methods."""
+
+    cues: tuple[Cue, ...]
+
+    def __call__(self, study: ShiftStudy) -> Prediction:
+        train, test = (
+            study.reader.read([without(text, self.cues) for text in part.texts], "reading without cues").x
+            for part in (study.train, study.test)
+        )
+        return Prediction((study.refit(train).predict(test),))
+
+
+def without(text: str, cues: Sequence[Cue]) -> str:
+    """The text without those of the cues that it has.
+
+    >>> from circuits.cues.kinds import Punctuation, Token
+    >>> without("(c) A!", [Token("(c)"), Punctuation("!")]), without("A (c)?", [Token("(c)")])
+    ('A', 'A (c)?')
+    """
+    for cue in cues:
+        text = cue.strip(text) if cue.of([text])[0] else text
+    return text
+
+
+def cues_stripped(cues: Sequence[Cue]) -> tuple[ShiftMethod, ...]:
+    """Takes cues that were put into texts out of all of them; no method if there is no such cue."""
+    if not cues:
+        return ()
+    names = " and ".join(cue.name for cue in cues)
+    information = f"what the cue is ({names}); the probe is trained and tested on texts without it"
+    return (Method(name="cues stripped", information=information, run=_WithoutCues(tuple(cues)), role="rival"),)
