@@ -11,6 +11,7 @@ from __future__ import annotations
 from circuits import behaviours, cues
 from circuits.attribution_graphs.attribute import attribution_graph
 from circuits.attribution_graphs.coders import CrossLayerTranscoder
+from circuits.attribution_graphs.controls import random_coders
 from circuits.attribution_graphs.graph import AttributionGraph
 from circuits.classics.direct import DirectAttribution, direct_logit_attribution
 from circuits.classics.head_scores import HeadScore, HeadScores, head_scores
@@ -27,7 +28,7 @@ from circuits.doctor.attribution import Attribution
 from circuits.doctor.doctor import DoctorOptions, attribution_doctor, edits_needed
 from circuits.doctor.report import Check, DoctorReport
 from circuits.edges.attribute import edge_effects
-from circuits.edges.tables import Edges, EdgeTable
+from circuits.edges.tables import Edges, EdgeTable, PrunedCircuit
 from circuits.faithful.controls import random_circuit, top_activation_circuit
 from circuits.faithful.curves import FaithfulnessCurve, faithfulness_curve
 from circuits.faithful.edges import edge_faithfulness
@@ -106,6 +107,7 @@ __all__ = [
     "Pairs",
     "PatchGrid",
     "PathEffects",
+    "PrunedCircuit",
     "SAETrainingOptions",
     "SAEsEstimate",
     "SampleOptions",
@@ -160,6 +162,7 @@ __all__ = [
     "probe_margin",
     "random",
     "random_circuit",
+    "random_coders",
     "sample_vectors",
     "shift",
     "top_activation_circuit",

@@ -38,49 +38,13 @@ LAYERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class CircuitFind(PairsStudy[FoundCircuit]):
-    """Find the features that carry a behaviour.
+class BasesStudy(PairsStudy[R]):
+    """A study of pairs of prompts and of bases at some sites."""
 
-    Saves the circuit and its page.
-
-    Example: workbench circuit find --task sva_nounpp --bases my-saes --n 100
-    """
-
-    run_name = FIND
-    step = "circuit"
-
-    split: Literal["train", "test"] = "train"
-    """Words that the pairs of a behaviour are made of."""
-    limit: int = 100
-    """Pairs at most."""
     bases: str = "neurons"
     """Folder of one SAE per site, or neurons, mlp_hidden, heads."""
     sites: tuple[str, ...] = ()
     """Sites or kinds; by default those of the folder, or of four layers."""
-    n: int = 100
-    """Nodes of the circuit."""
-    sign: Sign = "both"
-    """Keep nodes that support the clean answer (positive), oppose it, or both."""
-    errors: ErrorRule = "ranked"
-    """Errors as nodes: ranked with features, all, resid or none."""
-    positions: bool = False
-    """Keep positions apart; takes pairs of the commonest length."""
-    metric: Literal["logit_difference", "log_probability", "negative_logit", "kl"] = "logit_difference"
-    """What is explained."""
-    method: Method = "ig"
-    """How effects are estimated: ig, atp or exact."""
-    steps: int = 10
-    """Points of the integral."""
-    rule: Rule = "midpoint"
-    """Where they are."""
-    rows: int = field(default=16, metadata={"config": False})
-    """Pairs per part; a stopped run loses one part at most."""
-
-    def measured(self) -> AnswerMetric:
-        """The metric."""
-        from circuits.metrics import AnswerMetric
-
-        return AnswerMetric(self.metric)
 
     def make_bases(self, model: Model) -> dict[str, Basis]:
         """The bases by their sites.
@@ -109,6 +73,48 @@ class CircuitFind(PairsStudy[FoundCircuit]):
                 f"--sites {missing[0]}: {self.bases} has SAEs at {', '.join(held)}. Choose among these."
             )
         return bases(model, {site: held[site] for site in wanted})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitFind(BasesStudy[FoundCircuit]):
+    """Find the features that carry a behaviour.
+
+    Saves the circuit and its page.
+
+    Example: workbench circuit find --task sva_nounpp --bases my-saes --n 100
+    """
+
+    run_name = FIND
+    step = "circuit"
+
+    split: Literal["train", "test"] = "train"
+    """Words that the pairs of a behaviour are made of."""
+    limit: int = 100
+    """Pairs at most."""
+    n: int = 100
+    """Nodes of the circuit."""
+    sign: Sign = "both"
+    """Keep nodes that support the clean answer (positive), oppose it, or both."""
+    errors: ErrorRule = "ranked"
+    """Errors as nodes: ranked with features, all, resid or none."""
+    positions: bool = False
+    """Keep positions apart; takes pairs of the commonest length."""
+    metric: Literal["logit_difference", "log_probability", "negative_logit", "kl"] = "logit_difference"
+    """What is explained."""
+    method: Method = "ig"
+    """How effects are estimated: ig, atp or exact."""
+    steps: int = 10
+    """Points of the integral."""
+    rule: Rule = "midpoint"
+    """Where they are."""
+    rows: int = field(default=16, metadata={"config": False})
+    """Pairs per part; a stopped run loses one part at most."""
+
+    def measured(self) -> AnswerMetric:
+        """The metric."""
+        from circuits.metrics import AnswerMetric
+
+        return AnswerMetric(self.metric)
 
     def chosen_pairs(self, model: Model) -> Pairs:
         """The pairs that the circuit is found on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -188,6 +188,22 @@ class Circuit(Examinable, Shown):
             )
         return dataclasses.replace(self, labels={**self.labels, **labels})
 
+    def only(self, nodes: Collection[tuple[str, int, int]], made: str) -> Circuit:
+        """The circuit of some of the nodes, by site, position and feature.
+
+        Args:
+            nodes: which ones.
+            made: how they were chosen, in words.
+        """
+        sites = {}
+        for name, site in self.sites.items():
+            here = zip(site.pos.tolist(), site.feature.tolist(), strict=True)
+            index = torch.tensor([i for i, node in enumerate(here) if (name, *node) in nodes], dtype=torch.long)
+            sites[name] = dataclasses.replace(site, **{field: getattr(site, field)[index] for field in ARRAYS})
+        kept = {node_name(*node) for node in nodes}
+        labels = {name: label for name, label in self.labels.items() if name in kept}
+        return dataclasses.replace(self, sites=sites, made=made, labels=labels)
+
     def united(self, other: Circuit) -> Circuit:
         """The nodes of either circuit; a node of both keeps the effect that it has here.
 
@@ -278,8 +294,8 @@ class Circuit(Examinable, Shown):
         """Writes the graph JSON that circuit-tracer and Neuronpedia read; `circuits.load_graph_json` reads it back.
 
         A viewer has one row per layer: where a layer has several sites, each site has a row of its own. Nodes whose
-        positions were put together stand at the last token. The output has no links: a node's direct effect on it is
-        not known.
+        positions were put together stand at the last token. A node that no edge leaves has a link to the output with
+        its own effect; of the others, what they do to the output directly is not known.
 
         Args:
             path: the file.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +71,8 @@ def write_graph(source: Source, identity: Mapping[str, Json], names: GraphNames,
     prompt = list(picture.columns) if source.pairs is None else list(source.pairs.clean.str_tokens[0])
     layers = layers_of(picture.sites)
     ids = _ids(picture, layers)
+    end = _output(source, max(layers.values()) + 1, len(prompt))
+    output = str(end["node_id"])
     record = {
         "metadata": {
             "slug": names.slug, "scan": names.scan, "transcoder_list": [], "prompt_tokens": prompt,
@@ -82,9 +84,9 @@ def write_graph(source: Source, identity: Mapping[str, Json], names: GraphNames,
                 _node(node, ids[i], layers[picture.sites[node.row]], picture, influence, len(prompt))
                 for i, (node, influence) in enumerate(zip(picture.nodes, _influences(picture.nodes), strict=True))
             ),
-            _output(source, max(layers.values()) + 1, len(prompt)),
+            end,
         ],
-        "links": [_link(edge, ids) for edge in picture.edges],
+        "links": [*(_link(edge, ids) for edge in picture.edges), *_direct(picture, ids, output)],
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     return save_json(path, record)
@@ -158,6 +160,14 @@ def _link(edge: DrawnEdge, ids: Sequence[str]) -> dict[str, Json]:
         "se": _plain(edge.se),
         "n": edge.n,
     }
+
+
+def _direct(picture: Picture, ids: Sequence[str], output: str) -> Iterator[dict[str, Json]]:
+    """Links to the output of nodes that no edge leaves: their own effects."""
+    leaves = {edge.source for edge in picture.edges}
+    for i, node in enumerate(picture.nodes):
+        if i not in leaves and node.size:
+            yield {"source": ids[i], "target": output, "weight": node.effect, "se": _plain(node.se)}
 
 
 def _plain(value: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -475,3 +476,81 @@ def test_prompts_and_sites_that_can_not_be_followed_are_refused() -> None:
         circuits.attribution_graph(model, circuits.neurons(model, ["mlp_pre.1"]), TEXT)
     with pytest.raises(InvalidInputError, match="later one"):
         CrossLayerTranscoder(layers=_cross_layer(precise_model("gpt2")).layers, later={(2, 1): torch.zeros(40, 16)})
+
+
+# Files, pruning of circuits, controls.
+
+
+def test_the_file_is_read_back_and_has_what_viewers_need(tmp_path: Path) -> None:
+    graph = whole().prune()
+    path = graph.to_json(tmp_path / "graph.json", slug="a-graph_1", scan="tiny")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    nodes = {node["node_id"]: node for node in record["nodes"]}
+    assert len(nodes) == len(record["nodes"]) == len(graph.nodes)
+    assert {node["feature_type"] for node in nodes.values()} == {
+        "cross layer transcoder", "mlp reconstruction error", "embedding", "logit", "bias",
+    }  # fmt: skip
+    assert all(link["source"] in nodes and link["target"] in nodes for link in record["links"])
+    assert all("(p=" in node["clerp"] for node in nodes.values() if node["feature_type"] == "logit")
+    for node in nodes.values():
+        if node["feature_type"] == "cross layer transcoder":
+            layer, feature, pos = map(int, node["node_id"].split("_"))
+            assert node["feature"] == (layer + feature) * (layer + feature + 1) // 2 + feature
+            assert node["ctx_idx"] == pos
+    shares = sorted(node["influence"] for node in nodes.values() if node["influence"] is not None)
+    assert shares[-1] == pytest.approx(1) and shares[0] == pytest.approx(graph.influence.max() / graph.influence.sum())
+    loaded = circuits.load_graph_json(path)
+    n = graph.nodes
+    mine = {node for node in zip(n.site, n.pos, n.feature, strict=True) if str(node[0]).startswith("mlp_out")}
+    assert set(loaded.circuit.nodes()) == mine and loaded.prompt == graph.tokens
+    inner = np.isin(n.kind[graph.source], (FEATURE, ERRORS)) & (n.kind[graph.target] == FEATURE)
+    effects = sorted(loaded.edges.frame().effect)
+    assert effects == pytest.approx(sorted(graph.weight[inner & (graph.weight != 0)]))
+    for names in ({"slug": "a b"}, {"slug": ""}, {"scan": "a/b"}):
+        with pytest.raises(InvalidInputError, match="viewers take letters"):
+            graph.to_json(tmp_path / "no.json", **names)
+
+
+def test_the_page_names_tokens_outputs_and_scores(tmp_path: Path) -> None:
+    graph = whole().prune()
+    text = graph.to_html(tmp_path / "graph.html").read_text(encoding="utf-8")
+    data = json.loads(text.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert set(data["nodes"]["kind"]) == {"feature", "error", "token", "output"} and data["columns"] == list(TEXT)
+    assert len(data["edges"]["source"]) == graph.n_links and "Completeness" in text
+    assert "<svg" in graph._repr_html_() and "completeness" in repr(graph)
+
+
+def test_a_circuit_is_pruned_to_what_leads_to_its_output() -> None:
+    def site(features: list[int], effects: list[float]) -> circuits.SiteNodes:
+        return replace(circuits.SiteNodes.of(50, features), effect=torch.tensor(effects))
+
+    sites = {"resid_post.0": site([1, 2], [5.0, 5.0]), "resid_post.1": site([3, 4], [9.0, 1.0])}
+    circuit = circuits.Circuit(sites=sites, bases=dict.fromkeys(sites, "x"), model_fingerprint="m")
+    key = "resid_post.0", "resid_post.1"
+    up, down = torch.tensor([[-1, 1], [-1, 2]]), torch.tensor([[-1, 3], [-1, 4]])
+    effect = torch.tensor([[8.0, 0.0], [0.2, -1.0]])  # 1 -> 3; 2 -> 4 and a little to 3
+    table = circuits.EdgeTable(upstream=up, downstream=down, effect=effect, se=torch.zeros(2, 2))
+    edges = circuits.Edges(tables={key: table}, n=1, metric="m", has_positions=False, made="by hand")
+    # influence: 3: .9, 4: .1, 1: .9 * 8 / 8.2 = .878, 2: .022 + .1 = .122; all 2
+    found = edges.prune(circuit, nodes=0.85)
+    assert {f for _, _, f in found.circuit.nodes()} == {1, 3}
+    assert found.edges.tables[key].effect.tolist() == [[8.0, 0.0], [0.0, 0.0]]
+    assert {f for _, _, f in edges.prune(circuit, nodes=0.94, edges=1.0).circuit.nodes()} == {1, 2, 3}
+    assert edges.prune(circuit, nodes=1.0, edges=1.0).circuit.n == 4
+    assert edges.prune(circuit, nodes=1.0, edges=0.98).edges.tables[key].effect[1, 0] == 0
+    other = replace(circuit, sites={"resid_post.0": site([9], [1.0]), "resid_post.1": site([], [])})
+    with pytest.raises(MismatchError, match="none of the edges"):
+        edges.prune(other)
+
+
+def test_random_coders_are_as_active() -> None:
+    model = precise_model("gpt2")
+    coders = {"mlp_out.2": coder("resid_mid", 2)}
+    drawn: Any = circuits.random_coders(model, coders, TEXT)
+    x = model.capture(TEXT, ["resid_mid.2"])["resid_mid.2"][0, 1:]
+    active = [(basis.encode(x) != 0).sum(1).double().mean() for basis in (coders["mlp_out.2"], drawn["mlp_out.2"])]
+    assert abs(float(active[0] - active[1])) < 6
+    assert drawn["mlp_out.2"].d_sae == 40 and drawn["mlp_out.2"].site == "resid_mid.2"
+    graph = circuits.attribution_graph(model, drawn, TEXT)
+    assert graph.gap < 1e-12 and graph.n_features > 10
+    assert isinstance(circuits.random_coders(model, _cross_layer(model), TEXT), CrossLayerTranscoder)

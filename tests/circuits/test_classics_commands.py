@@ -111,3 +111,19 @@ def test_a_lens_is_fitted_once_and_read_again(folder: Path, tmp_path: Path, caps
     pd.testing.assert_frame_equal(*own_lens)
     assert set(tables[0].lens) - set(tables[1].lens) == {"regression"}, "there is no text to fit it on"
     assert main(["circuit", "lens", "abc", "--kind", "tuned", *words[words.index("--from") :], *common]) == 2
+
+
+def test_the_graph_of_a_prompt_is_kept_with_its_page_and_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["circuit", "graph", "--model", str(folder / "tiny"), "--out", str(tmp_path), "--json"]
+    assert main([*words, "--pairs", str(folder / "pairs.jsonl"), "--features", "40", "--validate", "8"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for name in ("page", "graph", "nodes", "edges"):
+        assert Path(result[name]).exists()
+    nodes = pd.read_csv(result["nodes"])
+    assert (nodes.kind == "feature").sum() == 40 and (nodes.kind == "logit").sum() == 1
+    assert set(nodes[nodes.kind == "logit"].label) == {"x −y"}
+    assert "Attribution graph" in (Path(result["run"]) / "report.html").read_text(encoding="utf-8")
+    assert main([*words, "abc", "--pairs", "x.jsonl"]) == 2 and "one of them" in capsys.readouterr().err
+    assert main([*words, "abc", "--budget-gb", "0.0001"]) != 0 and "above the budget" in capsys.readouterr().err

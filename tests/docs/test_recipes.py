@@ -39,6 +39,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     ),
     "Which component writes the answer?": lambda last: last["head"].notna().sum() == 6 and len(last) == 14,
     "Which heads are induction heads?": lambda last: len(last) == 3 and (last.value > 0).all(),
+    "Which features made this token likely?": lambda last: len(last) == 5 and last.share.is_monotonic_decreasing,
     "Activations for other libraries": lambda last: tuple(last) == (2, 7, 2, 8),
     "A Hugging Face model that is loaded already": lambda last: len(last) == 1,
 }

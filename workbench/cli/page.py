@@ -22,6 +22,7 @@ GROUPS = (
             "circuit edges",
             "circuit eval",
             "circuit show",
+            "circuit graph",
             "circuit study",
         ),
     ),
