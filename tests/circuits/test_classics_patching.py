@@ -262,7 +262,7 @@ def test_a_grid_that_was_stopped_continues_at_the_site_that_is_missing(
     tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, pairs = tiny("gpt2")
-    sites = ["resid_pre.1", "z.1", "mlp_out.2"]
+    sites = ["resid_pre.1", "resid_pre.2", "z.1"]
     wanted = circuits.patch_grid(model, pairs, sites=sites, align="end")
     calls, real = [0], patch_grid._Runs._fill
 

@@ -21,6 +21,7 @@ from workbench.core.errors import (
     WidthError,
 )
 from workbench.features import TokenVectors, export_lens
+from workbench.features.lenses.places import distant_sites
 from workbench.interventions.intervention import Intervention
 from workbench.models.model import Model
 
@@ -189,6 +190,7 @@ def test_the_table_of_a_reading_has_its_controls_and_the_last_site_is_the_model(
 
 def test_a_lens_without_a_whole_fit_reads_the_same() -> None:
     model = exact()
+    assert distant_sites(list("abcde")) == {"a": "c", "b": "d", "c": "e", "d": "a", "e": "b"}
     lens = wb.jacobian_lens(model, mixed_rows(), skip_first=2, sites=["resid_post.0", "resid_post.1", "resid_pre.0"])
     read, wanted = lens.read("a dog"), lens.fit().read(model, "a dog")
     assert lens.sites == ("resid_pre.0", "resid_post.0", "resid_post.1"), "in the order of a forward pass"
