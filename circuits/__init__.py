@@ -21,7 +21,9 @@ from circuits.classics.path_patch import PathEffects, path_patch
 from circuits.cues.making import with_cues
 from circuits.decomposition import bases, heads, mlp_hidden, neurons, pca, random
 from circuits.discovery.agreement import Stability
+from circuits.discovery.cluster_circuits import ClusterCircuits
 from circuits.discovery.clusters import Behaviours, DiscoveryOptions, find_behaviours
+from circuits.discovery.finding import ClusterCircuitOptions, circuits_for
 from circuits.discovery.samples import SampleOptions, Samples, find_samples
 from circuits.discovery.vectors import SampleVectors, VectorOptions, sample_vectors
 from circuits.doctor.attribution import Attribution
@@ -32,6 +34,7 @@ from circuits.edges.tables import Edges, EdgeTable, PrunedCircuit
 from circuits.faithful.controls import random_circuit, top_activation_circuit
 from circuits.faithful.curves import FaithfulnessCurve, faithfulness_curve
 from circuits.faithful.edges import edge_faithfulness
+from circuits.faithful.means import TokenMeans, token_means
 from circuits.faithful.measure import Faithfulness, faithfulness
 from circuits.graph.circuit import Circuit, SiteNodes, load_circuit
 from circuits.graph.imports import LoadedGraph, load_graph_json
@@ -81,6 +84,8 @@ __all__ = [
     "BiographyOptions",
     "Check",
     "Circuit",
+    "ClusterCircuitOptions",
+    "ClusterCircuits",
     "CrossLayerTranscoder",
     "Decider",
     "DirectAttribution",
@@ -119,9 +124,10 @@ __all__ = [
     "SiteEffects",
     "SiteMetric",
     "SiteNodes",
-    "Stability",
     "SplitOptions",
+    "Stability",
     "StatisticsDecider",
+    "TokenMeans",
     "TrainedSAEs",
     "VectorOptions",
     "Verdict",
@@ -130,6 +136,7 @@ __all__ = [
     "bases",
     "behaviours",
     "biographies",
+    "circuits_for",
     "cues",
     "direct_logit_attribution",
     "edge_effects",
@@ -165,6 +172,7 @@ __all__ = [
     "random_coders",
     "sample_vectors",
     "shift",
+    "token_means",
     "top_activation_circuit",
     "train_saes",
     "with_cues",

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal
 from circuits.graph.circuit import Circuit, ErrorRule, Sign, load_circuit
 from circuits.graph.report import FoundCircuit
 from circuits.nodes.runs import Method, Rule
+from experiments.circuit_bases import BasesOptions
 from experiments.circuit_tables import PairsStudy, opened
 from workbench.cli.base import LoadsModel, typed
 from workbench.cli.places import named_run
 from workbench.cli.study import Begin, R, RunFolderStudy
-from workbench.core.errors import InvalidInputError, MissingFileError
+from workbench.core.errors import InvalidInputError
 from workbench.core.numbers import counted
 
 if TYPE_CHECKING:
@@ -31,48 +32,11 @@ FOUND_FILE = "found.json"
 """Among the artifacts of the latter two: which run found the circuit."""
 CIRCUIT, PAGE = "circuit", "circuit.html"
 """Among the artifacts of a run: folder of the circuit, and its page."""
-KINDS = {"neurons": ("attn_out", "mlp_out", "resid_post"), "mlp_hidden": ("mlp_out",), "heads": ("attn_out",)}
-"""Bases that need no training, with the sites that they are at unless others are named."""
-LAYERS = 4
-"""Layers of these sites."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasesStudy(PairsStudy[R]):
+class BasesStudy(BasesOptions, PairsStudy[R]):
     """A study of pairs of prompts and of bases at some sites."""
-
-    bases: str = "neurons"
-    """Folder of one SAE per site, or neurons, mlp_hidden, heads."""
-    sites: tuple[str, ...] = ()
-    """Sites or kinds; by default those of the folder, or of four layers."""
-
-    def make_bases(self, model: Model) -> dict[str, Basis]:
-        """The bases by their sites.
-
-        Raises:
-            InvalidInputError: for a name that is no basis, or sites that the folder does not hold.
-            MissingFileError: if there is no such folder.
-        """
-        from circuits.decomposition import bases
-        from circuits.saes.folder import saes_in
-        from circuits.saes.training import spread_layers
-
-        if self.bases in KINDS:
-            kinds = KINDS[self.bases]
-            chosen = self.sites or [f"{k}.{layer}" for layer in spread_layers(model.n_layers, LAYERS) for k in kinds]
-            return bases(model, {str(site): self.bases for site in model.site_map.named(chosen)})
-        if not Path(self.bases).is_dir():
-            raise MissingFileError(
-                f"--bases {self.bases}: there is no such folder. Give one of `workbench circuit saes`, or one of "
-                f"{', '.join(KINDS)}."
-            )
-        held = saes_in(self.bases)
-        wanted = [str(site) for site in model.site_map.named(self.sites)] if self.sites else list(held)
-        if missing := [site for site in wanted if site not in held]:
-            raise InvalidInputError(
-                f"--sites {missing[0]}: {self.bases} has SAEs at {', '.join(held)}. Choose among these."
-            )
-        return bases(model, {site: held[site] for site in wanted})
 
 
 @dataclass(frozen=True, kw_only=True)

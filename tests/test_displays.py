@@ -21,6 +21,7 @@ from scipy.sparse import csr_matrix
 import circuits
 import workbench as wb
 from circuits.attribution_graphs.validation import Validation
+from circuits.discovery.cluster_circuits import RUNS, ClusterCircuit
 from circuits.faithful.curves import CurvePoint
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.manifest import Manifest, SiteStats
@@ -340,6 +341,22 @@ def _behaviours() -> circuits.Behaviours:
     )
 
 
+def _cluster_circuits() -> circuits.ClusterCircuits:
+    behaviours = _behaviours()
+    circuit = circuits.Circuit(
+        sites={EVIL: circuits.SiteNodes.of(9, [1, 2])}, bases={EVIL: "0"}, model_fingerprint="0", made=EVIL
+    )
+    x = torch.ones(2)
+    kept = {run: x for run in RUNS}
+    found = {
+        c: ClusterCircuit(
+            cluster=c, circuit=circuit, found_on=(0,), tested_on=(1, 2), full=x, empty=2 * x, kept=kept
+        )
+        for c in behaviours.clusters
+    }  # fmt: skip
+    return circuits.ClusterCircuits(behaviours=behaviours, circuits=found, n=2, method=EVIL)
+
+
 def _vectors(n: int) -> circuits.SampleVectors:
     return circuits.SampleVectors(kind="effects", matrix=csr_matrix(np.ones((n, 9))), sites={EVIL: 9}, kept=0.5)
 
@@ -380,6 +397,10 @@ REAL: dict[type, Callable[[Path], object]] = {
     CheckReport: lambda _: CheckReport((Check(EVIL, False, EVIL),) * 500, {Site("z", i): EVIL for i in range(99)}),
     circuits.Behaviours: lambda _: _behaviours(),
     circuits.SampleVectors: lambda _: _vectors(9),
+    circuits.ClusterCircuits: lambda _: _cluster_circuits(),
+    circuits.TokenMeans: lambda _: circuits.TokenMeans(
+        x={EVIL: torch.ones(2)}, coefficients={EVIL: torch.ones(3)}, bases={EVIL: EVIL}, n=9
+    ),
     circuits.Stability: lambda _: _behaviours().stability,
     circuits.AttributionGraph: lambda _: _graph(),
     Validation: lambda _: _graph().validate(4),

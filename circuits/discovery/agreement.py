@@ -84,8 +84,8 @@ def best_overlaps(
 
 def shuffled(matrix: SparseMatrix, seed: int) -> SparseMatrix:
     """The matrix with the values of every column moved to random rows: what is left is how common each entry is."""
-    random, columns = np.random.default_rng(seed), csc_matrix(matrix, copy=True)
-    n = columns.shape[0]
+    random, n = np.random.default_rng(seed), matrix.shape[0]
+    columns = csc_matrix(matrix, copy=True)
     for start, stop in zip(columns.indptr[:-1], columns.indptr[1:], strict=True):
         if stop > start:
             columns.indices[start:stop] = random.choice(n, stop - start, replace=False, shuffle=True)

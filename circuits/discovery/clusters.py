@@ -27,6 +27,7 @@ from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError, require
 from workbench.core.html import Shown
 from workbench.core.numbers import counted
+from workbench.core.similarity import SparseMatrix
 from workbench.core.tokenizer import decoded
 from workbench.engine.keeper import Keeper
 from workbench.models.model import Model
@@ -236,7 +237,7 @@ def vectors_key(
     return {
         "model": model.fingerprint, "kind": kind, "sites": list(sites), "options": dataclasses.asdict(options),
         "bases": {site: basis.fingerprint for site, basis in placed.items()},
-        "contexts": [row.tolist() for row in samples.contexts.rows()], "answers": samples.answers.tolist(),
+        "samples": samples.fingerprint,
     }  # fmt: skip
 
 
@@ -263,10 +264,7 @@ def clustered(
     )  # fmt: skip
 
 
-def _few(grouping: Grouping, some: object) -> Int[np.ndarray, " n"]:
+def _few(grouping: Grouping, some: SparseMatrix) -> Int[np.ndarray, " n"]:
     """Labels of a resample, which may have fewer samples than clusters are asked for."""
-    from scipy.sparse import csr_matrix
-
-    matrix = csr_matrix(some)
-    k = grouping.k if grouping.k is None else min(grouping.k, matrix.shape[0])
-    return dataclasses.replace(grouping, k=k).labels(matrix)
+    k = grouping.k if grouping.k is None else min(grouping.k, some.shape[0])
+    return dataclasses.replace(grouping, k=k).labels(some)

@@ -5,10 +5,13 @@ Source: Marks et al. 2024 (arXiv 2403.19647), section 5, after Michaud et al. 20
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,9 +24,10 @@ from workbench.core.display import OneLine
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.html import Shown
 from workbench.core.numbers import counted
-from workbench.core.progress import task
+from workbench.core.progress import Task, task
 from workbench.core.tokenizer import affixes, decoded, require_unicode, special_ids, text_ids
 from workbench.core.tokens import TokenBatch
+from workbench.engine.keeper import Keeper
 from workbench.models.model import Model
 
 if TYPE_CHECKING:
@@ -33,6 +37,8 @@ SHORT, SPECIAL, UNSURE, REPEAT, OTHER = (
     "context too short", "special token", "loss above the limit", "repeats a bigram of its context",
     "another sample of the document",
 )  # fmt: skip
+DOCUMENTS_AT_ONCE = 16
+"""Documents of one kept part."""
 REASONS = (SHORT, SPECIAL, UNSURE, REPEAT, OTHER)
 """Why a token is no sample; the first that applies counts."""
 
@@ -120,6 +126,12 @@ class Samples(Shown):
         there = index.to(self.answers.device)
         return replace(self, contexts=self.contexts[there], answers=self.answers[there], **own)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any context or answer; 12 hexadecimal digits."""
+        rows = [row.tolist() for row in self.contexts.rows()]
+        return hashlib.sha256(f"{rows} {self.answers.tolist()}".encode()).hexdigest()[:12]
+
     def frame(self) -> pd.DataFrame:
         """One row per sample: document, place, context and answer as text, loss, tokens of context."""
         import pandas as pd
@@ -147,7 +159,9 @@ class Samples(Shown):
 
 
 @checked
-def find_samples(model: Model, texts: Iterable[str], *, options: SampleOptions | None = None) -> Samples:
+def find_samples(
+    model: Model, texts: Iterable[str], *, options: SampleOptions | None = None, folder: str | Path | None = None
+) -> Samples:
     """Predictions of which the model is sure, from any number of texts; one batch of windows is in memory.
 
     The loss of an answer is that given exactly the context that is returned. The result does not depend on
@@ -157,34 +171,74 @@ def find_samples(model: Model, texts: Iterable[str], *, options: SampleOptions |
         model: the model.
         texts: documents; may be a generator that never ends, if there is a limit.
         options: which predictions are samples.
+        folder: keeps the samples of finished documents, so that a stopped call continues when it is given again.
 
     Raises:
+        MismatchError: if the folder holds samples of another model or other options.
         DegenerateInputError: if there is no sample.
         InvalidInputError: for a text with half a character, or a context that the model can't hold.
     """
-    return found_from(model, texts, options or SampleOptions())
-
-
-def found_from(model: Model, texts: Iterable[str], options: SampleOptions, first_document: int = 0) -> Samples:
-    """The samples of texts whose documents are numbered from another number than 0."""
+    options = options or SampleOptions()
     if model.max_tokens is not None and options.context >= model.max_tokens:
         raise InvalidInputError(
             f"find_samples(context={options.context}): {model.name} reads at most {model.max_tokens} tokens, answer "
             "included. Lower context."
         )
-    found = _Found(options, special_ids(model.tokenizer))
     with task(total=options.limit, description="Looking for confident predictions", unit="samples") as bar:
-        for batch in _batches(_windows(model, texts, options, first_document), options.batch_size):
-            before = len(found.samples)
-            for window, losses in zip(batch, _losses(model, batch), strict=True):
-                if not found.is_full:
-                    found.add(window, losses)
-            bar.advance(len(found.samples) - before)
-            if found.is_full:
-                break
+        if folder is None:
+            return _joined(model, _look(model, texts, options, 0, bar))
+        with Keeper.open(folder, {"model": model.fingerprint, "options": replace(options, batch_size=1)}) as keep:
+            return _joined(model, _in_parts(model, texts, options, keep, bar))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What some documents gave."""
+
+    samples: tuple[_Sample, ...]
+    dropped: dict[str, int]
+    n_tokens: int
+    n_documents: int
+
+    def joined(self, other: _Block) -> _Block:
+        """Both."""
+        return _Block(
+            (*self.samples, *other.samples), dict(Counter(self.dropped) + Counter(other.dropped)),
+            self.n_tokens + other.n_tokens, self.n_documents + other.n_documents,
+        )  # fmt: skip
+
+
+def _in_parts(model: Model, texts: Iterable[str], options: SampleOptions, keep: Keeper, bar: Task) -> _Block:
+    """What the documents give, some at a time; each part is kept under its number and the hash of its documents."""
+    documents, first, found = iter(texts), 0, _Block((), {}, 0, 0)
+    while block := list(islice(documents, DOCUMENTS_AT_ONCE)):
+        rest = None if options.limit is None else options.limit - len(found.samples)
+        if rest == 0:
+            break
+        digest = hashlib.sha256("\0".join([str(rest), *block]).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        name, some = f"documents-{first:07d}-{digest}", replace(options, limit=rest)
+        is_kept = keep.has(name)
+        part = keep.once(name, _Block, lambda: _look(model, block, some, first, bar))  # noqa: B023 - called at once
+        if is_kept:
+            bar.skip(len(part.samples))
+        found, first = found.joined(part), first + len(block)
+    return found
+
+
+def _look(model: Model, texts: Iterable[str], options: SampleOptions, first: int, bar: Task) -> _Block:
+    """What the documents give, numbered from `first`."""
+    found = _Found(options, special_ids(model.tokenizer))
+    for batch in _batches(_windows(model, texts, options, first), options.batch_size):
+        before = len(found.samples)
+        for window, losses in zip(batch, _losses(model, batch), strict=True):
+            if not found.is_full:
+                found.add(window, losses)
+        bar.advance(len(found.samples) - before)
+        if found.is_full:
+            break
     if not found.is_full:
         found.close()
-    return _joined(model, found)
+    return _Block(tuple(found.samples), dict(found.dropped), found.n_tokens, found.n_documents)
 
 
 @dataclass(frozen=True)
@@ -322,9 +376,9 @@ class _Found:
             self._chosen = sample
 
 
-def _joined(model: Model, found: _Found) -> Samples:
+def _joined(model: Model, found: _Block) -> Samples:
     if not found.samples:
-        why = ", ".join(f"{n} {reason}" for reason, n in found.dropped.most_common())
+        why = ", ".join(f"{n} {reason}" for reason, n in Counter(found.dropped).most_common())
         raise DegenerateInputError(
             f"find_samples: none of {counted(found.n_tokens, 'tokens')} is a sample: {why or 'there is no text'}. "
             "Raise loss_max, lower min_context, or give more text."
@@ -339,5 +393,5 @@ def _joined(model: Model, found: _Found) -> Samples:
         answers=numbers["answer"].to(model.device), documents=numbers["document"], positions=numbers["position"],
         losses=torch.tensor([sample.loss for sample in kept]),
         n_tokens=found.n_tokens, n_documents=found.n_documents,
-        dropped={reason: found.dropped[reason] for reason in REASONS},
+        dropped={reason: found.dropped.get(reason, 0) for reason in REASONS},
     )  # fmt: skip

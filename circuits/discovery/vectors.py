@@ -20,14 +20,14 @@ from circuits.decomposition import Place, places, reads_of
 from circuits.decomposition import bases as checked_bases
 from circuits.discovery.samples import Samples
 from circuits.discovery.sketch import GradientSketch
+from circuits.faithful.means import counting
 from circuits.metrics import bound, log_probability
-from circuits.nodes.effects import aggregated
-from circuits.nodes.runs import clean_pass, dots
+from circuits.nodes.effects import NodeEffects, SiteEffects, aggregated
+from circuits.nodes.runs import AttributionOptions, clean_pass, dots
 from circuits.nodes.setting import Setting
 from circuits.pairs import Pairs
 from workbench.bases.base import CHUNK_ENTRIES, Basis
 from workbench.bases.sae import AnySAE
-from workbench.controls.tokens import TokenPolicy
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, require
@@ -36,7 +36,6 @@ from workbench.core.numbers import counted, percent
 from workbench.core.precision import precise
 from workbench.core.progress import task
 from workbench.core.similarity import SparseMatrix
-from workbench.core.tokens import TokenBatch
 from workbench.engine.job import Made
 from workbench.engine.keeper import Keeper
 from workbench.models.model import Model
@@ -48,6 +47,8 @@ KINDS: dict[str, str] = {
     "dense": "activations at the last token, each site centred and scaled to one size",
     "gradients": "gradient of the answer's log probability with respect to the weights of linear maps, sketched",
 }
+METRIC_NAME = "minus log probability of the clean answer"
+"""What effects are on, as `log_probability` names it."""
 OF_FEATURES = ("effects", "activations")
 """Kinds whose entries are features of a dictionary."""
 
@@ -108,6 +109,38 @@ class SampleVectors(Shown):
         raise InvalidInputError(
             f"feature({column}): these vectors ({self.kind}) have {start} columns of features. Name one of them."
         )
+
+    def effects(self, rows: Sequence[int], model_fingerprint: str, bases: Mapping[str, str]) -> NodeEffects:
+        """The effects of features on some samples, as `node_effects` by attribution patching has them.
+
+        Entries that were dropped as too small count as 0.
+
+        Args:
+            rows: the samples.
+            model_fingerprint: of the model.
+            bases: fingerprint of the basis of each site.
+
+        Raises:
+            InvalidInputError: if the vectors are of another kind.
+        """
+        if self.kind != "effects":
+            raise InvalidInputError(f"effects: these vectors are of {self.kind}. Make vectors of kind 'effects'.")
+        some, sites, start = self.matrix[list(rows)].tocsc(), {}, 0
+        unmeasured = torch.full((len(rows),), float("nan"))
+        for site, width in self.sites.items():
+            part = some[:, start : start + width].tocoo()
+            example, feature = (torch.as_tensor(index, dtype=torch.long) for index in (part.row, part.col))
+            value = torch.as_tensor(part.data, dtype=torch.float32)
+            sites[site] = SiteEffects(
+                site=site, d_sae=width, n=len(rows), example=example, pos=torch.full_like(example, -1), feature=feature,
+                value=value, added=torch.zeros(len(rows)).index_add_(0, example, value), total=unmeasured,
+                method=AttributionOptions(method="atp").words,
+            )  # fmt: skip
+            start += width
+        return NodeEffects(
+            sites=sites, metric=METRIC_NAME, baseline="zero_keep_error", aggregation="sum", n_tokens=None,
+            model_fingerprint=model_fingerprint, bases={site: bases[site] for site in sites},
+        )  # fmt: skip
 
     def _shown_facts(self) -> Mapping[str, object]:
         per_row = self.matrix.nnz / max(1, len(self))
@@ -234,7 +267,7 @@ class _Maker:
     def _effects(self, pairs: Pairs) -> _Entries:
         clean = pairs.clean
         setting = Setting(
-            model=self._model, places=self._places, clean=clean, patch=None, keep=_counting(clean),
+            model=self._model, places=self._places, clean=clean, patch=None, keep=counting(clean),
             metric=bound(log_probability(), self._model, pairs), baseline="zero_keep_error", note="",
         )  # fmt: skip
         every = torch.arange(len(clean), device=clean.ids.device)
@@ -247,7 +280,7 @@ class _Maker:
         return self._of_features(setting.keep, read, of)
 
     def _activations(self, pairs: Pairs) -> _Entries:
-        keep = _counting(pairs.clean)
+        keep = counting(pairs.clean)
         with torch.no_grad():
             acts = self._model.capture(pairs.clean, reads_of(self._places))
 
@@ -291,11 +324,6 @@ class _Maker:
     def _gradients(self, pairs: Pairs) -> _Entries:
         assert self._sketch is not None
         return _full(self._sketch.of(pairs))
-
-
-def _counting(clean: TokenBatch) -> Bool[Tensor, "batch pos"]:
-    """The tokens whose features count: all but the first and special ones."""
-    return TokenPolicy.of_batch(clean).kept(clean)
 
 
 def _slices(basis: Basis, n: int) -> Iterator[slice]:

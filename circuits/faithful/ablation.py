@@ -36,12 +36,14 @@ class Reference:
     Attributes:
         x: the activation.
         written: what all features write together.
-        read: what the basis reads, for the coefficients of single features; None where they are zero.
+        read: what the basis reads, for the coefficients of single features; None where they are zero or known.
+        coefficients: of every feature, where they are known.
     """
 
     x: Float[Tensor, "rows pos d"] | None
     written: Float[Tensor, "rows pos d"] | None
     read: Float[Tensor, "examples pos d_in"] | None
+    coefficients: Float[Tensor, " d_sae"] | None = None
 
 
 def nothing(n_tokens: int) -> Kept:
@@ -56,6 +58,7 @@ def ablated(
     """The activation with everything but the kept nodes at its reference."""
     basis = place.basis
     empty = basis.constant(read) if reference.x is None else reference.x.expand_as(x)
+    written = None if reference.written is None else reference.written.expand_as(x)
     if ours is None:
         chosen = torch.zeros_like(x)
     else:
@@ -65,10 +68,10 @@ def ablated(
     if not kept.inverted:
         if not bool(error.any()):
             return empty + chosen
-        return empty + chosen + error * error_moved(basis, x, read, empty, reference.written)
+        return empty + chosen + error * error_moved(basis, x, read, empty, written)
     # Everything but the chosen nodes: the activation as it is, with those at their reference.
     without = x - chosen
-    return without - error * error_moved(basis, x, read, empty, reference.written) if bool(error.any()) else without
+    return without - error * error_moved(basis, x, read, empty, written) if bool(error.any()) else without
 
 
 def error_moved(

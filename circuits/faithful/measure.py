@@ -19,6 +19,7 @@ from torch import Tensor
 from circuits.decomposition import Place, places, reads_of, refuse_unreached
 from circuits.decomposition import bases as checked_bases
 from circuits.faithful.ablation import Kept, Reference, ablated, nothing
+from circuits.faithful.means import TokenMeans, counting
 from circuits.graph.circuit import Circuit, SiteNodes
 from circuits.metrics import AnyMetric, Metric, bound, named
 from circuits.nodes.runs import metric_of
@@ -98,7 +99,7 @@ def faithfulness(
     ablation: Ablation = "mean",
     errors: Errors = "circuit",
     complement: bool = False,
-    reference: Pairs | None = None,
+    reference: Pairs | TokenMeans | None = None,
     free_layers: int = 0,
     batch_size: int = _BATCH,
     seed: int = 0,
@@ -119,7 +120,9 @@ def faithfulness(
             "resample" to what it is in another prompt of `reference`.
         errors: which error nodes are kept: those of the "circuit", "all", "none", or all of the "resid" sites.
         complement: keep what is not in the circuit instead.
-        reference: what means are taken over, of the same length as `pairs`; `pairs` themselves by default.
+        reference: what means are taken over, of the same length as `pairs`; `pairs` themselves by default. Or
+            `circuits.token_means`, which are the same at every position, for prompts of several lengths; first and
+            special tokens, which these means are not of, then stay as they are.
         free_layers: sites below this layer, and the embedding, are not ablated.
         batch_size: rows per forward pass.
         seed: which prompts "resample" takes.
@@ -160,22 +163,42 @@ class Bench:
     """Everything that does not depend on the circuit: references, the model as it is, and nothing."""
 
     def __init__(
-        self, model: Model, bases: Mapping[str, AnySAE], pairs: Pairs, metric: AnyMetric, reference: Pairs,
-        options: BenchOptions,
+        self, model: Model, bases: Mapping[str, AnySAE], pairs: Pairs, metric: AnyMetric,
+        reference: Pairs | TokenMeans, options: BenchOptions,
     ) -> None:  # fmt: skip
         self.model, self._options = model, options
-        self.pairs = pairs.to(model.device)
         self.places = places(model, checked_bases(model, bases))
+        self._fingerprints = {place.site: place.basis.fingerprint for place in self.places}
         self._edited = [p for p in self.places if _layer(model, p.site) >= options.free_layers]
-        self.metric: Metric = bound(metric, model, self.pairs)
+        self._read(pairs, metric)
         refuse_unreached(model, [place.site for place in self._edited], self.metric.site, "The metric")
-        self._n_tokens = self.pairs.clean.ids.shape[1]
+        self._counted: Tensor | None = None
+        if isinstance(reference, TokenMeans):
+            require(options.ablation == "mean", f"ablation={options.ablation!r}", "means of tokens are for 'mean'")
+            self._references = reference.references(self._edited, self._fingerprints)
+            self._counted = counting(self.pairs.clean)
+            return
         if reference.length != self.pairs.length or reference.length is None:
             raise InvalidInputError(
                 f"faithfulness: the pairs have {_lengths(pairs)} tokens and the reference {_lengths(reference)}; means "
-                "are taken position by position, so all must have one length. Take pairs.of_one_length()."
+                "are taken position by position, so all must have one length. Take pairs.of_one_length(), or "
+                "reference=circuits.token_means(model, bases, texts)."
             )
         self._references = self._made(reference.to(model.device))
+
+    def _read(self, pairs: Pairs, metric: AnyMetric) -> None:
+        self.pairs = pairs.to(self.model.device)
+        self.metric: Metric = bound(metric, self.model, self.pairs)
+        self._n_tokens = self.pairs.clean.ids.shape[1]
+
+    def on(self, pairs: Pairs, metric: AnyMetric) -> Bench:
+        """The same bench for other pairs, where what ablated nodes are does not depend on them: with `TokenMeans`."""
+        assert self._counted is not None
+        other = copy.copy(self)
+        other.__dict__.pop("ends", None)
+        other._read(pairs, metric)
+        other._counted = counting(other.pairs.clean)
+        return other
 
     # What ablated nodes are.
 
@@ -208,6 +231,8 @@ class Bench:
         self, place: Place, features: Int[Tensor, " f"], reference: Reference
     ) -> Float[Tensor, "rows pos f"]:
         """Coefficients of some features in a reference; one row where they are the same for all."""
+        if reference.coefficients is not None:
+            return reference.coefficients[features.to(reference.coefficients.device)][None, None]
         if reference.read is None:
             return torch.zeros(1, 1, len(features), device=self.pairs.clean.ids.device)
         found = place.basis.coefficients(reference.read, features)
@@ -269,7 +294,7 @@ class Bench:
 
     def require_same(self, circuit: Circuit) -> None:
         """Refuses a circuit of another model, of other bases or of other positions."""
-        own = {place.site: place.basis.fingerprint for place in self.places}
+        own = self._fingerprints
         if circuit.model_fingerprint != self.model.fingerprint or dict(circuit.bases) != own:
             raise MismatchError(
                 f"faithfulness: the circuit was made with bases at {', '.join(circuit.bases)} of another model or with "
@@ -347,6 +372,8 @@ class Bench:
             x = precise(point.flat(raw))
             read = seen.pop("x") if place.read != place.site else x
             out = ablated(place, kept, x, read, ours, reference)
+            if self._counted is not None:
+                out = torch.where(self._counted[rows][..., None].to(out.device), out, x)
             return point.unflat(out.to(raw), raw)
 
         return fn

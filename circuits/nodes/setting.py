@@ -135,7 +135,7 @@ class States:
     def __init__(self, setting: Setting, batch_size: int) -> None:
         self._setting, self._means = setting, {}
         if setting.baseline == "mean":
-            self._means = _means(setting, batch_size)
+            self._means = means_of(setting, batch_size)
 
     def of(self, rows: Int[Tensor, " rows"]) -> dict[str, SiteState]:
         """The states of some rows, by site."""
@@ -155,7 +155,7 @@ class States:
         return SiteState(x, read, place.change(x, read, error=self._setting.baseline == "zero"), None, None)
 
 
-def _means(setting: Setting, batch_size: int) -> dict[str, tuple[Tensor, Tensor]]:
+def means_of(setting: Setting, batch_size: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Per site the mean activation and the mean coefficients, over all kept tokens."""
     sums: dict[str, list[Tensor]] = {}
     for rows in setting.chunks(batch_size):

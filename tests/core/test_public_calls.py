@@ -25,7 +25,7 @@ from workbench.core.errors import CallError, InvalidInputError
 ROOMS = ("controls", "features", "glitch", "judges", "probes", "saes", "steering", "core")
 PACKAGES = (wb, *(importlib.import_module(f"workbench.{room}") for room in ROOMS), circuits)
 RESULTS = (
-    "Answer", "Answers", "AttributionGraph", "Behaviours", "CardSet", "CensusReport", "CheckReport", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
+    "Answer", "Answers", "AttributionGraph", "Behaviours", "CardSet", "CensusReport", "CheckReport", "ClusterCircuits", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
     "Check", "DoctorReport",
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
     "Eraser", "Transport",
@@ -34,7 +34,7 @@ RESULTS = (
     "LensTokens", "LinearLens", "LoadedGraph", "LogitLens", "MergedLora", "Neighbour", "NodeEffects",
     "OutputScores", "PatchGrid", "PathEffects", "Plan", "PrunedCircuit", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport", "SAEsEstimate", "SampleVectors",
     "Section", "SelectionReport", "ShiftReport", "SteeringExample", "SteeringReport", "Stability", "TokenTable",
-    "TokenVectors", "TokenizerFacts", "TopContexts", "TrainedSAEs", "Trial", "TwoByTwo", "Window",
+    "TokenMeans", "TokenVectors", "TokenizerFacts", "TopContexts", "TrainedSAEs", "Trial", "TwoByTwo", "Window",
 )  # fmt: skip
 """What functions give: it is not made by hand, and a number in it may be nan."""
 

@@ -26,6 +26,7 @@ GROUPS = (
             "circuit study",
         ),
     ),
+    ("Circuits of behaviours that nobody named", ("circuit discover",)),
     (
         "Circuits in one call",
         ("circuit lens", "circuit lenses", "circuit patch", "circuit paths", "circuit attribution", "circuit heads"),

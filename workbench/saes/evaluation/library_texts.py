@@ -61,21 +61,26 @@ def _topic(file: Path) -> str | None:
     return next((topic for topic, names in TOPICS.items() if name in names), None)
 
 
-def write_corpus(out: Path, seed: int = 0) -> Path:
-    """Writes the documentation strings, one document per module in an order of the seed, as JSON lines.
+def library_documents(seed: int = 0) -> list[str]:
+    """The documentation strings, one document per module in an order of the seed.
 
     The modules that `library_topics` classifies are left out, so that a probe meets texts that no SAE was trained on.
+
+    Raises:
+        DegenerateInputError: if this Python has no source files of its library.
     """
-    lines = []
-    for file, strings in _library():
-        if _topic(file) is None and (text := "\n\n".join(strings)):
-            lines.append(json.dumps({"text": text}))
-    if not lines:
+    texts = [text for file, strings in _library() if _topic(file) is None and (text := "\n\n".join(strings))]
+    if not texts:
         raise DegenerateInputError(
             "This Python has no source files of its standard library. Give a corpus of your own."
         )
-    random.Random(seed).shuffle(lines)
-    write_atomic(out, ("\n".join(lines) + "\n").encode())
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def write_corpus(out: Path, seed: int = 0) -> Path:
+    """Writes the documents of `library_documents` as JSON lines."""
+    write_atomic(out, ("\n".join(json.dumps({"text": text}) for text in library_documents(seed)) + "\n").encode())
     return out
 
 
