@@ -26,6 +26,7 @@ from circuits.shift.heads.solve import Descent, DescentRun, Linear, Scale, cross
 from circuits.shift.heads.subsampling import Subsampling
 from workbench.core.errors import DegenerateInputError, InvalidInputError, ShapeError, UnknownNameError
 from workbench.core.stats import wilson
+from workbench.probes import ClassMoments, fit_leace
 
 TABLE = {
     0.90: {
@@ -334,6 +335,17 @@ def test_where_the_attribute_is_the_label_erasing_it_leaves_chance() -> None:
     elsewhere = ErasedERM().fit(rows, validation=toy(1000, 0.5, 109))
     assert worst(elsewhere, test_rows(9)) > 0.75 > 0.6 > worst(ERM().fit(rows), test_rows(9))
     assert elsewhere.notes == ("the eraser takes 1 dimension",)
+
+
+def test_a_head_behind_an_eraser_is_one_linear_head() -> None:
+    rows, other = toy(500, 0.9, 10), toy(300, 0.5, 11)
+    other = dataclasses.replace(other, x=other.x + 1.0)  # the two means differ, and the eraser keeps its own
+    scale, (x, y) = Scale.of(rows.arrays()[0]), rows.arrays()
+    assert other.attribute is not None
+    eraser = fit_leace(ClassMoments.of(torch.from_numpy(scale(other.arrays()[0])), other.attribute, 2))
+    erased = eraser(torch.from_numpy(scale(x))).numpy()
+    want = fit_softmax(erased, y, 2, l2=1.0)(erased)
+    assert np.allclose(ErasedERM().fit(rows, validation=other).logits(rows.x), want, atol=1e-6)
 
 
 def test_a_head_at_chance_says_so() -> None:
