@@ -69,7 +69,8 @@ class Shift(SAEOptionStudy[ShiftReport]):
     sae: Path
     """SAE: its folder, or a run that holds one (folder, name or latest)."""
     professions: tuple[str, str] = ("professor", "nurse")
-    """Label 0 and label 1: two of professor, nurse, attorney, journalist."""
+    """Label 0 and label 1: two of professor, nurse, attorney, journalist, dentist, architect, painter, chef, teacher,
+    photographer."""
     judge: DeciderName = "statistics"
     """Who calls a feature spurious; the oracle sees balanced labels and is a bound, not a method."""
     probe_site: str | None = None

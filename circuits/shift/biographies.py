@@ -7,117 +7,21 @@ somebody does; gender shows in first name, title and pronouns. Train and test sh
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from circuits.shift.methods import words_deleted
+from circuits.shift.professions import PROFESSIONS, Profession
 from circuits.shift.task import ShiftTask
 from circuits.shift.texts import LabelledTexts
 from workbench.core.arguments import checked
-from workbench.core.display import OneLine
+from workbench.core.display import OneLine, first_few
 from workbench.core.errors import DegenerateInputError, InvalidInputError, UnknownNameError, did_you_mean
 
 Split = Literal["train", "test"]
+Style = Literal["plain", "rich"]
 
-
-@dataclass(frozen=True)
-class Profession:
-    """Activities of one profession, verb phrases in the third person, apart for training and test.
-
-    Attributes:
-        train: at least three.
-        test: at least three.
-        words: words that give the profession away.
-    """
-
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    words: frozenset[str]
-
-
-PROFESSIONS: Mapping[str, Profession] = {
-    "professor": Profession(
-        train=(
-            "works at a large public university", "lectures on organic chemistry", "supervises doctoral students",
-            "publishes papers on voting systems", "edits a journal of modern history",
-            "leads seminars on ancient philosophy",
-            "studies the economics of trade", "is known for research on early empires",
-            "wrote a textbook on statistics",
-            "belongs to an institute of political science",
-        ),
-        test=(
-            "works at a private college", "teaches undergraduate courses in sociology",
-            "writes academic articles about grammar",
-            "directs a thesis programme", "reviews manuscripts for scholarly presses",
-            "runs a laboratory for particle physics",
-            "is known for a monograph on medieval trade", "belongs to the faculty of linguistics",
-        ),
-        words=frozenset(
-            ["university", "lectures", "chemistry", "supervises", "doctoral", "students", "publishes", "papers",
-             "voting", "journal", "history", "seminars", "philosophy", "economics", "research", "textbook",
-             "statistics", "institute", "science", "edits", "studies"]
-        ),
-    ),
-    "nurse": Profession(
-        train=(
-            "works at a regional hospital", "cares for patients after surgery",
-            "checks vital signs through the night shift",
-            "gives vaccinations to infants", "changes dressings and cleans wounds", "prepares medication for the ward",
-            "comforts families in intensive care", "is known for gentle bedside care", "wrote a guide to first aid",
-            "belongs to the staff of a stroke clinic",
-        ),
-        test=(
-            "works at a community health centre", "monitors blood pressure and temperature",
-            "assists doctors during operations",
-            "helps the sick with bathing and meals", "administers injections and infusions",
-            "keeps charts for recovering people",
-            "is known for skill with difficult veins", "belongs to the maternity unit",
-        ),
-        words=frozenset(
-            ["hospital", "cares", "patients", "surgery", "vital", "signs", "night", "shift", "vaccinations",
-             "infants", "dressings", "wounds", "medication", "ward", "comforts", "intensive", "care", "bedside",
-             "aid", "staff", "stroke", "clinic"]
-        ),
-    ),
-    "attorney": Profession(
-        train=(
-            "works at a law firm downtown", "argues cases before the court of appeal",
-            "drafts contracts for small companies",
-            "represents tenants in disputes", "negotiates settlements", "advises clients on patents",
-            "defends people accused of fraud", "is known for victories in civil trials", "wrote a brief on privacy law",
-            "belongs to the office of the public defender",
-        ),
-        test=(
-            "works at a legal aid bureau", "files lawsuits over unsafe products", "cross-examines witnesses",
-            "prepares wills and estates", "handles bankruptcy petitions", "pleads before juries",
-            "is known for a landmark verdict", "belongs to a chamber of barristers",
-        ),
-        words=frozenset(
-            ["law", "firm", "argues", "cases", "court", "appeal", "drafts", "contracts", "represents", "disputes",
-             "negotiates", "settlements", "advises", "clients", "patents", "defends", "accused", "fraud", "trials",
-             "brief", "privacy", "defender"]
-        ),
-    ),
-    "journalist": Profession(
-        train=(
-            "works at a daily newspaper", "reports on elections", "interviews ministers and mayors",
-            "writes columns about city life", "covers wars and disasters", "edits the front page",
-            "investigates corruption",
-            "is known for a series on housing", "wrote features about sport",
-            "belongs to an international press agency",
-        ),
-        test=(
-            "works at a television channel", "chases stories about crime", "produces documentaries",
-            "publishes exclusive scoops", "anchors the evening bulletin", "checks sources for headlines",
-            "is known for dispatches from the border", "belongs to the foreign desk of a broadcaster",
-        ),
-        words=frozenset(
-            ["daily", "newspaper", "reports", "elections", "interviews", "columns", "covers", "wars", "disasters",
-             "edits", "page", "investigates", "corruption", "series", "features", "press", "agency"]
-        ),
-    ),
-}  # fmt: skip
 
 GENDERS = ("male", "female")
 NAMES: Mapping[Split, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -192,6 +96,42 @@ _TEMPLATES: Mapping[Split, tuple[tuple[str, ...], ...]] = {
          "{Their} evenings belong to {hobby}, and {they} rarely misses one."),
     ),
 }  # fmt: skip
+_MORE_TEMPLATES: Mapping[Split, tuple[tuple[str, ...], ...]] = {
+    "train": (
+        ("{town} is where {name} {surname} spent {their} early years.",
+         "Few in {town} do not know {title} {surname}.",
+         "{name} {surname} came to {town} with {years} letters in {their} bag."),
+        ("Most days {they} {activities}.", "Ask about {them}, and people answer that {they} {activities}.",
+         "By all accounts {they} {activities}."),
+        ("In {their} spare hours there is {hobby}.", "{They} would give up much, but not {hobby}.",
+         "Nothing cheers {them} like {hobby}."),
+    ),
+    "test": (
+        ("It was in {year} that {title} {surname} settled in {town}.",
+         "Neighbours in {town} speak well of {name} {surname}.",
+         "The home of {name} {surname} stands at the edge of {town}."),
+        ("At present {they} {activities}.", "Whoever meets {them} learns that {they} {activities}.",
+         "For some time now {they} {activities}."),
+        ("Holidays mean {hobby} for {them}.", "{They} found {hobby} late, and keeps to it.",
+         "Of all pastimes {they} values {hobby}."),
+    ),
+}  # fmt: skip
+"""Used in rich biographies beside the others."""
+_FACTS: Mapping[Split, tuple[str, ...]] = {
+    "train": (
+        "{They} speaks Spanish at home.", "A cousin taught {them} to swim.", "{They} reads the paper on the tram.",
+        "{Their} first flat had no heating.", "{They} keeps a cat called Pepper.", "{They} walks to every appointment.",
+        "{Their} sister lives next door.", "{They} never learned to drive.", "A neighbour minds {their} plants.",
+    ),
+    "test": (
+        "{They} grew up without a television.", "Friends call {them} early in the day.", "{They} owns a red bicycle.",
+        "{Their} grandfather built ships.", "{They} spent a winter in Norway.", "{They} sleeps little and talks fast.",
+        "{Their} desk faces the garden.", "{They} prefers trains to planes.",
+        "A photo of the coast is on {their} wall.",
+    ),
+}  # fmt: skip
+"""Sentences of rich biographies that tell neither profession nor anything else but gender."""
+N_FACTS = 2
 _TOWNS: Mapping[Split, tuple[str, ...]] = {
     "train": ("Denver", "Portland", "Leeds", "Toronto", "Austin", "Bristol"),
     "test": ("Boston", "Seattle", "Dublin", "Chicago", "Cardiff", "Ottawa"),
@@ -202,7 +142,9 @@ _HOBBIES: Mapping[Split, tuple[str, ...]] = {
 }
 
 
-def biography(split: Split, profession: Profession, gender: int, seed: str, evidence: int = 1) -> str:
+def biography(
+    split: Split, profession: Profession, gender: int, seed: str, evidence: int = 1, style: Style = "plain"
+) -> str:
     """One biography; with the same seed, only the gendered words differ between genders.
 
     Args:
@@ -211,6 +153,7 @@ def biography(split: Split, profession: Profession, gender: int, seed: str, evid
         gender: 0 male, 1 female.
         seed: decides everything else.
         evidence: how many activities it names.
+        style: "rich" has more templates, and facts that do not tell the profession.
     """
     rng = random.Random(seed)
     activities = profession.train if split == "train" else profession.test
@@ -220,7 +163,13 @@ def biography(split: Split, profession: Profession, gender: int, seed: str, evid
         "hobby": rng.choice(_HOBBIES[split]), "company": rng.choice(("cousins", "dogs")),
         "activities": " and ".join(rng.sample(activities, evidence)),
     }  # fmt: skip
-    return " ".join(rng.choice(part).format(**slots, **_PRONOUNS[gender]) for part in _TEMPLATES[split])
+    templates = _TEMPLATES[split]
+    facts: list[str] = []
+    if style == "rich":
+        templates = tuple((*few, *more) for few, more in zip(templates, _MORE_TEMPLATES[split], strict=True))
+        facts = rng.sample(_FACTS[split], N_FACTS)
+    chosen = [*(rng.choice(part) for part in templates), *facts]
+    return " ".join(template.format(**slots, **_PRONOUNS[gender]) for template in chosen)
 
 
 def gender_words() -> frozenset[str]:
@@ -235,65 +184,75 @@ class BiographyOptions(OneLine):
     """Which biographies to make.
 
     Attributes:
-        professions: label 0 and label 1; names in `PROFESSIONS`.
+        professions: label 0, label 1, ...; names in `PROFESSIONS`.
         evidence: activities per biography. One, the default, leaves the profession harder to read than the gender, as
             in Bias in Bios: with more, a probe reads the profession alone and there is no shortcut to remove.
         n_train: rows of the ambiguous set, and of the balanced training set that oracles use.
         n_test: rows of the balanced test set.
         seed: decides every row.
+        style: "rich" biographies have more templates, and facts that do not tell the profession.
     """
 
-    professions: tuple[str, str] = ("professor", "nurse")
+    professions: tuple[str, ...] = ("professor", "nurse")
     evidence: int = 1
     n_train: int = 240
     n_test: int = 400
     seed: int = 0
+    style: Style = "plain"
 
     def __post_init__(self) -> None:
         for name in self.professions:
             if name not in PROFESSIONS:
                 raise UnknownNameError(f"There is no profession {name!r}. {did_you_mean(name, PROFESSIONS)}")
-        if self.professions[0] == self.professions[1]:
-            raise InvalidInputError(f"BiographyOptions: both professions are {self.professions[0]!r}; choose two.")
+        if len(set(self.professions)) < max(len(self.professions), 2):
+            raise InvalidInputError(
+                f"BiographyOptions: the professions are {first_few(self.professions)}; choose two or more, each once."
+            )
         if not 1 <= self.evidence <= 3:
             raise InvalidInputError(f"BiographyOptions(evidence={self.evidence}): a biography names 1 to 3 activities.")
         for name, n in (("n_train", self.n_train), ("n_test", self.n_test)):
-            if n < 8 or n % 4:
-                raise DegenerateInputError(f"BiographyOptions({name}={n}): give a multiple of 4, at least 8.")
+            groups = 2 * len(self.professions)
+            if n < 2 * groups or n % groups:
+                raise DegenerateInputError(
+                    f"BiographyOptions({name}={n}): give a multiple of {groups}, at least {2 * groups}."
+                )
 
 
 @checked
 def biographies(options: BiographyOptions | None = None) -> ShiftTask:
     """The biography task: label = profession, spurious attribute = gender.
 
-    In the ambiguous training set profession 0 is always male and profession 1 always female. The same options give
-    the same texts.
+    In the ambiguous training set the professions are in turn always male and always female. The same options give the
+    same texts.
     """
     options = options or BiographyOptions()
-    pair = tuple(PROFESSIONS[name] for name in options.professions)
-    half, seed = options.n_train // 2, options.seed
+    of_label = tuple(PROFESSIONS[name] for name in options.professions)
+    k, seed = len(of_label), options.seed
 
-    def rows(split: Split, tag: str, groups: tuple[tuple[int, int], ...], each: int) -> LabelledTexts:
+    def text(split: Split, label: int, gender: int, tag: str) -> str:
+        return biography(split, of_label[label], gender, f"{seed}/{tag}", options.evidence, options.style)
+
+    def rows(split: Split, tag: str, groups: Sequence[tuple[int, int]], each: int) -> LabelledTexts:
         made = [
-            (biography(split, pair[y], gender, f"{seed}/{tag}/{y}{gender}/{i}", options.evidence), y, gender)
+            (text(split, y, gender, f"{tag}/{y}{gender}/{i}"), y, gender)
             for i in range(each) for y, gender in groups
         ]  # fmt: skip
         texts, label, gender = zip(*made, strict=True)
         return LabelledTexts(texts, label, gender)
 
-    every_group = ((0, 0), (0, 1), (1, 0), (1, 1))
-    train = rows("train", "ambiguous", ((0, 0), (1, 1)), half)
-    made = zip(train.label, train.spurious or (), strict=True)
+    every_group = [(y, gender) for y in range(k) for gender in (0, 1)]
+    ambiguous = [(y, y % 2) for y in range(k)]
     swapped = tuple(
-        biography("train", pair[label], 1 - gender, f"{seed}/ambiguous/{label}{gender}/{i // 2}", options.evidence)
-        for i, (label, gender) in enumerate(made)
-    )
+        text("train", y, 1 - gender, f"ambiguous/{y}{gender}/{i}")
+        for i in range(options.n_train // k) for y, gender in ambiguous
+    )  # fmt: skip
     return ShiftTask(
         name="biographies: " + " against ".join(options.professions),
-        label_names=options.professions, spurious_names=GENDERS, train=train, swapped=swapped,
-        balanced=rows("train", "balanced", every_group, options.n_train // 4),
-        test=rows("test", "test", every_group, options.n_test // 4),
-        spurious_words=gender_words(), target_words=pair[0].words | pair[1].words,
+        label_names=options.professions, spurious_names=GENDERS, swapped=swapped,
+        train=rows("train", "ambiguous", ambiguous, options.n_train // k),
+        balanced=rows("train", "balanced", every_group, options.n_train // (2 * k)),
+        test=rows("test", "test", every_group, options.n_test // (2 * k)),
+        spurious_words=gender_words(), target_words=frozenset().union(*(one.words for one in of_label)),
         methods=(words_deleted("gendered words deleted", gender_words()),),
         notes=("Test texts have wording and names that training texts do not have.",),
     )  # fmt: skip

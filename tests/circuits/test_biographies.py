@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from circuits.shift.biographies import (
+    _FACTS,
+    _MORE_TEMPLATES,
     _TEMPLATES,
     NAMES,
-    PROFESSIONS,
     SURNAMES,
     BiographyOptions,
     biographies,
     gender_words,
 )
+from circuits.shift.professions import PROFESSIONS
 from circuits.shift.task import ShiftTask
 from circuits.shift.texts import LabelledTexts
 from circuits.shift.words import delete_words, word_pattern
@@ -80,6 +84,50 @@ def test_declared_profession_words_occur_and_the_profession_is_never_named(name:
     assert not profession.words & {
         word for other in PROFESSIONS if other != name for word in PROFESSIONS[other].words
     } - {"edits"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        BiographyOptions(n_train=240),
+        BiographyOptions(style="rich", professions=tuple(PROFESSIONS)[4:], n_train=240, n_test=240),
+    ],
+    ids=["default", "rich, several professions"],
+)
+def test_no_line_is_shared_by_splits(options: BiographyOptions) -> None:
+    options = replace(options, n_test=240)
+    task = biographies(options)
+    assert task.balanced is not None and task.swapped is not None
+
+    def lines(*texts: str) -> set[str]:
+        return {line.strip() for text in texts for line in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)}
+
+    assert not lines(*task.train.texts, *task.swapped, *task.balanced.texts) & lines(*task.test.texts)
+    assert not {*task.train.texts, *task.swapped} & set(task.balanced.texts)
+    assert len(set(task.test.texts)) == len(task.test)
+
+
+def test_rich_biographies_say_more_and_several_professions_alternate() -> None:
+    names = tuple(PROFESSIONS)[2:7]
+    task = biographies(BiographyOptions(professions=names, style="rich", n_train=20, n_test=20))
+    assert task.label_names == names and set(task.train.counts().values()) == {4} and len(task.test.counts()) == 10
+    assert all(gender == label % 2 for label, gender in task.train.groups) and task.shortcut() == (0, 1)
+    pattern = word_pattern(gender_words())
+    assert all(pattern.search(text) for text in task.train.texts)
+    for text, swapped in zip(task.train.texts, task.swapped or (), strict=True):
+        assert text != swapped and delete_words(text, gender_words()) == delete_words(swapped, gender_words())
+    for split in ("train", "test"):
+        assert len(set(_FACTS[split])) == 9
+        assert not {t for part in _MORE_TEMPLATES[split] for t in part} & {
+            t for part in _TEMPLATES[split] for t in part
+        }
+    plain, rich = biographies(SMALL), biographies(replace(SMALL, style="rich"))
+    assert sum(map(len, rich.train.texts)) > 1.2 * sum(map(len, plain.train.texts))
+
+
+def test_the_default_texts_stay_what_they_are() -> None:
+    texts = biographies().train.texts
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == "f05483e6c151c6f2"
 
 
 def test_other_professions_and_wrong_options() -> None:
