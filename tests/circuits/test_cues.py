@@ -17,6 +17,7 @@ import circuits
 from circuits import LabelledTexts, ShiftTask, with_cues
 from circuits.cues import Casing, Cluster, Cue, FirstNoun, FirstVerb, Length, Punctuation, Token, mcc
 from circuits.cues.making import cell_counts
+from circuits.cues.stripping import without
 from circuits.cues.tagger import is_plural, is_present
 from tests.circuits.planted import LABEL, SITE, planted_model, planted_sae
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
@@ -207,6 +208,7 @@ def test_cues_without_threshold_or_without_injection_say_so() -> None:
     for act in (lambda: Length().of(["a"]), lambda: Cluster().of(["a"])):
         with pytest.raises(MismatchError, match="fit"):
             act()
+    assert without("Stop!!", [Punctuation("!")]) == "Stop!", "one mark alone"
     with pytest.raises(InvalidInputError, match="can't be put"):
         Length(3.0).put("a")
     with pytest.raises(InvalidInputError, match="can't be taken out"):
