@@ -12,6 +12,7 @@ from circuits.doctor.attribution import Attribution, Effect
 from circuits.doctor.measures import averaged, mean_of, precision_at, sign_agreement, spearman
 from circuits.doctor.report import Check, inapplicable, judged
 from workbench.core import progress
+from workbench.core.display import OneLine
 from workbench.core.numbers import counted, number
 from workbench.core.stats import SHARE, SIGNED_SHARE
 
@@ -24,7 +25,7 @@ AFFORDABLE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(OneLine):
     """How much is measured.
 
     Attributes:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from circuits.decomposition import Place
 from workbench.bases.base import Basis
+from workbench.core.display import OneLine
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class Reference(OneLine):
     """What ablated nodes are at one place, for one row or, with a leading axis of 1, for all.
 
     Attributes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal, TypeVar
 
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, ShapeError, did_you_mean
 from workbench.core.numbers import Number
 from workbench.core.stats import Estimate
@@ -28,7 +29,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(OneLine):
     """Rows of cells; an `Estimate` is shown with its interval. The first column names the row.
 
     Numbers in a column called "feature" are features of the study's SAE, and link to their cards where there are any.
@@ -125,7 +126,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(OneLine):
     """Curves over a common x axis."""
 
     title: str
@@ -215,7 +216,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Heat:
+class Heat(OneLine):
     """Heat maps side by side on one scale: warm above zero, cool below."""
 
     title: str
