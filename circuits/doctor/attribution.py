@@ -55,6 +55,8 @@ class Attribution(OneLine):
         prior: a score per item that knows its position alone.
         adds_up: whether the method claims that scores add up to the total.
         is_direct: whether the scores are themselves measured effects of single items.
+        again: the scores made again in the way of `folded` and `rescaled`, whose rounding is that of these; by default
+            `scores`.
         steps: scores at so many steps of an integral.
         settings: by the name of a setting, the scores under each of its values.
         randomised: scores on the model with more and more layers random, from the top down; the last one is all random.
@@ -77,6 +79,7 @@ class Attribution(OneLine):
     prior: Float[np.ndarray, " items"] | None = None
     adds_up: bool = False
     is_direct: bool = False
+    again: Make | None = None
     steps: Callable[[int], Scores] | None = None
     settings: Mapping[str, Sequence[Make]] = field(default_factory=dict)
     randomised: Sequence[Make] = ()

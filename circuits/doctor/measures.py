@@ -26,7 +26,13 @@ def spearman(a: Row, b: Row) -> float:
 
 
 def row_correlations(a: Float[np.ndarray, "inputs items"], b: Float[np.ndarray, "inputs items"]) -> np.ndarray:
-    """Rank correlation of each input's scores over the items that one of both scores; 1 where neither scores any."""
+    """Rank correlation of each input's scores over the items that one of both scores; 1 where neither scores any.
+
+    >>> row_correlations(np.array([[1.0, 2.0, 0.0, 0.0]]), np.array([[2.0, 1.0, 0.0, 0.0]])).tolist()
+    [-1.0]
+    >>> row_correlations(np.array([[1.0, 2.0, 0.0]]), np.array([[0.0, 0.0, 1.0]])).round(3).tolist()
+    [-0.866]
+    """
     found = []
     for x, y in zip(a, b, strict=True):
         scored = (x != 0) | (y != 0)  # items that are inactive in an input would agree for nothing

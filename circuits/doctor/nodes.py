@@ -265,7 +265,7 @@ class _Site:
         labels = self._labels()
         return Attribution(
             name=self.name, scores=scores, values=values, effect=self.effect, resampled=self.resampled,
-            totals=self._totals(), prior=self._prior(), adds_up=case.method in ("ig", "atp"),
+            totals=self._totals(), prior=self._prior(), again=lambda: again, adds_up=case.method in ("ig", "atp"),
             steps=(lambda n: self.made(reruns.again(steps=n))) if case.method == "ig" else None,
             settings=self._settings(), method=method_of(case.method, case.steps, case.rule),
             randomised=[lambda k=k: self.made(reruns.random(k + 1)) for k in range(models.PARTS)],

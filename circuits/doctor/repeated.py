@@ -54,9 +54,10 @@ def completeness(group: Sequence[Attribution], steps: Sequence[int]) -> list[Che
 
 def _change(group: Sequence[Attribution], makes: Sequence[Make]) -> float:
     """Largest change of a score, relative to the largest score of its site."""
+    own = [one.scores if one.again is None else one.again() for one in group]  # batches of other sizes round otherwise
     return max(
-        float(np.abs(make() - one.scores).max() / max(np.abs(one.scores).max(), 1e-30))
-        for one, make in zip(group, makes, strict=True)
+        float(np.abs(make() - scores).max() / max(np.abs(scores).max(), 1e-30))
+        for scores, make in zip(own, makes, strict=True)
     )
 
 

@@ -187,6 +187,10 @@ def test_scores_that_do_not_see_the_model_are_found() -> None:
                         rescaled=lambda: values * (1 + 1e-9))  # fmt: skip
     report = examined("blind", [blind], sizes=SIZES, checks=[2, 5, 11])
     assert report.numbers == (2, 5, 11) and len([c for c in report.failed if c.number == 5]) == 2
+    rounded = scores * (1 + 1e-7)  # made in batches of another size
+    exact = dataclasses.replace(attribution(rounded, rescaled=lambda: scores), again=lambda: scores)
+    assert examined("exact", [exact], sizes=SIZES, checks=[11]).failed == ()
+    assert examined("not exact", [attribution(rounded, rescaled=lambda: scores)], sizes=SIZES, checks=[11]).failed
     draw = np.random.default_rng(3)
     sees = attribution(
         scores, randomised=[lambda: draw.standard_normal(scores.shape)], shuffled=lambda: -scores,
