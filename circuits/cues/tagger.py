@@ -69,8 +69,8 @@ class _State:
 def tags(text: str) -> Iterator[tuple[str, Tag]]:
     """The words of a text with what each is.
 
-    >>> [tag for _, tag in tags("The plants need light.")]
-    ['determiner', 'nouns', 'present', 'noun']
+    >>> [tag for _, tag in tags("The dogs chase cats.")]
+    ['determiner', 'nouns', 'present', 'nouns']
     """
     words = [word.replace("’", "'") for word in _WORD.findall(text.replace("’", "'"))]
     state = _State()
@@ -90,7 +90,7 @@ def tags(text: str) -> Iterator[tuple[str, Tag]]:
 def is_present(text: str) -> bool:
     """Whether the first verb is a present tense; False for a past tense, an infinitive, a participle, or no verb.
 
-    >>> is_present("She lectures on law."), is_present("She gave lectures."), is_present("She can swim.")
+    >>> is_present("She teaches law."), is_present("She gave lectures."), is_present("She can swim.")
     (True, False, False)
     """
     return next((tag == "present" for _, tag in tags(text) if tag in VERBAL), False)
