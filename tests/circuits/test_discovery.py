@@ -24,7 +24,7 @@ from circuits.discovery.grouping import (
     spherical_kmeans,
     units,
 )
-from circuits.discovery.sketch import GradientSketch, linear_maps
+from circuits.discovery.sketch import GradientSketch, _Hash, linear_maps
 from circuits.discovery.splitting import split_clusters, two_groups
 from circuits.discovery.vectors import KINDS, SampleVectors, sample_vectors
 from tests.circuits.planted_mechanisms import SITES, mechanism_model, mechanism_samples
@@ -144,6 +144,13 @@ def test_a_sketch_keeps_the_angles_of_gradients(family: str) -> None:
     assert float(wanted.min()) < 0.9, "the angles differ"
 
 
+def test_a_hash_keeps_right_angles_of_vectors_whose_entries_have_one_sign() -> None:
+    x = torch.zeros(2, 1, 2000)
+    x[0, 0, :1000], x[1, 0, 1000:] = 1.0, 1.0
+    cosines = [_cosines(_Hash.drawn(2000, 256, torch.Generator().manual_seed(s))(x)[:, 0])[0, 1] for s in range(20)]
+    assert float((torch.stack(cosines) ** 2).mean().sqrt()) < 2 / 256**0.5
+
+
 def _cosines(x: torch.Tensor) -> torch.Tensor:
     unit = x / x.norm(dim=1, keepdim=True)
     return unit @ unit.T
@@ -260,6 +267,11 @@ def test_a_mixed_cluster_is_split_and_a_pure_one_is_not() -> None:
     assert split.sizes == (20, 20) and split.shared < 0.3 < 0.7 < split.by_chance and split.p == pytest.approx(1 / 200)
     alone = [two_groups(_blocks(40, 1, 300, 0.5, seed=s), 4, seed=s) for s in range(20)]
     assert sum(r is not None and r[0].is_split for r in alone) <= 1
+    # members that each use some nodes of their own: two groups always differ in the nodes that they were made by
+    rng = np.random.default_rng(0)
+    private = csr_matrix((rng.random((40, 30)) < 0.08) * (1 + rng.random((40, 30))))
+    found = [two_groups(private, 4, seed=s) for s in range(10)]
+    assert sum(r is not None for r in found) >= 5 and not any(r is not None and r[0].is_split for r in found)
     # two groups that differ in how strongly they use the same nodes are one mechanism
     scaled = csr_matrix(pure.toarray() * np.where(np.arange(40) < 20, 1, 5)[:, None])
     result = two_groups(scaled, 4)
