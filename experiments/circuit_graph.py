@@ -14,6 +14,7 @@ from experiments.circuit_find import BasesStudy
 from experiments.circuit_tables import PARTS
 from workbench.cli.base import model_words, typed
 from workbench.cli.study import Begin
+from workbench.core import progress
 from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ class CircuitGraph(BasesStudy[FoundGraph]):
 
         found = graph("graph", coders)
         pruned = found.prune(self.nodes, self.edges)
+        if not pruned.n_features and not pruned.n_links:
+            progress.say(
+                "Pruning leaves nothing: most influence is in features without a row. The whole graph is drawn."
+            )
+            pruned = found
         control = None if self.no_control else graph("random", random_coders(model, coders, text, self.seed))
         report = FoundGraph(
             graph=found, pruned=pruned, control=control,
