@@ -200,16 +200,16 @@ class JacobianLens(Shown):
 
     def _maps(self, sites: Sequence[str], how: How | None, seed: int) -> dict[str, LensMap]:
         """The lens and its controls; products of an activation are computed once for all."""
-        kept: dict[tuple[str, int], tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
+        kept: dict[tuple[str, int], tuple[Tensor, tuple[Tensor, tuple[Tensor, Tensor] | None]]] = {}
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(self.model.d_model, generator=generator).to(self.model.device)
         far = distant_sites(list(sites))
 
         def product(site: str, h: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
             key = (site, h.data_ptr())
-            if key not in kept:
-                kept[key] = self.apply(site, h, how)
-            return kept[key]
+            if key not in kept:  # h is held too, so that no later activation can stand at its address
+                kept[key] = h, self.apply(site, h, how)
+            return kept[key][1]
 
         def half(i: int) -> LensMap:
             def of(site: str, h: Tensor) -> Tensor:
