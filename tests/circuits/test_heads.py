@@ -176,17 +176,19 @@ def test_group_dro_updates_and_ends_where_no_group_is_above_the_weighted_loss() 
 
 
 def test_dfr_averages_coefficients_over_balanced_draws_of_the_validation_rows() -> None:
-    train, validation = toy(500, 0.95, 1), toy(200, 0.8, 2)
-    head = DFR(resamples=3, strengths=(0.3,)).fit(train, validation=validation, seed=5)
+    train, plain = toy(500, 0.95, 1), toy(200, 0.8, 2)
+    validation = HeadRows(plain.x + 0.7, plain.label, plain.attribute)  # so that every draw has another bias
+    head = DFR(resamples=3, strengths=(30.0,)).fit(train, validation=validation, seed=5)
     random, (x, y), groups = np.random.default_rng(5), validation.arrays(), validation.groups("")
     random.permutation(len(y))
     scale, fits = Scale.of(train.arrays()[0]), []
     for _ in range(3):
         drawn = groups.balanced(random)
-        model = LogisticRegression(l1_ratio=1.0, C=0.3, solver="liblinear", max_iter=1000, random_state=0)
+        model = LogisticRegression(l1_ratio=1.0, C=30.0, solver="liblinear", max_iter=1000, random_state=0)
         model.fit(scale(x)[drawn], y[drawn])
         fits.append(np.append(model.coef_[0], np.ravel(model.intercept_)))
     mean = np.asarray(np.mean(fits, axis=0))
+    assert np.ptp([fit[-1] for fit in fits]) > 0.01
     want = scale.folded(Linear(np.stack([0 * mean[:-1], mean[:-1]]), np.array([0, mean[-1]])))
     assert np.allclose(head.weight, want.weight) and np.allclose(head.bias, want.bias)
     assert (head.regime, head.n_attribute_labels) == ("R1", 200)

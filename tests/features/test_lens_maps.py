@@ -223,6 +223,9 @@ def test_a_tuned_lens_lowers_the_divergence_it_is_tuned_for(tmp_path: Path, monk
     start = wb.fit_lens(model, "regression", rows[(torch.arange(20) % 10 != 9).nonzero()[:, 0]])
     for site in SITES:
         assert torch.equal(lens.weights[site], start.weights[site]) != (site in lens.recipe["refined"])
+    far = wb.fit_lens(model, "tuned", rows, options=TunedOptions(steps=2, tokens=96, rate=50.0))
+    assert all(far.recipe["kl_after"][site] > far.recipe["kl_before"][site] for site in SITES)
+    assert far.recipe["refined"] == [] and all(torch.equal(far.weights[s], start.weights[s]) for s in SITES)
     real, steps = tuning._Refinement._step, [0]
 
     def stops(self: tuning._Refinement, state: tuning._State) -> tuple[tuning._State, float]:
