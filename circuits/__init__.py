@@ -61,6 +61,7 @@ from circuits.saes.training import SAEsEstimate, SAETrainingOptions, estimate_sa
 from circuits.shift.asked import AskedDecider
 from circuits.shift.biographies import BiographyOptions, biographies
 from circuits.shift.deciders import (
+    DECIDERS,
     Decider,
     FeatureDossier,
     LexiconDecider,
@@ -69,13 +70,15 @@ from circuits.shift.deciders import (
     StatisticsDecider,
     Verdict,
 )
+from circuits.shift.reading import ShiftOptions, read_study
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.strength import SplitOptions
-from circuits.shift.study import ShiftOptions, shift
+from circuits.shift.study import shift
 from circuits.shift.task import ShiftTask
 from circuits.shift.texts import LabelledTexts
 
 __all__ = [
+    "DECIDERS",
     "AskedDecider",
     "Attribution",
     "AttributionGraph",
@@ -171,6 +174,7 @@ __all__ = [
     "random_circuit",
     "random_coders",
     "sample_vectors",
+    "read_study",
     "shift",
     "token_means",
     "top_activation_circuit",

@@ -10,8 +10,8 @@ from typing import Literal
 import circuits
 from circuits.shift.biographies import BiographyOptions, biographies
 from circuits.shift.deciders import Decider, LexiconDecider, OracleDecider, StatisticsDecider
+from circuits.shift.reading import ShiftOptions
 from circuits.shift.shift_report import ShiftReport
-from circuits.shift.study import ShiftOptions
 from workbench.bases.sae import SAELike
 from workbench.cli.base import read_passages, typed
 from workbench.cli.places import sae_folder

@@ -23,7 +23,8 @@ from torch import Tensor
 from circuits.metrics import LossOfMargin
 from circuits.nodes.attribute import node_effects
 from circuits.nodes.exact import exact_effects
-from circuits.shift.study import ShiftOptions, shift
+from circuits.shift.reading import ShiftOptions
+from circuits.shift.study import shift
 from experiments import geometry, glitch_tokens, refusal, score_features
 from tests import devices
 from tests.circuits.planted import planted_model, planted_sae, planted_task

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from circuits.shift.deciders import (
+    DECIDERS,
     Decider,
     Decision,
     FeatureDossier,
@@ -97,15 +98,18 @@ _NEEDED: tuple[tuple[type[Decider] | type[AskedDecider], Need], ...] = (
 )  # fmt: skip
 
 
-def decider_of(judge: Decider | Judge | None, task: ShiftTask, seed: int = 0) -> Decider:
-    """The decider itself, a judge as one, or by default one that needs no more than the task has.
+def decider_of(judge: Decider | Judge | str | None, task: ShiftTask, seed: int = 0) -> Decider:
+    """The decider itself or that of this name, a judge as one, or by default one that needs no more than the task has.
 
     Raises:
+        UnknownNameError: if there is no decider of this name.
         MismatchError: if the decider needs what the task does not have.
     """
     missing = task.missing()
     if judge is None:
         return _default(missing)
+    if isinstance(judge, str):
+        judge = DECIDERS[judge]()
     for kind, need in _NEEDED:
         if isinstance(judge, kind) and need in missing:
             raise MismatchError(f"shift: the {judge.name} judge can't decide, since {missing[need]}. Give another.")

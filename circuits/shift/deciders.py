@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError, MismatchError
 from workbench.core.numbers import number
+from workbench.core.registry import Registry
 
 Decision = Literal["spurious", "intended", "unsure"]
 Rows = Float[np.ndarray, " rows"]
@@ -116,6 +118,11 @@ class Decider(Protocol):
         ...
 
 
+DECIDERS: Registry[Callable[[], Decider]] = Registry("judge of features", package="circuits.shift.judging")
+"""Judges by the name that `circuits.shift(judge=...)` takes; a file in `circuits.shift.judging` registers its own."""
+
+
+@DECIDERS.register("statistics")
 @checked
 @dataclass(frozen=True)
 class StatisticsDecider(OneLine):
@@ -181,6 +188,7 @@ def swap_statistics(acts: Rows, swapped: Rows, label: Rows) -> tuple[float, floa
     return 2 * float(half.mean()), float(moved.mean()), score
 
 
+@DECIDERS.register("lexicon")
 @checked
 @dataclass(frozen=True)
 class LexiconDecider(OneLine):
@@ -210,6 +218,7 @@ class LexiconDecider(OneLine):
         )
 
 
+@DECIDERS.register("oracle")
 @dataclass(frozen=True)
 class OracleDecider(OneLine):
     """Spurious if, on balanced training rows, the activation differs more with the attribute than with the label.

@@ -14,6 +14,7 @@ from circuits.shift.deciders import Node
 from circuits.shift.words import word_pattern
 from workbench.bases.base import Basis
 from workbench.controls.tokens import TokenPolicy
+from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
 from workbench.core.progress import track
 from workbench.core.tokens import TokenBatch
@@ -26,7 +27,7 @@ from workbench.probes.linear import mean_pool
 
 
 @dataclass(frozen=True, eq=False)
-class PooledTexts:
+class PooledTexts(OneLine):
     """Mean over the readable tokens of each text; on the CPU, where probes are fitted.
 
     Attributes:
@@ -47,7 +48,7 @@ class PooledTexts:
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class Reader(OneLine):
     """Reads texts at the probe's site and at the SAEs' sites.
 
     Attributes:

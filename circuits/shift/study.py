@@ -8,80 +8,30 @@ and intervals are always part of the result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 
-from circuits.decomposition import bases as checked_bases
-from circuits.decomposition import refuse_unreached
-from circuits.doctor.doctor import DoctorOptions
 from circuits.nodes.effects import SiteEffects
-from circuits.nodes.runs import AttributionOptions
 from circuits.shift.asked import decider_of
 from circuits.shift.collateral import collateral
-from circuits.shift.deciders import (
-    BalancedEvidence,
-    Decider,
-    FeatureDossier,
-    Node,
-    OracleDecider,
-    Verdict,
-)
+from circuits.shift.deciders import Decider, FeatureDossier, Node, OracleDecider, Verdict
 from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
-from circuits.shift.effects import effects_on, examined_effects, ints
-from circuits.shift.evidence import PooledTexts, Reader, TokenEvidence, token_evidence
+from circuits.shift.effects import effects_on, examined_effects
+from circuits.shift.judging.prepare import prepared
 from circuits.shift.methods import ORACLE_PROBE, ORIGINAL, SWAP_DIRECTION_REMOVED, Scorer, ablation
+from circuits.shift.reading import ShiftOptions, dossiers_of, nodes_of, of_two_labels, read_study, strongest
 from circuits.shift.rows import AttributionRow, EditCheck, JudgedFeature
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.task import NEEDS, Need, ShiftMethod, ShiftStudy, ShiftTask
-from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE
 from workbench.controls.matching import matched_features
 from workbench.controls.methods import comparisons, methods_of, possible
 from workbench.core.arguments import checked
-from workbench.core.display import OneLine, first_few
-from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.numbers import counted
 from workbench.core.tokens import TokenBatch
 from workbench.judges.protocol import Judge
 from workbench.models.model import Model
-from workbench.probes.linear import ProbeOptions, fit_probe
-
-
-@checked
-@dataclass(frozen=True, kw_only=True)
-class ShiftOptions(OneLine):
-    """How a SHIFT study is run.
-
-    Attributes:
-        probe_site: where the probe reads; by default at the last SAE's own site, where effects are exact.
-        positive: name of the label that the probe tells from all others; needed where the task has more than two.
-        top_k: how many features, strongest effect first, are put before the judge.
-        random_draws: sets of random features in the control.
-        probe: how probes are fitted.
-        attribution: how effects are estimated where they are not exact.
-        attribution_rows: ambiguous training rows that the estimate uses.
-        batch_size: texts per forward pass.
-        seed: decides the random features.
-        doctor: how much the attribution doctor measures of the effects; None does not ask it.
-    """
-
-    probe_site: str | None = None
-    positive: str | None = None
-    top_k: int = 64
-    random_draws: int = 10
-    probe: ProbeOptions = field(default_factory=ProbeOptions)
-    attribution: AttributionOptions = field(default_factory=AttributionOptions)
-    attribution_rows: int = 64
-    batch_size: int = 32
-    seed: int = 0
-    doctor: DoctorOptions | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("top_k", "random_draws", "attribution_rows", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"ShiftOptions({name}={getattr(self, name)}): needs at least 1.")
 
 
 @checked
@@ -89,7 +39,7 @@ def shift(
     model: Model,
     bases: Mapping[str, AnySAE],
     task: ShiftTask,
-    judge: Decider | Judge | None = None,
+    judge: Decider | Judge | str | None = None,
     *,
     options: ShiftOptions | None = None,
     plain_text: TokenBatch | None = None,
@@ -106,7 +56,7 @@ def shift(
             lists or balanced rows which it does not have are left out, and the report says so.
         judge: decides on each candidate; by default `StatisticsDecider`, or `LexiconDecider` without twins. Only one
             that says `is_oracle` is given balanced labels, and none sees a test row. A `workbench.judges.Judge` is
-            asked about each one's tokens.
+            asked about each one's tokens. A name is one of `circuits.DECIDERS`.
         options: probe site, number of candidates, controls.
         plain_text: other text, on which the loss is measured with and without the ablation.
 
@@ -118,19 +68,17 @@ def shift(
         EditError: if the ablation differs from the one made by plain hooks with the SAE's own encode and decode.
     """
     options = options or ShiftOptions()
-    task = _of_two_labels(task, options)
+    task = of_two_labels(task, options)
     decider = decider_of(judge, task, options.seed)
-    placed = checked_bases(model, bases)
-    for basis in placed.values():
-        basis.refuse_transcoder("SHIFT")
-    study = _read(model, placed, task, options)
+    study = read_study(model, bases, task, options)
+    decider = prepared(decider, study)
     effects = effects_on(study, study.train, task.train.label, options.attribution, options.attribution_rows)
-    candidates = _candidates(effects, options.top_k)
-    dossiers = _dossiers(study, candidates)
+    candidates = strongest(effects, options.top_k)
+    dossiers = dossiers_of(study, candidates)
     verdicts = [decider(d if decider.is_oracle else replace(d, balanced=None)) for d in dossiers]
     oracle = [OracleDecider()(dossier) for dossier in dossiers] if task.balanced is not None else None
     chosen, oracle_chosen = _spurious(verdicts), _spurious(oracle or ())
-    edit_check = _edit_check(study, chosen or _nodes(candidates))
+    edit_check = _edit_check(study, chosen or nodes_of(candidates))
     draws = _random_features(study, chosen, options)
     every_method = _methods(study, decider, chosen, oracle_chosen, draws, options)
     usable, left_out = possible(every_method, NEEDS, task.missing())
@@ -154,83 +102,8 @@ def shift(
     )  # fmt: skip
 
 
-def _of_two_labels(task: ShiftTask, options: ShiftOptions) -> ShiftTask:
-    if options.positive is not None:
-        return task.one_against_rest(options.positive)
-    if len(task.label_names) > 2:
-        raise InvalidInputError(
-            f"shift: the task has {len(task.label_names)} labels ({first_few(task.label_names, 4)}), and the probe "
-            "tells two apart. Give ShiftOptions(positive=...) the one that is told from all others."
-        )
-    return task
-
-
 def _test_texts(task: ShiftTask) -> str:
     return "balanced test texts" if len(set(task.test.counts().values())) == 1 else "test texts"
-
-
-def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: ShiftOptions) -> ShiftStudy:
-    probe_site = str(model.resolve(options.probe_site or list(bases)[-1]))
-    refuse_unreached(model, bases, probe_site, "The probe")
-    reader = Reader.fitted(model, bases, probe_site, task.train.texts, options.batch_size)
-    train = reader.read(task.train.texts, "reading ambiguous texts")
-    groups = tuple(task.group_name(*group) for group in task.train.groups)
-    probe = fit_probe(train.x, ints(task.train.label), probe_site, groups=groups, options=options.probe)
-    if probe.accuracy is None:
-        raise InvalidInputError(
-            "ShiftOptions(probe=ProbeOptions(folds=0)): the study reports cross-validation; use 2 or more."
-        )
-    others: dict[Need, PooledTexts] = {}
-    if task.swapped is not None:
-        others["twins"] = reader.read(task.swapped, "reading swapped texts")
-    if task.balanced is not None:
-        others["balanced"] = reader.read(task.balanced.texts, "reading balanced texts")
-    test = reader.read(task.test.texts, "reading test texts")
-    return ShiftStudy(
-        task=task, reader=reader, train=train, test=test, others=others, probe=probe, probe_options=options.probe
-    )
-
-
-def _candidates(effects: Mapping[str, SiteEffects], top_k: int) -> list[tuple[Node, float]]:
-    """The features that support the label most; those that oppose it are never candidates."""
-    supporting = [
-        (Node(site, f), effect)
-        for site, part in effects.items() for f, effect in enumerate(part.effect.tolist()) if effect > 0
-    ]  # fmt: skip
-    if not supporting:
-        raise DegenerateInputError(
-            "shift: no feature supports the label, so there is nothing to judge. Is the SAE on the probe's path?"
-        )
-    return sorted(supporting, key=lambda pair: -pair[1])[:top_k]
-
-
-def _nodes(candidates: Sequence[tuple[Node, float]]) -> list[Node]:
-    """The features without their effects."""
-    return [node for node, _ in candidates]
-
-
-def _dossiers(study: ShiftStudy, candidates: Sequence[tuple[Node, float]]) -> list[FeatureDossier]:
-    task = study.task
-    words = (task.spurious_words, task.target_words)
-    contexts = token_evidence(study.reader, task.train.texts, _nodes(candidates), words)
-    return [_dossier(study, node, effect, contexts[node]) for node, effect in candidates]
-
-
-def _dossier(study: ShiftStudy, node: Node, effect: float, tokens: TokenEvidence) -> FeatureDossier:
-    def column(pooled: PooledTexts) -> np.ndarray:
-        return pooled.acts[node.site][:, node.feature].double().cpu().numpy()
-
-    task, balanced = study.task, study.task.balanced
-    evidence = None
-    if balanced is not None:
-        shortcut = np.array(task.expected(balanced), float)
-        evidence = BalancedEvidence(column(study.balanced), np.array(balanced.label, float), shortcut)
-    return FeatureDossier(
-        node=node, effect=effect, acts=column(study.train),
-        swapped=None if task.swapped is None else column(study.swapped), label=np.array(task.train.label, float),
-        top_tokens=tokens.top_tokens, spurious_share=tokens.spurious_share, target_share=tokens.target_share,
-        n_tokens=tokens.n_tokens, balanced=evidence,
-    )  # fmt: skip
 
 
 def _spurious(verdicts: Sequence[Verdict]) -> list[Node]:

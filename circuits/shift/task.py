@@ -23,7 +23,7 @@ from circuits.shift.texts import Group, LabelledTexts
 from workbench.activations.sources import HubDataset
 from workbench.controls.methods import Method
 from workbench.core.arguments import checked
-from workbench.core.display import clipped, first_few
+from workbench.core.display import OneLine, clipped, first_few
 from workbench.core.errors import DegenerateInputError, MismatchError, ShapeError, require_known
 from workbench.core.html import Shown, frame_table
 from workbench.core.numbers import counted, number
@@ -317,7 +317,7 @@ def _named(cls: type[ShiftTask], df: pd.DataFrame, name: str, columns: Columns) 
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ShiftStudy:
+class ShiftStudy(OneLine):
     """What every method of a SHIFT study may use: the texts once read, and the probe that is to be repaired.
 
     Attributes:
@@ -368,7 +368,7 @@ class ShiftStudy:
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
+class Prediction(OneLine):
     """What a method predicts for the test texts.
 
     Attributes:

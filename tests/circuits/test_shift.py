@@ -17,8 +17,9 @@ from circuits.shift.deciders import FeatureDossier, LexiconDecider, Node, Oracle
 from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
 from circuits.shift.evidence import Reader, token_evidence
 from circuits.shift.methods import Scorer, words_deleted
+from circuits.shift.reading import ShiftOptions
 from circuits.shift.shift_report import ShiftReport
-from circuits.shift.study import ShiftOptions, shift
+from circuits.shift.study import shift
 from circuits.shift.task import Prediction, ShiftMethod
 from tests.circuits.planted import (
     LABEL_FEATURES,

@@ -13,8 +13,9 @@ import torch
 from circuits.shift.asked import AskedDecider
 from circuits.shift.deciders import FeatureDossier, LexiconDecider, OracleDecider, StatisticsDecider, Verdict
 from circuits.shift.methods import Scorer
+from circuits.shift.reading import ShiftOptions
 from circuits.shift.shift_report import ShiftReport
-from circuits.shift.study import ShiftOptions, shift
+from circuits.shift.study import shift
 from circuits.shift.task import Prediction, ShiftStudy, ShiftTask
 from circuits.shift.texts import LabelledTexts
 from tests.circuits.planted import LABEL, SITE, SPURIOUS, SPURIOUS_FEATURES, planted_model, planted_sae, planted_task
