@@ -72,6 +72,7 @@ from circuits.shift.deciders import (
 )
 from circuits.shift.reading import ShiftOptions, read_study
 from circuits.shift.shift_report import ShiftReport
+from circuits.shift.sources import read_task
 from circuits.shift.strength import SplitOptions
 from circuits.shift.study import shift
 from circuits.shift.task import ShiftTask
@@ -171,6 +172,7 @@ __all__ = [
     "pca",
     "probe_margin",
     "random",
+    "read_task",
     "random_circuit",
     "random_coders",
     "sample_vectors",

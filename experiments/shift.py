@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import circuits
-from circuits.shift.biographies import BiographyOptions, biographies
+from circuits.shift.biographies import biographies
 from circuits.shift.deciders import Decider, LexiconDecider, OracleDecider, StatisticsDecider
 from circuits.shift.reading import ShiftOptions
 from circuits.shift.shift_report import ShiftReport
+from circuits.shift.task import ShiftTask
+from experiments.shift_task import TaskOptions, read_saes, sae_model
 from workbench.bases.sae import SAELike
 from workbench.cli.base import read_passages, typed
-from workbench.cli.places import sae_folder
 from workbench.cli.study import Begin, SAEOptionStudy
 from workbench.core.tokens import TokenBatch
 from workbench.judges.protocol import Judge
 from workbench.models.model import Model
 
-DeciderName = Literal["statistics", "lexicon", "oracle"]
-_DECIDERS: dict[DeciderName, Callable[[], Decider]] = {
-    "statistics": StatisticsDecider, "lexicon": LexiconDecider, "oracle": OracleDecider,
+DeciderName = Literal["auto", "statistics", "lexicon", "oracle"]
+_DECIDERS: Mapping[DeciderName, Callable[[], Decider] | None] = {
+    "auto": None, "statistics": StatisticsDecider, "lexicon": LexiconDecider, "oracle": OracleDecider,
 }  # fmt: skip
 
 
@@ -32,80 +33,76 @@ def study(
     plain_text: TokenBatch | None = None,
     *,
     site: str | None = None,
-    task: BiographyOptions | None = None,
+    task: ShiftTask | None = None,
     judge: Decider | Judge | None = None,
     options: ShiftOptions | None = None,
 ) -> ShiftReport:
-    """SHIFT on biographies in which profession and gender go together.
+    """SHIFT with one SAE, by default on biographies in which profession and gender go together.
 
     Args:
         model: the model.
         sae: an SAE of it.
         plain_text: held-out text, for the loss that the ablation costs.
         site: where the SAE reads; by default what its metadata says.
-        task: which biographies.
+        task: labelled texts.
         judge: who decides, by default from statistics of swapped texts; a judge is asked about tokens.
         options: probe site, candidates, controls.
     """
     from workbench.bases.fits import sae_site
 
-    return circuits.shift(
-        model, {site or sae_site(sae): sae}, biographies(task), judge, options=options, plain_text=plain_text
-    )
+    placed = {site or sae_site(sae): sae}
+    return circuits.shift(model, placed, task or biographies(), judge, options=options, plain_text=plain_text)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shift(SAEOptionStudy[ShiftReport]):
-    """Remove gender from a profession probe by ablating features.
+class Shift(TaskOptions, SAEOptionStudy[ShiftReport]):
+    """Remove a shortcut from a classifier by ablating features.
 
-    A decider judges the SAE features with the strongest effect; random features are the control.
+    A judge decides on the SAE features with the strongest effect; random features are the control. Works on a table of
+    texts, or on generated biographies in which profession and gender go together.
 
-    Example: workbench shift --sae sae
+    Example: workbench shift data.csv --text bio --label profession --attribute gender --sae sae
     """
 
     run_name = step = "shift"
     keeps_json = True
 
-    sae: Path
-    """SAE: its folder, or a run that holds one (folder, name or latest)."""
-    professions: tuple[str, str] = ("professor", "nurse")
-    """Label 0 and label 1: two of professor, nurse, attorney, journalist, dentist, architect, painter, chef, teacher,
-    photographer."""
-    judge: DeciderName = "statistics"
-    """Who calls a feature spurious; the oracle sees balanced labels and is a bound, not a method."""
+    sae: tuple[Path, ...]
+    """SAEs: each a folder, a run that holds one (folder, name or latest), or a folder of one SAE per site."""
+    judge: DeciderName = "auto"
+    """Who calls a feature spurious: statistics of twins, a lexicon of words, an oracle that sees balanced labels (a
+    bound, not a method), or auto: the first of these that the texts allow."""
+    positive: str | None = None
+    """Label that the probe tells from all others, where there are more than two."""
     probe_site: str | None = None
-    """Where the probe reads, such as resid_post.20; by default where the SAE reads, where effects are exact."""
+    """Where the probe reads, such as resid_post.20; by default where the last SAE reads."""
     top_k: int = 64
     """How many features, strongest effect first, are judged."""
     random_draws: int = 10
     """Sets of random features to compare with."""
-    train_rows: int = 240
-    """Biographies in the ambiguous training set, and in the balanced one that oracles use."""
-    test_rows: int = 400
-    """Biographies in the balanced test set."""
-    texts: Path | None = None
+    plain_text: Path | None = None
     """Text file, one passage per line: measures what the ablation costs on plain text."""
 
     def measure(self, begin: Begin) -> ShiftReport:
-        from workbench.saes.formats.load import load_sae
-
-        passages, sae = read_passages(self.texts), load_sae(self.sae_path())
-        task = BiographyOptions(
-            professions=self.professions, n_train=self.train_rows, n_test=self.test_rows, seed=self.seed
-        )
+        passages, saes = read_passages(self.plain_text), read_saes(self.sae, self.runs_folder())
+        task, decider = self.make_task(self.seed, self.positive), _DECIDERS[self.judge]
         options = ShiftOptions(
-            probe_site=self.probe_site, top_k=self.top_k, random_draws=self.random_draws, seed=self.seed
-        )
+            probe_site=self.probe_site, top_k=self.top_k, random_draws=self.random_draws, seed=self.seed,
+            positive=self.positive if self.positive in task.label_names else None,
+        )  # fmt: skip
         model = self.load_model()
+        bases = circuits.bases(model, saes)
         plain_text = None if passages is None else model.tokens(passages)
         begin(model)
-        return study(model, sae, plain_text, task=task, judge=_DECIDERS[self.judge](), options=options)
+        return circuits.shift(
+            model, bases, task, None if decider is None else decider(), options=options, plain_text=plain_text
+        )
 
-    def sae_path(self) -> Path:
-        return sae_folder(self.sae, self.runs_folder())
+    def model_name(self) -> str:
+        return self.model or sae_model(self.sae, self.runs_folder()) or "embedded"
 
     def following(self, report: ShiftReport, folder: Path) -> str:
-        return typed("refusal", "--sae", self.sae_path())
+        return typed("report", folder, "--open") if self.data else typed("refusal", "--sae", self.sae[0])
 
     def title(self, report: ShiftReport) -> str:
         return "SHIFT: " + report.task

@@ -13,6 +13,7 @@ from circuits.cues.kinds import (
     Token,
 )
 from circuits.cues.making import mcc, with_cues
+from circuits.cues.named import cue_named
 
 __all__ = [
     "Casing",
@@ -23,6 +24,7 @@ __all__ = [
     "Length",
     "Punctuation",
     "Token",
+    "cue_named",
     "mcc",
     "with_cues",
 ]

@@ -167,6 +167,22 @@ def csv_frame(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names, dtype=object)
 
 
+def parquet_frame(path: str | Path) -> pd.DataFrame:
+    """The table of a Parquet file.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        CorruptFileError: if it is no Parquet file.
+    """
+    import pandas as pd
+    import pyarrow
+
+    if not Path(path).is_file():
+        raise MissingFileError(f"There is no file {str(path)!r}. Give a Parquet file with one row per text.")
+    with content_of(path, _FIX, pyarrow.ArrowException, OSError):
+        return pd.read_parquet(path)
+
+
 def _require_column(df: pd.DataFrame, use: str, column: str) -> None:
     names = [str(name) for name in df.columns]
     if column not in names:
