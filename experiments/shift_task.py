@@ -85,16 +85,16 @@ class TaskOptions:
 
         rho = None if self.cue else self.rho
         options = SplitOptions(rho=rho, seed=seed, leaks="leave out" if self.leave_out_leaks else "refuse")
-        columns: Columns = {"options": options}
+        columns: Columns = {
+            "options": options, "spurious_words": self.spurious_words, "target_words": self.target_words,
+        }  # fmt: skip
         for name in ("text", "label", "attribute", "split", "twin"):
             if (column := getattr(self, name)) is not None:
                 columns[name] = column
         for name in ("classes", "attributes"):
             if values := getattr(self, name):
                 columns[name] = _choice(name, values)
-        return read_task(
-            self.data, limit=self.limit, spurious_words=self.spurious_words, target_words=self.target_words, **columns
-        )
+        return read_task(self.data, limit=self.limit, **columns)
 
     def _of_biographies(self, seed: int) -> ShiftTask:
         from circuits.shift.biographies import BiographyOptions, biographies

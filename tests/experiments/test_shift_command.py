@@ -40,8 +40,9 @@ def _table(n: int = 40, n_test: int = 32) -> pd.DataFrame:
     """The planted task as a table, its balanced rows under "dev"."""
     task = planted_task(n, n_test)
     assert task.balanced is not None
+    letters = {None: "", **dict(enumerate(SPURIOUS))}
     rows = [
-        {"words": f"{text} {part[-1]}", "kind": LABEL[y], "letter": SPURIOUS[a], "part": part}
+        {"words": f"{text} {part[-1]}", "kind": LABEL[y], "letter": letters[a], "part": part}
         for part, texts in (("train", task.train), ("dev", task.balanced), ("test", task.test))
         for text, (y, a) in zip(texts.texts, texts.groups, strict=True)
     ]  # fmt: skip
@@ -57,7 +58,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.hf.parameters():
             if not parameter.any():
                 parameter.normal_(0, 1e-3)  # a model whose blocks write nothing fails the check of what is loaded
-    model.hf.save_pretrained(place / "model")
+    model.hf.save_pretrained(str(place / "model"))
     model.tokenizer.save_pretrained(place / "model")
     weights = SAEWeights(
         sae.W_enc.T.contiguous(), torch.zeros(len(sae.W_dec)), sae.W_dec, sae.b_dec,
