@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import circuits
+from circuits.shift.asked import decider_of
 from circuits.shift.biographies import biographies
-from circuits.shift.deciders import Decider, LexiconDecider, OracleDecider, StatisticsDecider
+from circuits.shift.deciders import Decider
 from circuits.shift.reading import ShiftOptions
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.task import ShiftTask
@@ -20,11 +19,6 @@ from workbench.cli.study import Begin, SAEOptionStudy
 from workbench.core.tokens import TokenBatch
 from workbench.judges.protocol import Judge
 from workbench.models.model import Model
-
-DeciderName = Literal["auto", "statistics", "lexicon", "oracle"]
-_DECIDERS: Mapping[DeciderName, Callable[[], Decider] | None] = {
-    "auto": None, "statistics": StatisticsDecider, "lexicon": LexiconDecider, "oracle": OracleDecider,
-}  # fmt: skip
 
 
 def study(
@@ -69,9 +63,9 @@ class Shift(TaskOptions, SAEOptionStudy[ShiftReport]):
 
     sae: tuple[Path, ...]
     """SAEs: each a folder, a run that holds one (folder, name or latest), or a folder of one SAE per site."""
-    judge: DeciderName = "auto"
-    """Who calls a feature spurious: statistics of twins, a lexicon of words, an oracle that sees balanced labels (a
-    bound, not a method), or auto: the first of these that the texts allow."""
+    judge: str = "auto"
+    """Who calls a feature spurious: statistics (of twins), lexicon (words), oracle (sees balanced labels: a bound, not
+    a method) or another of circuits.DECIDERS; auto takes the first of the former two that the texts allow."""
     positive: str | None = None
     """Label that the probe tells from all others, where there are more than two."""
     probe_site: str | None = None
@@ -85,7 +79,8 @@ class Shift(TaskOptions, SAEOptionStudy[ShiftReport]):
 
     def measure(self, begin: Begin) -> ShiftReport:
         passages, saes = read_passages(self.plain_text), read_saes(self.sae, self.runs_folder())
-        task, decider = self.make_task(self.seed, self.positive), _DECIDERS[self.judge]
+        task = self.make_task(self.seed, self.positive)
+        decider = decider_of(None if self.judge == "auto" else self.judge, task, self.seed)
         options = ShiftOptions(
             probe_site=self.probe_site, top_k=self.top_k, random_draws=self.random_draws, seed=self.seed,
             positive=self.positive if self.positive in task.label_names else None,
@@ -94,9 +89,7 @@ class Shift(TaskOptions, SAEOptionStudy[ShiftReport]):
         bases = circuits.bases(model, saes)
         plain_text = None if passages is None else model.tokens(passages)
         begin(model)
-        return circuits.shift(
-            model, bases, task, None if decider is None else decider(), options=options, plain_text=plain_text
-        )
+        return circuits.shift(model, bases, task, decider, options=options, plain_text=plain_text)
 
     def model_name(self) -> str:
         return self.model or sae_model(self.sae, self.runs_folder()) or "embedded"

@@ -59,7 +59,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if not parameter.any():
                 parameter.normal_(0, 1e-3)  # a model whose blocks write nothing fails the check of what is loaded
     model.hf.save_pretrained(str(place / "model"))
-    model.tokenizer.save_pretrained(place / "model")
+    model.tokenizer.save_pretrained(str(place / "model"))
     weights = SAEWeights(
         sae.W_enc.T.contiguous(), torch.zeros(len(sae.W_dec)), sae.W_dec, sae.b_dec,
         threshold=torch.full((len(sae.W_dec),), 0.5),
@@ -139,6 +139,9 @@ def test_a_table_is_studied_and_the_folder_holds_its_report(
         ("t.csv --text words --label kind --rho 0.9", "needs an attribute"),
         ("t.csv --text words --label kind --train-rows 8", "--train-rows"),
         ("t.csv --text words --label kind --cue smell", "cue 'smell'"),
+        ("t.csv --text words --label kind", "judge of your own"),
+        ("t.csv --text words --label kind --judge lexikon", "Did you mean lexicon"),
+        ("t.csv --text words --label kind --judge oracle", "oracle judge can't decide"),
         ("model --text words --label kind", "can't be read"),
         ("sae/cfg.json --text words --label kind", "'.json'"),
         ("broken.parquet --text words --label kind", "broken.parquet"),
