@@ -13,6 +13,7 @@ from circuits.attribution_graphs.attribute import attribution_graph
 from circuits.attribution_graphs.coders import CrossLayerTranscoder
 from circuits.attribution_graphs.controls import random_coders
 from circuits.attribution_graphs.graph import AttributionGraph
+from circuits.attribution_graphs.transcoders import load_transcoders
 from circuits.classics.direct import DirectAttribution, direct_logit_attribution
 from circuits.classics.head_scores import HeadScore, HeadScores, head_scores
 from circuits.classics.logit_lens import LogitLens, logit_lens
@@ -157,6 +158,7 @@ __all__ = [
     "kl",
     "linear_effects",
     "load_circuit",
+    "load_transcoders",
     "load_graph_json",
     "log_probability",
     "logit_difference",

@@ -18,6 +18,7 @@ from workbench.core import progress
 from workbench.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from circuits.attribution_graphs.coders import Coders
     from workbench.core.tokens import TokenBatch
     from workbench.models.model import Model
 
@@ -40,7 +41,7 @@ class CircuitGraph(BasesStudy[FoundGraph]):
     text: tyro.conf.Positional[str] = ""
     """Prompt; or give --pairs or --task, of which the first pair is taken."""
     bases: str = "mlp_hidden"
-    """Folder of one SAE or transcoder per site, or mlp_hidden, neurons."""
+    """Folder of one SAE or transcoder per site, folder or hub id of a transcoder set, or mlp_hidden, neurons."""
     limit: int = 1
     """Pairs that are read; the first one is explained."""
     targets: tuple[str, ...] = ()
@@ -72,12 +73,12 @@ class CircuitGraph(BasesStudy[FoundGraph]):
         if self.validate and self.validate < 4:
             raise InvalidInputError(f"--validate {self.validate}: a correlation needs at least 4 features, 0 none.")
         model = self.load_model()
-        coders, (text, targets) = self.make_bases(model), self._asked(model)
+        coders, (text, targets) = self._coders(model), self._asked(model)
         run = begin(model)
 
-        def graph(which: str, chosen: object) -> AttributionGraph:
+        def graph(which: str, chosen: Coders) -> AttributionGraph:
             return attribution_graph(
-                model, chosen, text, self.features, self.budget_gb, targets=targets, mlps=self.mlps,  # type: ignore[arg-type]
+                model, chosen, text, self.features, self.budget_gb, targets=targets, mlps=self.mlps,
                 first_token=self.first_token, batch_size=self.batch, out=run.artifacts / PARTS / which,
             )  # fmt: skip
 
@@ -98,6 +99,14 @@ class CircuitGraph(BasesStudy[FoundGraph]):
         pruned.to_html(run.artifacts / PAGE, title=f"Attribution graph: {''.join(found.tokens)}")
         pruned.to_json(run.artifacts / GRAPH)
         return report
+
+    def _coders(self, model: Model) -> Coders:
+        from circuits.attribution_graphs.transcoders import CONFIG_FILE, load_transcoders
+
+        place = Path(self.bases)
+        if (place / CONFIG_FILE).is_file() or (len(place.parts) == 2 and not place.exists()):
+            return load_transcoders(model, self.bases)
+        return self.make_bases(model)
 
     def _asked(self, model: Model) -> tuple[str | TokenBatch, tuple[str, ...] | list[tuple[str, str]] | None]:
         """The prompt, and what is explained."""

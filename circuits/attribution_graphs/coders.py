@@ -151,14 +151,15 @@ def placed(model: Model, coders: Coders) -> list[Placed]:
 
 
 _WRITTEN = (*STREAM, "attn_out", "mlp_out", "z", "mlp_post")
+_READ = (*_WRITTEN, "mlp_in")
 
 
 def _require_followed(site: Site, read: Site) -> None:
-    for where in (site, read):
-        if where.kind not in _WRITTEN or where.head is not None:
+    for where, known, does in ((site, _WRITTEN, "write"), (read, _READ, "read")):
+        if where.kind not in known or where.head is not None:
             raise InvalidInputError(
-                f"{WHO}(coders={{{str(site)!r}: ...}}): no path through {where} is followed. Give coders at "
-                f"{', '.join(_WRITTEN)}."
+                f"{WHO}(coders={{{str(site)!r}: ...}}): no path through {where} is followed. Give coders that {does} "
+                f"at {', '.join(known)}."
             )
 
 

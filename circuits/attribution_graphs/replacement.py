@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from circuits.attribution_graphs.coders import Coder, Placed, WrittenSite, encoded
 from circuits.attribution_graphs.sublayers import WHO, Back, followed, mlp_stream
-from circuits.classics.frozen import FrozenAt, FrozenNorm
 from workbench.core.errors import InvalidInputError
 from workbench.core.precision import precise
 from workbench.core.tokens import TokenBatch
 from workbench.hooks.sites import Site
+from workbench.models.frozennorm import FrozenAt, FrozenNorm
 from workbench.models.model import Model
 
 MLPs = Literal["half", "leaf"]
@@ -107,7 +108,7 @@ class Replacement:
         final = Site("resid_post", model.n_layers - 1)
         self.final = FrozenNorm.of(model.site_map["final_norm"].module, self.acts[final]).at(self.acts[final])
         maps = needed(model, given, mlps)
-        self.attention, self.mlp = followed(model, maps.attention, maps.mlp, self.acts)
+        self.attention, self.mlp, self.norms = followed(model, maps.attention, maps.mlp, maps.inputs, self.acts)
         leaves = [] if mlps == "half" else [Site("mlp_out", layer) for layer in maps.leaves]
         sites = sorted({*self.written, *leaves}, key=lambda site: site.order)
         n_features = sum(map(len, self.coders))
@@ -221,6 +222,8 @@ class Replacement:
                 return Site("mlp_post", layer), self.mlp[layer].output.back
             case "mlp_post":
                 return mlp_stream(self.model, layer), self.mlp[layer].back
+            case "mlp_in":
+                return mlp_stream(self.model, layer), functools.partial(_before, self.norms[layer])
         raise InvalidInputError(f"{WHO}: nothing leads back from {site}.")
 
     def _leaf(self, site: Site, g: Tensor, found: Rows) -> list[tuple[Site, Tensor]]:
@@ -236,6 +239,11 @@ class Replacement:
         return []
 
 
+def _before(norm: FrozenAt, g: Tensor) -> Back:
+    """Through a norm alone."""
+    return norm.first(g.shape[1]).back(g), (g @ norm.of.bias).sum(1)
+
+
 def _spans(ends: Sequence[int]) -> Iterator[range]:
     """Neighbouring positions whose features are gathered together."""
     start = 0
@@ -247,11 +255,12 @@ def _spans(ends: Sequence[int]) -> Iterator[range]:
 
 @dataclass(frozen=True)
 class Needed:
-    """Layers whose attention and MLPs are followed, and MLPs without a coder that may be left as they are."""
+    """Layers whose attention and MLPs are followed, MLPs without a coder, and MLPs whose input a coder reads."""
 
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
     leaves: tuple[int, ...]
+    inputs: tuple[int, ...]
 
 
 def needed(model: Model, given: Sequence[Placed], mlps: MLPs) -> Needed:
@@ -264,7 +273,8 @@ def needed(model: Model, given: Sequence[Placed], mlps: MLPs) -> Needed:
     followed = tuple(i for i in layers if Site("mlp_out", i) not in taken or Site("mlp_out", i) in read or
                      Site("mlp_post", i) in read)  # fmt: skip
     inside = tuple(i for i in followed if mlps == "half" or Site("mlp_post", i) in read)
-    return Needed(attention, inside, tuple(i for i in layers if Site("mlp_out", i) not in taken))
+    leaves = tuple(i for i in layers if Site("mlp_out", i) not in taken)
+    return Needed(attention, inside, leaves, tuple(i for i in layers if Site("mlp_in", i) in read))
 
 
 def captured(model: Model, batch: TokenBatch, given: Sequence[Placed], mlps: MLPs) -> dict[Site, Tensor]:
@@ -275,7 +285,7 @@ def captured(model: Model, batch: TokenBatch, given: Sequence[Placed], mlps: MLP
         *(site for place in given for site in (place.read, place.site, *place.later)),
         *(Site(kind, i) for i in maps.attention for kind in ("pattern", "z", "attn_out")),
         *(Site(kind, i) for i in maps.mlp for kind in ("mlp_pre", "mlp_post", "mlp_out")),
-        *(mlp_stream(model, i) for i in maps.mlp), *(Site("mlp_out", i) for i in maps.leaves),
+        *(mlp_stream(model, i) for i in (*maps.mlp, *maps.inputs)), *(Site("mlp_out", i) for i in maps.leaves),
     }  # fmt: skip
     acts = model.capture(batch, list(wanted))
     return {site: acts[site][0] if site.kind == "pattern" else acts.flat(site)[0] for site in wanted}

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuits.classics.frozen import Beside, FrozenAt, FrozenNorm, columns_of, norms_before
 from workbench.bases.written import Written, affine, written_by
 from workbench.core.errors import MismatchError
 from workbench.core.numbers import rounding_error
 from workbench.core.precision import precise
 from workbench.hooks.sites import Site
+from workbench.models.frozennorm import Beside, FrozenAt, FrozenNorm, columns_of, norms_before
 from workbench.models.model import Model
 
 WHO = "attribution_graph"
@@ -217,9 +217,9 @@ class MLP:
 
 
 def followed(
-    model: Model, attention: Sequence[int], mlps: Sequence[int], acts: Acts
-) -> tuple[dict[int, Attention], dict[int, MLP]]:
-    """The maps of some layers' attention and of some layers' MLPs.
+    model: Model, attention: Sequence[int], mlps: Sequence[int], inputs: Sequence[int], acts: Acts
+) -> tuple[dict[int, Attention], dict[int, MLP], dict[int, FrozenAt]]:
+    """The maps of some layers' attention, of some layers' MLPs, and of the norm before some layers' MLPs.
 
     Raises:
         MismatchError: if one computes more than can be followed.
@@ -227,11 +227,12 @@ def followed(
     sites = model.site_map
     before = [(sites[Site("v", i)], Site("resid_pre", i)) for i in attention]
     before += [(sites[Site("mlp_pre", i)], mlp_stream(model, i)) for i in mlps]
-    norms = norms_before(model, before, WHO) if before else []
-    n = len(attention)
+    before += [(sites[Site("mlp_in", i)], mlp_stream(model, i)) for i in inputs]
+    norms = iter(norms_before(model, before, WHO) if before else [])
     return (
-        {i: Attention.of(model, i, acts, norm) for i, (norm, _) in zip(attention, norms[:n], strict=True)},
-        {i: MLP.of(model, i, acts, *found) for i, found in zip(mlps, norms[n:], strict=True)},
+        {i: Attention.of(model, i, acts, next(norms)[0]) for i in attention},
+        {i: MLP.of(model, i, acts, *next(norms)) for i in mlps},
+        {i: next(norms)[0].at(acts[mlp_stream(model, i)]) for i in inputs},
     )
 
 

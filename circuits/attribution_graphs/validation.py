@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from circuits.attribution_graphs.replacement import Replacement, Targets
 from circuits.attribution_graphs.sublayers import Output
 from circuits.attribution_graphs.tables import FEATURE, LOGIT, NodesAndLinks, Origin
-from circuits.classics.frozen import FrozenAt
 from workbench.core import progress
 from workbench.core.errors import DegenerateInputError, InvalidInputError
 from workbench.core.html import Shown
@@ -30,6 +29,7 @@ from workbench.hooks.attach import Fn, attach
 from workbench.hooks.handles import Hooks
 from workbench.hooks.sites import Point, Site
 from workbench.interventions.scopes import Last
+from workbench.models.frozennorm import FrozenAt
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.classics.frozen import FrozenAt, FrozenNorm
 from circuits.classics.shared import comparable, estimate, segments_at, whole_difference
 from circuits.classics.tables import AttributionTable
 from circuits.doctor.report import attrs_of, marked
@@ -24,6 +23,7 @@ from workbench.core.stats import Estimate
 from workbench.hooks.ends import unembedding
 from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
+from workbench.models.frozennorm import FrozenAt, FrozenNorm
 from workbench.models.model import Model
 from workbench.models.segment import Segment
 from workbench.report.base import Bars, Grid, Headline, Heat, Says, Section, Table, beside

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.classics.frozen import FrozenNorm, columns_of, norm_before
 from workbench.bases.kinds.heads import heads
 from workbench.core.arguments import checked
 from workbench.core.precision import precise
 from workbench.hooks.ends import embedding, unembedding
 from workbench.hooks.sites import Site
 from workbench.interventions.scopes import Last
+from workbench.models.frozennorm import FrozenNorm, columns_of, norm_before
 from workbench.models.model import Model
 
 TOP = 5

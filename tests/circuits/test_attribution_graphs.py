@@ -57,15 +57,15 @@ def precise_model(family: str) -> Model:
     return Model(hf, tiny_tokenizer(), name=f"exact-{family}")
 
 
-def graph_of(family: str = "gpt2", layers: tuple[int, ...] = (0, 2), **more: Any) -> AttributionGraph:
+def graph_of(family: str = "gpt2", layers: tuple[int, ...] = (0, 2), read: str = "", **more: Any) -> AttributionGraph:
     model = precise_model(family)
-    coders = {f"mlp_out.{i}": coder(read_of(model), i) for i in layers}
+    coders = {f"mlp_out.{i}": coder(read or read_of(model), i) for i in layers}
     return circuits.attribution_graph(model, coders, TEXT, **{"features": 500, "mass": 1.0, **more})
 
 
 @functools.cache
-def whole(family: str = "gpt2") -> AttributionGraph:
-    return graph_of(family, first_token=True)
+def whole(family: str = "gpt2", read: str = "") -> AttributionGraph:
+    return graph_of(family, read=read, first_token=True)
 
 
 def into(graph: AttributionGraph, node: int) -> dict[int, float]:
@@ -82,14 +82,17 @@ def node_of(graph: AttributionGraph, kind: int, pos: int, feature: int, site: st
 # What links are.
 
 
-@pytest.mark.parametrize("family", FROZEN)
-def test_links_are_the_gradients_of_the_model_with_everything_held_fast(family: str) -> None:
-    graph, model = whole(family), precise_model(family)
+@pytest.mark.parametrize(
+    ("family", "read"), [*((family, "") for family in FROZEN), ("gpt2", "mlp_in"), ("gemma2", "mlp_in")]
+)
+def test_links_are_the_gradients_of_the_model_with_everything_held_fast(family: str, read: str) -> None:
+    graph, model = whole(family, read), precise_model(family)
     hf = tiny_hf(family).double()
     exact_norms(hf)
     ids = model.tokens(TEXT).ids
-    saes = {i: coder(read_of(model), i) for i in (0, 2)}
-    oracle = AutogradGraph(Model(hf, tiny_tokenizer()), saes, read_of(model), ids)
+    read = read or read_of(model)
+    saes = {i: coder(read, i) for i in (0, 2)}
+    oracle = AutogradGraph(Model(hf, tiny_tokenizer()), saes, read, ids)
     n = graph.nodes
     targets = [int(i) for i in np.flatnonzero((n.site == "mlp_out.2") & (n.kind == FEATURE))[::5]]
     targets += [int(np.flatnonzero(n.kind == LOGIT)[1])]

@@ -10,13 +10,13 @@ from torch import Tensor
 
 import circuits
 from circuits.classics.direct import _Reader
-from circuits.classics.frozen import FrozenAt, FrozenNorm
 from circuits.classics.head_scores import pattern_scores
 from circuits.classics.head_weights import circuit, copying, final_norm, middle
 from circuits.pairs import Pairs
 from tests.tiny import FAMILIES, n_hooks, tiny_model
 from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError
 from workbench.hooks.attach import attached
+from workbench.models.frozennorm import FrozenAt, FrozenNorm
 from workbench.models.model import Model
 
 CLEAN, PATCH, ANSWERS = ["a dog", "b cat", "c cow"], ["a cat", "b dog", "c hen"], [("a", "b"), ("c", "d"), ("a", "b")]

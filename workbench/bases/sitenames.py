@@ -16,6 +16,7 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)[._](\d+)(?:\.(.*))?$")
 _INSIDE = {
     "": "resid_post", "output": "resid_post", "input": "resid_pre",
     "mlp": "mlp_out", "mlp.output": "mlp_out", "mlp.down_proj.output": "mlp_out", "mlp.down_proj": "mlp_out",
+    "mlp.input": "mlp_in", "pre_feedforward_layernorm.output": "mlp_in", "pre_feedforward_layernorm": "mlp_in",
     "post_feedforward_layernorm.output": "mlp_out", "post_feedforward_layernorm": "mlp_out",
     "mlp.down_proj.input": "mlp_post", "mlp.c_proj.input": "mlp_post", "mlp.dense_4h_to_h.input": "mlp_post",
     **{f"{attention}{end}": "attn_out" for attention in ("self_attn", "attn", "attention") for end in ("", ".output")},
@@ -24,7 +25,7 @@ _INSIDE = {
 """What a path below a block means. In families with a norm after the sublayer `mlp` is not quite `mlp_out`; the check
 on real activations tells."""
 
-_DICTIONARY_LEARNING = re.compile(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out|mlp_post)_layer_?(\d+)$")
+_DICTIONARY_LEARNING = re.compile(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_in|mlp_out|mlp_post)_layer_?(\d+)$")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "model.embed_tokens", "transformer.wte", "gpt_neox.embed_in")
 
 

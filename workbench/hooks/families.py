@@ -172,6 +172,11 @@ class _Block:
     def _mlp(self, mlp: Module) -> None:
         path, module = mlp
         bridge = self.subs["mlp"]
+        stream = self.points.get(Site("resid_mid", self.layer))
+        if stream is not None and stream.module is module:
+            self._refuse("mlp_in", "no norm stands before its MLP, which reads resid_mid")
+        else:
+            self._put("mlp_in", mlp, "in", self.d_model)
         if hasattr(module, "experts") or "MoE" in type(bridge).__name__:
             for kind in ("mlp_pre", "mlp_post"):
                 self._refuse(kind, "its MLP is a mixture of experts, each with its own; mlp_out is their sum")

@@ -21,23 +21,24 @@ Side = Literal["in", "out", "inside"]
 
 HEAD_KINDS = ("q", "k", "v", "z", "pattern")
 LAYER_KINDS = (
-    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", *HEAD_KINDS, "mlp_pre", "mlp_post",
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", *HEAD_KINDS, "mlp_in", "mlp_pre", "mlp_post",
 )  # fmt: skip
 MODEL_KINDS = ("embed", "final_norm", "logits")
 KINDS = LAYER_KINDS + MODEL_KINDS
 
 _ORDER = (
-    "resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post",
+    "resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_in", "mlp_pre", "mlp_post",
+    "mlp_out", "resid_post",
 )  # fmt: skip
 """The kinds of one layer in the order in which a forward pass computes them."""
 _SIDE_BY_SIDE = {"q": ("k", "v"), "k": ("v",), "v": ("pattern",)}
 """Later kinds of the same layer that do not depend on a kind."""
-_ATTENTION, _MLP = ("q", "k", "v", "pattern", "z", "attn_out"), ("mlp_pre", "mlp_post", "mlp_out")
+_ATTENTION, _MLP = ("q", "k", "v", "pattern", "z", "attn_out"), ("mlp_in", "mlp_pre", "mlp_post", "mlp_out")
 
 _TL_PATTERNS = {
     **{kind: f"blocks.{{}}.hook_{kind}" for kind in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")},
     **{kind: f"blocks.{{}}.attn.hook_{kind}" for kind in HEAD_KINDS},
-    "mlp_pre": "blocks.{}.mlp.hook_pre", "mlp_post": "blocks.{}.mlp.hook_post",
+    "mlp_in": "blocks.{}.mlp.hook_in", "mlp_pre": "blocks.{}.mlp.hook_pre", "mlp_post": "blocks.{}.mlp.hook_post",
     "embed": "hook_embed", "final_norm": "ln_final.hook_out", "logits": "unembed.hook_out",
 }  # fmt: skip
 _TL_ALIASES = {"resid_pre": "blocks.{}.hook_in", "resid_post": "blocks.{}.hook_out"}
@@ -46,7 +47,8 @@ _TL_WITHOUT_SITE = {
     "hook_result": "what each head writes is not offered; z is, one head as z.{}.h0",
     "hook_rot_q": "q is read before the rotary embedding", "hook_rot_k": "k is read before the rotary embedding",
     "hook_scale": "the scale of a norm is not offered", "hook_normalized": "a norm without its weight is not offered",
-    "hook_mlp_in": "the input of the MLP is not offered; resid_mid is", "hook_attn_in": "use resid_pre",
+    "hook_mlp_in": "that is the stream before the norm, resid_mid; behind it is mlp_in",
+    "hook_attn_in": "use resid_pre",
 }  # fmt: skip
 
 

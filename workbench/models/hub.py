@@ -53,6 +53,27 @@ def hub_folder(name: str, revision: str | None = None) -> Path | None:
     )
 
 
+def files_of(name: str, patterns: list[str], revision: str | None = None) -> Path:
+    """Some files of a model's repository, fetched where they are not in the local cache: the folder that holds them.
+
+    Raises:
+        ModelUnavailableError: if the hub has no such model, or can't be reached and it is not in the cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    reason = unreachable(name, revision)
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=reason is not None)
+        )
+    except LocalEntryNotFoundError as error:
+        raise ModelUnavailableError(
+            f"{name!r} is not in the local cache, and the Hugging Face hub can't be reached ({reason}). Where there is "
+            f"a network, run `hf download {name} --local-dir FOLDER`, and give FOLDER here."
+        ) from error
+
+
 def unreachable(name: str, revision: str | None = None, kind: Kind = "model") -> str | None:
     """Why the hub does not answer, in a few words; None if it does.
 

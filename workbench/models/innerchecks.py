@@ -66,14 +66,16 @@ def sublayer_checks(
 ) -> tuple[list[Check], dict[Site, str]]:
     """Checks inside the blocks, and the sites to withdraw on all layers because a checked layer breaks its identity.
 
-    `pattern @ v == z`; with q = 0 the pattern is what it is with k = 0, and not what it was; mlp_post with mlp_pre at
-    one number is a multiple of mlp_post with mlp_pre at another, by the factor of an activation.
+    `pattern @ v == z`; with q = 0 the pattern is what it is with k = 0, and not what it was; with the mlp_in of one
+    token everywhere, mlp_out is what it was at that token; mlp_post with mlp_pre at one number is a multiple of
+    mlp_post with mlp_pre at another, by the factor of an activation.
     """
     withdrawn: dict[Site, str] = {}
     checks = []
     for kinds, blamed, statement, measure in (
         (("pattern", "v", "z"), ("pattern", "z"), "pattern @ v == z", _values),
         (("q", "k", "pattern"), ("q", "k"), "q = 0 and k = 0 give the same pattern", _scores),
+        (("mlp_in", "mlp_out"), ("mlp_in",), "mlp_in alone makes mlp_out, token by token", _tokenwise),
         (("mlp_pre", "mlp_post"), ("mlp_pre",), "mlp_post is an activation of mlp_pre, gating or alone", _gate),
     ):
         there = [site for site in sites.points if site not in withdrawn]
@@ -110,6 +112,19 @@ def _scores(hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor], l
     if any(torch.equal(a, b) for a, b in zip(clean, no_q, strict=True)):
         return float("inf")
     return max(relative_error(a, b) for a, b in zip(no_q, no_k, strict=True))
+
+
+def _tokenwise(hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:
+    """How far mlp_out is from what it was at one token, when every token has that token's mlp_in."""
+    read, written = ([Site(kind, n) for n in layers] for kind in ("mlp_in", "mlp_out"))
+    clean = capture(hf, sites, inputs, [*read, *written])
+
+    def hold(site: Site) -> Fn:
+        return lambda x: clean[site][:1, -1:].expand_as(x)
+
+    with attached([(sites[site], hold(site)) for site in read]):
+        held = capture(hf, sites, inputs, written)
+    return max(relative_error(held[site], clean[site][:1, -1:].expand_as(held[site])) for site in written)
 
 
 def _gate(hf: PreTrainedModel, sites: SiteMap, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> float:

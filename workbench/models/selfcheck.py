@@ -92,13 +92,14 @@ def self_check(hf: PreTrainedModel, sites: SiteMap) -> CheckReport:
     Checked on every layer: `resid_pre + attn_out == resid_mid`, `resid_mid + mlp_out == resid_post` (or the parallel
     form), `resid_post == next resid_pre`; once: `unembed(final_norm(last resid_post)) == logits`, and the sum again
     with an edited resid_mid; on the first, middle and last layer: `pattern @ v == z`, that q and k make the pattern,
-    that mlp_pre makes mlp_post; a perturbation at each kind of site changes the logits; gradients reach each kind of
-    site; no token sees a later one. A site that breaks its identity is withdrawn; one inside a sublayer that gradients
-    do not reach, as in quantised weights without a backward pass, is kept for reading and editing.
+    that mlp_in alone makes mlp_out and mlp_pre makes mlp_post; a perturbation at each kind of site changes the logits;
+    gradients reach each kind of site; no token sees a later one. A site that breaks its identity is withdrawn; one
+    inside a sublayer that gradients do not reach, as in quantised weights without a backward pass, is kept for reading
+    and editing.
     """
     ids = _probe_ids(hf)
     inputs = {"input_ids": ids}
-    outer = sorted((s for s in sites.points if s.kind in _STREAM), key=lambda s: s.kind in MODEL_KINDS)
+    outer = sorted((s for s in sites.points if s.kind in (*_STREAM, "mlp_in")), key=lambda s: s.kind in MODEL_KINDS)
     acts = capture(hf, sites, inputs, outer)
     spoilt = next((site for site in outer if bool(acts[site].isnan().any())), None)
     if spoilt is not None:

@@ -41,6 +41,8 @@ def read(folder: Path, overrides: Overrides) -> RawSAE:
 
 def _metadata(named: GemmaScopeName, about: dict[str, object], overrides: Overrides) -> dict[str, object]:
     found = site_metadata(named.site)
+    if named.hooks is not None:
+        found |= dict(zip(("hook_name", "hook_name_out"), named.hooks, strict=True))
     for ours, theirs in (("hook_name", "hf_hook_point_in"), ("hook_name_out", "hf_hook_point_out")):
         if isinstance(about.get(theirs), str):
             found[ours] = about[theirs]

@@ -30,6 +30,7 @@ from workbench.models.weights import is_float, stored_dtypes
 from workbench.saes.formats import releases
 from workbench.saes.formats.build import build, placed, register_own_classes, unbuilt
 from workbench.saes.formats.files import read_config, read_tensors
+from workbench.saes.formats.gains import take_up_gain
 from workbench.saes.formats.known import READERS, SAE_LENS, SAE_LENS_FILES, located, recognise, require_format
 from workbench.saes.formats.lensmodule import LensSAE, sae_lens_module
 from workbench.saes.formats.overrides import Overrides
@@ -99,6 +100,8 @@ def load_sae(
         sae = _load_release(str(where), release, overrides, place, kind)
     sae.cfg.metadata.__dict__.update(site_metadata(overrides.site, overrides.site_out))
     _translate_names(sae)
+    if model is not None:
+        take_up_gain(model, sae)
     if model is not None and check:
         placed_at(sae, model)
         check_sae(model, sae).require()

@@ -44,6 +44,16 @@ class GemmaScopeName:
         return cls(next(kinds, "resid_post"), int(found[-1]) if found else None)
 
     @property
+    def hooks(self) -> tuple[str, str] | None:
+        """What a transcoder reads and writes, in the names of TransformerLens; None for others, or without a layer.
+
+        Its authors moved the gain of the norm before the MLP into the MLP, so it reads the norm without its gain.
+        """
+        if self.layer is None or self.kind != "transcoder":
+            return None
+        return f"blocks.{self.layer}.ln2.hook_normalized", f"blocks.{self.layer}.hook_mlp_out"
+
+    @property
     def site(self) -> Site | None:
         """Where the SAE reads; None for a transcoder, or without a layer.
 

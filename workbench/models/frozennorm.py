@@ -142,7 +142,8 @@ def norms_before(
 
     Args:
         model: the model, which runs once.
-        wanted: for each a site that is the output of the projection, and the site of the stream that the norm reads.
+        wanted: for each a site that is the output of the projection, or the input of the MLP, and the site of the
+            stream that the norm reads.
         who: asks for it, to begin the message.
 
     Returns:
@@ -155,15 +156,17 @@ def norms_before(
     ids = torch.randint(0, model.d_vocab, (1, 6), generator=torch.Generator().manual_seed(0)).to(model.device)
     layers = {stream.layer or 0 for _, stream in wanted}
     seen: dict[int, list[tuple[nn.Module, Tensor, Tensor]]] = {layer: [] for layer in layers}
+    named = {point.module for point, _ in wanted}
 
-    def note(layer: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if args and isinstance(output, Tensor):
-            seen[layer].append((module, args[0], output))
+    def note(layer: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if args and isinstance(first, Tensor):
+            seen[layer].append((module, args[0], first))
 
     with Hooks() as on:
         for layer in layers:
             for part in model.site_map[Site("resid_pre", layer)].module.modules():
-                if not list(part.children()):
+                if part in named or not list(part.children()):
                     on.add(part, functools.partial(note, layer))
         streams = [stream for _, stream in wanted]
         acts = model.capture(ids, [*dict.fromkeys(streams), Site("resid_post", max(layers))])
