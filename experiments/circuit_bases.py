@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from workbench.core.errors import InvalidInputError, MissingFileError
 
 if TYPE_CHECKING:
+    from circuits.graph.circuit import Circuit
     from workbench.bases.base import Basis
+    from workbench.features import CardSet
     from workbench.models.model import Model
 
 KINDS = {"neurons": ("attn_out", "mlp_out", "resid_post"), "mlp_hidden": ("mlp_out",), "heads": ("attn_out",)}
@@ -54,3 +56,15 @@ class BasesOptions:
                 f"--sites {missing[0]}: {self.bases} has SAEs at {', '.join(held)}. Choose among these."
             )
         return bases(model, {site: held[site] for site in wanted})
+
+    def cards(self, circuit: Circuit) -> dict[str, CardSet]:
+        """The feature cards that lie with the SAEs of a circuit's sites, by site; none for bases without training."""
+        from circuits.saes.folder import saes_in
+        from workbench.features.cards.cardset import CARDS_FILE, CardSet
+        from workbench.saes.home import SAEHome
+
+        if self.bases in KINDS:
+            return {}
+        there, sites = saes_in(self.bases), {site for site, _, _ in circuit.nodes()}
+        homes = {site: SAEHome(folder) for site, folder in there.items() if site in sites}
+        return {s: CardSet.load(home.cards) for s, home in homes.items() if (home.cards / CARDS_FILE).is_file()}

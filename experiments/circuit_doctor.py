@@ -107,7 +107,8 @@ class CircuitDoctor(OfCircuit[DoctorReport]):
         with_edges = newest_of(found.path, EDGES)
         circuit.to_html(
             run.artifacts / PAGE, None if with_edges is None else edges_in(with_edges / "artifacts" / PARTS),
-            pairs=pairs, effects=effects_in(found.path / "artifacts" / PARTS), title=title_of(found.study),
+            pairs=pairs, effects=effects_in(found.path / "artifacts" / PARTS), cards=found.study.cards(circuit),
+            title=title_of(found.study),
         )  # fmt: skip
 
     def details(self, report: DoctorReport, folder: Path) -> list[str]:

@@ -100,7 +100,10 @@ class CircuitEdges(OfCircuit[FoundEdges]):
         save_json(run.artifacts / FOUND_FILE, {"run": found.path.name})
         edges.frame().to_csv(run.artifacts / EDGES_FILE, index=False)
         effects = effects_in(found.path / "artifacts" / PARTS)
-        found.circuit.to_html(run.artifacts / PAGE, edges, pairs=pairs, effects=effects, title=title_of(found.study))
+        found.circuit.to_html(
+            run.artifacts / PAGE, edges, pairs=pairs, effects=effects, cards=found.study.cards(found.circuit),
+            title=title_of(found.study),
+        )  # fmt: skip
         return FoundEdges(edges=edges)
 
     def _edges(self, found: FoundRun, model: Model, pairs: Pairs) -> Edges:

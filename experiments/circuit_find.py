@@ -94,7 +94,9 @@ class CircuitFind(BasesStudy[FoundCircuit]):
         effects = self._effects(run, model, bases, pairs)
         circuit = effects.circuit(n=self.n, sign=self.sign, errors=self.errors)
         circuit.save(run.artifacts / CIRCUIT)
-        circuit.to_html(run.artifacts / PAGE, pairs=pairs, effects=effects, title=title_of(self))
+        circuit.to_html(
+            run.artifacts / PAGE, pairs=pairs, effects=effects, cards=self.cards(circuit), title=title_of(self)
+        )
         return FoundCircuit(circuit=circuit, gaps=effects.gaps, n=effects.n, metric=effects.metric, note=pairs.note)
 
     def _effects(self, run: RunDir, model: Model, bases: dict[str, Basis], pairs: Pairs) -> NodeEffects:

@@ -139,7 +139,8 @@ class Discover(BasesOptions, Study[Discovery]):
             addresses[cluster] = f"{PAGES}/cluster-{cluster:04d}.html"
             pairs = found.behaviours.samples.pairs(list(found[cluster].found_on))
             title = f"Circuit of cluster {cluster}"
-            found[cluster].circuit.to_html(folder / addresses[cluster], pairs=pairs, title=title)
+            circuit = found[cluster].circuit
+            circuit.to_html(folder / addresses[cluster], pairs=pairs, cards=self.cards(circuit), title=title)
         return addresses
 
     def _show_estimate(self, model: Model, bases: Mapping[str, Basis], options: DiscoveryOptions) -> None:

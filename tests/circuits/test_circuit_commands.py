@@ -19,10 +19,28 @@ from circuits.edges.parts import merged
 from circuits.faithful.report import CIRCUIT
 from circuits.graph.names import ERROR
 from circuits.nodes.parts import effects_in
+from circuits.saes.folder import SAEIndex, SiteSAE
+from experiments.circuit_bases import BasesOptions
 from tests.tiny import tiny_hf, tiny_tokenizer
 from workbench.cli import main
+from workbench.core.stats import Estimate
+from workbench.features import CardSet, FeatureCard, Window
 from workbench.models.loading import load_model
 from workbench.models.model import Model
+
+
+class _Card:
+    def __init__(self, feature: int) -> None:
+        self.feature = feature
+
+    def card(self, place: int) -> FeatureCard:
+        window = Window((" the", " zebra"), (0.0, 2.0), 1, "top", 0, 0)
+        return FeatureCard(feature=self.feature, frequency=0.1, max_act=2.0, n_tokens=9, windows=(window,))
+
+
+def save_cards(folder: Path, feature: int) -> None:
+    CardSet((feature,), {}, _Card(feature)).save(folder)
+
 
 SITES = ["attn_out.0", "resid_post.1", "resid_post.2"]
 METRIC = circuits.logit_difference()
@@ -90,6 +108,26 @@ def test_find_saves_the_circuit_of_all_pairs(folder: Path, found: Path, model: M
     page = (found / "report.html").read_text(encoding="utf-8")
     assert "Completeness gap" in page and "Strongest nodes" in page
     assert (found / "artifacts" / "circuit.html").is_file()
+
+
+def test_cards_that_lie_with_the_saes_get_onto_the_page(found: Path, tmp_path: Path) -> None:
+    circuit = circuits.load_circuit(found / "artifacts" / "circuit")
+    site, _, feature = next(node for node in circuit.nodes() if node[2] != ERROR)
+    fvu = Estimate(0.1, 0.0, 0.2, 9, "none", "rows")
+    for name in (site, "mlp_out.0", "without"):  # one that the circuit has, one that it has not, one without cards
+        (tmp_path / name).mkdir()
+    for name in (site, "mlp_out.0"):
+        save_cards(tmp_path / name / "cards", feature)
+    other = next(name for name, _, _ in circuit.nodes() if name != site)
+    saes = [
+        SiteSAE(site=at, folder=name, fvu=fvu, pca=fvu, l0=1.0, dead=0.0, n_tokens=9, seconds=1.0)
+        for at, name in ((site, site), ("mlp_out.0", "mlp_out.0"), (other, "without"))
+    ]
+    SAEIndex("embedded", 0.5, tuple(saes)).save(tmp_path)
+    cards = BasesOptions(bases=str(tmp_path)).cards(circuit)
+    assert list(cards) == [site] and BasesOptions().cards(circuit) == {}
+    page = circuit.to_html(tmp_path / "circuit.html", cards=cards).read_text(encoding="utf-8")
+    assert "zebra" in page
 
 
 def test_edges_of_parts_are_those_of_all_pairs_and_get_onto_the_page(

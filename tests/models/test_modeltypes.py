@@ -121,7 +121,8 @@ def test_sites_without_gradients_are_kept_for_reading_and_editing() -> None:
     model = Model(hf, tiny_tokenizer())
     report = model.self_check()
     assert report.ok and not report.withdrawn, str(report)
-    assert {site.kind for site in report.no_gradient} == {"q", "k", "v", "z", "pattern", "mlp_pre", "mlp_post"}
+    inside = {"q", "k", "v", "z", "pattern", "mlp_in", "mlp_pre", "mlp_post"}
+    assert {site.kind for site in report.no_gradient} == inside
     assert model.capture(IDS, ["z.1.h0"])["z.1.h0"].shape == (2, 6, 8)
     assert model.capture(IDS, ["attn_out.1"], grad=True)
     with pytest.raises(UnknownSiteError, match=r"z\.1\.h0 has no gradient.*grad=True"):
