@@ -69,8 +69,16 @@ from circuits.shift.deciders import (
     Node,
     OracleDecider,
     StatisticsDecider,
+    TokenContext,
     Verdict,
 )
+from circuits.shift.judging.agreement import Agreement, agreement
+from circuits.shift.judging.annotated import AnnotatedDecider
+from circuits.shift.judging.annotations import Annotation, read_annotations, save_annotations, verdicts_of
+from circuits.shift.judging.named import judge_named
+from circuits.shift.judging.page import QueueCard
+from circuits.shift.judging.queue import JudgingQueue, judging_queue
+from circuits.shift.judging.within_label import WithinLabelDecider
 from circuits.shift.reading import ShiftOptions, read_study
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.sources import read_task
@@ -80,6 +88,19 @@ from circuits.shift.task import ShiftTask
 from circuits.shift.texts import LabelledTexts
 
 __all__ = [
+    "verdicts_of",
+    "TokenContext",
+    "WithinLabelDecider",
+    "judging_queue",
+    "QueueCard",
+    "JudgingQueue",
+    "judge_named",
+    "save_annotations",
+    "read_annotations",
+    "Annotation",
+    "AnnotatedDecider",
+    "agreement",
+    "Agreement",
     "DECIDERS",
     "AskedDecider",
     "Attribution",

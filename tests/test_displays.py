@@ -409,6 +409,19 @@ REAL: dict[type, Callable[[Path], object]] = {
     circuits.Faithfulness: lambda _: _faithful(),
     circuits.FaithfulnessCurve: lambda _: circuits.FaithfulnessCurve((CurvePoint(EVIL, 9, _faithful()),) * 500),
     circuits.ShiftTask: lambda _: _task(),
+    circuits.Agreement: lambda _: circuits.Agreement(
+        judges=(EVIL, EVIL), observed=wb.Estimate(1.0, 0.5, 1.0, 9, "t"), chance=0.5, kappa=None,
+        table=((10**9,) * 3,) * 3, disputed=((EVIL, EVIL, EVIL),) * 500,
+    ),
+    circuits.JudgingQueue: lambda folder: circuits.JudgingQueue(
+        cards=(
+            circuits.QueueCard(
+                feature="resid_post.1/3", tokens=(EVIL,) * 6, n_tokens=10**9,
+                contexts=(circuits.TokenContext(EVIL, EVIL, EVIL),) * 6,
+            ),
+        ) * 500,
+        path=folder / "none.jsonl", judge=EVIL, label_names=(EVIL,) * 2, spurious_names=(EVIL,) * 2,
+    ),
     circuits.SAEsEstimate: lambda _: circuits.SAEsEstimate(
         sites=90, passes=3, seconds=1e6, memory_bytes=10**9, disk_bytes=10**12
     ),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from circuits.shift.deciders import (
-    DECIDERS,
     Decider,
     Decision,
     FeatureDossier,
@@ -17,6 +16,7 @@ from circuits.shift.deciders import (
     StatisticsDecider,
     Verdict,
 )
+from circuits.shift.judging.named import judge_named
 from circuits.shift.task import NEEDS, Need, ShiftTask
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
@@ -39,27 +39,40 @@ MIN_YES = 0.5
 class AskedDecider(OneLine):
     """Asks a judge whether a feature's strongest tokens tell the attribute, and whether they tell the label.
 
-    A feature is spurious if the judge says yes to the attribute, and more so than to the label. Before that the judge
-    has to tell the task's two word lists apart; until it does, no feature is decided.
+    A feature is spurious if the judge says yes to the attribute, and more so than to the label. Where the attribute has
+    no name, it is spurious if its tokens do not tell the label. Before that the judge has to tell the task's two word
+    lists apart; until it does, no feature is decided.
 
     Attributes:
         judge: who answers.
-        attribute: names of the attribute's values.
+        attribute: names of the attribute's values, () if it has none.
         label: names of the labels.
-        gate: what the judge can do.
+        gate: what the judge can do; None if it was not tried, since the task has no word lists.
     """
 
     judge: Judge
     attribute: tuple[str, ...]
     label: tuple[str, ...]
-    gate: JudgeGate
+    gate: JudgeGate | None
 
     is_oracle = False
 
     @classmethod
-    def of(cls, judge: Judge, task: ShiftTask, seed: int = 0) -> AskedDecider:
-        """Tries the judge on the words of the task."""
-        return cls(judge, task.spurious_names, task.label_names, words_gate(judge, task, seed))
+    def of(cls, judge: Judge, task: ShiftTask, seed: int = 0, *, allow_untested: bool = False) -> AskedDecider:
+        """Tries the judge on the words of the task.
+
+        Args:
+            judge: who answers.
+            task: with lists of words for attribute and label.
+            seed: decides the words.
+            allow_untested: take the judge's word where the task has no lists to try it on; the report says so.
+
+        Raises:
+            MismatchError: if there are no lists, and an untested judge is not allowed.
+        """
+        is_untested = allow_untested and "words" in task.missing()
+        gate = None if is_untested else words_gate(judge, task, seed)
+        return cls(judge, task.spurious_names, task.label_names, gate)
 
     @property
     def name(self) -> str:
@@ -69,28 +82,28 @@ class AskedDecider(OneLine):
     @property
     def information(self) -> str:
         """What the judge uses, in words."""
-        return (
-            "the tokens on which a feature is most active, and the names of attribute and label; tried on the task's "
-            "two word lists; no text, no label of a row"
-        )
+        names = "the names of attribute and label" if self.attribute else "the names of the labels"
+        tried = "tried on the task's two word lists" if self.gate else "UNTESTED, since the task has no word lists"
+        return f"the tokens on which a feature is most active, and {names}; {tried}; no text, no label of a row"
 
     def __call__(self, dossier: FeatureDossier) -> Verdict:
         """The verdict on one feature; "unsure" where the judge is refused or gives no readable reply."""
-        refusal = self.gate.refusal()
+        refusal = self.gate.refusal() if self.gate else None
         if refusal and not isinstance(self.judge, FileJudge):  # who answers in a file is asked everything at once
             return Verdict(dossier.node, "unsure", 0.0, refusal)
         words = [token for token, _ in dossier.top_tokens]
-        questions = [words_question(words, self.attribute), words_question(words, self.label)]
-        attribute, label = ask(self.judge, questions).values.tolist()
+        asked = [names for names in (self.attribute, self.label) if names]
+        told = ask(self.judge, [words_question(words, names) for names in asked]).values.tolist()
+        label, attribute = told[-1], told[0] if self.attribute else 1.0 - told[-1]
         score = attribute - label
         if refusal or np.isnan(score):
             return Verdict(dossier.node, "unsure", 0.0, refusal or "no readable reply")
         decision: Decision = "unsure"
         if max(attribute, label) >= MIN_YES and score:
             decision = "spurious" if score > 0 else "intended"
-        told = {" or ".join(self.attribute): attribute, " or ".join(self.label): label}
-        why = f"its tokens tell {'; '.join(f'{names}: {number(share)}' for names, share in told.items())}"
-        return Verdict(dossier.node, decision, score, why)
+        shares = (f"{' or '.join(names)}: {number(share)}" for names, share in zip(asked, told, strict=True))
+        untested = "" if self.gate else "; the judge is untested"
+        return Verdict(dossier.node, decision, score, f"its tokens tell {'; '.join(shares)}{untested}")
 
 
 _NEEDED: tuple[tuple[type[Decider] | type[AskedDecider], Need], ...] = (
@@ -109,7 +122,7 @@ def decider_of(judge: Decider | Judge | str | None, task: ShiftTask, seed: int =
     if judge is None:
         return _default(missing)
     if isinstance(judge, str):
-        judge = DECIDERS[judge]()
+        judge = judge_named(judge)
     for kind, need in _NEEDED:
         if isinstance(judge, kind) and need in missing:
             raise MismatchError(f"shift: the {judge.name} judge can't decide, since {missing[need]}. Give another.")
@@ -139,7 +152,10 @@ def words_question(words: Iterable[str], names: Sequence[str]) -> Question:
 def words_gate(judge: Judge, task: ShiftTask, seed: int = 0) -> JudgeGate:
     """Tries a judge on words of the task's two lists, each with the question that fits and with the other one."""
     if not (task.spurious_words and task.target_words):
-        raise MismatchError(f"words_gate: {NEEDS['words']}, so a judge can't be tried. Give both lists.")
+        raise MismatchError(
+            f"words_gate: {NEEDS['words']}, so the judge {judge.name} can't be tried. Give both lists, "
+            "or circuits.AskedDecider.of(judge, task, allow_untested=True) to take its word."
+        )
     random, pairs = np.random.default_rng(seed), (task.spurious_names, task.label_names)
     lists = [sorted(task.spurious_words), sorted(task.target_words)]
     cases = [random.choice(words, min(WORDS_PER_CASE, len(words)), replace=False).tolist()

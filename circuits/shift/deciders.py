@@ -31,6 +31,28 @@ class Node(OneLine):
     def __str__(self) -> str:
         return f"{self.site}/{self.feature}"
 
+    @classmethod
+    def of(cls, name: str) -> Node:
+        """The node of a name such as "resid_post.15/3036".
+
+        Raises:
+            InvalidInputError: if it is none.
+        """
+        site, _, feature = name.rpartition("/")
+        if not site or not feature.isdecimal():
+            raise InvalidInputError(f"{name!r} is no feature. A name is written resid_post.15/3036: site, then number.")
+        return cls(site, int(feature))
+
+
+@checked
+@dataclass(frozen=True)
+class TokenContext(OneLine):
+    """A token on which a feature is active, with the text around it."""
+
+    before: str
+    token: str
+    after: str
+
 
 @dataclass(frozen=True, eq=False)
 class BalancedEvidence:
@@ -62,6 +84,7 @@ class FeatureDossier(OneLine):
         target_share: share that falls on words of the label; None without a list of them.
         n_tokens: tokens on which it is active.
         balanced: given to oracles only.
+        contexts: the texts around its largest activations, one per text.
     """
 
     node: Node
@@ -74,6 +97,7 @@ class FeatureDossier(OneLine):
     target_share: float | None
     n_tokens: int
     balanced: BalancedEvidence | None = None
+    contexts: tuple[TokenContext, ...] = ()
 
 
 @checked

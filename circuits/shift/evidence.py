@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.shift.deciders import Node
+from circuits.shift.deciders import Node, TokenContext
 from circuits.shift.words import word_pattern
 from workbench.bases.base import Basis
 from workbench.controls.tokens import TokenPolicy
@@ -24,6 +24,9 @@ from workbench.interventions.proof import EditReport
 from workbench.interventions.saes import SAEAblate
 from workbench.models.model import Model
 from workbench.probes.linear import mean_pool
+
+CONTEXT_TOKENS = 12
+"""Tokens shown on each side of one on which a feature is active."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,12 +166,14 @@ class TokenEvidence:
         spurious_share: share of its activation on the first word list, None if that is empty.
         target_share: share on the second.
         n_tokens: tokens on which it is active.
+        contexts: the texts around its largest activations, one per text.
     """
 
     top_tokens: tuple[tuple[str, float], ...]
     spurious_share: float | None
     target_share: float | None
     n_tokens: int
+    contexts: tuple[TokenContext, ...]
 
 
 def token_evidence(
@@ -195,9 +200,12 @@ def token_evidence(
         on_words.append(marks[keep].cpu())
         strings += [_strings(row, k) for row, k in zip(batch.str_tokens, keep, strict=True)]
     flat = [token for row in strings for token in row]
+    row_of = [i for i, row in enumerate(strings) for _ in row]
     marks = torch.cat(on_words).float()
     return {
-        Node(site, f): _evidence(torch.cat(acts[site])[:, i], flat, marks, [bool(list_) for list_ in words], top)
+        Node(site, f): _evidence(
+            torch.cat(acts[site])[:, i], flat, row_of, marks, [bool(list_) for list_ in words], top
+        )
         for site in reader.bases for i, f in enumerate(features[site])
     }  # fmt: skip
 
@@ -208,15 +216,28 @@ def _strings(row: tuple[str, ...], keep: Tensor) -> list[str]:
     return [token for token, wanted in zip(row, kept.tolist(), strict=True) if wanted]
 
 
-def _evidence(acts: Tensor, strings: Sequence[str], marks: Tensor, listed: Sequence[bool], top: int) -> TokenEvidence:
+def _evidence(
+    acts: Tensor, strings: Sequence[str], row_of: Sequence[int], marks: Tensor, listed: Sequence[bool], top: int
+) -> TokenEvidence:
     total = float(acts.sum())
     shares = (acts @ marks / total).tolist() if total else [0.0, 0.0]
     of_spurious, of_target = (share if there else None for share, there in zip(shares, listed, strict=True))
     best: dict[str, float] = {}
-    for i in acts.argsort(descending=True)[: 20 * top].tolist():
+    contexts: dict[int, TokenContext] = {}
+    for i in map(int, acts.argsort(descending=True)[: 20 * top].tolist()):
         if acts[i] > 0 and len(best) < top:
-            best.setdefault(strings[int(i)], float(acts[i]))
-    return TokenEvidence(tuple(best.items()), of_spurious, of_target, int((acts > 0).sum()))
+            best.setdefault(strings[i], float(acts[i]))
+        if acts[i] > 0 and len(contexts) < top and row_of[i] not in contexts:
+            contexts[row_of[i]] = _context(strings, row_of, i)
+    n_tokens = int((acts > 0).sum())
+    return TokenEvidence(tuple(best.items()), of_spurious, of_target, n_tokens, tuple(contexts.values()))
+
+
+def _context(strings: Sequence[str], row_of: Sequence[int], i: int) -> TokenContext:
+    near = [j for j in range(max(0, i - CONTEXT_TOKENS), i + CONTEXT_TOKENS + 1) if j < len(strings)]
+    near = [j for j in near if row_of[j] == row_of[i]]
+    before, after = ("".join(strings[j] for j in part) for part in (range(near[0], i), range(i + 1, near[-1] + 1)))
+    return TokenContext(before, strings[i], after)
 
 
 def _marked(model: Model, batch: TokenBatch, texts: Sequence[str], words: frozenset[str], start: int) -> Tensor:

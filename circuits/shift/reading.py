@@ -162,5 +162,5 @@ def _dossier(study: ShiftStudy, node: Node, effect: float, tokens: TokenEvidence
         node=node, effect=effect, acts=column(study.train),
         swapped=None if task.swapped is None else column(study.swapped), label=np.array(task.train.label, float),
         top_tokens=tokens.top_tokens, spurious_share=tokens.spurious_share, target_share=tokens.target_share,
-        n_tokens=tokens.n_tokens, balanced=evidence,
+        n_tokens=tokens.n_tokens, balanced=evidence, contexts=tokens.contexts,
     )  # fmt: skip
