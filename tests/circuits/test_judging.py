@@ -252,7 +252,7 @@ def test_verdicts_on_the_page_are_kept_and_come_back_as_a_file(tmp_path: Path, b
     browser.call("Page.reload")
     browser.until("!window.isOld && document.readyState === 'complete'")
     assert browser.js(shown) == queue.cards[3].feature, "verdicts outlive the page"
-    assert "4 of 4, 3 judged" == browser.js("document.getElementById('progress').textContent")
+    assert browser.js("document.getElementById('progress').textContent") == "4 of 4, 3 judged"
     (tmp_path / "exported.jsonl").write_text(browser.js("window.queueLines()"))
     assert queue.take(tmp_path / "exported.jsonl") == 3 and browser.problems == []
     assert [(a.verdict, a.rationale) for a in queue.annotations()] == [
