@@ -80,6 +80,7 @@ from circuits.shift.judging.page import QueueCard
 from circuits.shift.judging.queue import JudgingQueue, judging_queue
 from circuits.shift.judging.within_label import WithinLabelDecider
 from circuits.shift.reading import ShiftOptions, read_study
+from circuits.shift.removal import RemovalOptions, RemovalScores, scr, tpp
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.sources import read_task
 from circuits.shift.strength import SplitOptions
@@ -139,6 +140,8 @@ __all__ = [
     "PatchGrid",
     "PathEffects",
     "PrunedCircuit",
+    "RemovalOptions",
+    "RemovalScores",
     "SAETrainingOptions",
     "SAEsEstimate",
     "SampleOptions",
@@ -195,14 +198,16 @@ __all__ = [
     "pca",
     "probe_margin",
     "random",
-    "read_task",
     "random_circuit",
     "random_coders",
-    "sample_vectors",
     "read_study",
+    "read_task",
+    "sample_vectors",
+    "scr",
     "shift",
     "token_means",
     "top_activation_circuit",
+    "tpp",
     "train_saes",
     "with_cues",
 ]

@@ -23,6 +23,7 @@ import workbench as wb
 from circuits.attribution_graphs.validation import Validation
 from circuits.discovery.cluster_circuits import RUNS, ClusterCircuit
 from circuits.faithful.curves import CurvePoint
+from circuits.shift.removal import RemovalRow
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.manifest import Manifest, SiteStats
 from workbench.activations.store import ActivationStore
@@ -384,6 +385,14 @@ def _edges() -> circuits.Edges:
     return circuits.edge_effects(*_bench(), _pairs(), METRIC, _effects().circuit(n=200))
 
 
+def _removal() -> circuits.RemovalScores:
+    share = wb.Estimate(0.5, 0.25, 0.75, 9, EVIL)
+    row = RemovalRow(n_features=9, n_ablated=9, score=share, random=None, noise=share)
+    return circuits.RemovalScores(
+        name=EVIL, site=EVIL, ablated=EVIL, rows=(row,) * 99, accuracies=((EVIL, share),), notes=(EVIL,)
+    )
+
+
 @cache
 def _faithful() -> circuits.Faithfulness:
     return circuits.faithfulness(*_bench(), _effects().circuit(n=9), _pairs(), METRIC)
@@ -422,6 +431,7 @@ REAL: dict[type, Callable[[Path], object]] = {
         ) * 500,
         path=folder / "none.jsonl", judge=EVIL, label_names=(EVIL,) * 2, spurious_names=(EVIL,) * 2,
     ),
+    circuits.RemovalScores: lambda _: _removal(),
     circuits.SAEsEstimate: lambda _: circuits.SAEsEstimate(
         sites=90, passes=3, seconds=1e6, memory_bytes=10**9, disk_bytes=10**12
     ),
