@@ -18,7 +18,7 @@ class _WithoutCues:
 
     def __call__(self, study: ShiftStudy) -> Prediction:
         train, test = (
-            study.reader.read([without(text, self.cues) for text in part.texts], "reading without cues").x
+            study.reader.pooled([without(text, self.cues) for text in part.texts], "reading without cues")
             for part in (study.train, study.test)
         )
         return Prediction((study.refit(train).predict(test),))
@@ -42,4 +42,6 @@ def cues_stripped(cues: Sequence[Cue]) -> tuple[ShiftMethod, ...]:
         return ()
     names = " and ".join(cue.name for cue in cues)
     information = f"what the cue is ({names}); the probe is trained and tested on texts without it"
-    return (Method(name="cues stripped", information=information, run=_WithoutCues(tuple(cues)), role="rival"),)
+    return (
+        Method(name="cues stripped", information=information, run=_WithoutCues(tuple(cues)), role="rival", regime="R0"),
+    )

@@ -17,7 +17,8 @@ from circuits.shift.deciders import (
     Verdict,
 )
 from circuits.shift.judging.named import judge_named
-from circuits.shift.task import NEEDS, Need, ShiftTask
+from circuits.shift.needs import NEEDS, Need
+from circuits.shift.task import ShiftTask
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import MismatchError

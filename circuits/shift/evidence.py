@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,7 @@ CONTEXT_TOKENS = 12
 """Tokens shown on each side of one on which a feature is active."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PooledTexts(OneLine):
     """Mean over the readable tokens of each text; on the CPU, where probes are fitted.
 
@@ -40,6 +40,7 @@ class PooledTexts(OneLine):
         frequency: share of the readable tokens on which each feature is active, per site.
         n_tokens: readable tokens.
         n_left_out: tokens of the texts that are not read (first, special, sinks).
+        others: `acts` and `frequency` of each set of bases that was read along.
     """
 
     texts: tuple[str, ...]
@@ -48,6 +49,12 @@ class PooledTexts(OneLine):
     frequency: dict[str, Float[Tensor, " d_sae"]]
     n_tokens: int
     n_left_out: int
+    others: Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=dict)
+
+    def along(self, name: str) -> PooledTexts:
+        """The same texts with the features of a set of bases that was read along."""
+        acts, frequency = self.others[name]
+        return replace(self, acts=acts, frequency=frequency, others={})
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +67,7 @@ class Reader(OneLine):
         probe_site: where the probe reads.
         policy: which tokens are pooled and edited, by their norm at the probe's site.
         batch_size: texts per forward pass.
+        along: further sets of bases by name, read in the same passes.
     """
 
     model: Model
@@ -67,6 +75,7 @@ class Reader(OneLine):
     probe_site: str
     policy: TokenPolicy
     batch_size: int = 32
+    along: Mapping[str, Mapping[str, Basis]] = field(default_factory=dict)
 
     @classmethod
     def fitted(
@@ -89,20 +98,36 @@ class Reader(OneLine):
     def read(self, texts: Sequence[str], what: str) -> PooledTexts:
         """Pooled activations of unedited texts."""
         x, n_tokens, n_left_out = [], 0, 0
-        acts: dict[str, list[Tensor]] = {site: [] for site in self.bases}
-        active: dict[str, list[Tensor]] = {site: [] for site in self.bases}
+        every = {"": self.bases, **self.along}
+        pooled: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {
+            name: {site: [] for site in bases} for name, bases in every.items()
+        }
+        sites = list(dict.fromkeys([self.probe_site, *(site for bases in every.values() for site in bases)]))
         for batch in self._batches(texts, what):
-            captured = self.model.capture(batch, list(dict.fromkeys([self.probe_site, *self.bases])))
+            captured = self.model.capture(batch, sites)
             keep = self.keep(batch, captured.flat(self.probe_site))
             x.append(mean_pool(captured.flat(self.probe_site), keep).cpu())
             n_tokens, n_left_out = n_tokens + int(keep.sum()), n_left_out + batch.n_tokens - int(keep.sum())
-            for site, basis in self.bases.items():
-                pooled, counts = pooled_features(basis, captured.flat(site), keep)
-                acts[site].append(pooled)
-                active[site].append(counts)
-        frequency = {site: torch.stack(parts).sum(0) / n_tokens for site, parts in active.items()}
-        pooled_acts = {site: torch.cat(parts) for site, parts in acts.items()}
-        return PooledTexts(tuple(texts), torch.cat(x), pooled_acts, frequency, n_tokens, n_left_out)
+            for name, bases in every.items():
+                for site, basis in bases.items():
+                    pooled[name][site].append(pooled_features(basis, captured.flat(site), keep))
+        found = {
+            name: (
+                {site: torch.cat([acts for acts, _ in parts]) for site, parts in of_site.items()},
+                {site: torch.stack([n for _, n in parts]).sum(0) / n_tokens for site, parts in of_site.items()},
+            )
+            for name, of_site in pooled.items()
+        }
+        acts, frequency = found.pop("")
+        return PooledTexts(
+            texts=tuple(texts), x=torch.cat(x), acts=acts, frequency=frequency, n_tokens=n_tokens,
+            n_left_out=n_left_out, others=found,
+        )  # fmt: skip
+
+    def pooled(self, texts: Sequence[str], what: str) -> Float[Tensor, "rows d"]:
+        """Pooled activations at the probe's site alone, for texts whose features nobody looks at."""
+        bare = replace(self, bases={}, along={})
+        return bare.read(texts, what).x
 
     def ablated(self, pooled: PooledTexts, nodes: Sequence[Node]) -> Float[Tensor, "rows d"]:
         """Pooled activations at the probe's site with features set to zero and the SAE's error kept."""

@@ -110,7 +110,7 @@ def group_scores(
         groups=groups,
         worst_group=min(groups, key=lambda group: group[1].value)[0],
         attribute_accuracy=wilson(int((p == a).sum()), len(p), unit=unit),
-        mcc=_correlation(a, p, unit, seed),
+        mcc=cue_correlation(a, p, unit=unit, seed=seed),
         empty=tuple(name for name, rows in chosen.items() if not rows.any()),
     )
 
@@ -130,7 +130,10 @@ def matthews(tables: Int[np.ndarray, "*draws k k"]) -> np.ndarray:
     return np.divide(top, bottom, out=np.zeros_like(top, dtype=float), where=bottom > 0)
 
 
-def _correlation(a: np.ndarray, p: np.ndarray, unit: str, seed: int) -> Estimate:
+def cue_correlation(
+    a: Int[np.ndarray, " rows"], p: Int[np.ndarray, " rows"], *, unit: str = "texts", seed: int = 0
+) -> Estimate:
+    """Matthews correlation of two columns of whole numbers, with a bootstrap interval over rows."""
     k, n = int(max(a.max(), p.max())) + 1, len(a)
     table = np.bincount(a * k + p, minlength=k * k)
     value = float(matthews(table.reshape(k, k)))

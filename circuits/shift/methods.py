@@ -9,8 +9,11 @@ import numpy as np
 import torch
 
 from circuits.shift.deciders import Node
+from circuits.shift.group_scores import cue_correlation
+from circuits.shift.heads.base import Regime
+from circuits.shift.needs import Need
 from circuits.shift.rows import Comparison, MethodRow, OverDraws
-from circuits.shift.task import Need, Prediction, ShiftMethod, ShiftStudy, ShiftTask
+from circuits.shift.task import Prediction, ShiftMethod, ShiftStudy, ShiftTask
 from circuits.shift.words import delete_words
 from workbench.controls.methods import Method, Role
 from workbench.core.errors import DegenerateInputError
@@ -28,6 +31,7 @@ def ablation(
     *,
     is_random: bool = False,
     needs: tuple[Need, ...] = (),
+    regime: Regime = "R0",
 ) -> tuple[ShiftMethod, ShiftMethod]:
     """Two methods: sets of features ablated with the probe as it is, and with the probe retrained.
 
@@ -39,6 +43,7 @@ def ablation(
         compared_with: methods that each is compared with.
         is_random: whether the sets were drawn.
         needs: what the task must have.
+        regime: what the choice of the sets may see.
     """
 
     def kept(study: ShiftStudy) -> Prediction:
@@ -55,24 +60,26 @@ def ablation(
 
     return (
         Method(
-            name=name, information=information, run=kept, role=roles[0], compared_with=compared_with[0], needs=needs
+            name=name, information=information, run=kept, role=roles[0], compared_with=compared_with[0], needs=needs,
+            regime=regime,
         ),
         Method(
             name=f"{name} + retrain", information=information, run=retrained, role=roles[1],
-            compared_with=compared_with[1], needs=needs,
+            compared_with=compared_with[1], needs=needs, regime=regime,
         ),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _WithoutWords:
-    """A value and no closure, so that equal tasks have equal methods."""
+class WithoutWords:
+    """Deletes words; a value and no closure, so that equal tasks have equal methods."""
 
     words: frozenset[str]
 
     def __call__(self, study: ShiftStudy) -> Prediction:
+        """The labels that a probe gives to texts without these words."""
         train, test = (
-            study.reader.read([delete_words(text, self.words) for text in part.texts], "reading without words").x
+            study.reader.pooled([delete_words(text, self.words) for text in part.texts], "reading without words")
             for part in (study.train, study.test)
         )
         return Prediction((study.refit(train).predict(test),))
@@ -81,7 +88,7 @@ class _WithoutWords:
 def words_deleted(name: str, words: Iterable[str]) -> ShiftMethod:
     """Deletes words from all texts, for tasks whose attribute can be listed."""
     information = "the word list; the probe is trained and tested on the shorter texts"
-    return Method(name=name, information=information, run=_WithoutWords(frozenset(words)), role="rival")
+    return Method(name=name, information=information, run=WithoutWords(frozenset(words)), role="rival", regime="R0")
 
 
 def _original(study: ShiftStudy) -> Prediction:
@@ -109,14 +116,15 @@ def _oracle_probe(study: ShiftStudy) -> Prediction:
     return Prediction((study.refit(study.balanced.x, study.task.balanced.label).predict(study.test.x),))
 
 
-ORIGINAL: ShiftMethod = Method(name="original", information="nothing else", run=_original, role="start")
+ORIGINAL: ShiftMethod = Method(name="original", information="nothing else", run=_original, role="start", regime="R0")
 SWAP_DIRECTION_REMOVED: ShiftMethod = Method(
     name="swap direction removed", run=_swap_direction_removed, role="rival",
     information="the swapped texts: their mean difference, projected out; probe retrained", needs=("twins",),
+    regime="R0",
 )  # fmt: skip
 ORACLE_PROBE: ShiftMethod = Method(
     name="oracle probe", information="label of balanced training rows", run=_oracle_probe, role="bound",
-    needs=("balanced",),
+    needs=("balanced",), regime="R1",
 )  # fmt: skip
 
 
@@ -136,7 +144,7 @@ class Scorer:
         self._by_draw: dict[str, np.ndarray] = {}
         self.rows: list[MethodRow] = []
 
-    def add(self, method: ShiftMethod, prediction: Prediction) -> None:
+    def add(self, method: ShiftMethod, prediction: Prediction, seconds: float = 0.0) -> None:
         """One method. Draws of a random one are averaged per row, and per draw for another interval."""
         drawn = np.stack([np.asarray(p.cpu()) for p in prediction.draws])
         every_hit, every_agreement = drawn == self._label, self._agreement(drawn)
@@ -156,6 +164,8 @@ class Scorer:
                 name=method.name, information=method.information, role=method.role, n_features=prediction.n_features,
                 label=accuracy(hits), worst=accuracy(hits[groups[worst]]), worst_group=worst, over_draws=over_draws,
                 spurious=None if every_agreement is None else accuracy(every_agreement.mean(axis=0)),
+                regime=prediction.regime or method.regime, cue_mcc=self._correlation(drawn),
+                n_attribute_labels=prediction.n_attribute_labels, notes=prediction.notes, seconds=seconds,
             )
         )  # fmt: skip
 
@@ -171,6 +181,15 @@ class Scorer:
             paired_difference(a[conflict], b[conflict], unit="texts", within=SIGNED_SHARE) if has_conflict else None,
             None if draws is None else sample_mean(a.mean() - draws, unit="draws", within=SIGNED_SHARE),
         )
+
+    def _correlation(self, drawn: np.ndarray) -> Estimate | None:
+        """Of the label that the attribute goes with and the prediction; over draws where there are several."""
+        if self._shortcut is None:
+            return None
+        if len(drawn) == 1:
+            return cue_correlation(self._shortcut, drawn[0])
+        values = [cue_correlation(self._shortcut, one).value for one in drawn]
+        return sample_mean(np.array(values), unit="draws", within=SIGNED_SHARE)
 
     def _agreement(self, drawn: np.ndarray) -> np.ndarray | None:
         """Whether each prediction is the label that goes with the row's attribute in training."""

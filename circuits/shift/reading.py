@@ -2,62 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from circuits.decomposition import bases as checked_bases
 from circuits.decomposition import refuse_unreached
-from circuits.doctor.doctor import DoctorOptions
 from circuits.nodes.effects import SiteEffects
-from circuits.nodes.runs import AttributionOptions
 from circuits.shift.deciders import BalancedEvidence, FeatureDossier, Node
 from circuits.shift.effects import ints
 from circuits.shift.evidence import PooledTexts, Reader, TokenEvidence, token_evidence
-from circuits.shift.task import Need, ShiftStudy, ShiftTask
+from circuits.shift.needs import Need
+from circuits.shift.options import ShiftOptions
+from circuits.shift.table.bases import read_along
+from circuits.shift.task import ShiftStudy, ShiftTask
 from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE
 from workbench.core.arguments import checked
-from workbench.core.display import OneLine, first_few
-from workbench.core.errors import DegenerateInputError, InvalidInputError
+from workbench.core.display import first_few
+from workbench.core.errors import InvalidInputError
 from workbench.models.model import Model
-from workbench.probes.linear import ProbeOptions, fit_probe
-
-
-@checked
-@dataclass(frozen=True, kw_only=True)
-class ShiftOptions(OneLine):
-    """How a SHIFT study is run.
-
-    Attributes:
-        probe_site: where the probe reads; by default at the last SAE's own site, where effects are exact.
-        positive: name of the label that the probe tells from all others; needed where the task has more than two.
-        top_k: how many features, strongest effect first, are put before the judge.
-        random_draws: sets of random features in the control.
-        probe: how probes are fitted.
-        attribution: how effects are estimated where they are not exact.
-        attribution_rows: ambiguous training rows that the estimate uses.
-        batch_size: texts per forward pass.
-        seed: decides the random features.
-        doctor: how much the attribution doctor measures of the effects; None does not ask it.
-    """
-
-    probe_site: str | None = None
-    positive: str | None = None
-    top_k: int = 64
-    random_draws: int = 10
-    probe: ProbeOptions = field(default_factory=ProbeOptions)
-    attribution: AttributionOptions = field(default_factory=AttributionOptions)
-    attribution_rows: int = 64
-    batch_size: int = 32
-    seed: int = 0
-    doctor: DoctorOptions | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("top_k", "random_draws", "attribution_rows", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"ShiftOptions({name}={getattr(self, name)}): needs at least 1.")
+from workbench.probes.linear import fit_probe
 
 
 def of_two_labels(task: ShiftTask, options: ShiftOptions) -> ShiftTask:
@@ -78,7 +44,12 @@ def of_two_labels(task: ShiftTask, options: ShiftOptions) -> ShiftTask:
 
 @checked
 def read_study(
-    model: Model, bases: Mapping[str, AnySAE], task: ShiftTask, options: ShiftOptions | None = None
+    model: Model,
+    bases: Mapping[str, AnySAE],
+    task: ShiftTask,
+    options: ShiftOptions | None = None,
+    *,
+    needs: Iterable[str] = (),
 ) -> ShiftStudy:
     """Reads every text of a task once, and fits the probe: what `circuits.shift` and its relatives start from.
 
@@ -87,6 +58,7 @@ def read_study(
         bases: an SAE per site.
         task: labelled texts.
         options: probe site, label, batch size.
+        needs: further bases that are read in the same passes: "neurons", "tokens".
 
     Raises:
         InvalidInputError: if the task has more than two labels and `options.positive` is not given.
@@ -98,13 +70,16 @@ def read_study(
     placed = checked_bases(model, bases)
     for basis in placed.values():
         basis.refuse_transcoder("SHIFT")
-    return _read(model, placed, task, options)
+    return _read(model, placed, task, options, set(needs))
 
 
-def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: ShiftOptions) -> ShiftStudy:
+def _read(
+    model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: ShiftOptions, needs: set[str]
+) -> ShiftStudy:
     probe_site = str(model.resolve(options.probe_site or list(bases)[-1]))
     refuse_unreached(model, bases, probe_site, "The probe")
     reader = Reader.fitted(model, bases, probe_site, task.train.texts, options.batch_size)
+    reader = replace(reader, along=read_along(needs, model, bases, task.train.texts))
     train = reader.read(task.train.texts, "reading ambiguous texts")
     groups = tuple(task.group_name(*group) for group in task.train.groups)
     probe = fit_probe(train.x, ints(task.train.label), probe_site, groups=groups, options=options.probe)
@@ -118,21 +93,15 @@ def _read(model: Model, bases: Mapping[str, Basis], task: ShiftTask, options: Sh
     if task.balanced is not None:
         others["balanced"] = reader.read(task.balanced.texts, "reading balanced texts")
     test = reader.read(task.test.texts, "reading test texts")
-    return ShiftStudy(
-        task=task, reader=reader, train=train, test=test, others=others, probe=probe, probe_options=options.probe
-    )
+    return ShiftStudy(task=task, options=options, reader=reader, train=train, test=test, others=others, probe=probe)
 
 
-def strongest(effects: Mapping[str, SiteEffects], top_k: int) -> list[tuple[Node, float]]:
-    """The features that support the label most; those that oppose it are never candidates."""
+def strongest(effects: Mapping[str, SiteEffects], top_k: int, above: float = 0.0) -> list[tuple[Node, float]]:
+    """The features that support the label most, by more than `above`; those that oppose it are never candidates."""
     supporting = [
         (Node(site, f), effect)
-        for site, part in effects.items() for f, effect in enumerate(part.effect.tolist()) if effect > 0
+        for site, part in effects.items() for f, effect in enumerate(part.effect.tolist()) if effect > above
     ]  # fmt: skip
-    if not supporting:
-        raise DegenerateInputError(
-            "shift: no feature supports the label, so there is nothing to judge. Is the SAE on the probe's path?"
-        )
     return sorted(supporting, key=lambda pair: -pair[1])[:top_k]
 
 
@@ -145,7 +114,7 @@ def dossiers_of(study: ShiftStudy, candidates: Sequence[tuple[Node, float]]) -> 
     """The evidence on each candidate."""
     task = study.task
     words = (task.spurious_words, task.target_words)
-    contexts = token_evidence(study.reader, task.train.texts, nodes_of(candidates), words)
+    contexts = token_evidence(study.reader, task.train.texts, nodes_of(candidates), words) if candidates else {}
     return [_dossier(study, node, effect, contexts[node]) for node, effect in candidates]
 
 

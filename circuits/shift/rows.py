@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from circuits.shift.deciders import Decision
 from workbench.controls.methods import Role
@@ -40,6 +40,11 @@ class MethodRow(OneLine):
         worst: label accuracy in the worst group, over its own rows.
         worst_group: which one that is.
         over_draws: the same three with intervals over random draws, where the method is an average of them.
+        regime: what it may see, of `REGIMES`; None if it does not say.
+        cue_mcc: Matthews correlation of the attribute and the prediction; None if the attribute is not known.
+        n_attribute_labels: rows whose attribute label it used.
+        notes: cases in which it can't do what it is for, in words.
+        seconds: that it took, without reading texts that other methods read too.
     """
 
     name: str
@@ -51,6 +56,11 @@ class MethodRow(OneLine):
     worst: Estimate
     worst_group: str
     over_draws: OverDraws | None = None
+    regime: str | None = None
+    cue_mcc: Estimate | None = None
+    n_attribute_labels: int = 0
+    notes: tuple[str, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)

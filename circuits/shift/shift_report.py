@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from circuits.doctor.report import Examinable, marked
+from circuits.shift.heads.base import REGIMES
+from circuits.shift.method_tables import against, methods_frame, said_by_comparisons, said_by_methods
 from circuits.shift.rows import (
     AttributionRow,
     Collateral,
@@ -15,9 +18,13 @@ from circuits.shift.rows import (
     OverDraws,
 )
 from workbench.core.arguments import checked
+from workbench.core.errors import require_known
 from workbench.core.numbers import counted, number, rounding_error
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Headline, Metric, Report, Says, Section, Table, Text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SUBJECT, RANDOM = "SHIFT + retrain", "random features + retrain"
 """The methods of the headline."""
@@ -46,7 +53,8 @@ class ShiftReport(Examinable, Report):
         edit_check: the ablation against one by another path.
         collateral: loss on plain text, or None if no text was given.
         notes: how the task was made, in sentences.
-        left_out: methods that need what the task does not have, each in a sentence.
+        left_out: methods that need what the task does not have, or found nothing to compute, each in a sentence.
+        cautions: what keeps the study from showing anything, such as a probe at chance, in sentences.
         doctor: what the attribution doctor found of the effects that the candidates were ranked by.
     """
 
@@ -69,11 +77,21 @@ class ShiftReport(Examinable, Report):
     collateral: Collateral | None
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     @checked
     def method(self, name: str) -> MethodRow:
-        """The row of this method."""
+        """The row of this method.
+
+        Raises:
+            UnknownNameError: if it is not in the table.
+        """
+        require_known("method in this study", name, [row.name for row in self.methods])
         return next(row for row in self.methods if row.name == name)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per method: what it may see, its accuracies with their intervals, and how far it follows the cue."""
+        return methods_frame(self.methods)
 
     @property
     def n_spurious(self) -> int:
@@ -82,7 +100,10 @@ class ShiftReport(Examinable, Report):
 
     def findings(self) -> tuple[str, ...]:
         """Plain sentences: the problem, what SHIFT did to it, what the controls did."""
-        said = (*self._problem(), *self._outcome(), *self._controls(), *self.left_out, *self._cost())
+        said = (
+            *self._problem(), *self.cautions, *self._outcome(), *self._controls(), *said_by_methods(self.methods),
+            *self.left_out, *self._cost(),
+        )  # fmt: skip
         return (*said, f"Attribution doctor: {self.verdict}.")
 
     def _problem(self) -> tuple[str, ...]:
@@ -106,19 +127,7 @@ class ShiftReport(Examinable, Report):
             return (
                 f"The {self.judge} judge called none of {len(self.verdicts)} candidates spurious; nothing was ablated.",
             )
-        lines = []
-        for comparison in self.comparisons:
-            difference = comparison.label
-            if comparison.excludes_zero:
-                verb = "beats" if difference.value > 0 else "is worse than"
-            else:
-                verb = "can't be told from"
-            conflict, draws = comparison.conflict, comparison.over_draws
-            lines.append(
-                f"{comparison.better} {verb} {comparison.other}: label accuracy {difference.change()}"
-                + ("" if conflict is None else f", on the rows that break the correlation {conflict.change()}")
-                + ("." if draws is None else f"; over random sets {draws.change()}.")
-            )
+        lines = [*said_by_comparisons(self.comparisons)]
         row, again = self.method("SHIFT"), self.method(SUBJECT)
         lines.append(
             f"SHIFT ablated {self.n_spurious} of {len(self.verdicts)} candidates: {_accuracies(row)}; with the probe "
@@ -175,7 +184,7 @@ class ShiftReport(Examinable, Report):
                 "Ablating the features judged spurious helps the probe less than ablating random ones.",
             ),
             value=(table, value.name, self._label), control=(table, control.name, self._label),
-            difference=(self._comparison_table(), _against(compared), column),
+            difference=(self._comparison_table(), against(compared), column),
             measure="label accuracy",
         )  # fmt: skip
 
@@ -190,13 +199,17 @@ class ShiftReport(Examinable, Report):
         return [c.other for c in compared if c.excludes_zero and c.label.value < 0]
 
     def _method_table(self) -> Table:
-        header = *_METHODS_HEADER[:2], self._label, *self._attribute, *_METHODS_HEADER[2:]
+        """By what a method may see, and in the order of the study within that."""
+        header = ("method", "sees", "features", self._label, *self._attribute, "worst group", "which", "what it uses")
         rows = tuple(
-            (m.name, m.n_features, m.label, *self._attributes(m), m.worst, m.worst_group, m.information)
-            for m in self.methods
+            (m.name, m.regime, m.n_features, m.label, *self._attributes(m), m.worst, m.worst_group, m.information)
+            for m in sorted(self.methods, key=lambda m: m.regime or "R9")
+        )
+        seen = "; ".join(
+            f"{regime}: {what}" for regime, what in REGIMES.items() if regime in {m.regime for m in self.methods}
         )
         about = f"{self.test_texts.capitalize()}. "
-        return Table(header, rows, about + (_AGREEMENT_CAPTION if self._attribute else "") + _METHODS_CAPTION)
+        return Table(header, rows, f"{about}{_AGREEMENT_CAPTION if self._attribute else ''}{_METHODS_CAPTION} {seen}.")
 
     @property
     def _attribute(self) -> tuple[str, ...]:
@@ -209,7 +222,7 @@ class ShiftReport(Examinable, Report):
     def _comparison_table(self) -> Table:
         return Table(
             ("difference", "label accuracy", "rows that break the correlation", "label accuracy over draws"),
-            tuple((_against(c), c.label, c.conflict, c.over_draws) for c in self.comparisons),
+            tuple((against(c), c.label, c.conflict, c.over_draws) for c in self.comparisons),
             "Differences over the same test texts, and over the draws of a random control. Only texts of this kind are "
             "covered.",
         )
@@ -286,7 +299,6 @@ class ShiftReport(Examinable, Report):
         return metrics
 
 
-_METHODS_HEADER = ("method", "features", "worst group", "which", "what it uses")
 _AGREEMENT_CAPTION = "Attribute agreement of 0.5 means that the attribute does not matter. "
 _METHODS_CAPTION = (
     "The interval of the worst group is over its own texts and not corrected for picking the worst of several."
@@ -297,7 +309,3 @@ def _accuracies(row: MethodRow) -> str:
     """The accuracies of a method in a sentence."""
     attribute = "" if row.spurious is None else f"attribute {row.spurious}, "
     return f"label {row.label}, {attribute}worst group {row.worst_group} {row.worst}"
-
-
-def _against(comparison: Comparison) -> str:
-    return f"{comparison.better} minus {comparison.other}"

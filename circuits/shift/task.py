@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, TypeVar, Unpack, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from markupsafe import Markup
 from torch import Tensor
 
 from circuits.shift.columns import HUB_COLUMNS, SPLIT_COLUMN, Choice, Columns, csv_frame, read_table, records_frame
-from circuits.shift.deciders import Node
+from circuits.shift.deciders import Decider, Node
 from circuits.shift.evidence import PooledTexts, Reader
+from circuits.shift.groups import going_together, require_names, shortcut_of
+from circuits.shift.needs import NEEDS, Need
+from circuits.shift.options import ShiftOptions
 from circuits.shift.splits import split_table
 from circuits.shift.strength import SplitOptions
 from circuits.shift.texts import Group, LabelledTexts
@@ -26,21 +29,12 @@ from workbench.core.arguments import checked
 from workbench.core.display import OneLine, clipped, first_few
 from workbench.core.errors import DegenerateInputError, MismatchError, ShapeError, require_known
 from workbench.core.html import Shown, frame_table
-from workbench.core.numbers import counted, number
+from workbench.core.numbers import number
 from workbench.core.records import json_lines
-from workbench.probes.linear import Probe, ProbeOptions, fit_probe
+from workbench.probes.linear import Probe, fit_probe
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Need = Literal["twins", "words", "attribute", "balanced"]
-NEEDS: Mapping[Need, str] = {
-    "twins": "the task has no twins (training texts with the attribute swapped)",
-    "words": "the task has no lists of words for both attribute and label",
-    "attribute": "the attribute of the texts is not known",
-    "balanced": "the task has no training rows in which label and attribute are balanced",
-}
-"""What a method or a judge may need of a task, and what is said where the task does not have it."""
 
 
 @checked
@@ -85,34 +79,13 @@ class ShiftTask(Shown):
                 f"ShiftTask: {len(self.swapped)} swapped texts for {len(self.train)} training texts; must pair up."
             )
         for name, rows in self.sets().items():
-            self._require_names(name, rows)
+            require_names(name, rows, self.label_names, self.spurious_names)
             missing = sorted(set(self.groups()) - set(rows.groups)) if name != "train" else []
             if missing:
                 raise DegenerateInputError(
                     f"ShiftTask: {name} has no row with (label, attribute) in {missing}; needs all "
                     f"{len(self.groups())}: give rows of {first_few(self.group_name(*group) for group in missing)}."
                 )
-
-    def _require_names(self, name: str, rows: LabelledTexts) -> None:
-        if (rows.spurious is None) != (not self.spurious_names):
-            raise MismatchError(
-                f"ShiftTask: {name} has {'no ' if rows.spurious is None else ''}attributes, and there are "
-                f"{counted(len(self.spurious_names), 'names')} of them. Give the attribute in every set, or in none."
-            )
-        for kind, values, names in (
-            ("labels", set(rows.label), self.label_names),
-            ("attributes", set(rows.spurious or ()), self.spurious_names),
-        ):
-            if values and max(values) >= len(names):
-                raise MismatchError(
-                    f"ShiftTask: {name} has {kind} {first_few(sorted(values))}, but only {len(names)} have names: "
-                    f"{first_few(names)}. Name all."
-                )
-        if len(set(rows.label)) < len(self.label_names):
-            raise DegenerateInputError(
-                f"ShiftTask: {name} has no row of the label {self.label_names[len(set(rows.label))]!r}. Leave the "
-                "label out, or give rows of it."
-            )
 
     @classmethod
     def from_frame(
@@ -250,14 +223,11 @@ class ShiftTask(Shown):
 
         Where attribute and label are independent, value 0 goes with label 0, value 1 with label 1, and so on.
         """
-        labels = np.eye(len(self.label_names))[list(self.train.label)]
-        spurious = np.array(self.train.spurious or (), dtype=int)
-        by_value = []
-        for value in range(len(self.spurious_names)):
-            rows = labels[spurious == value]
-            excess = rows.mean(0) - labels.mean(0) if len(rows) else np.zeros(len(self.label_names))
-            by_value.append(int(excess.argmax()) if excess.max() > 1e-9 else min(value, len(self.label_names) - 1))
-        return tuple(by_value)
+        return shortcut_of(self.train, len(self.label_names), len(self.spurious_names))
+
+    def together(self) -> Bool[np.ndarray, "labels values"]:
+        """Which labels each value of the attribute makes likelier in training."""
+        return going_together(self.train, len(self.label_names), len(self.spurious_names))
 
     def expected(self, rows: LabelledTexts) -> tuple[int, ...]:
         """For each text the label that its attribute goes with in training.
@@ -316,28 +286,50 @@ def _named(cls: type[ShiftTask], df: pd.DataFrame, name: str, columns: Columns) 
     return cls.from_frame(df, **{"name": name, **columns})
 
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Judged:
+    """What was chosen for ablation.
+
+    Attributes:
+        by: the judge.
+        chosen: features that the judge calls spurious.
+        oracle: those that the oracle judge calls spurious; none without balanced rows.
+        draws: sets of random features, matched to `chosen`.
+    """
+
+    by: Decider
+    chosen: tuple[Node, ...]
+    oracle: tuple[Node, ...]
+    draws: tuple[tuple[Node, ...], ...]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ShiftStudy(OneLine):
     """What every method of a SHIFT study may use: the texts once read, and the probe that is to be repaired.
 
     Attributes:
         task: labels and words.
+        options: of the study.
         reader: model, bases, and the tokens that are pooled and edited.
         train: the ambiguous training texts.
         test: the test texts.
         others: the twins of the training texts, and balanced training texts, where the task has them.
         probe: fitted on `train`.
-        probe_options: how probes are fitted.
+        judged: what was chosen for ablation; None until it is.
     """
 
     task: ShiftTask
+    options: ShiftOptions
     reader: Reader
     train: PooledTexts
     test: PooledTexts
     others: Mapping[Need, PooledTexts]
     probe: Probe
-    probe_options: ProbeOptions
-    _ablated: dict[tuple[str, tuple[Node, ...]], Tensor] = field(default_factory=dict, repr=False)
+    judged: Judged | None = None
+    _once: dict[object, object] = field(default_factory=dict, repr=False)
 
     @property
     def swapped(self) -> PooledTexts:
@@ -354,17 +346,29 @@ class ShiftStudy(OneLine):
             raise MismatchError(f"ShiftStudy: {NEEDS[need]}. Give a method that reads it needs=({need!r},).")
         return self.others[need]
 
+    def along(self, need: Need) -> ShiftStudy:
+        """The same study with the bases that were read along, such as "neurons", in place of the SAEs."""
+        return replace(
+            self, reader=replace(self.reader, bases=self.reader.along[need], along={}), train=self.train.along(need),
+            test=self.test.along(need), others={name: texts.along(need) for name, texts in self.others.items()},
+            judged=None, _once={},
+        )  # fmt: skip
+
     def refit(self, x: Float[Tensor, "rows d"], labels: Sequence[int] | None = None) -> Probe:
         """A probe on other activations; with the labels of the ambiguous set by default."""
         labels = self.task.train.label if labels is None else labels
-        return fit_probe(x, torch.tensor(labels), self.reader.probe_site, options=replace(self.probe_options, folds=0))
+        return fit_probe(x, torch.tensor(labels), self.reader.probe_site, options=replace(self.options.probe, folds=0))
 
     def ablated(self, nodes: Sequence[Node], *, of: str) -> Float[Tensor, "rows d"]:
         """Activations of the `"train"` or `"test"` texts with features ablated; computed once."""
-        key = (of, tuple(nodes))
-        if key not in self._ablated:
-            self._ablated[key] = self.reader.ablated(self.train if of == "train" else self.test, nodes)
-        return self._ablated[key]
+        pooled = self.train if of == "train" else self.test
+        return self.once((of, tuple(nodes)), lambda: self.reader.ablated(pooled, nodes))
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` gives, made once per study, for methods that share it."""
+        if key not in self._once:
+            self._once[key] = make()
+        return cast(T, self._once[key])
 
 
 @dataclass(frozen=True, eq=False)
@@ -375,11 +379,17 @@ class Prediction(OneLine):
         draws: labels; several for a method that is random.
         n_features: how many features it ablates.
         is_random: whether other draws would predict something else.
+        regime: what it saw, if that depends on the task; else that of the method.
+        n_attribute_labels: rows whose attribute label it used.
+        notes: cases in which the method can't do what it is for, in words.
     """
 
     draws: tuple[Int[Tensor, " rows"], ...]
     n_features: int = 0
     is_random: bool = False
+    regime: str | None = None
+    n_attribute_labels: int = 0
+    notes: tuple[str, ...] = ()
 
 
 ShiftMethod = Method[ShiftStudy, Prediction]

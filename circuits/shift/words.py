@@ -26,4 +26,13 @@ def delete_words(text: str, words: Iterable[str]) -> str:
     >>> delete_words("Mr. Jones said he left.", ["he", "Mr."])
     'Jones said left.'
     """
-    return re.sub(r"\s+([.,;]|$)", r"\1", re.sub(r"\s+", " ", word_pattern(words).sub("", text)).strip())
+    return tidied(word_pattern(words).sub("", text))
+
+
+def tidied(text: str) -> str:
+    """The text single-spaced, without a space before a full stop, a comma or a semicolon.
+
+    >>> tidied(" a  b , c . ")
+    'a b, c.'
+    """
+    return re.sub(r"\s+([.,;]|$)", r"\1", re.sub(r"\s+", " ", text).strip())

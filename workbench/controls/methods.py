@@ -34,6 +34,7 @@ class Method(OneLine, Generic[Study, Result]):
         role: what it is in the study.
         compared_with: names of the methods whose results are subtracted from its own.
         needs: names of what the study must have read; a study that has not leaves the method out, and says so.
+        regime: the class of information that it uses, in studies that tell such classes apart; None elsewhere.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Method(OneLine, Generic[Study, Result]):
     role: Role = "subject"
     compared_with: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    regime: str | None = None
 
 
 @checked

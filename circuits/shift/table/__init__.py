@@ -1,0 +1,1 @@
+"""Methods that a SHIFT study compares itself with, one file per kind; each registers what it has."""
