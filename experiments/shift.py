@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import circuits
+from circuits.decomposition import refuse_unreached
 from circuits.shift.asked import decider_of
 from circuits.shift.biographies import biographies
+from circuits.shift.choosing import methods_for
 from circuits.shift.deciders import Decider
-from circuits.shift.reading import ShiftOptions
+from circuits.shift.reading import ShiftOptions, of_two_labels
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.task import ShiftTask
 from experiments.shift_task import TaskOptions, read_saes, sae_model
@@ -68,6 +70,9 @@ class Shift(TaskOptions, SAEOptionStudy[ShiftReport]):
     a method) or another of circuits.DECIDERS; auto takes the first of the former two that the texts allow."""
     positive: str | None = None
     """Label that the probe tells from all others, where there are more than two."""
+    methods: tuple[str, ...] = ("standard",)
+    """What SHIFT is compared with: standard, all, or names of methods; what nothing can be said without is always
+    there."""
     probe_site: str | None = None
     """Where the probe reads, such as resid_post.20; by default where the last SAE reads."""
     top_k: int = 64
@@ -82,14 +87,21 @@ class Shift(TaskOptions, SAEOptionStudy[ShiftReport]):
         task = self.make_task(self.seed, self.positive)
         decider = decider_of(None if self.judge == "auto" else self.judge, task, self.seed)
         options = ShiftOptions(
-            probe_site=self.probe_site, top_k=self.top_k, random_draws=self.random_draws, seed=self.seed,
+            methods=self.chosen_methods(), probe_site=self.probe_site, top_k=self.top_k,
+            random_draws=self.random_draws, seed=self.seed,
             positive=self.positive if self.positive in task.label_names else None,
         )  # fmt: skip
+        methods_for(of_two_labels(task, options), decider, options)  # unknown names are met before a model is loaded
         model = self.load_model()
         bases = circuits.bases(model, saes)
+        refuse_unreached(model, bases, str(model.resolve(self.probe_site or list(bases)[-1])), "The probe")
         plain_text = None if passages is None else model.tokens(passages)
         begin(model)
         return circuits.shift(model, bases, task, decider, options=options, plain_text=plain_text)
+
+    def chosen_methods(self) -> str | tuple[str, ...]:
+        """As `circuits.shift` takes them."""
+        return self.methods[0] if self.methods in (("standard",), ("all",)) else self.methods
 
     def model_name(self) -> str:
         return self.model or sae_model(self.sae, self.runs_folder()) or "embedded"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,9 +55,11 @@ class TaskOptions:
     """Share of training texts in which label and attribute agree, 0.5 to 1; by default 0.95 with cues, else what the
     texts have."""
     train_rows: int | None = None
-    """Training texts; by default 240 biographies, or as many texts with cues as possible."""
+    """Training texts; by default 240 biographies, 400 of them with cues, or as many texts of a table with cues as
+    possible."""
     test_rows: int | None = None
-    """Test texts; by default 400 biographies, or as many texts with cues as possible."""
+    """Test texts; by default 400 biographies, 320 of them with cues, or as many texts of a table with cues as
+    possible."""
 
     def make_task(self, seed: int, positive: str | None = None) -> ShiftTask:
         """The task.
@@ -75,9 +77,10 @@ class TaskOptions:
             return task
         if positive is not None:
             task = task.one_against_rest(positive)
-        return with_cues(
-            task, cues, 0.95 if self.rho is None else self.rho, seed, n_train=self.train_rows, n_test=self.test_rows
-        )
+        n_train, n_test = self.train_rows, self.test_rows
+        if not self.data:
+            n_train, n_test = n_train or 400, n_test or 320
+        return with_cues(task, cues, 0.95 if self.rho is None else self.rho, seed, n_train=n_train, n_test=n_test)
 
     def _of_table(self, seed: int) -> ShiftTask:
         from circuits.shift.sources import read_task
@@ -99,8 +102,8 @@ class TaskOptions:
     def _of_biographies(self, seed: int) -> ShiftTask:
         from circuits.shift.biographies import BiographyOptions, biographies
 
-        if self.cue:  # cues choose among many texts of both genders
-            return biographies(BiographyOptions(professions=self.professions, n_train=1920, n_test=1280, seed=seed))
+        if self.cue:
+            return fair_biographies(self.professions, self.train_rows or 400, self.test_rows or 320, seed)
         sizes = BiographyOptions()
         return biographies(
             BiographyOptions(
@@ -129,6 +132,17 @@ class TaskOptions:
             raise InvalidInputError(
                 "--train-rows and --test-rows: all rows of a table are used. Give --limit, or --cue, for fewer."
             )
+
+
+def fair_biographies(professions: tuple[str, ...], n_train: int, n_test: int, seed: int) -> ShiftTask:
+    """Biographies in whose training texts gender says nothing; twice as many as asked for, so that cues can choose."""
+    from circuits.shift.biographies import BiographyOptions, biographies
+
+    groups = 2 * len(professions)
+    train, test = (-(-2 * n // groups) * groups for n in (n_train, n_test))
+    made = biographies(BiographyOptions(professions=professions, n_train=train, n_test=test, seed=seed))
+    assert made.balanced is not None
+    return replace(made, train=made.balanced, swapped=None)
 
 
 def _choice(option: str, values: tuple[str, ...]) -> dict[str | int, str] | tuple[str, ...]:

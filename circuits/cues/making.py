@@ -14,6 +14,7 @@ from itertools import product
 
 import numpy as np
 
+from circuits.cues.erasing import cues_erased
 from circuits.cues.kinds import Cue
 from circuits.cues.stripping import cues_stripped
 from circuits.shift.columns import TextTable, Values
@@ -100,7 +101,9 @@ def with_cues(
         name=f"{' and '.join(cue.name for cue in cues)} at {setting(rho)}",
         label_names=names, spurious_names=tuple(_combined(fitted, values) for values in _combinations(len(cues))),
         train=chosen, swapped=swapped, balanced=balanced, test=rows,
-        methods=cues_stripped([cue for cue in fitted if cue.can_inject]),
+        methods=(
+            *cues_stripped([cue for cue in fitted if cue.can_inject]), *cues_erased([cue.name for cue in fitted]),
+        ),
         notes=(*notes, *_said(pool, train, rho)),
     )  # fmt: skip
 

@@ -37,11 +37,16 @@ def without(text: str, cues: Sequence[Cue]) -> str:
 
 
 def cues_stripped(cues: Sequence[Cue]) -> tuple[ShiftMethod, ...]:
-    """Takes cues that were put into texts out of all of them; no method if there is no such cue."""
+    """Takes cues that were put into texts out of all of them: all at once, and each alone if there are several."""
     if not cues:
         return ()
+    chosen = {"cues stripped": tuple(cues)}
+    if len(cues) > 1:
+        chosen |= {f"{cue.name} alone stripped": (cue,) for cue in cues}
+    return tuple(_stripped(name, which) for name, which in chosen.items())
+
+
+def _stripped(name: str, cues: tuple[Cue, ...]) -> ShiftMethod:
     names = " and ".join(cue.name for cue in cues)
     information = f"what the cue is ({names}); the probe is trained and tested on texts without it"
-    return (
-        Method(name="cues stripped", information=information, run=_WithoutCues(tuple(cues)), role="rival", regime="R0"),
-    )
+    return Method(name=name, information=information, run=_WithoutCues(cues), role="rival", regime="R0")

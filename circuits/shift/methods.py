@@ -133,6 +133,7 @@ class Scorer:
 
     Attributes:
         rows: one per method, in order.
+        predicted: labels that each predicts, by its name; several draws of a random one.
     """
 
     def __init__(self, task: ShiftTask) -> None:
@@ -143,10 +144,11 @@ class Scorer:
         self._hits: dict[str, np.ndarray] = {}
         self._by_draw: dict[str, np.ndarray] = {}
         self.rows: list[MethodRow] = []
+        self.predicted: dict[str, np.ndarray] = {}
 
     def add(self, method: ShiftMethod, prediction: Prediction, seconds: float = 0.0) -> None:
         """One method. Draws of a random one are averaged per row, and per draw for another interval."""
-        drawn = np.stack([np.asarray(p.cpu()) for p in prediction.draws])
+        drawn = self.predicted[method.name] = np.stack([np.asarray(p.cpu()) for p in prediction.draws])
         every_hit, every_agreement = drawn == self._label, self._agreement(drawn)
         hits = every_hit.mean(axis=0)
         self._hits[method.name] = hits

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from circuits.doctor.report import Examinable, marked
+from circuits.shift.cue_panel import CuePanel
 from circuits.shift.heads.base import REGIMES
 from circuits.shift.method_tables import against, methods_frame, said_by_comparisons, said_by_methods
 from circuits.shift.rows import (
@@ -55,6 +56,7 @@ class ShiftReport(Examinable, Report):
         notes: how the task was made, in sentences.
         left_out: methods that need what the task does not have, or found nothing to compute, each in a sentence.
         cautions: what keeps the study from showing anything, such as a probe at chance, in sentences.
+        cues: how far each method relies on each cue of the task; None if it has none.
         doctor: what the attribution doctor found of the effects that the candidates were ranked by.
     """
 
@@ -78,6 +80,7 @@ class ShiftReport(Examinable, Report):
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
+    cues: CuePanel | None = None
 
     @checked
     def method(self, name: str) -> MethodRow:
@@ -102,7 +105,7 @@ class ShiftReport(Examinable, Report):
         """Plain sentences: the problem, what SHIFT did to it, what the controls did."""
         said = (
             *self._problem(), *self.cautions, *self._outcome(), *self._controls(), *said_by_methods(self.methods),
-            *self.left_out, *self._cost(),
+            *(self.cues.findings() if self.cues else ()), *self.left_out, *self._cost(),
         )  # fmt: skip
         return (*said, f"Attribution doctor: {self.verdict}.")
 
@@ -245,6 +248,7 @@ class ShiftReport(Examinable, Report):
                 "Random controls, with intervals over their draws instead of over texts.",
             ),
             self._comparison_table(),
+            *(self.cues.tables() if self.cues else ()),
             Table(
                 ("site", "method", "total", "gap", "rows", "positive"),
                 tuple((a.site, a.method, a.total, a.gap, a.n_rows, a.n_positive) for a in self.attribution),

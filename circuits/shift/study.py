@@ -15,6 +15,7 @@ from circuits.nodes.effects import SiteEffects
 from circuits.shift.asked import decider_of
 from circuits.shift.choosing import ALWAYS, compared_among, methods_for
 from circuits.shift.collateral import collateral
+from circuits.shift.cue_panel import cue_panel
 from circuits.shift.deciders import Decider, FeatureDossier, Verdict
 from circuits.shift.effects import examined_effects
 from circuits.shift.judgement import edit_check, judge_features, judged
@@ -97,6 +98,7 @@ def shift(
         random_draws=len(draws), edit_check=checked_edit,
         collateral=None if plain_text is None else collateral(study.reader, plain_text, chosen, draws),
         notes=task.notes, left_out=(*left_out, *failed.values()), cautions=_degenerate(study, judgement.candidates),
+        cues=cue_panel(task, scorer.predicted, options.seed),
         doctor=examined_effects(
             study, judgement.effects, options.attribution, options.attribution_rows, options.doctor
         ),

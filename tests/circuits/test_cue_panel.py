@@ -7,9 +7,16 @@ from itertools import product
 import numpy as np
 import pytest
 
+from circuits.cues.kinds import Punctuation, Token
+from circuits.cues.making import with_cues
 from circuits.shift.cue_panel import CuePanel, cue_panel
+from circuits.shift.deciders import OracleDecider
+from circuits.shift.reading import ShiftOptions
+from circuits.shift.study import shift
 from circuits.shift.task import ShiftTask
 from circuits.shift.texts import LabelledTexts
+from tests.circuits.planted import LABEL, SITE, planted_model, planted_sae
+from workbench.report.base import Table
 
 CUES = ("length", "token")
 
@@ -114,3 +121,24 @@ def test_there_is_no_panel_without_cues_and_no_gap_where_training_is_certain() -
     assert (small.rows[0].mcc.low, small.rows[0].mcc.high) == (-1.0, 1.0), "8 rows are too few for a bootstrap"
     frame = small.frame()
     assert list(frame["cue"]) == ["length", "token"] and {"mcc_low", "drop", "change_high"} <= set(frame)
+
+
+def test_a_study_of_two_cues_has_the_panel_and_each_cue_erased_alone() -> None:
+    """The letters F and M at the end are cues: each is a feature of the planted SAE."""
+    texts = tuple(f"x {'abcdefgh'[i % 8]} {LABEL[i % 2]} {'klmnopqr'[i // 8 % 8]}" for i in range(384))
+    task = with_cues(
+        LabelledTexts(texts, tuple(i % 2 for i in range(384))), [Token("F", "end"), Punctuation("M")], 0.9, n_train=80,
+        n_test=80, label_names=LABEL,
+    )  # fmt: skip
+    options = ShiftOptions(top_k=6, random_draws=2, methods=("LEACE, token F alone", "cues stripped"))
+    report = shift(planted_model(), {SITE: planted_sae()}, task, OracleDecider(), options=options)
+    assert report.cues is not None and report.cues.cues == ("token F", "final M")
+    stripped = [report.cues.of("cues stripped", cue) for cue in report.cues.cues]
+    assert not any(row.mcc.excludes(0.0) for row in stripped), "what is gone can't be relied on"
+    assert any(report.cues.of("original", cue).mcc.excludes(0.0) for cue in report.cues.cues)
+    erased = report.cues.of("LEACE, token F alone", "token F")
+    assert erased.change is not None and erased.change.value <= 0
+    said = " ".join(report.findings())
+    assert "Reliance of the original probe on each cue" in said
+    captions = [block.caption for block in report.section().blocks if isinstance(block, Table)]
+    assert sum("Whac-A-Mole" in caption for caption in captions) == 1

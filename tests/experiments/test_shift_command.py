@@ -142,6 +142,7 @@ def test_a_table_is_studied_and_the_folder_holds_its_report(
         ("t.csv --text words --label kind", "judge of your own"),
         ("t.csv --text words --label kind --judge lexikon", "Did you mean lexicon"),
         ("t.csv --text words --label kind --judge oracle", "oracle judge can't decide"),
+        ("t.csv --text words --label kind --spurious-words M F --target-words T N --methods ER", "Did you mean ERM"),
         ("model --text words --label kind", "can't be read"),
         ("sae/cfg.json --text words --label kind", "'.json'"),
         ("broken.parquet --text words --label kind", "broken.parquet"),
