@@ -49,6 +49,9 @@ _READS = {
     "hook_resid_pre": "blocks.{}.hook_resid_pre",
 }  # fmt: skip
 """What a set may read: its own names, and those of TransformerLens with the layer."""
+_ACTIVATIONS: Mapping[str | None, SetActivation] = {
+    "relu": "relu", "topk": "topk", "jumprelu": "jumprelu", "jump_relu": "jumprelu",
+}  # fmt: skip
 _WRITES = ("hook_mlp_out", "mlp.hook_out")
 
 
@@ -149,13 +152,13 @@ def _read_config(folder: Path) -> _Set:
     if kind not in (SET, CROSS):
         raise CorruptFileError(f"{path}: model_kind={kind!r}. {did_you_mean(str(kind), (SET, CROSS))}")
     activation, k = said.get("activation", said.get("activation_function")), said.get("k")
-    if activation not in (None, "relu", "topk", "jumprelu", "jump_relu"):
-        raise CorruptFileError(f"{path}: activation={activation!r}; known are relu, topk and jumprelu.")
+    if activation is not None and activation not in _ACTIVATIONS:
+        raise CorruptFileError(f"{path}: activation={activation!r}; known are {', '.join(map(str, _ACTIVATIONS))}.")
     if activation == "topk" and not (type(k) is int and k > 0):
         raise CorruptFileError(f"{path}: activation is topk and k={k!r}; give how many features are active.")
     return _Set(
         folder=folder, kind=kind, reads=str(text["feature_input_hook"]), writes=str(text["feature_output_hook"]),
-        activation=None if activation is None else activation.replace("jump_relu", "jumprelu"), k=k,
+        activation=_ACTIVATIONS.get(activation), k=k,
         files=_listed(folder, said.get("transcoders")) or _in_folder(folder, kind),
     )  # fmt: skip
 

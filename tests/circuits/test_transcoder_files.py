@@ -100,8 +100,10 @@ def test_gemma_scope_transcoders_read_the_norm_without_its_gain(tmp_path: Path) 
     model, t = model_of("gemma2"), layer(10, skip=False)
     folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1" / "width_24"
     folder.mkdir(parents=True)
-    arrays = {"W_enc": t["W_enc"].T, "W_dec": t["W_dec"], "b_enc": t["b_enc"], "b_dec": t["b_dec"]}
-    np.savez(folder / "params.npz", threshold=np.full(F, 0.5), **{n: x.numpy() for n, x in arrays.items()})
+    np.savez(
+        folder / "params.npz", threshold=np.full(F, 0.5), W_enc=t["W_enc"].T.numpy(), W_dec=t["W_dec"].numpy(),
+        b_enc=t["b_enc"].numpy(), b_dec=t["b_dec"].numpy(),
+    )  # fmt: skip
     listed = [{"id": "a", "layer": 1, "filepath": str(folder.relative_to(tmp_path) / "params.npz")}]
     config(tmp_path, feature_input_hook="ln2.hook_normalized", transcoders=listed)
     found = circuits.load_transcoders(model, tmp_path)
