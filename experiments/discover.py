@@ -72,8 +72,8 @@ class Discover(BasesOptions, Study[Discovery]):
     """For the stability of clusters; 0 leaves it out."""
     n: int = 100
     """Features of a circuit."""
-    method: Method = "atp"
-    """How effects of circuits are estimated: atp, ig or exact."""
+    method: Method = "ig"
+    """How effects of circuits are estimated: ig, exact or atp; atp is fast and misleads."""
     clusters: int | None = None
     """Clusters that get a circuit, the largest; by default all."""
     pages: int = 0
@@ -118,7 +118,7 @@ class Discover(BasesOptions, Study[Discovery]):
         model = self.load_model()
         bases = self.make_bases(model)
         if self.estimate:
-            self._show_estimate(model, bases, discovery)
+            self._show_estimate(model, bases, discovery, circuits)
             return None
         run = begin(model)
         kept = run.artifacts
@@ -143,11 +143,15 @@ class Discover(BasesOptions, Study[Discovery]):
             circuit.to_html(folder / addresses[cluster], pairs=pairs, cards=self.cards(circuit), title=title)
         return addresses
 
-    def _show_estimate(self, model: Model, bases: Mapping[str, Basis], options: DiscoveryOptions) -> None:
+    def _show_estimate(
+        self, model: Model, bases: Mapping[str, Basis], options: DiscoveryOptions, circuits: ClusterCircuitOptions
+    ) -> None:
         """Measures a few documents and samples, and says what all would take."""
         from itertools import islice
 
         from circuits.discovery.vectors import sample_vectors
+        from circuits.metrics import log_probability
+        from circuits.nodes.attribute import node_effects
 
         documents = list(islice(self.texts(None), _TRIED))
         start = time.perf_counter()
@@ -161,11 +165,21 @@ class Discover(BasesOptions, Study[Discovery]):
         start = time.perf_counter()
         sample_vectors(model, tried, bases, kind=self.vectors, options=options.vectors)
         per_sample = (time.perf_counter() - start) / len(tried)
-        seconds |= {"vectors": per_sample * self.limit, "circuits": per_sample * self.limit * 2}
+        seconds["vectors"] = per_sample * self.limit
+        start = time.perf_counter()
+        if self.method != "atp":
+            metric, steps = log_probability(), circuits.steps
+            node_effects(
+                model, bases, tried.pairs(), metric, method=self.method, steps=steps, baseline="zero_keep_error",
+                measured=False,
+            )  # fmt: skip
+        per_member = (time.perf_counter() - start) / len(tried)
+        members = self.limit if self.clusters is None else min(self.limit, self.clusters * circuits.find)
+        seconds["circuits"] = (per_member + 2 * per_sample) * members
         tokens = int(self.limit * some.n_tokens / len(some))
         line = (
             f"About {clock(sum(seconds.values()))} on this machine, alone: {clock(seconds['samples'])} for "
-            f"{self.limit} samples from about {number(tokens)} tokens, {clock(seconds['vectors'])} for vectors, about "
+            f"{self.limit} samples from about {number(tokens)} tokens, {clock(seconds['vectors'])} for vectors, "
             f"{clock(seconds['circuits'])} for circuits. A stopped run continues."
         )
         self.emit({"seconds": seconds, "tokens": tokens}, [line])

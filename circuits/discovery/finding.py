@@ -48,8 +48,9 @@ class ClusterCircuitOptions(OneLine):
 
     Attributes:
         n: features of a circuit.
-        method: how effects are estimated: "atp" from one gradient, which are those of vectors of effects, "ig" from
-            several, "exact".
+        method: how effects are estimated: "ig" from several gradients, "exact", or "atp" from one, which are those of
+            vectors of effects. One gradient says little here: where the model is sure, the answer's log probability
+            hardly moves, whatever a feature does.
         steps: points of the integral.
         find: members at most that a circuit is found on.
         test: members at most that it is measured on, of other documents.
@@ -58,8 +59,8 @@ class ClusterCircuitOptions(OneLine):
     """
 
     n: int = 100
-    method: Method = "atp"
-    steps: int = 10
+    method: Method = "ig"
+    steps: int = 3
     find: int = 12
     test: int = 8
     clusters: int | None = None

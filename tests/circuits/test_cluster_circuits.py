@@ -26,7 +26,7 @@ from workbench.core.tokens import TokenBatch
 
 METRIC = circuits.log_probability()
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
-OPTIONS = circuits.ClusterCircuitOptions(n=4, find=6, test=6)
+OPTIONS = circuits.ClusterCircuitOptions(n=4, find=6, test=6, method="atp")
 
 
 def _bases() -> dict[str, Any]:
