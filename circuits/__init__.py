@@ -72,6 +72,7 @@ from circuits.shift.deciders import (
     TokenContext,
     Verdict,
 )
+from circuits.shift.export.saving import ShiftClassifier, load_classifier
 from circuits.shift.judging.agreement import Agreement, agreement
 from circuits.shift.judging.annotated import AnnotatedDecider
 from circuits.shift.judging.annotations import Annotation, read_annotations, save_annotations, verdicts_of
@@ -147,6 +148,7 @@ __all__ = [
     "SampleOptions",
     "SampleVectors",
     "Samples",
+    "ShiftClassifier",
     "ShiftOptions",
     "ShiftReport",
     "ShiftTask",
@@ -182,6 +184,7 @@ __all__ = [
     "kl",
     "linear_effects",
     "load_circuit",
+    "load_classifier",
     "load_transcoders",
     "load_graph_json",
     "log_probability",

@@ -23,6 +23,7 @@ import workbench as wb
 from circuits.attribution_graphs.validation import Validation
 from circuits.discovery.cluster_circuits import RUNS, ClusterCircuit
 from circuits.faithful.curves import CurvePoint
+from circuits.shift.export.loader import Classifier, checksum
 from circuits.shift.removal import RemovalRow
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.manifest import Manifest, SiteStats
@@ -317,6 +318,14 @@ def _task() -> circuits.ShiftTask:
     )
 
 
+def _classifier() -> circuits.ShiftClassifier:
+    hf = tiny_model().hf
+    settings = {
+        "model": {"name": EVIL, "checksum": checksum(hf)}, "label_names": [EVIL] * 500, "patches": [{"site": EVIL}] * 500,
+    }  # fmt: skip
+    return circuits.ShiftClassifier(Classifier(hf, None, settings, {}))
+
+
 @cache
 def _pairs() -> circuits.Pairs:
     clean = [f"ab{EVIL[:9]}{chr(97 + i)}" for i in range(20)]
@@ -418,6 +427,7 @@ REAL: dict[type, Callable[[Path], object]] = {
     circuits.Faithfulness: lambda _: _faithful(),
     circuits.FaithfulnessCurve: lambda _: circuits.FaithfulnessCurve((CurvePoint(EVIL, 9, _faithful()),) * 500),
     circuits.ShiftTask: lambda _: _task(),
+    circuits.ShiftClassifier: lambda _: _classifier(),
     circuits.Agreement: lambda _: circuits.Agreement(
         judges=(EVIL, EVIL), observed=wb.Estimate(1.0, 0.5, 1.0, 9, "t"), chance=0.5, kappa=None,
         table=((10**9,) * 3,) * 3, disputed=((EVIL, EVIL, EVIL),) * 500,

@@ -28,6 +28,9 @@ from workbench.probes.linear import mean_pool
 CONTEXT_TOKENS = 12
 """Tokens shown on each side of one on which a feature is active."""
 
+ROUNDINGS = 16
+"""Roundings that two means of the same tokens may differ by."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PooledTexts(OneLine):
@@ -138,7 +141,11 @@ class Reader(OneLine):
         # Mean and decoder are linear: the mean of the edited tokens is the edited mean.
         features = torch.tensor([node.feature for node in nodes])
         rows = self.bases[self.probe_site].rows(features).to(pooled.x)
-        return pooled.x - pooled.acts[self.probe_site][:, features] @ rows
+        taken = pooled.acts[self.probe_site][:, features] @ rows
+        left = pooled.x - taken
+        # What cancels up to rounding is zero: a probe that standardises would make a dimension of it.
+        rounding = ROUNDINGS * torch.finfo(left.dtype).eps * (pooled.x.abs() + taken.abs())
+        return left.masked_fill(left.abs() <= rounding, 0.0)
 
     def ablated_by_model(
         self, pooled: PooledTexts, nodes: Sequence[Node]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from circuits.doctor.report import Examinable, marked
 from circuits.shift.cue_panel import CuePanel
+from circuits.shift.export.saving import save_classifier
 from circuits.shift.heads.base import REGIMES
 from circuits.shift.method_tables import against, methods_frame, said_by_comparisons, said_by_methods
 from circuits.shift.rows import (
@@ -18,9 +20,12 @@ from circuits.shift.rows import (
     MethodRow,
     OverDraws,
 )
+from circuits.shift.task import ShiftStudy
 from workbench.core.arguments import checked
-from workbench.core.errors import require_known
+from workbench.core.errors import InvalidInputError, require_known
+from workbench.core.jsontext import Json
 from workbench.core.numbers import counted, number, rounding_error
+from workbench.core.records import to_jsonable
 from workbench.core.stats import Estimate
 from workbench.report.base import Bars, Headline, Metric, Report, Says, Section, Table, Text
 
@@ -57,6 +62,7 @@ class ShiftReport(Examinable, Report):
         left_out: methods that need what the task does not have, or found nothing to compute, each in a sentence.
         cautions: what keeps the study from showing anything, such as a probe at chance, in sentences.
         cues: how far each method relies on each cue of the task; None if it has none.
+        study: what was read and judged, for `save`; it is in no file and plays no part in equality.
         doctor: what the attribution doctor found of the effects that the candidates were ranked by.
     """
 
@@ -81,6 +87,27 @@ class ShiftReport(Examinable, Report):
     left_out: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
     cues: CuePanel | None = None
+    study: ShiftStudy | None = field(default=None, compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Json]:
+        """The result in JSON types, without what was read."""
+        return {name: value for name, value in to_jsonable(replace(self, study=None)).items() if name != "study"}
+
+    @checked
+    def save(self, folder: str | Path) -> Path:
+        """Writes the repaired classifier (SHIFT + retrain), which then needs no SAE; see `circuits.load_classifier`.
+
+        Raises:
+            InvalidInputError: if the report was not made in this process.
+            NotExactlyExportable: if the features of an SAE can't be written as neurons.
+            EditError: if the saved classifier, loaded by its own loader, says anything else; nothing is written then.
+        """
+        if self.study is None:
+            raise InvalidInputError(
+                "ShiftReport.save: this report holds what was found and not what was read. Save the report that "
+                "circuits.shift returns."
+            )
+        return save_classifier(self.study, folder)
 
     @checked
     def method(self, name: str) -> MethodRow:

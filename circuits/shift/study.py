@@ -99,6 +99,7 @@ def shift(
         collateral=None if plain_text is None else collateral(study.reader, plain_text, chosen, draws),
         notes=task.notes, left_out=(*left_out, *failed.values()), cautions=_degenerate(study, judgement.candidates),
         cues=cue_panel(task, scorer.predicted, options.seed),
+        study=study,
         doctor=examined_effects(
             study, judgement.effects, options.attribution, options.attribution_rows, options.doctor
         ),

@@ -33,7 +33,7 @@ RESULTS = (
     "IntruderScore", "JacobianLens", "JudgeGate", "Lens", "LensEnds", "LensEstimate", "LensReading", "LensToken",
     "LensTokens", "LinearLens", "LoadedGraph", "LogitLens", "MergedLora", "Neighbour", "NodeEffects",
     "OutputScores", "PatchGrid", "PathEffects", "Plan", "PrunedCircuit", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport", "SAEsEstimate", "SampleVectors",
-    "RemovalScores", "Section", "SelectionReport", "ShiftReport", "SteeringExample", "SteeringReport", "Stability", "TokenTable",
+    "RemovalScores", "Section", "SelectionReport", "ShiftClassifier", "ShiftReport", "SteeringExample", "SteeringReport", "Stability", "TokenTable",
     "TokenMeans", "TokenVectors", "TokenizerFacts", "TopContexts", "TrainedSAEs", "Trial", "TwoByTwo", "Window",
 )  # fmt: skip
 """What functions give: it is not made by hand, and a number in it may be nan."""
