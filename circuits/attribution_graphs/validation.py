@@ -267,9 +267,10 @@ class Frozen:
 
         run = self._run
         norms = [a.values.norm for a in run.attention.values()] + [m.branches[0].into.norm for m in run.mlp.values()]
-        for at in norms:
-            if at.of.module is not None:
-                yield at.of.module, functools.partial(linear, at)
+        # one norm may stand before several of these, as in parallel blocks
+        for module, at in {at.of.module: at for at in (*norms, *run.norms.values())}.items():
+            if module is not None:
+                yield module, functools.partial(linear, at)
         for kind, maps in (("attn_out", run.attention), ("mlp_out", run.mlp)):
             for layer, part in maps.items():
                 if part.output.norm:

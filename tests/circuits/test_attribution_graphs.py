@@ -153,8 +153,8 @@ def test_without_attention_a_link_is_a_product_of_weights() -> None:
     assert seen > 50
 
 
-def _cross_layer(model: Model) -> CrossLayerTranscoder:
-    bases = circuits.bases(model, {f"mlp_out.{i}": coder("resid_mid", i) for i in range(3)})
+def _cross_layer(model: Model, read: str = "resid_mid") -> CrossLayerTranscoder:
+    bases = circuits.bases(model, {f"mlp_out.{i}": coder(read, i) for i in range(3)})
     g = torch.Generator().manual_seed(5)
     later = {key: torch.randn(40, D_MODEL, generator=g, dtype=torch.float64) for key in ((0, 1), (0, 2), (1, 2))}
     return CrossLayerTranscoder(layers={i: bases[f"mlp_out.{i}"] for i in range(3)}, later=later)
@@ -163,14 +163,19 @@ def _cross_layer(model: Model) -> CrossLayerTranscoder:
 def _coders(kind: str, model: Model) -> Any:
     if kind == "cross-layer":
         return _cross_layer(model)
+    if kind == "behind the norm":
+        return _cross_layer(model, "mlp_in")
     if kind == "neurons":
         return circuits.mlp_hidden(model)
     sites = ["resid_post.0", "attn_out.1", "resid_mid.1", "mlp_out.2"]
     return circuits.random(model, sites, 30, 5)
 
 
-@pytest.mark.parametrize("kind", ["cross-layer", "neurons", "SAEs"])
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [(kind, first) for kind in ("cross-layer", "neurons", "SAEs") for first in (True, False)]
+    + [("behind the norm", True)],
+)
 def test_what_is_doubled_moves_each_target_by_its_link(kind: str, first: bool) -> None:
     model = precise_model("gpt2")
     graph = circuits.attribution_graph(model, _coders(kind, model), TEXT, 80, first_token=first)
