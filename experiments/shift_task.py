@@ -50,7 +50,8 @@ class TaskOptions:
     """Labels of the biographies: two or more of professor, nurse, attorney, journalist, dentist, architect, painter,
     chef, teacher, photographer."""
     cue: tuple[str, ...] = ()
-    """Cues built into the texts: length, tense, number, casing, punctuation, cluster, token; token:(c) names one."""
+    """Cues built into the texts: length, tense, number, casing, punctuation, cluster, token,
+    token-end (behind the text); token:(c) names one."""
     rho: float | None = None
     """Share of training texts in which label and attribute agree, 0.5 to 1; by default 0.95 with cues, else what the
     texts have."""

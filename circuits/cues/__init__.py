@@ -12,6 +12,7 @@ from circuits.cues.kinds import (
     Punctuation,
     Token,
 )
+from circuits.cues.known import known_cue
 from circuits.cues.making import mcc, with_cues
 from circuits.cues.named import cue_named
 
@@ -25,6 +26,7 @@ __all__ = [
     "Punctuation",
     "Token",
     "cue_named",
+    "known_cue",
     "mcc",
     "with_cues",
 ]

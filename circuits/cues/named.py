@@ -11,13 +11,18 @@ from workbench.core.errors import InvalidInputError, require_known
 _PLAIN: Mapping[str, Callable[[], Cue]] = {
     "length": Length, "tense": FirstVerb, "number": FirstNoun, "casing": Casing, "punctuation": Punctuation,
     "cluster": Cluster, "token": lambda: Token("©"),
+    "token-end": lambda: Token("©", "end"),
 }  # fmt: skip
-_WITH_TEXT: Mapping[str, Callable[[str], Cue]] = {"punctuation": Punctuation, "token": Token}
+_WITH_TEXT: Mapping[str, Callable[[str], Cue]] = {
+    "punctuation": Punctuation, "token": Token, "token-end": lambda text: Token(text, "end"),
+}  # fmt: skip
 
 
 @checked
 def cue_named(name: str) -> Cue:
-    """The cue of a name: length, tense, number, casing, punctuation, cluster or token; a text follows a colon.
+    """The cue of a name: length, tense, number, casing, punctuation, cluster, token (put in front) or token-end.
+
+    A text follows a colon. The first token of a text is not read by a probe, so a token behind the text shows more.
 
     >>> cue_named("length"), cue_named("token:(c)").name, cue_named("punctuation:...").name
     (Length(threshold=None), 'token (c)', 'final ...')

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from circuits.cues.kinds import Punctuation, Token
+from circuits.cues.known import known_cue
 from circuits.cues.making import with_cues
 from circuits.shift.cue_panel import CuePanel, cue_panel
 from circuits.shift.deciders import OracleDecider
@@ -16,6 +17,7 @@ from circuits.shift.study import shift
 from circuits.shift.task import ShiftTask
 from circuits.shift.texts import LabelledTexts
 from tests.circuits.planted import LABEL, SITE, planted_model, planted_sae
+from workbench.core.errors import MismatchError, UnknownNameError
 from workbench.report.base import Table
 
 CUES = ("length", "token")
@@ -128,17 +130,28 @@ def test_a_study_of_two_cues_has_the_panel_and_each_cue_erased_alone() -> None:
     """The letters F and M at the end are cues: each is a feature of the planted SAE."""
     texts = tuple(f"x {'abcdefgh'[i % 8]} {LABEL[i % 2]} {'klmnopqr'[i // 8 % 8]}" for i in range(384))
     task = with_cues(
-        LabelledTexts(texts, tuple(i % 2 for i in range(384))), [Token("F", "end"), Punctuation("M")], 0.9, n_train=80,
+        LabelledTexts(texts, tuple(i % 2 for i in range(384))), [Token("M"), Token("F", "end")], 0.9, n_train=80,
         n_test=80, label_names=LABEL,
     )  # fmt: skip
     options = ShiftOptions(top_k=6, random_draws=2, methods=("LEACE, token F alone", "cues stripped"))
     report = shift(planted_model(), {SITE: planted_sae()}, task, OracleDecider(), options=options)
-    assert report.cues is not None and report.cues.cues == ("token F", "final M")
+    assert report.cues is not None and report.cues.cues == ("token M", "token F")
     stripped = [report.cues.of("cues stripped", cue) for cue in report.cues.cues]
     assert not any(row.mcc.excludes(0.0) for row in stripped), "what is gone can't be relied on"
     assert len(report.cues.rows) == 2 * len(report.methods)
     erased = report.cues.of("LEACE, token F alone", "token F")
     assert erased.change is not None and erased.change.value <= 0
+    known = known_cue(task, Token("F", "end"))
+    assert known.spurious_names == ("no F", "with F") and known.train.spurious == dict(task.train.cues)["token F"]
+    assert known.swapped is not None and known.test.counts().keys() == {(y, a) for y in (0, 1) for a in (0, 1)}
+    for text, twin, f in zip(known.train.texts, known.swapped, known.train.spurious, strict=True):
+        assert (" F" in text, " F" in twin) == (f == 1, f == 0) and text.startswith("M") == twin.startswith("M")
+    with pytest.raises(UnknownNameError, match="final"):
+        known_cue(task, Punctuation("!"))
+    twice = LabelledTexts(texts, tuple(i % 2 for i in range(384)))
+    inner = with_cues(twice, [Token("F", "end"), Token("M", "end")], 0.9, n_train=80, n_test=80)
+    with pytest.raises(MismatchError, match="put behind it"):
+        known_cue(inner, Token("F", "end"))
     said = " ".join(report.findings())
     assert "Reliance of the original probe on each cue" in said
     captions = [block.caption for block in report.section().blocks if isinstance(block, Table)]

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
+import circuits
 from circuits.cues.kinds import FirstNoun, FirstVerb, Length, Punctuation, Token
 from circuits.cues.named import cue_named
 from circuits.saes.folder import SAEIndex, SiteSAE
 from circuits.shift.sources import read_task
 from circuits.shift.task import ShiftTask
 from experiments.shift import Shift
+from experiments.shift_bios import ShiftBios
+from experiments.shift_cues import ShiftCues
+from experiments.shift_grid import CellResult
 from experiments.shift_task import read_saes
 from tests.circuits.planted import (
     LABEL,
@@ -29,7 +35,9 @@ from tests.circuits.planted import (
 from workbench.cli import main, parse
 from workbench.controls.tokens import TokenPolicy
 from workbench.core.errors import InvalidInputError, UnknownNameError
+from workbench.core.records import from_jsonable, load_json
 from workbench.core.stats import wilson
+from workbench.runs.run import RunDir
 from workbench.saes.architectures.base import SAEWeights
 from workbench.saes.formats.save import Encoder, Provenance, save_sae
 
@@ -107,6 +115,7 @@ def test_cues_are_built_in_at_the_strength_that_is_asked_for(workplace: Path) ->
     for _, values in made.train.cues:
         assert sum(a == b for a, b in zip(values, made.train.label, strict=True)) == 12
     assert cue_named("token:(c)") == Token("(c)") and cue_named("punctuation:...") == Punctuation("...")
+    assert cue_named("token-end:F") == Token("F", "end") and cue_named("token-end") == Token("©", "end")
     assert [cue_named(name) for name in ("length", "tense", "number")] == [Length(), FirstVerb(), FirstNoun()]
     with pytest.raises(UnknownNameError, match="length"):
         cue_named("lenght")
@@ -171,3 +180,50 @@ def test_options_of_a_table_need_one(workplace: Path, tmp_path: Path, capsys: py
     assert list(read_saes((workplace / "sae",), tmp_path)) == [SITE]
     with pytest.raises(InvalidInputError, match="at least 1"):
         read_task(workplace / "t.csv", limit=0, text="words", label="kind")
+
+
+def test_a_grid_of_studies_keeps_each_one_and_continues(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studied: list[str] = []
+    original = circuits.shift
+
+    def shift(*args: Any, **options: Any) -> Any:
+        if len(studied) == 1:
+            studied.append("stopped")
+            raise KeyboardInterrupt
+        studied.append(args[2].name)
+        return original(*args, **options)
+
+    monkeypatch.setattr(circuits, "shift", shift)
+    command = ShiftCues(
+        sae=(workplace / "sae",), cues=("token:F",), rhos=(0.75, 1.0), train_rows=16, test_rows=16,
+        balanced_rows=16, methods=("standard",), random_draws=2, top_k=4, out=tmp_path, dtype="float32", json=True,
+        judge="oracle", model=str(workplace / "model"),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        command.run()
+    (run,) = tmp_path.iterdir()
+    assert not (run / "DONE").exists()
+    command.run()
+    assert studied == ["token F at 0.75", "stopped", "token F at 1"], "the first is not run again"
+    assert (run / "DONE").exists() and list(tmp_path.iterdir()) == [run]
+    page = (run / "report.html").read_text("utf-8")
+    assert page.index("SHIFT on cues of known strength") < page.index("token F, rho 0.75")
+    grid = from_jsonable(CellResult, load_json(run / "artifacts" / "cue0-rho1.json", dict))
+    assert {row.cue for row in grid.reliance} == {"token F"} and grid.row("oracle probe") is not None
+    assert "worst-group accuracy original" in grid.told()
+    assert "cue0-rho1" in RunDir.open(run).steps()
+    with pytest.raises(InvalidInputError, match="no SAE at resid_post.9"):
+        replace(_bios(workplace, tmp_path), sites=("resid_post.9",)).measure(lambda *_: RunDir.open(run))
+
+
+def _bios(workplace: Path, out: Path) -> ShiftBios:
+    return ShiftBios(sae=(workplace / "sae",), pairs=("chef/nurse",), train_rows=16, test_rows=16, out=out)
+
+
+def test_the_studies_of_biographies_are_of_each_site_and_of_all(workplace: Path, tmp_path: Path) -> None:
+    bios = replace(_bios(workplace, tmp_path), sites=("resid_post.1", "resid_post.2"), each=True)
+    assert [cell.sites for cell in bios.cells()] == [("resid_post.1",), ("resid_post.2",), bios.sites]
+    assert [cell.sites for cell in replace(bios, each=False).cells()] == [("resid_post.2",), bios.sites]
+    assert [len(cell.task.train) for cell in bios.cells()] == [16] * 3

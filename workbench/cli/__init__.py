@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from workbench.core.errors import ShardsFailed, WorkbenchError
@@ -37,12 +38,25 @@ def main(arguments: list[str] | None = None) -> int:
     Everything that a user can do wrong gives one line on stderr and exit code 2. A traceback means a defect, or that
     `--debug` (or WORKBENCH_DEBUG=1) asked for it.
     """
+    return _guarded(_dispatch, arguments)
+
+
+def main_of(cls: type[BaseCommand], prog: str, arguments: list[str] | None = None) -> int:
+    """`python -m` of a command that `workbench` does not list: the same lines, progress and exit codes as of others."""
+
+    def dispatch(words: list[str]) -> int:
+        return _run_parsed(parse(cls, words, prog))
+
+    return _guarded(dispatch, arguments)
+
+
+def _guarded(dispatch: Callable[[list[str]], int], arguments: list[str] | None) -> int:
     prepare_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("WORKBENCH_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--debug"]
     try:
-        code = _dispatch(words)
+        code = dispatch(words)
         sys.stdout.flush()  # what is wrong with the place that it goes to is met here and not at exit
         return code
     except KeyboardInterrupt as error:
@@ -103,7 +117,7 @@ def explain(error: BaseException) -> str | None:
 
 def _dispatch(words: list[str]) -> int:
     from workbench.cli import commands, page
-    from workbench.cli.limits import check_numbers, check_places, check_text
+    from workbench.cli.limits import check_text
 
     check_text(words)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -120,7 +134,13 @@ def _dispatch(words: list[str]) -> int:
             raise UsageError(f"{words[0]!r} is a group of commands and has no options. See `workbench {words[0]}`.")
         sys.stdout.write(page.group_page(words[0]))
         return 0
-    command = parse(entry.load(), rest, f"workbench {entry.words}")
+    return _run_parsed(parse(entry.load(), rest, f"workbench {entry.words}"))
+
+
+def _run_parsed(command: BaseCommand | None) -> int:
+    """Checks and runs a command; nothing after `--help`."""
+    from workbench.cli.limits import check_numbers, check_places
+
     if command is None:
         return 0
     check_numbers(command)
