@@ -37,7 +37,7 @@ class ShiftBios(GridStudy):
 
     def cells(self) -> list[Cell]:
         sites = self.sites or tuple(read_saes(self.sae, self.runs_folder()))
-        chosen = [(site, (site,)) for site in (sites if self.each else sites[-1:])]
+        chosen: list[tuple[str, tuple[str, ...]]] = [(site, (site,)) for site in (sites if self.each else sites[-1:])]
         if len(sites) > 1:
             chosen.append((f"{len(sites)} sites", sites))
         cells = []

@@ -144,7 +144,7 @@ def test_a_study_of_two_cues_has_the_panel_and_each_cue_erased_alone() -> None:
     known = known_cue(task, Token("F", "end"))
     assert known.spurious_names == ("no F", "with F") and known.train.spurious == dict(task.train.cues)["token F"]
     assert known.swapped is not None and known.test.counts().keys() == {(y, a) for y in (0, 1) for a in (0, 1)}
-    for text, twin, f in zip(known.train.texts, known.swapped, known.train.spurious, strict=True):
+    for text, twin, f in zip(known.train.texts, known.swapped, known.train.spurious or (), strict=True):
         assert (" F" in text, " F" in twin) == (f == 1, f == 0) and text.startswith("M") == twin.startswith("M")
     with pytest.raises(UnknownNameError, match="final"):
         known_cue(task, Punctuation("!"))
