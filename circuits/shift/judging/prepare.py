@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from circuits.shift.deciders import Decider
+from circuits.shift.deciders import Decider, Node
 from circuits.shift.task import ShiftStudy
+
+
+Candidate = tuple[Node, float]
+"""A feature with its effect."""
 
 
 @runtime_checkable
 class StudyReader(Protocol):
     """A judge that first looks at all training texts, such as for environments among them."""
 
-    def of_study(self, study: ShiftStudy) -> Decider:
-        """The judge of the features of this study; it must not look at test texts or balanced labels."""
+    def of_study(self, study: ShiftStudy, candidates: Sequence[Candidate]) -> Decider:
+        """The judge of these features of a study; it must not look at test texts or balanced labels."""
         ...
 
 
-def prepared(decider: Decider, study: ShiftStudy) -> Decider:
+def prepared(decider: Decider, study: ShiftStudy, candidates: Sequence[Candidate]) -> Decider:
     """The decider for this study."""
-    return decider.of_study(study) if isinstance(decider, StudyReader) else decider
+    return decider.of_study(study, candidates) if isinstance(decider, StudyReader) else decider

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from circuits.shift.deciders import DECIDERS, Decision, FeatureDossier, Rows, Verdict
+from circuits.shift.judging.prepare import Candidate
 from circuits.shift.task import NEEDS, ShiftStudy
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
@@ -50,12 +52,13 @@ class WithinLabelDecider(OneLine):
                 f"WithinLabelDecider(z={self.z}, min_tokens={self.min_tokens}): both must be 0 or more."
             )
 
-    def of_study(self, study: ShiftStudy) -> WithinLabel:
+    def of_study(self, study: ShiftStudy, candidates: Sequence[Candidate] = ()) -> WithinLabel:
         """The judge with the attribute labels of the training texts.
 
         Raises:
             MismatchError: if the attribute is not known, or hardly any training text breaks the correlation.
         """
+        del candidates
         task = study.task
         if "attribute" in task.missing():
             raise MismatchError(f"WithinLabelDecider: {NEEDS['attribute']}. Give another judge, such as instability.")
