@@ -60,6 +60,9 @@ from circuits.pairs import Pairs
 from circuits.saes.report import TrainedSAEs
 from circuits.saes.training import SAEsEstimate, SAETrainingOptions, estimate_saes, train_saes
 from circuits.shift.asked import AskedDecider
+from circuits.shift.automatic.evidence import ShortcutEvidence
+from circuits.shift.automatic.finding import AutomaticOptions
+from circuits.shift.automatic.study import AutomaticShift, automatic_shift
 from circuits.shift.biographies import BiographyOptions, biographies
 from circuits.shift.deciders import (
     DECIDERS,
@@ -76,6 +79,8 @@ from circuits.shift.export.saving import ShiftClassifier, load_classifier
 from circuits.shift.judging.agreement import Agreement, agreement
 from circuits.shift.judging.annotated import AnnotatedDecider
 from circuits.shift.judging.annotations import Annotation, read_annotations, save_annotations, verdicts_of
+from circuits.shift.judging.automatic import AutomaticDecider
+from circuits.shift.judging.instability import InstabilityDecider
 from circuits.shift.judging.named import judge_named
 from circuits.shift.judging.page import QueueCard
 from circuits.shift.judging.queue import JudgingQueue, judging_queue
@@ -90,6 +95,12 @@ from circuits.shift.task import ShiftTask
 from circuits.shift.texts import LabelledTexts
 
 __all__ = [
+    "InstabilityDecider",
+    "AutomaticDecider",
+    "automatic_shift",
+    "AutomaticShift",
+    "AutomaticOptions",
+    "ShortcutEvidence",
     "verdicts_of",
     "TokenContext",
     "WithinLabelDecider",

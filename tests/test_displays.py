@@ -25,6 +25,7 @@ from circuits.discovery.cluster_circuits import RUNS, ClusterCircuit
 from circuits.faithful.curves import CurvePoint
 from circuits.shift.export.loader import Classifier, checksum
 from circuits.shift.removal import RemovalRow
+from circuits.shift.shift_report import ShiftReport
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.manifest import Manifest, SiteStats
 from workbench.activations.store import ActivationStore
@@ -407,6 +408,25 @@ def _faithful() -> circuits.Faithfulness:
     return circuits.faithfulness(*_bench(), _effects().circuit(n=9), _pairs(), METRIC)
 
 
+def _shortcut() -> circuits.ShortcutEvidence:
+    flat = wb.Estimate(0.5, 0.2, 0.8, 5, "t", EVIL)
+    return circuits.ShortcutEvidence(
+        is_shortcut=True, why=EVIL, features=(EVIL,) * 64, harm=((EVIL, 1.0),) * 64, n_search=10**9, n_errors=10**9,
+        opposed=flat, opposed_without=flat, others=flat, others_without=flat, gain=0.1, p_ablation=0.1,
+        p_environment=0.1, alpha=0.05,
+    )  # fmt: skip
+
+
+class _Table(ShiftReport):
+    """A report of a study, as far as its table."""
+
+    def __init__(self) -> None:
+        pass
+
+    def frame(self) -> pd.DataFrame:
+        return pd.DataFrame({"method": [EVIL] * 500, "accuracy": [0.5] * 500})
+
+
 REAL: dict[type, Callable[[Path], object]] = {
     ActivationStore: _store,
     Activations: lambda _: tiny_model().capture("one", [*tiny_model().sites(), *(f"z.{i}.h{h}" for i in range(3) for h in range(2))]),
@@ -428,6 +448,8 @@ REAL: dict[type, Callable[[Path], object]] = {
     circuits.FaithfulnessCurve: lambda _: circuits.FaithfulnessCurve((CurvePoint(EVIL, 9, _faithful()),) * 500),
     circuits.ShiftTask: lambda _: _task(),
     circuits.ShiftClassifier: lambda _: _classifier(),
+    circuits.ShortcutEvidence: lambda _: _shortcut(),
+    circuits.AutomaticShift: lambda _: circuits.AutomaticShift(evidence=_shortcut(), report=_Table()),  # type: ignore[arg-type]
     circuits.Agreement: lambda _: circuits.Agreement(
         judges=(EVIL, EVIL), observed=wb.Estimate(1.0, 0.5, 1.0, 9, "t"), chance=0.5, kappa=None,
         table=((10**9,) * 3,) * 3, disputed=((EVIL, EVIL, EVIL),) * 500,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from circuits.shift.deciders import Decider, OracleDecider
 from circuits.shift.judgement import most_effective
+from circuits.shift.judging.prepare import regime_of
 from circuits.shift.methods import ORACLE_PROBE, ORIGINAL, SWAP_DIRECTION_REMOVED, Sets, WithoutWords, ablation
 from circuits.shift.needs import NEEDS
 from circuits.shift.options import ShiftOptions
@@ -89,7 +90,7 @@ def _standard(task: ShiftTask, decider: Decider, options: ShiftOptions) -> tuple
         *ablation(_RANDOM, of_draws, lambda study: _judged(study).draws, ("control", "control"), is_random=True),
         *ablation(
             _SHIFT, decider.information, _one(lambda judged: judged.chosen), ("subject", "subject"),
-            ((ALWAYS[1], ALWAYS[0]), (ALWAYS[2], ALWAYS[0])), regime="R1" if decider.is_oracle else "R0",
+            ((ALWAYS[1], ALWAYS[0]), (ALWAYS[2], ALWAYS[0])), regime=regime_of(decider),
         ),
         *ablation(
             "SHIFT, oracle judge", OracleDecider.information, _one(lambda judged: judged.oracle),

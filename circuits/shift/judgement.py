@@ -57,9 +57,10 @@ def judge_features(study: ShiftStudy, decider: Decider) -> Judgement:
 
     None is a candidate where no effect is above the threshold.
     """
-    options, decider = study.options, prepared(decider, study)
+    options = study.options
     effects = effects_on(study, study.train, study.task.train.label, options.attribution, options.attribution_rows)
-    dossiers = tuple(dossiers_of(study, strongest(effects, options.top_k, options.min_effect)))
+    candidates = strongest(effects, options.top_k, options.min_effect)
+    decider, dossiers = prepared(decider, study, candidates), tuple(dossiers_of(study, candidates))
     oracle = None if study.task.balanced is None else tuple(OracleDecider()(dossier) for dossier in dossiers)
     verdicts = tuple(decider(d if decider.is_oracle else replace(d, balanced=None)) for d in dossiers)
     return Judgement(effects=effects, decider=decider, dossiers=dossiers, verdicts=verdicts, oracle=oracle)

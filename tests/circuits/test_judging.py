@@ -91,7 +91,7 @@ def test_an_unknown_judge_is_named_with_what_exists() -> None:
 
 def test_a_queue_is_blind_drawn_and_continues_where_it_was_left(tmp_path: Path) -> None:
     path = tmp_path / "of A.jsonl"
-    queue = circuits.judging_queue(_study(), path, judge="A", seed=1, options=OPTIONS)
+    queue = circuits.judging_queue(_study(), path, judge="A", seed=1)
     names = [card.feature for card in queue.cards]
     assert set(names) == {v.feature for v in _shift("statistics").verdicts}
     assert set(asdict(queue.cards[0])) == {"feature", "tokens", "contexts", "n_tokens"}, "no effect, no label"
@@ -103,7 +103,7 @@ def test_a_queue_is_blind_drawn_and_continues_where_it_was_left(tmp_path: Path) 
     assert by_name[f"{SITE}/2"].contexts[0].after.startswith(" k ")
     queue.decide("spurious", "letters").decide("unsure")
     circuits.save_annotations(path, [*circuits.read_annotations(path), *_given("B", ["intended"] * 15)])
-    resumed = circuits.judging_queue(_study(), path, judge="A", seed=1, options=OPTIONS)
+    resumed = circuits.judging_queue(_study(), path, judge="A", seed=1)
     assert resumed.current() is not None and resumed.current().feature == names[2]  # type: ignore[union-attr]
     resumed.decide("intended", "again", feature=names[1])
     assert [(a.feature, a.verdict) for a in queue.annotations()] == [(names[0], "spurious"), (names[1], "intended")]
@@ -225,7 +225,7 @@ def test_the_page_holds_no_effect_and_no_markup_of_texts(tmp_path: Path) -> None
     card = QueueCard(
         feature=f"{SITE}/1", tokens=("T",), n_tokens=3, contexts=(circuits.TokenContext(HOSTILE, "</script>", ""),)
     )  # fmt: skip
-    queue = circuits.judging_queue(_study(), tmp_path / "v.jsonl", judge=HOSTILE, options=OPTIONS)
+    queue = circuits.judging_queue(_study(), tmp_path / "v.jsonl", judge=HOSTILE)
     page = replace(queue, cards=(card, *queue.cards)).save_page(tmp_path / "page.html").read_text()
     assert "<img" not in page and page.count("</script>") == 2
     effects = [v.effect for v in _shift("statistics").verdicts]
@@ -234,7 +234,7 @@ def test_the_page_holds_no_effect_and_no_markup_of_texts(tmp_path: Path) -> None
 
 @pytest.mark.browser
 def test_verdicts_on_the_page_are_kept_and_come_back_as_a_file(tmp_path: Path, browser: Browser) -> None:
-    queue = circuits.judging_queue(_study(), tmp_path / "v.jsonl", judge="A", seed=3, options=OPTIONS)
+    queue = circuits.judging_queue(_study(), tmp_path / "v.jsonl", judge="A", seed=3)
     queue.decide("unsure", "first")
     browser.open(queue.save_page(tmp_path / "page.html").as_uri())
     shown = "document.getElementById('feature').textContent"

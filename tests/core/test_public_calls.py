@@ -26,14 +26,14 @@ ROOMS = ("controls", "features", "glitch", "judges", "probes", "saes", "steering
 PACKAGES = (wb, *(importlib.import_module(f"workbench.{room}") for room in ROOMS), circuits)
 RESULTS = (
     "Answer", "Answers", "AttributionGraph", "Behaviours", "CardSet", "CensusReport", "CheckReport", "ClusterCircuits", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
-    "Agreement", "Check", "DoctorReport",
+    "Agreement", "AutomaticShift", "Check", "DoctorReport",
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
     "Eraser", "Transport",
     "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate", "HeadScore", "HeadScores",
     "IntruderScore", "JacobianLens", "JudgeGate", "Lens", "LensEnds", "LensEstimate", "LensReading", "LensToken",
     "LensTokens", "LinearLens", "LoadedGraph", "LogitLens", "MergedLora", "Neighbour", "NodeEffects",
     "OutputScores", "PatchGrid", "PathEffects", "Plan", "PrunedCircuit", "RatingReport", "RefusalReport", "Repair", "Report", "ReptileReport", "SAEReport", "SAEsEstimate", "SampleVectors",
-    "RemovalScores", "Section", "SelectionReport", "ShiftClassifier", "ShiftReport", "SteeringExample", "SteeringReport", "Stability", "TokenTable",
+    "RemovalScores", "Section", "SelectionReport", "ShiftClassifier", "ShiftReport", "ShortcutEvidence", "SteeringExample", "SteeringReport", "Stability", "TokenTable",
     "TokenMeans", "TokenVectors", "TokenizerFacts", "TopContexts", "TrainedSAEs", "Trial", "TwoByTwo", "Window",
 )  # fmt: skip
 """What functions give: it is not made by hand, and a number in it may be nan."""

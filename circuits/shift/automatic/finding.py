@@ -2,21 +2,22 @@
 
 Half of the training rows are for the search, the other half for the test, so that what was searched for does not count
 as evidence. Without attribute labels a shortcut can't be told from a real but unreliable sign of the label by data
-alone; what is found here are features that (1) support the label overall, (2) oppose it where the probe errs, (3) are
-followed by the probe on unseen rows where they oppose the label, although (4) a probe refitted without them is right
-there more often than not, and (5) without losing as much elsewhere.
+alone. What is found here are features that (1) support the label overall, (2) oppose it together where the probe errs,
+and (3) that the probe follows on unseen rows where they oppose the label, (4) while a probe refitted without them is
+right there, and (5) loses less elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.shift.automatic.heldout import held_out_logits
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
 from workbench.core.errors import InvalidInputError
@@ -24,6 +25,16 @@ from workbench.probes.linear import ProbeOptions, fit_probe
 
 MIN_ERRORS = 5
 """Rows of the search on which the probe must err, and rows of the test that the features must mislead."""
+MOST_RIGHT = 0.6
+"""A probe that is right on a larger share of the rows whose label some features oppose weighs them as one sign of
+several, as it should, and does not follow them."""
+MIN_COHERENCE = 0.2
+"""Correlation of the features of a set within a label: a shortcut that fails, fails in all its features at once, while
+independent signs of the label fail one by one."""
+COMPONENTS = 4
+"""Principal components of what candidates do within a label, which sets are made of."""
+MOST_PROPOSALS = 12
+"""Sets that are ablated in the search."""
 
 
 @checked
@@ -61,11 +72,21 @@ class SearchRows:
         y: label, 0 or 1.
         support: by how much each candidate supports the row's label, in logits of the probe; negative opposes it.
         ablated: activations at the probe's site without some of the candidates.
+        probe: how probes are fitted.
     """
 
     y: Int[np.ndarray, " rows"]
     support: Float[np.ndarray, "rows candidates"]
     ablated: Callable[[Sequence[int]], Float[Tensor, "rows d"]]
+    probe: ProbeOptions = field(default_factory=ProbeOptions)
+
+    def predicted(
+        self, x: Float[Tensor, "rows d"], fitted: Int[np.ndarray, " fitted"], new: Int[np.ndarray, " new"]
+    ) -> Int[np.ndarray, " new"]:
+        """Labels that a probe of some rows gives to others."""
+        options = replace(self.probe, folds=0)
+        probe = fit_probe(x[fitted], torch.from_numpy(self.y[fitted]), "", options=options)
+        return probe.predict(x[new]).cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,13 +96,11 @@ class Search:
     Attributes:
         errors: rows of the search on which the cross-validated probe errs.
         harm: mean support of each candidate on those rows.
-        z: its distance from 0 in standard errors.
         chosen: places of the candidates that are put to the test; () if there is none.
     """
 
     errors: Int[np.ndarray, " rows"]
     harm: Float[np.ndarray, " candidates"]
-    z: Float[np.ndarray, " candidates"]
     chosen: tuple[int, ...]
 
 
@@ -112,8 +131,8 @@ class Trial:
 
     @property
     def is_followed(self) -> bool:
-        """Whether the probe is mostly wrong where the candidates oppose the label, and mostly right without them."""
-        return bool(self.right[self.opposed].mean() < 0.5 < self.right_without[self.opposed].mean())
+        """Whether the probe follows the candidates where they oppose the label, and does not without them."""
+        return bool(self.right[self.opposed].mean() < MOST_RIGHT < self.right_without[self.opposed].mean())
 
 
 def halves(y: Int[np.ndarray, " rows"], seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,36 +144,66 @@ def halves(y: Int[np.ndarray, " rows"], seed: int) -> tuple[np.ndarray, np.ndarr
 
 
 def search(rows: SearchRows, among: Int[np.ndarray, " chosen"], options: AutomaticOptions) -> Search:
-    """The candidates that oppose the label where the probe errs, as many of them as help most, over some of the rows."""
-    y = rows.y[among]
-    folds = _folds(y, options)
-    right = _right(rows.ablated([])[among], y, folds)
-    errors = among[~right]
-    harm, z = _harm(rows.support[errors])
-    suspects = [int(i) for i in np.argsort(harm, kind="stable") if harm[i] < 0]
-    if len(errors) < MIN_ERRORS or not suspects:
-        return Search(errors=errors, harm=harm, z=z, chosen=())
-    gains = {}
-    for n in _sizes(len(suspects)):
-        without = _right(rows.ablated(suspects[:n])[among], y, folds)
-        opposed = rows.support[among][:, suspects[:n]].sum(1) < 0
-        gains[n] = _gain(_weights(y, opposed), right, without)
-    best = max(gains, key=lambda n: gains[n])
-    return Search(errors=errors, harm=harm, z=z, chosen=tuple(suspects[:best]) if gains[best] > 0 else ())
+    """The set of candidates whose ablation helps most surely, of sets that the probe follows against the label."""
+    y, support = rows.y[among], rows.support[among]
+    right = _right(rows, [], among, options)
+    harm = support[~right].mean(0) if (~right).any() else np.zeros(support.shape[1])
+    gains: dict[tuple[int, ...], float] = {}
+    if (~right).sum() >= MIN_ERRORS:
+        for nodes in _followed(_proposals(support, y, harm), support, right):
+            without = _right(rows, nodes, among, options)
+            changes = _weights(y, support[:, list(nodes)].sum(1) < 0) * (without.astype(float) - right)
+            gains[nodes] = float(changes.sum() / max(np.linalg.norm(changes), 1e-12))
+    best = max(gains, key=lambda nodes: gains[nodes], default=())
+    return Search(errors=among[~right], harm=harm, chosen=best if gains.get(best, 0.0) > 0 else ())
+
+
+def _proposals(support: np.ndarray, y: np.ndarray, harm: np.ndarray) -> list[tuple[int, ...]]:
+    """Sets that vary together: of candidates that oppose the label where the probe errs, or of one component."""
+    orders = [np.argsort(harm, kind="stable")[: (harm < 0).sum()]]
+    within = support - np.stack([support[y == label].mean(0) for label in (0, 1)])[y]
+    loadings = np.linalg.svd(within, full_matrices=False)[2][:COMPONENTS]
+    for loading in [side * one for one in loadings for side in (1, -1)]:
+        orders.append(np.argsort(-loading, kind="stable")[: (loading > 0).sum()])
+    sets = (tuple(sorted(order[:n].tolist())) for order in orders for n in _sizes(len(order)))
+    return [nodes for nodes in dict.fromkeys(sets) if coherence(within[:, list(nodes)]) >= MIN_COHERENCE]
+
+
+def coherence(within: Float[np.ndarray, "rows candidates"]) -> float:
+    """Mean correlation of each two columns, weighted by their standard deviations; 1 for a single one.
+
+    >>> x = np.array([[1.0, 2.0], [-1.0, -2.0]])
+    >>> coherence(x), coherence(x * [1, -1]), coherence(x[:, :1])
+    (1.0, -1.0, 1.0)
+    """
+    spread = within.std(0)
+    most = spread.sum() ** 2 - (spread**2).sum()
+    return 1.0 if within.shape[1] == 1 or not most else float((within.sum(1).var() - (spread**2).sum()) / most)
+
+
+def _followed(proposals: Iterable[tuple[int, ...]], support: np.ndarray, right: np.ndarray) -> list[tuple[int, ...]]:
+    """The sets that the probe follows where they oppose the label; those with most errors there first."""
+    errors: dict[tuple[int, ...], int] = {}
+    for nodes in proposals:
+        opposed = support[:, list(nodes)].sum(1) < 0
+        if opposed.sum() >= MIN_ERRORS and right[opposed].mean() < MOST_RIGHT:
+            errors[nodes] = int((~right[opposed]).sum())
+    return sorted(errors, key=lambda nodes: -errors[nodes])[:MOST_PROPOSALS]
 
 
 def trial(
-    rows: SearchRows, chosen: Sequence[int], fitted_on: Int[np.ndarray, " fitted"], tested_on: Int[np.ndarray, " tested"],
+    rows: SearchRows,
+    chosen: Sequence[int],
+    fitted_on: Int[np.ndarray, " fitted"],
+    tested_on: Int[np.ndarray, " tested"],
     options: AutomaticOptions,
-) -> Trial | None:  # fmt: skip
+) -> Trial | None:
     """Tests the chosen candidates on rows that neither they nor the probes have seen; None if they mislead too few."""
-    y, fitted = rows.y[tested_on], torch.from_numpy(rows.y[fitted_on])
+    y = rows.y[tested_on]
     opposed = rows.support[tested_on][:, list(chosen)].sum(1) < 0
     if opposed.sum() < MIN_ERRORS:
         return None
-    right, without = (
-        _predicted(x[fitted_on], fitted, x[tested_on]) == y for x in (rows.ablated([]), rows.ablated(chosen))
-    )
+    right, without = (rows.predicted(rows.ablated(part), fitted_on, tested_on) == y for part in ([], chosen))
     gain = _gain(_weights(y, opposed), right, without)
     random = np.random.default_rng(options.seed)
     change = without.astype(float) - right
@@ -167,17 +216,9 @@ def trial(
     )  # fmt: skip
 
 
-def _harm(support: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean support of each candidate over the rows of errors, and the same in standard errors."""
-    if len(support) < 2:
-        return np.zeros(support.shape[1]), np.zeros(support.shape[1])
-    mean, spread = support.mean(0), support.std(0, ddof=1) / np.sqrt(len(support))
-    return mean, np.divide(mean, spread, out=np.where(mean < 0, -np.inf, 0.0), where=spread > 0)
-
-
 def _sizes(most: int) -> list[int]:
     """1, 2, 4, ... and all."""
-    return [*(2**i for i in range(20) if 2**i < most), most]
+    return [] if not most else [*(2**i for i in range(20) if 2**i < most), most]
 
 
 def _weights(y: np.ndarray, opposed: np.ndarray) -> np.ndarray:
@@ -204,19 +245,7 @@ def _p(value: float, drawn: Iterable[float]) -> float:
     return float((1 + (draws >= value - 1e-12).sum()) / (1 + len(draws)))
 
 
-def _folds(y: np.ndarray, options: AutomaticOptions) -> list[tuple[np.ndarray, np.ndarray]]:
-    from sklearn.model_selection import StratifiedKFold
-
-    return list(StratifiedKFold(options.folds, shuffle=True, random_state=options.seed).split(y, y))
-
-
-def _right(x: Tensor, y: np.ndarray, folds: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Whether each row is classified rightly by a probe that was fitted without it."""
-    right = np.zeros(len(y), dtype=bool)
-    for fitted, held in folds:
-        right[held] = _predicted(x[fitted], torch.from_numpy(y[fitted]), x[held]) == y[held]
-    return right
-
-
-def _predicted(x: Tensor, y: Tensor, new: Tensor) -> np.ndarray:
-    return fit_probe(x, y, "", options=ProbeOptions(folds=0)).predict(new).cpu().numpy()
+def _right(rows: SearchRows, without: Sequence[int], among: np.ndarray, options: AutomaticOptions) -> np.ndarray:
+    """Whether each of some rows is classified rightly by a probe that was fitted without it."""
+    y, probe = rows.y[among], replace(rows.probe, folds=options.folds, seed=options.seed)
+    return (held_out_logits(rows.ablated(without)[among], y, probe) > 0) == (y == 1)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from circuits.shift.deciders import Decider, Node
+from circuits.shift.heads.base import REGIMES, Regime
 from circuits.shift.task import ShiftStudy
-
 
 Candidate = tuple[Node, float]
 """A feature with its effect."""
@@ -25,3 +25,9 @@ class StudyReader(Protocol):
 def prepared(decider: Decider, study: ShiftStudy, candidates: Sequence[Candidate]) -> Decider:
     """The decider for this study."""
     return decider.of_study(study, candidates) if isinstance(decider, StudyReader) else decider
+
+
+def regime_of(decider: Decider) -> Regime:
+    """What features are chosen from: what the decider says of itself, else nothing that others do not have."""
+    declared = getattr(decider, "regime", "R1" if decider.is_oracle else "R0")
+    return next((regime for regime in REGIMES if regime == declared), "R0")

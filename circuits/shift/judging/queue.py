@@ -14,7 +14,7 @@ from circuits.shift.deciders import Decision, TokenContext
 from circuits.shift.effects import effects_on
 from circuits.shift.judging.annotations import Annotation, read_annotations, save_annotations, timestamp
 from circuits.shift.judging.page import QueueCard, QueuePage, queue_html
-from circuits.shift.reading import ShiftOptions, dossiers_of, strongest
+from circuits.shift.reading import dossiers_of, strongest
 from circuits.shift.task import ShiftStudy
 from workbench.core.arguments import checked
 from workbench.core.atomic import write_atomic
@@ -155,9 +155,7 @@ class JudgingQueue(Shown):
 
 
 @checked
-def judging_queue(
-    study: ShiftStudy, path: str | Path, *, judge: str = "a person", seed: int = 0, options: ShiftOptions | None = None
-) -> JudgingQueue:
+def judging_queue(study: ShiftStudy, path: str | Path, *, judge: str = "a person", seed: int = 0) -> JudgingQueue:
     """A queue of the features that SHIFT would put before a judge, for one person and one file of verdicts.
 
     The person sees neither effects nor labels of rows, and the order is drawn, so that it does not tell the effects
@@ -168,12 +166,12 @@ def judging_queue(
         path: the file of verdicts, which may exist.
         judge: who judges.
         seed: decides the order.
-        options: how many features, and how effects are estimated; those of the study by default.
     """
-    options = options or ShiftOptions()
-    labels = study.task.train.label
+    options, labels = study.options, study.task.train.label
     effects = effects_on(study, study.train, labels, options.attribution, options.attribution_rows)
-    cards = [QueueCard.of(dossier) for dossier in dossiers_of(study, strongest(effects, options.top_k))]
+    cards = [
+        QueueCard.of(dossier) for dossier in dossiers_of(study, strongest(effects, options.top_k, options.min_effect))
+    ]
     return JudgingQueue(
         cards=_drawn(cards, seed), path=Path(path), judge=judge, label_names=study.task.label_names,
         spurious_names=study.task.spurious_names,

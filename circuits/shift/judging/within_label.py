@@ -40,6 +40,7 @@ class WithinLabelDecider(OneLine):
     min_tokens: int = 5
 
     name = "within-label"
+    regime = "R2"
     information = (
         "ambiguous training texts with their labels and attribute labels; it needs texts in which the two disagree, "
         "and no twins, word lists or balanced rows"
