@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.doctor.doctor import DoctorOptions, attribution_doctor
@@ -17,6 +18,7 @@ from circuits.nodes.effects import NodeEffects, SiteEffects
 from circuits.nodes.exact import linear_effects
 from circuits.nodes.runs import AttributionOptions
 from circuits.shift.evidence import PooledTexts
+from circuits.shift.multiclass import LossOfContrast, SoftmaxProbe, contrast_effects, of_labels
 from circuits.shift.task import ShiftStudy
 from workbench.core.tokens import TokenBatch
 
@@ -24,7 +26,12 @@ from workbench.core.tokens import TokenBatch
 def effects_on(
     study: ShiftStudy, pooled: PooledTexts, labels: Sequence[int], attribution: AttributionOptions, n: int
 ) -> Mapping[str, SiteEffects]:
-    """Effects on the margin of some labels of these texts; exact where they can be, else of `n` texts."""
+    """Effects on the margin of some labels of these texts; exact where they can be, else of `n` texts.
+
+    Of more than two labels the margin is the label's logit less the mean of the others.
+    """
+    if isinstance(study.probe, SoftmaxProbe):
+        return contrasted(study, pooled, labels, of_labels(len(study.task.label_names)), attribution, n)
     reader = study.reader
     if reader.is_linear:
         site = reader.probe_site
@@ -33,13 +40,32 @@ def effects_on(
     return node_effects(reader.model, reader.bases, batch, metric, keep=metric.keep, **vars(attribution))
 
 
-def _margins(study: ShiftStudy, pooled: PooledTexts, labels: Sequence[int], n: int) -> tuple[TokenBatch, LossOfMargin]:
+def contrasted(
+    study: ShiftStudy, pooled: PooledTexts, values: Sequence[int], contrast: Float[Tensor, "values labels"],
+    attribution: AttributionOptions, n: int,
+) -> Mapping[str, SiteEffects]:  # fmt: skip
+    """Effects on a contrast of logits, another one for each value; exact where they can be, else of `n` texts."""
+    reader, probe = study.reader, study.probe
+    assert isinstance(probe, SoftmaxProbe)
+    if reader.is_linear:
+        site = reader.probe_site
+        return {site: contrast_effects(pooled.acts[site], reader.bases[site], probe, contrast, ints(values))}
+    batch, metric = _margins(study, pooled, values, n, contrast)
+    return node_effects(reader.model, reader.bases, batch, metric, keep=metric.keep, **vars(attribution))
+
+
+def _margins(
+    study: ShiftStudy, pooled: PooledTexts, labels: Sequence[int], n: int, contrast: Tensor | None = None
+) -> tuple[TokenBatch, LossOfMargin | LossOfContrast]:
     """The texts that estimated effects are of, and the margin of their labels."""
     reader = study.reader
     rows = _rows_of_each(labels, n)
     batch = reader.model.tokens([pooled.texts[row] for row in rows])
     keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site]).flat(reader.probe_site))
-    return batch, LossOfMargin(study.probe, ints([labels[row] for row in rows]), keep)
+    chosen, probe = ints([labels[row] for row in rows]), study.probe
+    if isinstance(probe, SoftmaxProbe):
+        return batch, LossOfContrast(probe, of_labels(len(probe.bias)) if contrast is None else contrast, chosen, keep)
+    return batch, LossOfMargin(probe, chosen, keep)
 
 
 def examined_effects(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from circuits.shift.texts import LabelledTexts
 from workbench.core.display import first_few
@@ -33,6 +33,11 @@ def going_together(rows: LabelledTexts, n_labels: int, n_values: int) -> Bool[np
     for value, label in enumerate(shortcut_of(rows, n_labels, n_values)):
         together[label, value] = True
     return together
+
+
+def usual_value(rows: LabelledTexts, n_labels: int, n_values: int) -> Int[np.ndarray, " labels"]:
+    """For each label the value of the attribute that goes with it: the one that makes it most likelier."""
+    return _excess(rows, n_labels, n_values).argmax(axis=1)
 
 
 def _excess(rows: LabelledTexts, n_labels: int, n_values: int) -> np.ndarray:

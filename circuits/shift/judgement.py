@@ -10,11 +10,13 @@ import torch
 from circuits.nodes.effects import SiteEffects
 from circuits.shift.deciders import Decider, FeatureDossier, Node, OracleDecider, Verdict
 from circuits.shift.editcheck import pooled_by_hooks, require_same_edit
-from circuits.shift.effects import effects_on
+from circuits.shift.effects import contrasted, effects_on
 from circuits.shift.judging.prepare import prepared
+from circuits.shift.multiclass import contrasts
 from circuits.shift.reading import dossiers_of, strongest
 from circuits.shift.rows import EditCheck
 from circuits.shift.task import Judged, ShiftStudy
+from circuits.shift.texts import LabelledTexts
 from workbench.controls.matching import matched_features
 
 
@@ -97,16 +99,23 @@ def random_features(study: ShiftStudy, chosen: Sequence[Node]) -> tuple[tuple[No
 
 def most_effective(study: ShiftStudy, n: int) -> tuple[Node, ...]:
     """As many features, by their effect on the attribute's margin over balanced training rows."""
-    balanced, options = study.task.balanced, study.options
+    balanced = study.task.balanced
     if n == 0 or balanced is None:
         return ()
-    effects = effects_on(
-        study, study.balanced, study.task.expected(balanced), options.attribution, options.attribution_rows
-    )
+    effects = _on_the_attribute(study, balanced)
     scores = [
         (effect, Node(site, f)) for site, part in effects.items() for f, effect in enumerate(part.effect.tolist())
     ]
     return tuple(node for _, node in sorted(scores, key=lambda pair: -pair[0])[:n])
+
+
+def _on_the_attribute(study: ShiftStudy, balanced: LabelledTexts) -> Mapping[str, SiteEffects]:
+    """Effects on the margin of the labels that each row's attribute goes with."""
+    task, options = study.task, study.options
+    if len(task.label_names) == 2:
+        return effects_on(study, study.balanced, task.expected(balanced), options.attribution, options.attribution_rows)
+    values, contrast = balanced.spurious or (), contrasts(task.together().T)
+    return contrasted(study, study.balanced, values, contrast, options.attribution, options.attribution_rows)
 
 
 CHECKED_ROWS = 8

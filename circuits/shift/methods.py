@@ -100,7 +100,14 @@ def _swap_direction_removed(study: ShiftStudy) -> Prediction:
 
     Over training texts and their swapped versions.
     """
-    sign = 2.0 * torch.tensor(study.task.expected(study.task.train)).to(study.train.x) - 1.0
+    task = study.task
+    if len(task.label_names) > 2 and len(task.spurious_names) > 2:
+        raise DegenerateInputError(
+            f"of {len(task.spurious_names)} values of the attribute and {len(task.label_names)} labels none are "
+            "opposite. Give two labels, or two values."
+        )
+    sides = task.expected(task.train) if len(task.label_names) == 2 else task.train.spurious or ()
+    sign = 2.0 * torch.tensor(sides).to(study.train.x) - 1.0
     direction = (sign[:, None] * (study.train.x - study.swapped.x)).mean(0)
     if not bool(direction.norm() > 0):
         raise DegenerateInputError(
@@ -128,6 +135,30 @@ ORACLE_PROBE: ShiftMethod = Method(
 )  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class _Cue:
+    """The attribute of the test rows, and which labels it goes with in training."""
+
+    value: np.ndarray
+    expected: np.ndarray
+    together: np.ndarray
+    usual: np.ndarray
+
+    @classmethod
+    def of(cls, task: ShiftTask) -> _Cue:
+        expected = np.array(task.expected(task.test))
+        return cls(np.array(task.test.spurious), expected, task.together(), task.usual())
+
+    def agrees(self, labels: np.ndarray) -> np.ndarray:
+        """Whether each row's label goes with its attribute."""
+        return labels == self.expected if len(self.usual) == 2 else self.together[labels, self.value]
+
+    def pair(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Attribute and labels in the same terms, of which the correlation is taken."""
+        is_few = len(self.usual) == 2 or self.together.shape[1] > len(self.usual)
+        return (self.expected, labels) if is_few else (self.value, self.usual[labels])
+
+
 class Scorer:
     """Collects predictions per method and turns them into accuracies with intervals.
 
@@ -138,7 +169,7 @@ class Scorer:
 
     def __init__(self, task: ShiftTask) -> None:
         self._label = np.array(task.test.label)
-        self._shortcut = np.array(task.expected(task.test)) if task.spurious_names else None
+        self._cue = _Cue.of(task) if task.spurious_names else None
         groups = np.array([task.groups().index(group) for group in task.test.groups])
         self._groups = {task.group_name(*group): groups == i for i, group in enumerate(task.groups())}
         self._hits: dict[str, np.ndarray] = {}
@@ -173,7 +204,7 @@ class Scorer:
 
     def compare(self, better: str, other: str) -> Comparison:
         """Paired difference in label accuracy, over all rows, over those that break the correlation, and over draws."""
-        conflict = None if self._shortcut is None else self._label != self._shortcut
+        conflict = None if self._cue is None else ~self._cue.agrees(self._label)
         a, b, draws = self._hits[better], self._hits[other], self._by_draw.get(other)
         has_conflict = conflict is not None and conflict.any()
         return Comparison(
@@ -186,16 +217,16 @@ class Scorer:
 
     def _correlation(self, drawn: np.ndarray) -> Estimate | None:
         """Of the label that the attribute goes with and the prediction; over draws where there are several."""
-        if self._shortcut is None:
+        if self._cue is None:
             return None
         if len(drawn) == 1:
-            return cue_correlation(self._shortcut, drawn[0])
-        values = [cue_correlation(self._shortcut, one).value for one in drawn]
+            return cue_correlation(*self._cue.pair(drawn[0]))
+        values = [cue_correlation(*self._cue.pair(one)).value for one in drawn]
         return sample_mean(np.array(values), unit="draws", within=SIGNED_SHARE)
 
     def _agreement(self, drawn: np.ndarray) -> np.ndarray | None:
-        """Whether each prediction is the label that goes with the row's attribute in training."""
-        return None if self._shortcut is None else drawn == self._shortcut
+        """Whether each prediction is a label that goes with the row's attribute in training."""
+        return None if self._cue is None else np.stack([self._cue.agrees(one) for one in drawn])
 
 
 def _over_draws(drawn: np.ndarray) -> Estimate:

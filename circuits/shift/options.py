@@ -20,7 +20,7 @@ class ShiftOptions(OneLine):
 
     Attributes:
         probe_site: where the probe reads; by default at the last SAE's own site, where effects are exact.
-        positive: name of the label that the probe tells from all others; needed where the task has more than two.
+        positive: name of the label that the probe tells from all others; by default it tells all labels apart.
         methods: "standard", "all", or names of methods; what SHIFT is compared with in any case is always there.
         top_k: how many features, strongest effect first, are put before the judge.
         min_effect: features whose effect is not above this are never candidates, in logits.

@@ -11,8 +11,8 @@ from circuits.decomposition import bases as checked_bases
 from circuits.decomposition import refuse_unreached
 from circuits.nodes.effects import SiteEffects
 from circuits.shift.deciders import BalancedEvidence, FeatureDossier, Node
-from circuits.shift.effects import ints
 from circuits.shift.evidence import PooledTexts, Reader, TokenEvidence, token_evidence
+from circuits.shift.multiclass import probe_of, side_of
 from circuits.shift.needs import Need
 from circuits.shift.options import ShiftOptions
 from circuits.shift.table.bases import read_along
@@ -20,26 +20,13 @@ from circuits.shift.task import ShiftStudy, ShiftTask
 from workbench.bases.base import Basis
 from workbench.bases.sae import AnySAE
 from workbench.core.arguments import checked
-from workbench.core.display import first_few
 from workbench.core.errors import InvalidInputError
 from workbench.models.model import Model
-from workbench.probes.linear import fit_probe
 
 
 def of_two_labels(task: ShiftTask, options: ShiftOptions) -> ShiftTask:
-    """The task itself, or that of `options.positive` against the rest.
-
-    Raises:
-        InvalidInputError: if the task has more than two labels and none is named.
-    """
-    if options.positive is not None:
-        return task.one_against_rest(options.positive)
-    if len(task.label_names) > 2:
-        raise InvalidInputError(
-            f"shift: the task has {len(task.label_names)} labels ({first_few(task.label_names, 4)}), and the probe "
-            "tells two apart. Give ShiftOptions(positive=...) the one that is told from all others."
-        )
-    return task
+    """The task itself, or that of `options.positive` against the rest."""
+    return task if options.positive is None else task.one_against_rest(options.positive)
 
 
 @checked
@@ -61,7 +48,6 @@ def read_study(
         needs: further bases that are read in the same passes: "neurons", "tokens".
 
     Raises:
-        InvalidInputError: if the task has more than two labels and `options.positive` is not given.
         MismatchError: if an SAE was made for another model or site or is a transcoder, or the probe reads where no
             feature of an SAE can reach it.
     """
@@ -82,7 +68,7 @@ def _read(
     reader = replace(reader, along=read_along(needs, model, bases, task.train.texts))
     train = reader.read(task.train.texts, "reading ambiguous texts")
     groups = tuple(task.group_name(*group) for group in task.train.groups)
-    probe = fit_probe(train.x, ints(task.train.label), probe_site, groups=groups, options=options.probe)
+    probe = probe_of(train.x, task.train.label, probe_site, options.probe, groups)
     if probe.accuracy is None:
         raise InvalidInputError(
             "ShiftOptions(probe=ProbeOptions(folds=0)): the study reports cross-validation; use 2 or more."
@@ -122,14 +108,32 @@ def _dossier(study: ShiftStudy, node: Node, effect: float, tokens: TokenEvidence
     def column(pooled: PooledTexts) -> np.ndarray:
         return pooled.acts[node.site][:, node.feature].double().cpu().numpy()
 
-    task, balanced = study.task, study.task.balanced
+    task, balanced, acts = study.task, study.task.balanced, column(study.train)
+    labels, of_value = _sides(task, acts)
     evidence = None
     if balanced is not None:
-        shortcut = np.array(task.expected(balanced), float)
-        evidence = BalancedEvidence(column(study.balanced), np.array(balanced.label, float), shortcut)
+        own, shortcut = labels[1][list(balanced.label)], of_value[list(balanced.spurious or ())]
+        evidence = BalancedEvidence(column(study.balanced), own.astype(float), shortcut.astype(float))
     return FeatureDossier(
-        node=node, effect=effect, acts=column(study.train),
-        swapped=None if task.swapped is None else column(study.swapped), label=np.array(task.train.label, float),
+        node=node, effect=effect, acts=acts,
+        swapped=None if task.swapped is None else column(study.swapped),
+        label=labels[0][list(task.train.label)].astype(float),
         top_tokens=tokens.top_tokens, spurious_share=tokens.spurious_share, target_share=tokens.target_share,
         n_tokens=tokens.n_tokens, balanced=evidence, contexts=tokens.contexts,
     )  # fmt: skip
+
+
+def _sides(task: ShiftTask, acts: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Which labels a judge tells from the others, which label an oracle does, and which values go with them.
+
+    Of two labels the second in each case. Of more, the labels that share the usual value of the attribute with the one
+    that the feature is most active on, and this one.
+    """
+    n, known = len(task.label_names), bool(task.spurious_names)
+    if n == 2:
+        second = np.arange(2) == 1
+        return (second, second), np.array([label == 1 for label in task.shortcut()] if known else [], dtype=bool)
+    usual = task.usual() if known else None
+    strongest, side = side_of(acts, np.array(task.train.label), usual)
+    values = np.array([] if usual is None else np.arange(len(task.spurious_names)) == usual[strongest], dtype=bool)
+    return (side, np.arange(n) == strongest), values

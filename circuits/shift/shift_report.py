@@ -144,7 +144,7 @@ class ShiftReport(Examinable, Report):
                 f"A probe of {self.label_name} predicts on {self.test_texts} the label with accuracy {plain.label}; "
                 f"the attribute of the texts is not known. {worst}",
             )
-        is_fooled = plain.spurious.value > plain.label.value
+        is_fooled = plain.spurious.value > plain.label.value and (plain.cue_mcc is None or plain.cue_mcc.low > 0)
         verdict = "it follows the shortcut" if is_fooled else "it mostly reads the label, so there is little to remove"
         return (
             f"A probe trained where {self.label_name} and {self.spurious_name} go together predicts on "
@@ -217,6 +217,10 @@ class ShiftReport(Examinable, Report):
             difference=(self._comparison_table(), against(compared), column),
             measure="label accuracy",
         )  # fmt: skip
+
+    @property
+    def _regression(self) -> str:
+        return "logistic" if self.label_name.count(" or ") < 2 else "softmax"
 
     @property
     def _label(self) -> str:
@@ -301,9 +305,9 @@ class ShiftReport(Examinable, Report):
         )
         made = "".join(f" {note}" for note in self.notes)
         return (
-            f"{self.task}.{made} Probe: L2 logistic regression on the mean of {self.probe_site} over {self.tokens}; "
-            "cross-validated "
-            f"on the ambiguous set {self.probe}, with shuffled labels {self.shuffled}.\n\n"
+            f"{self.task}.{made} Probe: L2 {self._regression} regression on the mean of {self.probe_site} over "
+            f"{self.tokens}; cross-validated on the ambiguous set {self.probe}, with shuffled labels "
+            f"{self.shuffled}.\n\n"
             f"Judge: {self.judge}. It uses: {self.judge_information}. Features judged spurious are set to zero "
             "at every pooled "
             f"token, the SAE's error is kept. Random features: {counted(self.random_draws, 'draws')}, matched on "

@@ -19,6 +19,7 @@ from circuits.shift.cue_panel import cue_panel
 from circuits.shift.deciders import Decider, FeatureDossier, Verdict
 from circuits.shift.effects import examined_effects
 from circuits.shift.judgement import edit_check, judge_features, judged
+from circuits.shift.judging.prepare import StudyReader
 from circuits.shift.methods import Scorer
 from circuits.shift.options import ShiftOptions
 from circuits.shift.reading import of_two_labels, read_study
@@ -28,7 +29,7 @@ from circuits.shift.task import ShiftMethod, ShiftStudy, ShiftTask
 from workbench.bases.sae import AnySAE
 from workbench.controls.methods import comparisons, methods_of
 from workbench.core.arguments import checked
-from workbench.core.errors import DegenerateInputError
+from workbench.core.errors import DegenerateInputError, MismatchError
 from workbench.core.numbers import number, percent
 from workbench.core.tokens import TokenBatch
 from workbench.judges.protocol import Judge
@@ -66,7 +67,6 @@ def shift(
         plain_text: other text, on which the loss is measured with and without the ablation.
 
     Raises:
-        InvalidInputError: if the task has more than two labels and `options.positive` is not given.
         UnknownNameError: if there is no method of a name.
         MismatchError: if an SAE was made for another model or site or is a transcoder, or the probe reads where no
             feature of an SAE can reach it, or the judge needs what the task does not have.
@@ -76,6 +76,11 @@ def shift(
     options = _with(options or ShiftOptions(), methods, probe_site)
     task = of_two_labels(task, options)
     decider = decider_of(judge, task, options.seed)
+    if len(task.label_names) > 2 and isinstance(decider, StudyReader):
+        raise MismatchError(
+            f"shift: the {decider.name} judge tells two labels apart, and the task has {len(task.label_names)}. Give "
+            "ShiftOptions(positive=...) the one that is told from all others, or another judge."
+        )
     usable, left_out = methods_for(task, decider, options)
     study = read_study(model, bases, task, options, needs={need for method in usable for need in method.needs})
     judgement = judge_features(study, decider)

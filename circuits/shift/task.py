@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Unpack, cast
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from markupsafe import Markup
 from torch import Tensor
@@ -17,7 +16,8 @@ from torch import Tensor
 from circuits.shift.columns import HUB_COLUMNS, SPLIT_COLUMN, Choice, Columns, csv_frame, read_table, records_frame
 from circuits.shift.deciders import Decider, Node
 from circuits.shift.evidence import PooledTexts, Reader
-from circuits.shift.groups import going_together, require_names, shortcut_of
+from circuits.shift.groups import going_together, require_names, shortcut_of, usual_value
+from circuits.shift.multiclass import AnyProbe, probe_of
 from circuits.shift.needs import NEEDS, Need
 from circuits.shift.options import ShiftOptions
 from circuits.shift.splits import split_table
@@ -31,7 +31,6 @@ from workbench.core.errors import DegenerateInputError, MismatchError, ShapeErro
 from workbench.core.html import Shown, frame_table
 from workbench.core.numbers import number
 from workbench.core.records import json_lines
-from workbench.probes.linear import Probe, fit_probe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -229,6 +228,10 @@ class ShiftTask(Shown):
         """Which labels each value of the attribute makes likelier in training."""
         return going_together(self.train, len(self.label_names), len(self.spurious_names))
 
+    def usual(self) -> Int[np.ndarray, " labels"]:
+        """For each label the value of the attribute that goes with it in training."""
+        return usual_value(self.train, len(self.label_names), len(self.spurious_names))
+
     def expected(self, rows: LabelledTexts) -> tuple[int, ...]:
         """For each text the label that its attribute goes with in training.
 
@@ -327,7 +330,7 @@ class ShiftStudy(OneLine):
     train: PooledTexts
     test: PooledTexts
     others: Mapping[Need, PooledTexts]
-    probe: Probe
+    probe: AnyProbe
     judged: Judged | None = None
     _once: dict[object, object] = field(default_factory=dict, repr=False)
 
@@ -354,10 +357,10 @@ class ShiftStudy(OneLine):
             judged=None, _once={},
         )  # fmt: skip
 
-    def refit(self, x: Float[Tensor, "rows d"], labels: Sequence[int] | None = None) -> Probe:
+    def refit(self, x: Float[Tensor, "rows d"], labels: Sequence[int] | None = None) -> AnyProbe:
         """A probe on other activations; with the labels of the ambiguous set by default."""
         labels = self.task.train.label if labels is None else labels
-        return fit_probe(x, torch.tensor(labels), self.reader.probe_site, options=replace(self.options.probe, folds=0))
+        return probe_of(x, labels, self.reader.probe_site, replace(self.options.probe, folds=0))
 
     def ablated(self, nodes: Sequence[Node], *, of: str) -> Float[Tensor, "rows d"]:
         """Activations of the `"train"` or `"test"` texts with features ablated; computed once."""

@@ -13,14 +13,14 @@ import torch
 from circuits.shift.asked import AskedDecider
 from circuits.shift.deciders import FeatureDossier, LexiconDecider, OracleDecider, StatisticsDecider, Verdict
 from circuits.shift.methods import Scorer
-from circuits.shift.reading import ShiftOptions
+from circuits.shift.reading import ShiftOptions, of_two_labels
 from circuits.shift.shift_report import ShiftReport
 from circuits.shift.study import shift
 from circuits.shift.task import Prediction, ShiftStudy, ShiftTask
 from circuits.shift.texts import LabelledTexts
 from tests.circuits.planted import LABEL, SITE, SPURIOUS, SPURIOUS_FEATURES, planted_model, planted_sae, planted_task
 from workbench.controls.methods import Method, possible
-from workbench.core.errors import DegenerateInputError, InvalidInputError, MismatchError, ShapeError, UnknownNameError
+from workbench.core.errors import DegenerateInputError, MismatchError, ShapeError, UnknownNameError
 from workbench.judges import Answer, Question
 
 OPTIONS = ShiftOptions(top_k=10, random_draws=2)
@@ -109,15 +109,15 @@ def test_a_judge_that_needs_more_than_the_task_has_is_refused_before_anything_is
         AskedDecider.of(Silent(), replace(TASK, **NO_WORDS))  # type: ignore[arg-type]
 
 
-def test_more_than_two_labels_need_one_that_is_told_from_the_rest() -> None:
+def test_one_of_more_than_two_labels_is_told_from_the_rest() -> None:
     def three(rows: LabelledTexts) -> LabelledTexts:
         return replace(rows, label=tuple(label and 1 + i // 4 % 2 for i, label in enumerate(rows.label)))
 
     task = replace(
         TASK, label_names=("T", "N", "third"), train=three(TASK.train), test=three(TASK.test), balanced=three(TASK.balanced)  # type: ignore[arg-type]
     )  # fmt: skip
-    with pytest.raises(InvalidInputError, match=r"3 labels \(T, N, third\).*positive="):
-        shift(planted_model(), {}, task)  # type: ignore[arg-type]
+    assert of_two_labels(task, OPTIONS) == task
+    assert of_two_labels(task, replace(OPTIONS, positive="T")) == task.one_against_rest("T")
     with pytest.raises(UnknownNameError, match="no label 'thrid'. Did you mean third"):
         task.one_against_rest("thrid")
     against = task.one_against_rest("T")
