@@ -1,10 +1,11 @@
 """The table of a SHIFT study, whose texts are read once however many methods it has, against one run per method.
 
-usage: python benchmarks/shift.py [--model embedded] [--layer 11] [--rows 40] [--methods all]
+usage: python benchmarks/shift.py [--model embedded] [--layer 11] [--rows 40] [--methods shared]
 
 Both sides use the same functions: the straightforward one reads the texts, fits the probe and, where a method ablates
-features, has them judged, for each method by itself. What a method reads besides (texts without some words) it reads on
-both sides. Predictions must be equal, draw by draw. The SAE has random features: what is found means nothing, its cost
+features, has them judged, for each method by itself. "shared" are the methods that only use these texts; "all" are also
+those that run the model by themselves (other texts, without some words; effects and ablations of embeddings), which costs
+the same on both sides and bounds the ratio. Predictions must be equal, draw by draw. The SAE has random features: what is found means nothing, its cost
 is that of a trained one.
 """
 
@@ -35,6 +36,9 @@ from workbench.models.model import Model  # noqa: E402
 
 ABLATES = ("SHIFT", "random features", "skyline", "neurons", "embed")
 """How the names of methods begin that need judged features."""
+
+RUNS_BY_ITSELF = ("embed", "length-matched", "gendered words", "concept bottleneck")
+"""How the names of methods begin that run the model on other texts than those that all share."""
 
 Bases = dict[str, Basis]
 
@@ -88,18 +92,25 @@ def compared(
     return whole, at_once, time.perf_counter() - start
 
 
+def named(task: ShiftTask, methods: Sequence[str]) -> str | tuple[str, ...]:
+    """As `ShiftOptions` takes them."""
+    if list(methods) != ["shared"]:
+        return methods[0] if len(methods) == 1 and methods[0] in ("all", "standard") else tuple(methods)
+    every, _ = methods_for(task, decider_of(None, task), ShiftOptions(methods="all"))
+    return tuple(method.name for method in every if not method.name.startswith(RUNS_BY_ITSELF))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--methods", nargs="+", default=["all"])
+    parser.add_argument("--methods", nargs="+", default=["shared"], help="shared, all, standard, or names")
     for name, default in (("layer", 11), ("rows", 40), ("d-sae", 4608), ("draws", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     o = parser.parse_args()
     model = load_model(o.model, check=False)
     site = str(model.resolve(f"resid_post.{o.layer}"))
     task = circuits.biographies(circuits.BiographyOptions(n_train=o.rows, n_test=o.rows))
-    methods = o.methods[0] if o.methods in (["all"], ["standard"]) else tuple(o.methods)
-    options = ShiftOptions(methods=methods, random_draws=o.draws)
+    options = ShiftOptions(methods=named(task, o.methods), random_draws=o.draws)
     print(f"{model}, {torch.get_num_threads()} threads, {site}, {o.rows} rows of each set")
     whole, at_once, alone = compared(model, circuits.random(model, [site], o.d_sae, 32), task, options)
     print(f"{len(whole)} methods, equal predictions")

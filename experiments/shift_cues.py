@@ -32,7 +32,7 @@ class ShiftCues(GridStudy):
     """Shares of training texts in which each cue agrees with the label."""
     train_rows: int = 200
     """Training texts of each task; 200 has exact counts at every one of these shares."""
-    test_rows: int = 320
+    test_rows: int = 240
     """Test texts, the same number of every group."""
     balanced_rows: int = 160
     """Balanced rows, for oracles and for methods that see attribute labels."""
