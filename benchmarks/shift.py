@@ -3,10 +3,10 @@
 usage: python benchmarks/shift.py [--model embedded] [--layer 11] [--rows 40] [--methods shared]
 
 Both sides use the same functions: the straightforward one reads the texts, fits the probe and, where a method ablates
-features, has them judged, for each method by itself. "shared" are the methods that only use these texts; "all" are also
-those that run the model by themselves (other texts, without some words; effects and ablations of embeddings), which costs
-the same on both sides and bounds the ratio. Predictions must be equal, draw by draw. The SAE has random features: what is found means nothing, its cost
-is that of a trained one.
+features, has them judged, for each method by itself. "shared" are the methods that only use these texts; "all" are
+also those that run the model by themselves (texts without some words; effects and ablations of embeddings), which
+costs the same on both sides and bounds the ratio. Predictions must be equal, draw by draw. The SAE has random features:
+what is found means nothing, its cost is that of a trained one.
 """
 
 from __future__ import annotations
