@@ -56,6 +56,7 @@ def api_page() -> str:
     """All names of the public surface with their signature and what they are."""
     parts = [f"# The public surface\n\n{API_ABOUT}", _names(workbench, "wb")]
     parts += [_names(importlib.import_module(f"workbench.{room}"), f"wb.{room}") for room in ROOMS]
+    parts += [_names(importlib.import_module("workbench.steering.refusal"), "wb.refusal")]
     parts += [_names(circuits, "circuits"), _names(circuits.behaviours, "circuits.behaviours")]
     parts += [_names(circuits.cues, "circuits.cues")]
     return "\n".join(parts)

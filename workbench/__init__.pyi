@@ -105,6 +105,7 @@ from .saes.formats.placement import check_sae as check_sae
 from .saes.training.sae_lens_trainer import register_with_sae_lens as register_with_sae_lens
 from .saes.training.train import train_sae as train_sae
 from .saes.training.train import train_saes as train_saes
+from .steering import refusal as refusal
 from .steering.directions.pairs import Direction as Direction
 from .steering.directions.pairs import direction as direction
 from .steering.sweep.steer import steer as steer

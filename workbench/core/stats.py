@@ -298,6 +298,21 @@ def wilson(successes: int, n: int, *, unit: str = "rows", level: float = 0.95) -
     return Estimate(p, min(low, p), max(high, p), n, "Wilson", unit, level)
 
 
+def difference_of_shares(first: Estimate, second: Estimate) -> Estimate:
+    """First share minus second, of different rows, with Newcombe's interval from the Wilson intervals of both.
+
+    Source: Newcombe 1998, method 10.
+
+    >>> d = difference_of_shares(wilson(56, 70), wilson(48, 80))  # his table II, first row: .0524 to .3339
+    >>> round(d.value, 4), round(d.low, 4), round(d.high, 4)
+    (0.2, 0.0524, 0.3339)
+    """
+    value = first.value - second.value
+    low = value - math.hypot(first.value - first.low, second.high - second.value)
+    high = value + math.hypot(first.high - first.value, second.value - second.low)
+    return Estimate(value, low, high, min(first.n, second.n), "Newcombe", first.unit, first.level)
+
+
 def clopper_pearson(successes: int, n: int, *, unit: str = "rows", level: float = 0.95) -> Estimate:
     """Proportion with the exact (conservative) Clopper-Pearson interval.
 

@@ -1,3 +1,4 @@
+from . import refusal as refusal
 from .directions.classical import METHODS as METHODS
 from .directions.classical import Concept as Concept
 from .directions.classical import DirectionOptions as DirectionOptions

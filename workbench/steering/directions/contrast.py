@@ -104,15 +104,21 @@ def directions_by_position(
                 f"directions_by_position: position {position}; the shortest row has {shortest} tokens. "
                 f"Count from the end: -1 to {-shortest}."
             )
-    sums: list[dict[str, Tensor]] = []
-    for batch in (positive, negative):
-        per_position = []
-        for position in positions:
-            where = torch.zeros_like(batch.mask)
-            where[:, position] = True
-            per_position.append(mean_activations(model, batch, sites, where))
-        sums.append({str(s): torch.stack([means[str(s)] for means in per_position], dim=1) for s in sites})
-    return {str(site): difference_of_means(sums[0][str(site)], sums[1][str(site)]) for site in sites}
+    names = [str(site) for site in sites]
+    rows: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in range(2)]
+    for kept, batch in zip(rows, (positive, negative), strict=True):
+        ends = batch.lengths[:, None] + torch.tensor(
+            positions, device=batch.ids.device
+        )  # absolute places of the tokens
+        for start in range(0, len(batch), ROWS_PER_PASS):
+            part = batch[slice(start, start + ROWS_PER_PASS)]
+            place = part.positions.masked_fill(~part.mask, -1)
+            column = (place[:, None] == ends[start : start + ROWS_PER_PASS, :, None]).float().argmax(2)
+            acts = model.capture(part, list(sites))
+            for name in names:
+                x = acts.flat(name)
+                kept[name].append(x[torch.arange(len(x), device=x.device)[:, None], column.to(x.device)].float())
+    return {name: difference_of_means(*(torch.cat(kept[name]) for kept in rows)) for name in names}
 
 
 @dataclass(frozen=True, eq=False)

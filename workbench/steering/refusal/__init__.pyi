@@ -1,0 +1,13 @@
+from .base_rates import BaseRates as BaseRates
+from .base_rates import base_rates as base_rates
+from .candidates import Candidate as Candidate
+from .candidates import DirectionTable as DirectionTable
+from .candidates import SelectOptions as SelectOptions
+from .outcomes import OutcomeOptions as OutcomeOptions
+from .outcomes import final_answer as final_answer
+from .outcomes import outcome as outcome
+from .outcomes import outcomes as outcomes
+from .select_direction import ablation as ablation
+from .select_direction import addition as addition
+from .select_direction import select_direction as select_direction
+from .select_direction import when as when
