@@ -61,7 +61,9 @@ def test_rates_are_shares_with_intervals_and_their_difference(monkeypatch: pytes
     assert rates["harmful"].shares["neither"].value == 0.1 and rates["harmless"].shares["answered"].value == 1.0
     assert rates.refuses and rates.difference is not None and rates.difference.value == pytest.approx(0.9)
     frame = rates.frame()
-    assert frame.groupby("kind")["share"].sum().tolist() == pytest.approx([1.0, 1.0])
+    assert [frame["share"][frame["kind"] == kind].sum() for kind in ("harmful", "harmless")] == pytest.approx(
+        [1.0, 1.0]
+    )
     assert rates.replies()["outcome"].tolist() == ["refused"] * 9 + ["neither"] + ["answered"] * 8
 
 

@@ -95,7 +95,7 @@ def odds(logits: Tensor) -> Tensor:
 def parts(kind: str, prompts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
     """Training and validation rows, by what the table itself says it kept."""
     model = chat_model()
-    order = np.random.default_rng([0, kind == "harmful"]).permutation(len(prompts)).tolist()
+    order: list[int] = np.random.default_rng([0, kind == "harmful"]).permutation(len(prompts)).tolist()
     rows = [row.tolist() for row in model.tokens(as_chats([prompts[i] for i in order])).rows()]
     n = round(0.34 * len(prompts))
     return rows[n:], rows[:n]

@@ -125,7 +125,9 @@ def base_rates(
     for kind, texts in sets.items():
         written = model.generate(as_chats(texts), new_tokens, temperature=0.0, batch_size=batch_size)
         found = outcomes(written.texts, options)
-        shares = {name: wilson(found.count(name), len(found), unit=f"{kind} prompts") for name in OUTCOMES}
+        shares: dict[Outcome, Estimate] = {
+            name: wilson(found.count(name), len(found), unit=f"{kind} prompts") for name in OUTCOMES
+        }
         rates.append(
             BaseRate(kind=kind, shares=shares, prompts=tuple(texts), replies=tuple(written.texts), outcomes=found)
         )

@@ -156,7 +156,7 @@ def _distinct(kind: str, prompts: Sequence[str]) -> list[str]:
 
 
 def _split(kind: str, prompts: Sequence[str], o: SelectOptions) -> tuple[list[str], list[str]]:
-    order = np.random.default_rng([o.seed, kind == "harmful"]).permutation(len(prompts)).tolist()
+    order: list[int] = np.random.default_rng([o.seed, kind == "harmful"]).permutation(len(prompts)).tolist()
     n = min(max(2, round(o.val_share * len(prompts))), len(prompts) - 2)
     return [prompts[i] for i in order[n:]], [prompts[i] for i in order[:n]]
 
