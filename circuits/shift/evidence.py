@@ -44,6 +44,7 @@ class PooledTexts(OneLine):
         n_tokens: readable tokens.
         n_left_out: tokens of the texts that are not read (first, special, sinks).
         others: `acts` and `frequency` of each set of bases that was read along.
+        keep: the tokens of each batch that were read, so that an edit need not look for them again; () if not known.
     """
 
     texts: tuple[str, ...]
@@ -53,6 +54,7 @@ class PooledTexts(OneLine):
     n_tokens: int
     n_left_out: int
     others: Mapping[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=dict)
+    keep: tuple[Tensor, ...] = ()
 
     def along(self, name: str) -> PooledTexts:
         """The same texts with the features of a set of bases that was read along."""
@@ -100,7 +102,7 @@ class Reader(OneLine):
 
     def read(self, texts: Sequence[str], what: str) -> PooledTexts:
         """Pooled activations of unedited texts."""
-        x, n_tokens, n_left_out = [], 0, 0
+        x, kept, n_tokens, n_left_out = [], [], 0, 0
         every = {"": self.bases, **self.along}
         pooled: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {
             name: {site: [] for site in bases} for name, bases in every.items()
@@ -110,6 +112,7 @@ class Reader(OneLine):
             captured = self.model.capture(batch, sites)
             keep = self.keep(batch, captured.flat(self.probe_site))
             x.append(mean_pool(captured.flat(self.probe_site), keep).cpu())
+            kept.append(keep)
             n_tokens, n_left_out = n_tokens + int(keep.sum()), n_left_out + batch.n_tokens - int(keep.sum())
             for name, bases in every.items():
                 for site, basis in bases.items():
@@ -124,7 +127,7 @@ class Reader(OneLine):
         acts, frequency = found.pop("")
         return PooledTexts(
             texts=tuple(texts), x=torch.cat(x), acts=acts, frequency=frequency, n_tokens=n_tokens,
-            n_left_out=n_left_out, others=found,
+            n_left_out=n_left_out, others=found, keep=tuple(kept),
         )  # fmt: skip
 
     def pooled(self, texts: Sequence[str], what: str) -> Float[Tensor, "rows d"]:
@@ -152,12 +155,15 @@ class Reader(OneLine):
     ) -> tuple[Float[Tensor, "rows d"], tuple[EditReport, ...]]:
         """The same by running the model with the edit at every readable token; also what each edit did."""
         x, reports = [], []
-        for batch in self._batches(pooled.texts, "ablating"):
-            keep = self.keep(batch, self.model.capture(batch, [self.probe_site]).flat(self.probe_site))
+        for i, batch in enumerate(self._batches(pooled.texts, "ablating")):
+            keep = pooled.keep[i] if pooled.keep else self._readable(batch)
             with self.model.plan(self.intervention(nodes, keep)) as plan:
                 x.append(mean_pool(self.model.capture(batch, [self.probe_site]).flat(self.probe_site), keep).cpu())
             reports += plan.report
         return torch.cat(x), tuple(reports)
+
+    def _readable(self, batch: TokenBatch) -> Bool[Tensor, "batch pos"]:
+        return self.keep(batch, self.model.capture(batch, [self.probe_site]).flat(self.probe_site))
 
     def intervention(self, nodes: Sequence[Node], keep: Bool[Tensor, "batch pos"]) -> Intervention:
         """Zeroes the features at their sites, in the order of the sites."""

@@ -136,7 +136,12 @@ def edit_check(study: ShiftStudy, nodes: Sequence[Node]) -> EditCheck:
     rows = active.topk(min(CHECKED_ROWS, len(active))).indices
     texts = tuple(train.texts[row] for row in rows.tolist())
     few = replace(
-        train, texts=texts, x=train.x[rows], acts={site: acts[rows] for site, acts in train.acts.items()}, others={}
+        train,
+        texts=texts,
+        x=train.x[rows],
+        acts={site: acts[rows] for site, acts in train.acts.items()},
+        others={},
+        keep=(),
     )
     batch = reader.model.tokens(list(texts))
     keep = reader.keep(batch, reader.model.capture(batch, [reader.probe_site]).flat(reader.probe_site))
