@@ -42,7 +42,7 @@ def cues_erased(names: Sequence[str]) -> tuple[ShiftMethod, ...]:
         return ()
     return tuple(
         Method(
-            name=f"LEACE, {name} alone", run=_Erased(name), role="rival", regime="R1", needs=("balanced",),
+            name=f"LEACE of {name} alone", run=_Erased(name), role="rival", regime="R1", needs=("balanced",),
             information="labels of the training rows, this cue's value in the balanced rows",
         )
         for name in names

@@ -133,13 +133,13 @@ def test_a_study_of_two_cues_has_the_panel_and_each_cue_erased_alone() -> None:
         LabelledTexts(texts, tuple(i % 2 for i in range(384))), [Token("M"), Token("F", "end")], 0.9, n_train=80,
         n_test=80, label_names=LABEL,
     )  # fmt: skip
-    options = ShiftOptions(top_k=6, random_draws=2, methods=("LEACE, token F alone", "cues stripped"))
+    options = ShiftOptions(top_k=6, random_draws=2, methods=("LEACE of token F alone", "cues stripped"))
     report = shift(planted_model(), {SITE: planted_sae()}, task, OracleDecider(), options=options)
     assert report.cues is not None and report.cues.cues == ("token M", "token F")
     stripped = [report.cues.of("cues stripped", cue) for cue in report.cues.cues]
     assert not any(row.mcc.excludes(0.0) for row in stripped), "what is gone can't be relied on"
     assert len(report.cues.rows) == 2 * len(report.methods)
-    erased = report.cues.of("LEACE, token F alone", "token F")
+    erased = report.cues.of("LEACE of token F alone", "token F")
     assert erased.change is not None and erased.change.value <= 0
     known = known_cue(task, Token("F", "end"))
     assert known.spurious_names == ("no F", "with F") and known.train.spurious == dict(task.train.cues)["token F"]

@@ -76,7 +76,8 @@ def test_scr_is_zero_where_nothing_changes_or_there_is_no_room() -> None:
 
 
 def test_the_direction_is_chosen_without_the_test_rows() -> None:
-    flipped = replace(TASK.test, label=tuple(1 - y for y in TASK.test.label))
+    # by these rows the biased probe would get the attribute wrong more often
+    flipped = replace(TASK.test, spurious=tuple(1 - a for a in TASK.test.spurious or ()))
     again = scr(planted_model(), _sae(), replace(TASK, test=flipped), options=OPTIONS)
     assert again.ablated == _scr().ablated
     forced = _scr("attribute")
