@@ -93,8 +93,15 @@ from circuits.shift.strength import SplitOptions
 from circuits.shift.study import shift
 from circuits.shift.task import ShiftTask
 from circuits.shift.texts import LabelledTexts
+from circuits.shift.toggling.what_if import Backward, BackwardStep, FeatureRole, LeftOut, WhatIf, what_if
 
 __all__ = [
+    "what_if",
+    "WhatIf",
+    "LeftOut",
+    "FeatureRole",
+    "BackwardStep",
+    "Backward",
     "InstabilityDecider",
     "AutomaticDecider",
     "automatic_shift",

@@ -23,13 +23,16 @@ import workbench as wb
 from circuits.attribution_graphs.validation import Validation
 from circuits.discovery.cluster_circuits import RUNS, ClusterCircuit
 from circuits.faithful.curves import CurvePoint
+from circuits.shift.evidence import PooledTexts, Reader
 from circuits.shift.export.loader import Classifier, checksum
 from circuits.shift.removal import RemovalRow
 from circuits.shift.shift_report import ShiftReport
+from circuits.shift.task import ShiftStudy
 from tests.tiny import tiny_model, tiny_tokenizer
 from workbench.activations.manifest import Manifest, SiteStats
 from workbench.activations.store import ActivationStore
 from workbench.controls import Arm, Sweep
+from workbench.controls.tokens import TokenPolicy
 from workbench.core.display import LONGEST, OneLine
 from workbench.core.html import Shown, ShownText
 from workbench.core.registry import Registry
@@ -417,6 +420,23 @@ def _shortcut() -> circuits.ShortcutEvidence:
     )  # fmt: skip
 
 
+def _toggled() -> circuits.WhatIf:
+    """Of a study that reads nothing: its task has monstrous names."""
+    texts = circuits.LabelledTexts((EVIL,) * 4, (0, 0, 1, 1), (0, 1, 0, 1))
+    names = (EVIL, EVIL)
+    task = circuits.ShiftTask(name=EVIL, label_names=names, spurious_names=names, train=texts, test=texts)
+    x, site = torch.randn(4, 3), "resid_post.1"
+    pooled = PooledTexts(
+        texts=texts.texts, x=x, acts={site: torch.ones(4, 5)}, frequency={site: torch.ones(5)}, n_tokens=9, n_left_out=0
+    )
+    reader = Reader(model=tiny_model(), bases={}, probe_site=site, policy=TokenPolicy())
+    study = ShiftStudy(
+        task=task, options=circuits.ShiftOptions(), reader=reader, train=pooled, test=pooled, others={},
+        probe=wb.probes.Probe(w=torch.ones(3), b=0.0, site=site),
+    )  # fmt: skip
+    return circuits.WhatIf(study=study, nodes=(circuits.Node(EVIL, 1),) * 500, ablated=())
+
+
 class _Table(ShiftReport):
     """A report of a study, as far as its table."""
 
@@ -449,6 +469,18 @@ REAL: dict[type, Callable[[Path], object]] = {
     circuits.ShiftTask: lambda _: _task(),
     circuits.ShiftClassifier: lambda _: _classifier(),
     circuits.ShortcutEvidence: lambda _: _shortcut(),
+    circuits.LeftOut: lambda _: circuits.LeftOut(
+        roles=(circuits.FeatureRole(feature=EVIL, label=wb.Estimate(0.5, 0.2, 0.8, 5, "t", EVIL), conflict=None),) * 500
+    ),
+    circuits.Backward: lambda _: circuits.Backward(
+        steps=(
+            circuits.BackwardStep(
+                kept=EVIL, n_ablated=10**9, label=wb.Estimate(0.5, 0.2, 0.8, 5, "t", EVIL),
+                worst=wb.Estimate(0.5, 0.2, 0.8, 5, "t", EVIL), worst_group=EVIL,
+            ),
+        ) * 500
+    ),
+    circuits.WhatIf: lambda _: _toggled(),
     circuits.AutomaticShift: lambda _: circuits.AutomaticShift(evidence=_shortcut(), report=_Table()),  # type: ignore[arg-type]
     circuits.Agreement: lambda _: circuits.Agreement(
         judges=(EVIL, EVIL), observed=wb.Estimate(1.0, 0.5, 1.0, 9, "t"), chance=0.5, kappa=None,

@@ -26,7 +26,7 @@ ROOMS = ("controls", "features", "glitch", "judges", "probes", "saes", "steering
 PACKAGES = (wb, *(importlib.import_module(f"workbench.{room}") for room in ROOMS), circuits)
 RESULTS = (
     "Answer", "Answers", "AttributionGraph", "Behaviours", "CardSet", "CensusReport", "CheckReport", "ClusterCircuits", "ConceptReport", "Cost", "DepthScores", "DirectAttribution", "Direction",
-    "Agreement", "AutomaticShift", "Check", "DoctorReport",
+    "Agreement", "AutomaticShift", "Backward", "BackwardStep", "FeatureRole", "LeftOut", "WhatIf", "Check", "DoctorReport",
     "EditReport", "Estimate", "Explanation", "Exported", "FeatureCard", "FeatureDossier", "FeatureScoreReport",
     "Eraser", "Transport",
     "FeatureTable", "FeatureWindows", "FitReport", "Generation", "GlitchReport", "HarvestEstimate", "HeadScore", "HeadScores",
