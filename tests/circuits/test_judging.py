@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import circuits
+from circuits.shift.judgement import judge_features
 from circuits.shift.judging.agreement import agreement, cohens_kappa
 from circuits.shift.judging.page import QueueCard
 from circuits.shift.judging.queue import _drawn
@@ -168,6 +169,23 @@ def test_variation_within_labels_needs_no_twins_but_texts_that_break_the_correla
     assert {verdicts[f].decision for f in LABEL_FEATURES} == {"intended"}
     with pytest.raises(MismatchError, match="0 texts of one label break the correlation"):
         _shift("within-label")
+
+
+def test_judges_of_two_labels_say_so_where_there_are_more() -> None:
+    task = _task()
+    texts, labels, values = ("x a M",) * 10, (2,) * 10, (0, 1) * 5
+    more = {
+        name: LabelledTexts(rows.texts + texts, rows.label + labels, (rows.spurious or ()) + values)
+        for name, rows in task.sets().items() if name != "balanced"
+    }  # fmt: skip
+    three = replace(task, label_names=(*task.label_names, "X"), swapped=None, balanced=None, **more)  # type: ignore[arg-type]
+    study = circuits.read_study(planted_model(), {SITE: planted_sae()}, three, OPTIONS)
+    for name in ("within-label", "instability", "automatic"):
+        with pytest.raises(MismatchError, match=r"two labels, and the task has 3\. Give ShiftOptions\(positive"):
+            judge_features(study, circuits.DECIDERS[name]())
+    with pytest.raises(MismatchError, match="two labels"):
+        circuits.what_if(study, [f"{SITE}/0"]).backward()
+    assert circuits.what_if(study, [f"{SITE}/0"]).leave_one_out().roles[0].label.n == len(three.test)
 
 
 class Reader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -100,25 +100,25 @@ def evidence_of(rows: SearchRows, candidates: Sequence[Node], options: Automatic
     names = tuple(str(candidates[i]) for i in found.chosen)
     harm = {str(node): float(value) for node, value in zip(candidates, found.harm, strict=True)}
     is_shortcut, why = _outcome(found, tried, len(searched), options)
-    measured = {} if tried is None else _measured(tried)
-    return ShortcutEvidence(
+    found_so_far = ShortcutEvidence(
         is_shortcut=is_shortcut, why=why, features=names, harm=tuple((name, harm[name]) for name in names),
-        n_search=len(searched), n_errors=len(found.errors), alpha=options.alpha, **measured,
+        n_search=len(searched), n_errors=len(found.errors), alpha=options.alpha,
     )  # fmt: skip
+    return found_so_far if tried is None else _measured(found_so_far, tried)
 
 
-def _measured(tried: Trial) -> dict[str, Estimate | float]:
-    def share(hits: np.ndarray) -> Estimate:
-        return wilson(int(hits.sum()), len(hits), unit="texts")
+def _measured(evidence: ShortcutEvidence, tried: Trial) -> ShortcutEvidence:
+    """The evidence with what the test measured."""
+
+    def share(hits: np.ndarray) -> Estimate | None:
+        return wilson(int(hits.sum()), len(hits), unit="texts") if len(hits) else None
 
     on, off = tried.opposed, ~tried.opposed
-    measured: dict[str, Estimate | float] = {
-        "opposed": share(tried.right[on]), "opposed_without": share(tried.right_without[on]), "gain": tried.gain,
-        "p_ablation": tried.p_ablation, "p_environment": tried.p_environment,
-    }  # fmt: skip
-    if off.any():
-        measured |= {"others": share(tried.right[off]), "others_without": share(tried.right_without[off])}
-    return measured
+    return replace(
+        evidence, opposed=share(tried.right[on]), opposed_without=share(tried.right_without[on]),
+        others=share(tried.right[off]), others_without=share(tried.right_without[off]), gain=tried.gain,
+        p_ablation=tried.p_ablation, p_environment=tried.p_environment,
+    )  # fmt: skip
 
 
 def _outcome(found: Search, tried: Trial | None, n: int, options: AutomaticOptions) -> tuple[bool, str]:

@@ -13,7 +13,7 @@ from circuits.shift.automatic.evidence import ShortcutEvidence, evidence_of
 from circuits.shift.automatic.finding import AutomaticOptions, SearchRows
 from circuits.shift.automatic.support import support
 from circuits.shift.deciders import DECIDERS, FeatureDossier, Verdict
-from circuits.shift.judging.prepare import Candidate
+from circuits.shift.judging.prepare import Candidate, of_two_labels
 from circuits.shift.task import ShiftStudy
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
@@ -45,6 +45,7 @@ class AutomaticDecider(OneLine):
 
     def of_study(self, study: ShiftStudy, candidates: Sequence[Candidate]) -> AutomaticVerdicts:
         """The verdicts on these features."""
+        of_two_labels(study, "automatic SHIFT")
         nodes = [node for node, _ in candidates]
 
         def ablated(chosen: Sequence[int]) -> Float[Tensor, "rows d"]:

@@ -11,7 +11,7 @@ import numpy as np
 from circuits.shift.automatic.heldout import held_out_logits
 from circuits.shift.automatic.support import support
 from circuits.shift.deciders import DECIDERS, Decision, FeatureDossier, Verdict
-from circuits.shift.judging.prepare import Candidate
+from circuits.shift.judging.prepare import Candidate, of_two_labels
 from circuits.shift.task import ShiftStudy
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
@@ -64,6 +64,7 @@ class InstabilityDecider(OneLine):
 
     def of_study(self, study: ShiftStudy, candidates: Sequence[Candidate]) -> Instability:
         """The judge of these features, with environments found among the training texts."""
+        of_two_labels(study, "the instability judge")
         y = np.array(study.task.train.label)
         logits = held_out_logits(study.train.x, y, study.options.probe)
         sign = 2 * y - 1
@@ -136,5 +137,7 @@ def environments(x: np.ndarray, y: np.ndarray, right: np.ndarray, seed: int) -> 
     found = np.zeros(len(y), dtype=int)
     for label in (0, 1):
         rows = np.flatnonzero(y == label)
-        found[rows] = 2 * label + KMeans(2, n_init=10, random_state=seed).fit_predict(embedding[rows])
+        # sklearn annotates the number of starts as text
+        clusters = KMeans(2, n_init=10, random_state=seed)  # pyright: ignore[reportArgumentType]
+        found[rows] = 2 * label + clusters.fit_predict(embedding[rows])
     return found

@@ -7,7 +7,10 @@ from typing import Protocol, runtime_checkable
 
 from circuits.shift.deciders import Decider, Node
 from circuits.shift.heads.base import REGIMES, Regime
+from circuits.shift.multiclass import SoftmaxProbe
 from circuits.shift.task import ShiftStudy
+from workbench.core.errors import MismatchError
+from workbench.probes.linear import Probe
 
 Candidate = tuple[Node, float]
 """A feature with its effect."""
@@ -30,4 +33,21 @@ def prepared(decider: Decider, study: ShiftStudy, candidates: Sequence[Candidate
 def regime_of(decider: Decider) -> Regime:
     """What features are chosen from: what the decider says of itself, else nothing that others do not have."""
     declared = getattr(decider, "regime", "R1" if decider.is_oracle else "R0")
-    return next((regime for regime in REGIMES if regime == declared), "R0")
+    for regime in REGIMES:
+        if regime == declared:
+            return regime
+    return "R0"
+
+
+def of_two_labels(study: ShiftStudy, what: str) -> Probe:
+    """The probe of two labels.
+
+    Raises:
+        MismatchError: if the study has more.
+    """
+    if isinstance(study.probe, SoftmaxProbe):
+        raise MismatchError(
+            f"{what} works on two labels, and the task has {len(study.task.label_names)}. Give "
+            "ShiftOptions(positive=...) the one that is told from all others."
+        )
+    return study.probe

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from circuits.shift.deciders import DECIDERS, Decision, FeatureDossier, Rows, Verdict
-from circuits.shift.judging.prepare import Candidate
+from circuits.shift.judging.prepare import Candidate, of_two_labels
 from circuits.shift.task import NEEDS, ShiftStudy
 from workbench.core.arguments import checked
 from workbench.core.display import OneLine
@@ -60,6 +60,7 @@ class WithinLabelDecider(OneLine):
             MismatchError: if the attribute is not known, or hardly any training text breaks the correlation.
         """
         del candidates
+        of_two_labels(study, "the within-label judge")
         task = study.task
         if "attribute" in task.missing():
             raise MismatchError(f"WithinLabelDecider: {NEEDS['attribute']}. Give another judge, such as instability.")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from circuits.shift.deciders import Node
+from circuits.shift.judging.prepare import of_two_labels
 from circuits.shift.methods import Scorer, accuracy
 from circuits.shift.rows import MethodRow
 from circuits.shift.shift_report import ShiftReport
@@ -24,6 +25,7 @@ from workbench.core.errors import DegenerateInputError, MismatchError, require_k
 from workbench.core.html import Shown
 from workbench.core.numbers import counted
 from workbench.core.stats import SIGNED_SHARE, Estimate, paired_difference
+from workbench.probes.linear import Probe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -224,6 +226,7 @@ class WhatIf(Shown):
         return [node for name, node in names.items() if name in set(features)]
 
     def _refuse_runs(self, what: str) -> None:
+        of_two_labels(self.study, what)
         if not self.study.reader.is_linear:
             raise MismatchError(
                 f"{what}: the probe reads at {self.study.reader.probe_site} and the SAEs are at "
@@ -232,14 +235,14 @@ class WhatIf(Shown):
             )
 
     def _logits(self) -> np.ndarray:
-        return self.study.probe.logit(self.study.test.x).double().cpu().numpy()
+        return of_two_labels(self.study, "what_if").logit(self.study.test.x).double().cpu().numpy()
 
     def _parts(self, nodes: Sequence[Node]) -> np.ndarray:
         """What each feature adds to the logit of each test text."""
         site, features = self.study.reader.probe_site, [node.feature for node in nodes]
         if not features:
             return np.zeros((len(self.study.test.texts), 0))
-        basis, probe = self.study.reader.bases[site], self.study.probe
+        basis, probe = self.study.reader.bases[site], of_two_labels(self.study, "what_if")
         acts = self.study.test.acts[site][:, features].double()
         writes = basis.rows(torch.tensor(features)).double().cpu() @ probe.w.double().cpu()
         return (acts.cpu() * writes).numpy()
@@ -247,7 +250,7 @@ class WhatIf(Shown):
     def _hits(self, nodes: Sequence[Node]) -> np.ndarray:
         """Whether each test text is classified rightly with these features ablated."""
         label = np.array(self.study.task.test.label)
-        if self.study.reader.is_linear:
+        if self.study.reader.is_linear and isinstance(self.study.probe, Probe):
             return ((self._logits() - self._parts(nodes).sum(1)) > 0) == (label == 1)
         return self.study.probe.predict(self.study.ablated(list(nodes), of="test")).cpu().numpy() == label
 
