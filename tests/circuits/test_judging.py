@@ -136,10 +136,10 @@ def test_what_two_persons_see_differently_is_not_ablated(tmp_path: Path) -> None
 
 
 def test_kappa_is_that_of_the_hand_computed_table() -> None:
-    a = ["spurious"] * 25 + ["intended"] * 25
-    b = ["spurious"] * 20 + ["intended"] * 5 + ["spurious"] * 10 + ["intended"] * 15
+    a = ["spurious"] * 30 + ["intended"] * 20
+    b = ["spurious"] * 20 + ["intended"] * 10 + ["spurious"] * 5 + ["intended"] * 15
     found = agreement(_given("A", a), _given("B", b))
-    # observed 35 / 50, by chance .5 * .6 + .5 * .4
+    # observed 35 / 50, by chance .6 * .5 + .4 * .5; of the first judge alone it would be .52
     assert found.kappa is not None and found.kappa.value == pytest.approx((0.7 - 0.5) / 0.5)
     assert found.observed.value == 0.7 and found.chance == pytest.approx(0.5)
     assert found.kappa.low < 0.3 and 0.5 < found.kappa.high < 0.7 and found.kappa.n == 50

@@ -99,7 +99,7 @@ def agreement(first: Sequence[Annotation], second: Sequence[Annotation], *, seed
 def cohens_kappa(tables: np.ndarray) -> np.ndarray:
     """Cohen's kappa of tables of counts; nan where both sides always give one and the same verdict.
 
-    >>> round(float(cohens_kappa(np.array([[20, 5], [10, 15]]))), 3)  # (.70 - .50) / (1 - .50)
+    >>> round(float(cohens_kappa(np.array([[20, 10], [5, 15]]))), 3)  # (.70 - .50) / (1 - .50)
     0.4
     """
     n = tables.sum(axis=(-1, -2)).astype(float)
