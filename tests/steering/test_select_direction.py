@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ FULL = SelectOptions(full_table=True, filter_prompts=False, batch_size=5, val_sh
 
 @functools.cache
 def chat_model(family: str = "llama") -> Model:
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())  # that one is shared
     tokenizer.chat_template = (
         "{% for m in messages %}u{{ m.content }}v{% endfor %}{% if add_generation_prompt %}wa{% endif %}"
     )

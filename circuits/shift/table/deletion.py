@@ -30,8 +30,8 @@ def deleted_matched(
     Near is a small sum of the difference in letters and of that of the logarithms, base 2, of the frequencies. A text
     with fewer other words loses all of them but one.
 
-    >>> deleted_matched("He saw it", word_pattern(["he"]), {}, np.random.default_rng(1))  # "it" or "saw"
-    'He it'
+    >>> deleted_matched("He saw it", word_pattern(["he"]), {}, np.random.default_rng(1))  # "it" or "saw" goes
+    'He saw'
     """
     listed = [match.span() for match in lexicon.finditer(text)]
     others = [
