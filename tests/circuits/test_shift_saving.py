@@ -23,6 +23,7 @@ from tests.circuits.planted import SITE, planted_model, planted_sae, planted_tas
 from tests.interventions.builders import ARCHITECTURES, NORMALISATIONS, sae_lens_sae
 from tests.tiny import n_hooks, tiny_model
 from workbench.core.errors import CorruptFileError, EditError, MismatchError, MissingFileError, NotExactlyExportable
+from workbench.models.loading import load_model
 from workbench.models.model import Model
 
 TASK = planted_task(24, 16)
@@ -109,6 +110,17 @@ def test_a_classifier_that_says_anything_else_is_not_written(tmp_path: Path, mon
         save_classifier(_study(planted_model(), {SITE: planted_sae()}), tmp_path / "clf")
 
 
+def test_by_itself_a_classifier_loads_the_model_that_it_was_made_with(tmp_path: Path) -> None:
+    tiny_model().hf.save_pretrained(tmp_path / "model")
+    tiny_model().tokenizer.save_pretrained(tmp_path / "model")
+    model = load_model(str(tmp_path / "model"), dtype="float32")
+    assert model.name != model.source
+    save_classifier(_study(model, dict(circuits.neurons(model, ["resid_post.1"]))), tmp_path / "clf")
+    alone = circuits.load_classifier(tmp_path / "clf")
+    texts = TASK.test.texts[:4]
+    assert alone(texts) == circuits.load_classifier(tmp_path / "clf", model)(texts)
+
+
 def test_a_report_saves_what_it_found_and_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
     model, saes = planted_model(), circuits.neurons(planted_model(), [SITE])
     report = circuits.shift(model, saes, TASK, options=ShiftOptions(top_k=10, random_draws=2))
@@ -119,6 +131,8 @@ def test_a_report_saves_what_it_found_and_what_is_no_classifier_is_refused(tmp_p
     assert "study" not in report.to_json() and report == replace(report, study=None)
     with pytest.raises(MismatchError, match="Give that model"):
         circuits.load_classifier(tmp_path / "clf", tiny_model("gpt2"))
+    with pytest.raises(MismatchError, match=r"made in memory\. Give it"):
+        circuits.load_classifier(tmp_path / "clf")
     with pytest.raises(MissingFileError, match=r"no classifier\.json"):
         circuits.load_classifier(tmp_path, model)
     (tmp_path / "clf" / "classifier.json").write_text('{"format": "other"}')

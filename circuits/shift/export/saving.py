@@ -81,7 +81,10 @@ def _settings(study: ShiftStudy, patches: dict[str, NeuronPatch]) -> dict[str, o
         "format": FORMAT,
         "what": f"{task.name}: the probe of {reader.probe_site} without the features that were judged spurious",
         "label_names": list(task.label_names),
-        "model": {"name": model.name, "fingerprint": model.fingerprint, "checksum": checksum(model.hf)},
+        "model": {
+            "name": model.name, "source": model.source, "dtype": str(model.dtype).removeprefix("torch."),
+            "fingerprint": model.fingerprint, "checksum": checksum(model.hf),
+        },
         "prefix_ids": ids[: len(ids) - len(own)],
         "tokens": {
             "special_ids": list(policy.special_ids),
@@ -167,12 +170,12 @@ def load_classifier(folder: str | Path, model: Model | None = None) -> ShiftClas
 
     Args:
         folder: what was saved.
-        model: the model that it was made for; by default it is loaded by the name that was saved.
+        model: the model that it was made for; by default it is loaded from where it came from.
 
     Raises:
         MissingFileError: if there is no such folder, or a file is missing.
         CorruptFileError: if it holds something else.
-        MismatchError: if the model is another one.
+        MismatchError: if the model is another one, or was made in memory and is not given.
     """
     missing = [name for name in (SETTINGS, WEIGHTS) if not (Path(folder) / name).is_file()]
     if missing:
@@ -181,10 +184,17 @@ def load_classifier(folder: str | Path, model: Model | None = None) -> ShiftClas
         settings, weights = loader.read(folder)
     except ValueError as error:
         raise CorruptFileError(f"load_classifier({str(folder)!r}): {error}") from None
-    model = load_model(settings["model"]["name"]) if model is None else model
-    if model.fingerprint != settings["model"]["fingerprint"]:
+    about = settings["model"]
+    if model is None:
+        if about.get("source") is None:
+            raise MismatchError(
+                f"load_classifier({str(folder)!r}): it was made for {about['name']}, which was made in memory. Give "
+                "it: load_classifier(folder, model)."
+            )
+        model = load_model(about["source"], dtype=about["dtype"])
+    if model.fingerprint != about["fingerprint"]:
         raise MismatchError(
-            f"load_classifier: it was made for the model {settings['model']['name']} "
-            f"({settings['model']['fingerprint']}), and {model.name} is {model.fingerprint}. Give that model."
+            f"load_classifier: it was made for the model {about['name']} ({about['fingerprint']}), and {model.name} is "
+            f"{model.fingerprint}. Give that model."
         )
     return ShiftClassifier(Classifier(model.hf, model.tokenizer, settings, weights))
