@@ -78,7 +78,7 @@ class CircuitPatch(PairsStudy["PatchGrid"]):
 
     Exact: every cell is a run. Beside each, the patch of a third prompt.
 
-    Example: workbench circuit patch --task sva --sites resid_pre attn_out mlp_out
+    Example: workbench circuit patch --task sva_nounpp --sites resid_pre attn_out mlp_out
     """
 
     run_name = "circuit-patch"
