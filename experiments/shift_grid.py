@@ -142,12 +142,20 @@ class ShiftGrid(Report):
         return (*(cell.told() for cell in self.cells), *self._cheaper(), *self.left_out)
 
     def headline(self) -> Headline:
-        """In how many studies SHIFT does more than random features."""
+        """In how many studies SHIFT does more than random features; the numbers are of the least clear study."""
         helped = sum(cell.difference.low > 0 for cell in self.cells)
-        return Headline(
-            sentence=f"Ablating the features judged spurious helps more than random ones in {helped} of "
+        sentence = (
+            f"Ablating the features judged spurious helps more than random ones in {helped} of "
             f"{counted(len(self.cells), 'studies')}."
         )
+        least = min(self.cells, key=lambda cell: cell.difference.low, default=None)
+        own, other = (None, None) if least is None else (least.row(SUBJECT), least.row(RANDOM))
+        if least is None or own is None or other is None:
+            return Headline(sentence=sentence)
+        return Headline(
+            sentence=sentence, measure=f"Label accuracy, {least.title}", value=own.accuracy, control=other.accuracy,
+            control_name=RANDOM, difference=least.difference,
+        )  # fmt: skip
 
     def section(self) -> Section:
         """The grid as a section: a picture, then worst groups and accuracies by method and study."""

@@ -20,7 +20,7 @@ from circuits.shift.task import ShiftTask
 from experiments.shift import Shift
 from experiments.shift_bios import ShiftBios
 from experiments.shift_cues import ShiftCues
-from experiments.shift_grid import CellResult
+from experiments.shift_grid import CellResult, ShiftGrid
 from experiments.shift_task import read_saes
 from tests.circuits.planted import (
     LABEL,
@@ -213,6 +213,14 @@ def test_a_grid_of_studies_keeps_each_one_and_continues(
     grid = from_jsonable(CellResult, load_json(run / "artifacts" / "cue0-rho1.json", dict))
     assert {row.cue for row in grid.reliance} == {"token F"} and grid.row("oracle probe") is not None
     assert "worst-group accuracy original" in grid.told()
+    cells = [from_jsonable(CellResult, load_json(run / "artifacts" / f"cue0-rho{rho}.json", dict)) for rho in (0.75, 1)]
+    headline = ShiftGrid(title="", about="", cells=tuple(cells)).headline()
+    least = min(cells, key=lambda cell: cell.difference.low)
+    assert (
+        headline.difference == least.difference
+        and headline.verdict != "not measured"
+        and least.title in str(headline.measure)
+    )
     assert "cue0-rho1" in RunDir.open(run).steps()
     with pytest.raises(InvalidInputError, match="no SAE at resid_post.9"):
         replace(_bios(workplace, tmp_path), sites=("resid_post.9",)).measure(lambda *_: RunDir.open(run))
