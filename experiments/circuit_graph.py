@@ -104,7 +104,9 @@ class CircuitGraph(BasesStudy[FoundGraph]):
         from circuits.attribution_graphs.transcoders import CONFIG_FILE, load_transcoders
 
         place = Path(self.bases)
-        if (place / CONFIG_FILE).is_file() or (len(place.parts) == 2 and not place.exists()):
+        # owner/name is an id of the hub, unless the owner is a folder here, whose name is then misspelt
+        is_hub_id = len(place.parts) == 2 and not place.parent.exists()
+        if (place / CONFIG_FILE).is_file() or is_hub_id:
             return load_transcoders(model, self.bases)
         return self.make_bases(model)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.circuits.test_transcoder_files import transcoder_set
 from tests.tiny import tiny_hf, tiny_tokenizer
 from workbench.cli import main
 
@@ -114,7 +115,7 @@ def test_a_lens_is_fitted_once_and_read_again(folder: Path, tmp_path: Path, caps
 
 
 def test_the_graph_of_a_prompt_is_kept_with_its_page_and_goes_on(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["circuit", "graph", "--model", str(folder / "tiny"), "--out", str(tmp_path), "--json"]
     assert main([*words, "--pairs", str(folder / "pairs.jsonl"), "--features", "40", "--validate", "8"]) == 0
@@ -127,3 +128,16 @@ def test_the_graph_of_a_prompt_is_kept_with_its_page_and_goes_on(
     assert "Attribution graph" in (Path(result["run"]) / "report.html").read_text(encoding="utf-8")
     assert main([*words, "abc", "--pairs", "x.jsonl"]) == 2 and "one of them" in capsys.readouterr().err
     assert main([*words, "abc", "--budget-gb", "0.0001"]) != 0 and "above the budget" in capsys.readouterr().err
+    (tmp_path / "coders").mkdir()
+    for bases, says in ((tmp_path / "coders" / "gone", "no such folder"), ("nobody/nothing", "not in the local cache")):
+        assert main([*words, "abc", "--bases", str(bases)]) == 2 and says in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "abc", "--bases", "coders/gone"]) == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_the_graph_of_transcoders_in_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transcoder_set(tmp_path / "set", layers=(0, 2), activation="relu")
+    words = ["circuit", "graph", "abc", "--model", str(folder / "tiny"), "--out", str(tmp_path), "--json"]
+    assert main([*words, "--bases", str(tmp_path / "set"), "--features", "20", "--validate", "0", "--no-control"]) == 0
+    nodes = pd.read_csv(json.loads(capsys.readouterr().out)["nodes"])
+    assert set(nodes[nodes.kind == "feature"].site) == {"mlp_out.0", "mlp_out.2"}
