@@ -29,7 +29,15 @@ from workbench.steering.refusal.candidates import (
     best_of,
 )
 from workbench.steering.refusal.data import as_chats
-from workbench.steering.refusal.select_direction import _Work, ablation, addition, select_direction, when
+from workbench.steering.refusal.select_direction import (
+    _kept,
+    _proposed,
+    _Work,
+    ablation,
+    addition,
+    select_direction,
+    when,
+)
 
 HARMFUL = [f"ab{c}{d}" for c in "cdef" for d in "xyz"]
 HARMLESS = [f"mn{c}{d}" for c in "opq" for d in "xyz"]
@@ -229,3 +237,21 @@ def test_a_model_that_answers_both_alike_is_told_so() -> None:
     model = Model(hf, chat_model().tokenizer, name="blank")
     with pytest.raises(DegenerateInputError, match="does not seem to refuse"):
         select_direction(model, HARMFUL, HARMLESS)
+
+
+def test_refusal_tokens_are_those_that_harmful_prompts_alone_make_likely() -> None:
+    harmful, harmless = torch.zeros(5, 6), torch.zeros(5, 6)
+    harmful[:, 2], harmless[:, 2] = 5.0, 5.0  # the likeliest first token of both says nothing
+    harmful[:, 4], harmless[:, 1] = 5.0, 5.0
+    assert _proposed({("harmful", "train"): harmful, ("harmless", "train"): harmless}) == (4,)
+
+
+def test_prompts_that_are_not_answered_as_their_kind_says_are_left_out() -> None:
+    odds = torch.tensor([2.0, -1.0, 0.5, -3.0])
+    kept = {kind: _kept((kind, "train"), odds) for kind in ("harmful", "harmless")}
+    assert kept["harmful"][0].tolist() == [0, 2] and kept["harmless"][0].tolist() == [1, 3]
+    assert "2 of 4 harmful prompts of the training part are kept" in kept["harmful"][1][0]
+    keep, said = _kept(("harmful", "val"), -odds.abs())
+    assert keep.tolist() == [0, 1, 2, 3] and "though the model" in said[0], (
+        "none is refused: all are kept, and it is said"
+    )

@@ -187,7 +187,9 @@ def _kept(key: tuple[str, str], odds: Tensor) -> tuple[Tensor, list[str]]:
     keep = (odds > 0 if kind == "harmful" else odds < 0).nonzero().flatten()
     what = f"{kind} prompts of the {'training' if part == 'train' else 'validation'} part"
     if len(keep) < 2:
-        return torch.arange(len(odds)), [f"all {len(odds)} {what} are kept, though the model answers {len(keep)} so"]
+        as_expected = "refuses" if kind == "harmful" else "answers"
+        said = f"all {len(odds)} {what} are kept, though the model {as_expected} {len(keep)} of them"
+        return torch.arange(len(odds)), [said]
     said = (
         []
         if len(keep) == len(odds)
