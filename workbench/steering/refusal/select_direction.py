@@ -170,7 +170,7 @@ def _proposed(first: dict[tuple[str, str], Tensor]) -> tuple[int, ...]:
     """Tokens that open replies to harmful prompts clearly more often, the clearest first."""
     means = [first[kind, "train"].double().softmax(-1).mean(0) for kind in ("harmful", "harmless")]
     more = means[0] - means[1]
-    top = more.topk(8)
+    top = more.topk(min(8, len(more)))
     chosen = top.indices[top.values >= max(_CLEAR, 0.1 * float(top.values[0]))].tolist()
     if not chosen:
         raise DegenerateInputError(
